@@ -1,0 +1,79 @@
+"""The errors of sdruntime, and the exit code that each gives a command line.
+
+SdruntimeError                 1   something failed
+├── SettingError               2   a value that the caller gave: size, steps, sampler, prompt, scheduler setting
+│   └── UnknownName            2   a name that is not in a list; carries the near ones
+├── EnvironmentFault           3   this machine lacks something
+│   ├── LibraryMissing         3   an engine library is not installed
+│   ├── DeviceMissing          3   no such GPU
+│   └── OutOfSpace             3   memory or disk ran out
+├── BundleError                5   the bundle is not what its manifest says; carries every fault
+└── EngineError                5   no engine of the bundle fits the machine, the shape or the call
+
+A message says what was wrong, where, the numbers, and the command or the change that mends it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class SdruntimeError(Exception):
+    """Base of every error that sdruntime raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class SettingError(SdruntimeError, ValueError):
+    """A value that the caller gave cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownName(SettingError):
+    """`name` is not one of `known`; `near` holds the names that look like it."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(set(known))
+        by_folded = {other.casefold(): other for other in known}
+        found = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5)
+        self.near = tuple(by_folded[other] for other in found)
+        hint = f"did you mean {', '.join(self.near)}?" if self.near else f"known: {', '.join(known)}"
+        super().__init__(f"unknown {what} {name!r}: {hint}")
+
+
+class EnvironmentFault(SdruntimeError):
+    """This machine lacks what the call needs."""
+
+    exit_code = 3
+
+
+class LibraryMissing(EnvironmentFault):
+    """An engine library cannot be imported; the message holds the line that installs it."""
+
+
+class DeviceMissing(EnvironmentFault):
+    """The device that was asked for is not there."""
+
+
+class OutOfSpace(EnvironmentFault):
+    """Memory or disk ran out."""
+
+
+class BundleError(SdruntimeError):
+    """A bundle is not what its manifest says. `faults` holds every one that was found."""
+
+    exit_code = 5
+
+    def __init__(self, where: object, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
+        super().__init__(f"{where}: {count}\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+class EngineError(SdruntimeError):
+    """No engine fits, or an engine cannot take the call."""
+
+    exit_code = 5
