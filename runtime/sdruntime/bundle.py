@@ -1,0 +1,202 @@
+"""A bundle on disk: files that are checked before they are believed, and changes that happen wholly or not at all.
+
+    staging(place)           a folder beside `place` that takes its name at the end, or goes without a trace
+    Bundle.open(folder)      manifest and sizes checked; `Bundle.read` checks the hash of what it hands out
+    bundle.add_engine(...)   the engine's files, then the manifest, by one rename each
+
+A bundle's engines are code: the hashes tell a damaged file, not an evil one. Open bundles from people you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdruntime.errors import BundleError, OutOfSpace
+from sdruntime.manifest import NAME, EngineSpec, FileSpec, Manifest, load_manifest, save_manifest
+from sdruntime.record import json_from_text
+
+ENGINES = "engines"
+_KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder and its manifest. Made by `Bundle.open`, which checks that every listed file is there, regular and of its size."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Bundle:
+        """Raises BundleError with every fault of the manifest and of the listed files."""
+        folder = Path(folder)
+        manifest = load_manifest(folder)
+        faults = [fault for path, spec in manifest.files.items() if (fault := _file_fault(folder, path, spec))]
+        if faults:
+            raise BundleError(folder, faults)
+        return cls(folder, manifest)
+
+    def read(self, path: str) -> memoryview:
+        """The bytes of a listed file, mapped and read-only, their hash already checked. Raises BundleError."""
+        spec = self.manifest.files.get(path)
+        if spec is None:
+            raise BundleError(self.folder, [f"{path}: not among the manifest's files"])
+        view = _mapped(self.folder / path)
+        found = hashlib.sha256(view).hexdigest()
+        if found != spec.sha256:
+            raise BundleError(
+                self.folder, [f"{path}: changed since it was written ({_unlike(found, spec)}); restore it or export again"]
+            )
+        return view
+
+    def read_json(self, path: str) -> Any:
+        """A listed JSON document. Raises BundleError."""
+        try:
+            return json_from_text(str(self.read(path), encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(self.folder, [f"{path}: not readable: {error}"]) from error
+
+    def changed_files(self) -> list[str]:
+        """A fault for each listed file whose hash is not the manifest's: the whole bundle is read."""
+        return [
+            f"{path}: changed ({_unlike(found, spec)})"
+            for path, spec in self.manifest.files.items()
+            if (found := sha256(self.folder / path)) != spec.sha256
+        ]
+
+    def add_engine(self, engine: EngineSpec, built: Mapping[str, Path]) -> Bundle:
+        """The bundle with `engine`, its files moved in from `built` (path in the bundle -> built file on the same disk).
+
+        An engine of the same name is replaced. Killed at any point, the former bundle is still valid: files that no manifest lists
+        are debris, and are removed here.
+        """
+        (self.folder / ENGINES).mkdir(exist_ok=True)
+        others = tuple(other for other in self.manifest.engines if other.name != engine.name)
+        kept = {path for other in others for path in other.files}
+        files = {path: spec for path, spec in self.manifest.files.items() if not path.startswith(f"{ENGINES}/") or path in kept}
+        for path, source in built.items():
+            files[path] = file_spec(source)
+            source.replace(self.folder / path)
+        _sync(self.folder / ENGINES)
+        manifest = dataclasses.replace(self.manifest, engines=(*others, engine), files=files)
+        save_manifest(self.folder, manifest)
+        self._sweep(manifest)
+        return Bundle(self.folder, manifest)
+
+    def _sweep(self, manifest: Manifest) -> None:
+        for path in (self.folder / ENGINES).iterdir():
+            if path.is_file() and f"{ENGINES}/{path.name}" not in manifest.files:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def staging(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place` that becomes `place` at the end of the block; what stood there goes after that.
+
+    On an error or Ctrl-C the folder is removed and `place` is as it was. Raises OutOfSpace when the disk is full.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{place.name}.staged-", dir=place.parent))
+    former = staged.with_name(staged.name.replace(".staged-", ".former-"))
+    try:
+        with disk_full_as_error(place.parent):
+            yield staged
+            staged.chmod(0o755)
+        if place.exists():
+            place.rename(former)
+        try:
+            staged.rename(place)
+        except BaseException:
+            if former.exists():
+                former.rename(place)
+            raise
+        _sync(place.parent)
+    finally:
+        for left in (staged, former):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_full_as_error(folder: Path) -> Iterator[None]:
+    """Raise OutOfSpace, with the free bytes of `folder`'s disk, in place of the system's error for a full disk or quota."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OutOfSpace(f"{folder}: the disk is full ({free:,} bytes are free): free some space, or write elsewhere") from error
+
+
+def write_bundle(folder: Path, manifest: Manifest) -> Manifest:
+    """Add every regular file under `folder` to the manifest's `files`, with size and hash, and write it there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    manifest = dataclasses.replace(manifest, files={path.relative_to(folder).as_posix(): file_spec(path) for path in paths})
+    save_manifest(folder, manifest)
+    return manifest
+
+
+def file_spec(path: Path) -> FileSpec:
+    """Size and hash of a file, which is synced to the disk first."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return FileSpec(size=path.stat().st_size, sha256=sha256(path))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _file_fault(folder: Path, path: str, spec: FileSpec) -> str | None:
+    if not path.endswith(_KNOWN_ENDINGS):
+        return f"{path}: a file of unknown kind (known: {' '.join(_KNOWN_ENDINGS)})"
+    # no part of the way may be a link: nothing outside the folder is ever read
+    for part in [*reversed((folder / path).relative_to(folder).parents)][1:]:
+        if (folder / part).is_symlink():
+            return f"{path}: {part} is a link"
+    try:
+        status = (folder / path).lstat()
+    except OSError:
+        return f"{path}: missing"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path}: not a regular file"
+    if status.st_size != spec.size:
+        return f"{path}: {status.st_size:,} bytes, but the manifest says {spec.size:,}"
+    return None
+
+
+def _unlike(found: str, spec: FileSpec) -> str:
+    return f"sha256 {found[:12]}…, but the manifest says {spec.sha256[:12]}…"
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,246 @@
+"""The manifest of a bundle: the one contract between sdexport, which writes it, and sdruntime, which reads it.
+
+`load_manifest` names every fault of a manifest at once; `save_manifest` replaces the file by one rename. What a manifest says
+about the files beside it is checked by `sdruntime.bundle`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sdruntime.errors import BundleError
+from sdruntime.record import json_from_record, read_json, record_from_json
+
+NAME = "manifest.json"
+FORMAT = "sdexport-bundle"
+REVISION = 1
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Family = Literal["sd1", "sd2", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Dtype = Literal["float32", "int32", "int64"]
+
+_SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+
+
+def check_path(path: str) -> None:
+    """A path inside a bundle: at most four plain names of letters, digits, `_ . + -`, joined by `/`. Raises ValueError."""
+    parts = path.split("/")
+    if len(parts) > 4 or not all(_SAFE_PART.fullmatch(part) for part in parts):
+        raise ValueError(f"{path!r} is not a plain name inside the bundle")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpec:
+    size: int  # bytes
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"size {self.size} is negative")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError("sha256 is not 64 hexadecimal digits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor of a component. A dimension is a number, or the name of one that the call chooses (`batch`, `height`, …)."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        for dim in self.shape:
+            if dim == "" or (isinstance(dim, int) and dim < 1):
+                raise ValueError(f"tensor {self.name}: dimension {dim!r} is neither a name nor a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """A network of the pipeline and its ONNX. `files`: the model first, then its external data."""
+
+    files: tuple[str, ...]
+    config: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    optional_inputs: tuple[TensorSpec, ...] = ()  # a UNet's ControlNet residuals: fed as zeros where a call has none
+
+    def __post_init__(self) -> None:
+        if not self.files or not self.inputs or not self.outputs:
+            raise ValueError("a component needs a file, an input and an output")
+        _refuse_twins("tensor", [tensor.name for tensor in (*self.inputs, *self.optional_inputs, *self.outputs)])
+
+    @property
+    def onnx(self) -> str:
+        return self.files[0]
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The names of the dimensions that a call chooses, in the order of the inputs."""
+        dims = [dim for tensor in (*self.inputs, *self.optional_inputs) for dim in tensor.shape if isinstance(dim, str)]
+        return tuple(dict.fromkeys(dims))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """An engine of a component: what built it, what it needs and which shapes it takes.
+
+    `version` is the engine library's; `target` is "cpu", "cuda" or a compute capability ("sm89"). `ranges` gives (min, opt, max)
+    for each named dimension, in the component's own units: rows for `batch`, latent cells for a UNet's `height`.
+    `files`: what the library opens first, then what that refers to.
+    """
+
+    component: str
+    backend: str
+    version: str
+    target: str
+    precision: Precision
+    files: tuple[str, ...]
+    ranges: Mapping[str, tuple[int, int, int]]
+    memory: int = 0  # bytes that running it needs on the device, as far as the builder knows
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("an engine needs a file")
+        for part in (self.backend, self.version, self.target):
+            if not _SAFE_PART.fullmatch(part):
+                raise ValueError(f"{part!r} is not a plain name")
+        for name, (low, opt, high) in self.ranges.items():
+            if not 1 <= low <= opt <= high:
+                raise ValueError(f"range of {name}: min {low}, opt {opt}, max {high} do not rise from 1")
+        object.__setattr__(self, "ranges", MappingProxyType(dict(self.ranges)))
+
+    @property
+    def name(self) -> str:
+        """The engine's file name without its folder and ending: what messages call it."""
+        return self.files[0].rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+    def admits(self, **dims: int) -> bool:
+        """Whether every given dimension lies in this engine's range; one that it does not name is fixed elsewhere and passes."""
+        return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in dims.items() if name in self.ranges)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What the pipeline must know of the checkpoint. Sizes in pixels, (height, width)."""
+
+    name: str
+    family: Family
+    prediction_type: PredictionType
+    scaling_factor: float  # latents = (posterior - shift_factor) * scaling_factor
+    shift_factor: float = 0.0
+    latent_channels: int = 4
+    vae_factor: int = 8  # pixels a latent cell
+    size_multiple: int = 64  # pixels: the VAE's factor times what the UNet halves
+    default_size: tuple[int, int] = (512, 512)
+    pad_token: str = "<|endoftext|>"
+    zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
+    license: str = "unknown"  # an SPDX identifier, or the id on the model's card
+
+    def __post_init__(self) -> None:
+        for name in ("scaling_factor", "latent_channels", "vae_factor", "size_multiple"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.size_multiple % self.vae_factor:
+            raise ValueError(f"size_multiple {self.size_multiple} is not a multiple of vae_factor {self.vae_factor}")
+        if any(side < 1 or side % self.size_multiple for side in self.default_size):
+            raise ValueError(f"default_size {self.default_size} is not a multiple of {self.size_multiple}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that a bundle says of itself. `precision` is that of every `<component>/model.onnx`."""
+
+    model: ModelSpec
+    precision: Precision
+    components: Mapping[str, ComponentSpec]
+    files: Mapping[str, FileSpec]  # every file of the bundle but the manifest
+    engines: tuple[EngineSpec, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+    revision: int = REVISION
+
+    def __post_init__(self) -> None:
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("; ".join(faults))
+        for name in ("components", "files", "provenance"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def _faults(self) -> Iterable[str]:
+        for path in (*self.components, *self.files):
+            try:
+                check_path(path)
+            except ValueError as error:
+                yield str(error)
+        yield from _missing_components(self.components)
+        listed = [(f"component {name}", (*spec.files, spec.config)) for name, spec in self.components.items()]
+        listed += [(f"engine {engine.name}", engine.files) for engine in self.engines]
+        for owner, paths in listed:
+            yield from (f"{owner}: {path} is not among the files" for path in paths if path not in self.files)
+        for engine in self.engines:
+            component = self.components.get(engine.component)
+            if component is None:
+                yield f"engine {engine.name}: the bundle has no component {engine.component!r}"
+            elif set(engine.ranges) != set(component.dimensions):
+                asked, named = ", ".join(component.dimensions), ", ".join(engine.ranges)
+                yield f"engine {engine.name}: ranges for {named or 'nothing'}, but {engine.component} has {asked}"
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `folder`/manifest.json. Raises BundleError with every fault, or with the one that keeps it from being read at all."""
+    path = folder / NAME
+    try:
+        document = read_json(path)
+    except FileNotFoundError:
+        raise BundleError(path, ["no such file: not a bundle (sdexport build writes one)"]) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(path, [f"not readable: {error}"]) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BundleError(path, [f"format: {FORMAT!r} belongs here: not the manifest of a bundle"])
+    if document.get("revision") != REVISION:
+        fault = f"revision {document.get('revision')!r}, but this sdruntime reads revision {REVISION}"
+        raise BundleError(path, [f"{fault}: upgrade sdruntime, or export again with the sdexport that goes with it"])
+    faults: list[str] = []
+    manifest = record_from_json(Manifest, document, where="", faults=faults)
+    if faults:
+        raise BundleError(path, faults)
+    assert isinstance(manifest, Manifest)
+    return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder`/manifest.json through a synced file beside it and one rename: the former stays until then."""
+    document = json_from_record(manifest)
+    head = {key: document.pop(key) for key in ("format", "revision")}
+    staged = folder / f".{NAME}.{os.getpid()}"
+    try:
+        with staged.open("w", encoding="utf-8") as file:
+            json.dump(head | document, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(folder / NAME)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
+    for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        if name not in components:
+            yield f"components: {name} is missing"
+
+
+def _refuse_twins(what: str, names: list[str]) -> None:
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise ValueError(f"{what} named twice: {', '.join(twins)}")

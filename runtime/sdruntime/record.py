@@ -1,0 +1,147 @@
+"""Strict JSON, and frozen dataclasses read from it with every fault named.
+
+The reader follows the type hints of a dataclass: str, int, float, bool, Literal, X | None, tuple[X, ...], tuple[X, Y],
+Mapping[str, X] and nested dataclasses. A missing key, an unknown key, a wrong type and a value that the dataclass itself refuses
+are faults; all of them are collected, each under its full path ("engines[2].ranges.batch[1]").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+_WRONG = object()
+_SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_hints = functools.cache(get_type_hints)
+
+
+def json_from_text(text: str) -> Any:
+    """Parse JSON; a key that stands twice, NaN, Infinity and a number beyond float64 raise ValueError."""
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON number")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else constant(digits)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The document in `path`, by the rules of `json_from_text`. Raises OSError or ValueError (also for bytes that are not UTF-8)."""
+    return json_from_text(path.read_text(encoding="utf-8"))
+
+
+def json_from_record(value: Any) -> Any:
+    """Plain lists and dicts from dataclasses, tuples and mappings; keys keep the order of the fields. None fields are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: json_from_record(item) for name, item in fields.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {key: json_from_record(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [json_from_record(item) for item in value]
+    return value
+
+
+def record_from_json(kind: Any, value: Any, *, where: str, faults: list[str]) -> Any:
+    """`value` as the type `kind`. Faults are appended to `faults`; where there were any, what is returned is not to be used."""
+    result = _read(kind, value, where, faults)
+    return None if result is _WRONG else result
+
+
+def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, value, where, faults)
+    if origin is Literal:
+        return value if value in args else _fault(faults, where, f"{value!r} is not one of {', '.join(map(str, args))}")
+    if origin in (Union, types.UnionType):
+        return _read_union(args, value, where, faults)
+    if origin is tuple:
+        return _read_tuple(args, value, where, faults)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            return _fault(faults, where, f"an object belongs here, not {_shown(value)}")
+        items = {key: _read(args[1], item, f"{where}.{key}" if where else key, faults) for key, item in value.items()}
+        return _WRONG if _WRONG in items.values() else items
+    # bool is an int in Python, and an int is a good float in JSON
+    accepted = (int, float) if kind is float else kind
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+        return kind(value)
+    return _fault(faults, where, f"{_SCALARS[kind]} belongs here, not {_shown(value)}")
+
+
+def _read_record(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(value, dict):
+        return _fault(faults, where, f"an object belongs here, not {_shown(value)}")
+    before, hints, prefix = len(faults), _hints(kind), f"{where}." if where else ""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value.keys() - fields.keys():
+        _fault(faults, prefix + key, "unknown key")
+    read = {}
+    for name, field in fields.items():
+        if name in value:
+            read[name] = _read(hints[name], value[name], prefix + name, faults)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            _fault(faults, prefix + name, "missing")
+    if len(faults) > before:
+        return _WRONG
+    try:
+        return kind(**read)
+    except ValueError as error:
+        return _fault(faults, where, str(error))
+
+
+def _read_union(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
+    if value is None and type(None) in args:
+        return None
+    tries = []
+    for kind in args:
+        if kind is not type(None):
+            found: list[str] = []
+            result = _read(kind, value, where, found)
+            if result is not _WRONG and not found:
+                return result
+            tries.append(found)
+    faults.extend(tries[-1])
+    return _WRONG
+
+
+def _read_tuple(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(value, list):
+        return _fault(faults, where, f"a list belongs here, not {_shown(value)}")
+    kinds = (args[0],) * len(value) if args[-1] is Ellipsis else args
+    if len(kinds) != len(value):
+        return _fault(faults, where, f"{len(kinds)} items belong here, not {len(value)}")
+    items = tuple(_read(kind, item, f"{where}[{i}]", faults) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    return _WRONG if any(item is _WRONG for item in items) else items
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _fault(faults: list[str], where: str, what: str) -> Any:
+    faults.append(f"{where or 'the document'}: {what}")
+    return _WRONG
