@@ -10,6 +10,7 @@ A bundle's engines are code: the hashes tell a damaged file, not an evil one. Op
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -30,6 +31,7 @@ from sdruntime.record import json_from_text
 ENGINES = "engines"
 _KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
 _CHUNK = 1 << 24
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,55 +80,45 @@ class Bundle:
         ]
 
     def add_engine(self, engine: EngineSpec, built: Mapping[str, Path]) -> Bundle:
-        """The bundle with `engine`, its files moved in from `built` (path in the bundle -> built file on the same disk).
+        """The bundle with `engine`, its files moved in from `built` (new path in the bundle -> built file on the same disk).
 
-        An engine of the same name is replaced. Killed at any point, the former bundle is still valid: files that no manifest lists
-        are debris, and are removed here.
+        Killed at any point, the former bundle is still valid: files that no manifest lists are debris, and are removed here.
         """
         (self.folder / ENGINES).mkdir(exist_ok=True)
-        others = tuple(other for other in self.manifest.engines if other.name != engine.name)
-        kept = {path for other in others for path in other.files}
-        files = {path: spec for path, spec in self.manifest.files.items() if not path.startswith(f"{ENGINES}/") or path in kept}
+        files = dict(self.manifest.files)
         for path, source in built.items():
+            if path in files:
+                raise BundleError(self.folder, [f"{path}: a new engine may not take the place of a listed file"])
             files[path] = file_spec(source)
             source.replace(self.folder / path)
         _sync(self.folder / ENGINES)
-        manifest = dataclasses.replace(self.manifest, engines=(*others, engine), files=files)
+        manifest = dataclasses.replace(self.manifest, engines=(*self.manifest.engines, engine), files=files)
         save_manifest(self.folder, manifest)
-        self._sweep(manifest)
-        return Bundle(self.folder, manifest)
-
-    def _sweep(self, manifest: Manifest) -> None:
         for path in (self.folder / ENGINES).iterdir():
-            if path.is_file() and f"{ENGINES}/{path.name}" not in manifest.files:
+            if path.is_file() and f"{ENGINES}/{path.name}" not in files:
                 path.unlink()
+        return Bundle(self.folder, manifest)
 
 
 @contextlib.contextmanager
 def staging(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place` that becomes `place` at the end of the block; what stood there goes after that.
+    """An empty folder beside `place` that becomes `place` at the end of the block; what stood there is removed after that.
 
-    On an error or Ctrl-C the folder is removed and `place` is as it was. Raises OutOfSpace when the disk is full.
+    On an error or Ctrl-C the folder goes and `place` is as it was. Raises OutOfSpace when the disk is full.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{place.name}.staged-", dir=place.parent))
-    former = staged.with_name(staged.name.replace(".staged-", ".former-"))
     try:
         with disk_full_as_error(place.parent):
             yield staged
             staged.chmod(0o755)
         if place.exists():
-            place.rename(former)
-        try:
+            _exchange(staged, place)
+        else:
             staged.rename(place)
-        except BaseException:
-            if former.exists():
-                former.rename(place)
-            raise
         _sync(place.parent)
     finally:
-        for left in (staged, former):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -139,6 +131,21 @@ def disk_full_as_error(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise OutOfSpace(f"{folder}: the disk is full ({free:,} bytes are free): free some space, or write elsewhere") from error
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step where the system can (Linux, renameat2), else in the two that leave the shortest gap."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return
+    aside = new.with_name(new.name + ".former")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def write_bundle(folder: Path, manifest: Manifest) -> Manifest:

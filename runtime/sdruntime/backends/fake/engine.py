@@ -1,0 +1,55 @@
+"""File -> Engine, for the fake backend: outputs of the right types and shapes, all of one value, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import numpy as np
+
+from sdruntime.backends.fake.build import TARGETS, VERSION
+from sdruntime.bundle import Bundle
+from sdruntime.engine import Array, EngineOptions, Library, check_feeds
+from sdruntime.manifest import ComponentSpec, EngineSpec
+
+
+class FakeEngine:
+    """Remembers its calls; the outputs are views of one array for each shape, and read-only."""
+
+    def __init__(self, spec: EngineSpec, component: ComponentSpec, *, fill: float, factor: int) -> None:
+        self.spec = spec
+        self.calls: list[dict[str, int]] = []
+        self._component, self._fill, self._factor = component, fill, factor
+        self._made: dict[tuple[int, ...], dict[str, Array]] = {}
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        dims = check_feeds(self._component, self.spec, feeds)
+        self.calls.append(dims)
+        key = tuple(dims.values())
+        if key not in self._made:
+            self._made[key] = {tensor.name: self._output(tensor.shape, tensor.dtype, dims) for tensor in self._component.outputs}
+        return self._made[key]
+
+    def _output(self, shape: tuple[int | str, ...], dtype: str, dims: Mapping[str, int]) -> Array:
+        larger = {f"image_{name}": size * self._factor for name, size in dims.items()}
+        smaller = {f"latent_{name}": size // self._factor for name, size in dims.items()}
+        known = {**dims, **larger, **smaller}
+        return np.broadcast_to(np.asarray(self._fill, dtype), [known[dim] if isinstance(dim, str) else dim for dim in shape])
+
+    def close(self) -> None:
+        self._made.clear()
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def here() -> Library:
+    return Library(version=VERSION, targets=TARGETS)
+
+
+def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions) -> FakeEngine:
+    fill = bundle.read_json(spec.files[0])["fill"]
+    return FakeEngine(spec, bundle.manifest.components[spec.component], fill=fill, factor=bundle.manifest.model.vae_factor)

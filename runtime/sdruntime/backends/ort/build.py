@@ -1,0 +1,64 @@
+"""ONNX -> file, for ONNX Runtime: the graph as its optimiser leaves it, saved once, so that opening it is quick.
+
+The graph is optimised at the "extended" level: what the highest level adds depends on the very processor and is done when the
+engine is opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdruntime.bundle import Bundle
+from sdruntime.engine import Built, EngineRequest
+from sdruntime.errors import DeviceMissing, LibraryMissing, SdruntimeError
+
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
+INSTALL = 'pip install "sdruntime[onnxruntime]"'
+_EMBEDDED = 1024  # bytes: smaller tensors stay in the model file
+
+
+def library() -> Any:
+    """The module onnxruntime. Raises LibraryMissing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise LibraryMissing(f"ONNX Runtime cannot be imported ({error}): {INSTALL}, or [onnxruntime-gpu] for CUDA") from error
+    return onnxruntime
+
+
+def targets(ort: Any) -> tuple[str, ...]:
+    """What this ONNX Runtime can run on: "cuda" (where it is built in), "cpu"."""
+    available = ort.get_available_providers()
+    return tuple(target for target, provider in PROVIDERS.items() if provider in available)
+
+
+def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Built:
+    """Write `stem`.onnx and, where it has larger tensors, `stem`.onnx.data into `folder`."""
+    ort = library()
+    if request.target not in targets(ort):
+        raise DeviceMissing(
+            f"target {request.target!r}: this onnxruntime {ort.__version__} has {', '.join(targets(ort))}"
+            + (': pip install "sdruntime[onnxruntime-gpu]"' if request.target == "cuda" else "")
+        )
+    component = bundle.manifest.components[request.component]
+    for path in component.files:
+        bundle.read(path)  # the hash of what is about to be parsed
+    model, data = folder / f"{request.stem}.onnx", folder / f"{request.stem}.onnx.data"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(model)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_EMBEDDED))
+    options.add_session_config_entry("session.disable_prepacking", "1")  # this session only saves
+    try:
+        ort.InferenceSession(str(bundle.folder / component.onnx), options, providers=_providers(request.target))
+    except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+        raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
+    files = (model, data) if data.exists() else (model,)
+    return Built(files=files, version=ort.__version__, precision=bundle.manifest.precision)
+
+
+def _providers(target: str) -> list[str]:
+    return [PROVIDERS[target]] if target == "cpu" else [PROVIDERS[target], PROVIDERS["cpu"]]

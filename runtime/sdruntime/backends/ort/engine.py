@@ -1,0 +1,115 @@
+"""File -> Engine, for ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sdruntime.backends.ort.build import PROVIDERS, library, targets
+from sdruntime.backends.ort.external import ExternalTensor, external_tensors
+from sdruntime.bundle import Bundle
+from sdruntime.engine import Array, EngineOptions, Library, check_feeds
+from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
+from sdruntime.manifest import ComponentSpec, EngineSpec
+
+
+class OrtEngine:
+    """A session. Inputs are read where they lie; an output whose shape follows from the inputs is written into its array."""
+
+    def __init__(self, spec: EngineSpec, component: ComponentSpec, session: Any, weights: list[Any]) -> None:
+        self.spec = spec
+        self._component, self._session, self._weights = component, session, weights
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        dims = check_feeds(self._component, self.spec, feeds)
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        outputs: dict[str, Array] = {}
+        for tensor in self._component.outputs:
+            shape = [dims.get(dim) if isinstance(dim, str) else dim for dim in tensor.shape]
+            if None in shape:  # ONNX Runtime allocates it
+                binding.bind_output(tensor.name)
+                continue
+            out = outputs[tensor.name] = np.empty(shape, tensor.dtype)  # type: ignore[arg-type]
+            binding.bind_output(tensor.name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+            raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error
+        for tensor, value in zip(self._component.outputs, binding.get_outputs(), strict=True):
+            if tensor.name not in outputs:
+                outputs[tensor.name] = value.numpy()
+        return outputs
+
+    def close(self) -> None:
+        self._session, self._weights = None, []
+
+    def __enter__(self) -> OrtEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def here() -> Library:
+    try:
+        ort = library()
+    except LibraryMissing as error:
+        return Library(missing=str(error))
+    return Library(version=ort.__version__, targets=targets(ort))
+
+
+def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions) -> OrtEngine:
+    """Open the engine from memory that was hashed; ONNX Runtime itself opens no file.
+
+    Raises BundleError, EngineError and DeviceMissing.
+    """
+    ort = library()
+    model = bundle.read(spec.files[0])
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 3
+    session_options.intra_op_num_threads = options.threads
+    for key, value in options.session.items():
+        session_options.add_session_config_entry(key, value)
+    try:
+        tensors = external_tensors(model)
+    except ValueError as error:
+        raise BundleError(bundle.folder, [f"{spec.files[0]}: {error}"]) from error
+    weights = _weights(bundle, spec, tensors)
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    session_options.add_external_initializers(list(weights), values)
+    providers: list[Any] = [PROVIDERS["cpu"]]
+    if spec.target == "cuda":
+        providers.insert(0, (PROVIDERS["cuda"], {"device_id": str(options.device)}))
+    try:
+        session = ort.InferenceSession(bytes(model), session_options, providers=providers)
+    except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+        raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
+    if spec.target == "cuda" and PROVIDERS["cuda"] not in session.get_providers():
+        raise DeviceMissing(
+            f"engine {spec.name}: ONNX Runtime could not use CUDA device {options.device} (see `sdruntime doctor`)"
+        )
+    return OrtEngine(spec, bundle.manifest.components[spec.component], session, values)
+
+
+def _weights(bundle: Bundle, spec: EngineSpec, tensors: list[ExternalTensor]) -> dict[str, Array]:
+    """The external tensors as arrays over the mapped, hashed files that the manifest lists for this engine."""
+    listed = {path.rsplit("/", 1)[-1]: path for path in spec.files[1:]}
+    unlisted = sorted({tensor.location for tensor in tensors} - listed.keys())
+    if unlisted:
+        raise BundleError(
+            bundle.folder, [f"{spec.files[0]}: refers to {name!r}, which the manifest does not list" for name in unlisted]
+        )
+    mapped = {name: bundle.read(path) for name, path in listed.items()}
+    arrays = {}
+    for tensor in tensors:
+        data = mapped[tensor.location][tensor.offset : tensor.offset + tensor.length]
+        if len(data) != tensor.length:
+            raise BundleError(bundle.folder, [f"{spec.files[0]}: tensor {tensor.name} lies beyond the end of {tensor.location}"])
+        array = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
+        arrays[tensor.name] = array if array.flags.aligned else array.copy()
+    return arrays
