@@ -94,9 +94,9 @@ class Bundle:
         _sync(self.folder / ENGINES)
         manifest = dataclasses.replace(self.manifest, engines=(*self.manifest.engines, engine), files=files)
         save_manifest(self.folder, manifest)
-        for path in (self.folder / ENGINES).iterdir():
-            if path.is_file() and f"{ENGINES}/{path.name}" not in files:
-                path.unlink()
+        for found in (self.folder / ENGINES).iterdir():
+            if found.is_file() and f"{ENGINES}/{found.name}" not in files:
+                found.unlink()
         return Bundle(self.folder, manifest)
 
 
