@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from sdruntime.errors import BundleError, OutOfSpace
-from sdruntime.manifest import NAME, EngineSpec, FileSpec, Manifest, load_manifest, save_manifest
+from sdruntime.manifest import (
+    NAME,
+    ComponentSpec,
+    EngineSpec,
+    FileSpec,
+    Manifest,
+    ModelSpec,
+    Precision,
+    load_manifest,
+    save_manifest,
+)
 from sdruntime.record import json_from_text
 
 ENGINES = "engines"
@@ -148,10 +158,21 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
-def write_bundle(folder: Path, manifest: Manifest) -> Manifest:
-    """Add every regular file under `folder` to the manifest's `files`, with size and hash, and write it there."""
+def write_bundle(
+    folder: Path,
+    *,
+    model: ModelSpec,
+    precision: Precision,
+    components: Mapping[str, ComponentSpec],
+    provenance: Mapping[str, Any],
+) -> Manifest:
+    """Write the manifest of the bundle whose files lie in `folder`: each is synced, sized and hashed. Raises BundleError."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
-    manifest = dataclasses.replace(manifest, files={path.relative_to(folder).as_posix(): file_spec(path) for path in paths})
+    files = {path.relative_to(folder).as_posix(): file_spec(path) for path in paths}
+    try:
+        manifest = Manifest(model=model, precision=precision, components=components, files=files, provenance=provenance)
+    except ValueError as error:
+        raise BundleError(folder, str(error).split("; ")) from error
     save_manifest(folder, manifest)
     return manifest
 

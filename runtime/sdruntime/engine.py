@@ -104,3 +104,20 @@ def check_feeds(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, 
         takes = ", ".join(f"{name} {low} to {high}" for name, (low, _, high) in spec.ranges.items())
         raise EngineError(f"engine {spec.name}: {asked}, but it was built for {takes}")
     return dims
+
+
+def call_rows(engine: Engine, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Call `engine` with any number of rows along `batch`, the first axis of every tensor: split to what it takes at most, padded
+    with copies of the last row to what it takes at least. The outputs have the rows of `feeds`."""
+    low, _, high = engine.spec.ranges["batch"]
+    rows = len(next(iter(feeds.values())))
+    if low <= rows <= high:
+        return engine(feeds)
+    parts = []
+    for start in range(0, rows, high):
+        piece = {name: array[start : start + high] for name, array in feeds.items()}
+        size = min(high, rows - start)
+        if size < low:
+            piece = {name: np.concatenate([array, np.repeat(array[-1:], low - size, axis=0)]) for name, array in piece.items()}
+        parts.append({name: array[:size] for name, array in engine(piece).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
