@@ -1,0 +1,312 @@
+"""The command line of sdruntime: the only file of the package that prints or picks an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdruntime import __version__
+from sdruntime.errors import SdruntimeError, SettingError
+
+SCHEMA = 1  # of every --json document
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 ok, 1 failed, 2 usage, 3 environment, 5 bundle or engine does not fit, 130 interrupted."""
+    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        note("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
+        return 128 + signal.SIGPIPE
+    except SdruntimeError as error:
+        note(f"error: {error}")
+        return error.exit_code
+    except MemoryError:
+        note("error: out of memory: ask for a smaller size or count, or build engines for a smaller batch")
+        return 3
+    except OSError as error:
+        note(f"error: {error}")
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="sdruntime", description="Stable Diffusion on the device: pictures from a bundle.")
+    top.add_argument("--version", action="version", version=f"sdruntime {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], what: str, *, bundle: bool = True
+    ) -> argparse.ArgumentParser:
+        each = commands.add_parser(name, help=what, description=what)
+        each.set_defaults(run=run)
+        if bundle:
+            each.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that sdexport build wrote")
+        each.add_argument("--json", action="store_true", help="print one JSON document")
+        return each
+
+    each = command("build", build, "build engines from a bundle's ONNX, on and for this machine")
+    each.add_argument("--backend", required=True, help="onnxruntime, …")
+    each.add_argument("--target", help="cpu, cuda; the best of this machine where left out")
+    each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, or MIN:OPT:MAX")
+    each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, or MIN:OPT:MAX")
+    each.add_argument("--component", action="append", dest="components", help="only this component (may be repeated)")
+
+    each = command("generate", generate, "make pictures")
+    each.add_argument("prompt", nargs="+", metavar="PROMPT")
+    each.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png", help="several pictures: FILE-SEED.png")
+    each.add_argument("--negative", metavar="PROMPT", help="what should not be there")
+    each.add_argument("--image", type=Path, metavar="FILE.png", help="begin from this picture")
+    each.add_argument("--strength", type=float, default=0.8, help="how much of --image is redrawn, 0 to 1 (0.8)")
+    each.add_argument("--steps", type=int, default=20, help="(20)")
+    each.add_argument("--guidance", type=float, default=7.5, help="(7.5); 1 or less leaves the negative prompt out")
+    each.add_argument("--rescale", type=float, default=0.0, help="guidance rescale, 0 to 1 (0)")
+    each.add_argument("--seed", type=int, help="of the first picture; each further one has the next (random)")
+    each.add_argument("--size", metavar="WxH", help="in pixels (the model's own)")
+    each.add_argument("--count", type=int, default=1, help="pictures for each prompt (1)")
+    each.add_argument("--backend", default="auto", help="(auto)")
+    each.add_argument("--device", type=int, default=0, help="which GPU (0)")
+    each.add_argument("--threads", type=int, default=0, help="of the CPU (0: the library decides)")
+    sampling(each)
+
+    each = command("table", table, "print the coefficients of a sampler as JSON", bundle=False)
+    each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    each.add_argument("--config", type=Path, metavar="scheduler_config.json", help="in place of a bundle")
+    each.add_argument("--steps", type=int, default=20, help="(20)")
+    each.add_argument("--strength", type=float, help="of an image-to-image start")
+    sampling(each)
+
+    command("samplers", samplers, "the samplers, by every name that they answer to", bundle=False)
+    command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine").add_argument(
+        "--check", action="store_true", help="read every file and check its hash"
+    )
+    command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
+    return top
+
+
+def sampling(each: argparse.ArgumentParser) -> None:
+    each.add_argument("--sampler", help="a name of `sdruntime samplers` (the checkpoint's own)")
+    each.add_argument("--schedule", help="karras, exponential, beta, … (the checkpoint's own)")
+    each.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampler, such as eta=0.5"
+    )
+
+
+def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
+    """KEY=VALUE pairs, each VALUE read as JSON where it is, else as text."""
+    found = {}
+    for pair in options.option:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise SettingError(f"--option {pair!r}: KEY=VALUE is the form, such as eta=0.5")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def build(options: argparse.Namespace) -> None:
+    from sdruntime.build import build_engines
+
+    done, begun = [], time.monotonic()
+    for event in build_engines(
+        options.bundle,
+        backend_name=options.backend,
+        target=options.target,
+        size=options.size,
+        batch=options.batch,
+        components=options.components,
+    ):
+        if event.state == "begin":
+            note(f"building {event.engine}")
+            continue
+        done.append({"component": event.component, "engine": event.engine, "state": event.state, "bytes": event.size})
+        if not options.json:
+            print(f"{event.engine}: {'there already' if event.state == 'present' else f'{event.size:,} bytes'}")
+    if options.json:
+        document(engines=done, seconds=round(time.monotonic() - begun, 3))
+
+
+def generate(options: argparse.Namespace) -> None:
+    from sdruntime.build import parse_size
+    from sdruntime.engine import EngineOptions
+    from sdruntime.image import read_png, write_png
+    from sdruntime.pipeline import Pipeline
+
+    if options.output.suffix.lower() != ".png":
+        raise SettingError(f"--output {options.output}: pictures are written as .png")
+    settings = {
+        "count": options.count,
+        "seed": options.seed,
+        "negative": options.negative,
+        "steps": options.steps,
+        "sampler": options.sampler,
+        "schedule": options.schedule,
+        "guidance": options.guidance,
+        "rescale": options.rescale,
+        "size": parse_size(options.size) if options.size else None,
+        "image": read_png(options.image) if options.image else None,
+        "strength": options.strength,
+        "options": sampler_options(options),
+    }
+    engine_options = EngineOptions(device=options.device, threads=options.threads)
+    with Pipeline.open(options.bundle, backend=options.backend, options=engine_options) as pipe:
+        stream = pipe.stream(options.prompt, **settings)
+        for state in stream:
+            progress(state.step, state.steps)
+        result = stream.result
+    written = []
+    for picture in result.pictures:
+        path = options.output
+        if len(result.pictures) > 1:
+            path = path.with_name(f"{path.stem}-{picture.request.seed}{path.suffix}")
+        write_png(path, picture.image, text=picture.text())
+        written.append({"file": str(path), "seed": picture.request.seed, "prompt": picture.request.prompt, "cut": picture.cut})
+        if not options.json:
+            print(path)
+    if options.json:
+        document(pictures=written)
+
+
+def table(options: argparse.Namespace) -> None:
+    from sdruntime.bundle import Bundle
+    from sdruntime.record import read_json
+    from sdruntime.table import compile_table
+
+    if (options.bundle is None) == (options.config is None):
+        raise SettingError("table: give a BUNDLE or --config scheduler_config.json, and not both")
+    if options.config is not None:
+        try:
+            config = read_json(options.config)
+        except (OSError, ValueError) as error:
+            raise SettingError(f"--config {options.config}: {error}") from error
+    else:
+        config = Bundle.open(options.bundle).read_json("scheduler/scheduler_config.json")
+    made = compile_table(
+        config,
+        steps=options.steps,
+        sampler=options.sampler,
+        schedule=options.schedule,
+        strength=options.strength,
+        **sampler_options(options),
+    )
+    if options.json:
+        document(table=made.to_json())
+        return
+    print("step        t      scale   coefficients of x | model outputs | noises")
+    for row in range(made.steps):
+        parts = [" ".join(f"{value:+.6g}" for value in part[row] if value) for part in (made.X, made.M, made.N)]
+        print(f"{row:4d} {made.t[row]:8.2f} {made.scale[row]:10.6f}   {' | '.join(parts)}")
+
+
+def samplers(options: argparse.Namespace) -> None:
+    from sdruntime.samplers import SAMPLERS
+
+    rows = [
+        {"name": name, "diffusers": list(each.classes), "aliases": list(each.aliases), "about": each.about}
+        for name, each in SAMPLERS.items()
+    ]
+    if options.json:
+        document(samplers=rows)
+        return
+    for row in rows:
+        print(f"{row['name']:<16}{row['about']}")
+        print(f"{'':16}also {', '.join([*row['diffusers'], *row['aliases']])}")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from sdruntime.bundle import Bundle
+    from sdruntime.choose import Machine, misfit
+    from sdruntime.errors import BundleError
+    from sdruntime.record import json_from_record
+
+    bundle, machine = Bundle.open(options.bundle), Machine.here()
+    if options.check and (faults := bundle.changed_files()):
+        raise BundleError(bundle.folder, faults)
+    manifest = bundle.manifest
+    fits = {engine.name: misfit(engine, machine) for engine in manifest.engines}
+    if options.json:
+        document(manifest=json_from_record(manifest), misfits=fits)
+        return
+    model = manifest.model
+    print(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
+    print(f"pictures of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.size_multiple}")
+    print(f"{len(manifest.files)} files, {sum(spec.size for spec in manifest.files.values()):,} bytes")
+    for name, component in manifest.components.items():
+        print(f"{name:<16}{sum(manifest.files[path].size for path in component.files):>16,} bytes of ONNX")
+        for engine in manifest.engines:
+            if engine.component == name:
+                print(f"  {engine.name}: {'fits this machine' if fits[engine.name] is None else fits[engine.name]}")
+    if not manifest.engines:
+        print(f"no engines yet: sdruntime build {options.bundle} --backend onnxruntime")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from sdruntime.choose import Machine
+
+    machine = Machine.here()
+    libraries = {name: library for name, library in machine.libraries.items() if name != "fake"}
+    if options.json:
+        document(
+            sdruntime=__version__,
+            python=platform.python_version(),
+            numpy=np.__version__,
+            libraries={
+                name: {"version": each.version, "targets": list(each.targets), "missing": each.missing}
+                for name, each in libraries.items()
+            },
+            devices=[{"name": each.name, "capability": list(each.capability), "memory": each.memory} for each in machine.devices],
+        )
+        return
+    print(f"sdruntime {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.machine()}")
+    for device in machine.devices:
+        print(
+            f"GPU: {device.name}, compute capability {device.capability[0]}.{device.capability[1]}, {device.memory >> 20:,} MiB"
+        )
+    if not machine.devices:
+        print("GPU: none (no NVIDIA driver, or it sees no device)")
+    for name, library in libraries.items():
+        print(
+            f"{name} {library.version}: builds and runs {', '.join(library.targets)}"
+            if library.version
+            else f"{name}: {library.missing}"
+        )
+
+
+def document(**fields: Any) -> None:
+    json.dump({"schema": SCHEMA, **fields}, sys.stdout, indent=1, allow_nan=False)
+    print()
+
+
+def note(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def progress(step: int, steps: int) -> None:
+    """One line that is written over, where a person looks on."""
+    if sys.stderr.isatty():
+        print(f"\rstep {step} of {steps}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

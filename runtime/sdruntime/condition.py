@@ -1,0 +1,64 @@
+"""Text -> what the UNet is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdruntime.bundle import Bundle
+from sdruntime.engine import Array, Engine, call_rows
+from sdruntime.prompt import Tokens, tokenize
+from sdruntime.tokenizer import Tokenizer
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """One text, encoded. `hidden` float32 [S, D]; `pooled` float32 [P] for SDXL. `cut`: the text that did not fit."""
+
+    hidden: Array
+    pooled: Array | None = None
+    cut: str = ""
+
+    def zeros(self) -> Condition:
+        """What some checkpoints condition on in place of an absent negative prompt."""
+        pooled = None if self.pooled is None else np.zeros_like(self.pooled)
+        return Condition(hidden=np.zeros_like(self.hidden), pooled=pooled)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioner:
+    """The tokenizers of a bundle, by the text encoder that each one feeds."""
+
+    tokenizers: Mapping[str, Tokenizer]
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> Conditioner:
+        """Raises BundleError, naming every fault of the tokenizer's files."""
+        found = {}
+        for encoder, folder in TOKENIZERS.items():
+            if encoder in bundle.manifest.components:
+                for path in bundle.manifest.files:
+                    if path.startswith(f"{folder}/"):
+                        bundle.read(path)  # its hash
+                found[encoder] = Tokenizer.open(bundle.folder / folder)
+        return cls(found)
+
+    def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
+        """Encode each different text once. `engine` gives the open engine of a text encoder."""
+        texts = list(dict.fromkeys(texts))
+        tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
+        outputs = [call_rows(engine(encoder), {"input_ids": _ids(found)}) for encoder, found in tokens.items()]
+        cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]
+        if len(outputs) == 1 and "last_hidden_state" in outputs[0]:
+            hidden, pooled = outputs[0]["last_hidden_state"], [None] * len(texts)
+        else:  # SDXL: the second-to-last layers of both encoders side by side, the pooled text of the last
+            hidden, pooled = np.concatenate([out["hidden_states"] for out in outputs], axis=-1), outputs[-1]["text_embeds"]
+        return {text: Condition(hidden=hidden[k], pooled=pooled[k], cut=cuts[k]) for k, text in enumerate(texts)}
+
+
+def _ids(tokens: Iterable[Tokens]) -> Array:
+    return np.stack([each.ids for each in tokens])

@@ -1,0 +1,101 @@
+"""Many jobs, each at its own step of its own table, in one UNet call.
+
+A row of a table is data and the UNet takes a timestep for each sample, so jobs need nothing in common but the shape of their
+latents. A single picture is a set of one job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdruntime.condition import Condition
+from sdruntime.engine import Array, Engine, call_rows
+from sdruntime.guidance import combine, rescale
+from sdruntime.table import Run
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One picture on its way. `run.x` float32 [C, h, w] is the latents: between steps a caller may read and edit it.
+
+    `negative` None: no guidance, and one row in a call in place of two. Set `stopped` to leave the job as it is.
+    """
+
+    run: Run
+    condition: Condition
+    negative: Condition | None = None
+    guidance: float = 1.0
+    rescale: float = 0.0
+    time_ids: Array | None = None  # float32 [6], SDXL
+    stopped: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or self.run.done
+
+
+def denoise(jobs: Sequence[Job], unet: Callable[[Job], Engine]) -> Iterator[None]:
+    """Advance every job that is not done by one model call, and yield; until all are done.
+
+    `unet` gives the engine for a job's latents. Jobs of one shape and one text length go into one call, as far as the engine's
+    batch admits; within it the unconditional rows come first.
+    """
+    calls: list[Call] = []
+    members: list[Job] = []
+    while active := [job for job in jobs if not job.done]:
+        if active != members:
+            members, calls = active, [Call(group, unet(group[0])) for group in grouped(active)]
+        for call in calls:
+            call.advance()
+        yield
+
+
+def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: dict[tuple[tuple[int, ...], ...], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.run.x.shape, job.condition.hidden.shape), []).append(job)
+    return list(groups.values())
+
+
+class Call:
+    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call."""
+
+    def __init__(self, jobs: Sequence[Job], engine: Engine) -> None:
+        self._engine = engine
+        guided = [job for job in jobs if job.negative is not None]
+        self._first = len(guided)  # conditional row
+        unconditional = iter(range(self._first))
+        self._jobs = [
+            (job, self._first + k, next(unconditional) if job.negative is not None else None) for k, job in enumerate(jobs)
+        ]
+        conditions = [job.negative for job in guided if job.negative is not None] + [job.condition for job in jobs]
+        rows = len(conditions)
+        self._sample = np.empty((rows, *jobs[0].run.x.shape), np.float32)
+        self._timestep = np.empty(rows, np.float32)
+        self._feeds: dict[str, Array] = {
+            "sample": self._sample,
+            "timestep": self._timestep,
+            "encoder_hidden_states": np.stack([condition.hidden for condition in conditions]),
+        }
+        if jobs[0].time_ids is not None:
+            self._feeds["text_embeds"] = np.stack([condition.pooled for condition in conditions])  # type: ignore[arg-type]
+            self._feeds["time_ids"] = np.stack([job.time_ids for job in (*guided, *jobs)])  # type: ignore[arg-type]
+
+    def advance(self) -> None:
+        for job, row, unconditional in self._jobs:
+            job.run.model_input(out=self._sample[row])
+            self._timestep[row] = job.run.t
+            if unconditional is not None:
+                self._sample[unconditional] = self._sample[row]
+                self._timestep[unconditional] = job.run.t
+        output = call_rows(self._engine, self._feeds)["out_sample"]
+        for job, row, unconditional in self._jobs:
+            model = output[row]
+            if unconditional is not None:
+                model = combine(output[unconditional], output[row], job.guidance)
+                if job.rescale:
+                    model = rescale(model[None], output[row][None], job.rescale)[0]
+            job.run.advance(model)

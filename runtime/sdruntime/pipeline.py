@@ -1,0 +1,288 @@
+"""Prompt -> tokens -> text encoder -> denoise -> VAE -> picture."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sdruntime import latent
+from sdruntime.backends import backend as backend_module
+from sdruntime.bundle import Bundle
+from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
+from sdruntime.condition import Condition, Conditioner
+from sdruntime.denoise import Job, denoise
+from sdruntime.engine import Array, Engine, EngineOptions
+from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.image import from_uint8, parameters, png_text, to_uint8
+from sdruntime.manifest import ModelSpec
+from sdruntime.noise import NoiseStream
+from sdruntime.request import Request, requests
+from sdruntime.table import Run, Table, compile_table
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One finished picture: uint8 [height, width, 3], what was asked, and what of its prompts did not fit the text encoder."""
+
+    image: Array
+    request: Request
+    model: str
+    cut: str = ""
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    def text(self) -> dict[str, str]:
+        """The text keys for a PNG: the settings as other tools read them, and the mark of a machine-made picture."""
+        asked, (height, width) = self.request, self.image.shape[:2]
+        return png_text(
+            parameters(
+                prompt=asked.prompt,
+                negative=asked.negative or "",
+                steps=asked.steps,
+                sampler=" ".join(name for name in (asked.sampler or "default", asked.schedule) if name),
+                guidance=asked.guidance,
+                seed=asked.seed,
+                size=(width, height),
+                model=self.model,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Finished pictures, in the order in which they were asked for."""
+
+    pictures: tuple[Picture, ...]
+
+    @property
+    def images(self) -> list[Array]:
+        """uint8 [height, width, 3] each."""
+        return [picture.image for picture in self.pictures]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [picture.seed for picture in self.pictures]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Between two model calls.
+
+    `jobs[k].run.x`, the latents of picture k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
+    """
+
+    step: int  # model calls so far
+    steps: int  # model calls of the longest job
+    jobs: tuple[Job, ...]
+
+
+class Stream:
+    """The pictures on their way: iterate for a State after each model call, then take `result`.
+
+    Leaving the loop early is a way to stop: `result` is then made of the latents as they are.
+    """
+
+    def __init__(
+        self, pipe: Pipeline, asked: Sequence[Request], jobs: Sequence[Job], conditions: Mapping[str, Condition]
+    ) -> None:
+        self.jobs = tuple(jobs)
+        self._pipe, self._asked, self._conditions = pipe, asked, conditions
+        self._states = self._walk()
+
+    def __iter__(self) -> Iterator[State]:
+        return self._states
+
+    def _walk(self) -> Iterator[State]:
+        steps = max(job.run.steps for job in self.jobs)
+        for step, _ in enumerate(denoise(self.jobs, self._pipe.unet_for), start=1):
+            yield State(step=step, steps=steps, jobs=self.jobs)
+
+    @functools.cached_property
+    def result(self) -> Result:
+        decoded = self._pipe.decode([job.run.x for job in self.jobs])
+        model = self._pipe.model.name
+        pictures = [
+            Picture(image=to_uint8(image), request=request, model=model, cut=self._cut(request))
+            for image, request in zip(decoded, self._asked, strict=True)
+        ]
+        return Result(pictures=tuple(pictures))
+
+    def _cut(self, request: Request) -> str:
+        return self._conditions[request.prompt].cut
+
+
+class Pipeline:
+    """A bundle, ready to draw. `open` reads and chooses; entering the context opens the engines, leaving it releases them.
+
+        with Pipeline.open("bundle") as pipe:
+            picture = pipe("a small red circle on the left on a blue background", seed=7).images[0]
+
+    `options` say how engines are opened (device, threads, the library's own settings).
+    """
+
+    def __init__(self, bundle: Bundle, *, backend: str, options: EngineOptions) -> None:
+        self.bundle, self.model = bundle, bundle.manifest.model
+        self._backend, self._options = backend, options
+        self._machine = Machine.here()
+        self._conditioner = Conditioner.open(bundle)
+        self._schedule = bundle.read_json(SCHEDULER)
+        self._engines: dict[str, Engine] | None = None
+        self._stack = contextlib.ExitStack()
+        # a bundle that cannot run here is told of before anything is opened
+        self._chosen = [
+            choose_engine(bundle.manifest, name, self._machine, name=backend)
+            for name in bundle.manifest.components
+            if name != "vae_encoder"  # opened when the first picture comes in
+        ]
+
+    @classmethod
+    def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
+        """Raises BundleError for a damaged bundle, EngineError where no engine fits this machine, UnknownName for a backend."""
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
+        return cls(bundle, backend=backend, options=options or EngineOptions())
+
+    def __enter__(self) -> Pipeline:
+        warn_if_slow(self._chosen, self._machine)
+        self._engines = {}
+        try:
+            for spec in self._chosen:
+                self.engine(spec.component)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engines = None
+        self._stack.close()
+
+    def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
+        """Draw. `settings` are those of `Request`, and `count`: pictures for each prompt. Picture k has the seed `seed` + k.
+
+        Raises SettingError for a setting out of range, EngineError for a size that no engine takes.
+        """
+        stream = self.stream(prompt, **settings)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Stream:
+        """The same as a loop that the caller owns: a State after each model call, to show, to edit, to stop."""
+        asked = requests(prompt, **settings)
+        shapes = [self._latent_shape(request) for request in asked]
+        tables = [self._table(request) for request in asked]
+        for _, height, width in set(shapes):
+            self.engine("unet", height=height, width=width)
+            self.engine("vae_decoder", height=height, width=width)
+        conditions = self._conditions(asked)
+        jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
+        return Stream(self, asked, jobs, conditions)
+
+    def engine(self, component: str, **dims: int) -> Engine:
+        """The open engine of a component that admits `dims`, opened now if need be. Raises EngineError, SdruntimeError."""
+        if self._engines is None:
+            raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
+        for engine in self._engines.values():
+            if engine.spec.component == component and engine.spec.admits(**dims):
+                return engine
+        spec = choose_engine(self.bundle.manifest, component, self._machine, name=self._backend, **dims)
+        opened = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options)
+        self._engines[spec.name] = self._stack.enter_context(opened)
+        return self._engines[spec.name]
+
+    def unet_for(self, job: Job) -> Engine:
+        _, height, width = job.run.x.shape
+        return self.engine("unet", height=height, width=width, sequence=len(job.condition.hidden))
+
+    def decode(self, latents: Sequence[Array]) -> list[Array]:
+        """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together."""
+        decoded: dict[int, Array] = {}
+        for shape in dict.fromkeys(x.shape for x in latents):
+            where = [k for k, x in enumerate(latents) if x.shape == shape]
+            engine = self.engine("vae_decoder", height=shape[1], width=shape[2])
+            decoded |= zip(where, latent.decode(np.stack([latents[k] for k in where]), engine, self.model), strict=True)
+        return [decoded[k] for k in range(len(latents))]
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        width, height = request.size or self.model.default_size[::-1]
+        if request.image is not None:
+            height, width = request.image.shape[:2]
+            if request.size not in (None, (width, height)):
+                raise SettingError(
+                    f"size {request.size} beside an image of {width}x{height}: resize the image, or leave the size out"
+                )
+        multiple, factor = self.model.size_multiple, self.model.vae_factor
+        if width < 1 or height < 1 or width % multiple or height % multiple:
+            near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+            raise SettingError(f"size {width}x{height}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}")
+        return self.model.latent_channels, height // factor, width // factor
+
+    def _table(self, request: Request) -> Table:
+        strength = request.strength if request.image is not None else None
+        return compile_table(
+            self._schedule,
+            steps=request.steps,
+            sampler=request.sampler,
+            schedule=request.schedule,
+            strength=strength,
+            **request.options,
+        )
+
+    def _conditions(self, asked: Sequence[Request]) -> dict[str, Condition]:
+        texts = [request.prompt for request in asked]
+        texts += [request.negative or "" for request in asked if request.guided]
+        conditions = self._conditioner.encode(texts, self.engine)
+        for text, condition in conditions.items():
+            if condition.cut:
+                warnings.warn(
+                    f"the text encoder takes 77 tokens; of {text[:40]!r}… this was cut: {condition.cut!r}",
+                    UserWarning,
+                    stacklevel=4,
+                )
+        return conditions
+
+    def _job(self, request: Request, shape: tuple[int, int, int], table: Table, conditions: Mapping[str, Condition]) -> Job:
+        noise = NoiseStream(request.seed)
+        if request.image is None:
+            first = table.start[1] * noise.normal(shape)
+        else:
+            pixels = from_uint8(request.image)[None]
+            encoder = self.engine("vae_encoder", height=pixels.shape[2], width=pixels.shape[3])
+            clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model)[0]
+            first = table.start[0] * clean + table.start[1] * noise.normal(shape)
+        condition = conditions[request.prompt]
+        negative = None
+        if request.guided:
+            absent = request.negative is None and self.model.zero_empty_negative
+            negative = condition.zeros() if absent else conditions[request.negative or ""]
+        return Job(
+            run=Run(table, first.astype(np.float32), lambda: noise.normal(shape)),
+            condition=condition,
+            negative=negative,
+            guidance=request.guidance,
+            rescale=request.rescale,
+            time_ids=None if condition.pooled is None else time_ids(shape, self.model),
+        )
+
+
+def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:
+    """SDXL's size conditioning, float32 [6]: original size, crop corner, target size, each (height, width) in pixels
+    (arXiv 2307.01952, section 2.2): an uncropped picture of the size that is drawn."""
+    height, width = shape[1] * model.vae_factor, shape[2] * model.vae_factor
+    return np.array([height, width, 0, 0, height, width], np.float32)
