@@ -1,0 +1,268 @@
+"""The way through the noise: a Path of steps from Point to Point, cut from a Curve as scheduler_config.json says.
+
+A grid is a function `(settings, steps, begin) -> Path`. `settings` holds every key that the sampler reads; `begin`
+counts the steps that an image-to-image start leaves out. Where papers differ from diffusers, grids follow diffusers:
+the same checkpoint shall be asked about the same timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from .errors import SettingError, UnknownName
+from .schedule import RATIO_SCHEDULES, Array, Curve, FlowCurve, Point, Settings, at_ratio, shifted
+
+TIME_SCHEDULES = ("simple", "sgm_uniform")
+SCHEDULES = (*RATIO_SCHEDULES, *TIME_SCHEDULES)
+
+
+class Levels(Protocol):
+    """What a sampler may ask for beside its steps: a noise level between two of them."""
+
+    def at_sigma(self, sigma: float) -> Point: ...
+
+    def at_time(self, t: int) -> Point: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """What a sampler walks along: pairs (s, t), each a step from Point s to Point t.
+
+    Mostly each t is the next s; diffusers' DDIM and PNDM grids leave gaps, and are followed in that. `total` counts the
+    pairs before an image-to-image start cut some off; `start_sigma` is the factor of the initial noise, text to image.
+    """
+
+    pairs: tuple[tuple[Point, Point], ...]
+    total: int
+    start_sigma: float
+    levels: Levels
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[tuple[Point, Point]]:
+        return iter(self.pairs)
+
+
+def chained(points: list[Point], begin: int, start_sigma: float, levels: Levels) -> Path:
+    """A Path through consecutive points. Raises SettingError where a step but the last would stand still."""
+    pairs = tuple(pairwise(points))
+    for s, t in pairs[:-1]:
+        if t.sigma >= s.sigma:
+            raise SettingError(f"{len(pairs)} steps visit timestep {t.t:g} twice: take fewer steps")
+    return Path(pairs=pairs[begin:], total=len(pairs), start_sigma=start_sigma, levels=levels)
+
+
+def spaced(spacing: str, steps: int, trained: int, offset: int, *, last: int | None = None, extra: int = 0) -> Array:
+    """Timesteps, falling, by the three spacings of arXiv 2305.08891, table 2.
+
+    `extra` = 1 makes one more and drops the lowest, which is how the DPM-Solver family leaves out timestep 0. `last`
+    is where the curve is cut (lambda_min_clipped).
+    """
+    last = trained if last is None else last
+    if spacing == "linspace":
+        return np.linspace(0, last - 1, steps + extra)[::-1][:steps]
+    if spacing == "leading":
+        return np.arange(steps + extra, dtype=float)[::-1][:steps] * (last // (steps + extra)) + offset
+    if spacing == "trailing":
+        return np.asarray(np.arange(last, 0, -trained / steps)[:steps].round() - 1)
+    raise UnknownName("timestep_spacing", str(spacing), ["linspace", "leading", "trailing"])
+
+
+def chosen_schedule(settings: Settings) -> str | None:
+    """What replaces the plain spacing: the caller's `schedule`, or else the one use_* key that is true."""
+    keys = {
+        "use_karras_sigmas": "karras",
+        "use_exponential_sigmas": "exponential",
+        "use_beta_sigmas": "beta",
+        "use_lu_lambdas": "lu",
+        "use_flow_sigmas": "flow",
+    }
+    written = [key for key in keys if settings.get(key)]
+    asked = settings.get("schedule")
+    if asked is not None and asked not in SCHEDULES:
+        raise UnknownName("schedule", str(asked), SCHEDULES)
+    if asked is not None and "use_flow_sigmas" in written:
+        raise SettingError(f"schedule {asked!r} with use_flow_sigmas true: a flow grid takes flow_shift only")
+    if asked is None and len(written) > 1:
+        raise SettingError(f"{' and '.join(written)} are true together: a path has one schedule")
+    return asked or next((keys[key] for key in written), None)
+
+
+# ---- grids in trained timesteps --------------------------------------------------------------------------------------
+
+CLEAN = Point(-1.0, 1.0, 0.0)
+
+
+def ddim_grid(settings: Settings, steps: int, begin: int) -> Path:
+    """Trained timesteps t, each with a step to t - num_train_timesteps // steps (DDIM, arXiv 2010.02502)."""
+    curve, times = _trained_times(settings, steps)
+    stride = settings["num_train_timesteps"] // steps
+    end = CLEAN if settings["set_alpha_to_one"] else curve.at_time(0)
+    pairs = tuple((curve.at_time(t), curve.at_time(t - stride) if t >= stride else end) for t in times)
+    return Path(pairs=pairs[begin:], total=steps, start_sigma=1.0, levels=curve)
+
+
+def ddpm_grid(settings: Settings, steps: int, begin: int) -> Path:
+    """Trained timesteps, each with a step to the next, the last one to clean."""
+    curve, times = _trained_times(settings, steps)
+    return chained([*map(curve.at_time, times), CLEAN], begin, 1.0, curve)
+
+
+def pndm_grid(settings: Settings, steps: int, begin: int) -> Path:
+    """The model calls of PNDM (arXiv 2202.09778) with the steps that they belong to.
+
+    With skip_prk_steps the second pair repeats the first step (a pseudo improved Euler step); without, each of the
+    first three steps is four pairs, those of the Runge-Kutta method. An image-to-image start cuts the list of calls
+    where diffusers cuts it, so that there, too, the second call is taken for the repetition.
+    """
+    curve, times = _trained_times(settings, steps)
+    stride = settings["num_train_timesteps"] // steps
+    end = CLEAN if settings["set_alpha_to_one"] else curve.at_time(0)
+
+    def at(t: int) -> Point:
+        return curve.at_time(t) if t >= 0 else end
+
+    if settings["skip_prk_steps"]:
+        calls = [*times[:2], *times[1:]][begin:]
+        pairs = [(at(t), at(t - stride)) for t in calls]
+        if len(calls) > 1:
+            pairs[1] = (at(calls[1] + stride), at(calls[1]))
+        return Path(pairs=tuple(pairs), total=steps + 1, start_sigma=1.0, levels=curve)
+    times = times[begin:]
+    if len(times) < 4:
+        raise SettingError(f"{len(times)} steps: the Runge-Kutta start of pndm needs 4, or skip_prk_steps true")
+    pairs = []
+    for s, t in pairwise(times[:4]):
+        pairs += [(at(s), at(s - stride // 2)), (at(s), at(t + stride // 2)), (at(s), at(t)), (at(s), at(t))]
+    pairs += [(at(t), at(t - stride)) for t in times[3:]]
+    return Path(pairs=tuple(pairs), total=len(pairs), start_sigma=1.0, levels=curve)
+
+
+def _trained_times(settings: Settings, steps: int) -> tuple[Curve, list[int]]:
+    times = spaced(settings["timestep_spacing"], steps, settings["num_train_timesteps"], settings["steps_offset"])
+    return Curve(settings, "vp"), [int(t) for t in times.round()]
+
+
+def consistency_grid(settings: Settings, steps: int, begin: int, *, to_clean: bool) -> Path:
+    """A subset of the timesteps that a consistency model was distilled on (LCM, arXiv 2310.04378)."""
+    trained, original = settings["num_train_timesteps"], settings["original_inference_steps"]
+    if not 1 <= original <= trained:
+        raise SettingError(f"original_inference_steps {original} must lie between 1 and num_train_timesteps {trained}")
+    if steps > original:
+        raise SettingError(f"{steps} steps: a model distilled on original_inference_steps {original} takes no more")
+    distilled = np.arange(original, 0, -1) * (trained // original) - 1
+    times = distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
+    curve = Curve(settings, "vp")
+    return chained([*(curve.at_time(int(t)) for t in times), CLEAN if to_clean else curve.at_time(0)], begin, 1.0, curve)
+
+
+# ---- grids in noise-to-signal ratios ---------------------------------------------------------------------------------
+
+
+def ve_grid(settings: Settings, steps: int, begin: int, *, whole_karras_times: bool = False) -> Path:
+    """k-diffusion's grid: fractional timesteps, sigmas interpolated, or a schedule between the first and last of them."""
+    curve = Curve(settings, "ve")
+    trained, spacing = settings["num_train_timesteps"], settings["timestep_spacing"]
+    times = spaced(spacing, steps, trained, settings["steps_offset"])
+    if times[0] > trained - 1:
+        raise SettingError(
+            f"steps_offset {settings['steps_offset']} with {steps} steps begins at timestep {times[0]:g}, "
+            f"the model was trained on 0 to {trained - 1}: lower one of them"
+        )
+    sigmas = curve.ratio_at(times)
+    kind = chosen_schedule(settings)
+    if kind is not None:
+        bounds = settings.get("sigma_max"), settings.get("sigma_min")
+        high, low = (float(sigmas[i]) if bound is None else bound for i, bound in zip((0, -1), bounds, strict=True))
+        times, sigmas = scheduled(kind, steps, curve, high, low)
+        if kind == "karras" and whole_karras_times:
+            times = times.round()
+    start = float(sigmas[0]) if spacing in ("linspace", "trailing") else math.hypot(1.0, sigmas[0])
+    points = [at_ratio(t, sigma, "ve") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
+    return chained([*points, at_ratio(0.0, final_sigma(settings, "zero", curve), "ve")], begin, start, curve)
+
+
+def vp_grid(settings: Settings, steps: int, begin: int, *, final: str = "zero", whole_cosine_times: bool = True) -> Path:
+    """DPM-Solver's grid: whole timesteps, of which one more is cut and the lowest left out, or a schedule over all.
+
+    `final` is the final_sigmas_type of the samplers that do not read that key.
+    """
+    trained, kind = settings["num_train_timesteps"], chosen_schedule(settings)
+    if kind == "flow":
+        return _flow_path(settings, np.linspace(1 - 1 / trained, 0, steps + 1)[:-1], begin, final)
+    curve = Curve(settings, "vp")
+    if kind is None:
+        last = int(np.count_nonzero(-curve.log_sigmas >= settings.get("lambda_min_clipped", -math.inf)))
+        spacing, offset = settings.get("timestep_spacing", "linspace"), settings.get("steps_offset", 0)
+        times = spaced(spacing, steps, trained, offset, last=last, extra=1).round()
+        sigmas = curve.ratio_at(times)
+    else:
+        high, low = settings.get("sigma_max"), settings.get("sigma_min")
+        high, low = high or float(curve.sigmas[-1]), low or float(curve.sigmas[0])
+        times, sigmas = scheduled(kind, steps, curve, high, low)
+        if kind in ("karras", "lu") and (whole_cosine_times or settings["beta_schedule"] != "squaredcos_cap_v2"):
+            times = times.round()
+        if kind in RATIO_SCHEDULES:
+            times = np.trunc(times)
+    points = [at_ratio(t, sigma, "vp") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
+    return chained([*points, at_ratio(0.0, final_sigma(settings, final, curve), "vp")], begin, 1.0, curve)
+
+
+def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> tuple[Array, Array]:
+    """Timesteps and sigmas of a named schedule between two sigmas; the time schedules take the whole curve."""
+    if not 0 < low <= high:
+        raise SettingError(f"sigma_min {low:g} and sigma_max {high:g}: the schedule {kind!r} needs 0 < min <= max")
+    if kind in RATIO_SCHEDULES:
+        sigmas = RATIO_SCHEDULES[kind](high, low, steps)
+        return np.array([curve.time_of(sigma) for sigma in sigmas.tolist()]), sigmas
+    trained = len(curve.sigmas)
+    if kind == "simple":  # every n-th trained level, as ComfyUI and A1111 name it
+        times = trained - 1 - np.floor(np.arange(steps) * (trained / steps))
+    else:  # sgm_uniform: evenly in t, the end left out
+        times = np.linspace(trained - 1, 0, steps + 1)[:-1]
+    return times, np.exp(np.interp(times, np.arange(trained), curve.log_sigmas))
+
+
+def final_sigma(settings: Settings, default: str, curve: Curve) -> float:
+    return 0.0 if settings.get("final_sigmas_type", default) == "zero" else float(curve.sigmas[0])
+
+
+# ---- grids of flow models --------------------------------------------------------------------------------------------
+
+
+def unipc_grid(settings: Settings, steps: int, begin: int) -> Path:
+    """UniPC's grid: that of DPM-Solver, and for flow sigmas from 1 to 1 / num_train_timesteps."""
+    if chosen_schedule(settings) != "flow":
+        return vp_grid(settings, steps, begin)
+    return _flow_path(settings, np.linspace(1, 1 / settings["num_train_timesteps"], steps + 1)[:-1], begin, "zero")
+
+
+def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str) -> Path:
+    trained = settings["num_train_timesteps"]
+    sigmas = shifted(sigmas, settings["flow_shift"])
+    sigmas[0] = min(sigmas[0], 1 - 1e-6)  # log(alpha / sigma) must be finite
+    end = 0.0 if settings.get("final_sigmas_type", final) == "zero" else float(sigmas[-1])
+    points = [at_ratio(math.floor(sigma * trained), sigma, "flow") for sigma in sigmas.tolist()]
+    return chained([*points, at_ratio(0.0, end, "flow")], begin, 1.0, FlowCurve(trained))
+
+
+def flow_grid(settings: Settings, steps: int, begin: int) -> Path:
+    """diffusers' flow-matching grid: evenly from 1 to the smallest trained sigma, which is shifted a second time."""
+    trained, shift = settings["num_train_timesteps"], settings["shift"]
+    sigmas = shifted(np.linspace(1, float(shifted(np.float64(1 / trained), shift)), steps), shift)
+    terminal, kind = settings.get("shift_terminal"), chosen_schedule(settings)
+    if terminal:
+        sigmas = 1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1]))
+    if kind is not None and kind in RATIO_SCHEDULES:
+        sigmas = RATIO_SCHEDULES[kind](float(sigmas[0]), float(sigmas[-1]), steps)
+    elif kind is not None:
+        raise SettingError(f"schedule {kind!r}: a flow grid takes {', '.join(RATIO_SCHEDULES)}")
+    points = [at_ratio(sigma * trained, sigma, "flow") for sigma in sigmas.tolist()]
+    return chained([*points, at_ratio(0.0, 0.0, "flow")], begin, 1.0, FlowCurve(trained))

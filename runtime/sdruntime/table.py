@@ -1,0 +1,291 @@
+"""A sampler as a table of coefficients, and the one loop that runs any of them.
+
+    x[i+1] = Σj X[i,j]·x[i-j] + Σj M[i,j]·m[i-j] + Σj N[i,j]·n[D[i]-1-j]        m[i] = model(scale[i]·x[i], t[i])
+
+with D[i] = draws[0] + … + draws[i]. A Table is what a sampler's generator says when it is run on unit vectors; the
+prediction type and the scale of the model's input are compiled in, so m is the raw output of the UNet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import SettingError
+from .path import Path
+from .predict import clean_from_raw, input_scale
+from .samplers import Sampler, resolve
+from .schedule import Point
+
+Floats = NDArray[np.float64]
+Latents = NDArray[np.float32]
+FORMAT, REVISION = "sdruntime.table", 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Table:
+    """C model calls: start (a, b), t [C] float32, scale [C], X [C, ·], M [C, ·], N [C, ·] float64, draws [C] int.
+
+    x[0] = a·image latent + b·unit noise; a is 0 for text to image. Columns count backwards from the newest. Raises
+    SettingError where shapes disagree, a number is not finite, or a row reaches behind the beginning.
+    """
+
+    start: tuple[float, float]
+    t: NDArray[np.float32]
+    scale: Floats
+    X: Floats
+    M: Floats
+    N: Floats
+    draws: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        faults = []
+        calls = len(self.t)
+        if calls == 0:
+            faults.append("no model call")
+        if self.t.ndim != 1 or self.scale.shape != (calls,) or self.draws.shape != (calls,) or np.any(self.draws < 0):
+            faults.append(f"t {self.t.shape}, scale {self.scale.shape} and draws {self.draws.shape} must be one each call")
+        drawn = np.cumsum(self.draws)
+        reach = {"X": np.arange(1, calls + 1), "M": np.arange(1, calls + 1), "N": drawn}
+        for name in ("X", "M", "N"):
+            rows: Floats = getattr(self, name)
+            if rows.ndim != 2 or len(rows) != calls:
+                faults.append(f"{name} has shape {rows.shape}, it must have {calls} rows")
+            elif np.any(rows[np.arange(rows.shape[1]) >= reach[name][:, None]]):
+                faults.append(f"{name} reaches behind the beginning")
+        numbers = ("start", "t", "scale", "X", "M", "N")
+        faults += [f"{name} holds a number that is not finite" for name in numbers if not np.isfinite(getattr(self, name)).all()]
+        if faults:
+            raise SettingError("not a table: " + "; ".join(faults))
+
+    @property
+    def steps(self) -> int:
+        """Number of model calls."""
+        return len(self.t)
+
+    def unrolled(self) -> Floats:
+        """Each x[i] over (x[0], all m, all n): [C + 1, 1 + C + draws]. By this form two tables are compared."""
+        calls, total = self.steps, int(self.draws.sum())
+        rows = np.zeros((calls + 1, 1 + calls + total))
+        rows[0, 0] = 1.0
+        drawn = np.cumsum(self.draws)
+        for i in range(calls):
+            for j in np.flatnonzero(self.X[i]):
+                rows[i + 1] += self.X[i, j] * rows[i - j]
+            for j in np.flatnonzero(self.M[i]):
+                rows[i + 1, 1 + i - j] += self.M[i, j]
+            for j in np.flatnonzero(self.N[i]):
+                rows[i + 1, calls + drawn[i] - j] += self.N[i, j]
+        return rows
+
+    def to_json(self) -> str:
+        """The fields as one JSON document, with the format's name and revision."""
+        fields = {name: getattr(self, name).tolist() for name in ("t", "scale", "X", "M", "N", "draws")}
+        return json.dumps({"format": FORMAT, "revision": REVISION, "start": self.start, **fields}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """Raises SettingError for another format, another revision, missing or unknown fields."""
+        try:
+            data = json.loads(text)
+            named = data.pop("format"), data.pop("revision")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SettingError(f"not a table in JSON: {error!r}") from error
+        if named != (FORMAT, REVISION):
+            raise SettingError(f"{named[0]!r} revision {named[1]!r}: this reader knows {FORMAT!r} revision {REVISION}")
+        kinds = {"t": np.float32, "draws": np.int64, **dict.fromkeys(("scale", "X", "M", "N"), np.float64)}
+        if set(data) != {"start", *kinds}:
+            raise SettingError(f"a table has the fields start, {', '.join(kinds)}; this one has {', '.join(data)}")
+        try:
+            arrays = {name: np.array(data[name], kind) for name, kind in kinds.items()}
+            for name in ("X", "M", "N"):
+                arrays[name] = arrays[name].reshape(len(arrays["t"]), -1)
+            return cls(start=(float(data["start"][0]), float(data["start"][1])), **arrays)
+        except (ValueError, TypeError, IndexError) as error:
+            raise SettingError(f"not a table in JSON: {error}") from error
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_table(
+    config: Mapping[str, Any],
+    *,
+    steps: int,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    strength: float | None = None,
+    **options: Any,
+) -> Table:
+    """The table of a checkpoint's scheduler_config.json (parsed), or of another sampler with from_config semantics.
+
+    `steps` is diffusers' num_inference_steps, 1 to num_train_timesteps. `strength` in (0, 1] makes it image to image,
+    with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
+    Raises SettingError, UnknownName.
+    """
+    name = sampler if sampler is not None else config.get("_class_name")
+    if not isinstance(name, str):
+        raise SettingError("scheduler_config.json has no _class_name: name a sampler")
+    found, implied = resolve(name)
+    given = {**implied, **options}
+    if schedule is not None:
+        given["schedule"] = schedule
+    if given.get("schedule") and not found.takes_schedule:
+        raise SettingError(f"schedule {given['schedule']!r}: {found.name} keeps to the trained timesteps and takes none")
+    settings = found.settings(config, given)
+    trained = settings["num_train_timesteps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
+        raise SettingError(f"steps {steps!r}: it must be a whole number from 1 to num_train_timesteps {trained}")
+    begin = 0 if strength is None else first_step(steps, strength)
+    path = found.grid(settings, steps, begin)
+    first = path.pairs[0][0]
+    return traced(
+        found,
+        path,
+        prediction=settings["prediction_type"],
+        start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
+        options={key: settings[key] for key in found.options},
+    )
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Steps that image to image leaves out: it does the last int(steps·strength) (diffusers' img2img pipelines)."""
+    if not 0 < strength <= 1:
+        raise SettingError(f"strength {strength!r}: it must lie above 0 and up to 1")
+    if int(steps * strength) < 1:
+        raise SettingError(f"strength {strength:g} of {steps} steps leaves none to do: raise one of them")
+    return steps - int(steps * strength)
+
+
+def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float, float], options: Mapping[str, Any]) -> Table:
+    """The table that a sampler's generator says on unit vectors: a fresh one for every x, m and n.
+
+    A vector has room for two calls and two draws a pair of the path; no sampler makes more.
+    """
+    room = 2 * len(path)
+    drawn = 0
+
+    def unit(place: int) -> Floats:
+        vector = np.zeros(3 * room)
+        vector[place] = 1.0
+        return vector
+
+    def noise() -> Floats:
+        nonlocal drawn
+        drawn += 1
+        return unit(2 * room + drawn - 1)
+
+    solver = sampler.solve(unit(0), path, noise, **options)
+    _, point = next(solver)
+    rows: list[Floats] = []
+    points: list[Point] = [point]
+    totals: list[int] = []
+    for call in range(room):
+        p, q = clean_from_raw(prediction, points[call])
+        x = unit(call)
+        try:
+            row, point = solver.send((x, p * x + q * unit(room + call)))
+            points.append(point)
+        except StopIteration as end:
+            row = end.value
+        rows.append(row)
+        totals.append(drawn)
+        if len(points) == len(rows):
+            break
+    newest = np.arange(len(rows))
+    return Table(
+        start=start,
+        t=np.array([point.t for point in points], np.float32),
+        scale=np.array([input_scale(point, sampler.space) for point in points]),
+        X=windowed([row[:room] for row in rows], newest),
+        M=windowed([row[room : 2 * room] for row in rows], newest),
+        N=windowed([row[2 * room :] for row in rows], np.array(totals) - 1),
+        draws=np.diff(totals, prepend=0),
+    )
+
+
+def windowed(rows: list[Floats], newest: NDArray[np.int64]) -> Floats:
+    """Rows read backwards from column newest[i], cut to the widest."""
+    used = [np.flatnonzero(row) for row in rows]
+    width = max((int(last) - int(columns[0]) + 1 for last, columns in zip(newest, used, strict=True) if len(columns)), default=0)
+    window = np.zeros((len(rows), width))
+    for i, (row, columns) in enumerate(zip(rows, used, strict=True)):
+        window[i, newest[i] - columns] = row[columns]
+    return window
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """What a walk asks of the model: the UNet at `scaled` [C, h, w] and timestep `t`. `x` may be edited in place."""
+
+    call: int
+    t: float
+    scaled: Latents
+    x: Latents
+
+
+def walk(table: Table, x: Latents, noise: Callable[[], Latents]) -> Generator[Call, Latents, Latents]:
+    """A job, a model call at a time: yields a Call, is sent the raw model output, returns the last x.
+
+    All float32, sums too. `x` is copied; a sent array is read before the next Call is yielded, and copied where later
+    rows need it, so callers may use their buffers again. An edit of Call.x is taken up, by this and by later rows; it
+    does not reach `scaled`, which was formed before.
+    """
+    widths = table.X.shape[1], table.M.shape[1], table.N.shape[1]
+    xs = [np.array(x, np.float32, order="C")] + [np.empty_like(x, np.float32) for _ in range(widths[0])]
+    ms = [np.empty_like(xs[0]) for _ in range(widths[1])]
+    ns: list[Latents] = []
+    scaled, term = np.empty_like(xs[0]), np.empty_like(xs[0])
+    rows = zip(
+        table.t.tolist(),
+        table.scale.tolist(),
+        table.draws.tolist(),
+        table.X.tolist(),
+        table.M.tolist(),
+        table.N.tolist(),
+        strict=True,
+    )
+    for i, (t, scale, draws, *weights) in enumerate(rows):
+        if scale == 1.0:
+            np.copyto(scaled, xs[0])
+        else:
+            np.multiply(xs[0], scale, out=scaled)
+        m = yield Call(i, t, scaled, xs[0])
+        ms.insert(0, ms.pop())
+        np.copyto(ms[0], m)
+        for _ in range(draws):
+            ns.insert(0, noise())
+        del ns[widths[2] :]
+        xs.insert(0, xs.pop())
+        first = True
+        for row, kept in zip(weights, (xs[1:], ms, ns), strict=True):
+            for weight, array in zip(row, kept, strict=False):
+                if weight == 0.0:
+                    continue
+                if first:
+                    np.multiply(array, weight, out=xs[0])
+                    first = False
+                else:
+                    np.multiply(array, weight, out=term)
+                    np.add(xs[0], term, out=xs[0])
+        if first:
+            xs[0].fill(0.0)
+    return xs[0]
+
+
+def run(table: Table, x: Latents, model: Callable[[Latents, float], Latents], noise: Callable[[], Latents]) -> Latents:
+    """One job from x[0] to the end. model(scaled x, t) gives the raw output, noise() fresh unit noise like x."""
+    steps = walk(table, x, noise)
+    call = next(steps)
+    while True:
+        try:
+            call = steps.send(model(call.scaled, call.t))
+        except StopIteration as stop:
+            return np.asarray(stop.value)
