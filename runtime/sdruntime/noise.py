@@ -62,8 +62,8 @@ class NoiseStream:
 
     def _uniform(self, size: int) -> NDArray[np.float32]:
         """[0, 1) from the low 24 bits of each draw, exact in float32."""
-        uniform = (self._bits(size) & np.uint32(0xFFFFFF)).astype(np.float32)
-        uniform *= 2**-24
+        uniform: NDArray[np.float32] = (self._bits(size) & np.uint32(0xFFFFFF)).astype(np.float32)
+        uniform *= 2.0**-24
         return uniform
 
     def _uniform_double(self) -> float:
