@@ -234,17 +234,15 @@ def _merges(path: Path, vocab: dict[str, int], faults: list[str]) -> dict[tuple[
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#version"):
             continue
-        pair = line.split(" ")
-        if len(pair) != 2:
-            wrong.append(f"{path.name}: line {number}: two symbols belong here, not {line[:40]!r}")
-            continue
-        names = (*pair, line.replace(" ", ""))
-        missing = [name for name in names if name not in vocab]
-        if not missing:
-            left, right, whole = (vocab[name] for name in names)
-            merges[left, right] = (number, whole)  # the line is the rank
-        elif vocab:
-            wrong.append(f"{path.name}: line {number}: not in vocab.json: {', '.join(map(repr, missing))}")
+        left, _, right = line.partition(" ")
+        try:
+            merges[vocab[left], vocab[right]] = (number, vocab[left + right])  # the line is the rank
+        except KeyError:
+            missing = [name for name in (left, right, left + right) if name not in vocab]
+            if not left or not right or " " in right:
+                wrong.append(f"{path.name}: line {number}: two symbols belong here, not {line[:40]!r}")
+            elif vocab:
+                wrong.append(f"{path.name}: line {number}: not in vocab.json: {', '.join(map(repr, missing))}")
     faults += _few(wrong)
     return merges
 
