@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    "sdruntime": """errors record manifest bundle schedule predict samplers table noise guidance tokenizer prompt image engine
+    "sdruntime": """errors record manifest bundle schedule path predict samplers table run noise guidance tokenizer prompt image engine
         cuda backends choose build request condition latent denoise pipeline __main__""".split(),
     "sdexport": "errors checkpoint components weights to_onnx precision cache worker build cli __main__".split(),
 }

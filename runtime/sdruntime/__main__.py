@@ -209,7 +209,7 @@ def table(options: argparse.Namespace) -> None:
         **sampler_options(options),
     )
     if options.json:
-        document(table=made.to_json())
+        document(table=json.loads(made.to_json()))
         return
     print("step        t      scale   coefficients of x | model outputs | noises")
     for row in range(made.steps):
@@ -221,7 +221,7 @@ def samplers(options: argparse.Namespace) -> None:
     from sdruntime.samplers import SAMPLERS
 
     rows = [
-        {"name": name, "diffusers": list(each.classes), "aliases": list(each.aliases), "about": each.about}
+        {"name": name, "diffusers": each.diffusers, "a1111": list(each.a1111), "about": each.about}
         for name, each in SAMPLERS.items()
     ]
     if options.json:
@@ -229,7 +229,9 @@ def samplers(options: argparse.Namespace) -> None:
         return
     for row in rows:
         print(f"{row['name']:<16}{row['about']}")
-        print(f"{'':16}also {', '.join([*row['diffusers'], *row['aliases']])}")
+        others = [*([row["diffusers"]] if row["diffusers"] else []), *row["a1111"]]
+        if others:
+            print(f"{'':16}also {', '.join(others)}")
 
 
 def inspect(options: argparse.Namespace) -> None:

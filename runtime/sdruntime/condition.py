@@ -9,7 +9,7 @@ import numpy as np
 
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, Engine, call_rows
-from sdruntime.prompt import Tokens, tokenize
+from sdruntime.prompt import batch, tokenize
 from sdruntime.tokenizer import Tokenizer
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -51,14 +51,10 @@ class Conditioner:
         """Encode each different text once. `engine` gives the open engine of a text encoder."""
         texts = list(dict.fromkeys(texts))
         tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
-        outputs = [call_rows(engine(encoder), {"input_ids": _ids(found)}) for encoder, found in tokens.items()]
+        outputs = [call_rows(engine(encoder), {"input_ids": batch(found)}) for encoder, found in tokens.items()]
         cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]
         if len(outputs) == 1 and "last_hidden_state" in outputs[0]:
             hidden, pooled = outputs[0]["last_hidden_state"], [None] * len(texts)
         else:  # SDXL: the second-to-last layers of both encoders side by side, the pooled text of the last
             hidden, pooled = np.concatenate([out["hidden_states"] for out in outputs], axis=-1), outputs[-1]["text_embeds"]
         return {text: Condition(hidden=hidden[k], pooled=pooled[k], cut=cuts[k]) for k, text in enumerate(texts)}
-
-
-def _ids(tokens: Iterable[Tokens]) -> Array:
-    return np.stack([each.ids for each in tokens])

@@ -14,7 +14,7 @@ import numpy as np
 from sdruntime.condition import Condition
 from sdruntime.engine import Array, Engine, call_rows
 from sdruntime.guidance import combine, rescale
-from sdruntime.table import Run
+from sdruntime.run import Run
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

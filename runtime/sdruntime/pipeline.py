@@ -25,7 +25,8 @@ from sdruntime.image import from_uint8, parameters, png_text, to_uint8
 from sdruntime.manifest import ModelSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests
-from sdruntime.table import Run, Table, compile_table
+from sdruntime.run import Run
+from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
 

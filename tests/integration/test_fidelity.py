@@ -1,0 +1,124 @@
+"""The bundle's picture is diffusers' picture: same checkpoint, same seed, every sampler that diffusers has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from integration.reference import Array, Reference, assert_same_picture
+
+from sdruntime.pipeline import Pipeline
+
+CHECKPOINTS = ("shapes", "sd1", "sd2_v", "sdxl")
+# sampler -> diffusers class, what is changed in its config, our options
+SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}, {}),
+    "ddpm": ("DDPMScheduler", {}, {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, {"skip_prk_steps": True}),
+    "pndm with its Runge-Kutta start": ("PNDMScheduler", {"skip_prk_steps": False}, {"skip_prk_steps": False}),
+    "lms": ("LMSDiscreteScheduler", {}, {}),
+    "euler": ("EulerDiscreteScheduler", {}, {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}, {}),
+    "heun": ("HeunDiscreteScheduler", {}, {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}, {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}, {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, {}),
+    "dpmpp_2m karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {}),
+    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}, {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "dpm_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, {}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}, {}),
+    "dpmpp_3s": ("DPMSolverSinglestepScheduler", {"solver_order": 3}, {}),
+    "unipc": ("UniPCMultistepScheduler", {}, {}),
+    "deis": ("DEISMultistepScheduler", {}, {}),
+    "lcm": ("LCMScheduler", {}, {}),
+    "tcd": ("TCDScheduler", {}, {}),
+    "sa_solver": ("SASolverScheduler", {}, {}),
+}
+PROMPT, NEGATIVE = "a small red circle on the left on a blue background", "green"
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def both(request: pytest.FixtureRequest) -> Iterator[tuple[Reference, Pipeline]]:
+    checkpoint: Path = request.getfixturevalue(f"{request.param}_checkpoint")
+    bundle: Path = request.getfixturevalue(f"{request.param}_bundle")
+    with Pipeline.open(bundle) as pipe:
+        yield Reference(checkpoint), pipe
+
+
+def ours(pipe: Pipeline, prompt: str, **settings: Any) -> tuple[Array, Array]:
+    stream = pipe.stream(prompt, **settings)
+    for _ in stream:
+        pass
+    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    return stream.result.images[0], decoded
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_text_to_image(both: tuple[Reference, Pipeline], name: str) -> None:
+    reference, pipe = both
+    scheduler, changes, options = SAMPLERS[name]
+    sampler, _, schedule = name.split(" with")[0].partition(" ")
+    theirs, theirs_float = reference.draw(
+        PROMPT, scheduler=scheduler, changes=changes, seed=7, negative_prompt=NEGATIVE, num_inference_steps=20, guidance_scale=7.5
+    )
+    picture, decoded = ours(
+        pipe,
+        PROMPT,
+        sampler=sampler,
+        schedule=schedule or None,
+        options=options,
+        seed=7,
+        negative=NEGATIVE,
+        steps=20,
+        guidance=7.5,
+    )
+    assert_same_picture(picture, theirs, decoded, theirs_float)
+
+
+@pytest.mark.parametrize("strength", [0.35, 0.8])
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler_a", "heun", "dpmpp_2m", "unipc"])
+def test_image_to_image(both: tuple[Reference, Pipeline], name: str, strength: float) -> None:
+    reference, pipe = both
+    scheduler, changes, options = SAMPLERS[name]
+    height, width = pipe.model.default_size
+    ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    image = (128 + 90 * np.sin(ramp / 9) + np.random.default_rng(1).integers(-30, 30, ramp.shape)).astype(np.uint8)
+    theirs, theirs_float = reference.draw(
+        PROMPT,
+        scheduler=scheduler,
+        changes=changes,
+        seed=3,
+        image=image,
+        strength=strength,
+        num_inference_steps=20,
+        guidance_scale=7.5,
+    )
+    picture, decoded = ours(
+        pipe, PROMPT, sampler=name, options=options, seed=3, image=image, strength=strength, steps=20, guidance=7.5
+    )
+    assert_same_picture(picture, theirs, decoded, theirs_float)
+
+
+def test_without_a_negative_prompt_and_without_guidance(both: tuple[Reference, Pipeline]) -> None:
+    reference, pipe = both
+    for guidance in (7.5, 1.0):
+        theirs, theirs_float = reference.draw(
+            PROMPT, scheduler="DDIMScheduler", seed=5, num_inference_steps=8, guidance_scale=guidance
+        )
+        picture, decoded = ours(pipe, PROMPT, sampler="ddim", seed=5, steps=8, guidance=guidance)
+        assert_same_picture(picture, theirs, decoded, theirs_float)
+
+
+def test_another_size(both: tuple[Reference, Pipeline]) -> None:
+    reference, pipe = both
+    height, width = (side + extra * pipe.model.size_multiple for side, extra in zip(pipe.model.default_size, (1, 2), strict=True))
+    theirs, theirs_float = reference.draw(
+        PROMPT, scheduler="DDIMScheduler", seed=5, num_inference_steps=4, guidance_scale=7.5, height=height, width=width
+    )
+    picture, decoded = ours(pipe, PROMPT, sampler="ddim", seed=5, steps=4, size=(width, height))
+    assert picture.shape == (height, width, 3)
+    assert_same_picture(picture, theirs, decoded, theirs_float)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from bundles import SCHEDULER, TENSORS
+
+from sdruntime.backends.fake.engine import FakeEngine
+from sdruntime.condition import Condition
+from sdruntime.denoise import Job, denoise
+from sdruntime.engine import Array
+from sdruntime.manifest import ComponentSpec, EngineSpec
+from sdruntime.noise import NoiseStream
+from sdruntime.run import Run
+from sdruntime.table import compile_table
+
+UNET = ComponentSpec(files=("unet/model.onnx",), config="unet/config.json", inputs=TENSORS["unet"][0], outputs=TENSORS["unet"][1])
+
+
+class Unet(FakeEngine):
+    """A fake that computes: each row of its output depends on all of that row's inputs, and on no other row."""
+
+    def __init__(self, *, most: int = 16, least: int = 1) -> None:
+        side = (1, 2, 8)
+        spec = EngineSpec(
+            component="unet",
+            backend="fake",
+            version="1",
+            target="cpu",
+            precision="fp32",
+            files=("engines/unet.json",),
+            ranges={"batch": (least, least, most), "height": side, "width": side, "sequence": (77, 77, 77)},
+        )
+        super().__init__(spec, UNET, fill=0.0, factor=8)
+        self.timesteps: list[list[float]] = []
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        super().__call__(feeds)
+        self.timesteps.append(feeds["timestep"].tolist())
+        text = feeds["encoder_hidden_states"].mean(axis=(1, 2), dtype=np.float64)
+        shift = np.sin(feeds["timestep"] / 500) + text
+        return {"out_sample": np.tanh(feeds["sample"] * 0.5 + shift[:, None, None, None]).astype(np.float32)}
+
+
+def text(value: float) -> Condition:
+    return Condition(hidden=np.full((77, 8), value, np.float32))
+
+
+def job(seed: int, *, steps: int, sampler: str, guidance: float = 1.0, side: int = 4, rescale: float = 0.0) -> Job:
+    noise, shape = NoiseStream(seed), (4, side, side)
+    table = compile_table(SCHEDULER, steps=steps, sampler=sampler)
+    return Job(
+        run=Run(table, table.start[1] * noise.normal(shape), lambda: noise.normal(shape)),
+        condition=text(0.1 * seed),
+        negative=text(-0.3) if guidance > 1 else None,
+        guidance=guidance,
+        rescale=rescale,
+    )
+
+
+def crowd() -> list[Job]:
+    return [
+        job(1, steps=5, sampler="ddim"),
+        job(2, steps=9, sampler="euler_a", guidance=7.5),
+        job(3, steps=3, sampler="heun", guidance=2.0, rescale=0.7),
+        job(4, steps=7, sampler="dpmpp_2m", side=6),
+        job(5, steps=4, sampler="unipc", guidance=3.0, side=6),
+    ]
+
+
+@pytest.mark.parametrize(("most", "least"), [(16, 1), (2, 1), (1, 1), (4, 3)])
+def test_together_is_as_alone_at_any_batch_size(most: int, least: int) -> None:
+    together = crowd()
+    rounds = sum(1 for _ in denoise(together, lambda _: Unet(most=most, least=least)))
+    assert rounds == max(each.run.steps for each in together)
+    for ours, alone in zip(together, crowd(), strict=True):
+        for _ in denoise([alone], lambda _: Unet()):
+            pass
+        np.testing.assert_array_equal(ours.run.x, alone.run.x)
+
+
+def test_jobs_of_one_shape_share_calls_with_the_unconditional_rows_first() -> None:
+    unet = Unet()
+    for _ in denoise(crowd()[:3], lambda _: unet):
+        pass
+    assert [call["batch"] for call in unet.calls] == [5] * 5 + [2] * 4
+    unguided, first, second = (each.run.t for each in crowd()[:3])
+    assert unet.timesteps[0] == [first, second, unguided, first, second]
+
+
+def test_guidance_is_between_the_two_outputs_by_its_definition() -> None:
+    guided, unet = job(2, steps=1, sampler="euler", guidance=7.5), Unet()
+    sample = np.empty((1, 4, 4, 4), np.float32)
+    guided.run.model_input(out=sample[0])
+    timestep = np.array([guided.run.t], np.float32)
+    without, with_text = (
+        unet({"sample": sample, "timestep": timestep, "encoder_hidden_states": text(value).hidden[None]})["out_sample"][0]
+        for value in (-0.3, 0.2)
+    )
+    expected = job(2, steps=1, sampler="euler")
+    expected.run.advance(without + np.float32(7.5) * (with_text - without))
+    for _ in denoise([guided], lambda _: unet):
+        pass
+    np.testing.assert_allclose(guided.run.x, expected.run.x, atol=2e-5)
+
+
+def test_an_edit_between_steps_is_what_the_model_sees_next() -> None:
+    edited, unet = job(1, steps=3, sampler="dpmpp_2m"), Unet()
+    seen: list[float] = []
+    for _ in denoise([edited], lambda _: unet):
+        if not edited.done:
+            edited.run.x[:] = edited.run.step
+            sample = np.empty((4, 4, 4), np.float32)
+            edited.run.model_input(out=sample)
+            seen.append(float(sample.mean()))
+    assert seen == [1.0, 2.0]
+
+
+def test_a_stopped_job_stays_as_it_is_and_the_others_go_on() -> None:
+    jobs, unet = crowd()[:2], Unet()
+    for _ in denoise(jobs, lambda _: unet):
+        if jobs[0].run.step == 2 and not jobs[0].stopped:
+            jobs[0].stopped = True
+            kept = jobs[0].run.x.copy()
+    np.testing.assert_array_equal(jobs[0].run.x, kept)
+    assert [each.run.step for each in jobs] == [2, 9]
