@@ -23,11 +23,13 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 ok, 1 failed, 2 usage, 3 environment, 5 bundle or engine does not fit, 130 interrupted."""
-    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
-        run(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         note("interrupted")
@@ -220,7 +222,7 @@ def table(options: argparse.Namespace) -> None:
 def samplers(options: argparse.Namespace) -> None:
     from sdruntime.samplers import SAMPLERS
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "diffusers": each.diffusers, "a1111": list(each.a1111), "about": each.about}
         for name, each in SAMPLERS.items()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,9 @@ class Conditioner:
         tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
         outputs = [call_rows(engine(encoder), {"input_ids": batch(found)}) for encoder, found in tokens.items()]
         cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]
+        pooled: Sequence[Array | None] | Array = [None] * len(texts)
         if len(outputs) == 1 and "last_hidden_state" in outputs[0]:
-            hidden, pooled = outputs[0]["last_hidden_state"], [None] * len(texts)
+            hidden = outputs[0]["last_hidden_state"]
         else:  # SDXL: the second-to-last layers of both encoders side by side, the pooled text of the last
             hidden, pooled = np.concatenate([out["hidden_states"] for out in outputs], axis=-1), outputs[-1]["text_embeds"]
         return {text: Condition(hidden=hidden[k], pooled=pooled[k], cut=cuts[k]) for k, text in enumerate(texts)}

@@ -6,7 +6,7 @@ latents. A single picture is a set of one job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,10 @@ def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
+def stacked(rows: Iterable[Array | None]) -> Array:
+    return np.stack([row for row in rows if row is not None])
+
+
 class Call:
     """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call."""
 
@@ -78,11 +82,11 @@ class Call:
         self._feeds: dict[str, Array] = {
             "sample": self._sample,
             "timestep": self._timestep,
-            "encoder_hidden_states": np.stack([condition.hidden for condition in conditions]),
+            "encoder_hidden_states": stacked(condition.hidden for condition in conditions),
         }
         if jobs[0].time_ids is not None:
-            self._feeds["text_embeds"] = np.stack([condition.pooled for condition in conditions])  # type: ignore[arg-type]
-            self._feeds["time_ids"] = np.stack([job.time_ids for job in (*guided, *jobs)])  # type: ignore[arg-type]
+            self._feeds["text_embeds"] = stacked(condition.pooled for condition in conditions)
+            self._feeds["time_ids"] = stacked(job.time_ids for job in (*guided, *jobs))
 
     def advance(self) -> None:
         for job, row, unconditional in self._jobs:

@@ -23,4 +23,7 @@ def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec) -> A
     """
     posterior = call_rows(engine, {"sample": np.ascontiguousarray(pictures, np.float32)})
     deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
-    return (posterior["latent_mean"] + deviation * noise - np.float32(model.shift_factor)) * np.float32(model.scaling_factor)
+    drawn: Array = posterior["latent_mean"] + deviation * noise
+    drawn -= np.float32(model.shift_factor)
+    drawn *= np.float32(model.scaling_factor)
+    return drawn

@@ -57,6 +57,7 @@ class Picture:
                 seed=asked.seed,
                 size=(width, height),
                 model=self.model,
+                strength=None if asked.image is None else asked.strength,
             )
         )
 

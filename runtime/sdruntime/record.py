@@ -45,12 +45,12 @@ def json_from_text(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The document in `path`, by the rules of `json_from_text`. Raises OSError or ValueError (for bytes that are not UTF-8 too)."""
+    """The document in `path`, by the rules of `json_from_text`. Raises OSError, or ValueError (not UTF-8, too)."""
     return json_from_text(path.read_text(encoding="utf-8"))
 
 
 def json_from_record(value: Any) -> Any:
-    """Plain lists and dicts from dataclasses, tuples and mappings, in the order of the fields. A field that is None is left out."""
+    """Plain lists and dicts from dataclasses, tuples and mappings, in the order of the fields. A None field is left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {name: json_from_record(item) for name, item in fields.items() if item is not None}
