@@ -1,0 +1,89 @@
+"""Traces kept from one build to the next, each under the hash of all that it depends on.
+
+A trace holds no weights: it depends on the component's config and tensors, on the versions of the libraries and on this package's
+own code. An entry is one file, the SHA-256 of the graph and then the graph; one that was damaged is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sdexport.components import Component
+from sdruntime.record import json_from_record
+
+_LIBRARIES = ("sdexport", "sdruntime", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+_IDLE = ("torch_dtype", "dtype", "transformers_version", "architectures")  # and what begins with "_": says nothing of the network
+_DIGEST = 32
+
+
+def cache_folder() -> Path:
+    """SDEXPORT_CACHE, or `sdexport` in the user's cache folder. It may be removed at any time."""
+    own = os.environ.get("SDEXPORT_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sdexport"
+
+
+def trace_key(component: Component) -> str:
+    """The hash of everything that a component's trace depends on."""
+    document = json_from_record(component)
+    config = {key: value for key, value in component.config.items() if not key.startswith("_") and key not in _IDLE}
+    document |= {"config": config, "versions": versions(), "code": _code()}
+    return digest_of(document)
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each library that takes part in a build."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def digest_of(document: Any) -> str:
+    """The SHA-256 of a JSON document, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def load_trace(key: str) -> bytes | None:
+    """The kept graph, or None where there is none, or one whose bytes have changed since."""
+    try:
+        kept = _path(key).read_bytes()
+    except OSError:
+        return None
+    return kept[_DIGEST:] if hashlib.sha256(kept[_DIGEST:]).digest() == kept[:_DIGEST] else None
+
+
+def store_trace(key: str, graph: bytes) -> None:
+    """Keep a graph, by one rename."""
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, staged = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(graph).digest() + graph)
+        Path(staged).replace(path)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "traces" / key[:2] / f"{key}.onnx"

@@ -1,0 +1,288 @@
+"""A checkpoint as data: which networks it holds, their configs and weights, and what the pipeline must know of it.
+
+A diffusers folder is read as JSON and safetensors headers; no name that stands in it is ever imported (diffusers imports what
+model_index.json names, GHSA-4prv-5hj7-c2xr). Everything that is wrong with a folder is reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sdexport.errors import CheckpointError
+from sdexport.weights import StoredTensor, read_header
+from sdruntime.manifest import Family, ModelSpec, Precision, PredictionType
+from sdruntime.record import read_json
+
+_CLIP = ("transformers", "CLIPTextModel")
+_TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
+_PARTS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
+    "StableDiffusionPipeline": {
+        "text_encoder": (_CLIP,),
+        "tokenizer": _TOKENIZERS,
+        "unet": (("diffusers", "UNet2DConditionModel"),),
+        "vae": (("diffusers", "AutoencoderKL"),),
+    },
+    "StableDiffusionXLPipeline": {
+        "text_encoder": (_CLIP,),
+        "text_encoder_2": (("transformers", "CLIPTextModelWithProjection"),),
+        "tokenizer": _TOKENIZERS,
+        "tokenizer_2": _TOKENIZERS,
+        "unet": (("diffusers", "UNet2DConditionModel"),),
+        "vae": (("diffusers", "AutoencoderKL"),),
+    },
+}
+_NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
+SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete",
+        "EulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete",
+        "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep",
+    )
+)  # fmt: skip
+_PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
+_WEIGHT_STEMS = {"text_encoder": "model", "text_encoder_2": "model"}  # diffusers' own networks: diffusion_pytorch_model
+_PICKLES = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+_UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds")
+
+Variant = Literal["", "fp16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A network of the checkpoint: its config.json, and where each of its weights lies (or the pickles that hold them)."""
+
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    weights: Mapping[str, StoredTensor]
+    pickled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Made by `read_checkpoint`. `source`: the hub id or the folder's name; `revision`: the hub's commit, if it came from there."""
+
+    folder: Path
+    source: str
+    revision: str | None
+    model: ModelSpec
+    parts: Mapping[str, Part]
+    tokenizers: tuple[str, ...]
+    index: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+
+
+def read_checkpoint(
+    folder: Path, *, source: str, revision: str | None = None, precision: Precision = "fp32", allow_pickle: bool = False
+) -> Checkpoint:
+    """Read and check a diffusers folder. For fp16 the files of the fp16 variant are preferred, otherwise the full ones.
+
+    Raises CheckpointError with every fault.
+    """
+    if folder.is_file():
+        raise CheckpointError(folder, [f"a single {folder.suffix} file is not read yet: give a diffusers folder or a hub id"])
+    return _Reader(folder, precision, allow_pickle).read(source, revision)
+
+
+class _Reader:
+    """One reading of a folder; faults gather in `faults`."""
+
+    def __init__(self, folder: Path, precision: Precision, allow_pickle: bool) -> None:
+        self.folder, self.allow_pickle = folder, allow_pickle
+        self.variants: tuple[Variant, ...] = ("fp16", "") if precision == "fp16" else ("", "fp16")
+        self.faults: list[str] = []
+
+    def read(self, source: str, revision: str | None) -> Checkpoint:
+        index = self._json("model_index.json")
+        kind = index.get("_class_name")
+        if self.faults or kind not in _PARTS:
+            if not self.faults:
+                self.faults.append(f"model_index.json: _class_name {kind!r} is not one of {', '.join(_PARTS)}")
+            raise CheckpointError(self.folder, self.faults)
+        asked = _PARTS[kind]
+        for name, classes in asked.items():
+            self._check_class(index, name, classes)
+        self._check_class(index, "scheduler", tuple(("diffusers", name) for name in SCHEDULERS))
+        parts = {name: self._part(name) for name in asked if name in _NETWORKS}
+        scheduler = self._json("scheduler/scheduler_config.json")
+        tokenizers = tuple(name for name in asked if name.startswith("tokenizer"))
+        pad = self._pad_token("tokenizer")
+        self._check_tokenizers(tokenizers)
+        if self.faults:
+            raise CheckpointError(self.folder, self.faults)
+        model = self._model(source, index, parts, scheduler, pad)
+        if self.faults or model is None:
+            raise CheckpointError(self.folder, self.faults)
+        return Checkpoint(
+            folder=self.folder,
+            source=source,
+            revision=revision,
+            model=model,
+            parts=MappingProxyType(parts),
+            tokenizers=tokenizers,
+            index=index,
+            scheduler=scheduler,
+        )
+
+    def _json(self, path: str) -> dict[str, Any]:
+        try:
+            document = read_json(self.folder / path)
+        except FileNotFoundError:
+            self.faults.append(f"{path} is missing")
+        except (OSError, ValueError) as error:
+            self.faults.append(f"{path} is not readable: {error}")
+        else:
+            if isinstance(document, dict):
+                return document
+            self.faults.append(f"{path} is not a JSON object")
+        return {}
+
+    def _check_class(self, index: Mapping[str, Any], name: str, known: tuple[tuple[str, str], ...]) -> None:
+        found = index.get(name)
+        if not isinstance(found, list) or tuple(found) not in known:
+            names = ", ".join(".".join(pair) for pair in known)
+            self.faults.append(f"model_index.json: {name} is {found!r}, not one of {names}")
+
+    def _part(self, name: str) -> Part:
+        config = self._json(f"{name}/config.json")
+        stem = _WEIGHT_STEMS.get(name, "diffusion_pytorch_model")
+        for variant in self.variants:
+            files = self._weight_files(name, stem, variant)
+            if files:
+                return Part(config=config, files=tuple(files), weights=self._headers(files))
+        pickles = sorted((self.folder / name).glob(f"{_PICKLES[stem]}*.bin"))
+        if not pickles:
+            self.faults.append(f"{name}/{stem}.safetensors is missing")
+        elif not self.allow_pickle:
+            self.faults.append(
+                f"{name}/{pickles[0].name} is a pickle, which can run code when it is read: "
+                "use a checkpoint with safetensors, or trust this one with --allow-pickle"
+            )
+        full = [path for path in pickles if ".fp16." not in path.name] or pickles
+        return Part(config=config, files=tuple(full), weights={}, pickled=True)
+
+    def _weight_files(self, name: str, stem: str, variant: Variant) -> list[Path]:
+        """The safetensors files of a variant: one file, or those that an index of shards names. Missing ones are faults."""
+        dot = f".{variant}" if variant else ""
+        whole = self.folder / name / f"{stem}{dot}.safetensors"
+        if whole.is_file():
+            return [whole]
+        listed = f"{name}/{stem}.safetensors.index{dot}.json"
+        if not (self.folder / listed).is_file():
+            return []
+        shards = sorted({str(shard) for shard in dict(self._json(listed).get("weight_map", {})).values()})
+        plain = [shard for shard in shards if re.fullmatch(r"[\w.-]+\.safetensors", shard)]
+        self.faults.extend(f"{listed}: names a strange file {shard!r}" for shard in shards if shard not in plain)
+        paths = [self.folder / name / shard for shard in plain]
+        self.faults.extend(f"{name}/{path.name} is missing, a shard named by {listed}" for path in paths if not path.is_file())
+        return [path for path in paths if path.is_file()] or [self.folder / listed]
+
+    def _headers(self, files: list[Path]) -> Mapping[str, StoredTensor]:
+        found: dict[str, StoredTensor] = {}
+        for path in files:
+            if path.suffix == ".safetensors":
+                try:
+                    found |= read_header(path)
+                except (OSError, ValueError) as error:
+                    self.faults.append(f"{path.relative_to(self.folder)}: {error}")
+        return MappingProxyType(found)
+
+    def _check_tokenizers(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            folder = self.folder / name
+            classic = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+            if not classic and not (folder / "tokenizer.json").is_file():
+                self.faults.append(f"{name}/ has neither vocab.json and merges.txt nor tokenizer.json")
+
+    def _pad_token(self, tokenizer: str) -> str:
+        return pad_token(self.folder / tokenizer)
+
+    def _model(
+        self,
+        source: str,
+        index: Mapping[str, Any],
+        parts: Mapping[str, Part],
+        scheduler: Mapping[str, Any],
+        pad: str,
+    ) -> ModelSpec | None:
+        unet, vae, text = (parts[name].config for name in ("unet", "vae", "text_encoder"))
+        xl = "text_encoder_2" in parts
+        kind = scheduler.get("_class_name")
+        if kind not in SCHEDULERS:
+            self.faults.append(f"scheduler/scheduler_config.json: _class_name {kind!r} is not one of {', '.join(SCHEDULERS)}")
+        prediction = scheduler.get("prediction_type", "epsilon")
+        if prediction not in _PREDICTIONS:
+            self.faults.append(
+                f"scheduler/scheduler_config.json: prediction_type {prediction!r} is not one of {', '.join(_PREDICTIONS)}"
+            )
+        for key in _UNSUPPORTED:
+            if unet.get(key) is not None:
+                self.faults.append(f"unet/config.json: {key} {unet[key]!r} is not supported")
+        if unet.get("addition_embed_type") != ("text_time" if xl else None):
+            self.faults.append(
+                f"unet/config.json: addition_embed_type {unet.get('addition_embed_type')!r} does not go with this pipeline"
+            )
+        needed = {"unet": ("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
+                  "vae": ("latent_channels", "block_out_channels"), "text_encoder": ("hidden_size", "vocab_size"),
+                  "text_encoder_2": ("hidden_size", "vocab_size", "projection_dim")}  # fmt: skip
+        for name, part in parts.items():
+            self.faults.extend(f"{name}/config.json: {key} is missing" for key in needed[name] if key not in part.config)
+        if self.faults:
+            return None
+        if unet["in_channels"] != vae["latent_channels"]:
+            self.faults.append(
+                f"unet/config.json: in_channels {unet['in_channels']}, but the VAE has {vae['latent_channels']}: "
+                "inpainting and depth checkpoints are not supported yet"
+            )
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+        sides = unet["sample_size"] if isinstance(unet["sample_size"], list) else [unet["sample_size"]] * 2
+        # OpenCLIP's encoder, which SD2 brought, has the plain GELU; CLIP's own the quick one
+        family: Family = "sdxl" if xl else "sd2" if text.get("hidden_act") == "gelu" else "sd1"
+        try:
+            return ModelSpec(
+                name=source.rstrip("/").rsplit("/", 1)[-1],
+                family=family,
+                prediction_type=prediction,
+                scaling_factor=float(vae.get("scaling_factor", 0.18215)),
+                shift_factor=float(vae.get("shift_factor") or 0.0),
+                latent_channels=vae["latent_channels"],
+                vae_factor=factor,
+                size_multiple=multiple,
+                default_size=(sides[0] * factor, sides[1] * factor),
+                pad_token=pad,
+                zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
+                license=_license(self.folder),
+            )
+        except (ValueError, TypeError) as error:
+            self.faults.append(f"the configs do not fit together: {error}")
+            return None
+
+
+def pad_token(folder: Path) -> str:
+    """The token that a tokenizer's folder pads with: CLIP's end token where its files do not say."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            token = read_json(folder / name).get("pad_token")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if token is not None:
+            return str(token["content"] if isinstance(token, dict) else token)
+    return "<|endoftext|>"
+
+
+def _license(folder: Path) -> str:
+    """The licence's id on the model's card (the YAML block at the head of README.md)."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return "unknown"
+    head = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    fields = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+-]+)", head.group(1), re.MULTILINE)) if head else {}
+    name = fields.get("license", "unknown")
+    return fields.get("license_name", name) if name == "other" else name

@@ -1,0 +1,59 @@
+"""The errors of sdexport, and the exit code that each gives the command line. Those of sdruntime pass through as they are.
+
+SdexportError                 1   something failed
+├── CheckpointError           2   the checkpoint is not whole, or not one that this exporter knows; carries every fault
+├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
+│   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
+└── ExportError               1   a component's graph could not be made, or is not sound
+    └── PrecisionError        1   values that the asked precision cannot hold; carries every fault
+
+A message says what was wrong, where, the numbers, and the command or the change that mends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class SdexportError(Exception):
+    """Base of every error that sdexport raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class CheckpointError(SdexportError):
+    """A checkpoint cannot be exported. `faults` holds every reason that was found."""
+
+    exit_code = 2
+
+    def __init__(self, where: object, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(_listed(where, self.faults))
+
+
+class EnvironmentFault(SdexportError):
+    """This machine lacks what the call needs."""
+
+    exit_code = 3
+
+
+class ProcessKilled(EnvironmentFault):
+    """The process that exported a component was ended by a signal."""
+
+
+class ExportError(SdexportError):
+    """A component could not be turned into a sound ONNX graph."""
+
+
+class PrecisionError(ExportError):
+    """Values that the asked precision cannot hold. `faults` holds one line for each tensor."""
+
+    def __init__(self, where: object, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(_listed(where, self.faults))
+
+
+def _listed(where: object, faults: tuple[str, ...]) -> str:
+    count = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}"
+    return f"{where}: {count}\n" + "\n".join(f"  - {fault}" for fault in faults)

@@ -1,0 +1,105 @@
+"""The making of one component: trace (or the trace kept from before), precision, weights; a folder with its ONNX.
+
+A job is data, so that a process of its own can be given it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdexport.cache import load_trace, store_trace, trace_key
+from sdexport.checkpoint import Part, read_checkpoint
+from sdexport.components import Component, components
+from sdexport.errors import EnvironmentFault
+from sdexport.weights import StoredTensor, match_weights, read_header
+from sdruntime.manifest import Precision
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+
+StageName = Literal["trace", "kept trace", "precision", "weights", "done"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """`component` of the checkpoint in `checkpoint`, written to the existing folder `out`."""
+
+    checkpoint: str
+    component: str
+    precision: Precision
+    allow_pickle: bool
+    out: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a job begins, or how many bytes of `total` its weights have come to."""
+
+    name: StageName
+    done: int = 0
+    total: int = 0
+
+
+def run(job: Job) -> Iterator[Stage]:
+    """Make the component. Raises SdexportError."""
+    checkpoint = read_checkpoint(
+        Path(job.checkpoint), source=job.checkpoint, precision=job.precision, allow_pickle=job.allow_pickle
+    )
+    component = next(component for component in components(checkpoint) if component.name == job.component)
+    out = Path(job.out)
+    part = checkpoint.parts[component.part]
+    stored = _unpickled(part, out / "unpickled.safetensors") if part.pickled else part.weights
+    yield from _made(component, stored, job.precision, out)
+    (out / "unpickled.safetensors").unlink(missing_ok=True)
+
+
+def _made(component: Component, stored: Mapping[str, StoredTensor], precision: Precision, out: Path) -> Iterator[Stage]:
+    key = trace_key(component)
+    kept = load_trace(key)
+    yield Stage(name="trace" if kept is None else "kept trace")
+    import onnx
+    import onnx_ir as ir
+
+    from sdexport import to_onnx
+    from sdexport.precision import apply_precision
+    from sdexport.weights import write_data
+
+    if kept is None:
+        # before the long work: do the weights fit?
+        match_weights(to_onnx.module_shapes(component), stored, where=component.name)
+        model = to_onnx.onnx_from_component(component)
+        store_trace(key, ir.to_proto(model).SerializeToString())
+    else:
+        model = ir.from_proto(onnx.load_from_string(kept))
+    yield Stage(name="precision")
+    precision_of = apply_precision(model, component, precision, keep=frozenset())
+    weights = match_weights(to_onnx.weight_shapes(model, component), stored, where=component.name)
+    total, done = sum(tensor.size for tensor in weights.values()), 0
+    yield Stage(name="weights", done=0, total=total)
+    with (out / DATA).open("wb") as file:
+        write = write_data(file, weights, precision_of)
+        places = {}
+        for name, place, size in write:
+            places[name] = place
+            done += size
+            yield Stage(name="weights", done=done, total=total)
+    to_onnx.weights_attached(model, places, data=DATA)
+    to_onnx.save(model, out / MODEL)
+    onnx.checker.check_model(str(out / MODEL))
+    yield Stage(name="done", done=done, total=total)
+
+
+def _unpickled(part: Part, path: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of a pickled part, by way of a safetensors file. torch before 2.6 runs code even from `weights_only` loads."""
+    import safetensors.torch
+    import torch
+
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 6):
+        raise EnvironmentFault(f"torch {torch.__version__} runs code from pickled weights: pip install 'torch>=2.6'")
+    tensors: dict[str, Any] = {}
+    for file in part.files:
+        tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    safetensors.torch.save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+    return read_header(path)

@@ -1,0 +1,121 @@
+"""The networks as they are traced: diffusers' and transformers' own modules, with the inputs and outputs of DESIGN's table.
+
+Importing this file loads torch. Every wrapper is made from a component's config.json alone and keeps the names of the
+checkpoint's weights. No scaling_factor here: the runtime applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+# the posterior's logarithm of variance is kept in this range by diffusers' DiagonalGaussianDistribution
+_LOGVAR = (-30.0, 20.0)
+
+
+class TextEncoder(nn.Module):
+    """input_ids [B,77] -> last_hidden_state [B,77,D], its last layer normalised: what SD1 and SD2 condition on."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = CLIPTextModel._from_config(_text_config(config), attn_implementation="eager")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        output: Tensor = self.weights(input_ids, position_ids=_positions(input_ids)).last_hidden_state
+        return output
+
+
+class PenultimateTextEncoder(nn.Module):
+    """input_ids [B,77] -> hidden_states [B,77,D] before the last layer: the first encoder of SDXL."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = CLIPTextModel._from_config(_text_config(config), attn_implementation="eager")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        output: Tensor = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True).hidden_states[-2]
+        return output
+
+
+class PooledTextEncoder(nn.Module):
+    """input_ids [B,77] -> hidden_states [B,77,D] before the last layer, text_embeds [B,P]: the second encoder of SDXL."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = CLIPTextModelWithProjection._from_config(_text_config(config), attn_implementation="eager")
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+
+class Unet(nn.Module):
+    """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] and SDXL's text_embeds [B,P], time_ids [B,6] -> out_sample."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = UNet2DConditionModel.from_config(dict(config))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        output: Tensor = self.weights(sample, timestep, encoder_hidden_states, added_cond_kwargs=pooled, return_dict=False)[0]
+        return output
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample [B,C,h,w] -> sample [B,3,fh,fw] in [-1,1]."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        vae = AutoencoderKL.from_config(dict(config))
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            latent_sample = self.post_quant_conv(latent_sample)
+        output: Tensor = self.decoder(latent_sample)
+        return output
+
+
+class VaeEncoder(nn.Module):
+    """sample [B,3,H,W] in [-1,1] -> latent_mean, latent_logvar [B,C,h,w] of the posterior."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        vae = AutoencoderKL.from_config(dict(config))
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        moments = self.encoder(sample)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(*_LOGVAR)
+
+
+WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    wrapper.__name__: wrapper
+    for wrapper in (TextEncoder, PenultimateTextEncoder, PooledTextEncoder, Unet, VaeDecoder, VaeEncoder)
+}
+
+
+def _text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    known = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "architectures")}
+    return CLIPTextConfig(**known)
+
+
+def _positions(input_ids: Tensor) -> Tensor:
+    # the module's own table of positions is a buffer made at birth, which has no numbers under fake tensors
+    return torch.arange(input_ids.shape[1])[None]

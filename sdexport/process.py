@@ -1,0 +1,103 @@
+"""One component, one process: its memory goes with it, and what kills it does not kill the build.
+
+The child is `python -m sdexport.process`, gets a job as JSON and writes its stages as JSON lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sdexport import errors
+from sdexport.errors import ExportError, ProcessKilled, SdexportError
+from sdexport.job import Job, Stage, run
+
+_KEPT = ("PATH", "HOME")
+
+
+def run_apart(job: Job) -> Iterator[Stage | int]:
+    """Run a job in its own process: yields its stages, then the peak of its memory in bytes.
+
+    Raises what the job raised; ProcessKilled when a signal ended it; ExportError when it failed in another way.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as notes:
+        command = [sys.executable, "-m", "sdexport.process", json.dumps(dataclasses.asdict(job))]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=notes, text=True, encoding="utf-8")
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                message = json.loads(line)
+                if "stage" in message:
+                    yield Stage(**message["stage"])
+                elif "peak" in message:
+                    yield int(message["peak"])
+                else:
+                    raise _error(message["error"])
+            child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+        if child.returncode != 0:
+            notes.seek(0)
+            raise _death(job.component, child.returncode, notes.read())
+
+
+def _error(message: dict[str, Any]) -> Exception:
+    kind = getattr(errors, message["kind"], ExportError)
+    return kind(message["where"], message["faults"]) if "faults" in message else kind(message["text"])
+
+
+def _death(component: str, code: int, notes: str) -> SdexportError:
+    last = next((line.strip() for line in reversed(notes.splitlines()) if line.strip()), "it said nothing")
+    if code >= 0:
+        return ExportError(f"{component}: its process failed with code {code}: {last}")
+    name = signal.Signals(-code).name
+    hint = (
+        ": the system was probably out of memory; free some, or export on a larger machine" if name == "SIGKILL" else f": {last}"
+    )
+    return ProcessKilled(f"{component}: its process was ended by {name}{hint}")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    # ru_maxrss counts what the parent had at the fork too
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    """The child: one job, told on the standard output that the process began with."""
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no message
+
+    def tell(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=told, flush=True)
+
+    try:
+        for stage in run(Job(**json.loads(sys.argv[1]))):
+            tell({"stage": dataclasses.asdict(stage)})
+    except SdexportError as error:
+        message: dict[str, Any] = {"kind": type(error).__name__, "text": str(error)}
+        if hasattr(error, "faults"):
+            message |= {"where": str(error).split(":", 1)[0], "faults": list(error.faults)}
+        tell({"error": message})
+    tell({"peak": peak_memory()})
+
+
+if __name__ == "__main__":
+    main()

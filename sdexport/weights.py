@@ -1,0 +1,176 @@
+"""Weights as they lie on disk: safetensors headers read and checked, tensors read one by one, data files written one by one.
+
+No more than one tensor is ever in memory. See the safetensors format: eight bytes of header length (little endian), the header
+as JSON {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdexport.errors import ExportError, PrecisionError
+from sdruntime.manifest import Precision
+
+Array = NDArray[Any]
+
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LONGEST_HEADER = 100_000_000
+
+# old and new names of one weight: transformers 5 dropped a prefix, diffusers 0.18 renamed the attention of the VAE
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+_PREFIX = "text_model."
+
+_LARGE, _PAGE, _LINE = (
+    1 << 20,
+    4096,
+    64,
+)  # data over a megabyte begins on a page, so that it can be mapped; the rest on a cache line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies: `size` bytes from `offset` of `file`."""
+
+    file: Path
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    def read(self) -> Array:
+        """The numbers, in the type that they are stored in (bfloat16 as ml_dtypes has it)."""
+        import ml_dtypes
+
+        kind = np.dtype(ml_dtypes.bfloat16) if self.dtype == "BF16" else np.dtype(_FLOATS[self.dtype])
+        numbers = np.empty(self.shape, kind)
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            if self.size and file.readinto(numbers.reshape(-1).view(np.uint8).data) != self.size:
+                raise ExportError(f"{self.file}: became shorter while it was read")
+        return numbers
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. Raises ValueError for a file that is cut off, padded or not of that format."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if total < 8 or length > min(_LONGEST_HEADER, total - 8):
+            raise ValueError(f"not a whole safetensors file ({total:,} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            found = {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the safetensors header is damaged ({error})") from None
+    end = max((tensor.offset + tensor.size for tensor in found.values()), default=8 + length)
+    if end != total:
+        raise ValueError(f"{total:,} bytes, but its header promises {end:,}: cut off, or damaged; download it again")
+    return found
+
+
+def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    first, last = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    if last - first != math.prod(shape) * _WIDTHS[entry["dtype"]] or first < 0:
+        raise ValueError("a tensor's size is not that of its shape")
+    return StoredTensor(file=path, dtype=entry["dtype"], shape=shape, offset=start + first, size=last - first)
+
+
+def match_weights(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], *, where: str
+) -> dict[str, StoredTensor]:
+    """For each weight of a module the tensor that the checkpoint stores for it, under its name or a former one.
+
+    Raises ExportError with every missing weight and every wrong shape.
+    """
+    matched, faults = {}, []
+    for name, shape in shapes.items():
+        tensor = next((stored[other] for other in _spellings(name) if other in stored), None)
+        if tensor is None:
+            faults.append(f"{name} is missing")
+        elif tensor.shape != shape:
+            faults.append(f"{name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
+        elif tensor.dtype not in _FLOATS:
+            faults.append(f"{name} is stored as {tensor.dtype}: quantised weights cannot be exported")
+        else:
+            matched[name] = tensor
+    if faults:
+        shown = [*faults[:20], *([f"… and {len(faults) - 20} more"] if len(faults) > 20 else [])]
+        listed = "\n".join(f"  - {fault}" for fault in shown)
+        raise ExportError(f"{where}: the weights do not fit the config\n{listed}")
+    return matched
+
+
+def _spellings(name: str) -> Iterator[str]:
+    yield name
+    yield name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else _PREFIX + name
+    for new, old in _OLD_NAMES.items():
+        if new in name:
+            yield name.replace(new, old)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Where a weight lies in the data file."""
+
+    offset: int
+    size: int
+
+
+def write_data(
+    file: BinaryIO, weights: Mapping[str, StoredTensor], precision_of: Mapping[str, Precision]
+) -> Iterator[tuple[str, Placed, int]]:
+    """Write each weight in its precision to the data file, equal bytes once: yields name, place and the bytes read for it.
+
+    Raises PrecisionError, at the end, with every tensor that holds numbers too large for its precision.
+    """
+    known: dict[bytes, Placed] = {}
+    faults = []
+    for name, tensor in weights.items():
+        numbers, fault = in_precision(tensor.read(), precision_of[name])
+        if fault:
+            faults.append(f"{name}: {fault}")
+            continue
+        data = numbers.reshape(-1).view(np.uint8).data
+        digest = hashlib.sha256(data).digest()
+        if digest not in known:
+            step = _PAGE if len(data) >= _LARGE else _LINE
+            file.seek(-(-file.tell() // step) * step)
+            known[digest] = Placed(offset=file.tell(), size=len(data))
+            file.write(data)
+        yield name, known[digest], tensor.size
+    if faults:
+        raise PrecisionError("weights beyond the precision", faults)
+
+
+def in_precision(numbers: Array, precision: Precision) -> tuple[Array, str | None]:
+    """The numbers rounded to a precision, C-contiguous; and what is wrong with them there, if something is."""
+    import ml_dtypes
+
+    kind = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}[precision]
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.ascontiguousarray(numbers.astype(kind, copy=False))
+    if np.isfinite(rounded).all():
+        return rounded, None
+    beyond = ~np.isfinite(rounded)
+    if not np.isfinite(numbers).all():
+        return (
+            rounded,
+            f"{np.count_nonzero(~np.isfinite(numbers)):,} of {numbers.size:,} numbers are not finite in the checkpoint",
+        )
+    worst = np.abs(numbers).max()
+    limit = float(ml_dtypes.finfo(kind).max)
+    return rounded, (
+        f"{np.count_nonzero(beyond):,} of {numbers.size:,} numbers are beyond {limit:g} (the largest is {worst:g}): "
+        f"{precision} cannot hold them; build with --precision bf16 or fp32"
+    )

@@ -1,0 +1,201 @@
+"""Tiny random checkpoints in the layout of real ones, written with diffusers' own classes.
+
+Weights are random and drawn once from a fixed seed; the decoder's last layer is scaled so that pictures are not flat.
+What real checkpoints do differently from each other is kept: SD1's quick-GELU text encoder and end-token padding, SD2's plain
+GELU, "!" padding and 23 layers (the penultimate of OpenCLIP's 24 is its last), SDXL's two encoders, pooled text and time ids.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["sd1", "sd2", "sd2_v", "sdxl"]
+TOKENS = 77
+_ENDS = ("<|startoftext|>", "<|endoftext|>")
+_MERGES = "t h,th e</w>,a n,an d</w>,c a,ca t</w>,r e,re d</w>,i n</w>,o f</w>"
+
+
+def write_checkpoint(folder: Path, kind: Kind) -> Path:
+    """A diffusers folder of that kind; a few hundred kilobytes."""
+    import torch
+
+    torch.manual_seed({"sd1": 1, "sd2": 2, "sd2_v": 3, "sdxl": 4}[kind])
+    pipeline = _xl_pipeline() if kind == "sdxl" else _pipeline(kind)
+    for module in pipeline.values():
+        _liven(module)
+        module.eval()
+    folder.mkdir(parents=True)
+    for name, module in pipeline.items():
+        module.save_pretrained(folder / name)
+    pads = {"sd1": (_ENDS[1],), "sd2": ("!",), "sd2_v": ("!",), "sdxl": (_ENDS[1], "!")}[kind]
+    names = ("tokenizer", "tokenizer_2")[: len(pads)]
+    for name, pad in zip(names, pads, strict=True):
+        write_tokenizer(folder / name, pad)
+    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(kind))
+    _write_json(folder / "model_index.json", _index(kind))
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\ntags: [tiny]\n---\nRandom weights.\n")
+    return folder
+
+
+def write_tokenizer(folder: Path, pad: str) -> None:
+    """The classic files of a CLIP tokenizer: every byte, every byte at a word's end, and a few merges."""
+    units = byte_units()
+    merges = _MERGES.split(",")
+    vocab = [*units, *(unit + "</w>" for unit in units), *(merge.replace(" ", "") for merge in merges), *_ENDS]
+    special = {"bos_token": _ENDS[0], "eos_token": _ENDS[1], "unk_token": _ENDS[1], "pad_token": pad}
+    _write_json(folder / "vocab.json", {unit: index for index, unit in enumerate(vocab)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    _write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, "add_prefix_space": False}
+    _write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def byte_units() -> list[str]:
+    """The 256 printable characters that stand for bytes in GPT-2's and CLIP's vocabularies, "!" first as there."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = range(256 - len(plain))
+    return [chr(code) for code in plain] + [chr(256 + index) for index in others]
+
+
+def _text_config(hidden_act: str, layers: int, **more: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    size = 512 + len(_MERGES.split(",")) + 2
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "projection_dim": 32}
+    ids = {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": 1}
+    return CLIPTextConfig(
+        **(sizes | ids | more),
+        num_hidden_layers=layers,
+        hidden_act=hidden_act,
+        max_position_embeddings=TOKENS,
+    )
+
+
+def _vae(levels: int, scaling_factor: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _unet(**more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    options: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 32,
+    }
+    return UNet2DConditionModel(**(options | more))
+
+
+def _pipeline(kind: Kind) -> dict[str, Any]:
+    from transformers import CLIPTextModel
+
+    if kind == "sd1":
+        return {"text_encoder": CLIPTextModel(_text_config("quick_gelu", 2)), "unet": _unet(), "vae": _vae(4, 0.18215)}
+    # SD2 projects with matrices, and gives heads a fixed width
+    unet = _unet(use_linear_projection=True, attention_head_dim=(2, 4))
+    return {"text_encoder": CLIPTextModel(_text_config("gelu", 23)), "unet": unet, "vae": _vae(3, 0.18215)}
+
+
+def _xl_pipeline() -> dict[str, Any]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    unet = _unet(
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+    return {
+        "text_encoder": CLIPTextModel(_text_config("quick_gelu", 2)),
+        # the id 2 makes CLIP look for the highest token instead of its end token, and stands in the real file
+        "text_encoder_2": CLIPTextModelWithProjection(_text_config("gelu", 3, eos_token_id=2)),
+        "unet": unet,
+        "vae": _vae(2, 0.13025),
+    }
+
+
+def _liven(module: Any) -> None:
+    """Larger weights than at birth, so that every layer matters in the output."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim == 1 and name.endswith("weight"):
+                weight.add_(0.2 * torch.randn_like(weight))
+            elif weight.ndim == 1:
+                weight.add_(0.1 * torch.randn_like(weight))
+            elif name == "decoder.conv_out.weight":
+                weight.mul_(1.5)
+
+
+def _scheduler(kind: Kind) -> dict[str, Any]:
+    common = {
+        "_diffusers_version": "0.21.0",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "steps_offset": 1,
+        "prediction_type": "v_prediction" if kind == "sd2_v" else "epsilon",
+    }
+    own = {
+        "sd1": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
+        "sd2": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+        "sd2_v": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+        "sdxl": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "interpolation_type": "linear"},
+    }
+    return own[kind] | common
+
+
+def _index(kind: Kind) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "_diffusers_version": "0.21.0",
+        "scheduler": ["diffusers", _scheduler(kind)["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if kind == "sdxl":
+        second = {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+        return {"_class_name": "StableDiffusionXLPipeline"} | common | second
+    none = [None, None]
+    return (
+        {"_class_name": "StableDiffusionPipeline"}
+        | common
+        | {
+            "safety_checker": none,
+            "feature_extractor": none,
+            "requires_safety_checker": False,
+        }
+    )
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
