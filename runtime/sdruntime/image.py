@@ -1,0 +1,287 @@
+"""Pictures: float arrays of the VAE to and from uint8, and PNG files, by NumPy and zlib alone.
+
+to_uint8, from_uint8                [.., 3, H, W] in [-1, 1]  <->  uint8 [.., H, W, 3]
+write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG (W3C PNG, third edition)
+read_png, image_from_png            PNG with 8 bits a channel -> uint8 [H, W, 3]
+parameters, png_text                the settings as AUTOMATIC1111's web UI writes them, and the mark of a machine-made picture
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdruntime.bundle import disk_full_as_error
+from sdruntime.errors import SdruntimeError, SettingError
+
+Image = NDArray[np.uint8]
+
+MAX_SIDE = 4096  # pixels of a PNG that is read
+_MAX_FILE = 1 << 27  # bytes
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey and alpha, RGB and alpha
+_PALETTE, _PAETH = 3, 4
+_STRIP = 64  # rows that are filtered at a time: as many as stay in the cache
+_XMP = "XML:com.adobe.xmp"
+_MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="r"?>"""
+
+
+def to_uint8(decoded: NDArray[np.float32]) -> Image:
+    """The decoder's float32 [.., 3, H, W] in [-1, 1] as uint8 [.., H, W, 3]: clipped, and rounded as diffusers does.
+
+    Raises SdruntimeError where a number is not finite.
+    """
+    if not np.isfinite(decoded).all():
+        raise SdruntimeError("the VAE decoder returned numbers that are not finite: in fp16 it overflowed, so build it in fp32")
+    scaled = decoded * np.float32(0.5)
+    scaled += np.float32(0.5)
+    np.clip(scaled, 0, 1, out=scaled)
+    scaled *= np.float32(255)
+    np.rint(scaled, out=scaled)
+    image = np.empty((*decoded.shape[:-3], *decoded.shape[-2:], decoded.shape[-3]), np.uint8)
+    np.moveaxis(image, -1, -3)[...] = scaled
+    return image
+
+
+def from_uint8(image: Image) -> NDArray[np.float32]:
+    """uint8 [.., H, W, 3] as the encoder's float32 [.., 3, H, W] in [-1, 1], to the bit what diffusers makes of it."""
+    scaled = np.moveaxis(image, -1, -3).astype(np.float32, order="C")
+    scaled /= np.float32(255)
+    scaled *= np.float32(2)
+    scaled -= np.float32(1)
+    return scaled
+
+
+def parameters(
+    *,
+    prompt: str,
+    negative: str = "",
+    steps: int,
+    sampler: str,
+    guidance: float,
+    seed: int,
+    size: tuple[int, int],
+    model: str,
+    strength: float | None = None,
+) -> str:
+    """What AUTOMATIC1111's web UI writes under the PNG key `parameters`, and many tools read. `size`: width, height in pixels."""
+    settings = {
+        "Steps": steps,
+        "Sampler": sampler,
+        "CFG scale": f"{guidance:g}",
+        "Seed": seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
+    }
+    if strength is not None:
+        settings["Denoising strength"] = f"{strength:g}"
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
+
+
+def png_text(parameters: str) -> dict[str, str]:
+    """PNG text keys: the settings, and XMP that says machine-made (IPTC digital source type trainedAlgorithmicMedia)."""
+    return {"parameters": parameters, _XMP: _MACHINE_MADE}
+
+
+def write_png(path: Path | str, image: Image, text: Mapping[str, str] | None = None) -> None:
+    """Write `image` under a temporary name beside `path`, then rename: `path` is wholly new or as it was.
+
+    Raises SettingError (what `png_from_image` refuses, a folder that cannot be written) and OutOfSpace.
+    """
+    path, data = Path(path), png_from_image(image, text)
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with disk_full_as_error(path.parent):
+            staged.write_bytes(data)
+            staged.replace(path)
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read_png(path: Path | str) -> Image:
+    """`image_from_png` of a file. Raises SettingError, naming the file."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
+        return image_from_png(data)
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read: {error.strerror}") from error
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from None
+
+
+def png_from_image(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of uint8 [H, W, 3] with `text` as tEXt, or as iTXt where it is not Latin-1. Raises SettingError."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise SettingError(f"a picture is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+    height, width = image.shape[:2]
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    texts = [_text_chunk(key, value) for key, value in (text or {}).items()]
+    chunks = [_chunk(b"IHDR", header), *texts, _chunk(b"IDAT", _deflated(image)), _chunk(b"IEND", b"")]
+    return b"".join([_SIGNATURE, *chunks])
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def _text_chunk(key: str, value: str) -> bytes:
+    if not (0 < len(key) < 80 and key.isascii()) or "\0" in key + value:
+        raise SettingError(f"PNG text {key!r}: a key has 1 to 79 ASCII letters, and neither key nor text holds a NUL")
+    name = key.encode()
+    try:
+        if key != _XMP:  # which its standard wants in an iTXt
+            return _chunk(b"tEXt", name + b"\0" + value.encode("latin-1"))
+    except UnicodeEncodeError:
+        pass
+    return _chunk(b"iTXt", name + b"\0\0\0\0\0" + value.encode(errors="replace"))
+
+
+def _deflated(image: Image) -> bytes:
+    """The pixels, every row by the Paeth filter; run lengths and Huffman codes pack what that leaves as well as a slow search."""
+    height, width, channels = image.shape
+    pack = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    padded = np.zeros((_STRIP + 1, width + 1, channels), np.int16)  # the row above on top, a column of zeros on the left
+    parts = []
+    for first in range(0, height, _STRIP):
+        strip = image[first : first + _STRIP]
+        rows = len(strip)
+        padded[1 : rows + 1, 1:] = strip
+        above = padded[:rows]
+        filtered = np.empty((rows, 1 + width * channels), np.uint8)
+        filtered[:, 0] = _PAETH
+        # the difference wraps to a byte, as the format asks
+        filtered[:, 1:] = (
+            (strip - _paeth(padded[1 : rows + 1, :-1], above[:, 1:], above[:, :-1])).reshape(rows, -1).astype(np.uint8)
+        )
+        parts.append(pack.compress(filtered.tobytes()))
+        padded[0] = padded[rows]
+    return b"".join([*parts, pack.flush()])
+
+
+def _paeth(left: NDArray[np.int16], up: NDArray[np.int16], corner: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Whichever of the three is nearest to left + up − corner; of equals the first (Paeth 1991)."""
+    from_left, from_up = np.abs(up - corner), np.abs(left - corner)
+    from_corner = np.abs(left + up - 2 * corner)
+    nearest = np.where(from_up <= from_corner, up, corner)
+    return np.where((from_left <= from_up) & (from_left <= from_corner), left, nearest)
+
+
+def image_from_png(data: bytes) -> Image:
+    """uint8 [H, W, 3] of a PNG with 8 bits a channel, not interlaced, at most 4096×4096; alpha is dropped, grey repeated.
+
+    Raises SettingError for every other file, and for a damaged one.
+    """
+    try:
+        return _image_from_png(data)
+    except (ValueError, zlib.error) as error:
+        raise SettingError(f"{error}; a PNG of 8 bits a channel, without interlacing, belongs here") from None
+
+
+def _image_from_png(data: bytes) -> Image:
+    if not data.startswith(_SIGNATURE):
+        raise ValueError("not a PNG")
+    if len(data) > _MAX_FILE:
+        raise ValueError(f"over {_MAX_FILE:,} bytes")
+    header, palette, packed = b"", b"", []
+    for kind, content in _chunks(data):
+        if (kind == b"IHDR") == bool(header):
+            raise ValueError("not one IHDR at the start")
+        if kind == b"IHDR":
+            header = bytes(content)
+            width, height, colour = _checked_header(header)
+        elif kind == b"PLTE":
+            palette = bytes(content)
+        elif kind == b"IDAT":
+            packed.append(content)
+        elif not kind[0] & 0x20 and kind != b"IEND":
+            raise ValueError(f"a critical chunk {kind!r} that no standard names")
+    channels = _CHANNELS[colour]
+    rows = np.frombuffer(_inflated(b"".join(packed), height * (1 + width * channels)), np.uint8).reshape(height, -1)
+    pixels = _unfiltered(rows[:, 1:].reshape(height, width, channels), rows[:, 0])
+    if colour == _PALETTE:
+        colours = np.frombuffer(palette, np.uint8).reshape(-1, 3) if len(palette) % 3 == 0 else np.empty((0, 3), np.uint8)
+        if pixels.max() >= len(colours):
+            raise ValueError(f"a pixel of colour {pixels.max()}, but the palette has {len(colours)}")
+        return colours[pixels[..., 0]]
+    return np.ascontiguousarray(np.broadcast_to(pixels[..., :1], (height, width, 3)) if channels < 3 else pixels[..., :3])
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    place, view = len(_SIGNATURE), memoryview(data)
+    kind = b""
+    while kind != b"IEND":
+        head = view[place : place + 8]
+        size, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"")
+        end = place + 8 + size
+        if len(view) < end + 4 or not kind:
+            raise ValueError("it ends before its IEND chunk")
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ValueError(f"the chunk {kind!r} at byte {place:,} is damaged (CRC)")
+        yield kind, view[place + 8 : end]
+        place = end + 4
+
+
+def _checked_header(header: bytes) -> tuple[int, int, int]:
+    """Width, height and colour type of an IHDR."""
+    if len(header) != 13:
+        raise ValueError(f"an IHDR of {len(header)} bytes")
+    width, height, depth, colour, compression, filters, interlace = struct.unpack(">2I5B", header)
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise ValueError(f"{width}×{height} pixels: 1 to {MAX_SIDE} a side are taken")
+    if depth != 8 or colour not in _CHANNELS:
+        raise ValueError(f"{depth} bits of colour type {colour}")
+    if (compression, filters, interlace) != (0, 0, 0):
+        raise ValueError("interlaced" if interlace == 1 else "an unknown way of packing")
+    return width, height, colour
+
+
+def _inflated(packed: bytes, size: int) -> bytes:
+    """Exactly `size` bytes: one that unpacks to more is not unpacked further."""
+    unpack = zlib.decompressobj()
+    data = unpack.decompress(packed, size + 1)
+    if len(data) != size or not unpack.eof:
+        raise ValueError(f"its pixels do not unpack to the {size:,} bytes of its size")
+    return data
+
+
+def _unfiltered(rows: Image, filters: Image) -> Image:
+    """Undo each row's filter (0 to 4: none, left, up, mean, Paeth) for [H, W, channels].
+
+    A pixel needs the one to its left and those above, so all pixels of an anti-diagonal are independent, and they lie at equal
+    distances in memory: H + W steps for any mixture of filters.
+    """
+    height, width, channels = rows.shape
+    if filters.max() > _PAETH:
+        raise ValueError(f"a row of filter {filters.max()}")
+    padded = np.zeros((height + 1, width + 1, channels), np.int16)  # zeros above and on the left
+    padded[1:, 1:] = rows
+    flat, stride = padded.reshape(-1, channels), width + 1
+    kinds = filters[:, None]
+    for diagonal in range(height + width - 1):
+        top, bottom = max(0, diagonal - width + 1), min(height - 1, diagonal)
+        begin, span = (top + 1) * stride + diagonal - top + 1, (bottom - top) * width + 1
+        here, left, up, corner = (flat[begin - back :][:span:width] for back in (0, 1, stride, stride + 1))
+        guesses = (np.zeros_like(here), left, up, (left + up) >> 1, _paeth(left, up, corner))
+        here += np.choose(kinds[top : bottom + 1], guesses)
+        here &= 0xFF
+    return padded[1:, 1:].astype(np.uint8)
