@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import SettingError, UnknownName
-from .schedule import RATIO_SCHEDULES, Array, Curve, FlowCurve, Point, Settings, at_ratio, shifted
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.schedule import RATIO_SCHEDULES, Array, Curve, FlowCurve, Point, Settings, at_ratio, shifted
 
 TIME_SCHEDULES = ("simple", "sgm_uniform")
 SCHEDULES = (*RATIO_SCHEDULES, *TIME_SCHEDULES)
@@ -246,7 +246,7 @@ def unipc_grid(settings: Settings, steps: int, begin: int) -> Path:
 
 def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str) -> Path:
     trained = settings["num_train_timesteps"]
-    sigmas = shifted(sigmas, settings["flow_shift"])
+    sigmas = ended_at(shifted(sigmas, settings["flow_shift"]), settings.get("shift_terminal"))
     sigmas[0] = min(sigmas[0], 1 - 1e-6)  # log(alpha / sigma) must be finite
     end = 0.0 if settings.get("final_sigmas_type", final) == "zero" else float(sigmas[-1])
     points = [at_ratio(math.floor(sigma * trained), sigma, "flow") for sigma in sigmas.tolist()]
@@ -257,12 +257,15 @@ def flow_grid(settings: Settings, steps: int, begin: int) -> Path:
     """diffusers' flow-matching grid: evenly from 1 to the smallest trained sigma, which is shifted a second time."""
     trained, shift = settings["num_train_timesteps"], settings["shift"]
     sigmas = shifted(np.linspace(1, float(shifted(np.float64(1 / trained), shift)), steps), shift)
-    terminal, kind = settings.get("shift_terminal"), chosen_schedule(settings)
-    if terminal:
-        sigmas = 1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1]))
+    sigmas, kind = ended_at(sigmas, settings.get("shift_terminal")), chosen_schedule(settings)
     if kind is not None and kind in RATIO_SCHEDULES:
         sigmas = RATIO_SCHEDULES[kind](float(sigmas[0]), float(sigmas[-1]), steps)
     elif kind is not None:
         raise SettingError(f"schedule {kind!r}: a flow grid takes {', '.join(RATIO_SCHEDULES)}")
     points = [at_ratio(sigma * trained, sigma, "flow") for sigma in sigmas.tolist()]
     return chained([*points, at_ratio(0.0, 0.0, "flow")], begin, 1.0, FlowCurve(trained))
+
+
+def ended_at(sigmas: Array, terminal: float | None) -> Array:
+    """Flow sigmas stretched so that the last is `terminal` (shift_terminal, LTX-Video)."""
+    return sigmas if not terminal else np.asarray(1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1])))

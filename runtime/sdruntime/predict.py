@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 
-from .errors import SettingError, UnknownName
-from .schedule import Point, Space
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.schedule import Point, Space
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

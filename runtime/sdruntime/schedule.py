@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SettingError, UnknownName
+from sdruntime.errors import SettingError, UnknownName
 
 Array = NDArray[np.floating[Any]]
 Space = Literal["ve", "vp", "flow"]

@@ -1,4 +1,4 @@
-"""A sampler as a table of coefficients, and the one loop that runs any of them.
+"""A sampler as a table of coefficients.
 
     x[i+1] = Σj X[i,j]·x[i-j] + Σj M[i,j]·m[i-j] + Σj N[i,j]·n[D[i]-1-j]        m[i] = model(scale[i]·x[i], t[i])
 
@@ -9,21 +9,20 @@ prediction type and the scale of the model's input are compiled in, so m is the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SettingError
-from .path import Path
-from .predict import clean_from_raw, input_scale
-from .samplers import Sampler, resolve
-from .schedule import Point
+from sdruntime.errors import SettingError
+from sdruntime.path import Path
+from sdruntime.predict import clean_from_raw, input_scale
+from sdruntime.samplers import Sampler, resolve
+from sdruntime.schedule import Point
 
 Floats = NDArray[np.float64]
-Latents = NDArray[np.float32]
 FORMAT, REVISION = "sdruntime.table", 1
 
 
@@ -217,75 +216,3 @@ def windowed(rows: list[Floats], newest: NDArray[np.int64]) -> Floats:
     for i, (row, columns) in enumerate(zip(rows, used, strict=True)):
         window[i, newest[i] - columns] = row[columns]
     return window
-
-
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-class Call(NamedTuple):
-    """What a walk asks of the model: the UNet at `scaled` [C, h, w] and timestep `t`. `x` may be edited in place."""
-
-    call: int
-    t: float
-    scaled: Latents
-    x: Latents
-
-
-def walk(table: Table, x: Latents, noise: Callable[[], Latents]) -> Generator[Call, Latents, Latents]:
-    """A job, a model call at a time: yields a Call, is sent the raw model output, returns the last x.
-
-    All float32, sums too. `x` is copied; a sent array is read before the next Call is yielded, and copied where later
-    rows need it, so callers may use their buffers again. An edit of Call.x is taken up, by this and by later rows; it
-    does not reach `scaled`, which was formed before.
-    """
-    widths = table.X.shape[1], table.M.shape[1], table.N.shape[1]
-    xs = [np.array(x, np.float32, order="C")] + [np.empty_like(x, np.float32) for _ in range(widths[0])]
-    ms = [np.empty_like(xs[0]) for _ in range(widths[1])]
-    ns: list[Latents] = []
-    scaled, term = np.empty_like(xs[0]), np.empty_like(xs[0])
-    rows = zip(
-        table.t.tolist(),
-        table.scale.tolist(),
-        table.draws.tolist(),
-        table.X.tolist(),
-        table.M.tolist(),
-        table.N.tolist(),
-        strict=True,
-    )
-    for i, (t, scale, draws, *weights) in enumerate(rows):
-        if scale == 1.0:
-            np.copyto(scaled, xs[0])
-        else:
-            np.multiply(xs[0], scale, out=scaled)
-        m = yield Call(i, t, scaled, xs[0])
-        ms.insert(0, ms.pop())
-        np.copyto(ms[0], m)
-        for _ in range(draws):
-            ns.insert(0, noise())
-        del ns[widths[2] :]
-        xs.insert(0, xs.pop())
-        first = True
-        for row, kept in zip(weights, (xs[1:], ms, ns), strict=True):
-            for weight, array in zip(row, kept, strict=False):
-                if weight == 0.0:
-                    continue
-                if first:
-                    np.multiply(array, weight, out=xs[0])
-                    first = False
-                else:
-                    np.multiply(array, weight, out=term)
-                    np.add(xs[0], term, out=xs[0])
-        if first:
-            xs[0].fill(0.0)
-    return xs[0]
-
-
-def run(table: Table, x: Latents, model: Callable[[Latents, float], Latents], noise: Callable[[], Latents]) -> Latents:
-    """One job from x[0] to the end. model(scaled x, t) gives the raw output, noise() fresh unit noise like x."""
-    steps = walk(table, x, noise)
-    call = next(steps)
-    while True:
-        try:
-            call = steps.send(model(call.scaled, call.t))
-        except StopIteration as stop:
-            return np.asarray(stop.value)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UnknownName
-from ..path import SCHEDULES
-from .rows import ROWS
-from .sampler import Sampler
+from sdruntime.errors import UnknownName
+from sdruntime.path import SCHEDULES
+from sdruntime.samplers.rows import ROWS
+from sdruntime.samplers.sampler import Sampler
 
 __all__ = ["SAMPLERS", "Sampler", "resolve"]
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from ..path import Path
-from .protocol import Draw, Solver, X, moved
+from sdruntime.path import Path
+from sdruntime.samplers.protocol import Draw, Solver, X, moved
 
 SIGMA_DATA = 0.5
 

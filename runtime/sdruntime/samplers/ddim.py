@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..path import Path
-from .protocol import Draw, Solver, X, noise_of
+from sdruntime.path import Path
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
 
 
 def ddim(x: X, path: Path, noise: Draw, *, eta: float = 0.0) -> Solver:

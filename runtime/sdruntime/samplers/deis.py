@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..path import Path
-from .integrals import adams_weights
-from .protocol import Draw, Solver, X, noise_of
+from sdruntime.path import Path
+from sdruntime.samplers.integrals import adams_weights
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
 
 
 def deis(x: X, path: Path, noise: Draw, *, solver_order: int = 2, lower_order_final: bool = True) -> Solver:

@@ -10,10 +10,10 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from ..path import Path
-from ..schedule import Point
-from .integrals import phi
-from .protocol import Draw, Solver, X, noise_of
+from sdruntime.path import Path
+from sdruntime.samplers.integrals import phi
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.schedule import Point
 
 
 class Algorithm(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..path import Path
-from .kdiffusion import ancestral
-from .protocol import Draw, Solver, X
+from sdruntime.path import Path
+from sdruntime.samplers.kdiffusion import ancestral
+from sdruntime.samplers.protocol import Draw, Solver, X
 
 
 def dpmpp_2s_ancestral(x: X, path: Path, noise: Draw) -> Solver:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from ..path import Path
-from ..schedule import Point
-from .integrals import adams_weights
-from .protocol import Draw, Solver, X
+from sdruntime.path import Path
+from sdruntime.samplers.integrals import adams_weights
+from sdruntime.samplers.protocol import Draw, Solver, X
+from sdruntime.schedule import Point
 
 
 def euler(x: X, path: Path, noise: Draw) -> Solver:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..path import Path
-from ..predict import clean_from_raw
-from ..schedule import Point
-from .protocol import Draw, Solver, X, moved, noise_of
+from sdruntime.path import Path
+from sdruntime.predict import clean_from_raw
+from sdruntime.samplers.protocol import Draw, Solver, X, moved, noise_of
+from sdruntime.schedule import Point
 
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, TypeAlias
 
-from ..schedule import Point
+from sdruntime.schedule import Point
 
 X: TypeAlias = Any
 Draw: TypeAlias = Callable[[], X]

@@ -3,78 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..path import (
-    consistency_grid,
-    ddim_grid,
-    ddpm_grid,
-    flow_grid,
-    pndm_grid,
-    unipc_grid,
-    ve_grid,
-    vp_grid,
+from sdruntime.path import consistency_grid, ddim_grid, ddpm_grid, flow_grid, pndm_grid, unipc_grid, ve_grid, vp_grid
+from sdruntime.samplers.consistency import lcm, tcd
+from sdruntime.samplers.ddim import ddim, ddpm
+from sdruntime.samplers.deis import deis
+from sdruntime.samplers.dpm import dpm_multistep, dpm_singlestep
+from sdruntime.samplers.dpm_ancestral import dpmpp_2s_ancestral, dpmpp_sde
+from sdruntime.samplers.kdiffusion import dpm2, dpm2_ancestral, euler, euler_ancestral, heun, lms
+from sdruntime.samplers.keys import (
+    BY_NAME,
+    CLIP,
+    CONSISTENCY,
+    DPM,
+    FINAL,
+    FLOW,
+    FLOW_MATCH,
+    LEADING,
+    LINSPACE,
+    PIXEL,
+    PNDM,
+    SCHEDULED,
+    STABLE,
+    TRAINED,
+    ZERO_SNR,
 )
-from .consistency import lcm, tcd
-from .ddim import ddim, ddpm
-from .deis import deis
-from .dpm import dpm_multistep, dpm_singlestep
-from .dpm_ancestral import dpmpp_2s_ancestral, dpmpp_sde
-from .kdiffusion import dpm2, dpm2_ancestral, euler, euler_ancestral, heun, lms
-from .pndm import ipndm, pndm
-from .protocol import Solver
-from .sa import sa_solver
-from .sampler import Sampler
-from .unipc import unipc
-
-# What the diffusers classes read, with their defaults. Keys that only filter pictures (clip_sample, thresholding) have
-# false here whatever the class says: they count where a file writes them true.
-TRAINED: Mapping[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-}
-STABLE: Mapping[str, Any] = {**TRAINED, "beta_start": 0.00085, "beta_end": 0.012}
-LEADING: Mapping[str, Any] = {"timestep_spacing": "leading", "steps_offset": 0}
-LINSPACE: Mapping[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0}
-SCHEDULED: Mapping[str, Any] = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
-BY_NAME: Mapping[str, Any] = {"schedule": None}
-ZERO_SNR: Mapping[str, Any] = {"rescale_betas_zero_snr": False}
-FINAL: Mapping[str, Any] = {"final_sigmas_type": "zero"}
-FLOW: Mapping[str, Any] = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}
-PIXEL: Mapping[str, Any] = {"thresholding": False}
-CLIP: Mapping[str, Any] = {"thresholding": False, "clip_sample": False}
-DPM: Mapping[str, Any] = {
-    **TRAINED,
-    **SCHEDULED,
-    **BY_NAME,
-    **FLOW,
-    **PIXEL,
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "algorithm_type": "dpmsolver++",
-    "lower_order_final": True,
-    "final_sigmas_type": "zero",
-    "lambda_min_clipped": -math.inf,
-    "variance_type": None,
-}
-CONSISTENCY: Mapping[str, Any] = {
-    **STABLE,
-    **ZERO_SNR,
-    **CLIP,
-    "beta_schedule": "scaled_linear",
-    "original_inference_steps": 50,
-}
-FLOW_MATCH: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "prediction_type": "flow_prediction"}
+from sdruntime.samplers.pndm import ipndm, pndm
+from sdruntime.samplers.protocol import Solver
+from sdruntime.samplers.sa import sa_solver
+from sdruntime.samplers.sampler import Sampler
+from sdruntime.samplers.unipc import unipc
 
 
 def _multistep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sampler:
@@ -165,8 +126,8 @@ ROWS = (
         solve=pndm,
         grid=pndm_grid,
         space="vp",
-        order=4,
-        reads={**TRAINED, **LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
+        order=2,
+        reads=PNDM,
         options=("skip_prk_steps", "prediction_type"),
         diffusers="PNDMScheduler",
         about="Pseudo numerical methods with a Runge-Kutta start (arXiv 2202.09778)",
@@ -176,8 +137,8 @@ ROWS = (
         solve=pndm,
         grid=pndm_grid,
         space="vp",
-        order=4,
-        reads={**TRAINED, **LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
+        order=2,
+        reads=PNDM,
         options=("skip_prk_steps", "prediction_type"),
         implied={"skip_prk_steps": True},
         diffusers="PNDMScheduler",
@@ -189,7 +150,7 @@ ROWS = (
         solve=ipndm,
         grid=ddim_grid,
         space="vp",
-        order=4,
+        order=2,
         reads={**TRAINED, **LEADING, **ZERO_SNR, "set_alpha_to_one": True},
         about="PNDM begun with lower orders, on the checkpoint's own schedule (arXiv 2204.13902)",
     ),
@@ -242,7 +203,7 @@ ROWS = (
         "dpm2_a",
         dpm2_ancestral,
         "KDPM2AncestralDiscreteScheduler",
-        order=1,
+        order=2,
         grid=partial(ve_grid, whole_karras_times=True),
         reads={**STABLE, **SCHEDULED},
         a1111=("DPM2 a", "DPM2 Ancestral"),
@@ -252,7 +213,7 @@ ROWS = (
         "lms",
         lms,
         "LMSDiscreteScheduler",
-        order=4,
+        order=2,
         reads={**SCHEDULED, "order": 4},
         options=("order",),
         a1111=("LMS",),
@@ -262,7 +223,7 @@ ROWS = (
         "dpmpp_2s_a",
         dpmpp_2s_ancestral,
         None,
-        order=1,
+        order=2,
         reads=SCHEDULED,
         a1111=("DPM++ 2S a", "DPM++ 2S Ancestral"),
         about="DPM-Solver++(2S) with ancestral noise, two model calls a step (k-diffusion)",
@@ -271,7 +232,7 @@ ROWS = (
         "dpmpp_sde",
         dpmpp_sde,
         "DPMSolverSDEScheduler",
-        order=1,
+        order=2,
         reads={**STABLE, **SCHEDULED},
         a1111=("DPM++ SDE",),
         about="Stochastic DPM-Solver++, two model calls a step (k-diffusion)",
@@ -286,7 +247,7 @@ ROWS = (
         "dpmpp_2m_sde",
         2,
         "sde-dpmsolver++",
-        order=1,
+        order=2,
         a1111=("DPM++ 2M SDE",),
         about="Stochastic DPM-Solver++(2M) (arXiv 2211.01095)",
     ),
@@ -294,14 +255,14 @@ ROWS = (
         "dpmpp_3m_sde",
         3,
         "sde-dpmsolver++",
-        order=1,
+        order=2,
         a1111=("DPM++ 3M SDE",),
         about="Stochastic DPM-Solver++(3M) (k-diffusion)",
     ),
     _singlestep("dpmpp_2s", 2, "dpmsolver++", order=2, about="DPM-Solver++(2S) (arXiv 2211.01095)"),
-    _singlestep("dpmpp_3s", 3, "dpmsolver++", order=2, about="DPM-Solver++(3S) (arXiv 2211.01095)"),
+    _singlestep("dpmpp_3s", 3, "dpmsolver++", order=3, about="DPM-Solver++(3S) (arXiv 2211.01095)"),
     _singlestep("dpm_2s", 2, "dpmsolver", order=2, about="DPM-Solver-2 in steps of one call (arXiv 2206.00927)"),
-    _singlestep("dpm_3s", 3, "dpmsolver", order=2, about="DPM-Solver-3 in steps of one call (arXiv 2206.00927)"),
+    _singlestep("dpm_3s", 3, "dpmsolver", order=3, about="DPM-Solver-3 in steps of one call (arXiv 2206.00927)"),
     Sampler(
         name="unipc",
         solve=unipc,
@@ -363,7 +324,7 @@ ROWS = (
         solve=sa_solver,
         grid=partial(vp_grid, final="sigma_min"),
         space="vp",
-        order=1,
+        order=2,
         takes_schedule=True,
         reads={
             **TRAINED,

@@ -6,10 +6,10 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from ..path import Path
-from ..schedule import Point
-from .integrals import adams_weights
-from .protocol import Draw, Solver, X, noise_of
+from sdruntime.path import Path
+from sdruntime.samplers.integrals import adams_weights
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.schedule import Point
 
 
 def sa_solver(

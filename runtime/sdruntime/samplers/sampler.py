@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import SettingError, UnknownName
-from ..path import SCHEDULES, Path
-from ..predict import PREDICTIONS
-from ..schedule import Settings, Space
-from .protocol import Solver
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.path import SCHEDULES, Path
+from sdruntime.predict import PREDICTIONS
+from sdruntime.samplers.protocol import Solver
+from sdruntime.schedule import Settings, Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
     """A row of the registry.
 
-    `order` is the order of convergence on a smooth problem, 0 where there is none (distilled models). `reads` names
+    `order` is the order in which the variance of the result converges on a smooth problem, its start of lower order
+    included; 0 where it does not (distilled models). `reads` names
     every key of scheduler_config.json that counts, with the default of the diffusers class; `options` those of them
     that go to `solve`; `implied` what the name itself fixes ("dpmpp_2m": solver_order 2).
     """

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..path import Path
-from ..schedule import Point
-from .integrals import phi
-from .protocol import Draw, Solver, X, noise_of
+from sdruntime.path import Path
+from sdruntime.samplers.integrals import phi
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.schedule import Point
 
 
 def unipc(

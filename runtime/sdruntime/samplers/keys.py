@@ -1,0 +1,55 @@
+"""The keys of scheduler_config.json that samplers read, in the groups in which the diffusers classes have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# What the diffusers classes read, with their defaults. Keys that only filter pictures (clip_sample, thresholding) have
+# false here whatever the class says: they count where a file writes them true.
+TRAINED: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+STABLE: Mapping[str, Any] = {**TRAINED, "beta_start": 0.00085, "beta_end": 0.012}
+LEADING: Mapping[str, Any] = {"timestep_spacing": "leading", "steps_offset": 0}
+LINSPACE: Mapping[str, Any] = {"timestep_spacing": "linspace", "steps_offset": 0}
+PNDM: Mapping[str, Any] = {**TRAINED, **LEADING, "set_alpha_to_one": False, "skip_prk_steps": False}
+SCHEDULED: Mapping[str, Any] = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+BY_NAME: Mapping[str, Any] = {"schedule": None}
+ZERO_SNR: Mapping[str, Any] = {"rescale_betas_zero_snr": False}
+FINAL: Mapping[str, Any] = {"final_sigmas_type": "zero"}
+FLOW: Mapping[str, Any] = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}
+PIXEL: Mapping[str, Any] = {"thresholding": False}
+CLIP: Mapping[str, Any] = {"thresholding": False, "clip_sample": False}
+DPM: Mapping[str, Any] = {
+    **TRAINED,
+    **SCHEDULED,
+    **BY_NAME,
+    **FLOW,
+    **PIXEL,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "algorithm_type": "dpmsolver++",
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
+CONSISTENCY: Mapping[str, Any] = {
+    **STABLE,
+    **ZERO_SNR,
+    **CLIP,
+    "beta_schedule": "scaled_linear",
+    "original_inference_steps": 50,
+}
+FLOW_MATCH: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "prediction_type": "flow_prediction"}
