@@ -1,7 +1,7 @@
 """Traces kept from one build to the next, each under the hash of all that it depends on.
 
-A trace holds no weights: it depends on the component's config and tensors, on the versions of the libraries and on this package's
-own code. An entry is one file, the SHA-256 of the graph and then the graph; one that was damaged is as good as none.
+A trace holds no weights: it depends on the component's config and tensors, on the versions of the libraries and on the code
+that traces. An entry is one file, the SHA-256 of the graph and then the graph; one that was damaged is as good as none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sdruntime.record import json_from_record
 
 _LIBRARIES = ("sdexport", "sdruntime", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 _IDLE = ("torch_dtype", "dtype", "transformers_version", "architectures")  # and what begins with "_": says nothing of the network
+_TRACERS = ("components.py", "modules.py", "to_onnx.py")
 _DIGEST = 32
 
 
@@ -58,7 +59,7 @@ def digest_of(document: Any) -> str:
 
 @cache
 def _code() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = [Path(__file__).with_name(name) for name in _TRACERS]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

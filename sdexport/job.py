@@ -74,7 +74,8 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], precision: P
     else:
         model = ir.from_proto(onnx.load_from_string(kept))
     yield Stage(name="precision")
-    precision_of = apply_precision(model, component, precision, keep=frozenset())
+    precision_of = apply_precision(model, precision, inputs=[spec.name for spec in component.inputs], keep=frozenset())
+    to_onnx.check(model, where=component.name)
     weights = match_weights(to_onnx.weight_shapes(model, component), stored, where=component.name)
     total, done = sum(tensor.size for tensor in weights.values()), 0
     yield Stage(name="weights", done=0, total=total)
@@ -87,7 +88,7 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], precision: P
             yield Stage(name="weights", done=done, total=total)
     to_onnx.weights_attached(model, places, data=DATA)
     to_onnx.save(model, out / MODEL)
-    onnx.checker.check_model(str(out / MODEL))
+    onnx.checker.check_model(str(out / MODEL), full_check=True)
     yield Stage(name="done", done=done, total=total)
 
 

@@ -1,0 +1,99 @@
+"""Checkpoints and bundles that many tests share, each made once a session (and only if a test asks for it).
+
+An export takes half a minute. Traces are kept for the session, so that checkpoints of one architecture are traced once; to keep
+them from one session to the next, set SDEXPORT_CACHE to a folder. Tests read these folders and never write to them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+Export = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that traces are kept in."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "SDEXPORT_CACHE" not in os.environ:
+            patch.setenv("SDEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["SDEXPORT_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -> Export:
+    """export(checkpoint, **options) -> a new bundle: what `sdexport build` does, without a process of its own."""
+
+    def exported(checkpoint: Path, **options: object) -> Path:
+        from sdexport.build import Options, build
+
+        folder = tmp_path_factory.mktemp("bundles") / checkpoint.name
+        for _ in build(str(checkpoint), folder, Options(**options)):  # type: ignore[arg-type]
+            pass
+        return folder
+
+    return exported
+
+
+def _checkpoint(factory: pytest.TempPathFactory, kind: tiny.Kind) -> Path:
+    pytest.importorskip("diffusers", reason="checkpoints are written by diffusers")
+    return tiny.write_checkpoint(factory.mktemp("checkpoints") / f"tiny-{kind}", kind)
+
+
+@pytest.fixture(scope="session")
+def sd1_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD1: epsilon, end-token padding, VAE factor 8."""
+    return _checkpoint(tmp_path_factory, "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD2 base: epsilon, "!" padding, 23 text layers, VAE factor 4."""
+    return _checkpoint(tmp_path_factory, "sd2")
+
+
+@pytest.fixture(scope="session")
+def sd2_v_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD2: as the base, but v-prediction."""
+    return _checkpoint(tmp_path_factory, "sd2_v")
+
+
+@pytest.fixture(scope="session")
+def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL: two text encoders, pooled text, time ids, VAE factor 2."""
+    return _checkpoint(tmp_path_factory, "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd1_bundle(sd1_checkpoint: Path, export: Export) -> Path:
+    return export(sd1_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sd2_bundle(sd2_checkpoint: Path, export: Export) -> Path:
+    return export(sd2_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sd2_v_bundle(sd2_v_checkpoint: Path, export: Export) -> Path:
+    return export(sd2_v_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sdxl_bundle(sdxl_checkpoint: Path, export: Export) -> Path:
+    return export(sdxl_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sd1_fp16_bundle(sd1_checkpoint: Path, export: Export) -> Path:
+    return export(sd1_checkpoint, precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def sdxl_fp16_bundle(sdxl_checkpoint: Path, export: Export) -> Path:
+    return export(sdxl_checkpoint, precision="fp16")
