@@ -1,10 +1,9 @@
-"""tokenizer.py against transformers' CLIPTokenizer itself: random strings, and every code point that there is.
+"""tokenizer.py against transformers' CLIPTokenizer itself: random strings, and every code point of three planes.
 
 A string on which the two differ must hold a code point that this Python's Unicode tables do not know yet.
 """
 
 import random
-import sys
 import unicodedata
 
 import pytest
@@ -71,10 +70,12 @@ def test_10000_random_strings(pair):
 
 
 @pytest.mark.full
-def test_every_code_point_between_two_letters(pair):
-    codes = [code for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
-    for first in range(0, len(codes), 20_000):
-        wrong, _ = unexplained(*pair, [f"a{chr(code)}b" for code in codes[first : first + 20_000]])
+def test_every_code_point_between_two_letters(tmp_path):
+    """Of the planes that hold more than ideographs and nothing."""
+    folder = write_kind(tmp_path / "clip", "sd1")
+    pair = Tokenizer.open(folder), transformers.CLIPTokenizer.from_pretrained(folder).backend_tokenizer
+    for codes in (range(0xD800), range(0xE000, 0x20000), range(0xE0000, 0xE0200)):
+        wrong, _ = unexplained(*pair, [f"a{chr(code)}b" for code in codes])
         assert not wrong
 
 
