@@ -92,7 +92,8 @@ class Curve:
         # A ratio-based sampler cannot start at infinity: diffusers lifts a zero last level to 2^-24, sigma 4096.
         bars = np.where(self.bars > 0, self.bars, np.float32(2**-24))
         self.sigmas: NDArray[np.float32] = np.sqrt((1 - bars) / bars)
-        self.log_sigmas: NDArray[np.float32] = np.log(self.sigmas)
+        # In float32 as in diffusers, for its timesteps are cut to whole ones; by way of float64, the same everywhere.
+        self.log_sigmas = np.log(self.sigmas.astype(np.float64)).astype(np.float32)
 
     def at_time(self, t: int) -> Point:
         """The trained level of timestep t, 0 ≤ t < num_train_timesteps."""

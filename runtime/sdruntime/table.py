@@ -140,13 +140,18 @@ def compile_table(
     trained = settings["num_train_timesteps"]
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
         raise SettingError(f"steps {steps!r}: it must be a whole number from 1 to num_train_timesteps {trained}")
+    prediction = settings["prediction_type"]
+    if prediction == "flow_prediction" and found.space != "flow" and not settings.get("use_flow_sigmas"):
+        raise SettingError(
+            f"prediction_type 'flow_prediction' with {found.name}: it needs a flow sampler, or use_flow_sigmas true"
+        )
     begin = 0 if strength is None else first_step(steps, strength)
     path = found.grid(settings, steps, begin)
     first = path.pairs[0][0]
     return traced(
         found,
         path,
-        prediction=settings["prediction_type"],
+        prediction=prediction,
         start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
         options={key: settings[key] for key in found.options},
     )

@@ -18,15 +18,17 @@ def _flow_form(name: str, base: Sampler) -> Sampler:
     return replace(
         base,
         name=name,
-        implied={**base.implied, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        reads={**base.reads, "prediction_type": "flow_prediction"},
+        implied={**base.implied, "use_flow_sigmas": True},
+        choices={**base.choices, "prediction_type": ("flow_prediction",)},
         takes_schedule=False,
         a1111=(),
         about=f"{base.about}, on a rectified flow",
     )
 
 
-SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ROWS}
-SAMPLERS = {**SAMPLERS, **{f"flow_{name}": _flow_form(f"flow_{name}", SAMPLERS[name]) for name in ("dpmpp_2m", "unipc")}}
+ALL = (*ROWS, *(_flow_form(f"flow_{row.name}", row) for row in ROWS if row.name in ("dpmpp_2m", "unipc")))
+SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ALL}
 
 
 def _folded(name: str) -> str:
@@ -34,7 +36,7 @@ def _folded(name: str) -> str:
 
 
 NAMES: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}
-for _row in SAMPLERS.values():
+for _row in ALL:
     for _name in (_row.name, *_row.a1111):
         NAMES.setdefault(_folded(_name), (_row, _row.implied))
     if _row.diffusers:
@@ -54,5 +56,4 @@ def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
         if wanted.endswith(suffix) and stem in NAMES:
             sampler, implied = NAMES[stem]
             return sampler, dict(implied) if schedule is None else {**implied, "schedule": schedule}
-    known = {name for row in ROWS for name in (row.name, *row.a1111, row.diffusers) if name}
-    raise UnknownName("sampler", name, known | set(SAMPLERS))
+    raise UnknownName("sampler", name, {name for row in ALL for name in (row.name, *row.a1111, row.diffusers) if name})

@@ -53,3 +53,4 @@ CONSISTENCY: Mapping[str, Any] = {
     "original_inference_steps": 50,
 }
 FLOW_MATCH: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "prediction_type": "flow_prediction"}
+FLOW_ONLY: Mapping[str, tuple[str, ...]] = {"prediction_type": ("flow_prediction",)}

@@ -22,6 +22,7 @@ from sdruntime.samplers.keys import (
     FINAL,
     FLOW,
     FLOW_MATCH,
+    FLOW_ONLY,
     LEADING,
     LINSPACE,
     PIXEL,
@@ -38,11 +39,13 @@ from sdruntime.samplers.sampler import Sampler
 from sdruntime.samplers.unipc import unipc
 
 
+def _solver(order: int, algorithm: str) -> dict[str, Any]:
+    """What a name of the DPM-Solver family fixes; those that predict noise cannot step to sigma 0 and stop before."""
+    fixed: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm}
+    return fixed if algorithm.endswith("++") else {**fixed, "final_sigmas_type": "sigma_min"}
+
+
 def _multistep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sampler:
-    """A row of the multistep DPM-Solver family; the noise-predicting ones cannot step to sigma 0 and stop before."""
-    implied: dict[str, Any] = {"solver_order": solver_order, "algorithm_type": algorithm}
-    if not algorithm.endswith("++"):
-        implied["final_sigmas_type"] = "sigma_min"
     return Sampler(
         name=name,
         solve=dpm_multistep,
@@ -55,16 +58,13 @@ def _multistep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sam
             "solver_type": ("midpoint", "heun"),
             "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
         },
-        implied=implied,
+        implied=_solver(solver_order, algorithm),
         diffusers="DPMSolverMultistepScheduler",
         **more,
     )
 
 
 def _singlestep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sampler:
-    implied: dict[str, Any] = {"solver_order": solver_order, "algorithm_type": algorithm}
-    if not algorithm.endswith("++"):
-        implied["final_sigmas_type"] = "sigma_min"
     return Sampler(
         name=name,
         solve=dpm_singlestep,
@@ -77,7 +77,7 @@ def _singlestep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sa
             "solver_type": ("midpoint", "heun"),
             "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
         },
-        implied=implied,
+        implied=_solver(solver_order, algorithm),
         diffusers="DPMSolverSinglestepScheduler",
         **more,
     )
@@ -85,16 +85,8 @@ def _singlestep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sa
 
 def _sigmas(name: str, solve: Callable[..., Solver], diffusers: str | None, **more: Any) -> Sampler:
     """A row of the k-diffusion family, with the keys that all its diffusers classes read."""
-    reads = {**TRAINED, **LINSPACE, **BY_NAME, **more.pop("reads")}
-    return Sampler(
-        **{"grid": ve_grid, **more},
-        name=name,
-        solve=solve,
-        space="ve",
-        takes_schedule=True,
-        reads=reads,
-        diffusers=diffusers,
-    )
+    more = {"grid": ve_grid, **more, "reads": {**TRAINED, **LINSPACE, **BY_NAME, **more["reads"]}}
+    return Sampler(name=name, solve=solve, space="ve", takes_schedule=True, diffusers=diffusers, **more)
 
 
 ROWS = (
@@ -384,6 +376,7 @@ ROWS = (
             "invert_sigmas": False,
             "stochastic_sampling": False,
         },
+        choices=FLOW_ONLY,
         diffusers="FlowMatchEulerDiscreteScheduler",
         about="Euler's method on a rectified flow (arXiv 2403.03206)",
     ),
@@ -395,6 +388,7 @@ ROWS = (
         order=2,
         takes_schedule=True,
         reads={**FLOW_MATCH, **BY_NAME},
+        choices=FLOW_ONLY,
         diffusers="FlowMatchHeunDiscreteScheduler",
         about="Heun's method on a rectified flow, two model calls a step (arXiv 2403.03206)",
     ),

@@ -18,10 +18,10 @@ from sdruntime.schedule import Settings, Space
 class Sampler:
     """A row of the registry.
 
-    `order` is the order in which the variance of the result converges on a smooth problem, its start of lower order
-    included; 0 where it does not (distilled models). `reads` names
-    every key of scheduler_config.json that counts, with the default of the diffusers class; `options` those of them
-    that go to `solve`; `implied` what the name itself fixes ("dpmpp_2m": solver_order 2).
+    `order` is the order in which the variance of the result converges on a smooth problem, a start of lower order
+    included; 0 where it does not (distilled models). `reads` names every key of scheduler_config.json that counts, with
+    the default of the diffusers class; `options` are those of them that go to `solve`, `implied` what the name itself
+    fixes ("dpmpp_2m": solver_order 2), `choices` the values of a key that differ from one class to another.
     """
 
     name: str
@@ -61,13 +61,15 @@ class Sampler:
 
     def _of_another_class(self, key: str, value: Any) -> bool:
         """A solver_type or algorithm_type that a sibling wrote: from_config passes over those."""
-        return key in self.choices and value not in self.choices[key] and value in SIBLING_CHOICES[key]
+        return key in self.choices and value not in self.choices[key] and value in SIBLING_CHOICES.get(key, ())
 
     def _check(self, key: str, value: Any) -> None:
         choices = {**CHOICES, **self.choices}
         if key in choices:
             if value not in choices[key]:
-                raise UnknownName(key, str(value), choices[key])
+                if value in CHOICES.get(key, ()):
+                    raise SettingError(f"{key} {value!r}: {self.name} takes {', '.join(choices[key])}")
+                raise UnknownName(key, str(value), [choice for choice in choices[key] if choice])
         elif key in INEXPRESSIBLE:
             if value != INEXPRESSIBLE[key]:
                 raise SettingError(
