@@ -215,9 +215,8 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
 
 def windowed(rows: list[Floats], newest: NDArray[np.int64]) -> Floats:
     """Rows read backwards from column newest[i], cut to the widest."""
-    used = [np.flatnonzero(row) for row in rows]
-    width = max((int(last) - int(columns[0]) + 1 for last, columns in zip(newest, used, strict=True) if len(columns)), default=0)
-    window = np.zeros((len(rows), width))
-    for i, (row, columns) in enumerate(zip(rows, used, strict=True)):
-        window[i, newest[i] - columns] = row[columns]
+    lags = [last - np.flatnonzero(row[: last + 1]) for row, last in zip(rows, newest.tolist(), strict=True)]
+    window = np.zeros((len(rows), max((int(lag[0]) + 1 for lag in lags if len(lag)), default=0)))
+    for i, (row, lag) in enumerate(zip(rows, lags, strict=True)):
+        window[i, lag] = row[newest[i] - lag]
     return window

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sdruntime.path import Path
 from sdruntime.samplers.integrals import phi
-from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of, stay_above_zero
 from sdruntime.schedule import Point
 
 
@@ -46,6 +46,8 @@ def dpm_multistep(
     lower_order_final lowers it for the last two steps of paths under 15 steps; a step to sigma 0 is always of order 1.
     """
     algorithm = Algorithm.named(algorithm_type)
+    if not algorithm.data:
+        stay_above_zero(path, "algorithm_type", algorithm_type)
     past: deque[tuple[float, X]] = deque(maxlen=solver_order)
     short = lower_order_final and path.total < 15
     for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
@@ -75,6 +77,8 @@ def dpm_singlestep(
 ) -> Solver:
     """DPM-Solver++(2S), (3S): blocks of one, two or three steps, each step from the beginning of its block."""
     algorithm = Algorithm.named(algorithm_type)
+    if not algorithm.data:
+        stay_above_zero(path, "algorithm_type", algorithm_type)
     to_clean = path.pairs[-1][1].sigma == 0
     orders = block_orders(path.total, solver_order, lower_order_final or to_clean, to_clean)
     block: list[tuple[float, X]] = []

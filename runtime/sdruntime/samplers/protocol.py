@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, TypeAlias
 
+from sdruntime.errors import SettingError
+from sdruntime.path import Path
 from sdruntime.schedule import Point
 
 X: TypeAlias = Any
@@ -29,3 +31,9 @@ def noise_of(x: X, m: X, s: Point) -> X:
 def moved(x: X, m: X, s: Point, t: Point) -> X:
     """x at level t with the same clean image m and the same noise: DDIM, and Euler in any space."""
     return t.alpha * m + t.sigma * noise_of(x, m, s)
+
+
+def stay_above_zero(path: Path, key: str, value: Any) -> None:
+    """Raise SettingError where a solver for the noise would step to sigma 0: there lambda, and its integral, is infinite."""
+    if path.pairs[-1][1].sigma == 0:
+        raise SettingError(f"{key} {value!r} cannot step to sigma 0: it needs final_sigmas_type 'sigma_min'")

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdruntime.path import Path
 from sdruntime.samplers.integrals import phi
-from sdruntime.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.samplers.protocol import Draw, Solver, X, noise_of, stay_above_zero
 from sdruntime.schedule import Point
 
 
@@ -31,6 +31,8 @@ def unipc(
     The corrector works on the x that was handed out: it and the predictor share all but `bent`. A step in which
     lambda goes to infinity, or stands still, is of order 1. disable_corrector counts steps from 0, the path's first.
     """
+    if not predict_x0:
+        stay_above_zero(path, "predict_x0", predict_x0)
     past: deque[tuple[float, X]] = deque(maxlen=solver_order + 1)
     before: tuple[Step, int] | None = None
     for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
