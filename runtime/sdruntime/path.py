@@ -268,4 +268,8 @@ def flow_grid(settings: Settings, steps: int, begin: int) -> Path:
 
 def ended_at(sigmas: Array, terminal: float | None) -> Array:
     """Flow sigmas stretched so that the last is `terminal` (shift_terminal, LTX-Video)."""
-    return sigmas if not terminal else np.asarray(1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1])))
+    if not terminal:
+        return sigmas
+    if len(sigmas) == 1:
+        raise SettingError(f"shift_terminal {terminal:g} with 1 step: the first sigma cannot be the last, take 2 steps")
+    return np.asarray(1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1])))

@@ -185,27 +185,26 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
         return unit(2 * room + drawn - 1)
 
     solver = sampler.solve(unit(0), path, noise, **options)
-    _, point = next(solver)
     rows: list[Floats] = []
-    points: list[Point] = [point]
+    points: list[Point] = []
     totals: list[int] = []
-    for call in range(room):
-        p, q = clean_from_raw(prediction, points[call])
-        x = unit(call)
+    point: Point | None
+    _, point = next(solver)
+    while point is not None:
+        p, q = clean_from_raw(prediction, point)
+        x, m = unit(len(rows)), unit(room + len(rows))
+        points.append(point)
         try:
-            row, point = solver.send((x, p * x + q * unit(room + call)))
-            points.append(point)
+            row, point = solver.send((x, p * x + q * m))
         except StopIteration as end:
-            row = end.value
+            row, point = end.value, None
         rows.append(row)
         totals.append(drawn)
-        if len(points) == len(rows):
-            break
     newest = np.arange(len(rows))
     return Table(
         start=start,
-        t=np.array([point.t for point in points], np.float32),
-        scale=np.array([input_scale(point, sampler.space) for point in points]),
+        t=np.array([at.t for at in points], np.float32),
+        scale=np.array([input_scale(at, sampler.space) for at in points]),
         X=windowed([row[:room] for row in rows], newest),
         M=windowed([row[room : 2 * room] for row in rows], newest),
         N=windowed([row[2 * room :] for row in rows], np.array(totals) - 1),

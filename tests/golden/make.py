@@ -11,13 +11,15 @@ Needs torch, diffusers and scipy (diffusers' LMS and its beta schedule import it
     numbers   float32, one after another for each case: start [2], t, scale, draws [calls], rows (cut behind row i's
               last possible entry: x[0], m[0 … i-1], n[0 … draws so far])
 
-All rows are kept for up to 12 calls; beyond, rows 1 to 4, the middle one and the last two. All are compared here.
+All rows are kept for up to 12 calls; beyond, rows 1 to 4, the middle one and the last two. All are compared here, and
+what differs by more than 1e-5 is printed, with its error against diffusers' own arithmetic done in float64.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import inspect
 import itertools
 import json
@@ -29,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
@@ -177,8 +180,11 @@ class Brownian:
         return math.sqrt(rho) * first + math.sqrt(1 - rho) * fresh
 
 
-def read_off(told: dict[str, Any]) -> dict[str, Any]:
-    """start, t, scale, draws, and all unrolled rows [calls + 1, 1 + calls + draws] of one case."""
+def read_off(told: dict[str, Any], kind: torch.dtype = torch.float32) -> dict[str, Any]:
+    """start, t, scale, draws, and all unrolled rows [calls + 1, 1 + calls + draws] of one case.
+
+    With torch.float64 the sigmas, as diffusers rounds them, and all that is computed from them are of that type.
+    """
     config = dict(told["config"])
     name = config.pop("_class_name")
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
@@ -186,6 +192,9 @@ def read_off(told: dict[str, Any]) -> dict[str, Any]:
     reads = set(inspect.signature(made.__init__).parameters)
     scheduler = made(**{key: value for key, value in config.items() if key in reads}, **unclipped(reads))
     scheduler.set_timesteps(told["steps"])
+    for name in ("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, getattr(scheduler, name).to(kind))
     begin = 0
     if told["strength"] is not None:
         begin = told["steps"] - min(int(told["steps"] * told["strength"]), told["steps"])
@@ -205,7 +214,7 @@ def read_off(told: dict[str, Any]) -> dict[str, Any]:
         return unit(len(times) + drawn)
 
     def unit(place: int) -> torch.Tensor:
-        vector = torch.zeros(1, room)
+        vector = torch.zeros(1, room, dtype=kind)
         vector[0, place] = 1.0
         return vector
 
@@ -222,9 +231,13 @@ def read_off(told: dict[str, Any]) -> dict[str, Any]:
         x = scheduler.step(unit(1 + i), t, x, **told["options"]).prev_sample
         draws.append(drawn - before)
     rows.append(x[0].numpy().astype(np.float64))
-    width = 1 + len(times) + drawn
-    return {"start": start, "t": np.array([float(t) for t in times]), "scale": np.array(scales), "draws": np.array(draws),
-            "rows": np.array(rows)[:, :width]}  # fmt: skip
+    arrays = {
+        "t": [float(t) for t in times],
+        "scale": scales,
+        "draws": draws,
+        "rows": np.array(rows)[:, : 1 + len(times) + drawn],
+    }
+    return {"start": start, **{name: np.array(values) for name, values in arrays.items()}}
 
 
 def noised(scheduler: Any, time: torch.Tensor) -> tuple[float, float]:
@@ -251,24 +264,39 @@ def row_width(row: int, draws: np.ndarray) -> list[int]:
     return [*range(1 + row), *range(1 + calls, 1 + calls + int(draws[:row].sum()))]
 
 
+def difference(told: dict[str, Any], found: dict[str, Any]) -> float:
+    """The largest error of any unrolled row, with that of t, scale and start folded in; infinite where calls differ."""
+    from sdruntime.errors import SettingError
+    from sdruntime.table import compile_table
+
+    try:
+        table = compile_table(told["config"], steps=told["steps"], strength=told["strength"], **told["options"])
+    except SettingError:
+        return math.inf
+    if table.draws.tolist() != found["draws"].tolist():
+        return math.inf
+    rows = np.abs(table.unrolled() - found["rows"]).max(1) / np.abs(found["rows"]).max(1)
+    scale, start = np.abs(table.scale / found["scale"] - 1), np.abs(np.subtract(table.start, found["start"]))
+    return float(max(rows.max(), scale.max(), start.max() / max(found["start"]), np.abs(table.t - found["t"]).max() * 1e-3))
+
+
 def main() -> None:
+    if importlib.util.find_spec("scipy") is None:
+        sys.exit("make golden needs scipy, which diffusers' LMS and beta schedule import: pip install scipy")
     torchsde = types.ModuleType("torchsde")  # its Brownian tree is not used here, diffusers only wants to import it
     torchsde.__spec__ = importlib.machinery.ModuleSpec("torchsde", None)
     sys.modules.setdefault("torchsde", torchsde)
     importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").BrownianTreeNoiseSampler = Brownian
-    from sdruntime.errors import SettingError
-    from sdruntime.table import compile_table
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
 
-    kept, refused, numbers, worst = [], [], [], []
+    kept, refused, numbers = [], [], []
     for told in cases():
-        label = json.dumps(told)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                found = read_off(told)
-                why = None if np.isfinite(found["rows"]).all() else "not finite"
-            except Exception as error:
-                why = f"{type(error).__name__}"
+        try:
+            found = read_off(told)
+            why = None if np.isfinite(found["rows"]).all() else "not finite"
+        except Exception as error:  # whatever it is, it goes on the list
+            why = type(error).__name__
         if why is not None:
             refused.append({**told, "why": why})
             continue
@@ -276,24 +304,13 @@ def main() -> None:
         kept.append({**told, "calls": len(found["t"]), "rows": rows})
         numbers += [found["start"], found["t"], found["scale"], found["draws"]]
         numbers += [found["rows"][row][row_width(row, found["draws"])] for row in rows]
-        try:
-            table = compile_table(told["config"], steps=told["steps"], strength=told["strength"], **told["options"])
-            mine = table.unrolled()
-            error = np.inf
-            if mine.shape == found["rows"].shape:
-                error = float((np.abs(mine - found["rows"]).max(1) / np.abs(found["rows"]).max(1)).max())
-            dt = float(np.abs(table.t - found["t"]).max()) if table.steps == len(found["t"]) else np.inf
-            ds = float(np.abs(table.scale / found["scale"] - 1).max()) if table.steps == len(found["t"]) else np.inf
-            da = max(abs(a - b) for a, b in zip(table.start, found["start"], strict=True)) / max(found["start"])
-            worst.append((error, dt, ds, da, label))
-        except SettingError as problem:
-            worst.append((np.inf, 0, 0, 0, f"{problem} {label}"))
+        error = difference(told, found)
+        if error > 1e-5:
+            print(f"{error:.1e}, in float64 {difference(told, read_off(told, torch.float64)):.1e}: {json.dumps(told)}")
     flat = np.concatenate([np.asarray(part, np.float64) for part in numbers]).astype(np.float32)
-    np.savez_compressed(HERE / "tables.npz", numbers=flat, cases=json.dumps(kept), refused=json.dumps(refused))
-    worst.sort(key=lambda line: -max(line[0], line[1] / 1e3, line[2], line[3]))
-    print(f"{len(kept)} tables, {len(refused)} that diffusers refuses or makes not finite, {flat.size} numbers")
-    for error, dt, ds, da, label in worst[: int(sys.argv[1]) if len(sys.argv) > 1 else 30]:
-        print(f"{error:.1e}  t {dt:.1e}  scale {ds:.1e}  start {da:.1e}  {label}")
+    told = {"cases": json.dumps(kept), "refused": json.dumps(refused), "diffusers": diffusers.__version__}
+    np.savez_compressed(HERE / "tables.npz", numbers=flat, **told)
+    print(f"{len(kept)} tables in {flat.size} numbers; {len(refused)} that diffusers refuses or makes not finite")
 
 
 if __name__ == "__main__":

@@ -120,8 +120,8 @@ def backward_differences(past: list[tuple[float, X]], h: float) -> list[X]:
     if not oldest:
         return [m0, d1]
     lam2, m2 = oldest[0]
-    d2 = (d1 - (m1 - m2) * (h / (lam1 - lam2))) * (h / (lam0 - lam2))
-    return [m0, d1 + d2 * ((lam0 - lam1) / h), d2]
+    change = d1 - (m1 - m2) * (h / (lam1 - lam2))
+    return [m0, d1 + change * ((lam0 - lam1) / (lam0 - lam2)), change * (h / (lam0 - lam2))]
 
 
 def forward_differences(block: list[tuple[float, X]], h: float, solver_type: str) -> list[X]:

@@ -63,11 +63,15 @@ def pndm(x: X, path: Path, noise: Draw, *, skip_prk_steps: bool = False, predict
 
 
 def ipndm(x: X, path: Path, noise: Draw) -> Solver:
-    """Multistep from the first step on, the order growing from 1 to 4 (arXiv 2204.13902, appendix on iPNDM)."""
+    """Multistep from the first step on, the order growing from 1 to 4 (arXiv 2204.13902, appendix on iPNDM).
+
+    Written as DDIM's step and what the past bends it by, so that a first step from alpha 0 needs no noise estimate there.
+    """
     past: deque[X] = deque(maxlen=4)
     for s, t in path:
         x, m = yield x, s
         past.appendleft(noise_of(x, m, s))
-        e = adams(past)
-        x = t.alpha * (x - s.sigma * e) / s.alpha + t.sigma * e
+        x = moved(x, m, s, t)
+        if len(past) > 1:
+            x = x + (t.sigma - t.alpha * s.sigma / s.alpha) * (adams(past) - past[0])
     return x

@@ -78,8 +78,8 @@ class Sampler:
                 )
         elif key in RANGES:
             kind, low, high = RANGES[key]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or (kind is int and value != int(value)) or not low <= value <= high:
+            number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
                 what = "a whole number" if kind is int else "a number"
                 raise SettingError(f"{key} {value!r}: it must be {what} from {low:g} to {high:g}")
         elif isinstance(self.reads[key], bool):
