@@ -35,6 +35,7 @@ class Reference:
         import torch
 
         self._torch = torch
+        torch.set_num_threads(1)  # tiny networks are quickest so
         config = diffusers.DiffusionPipeline.load_config(str(checkpoint))
         self.xl = "XL" in config["_class_name"]
         kind = "StableDiffusionXL" if self.xl else "StableDiffusion"
