@@ -186,7 +186,8 @@ def ve_grid(settings: Settings, steps: int, begin: int, *, whole_karras_times: b
             times = times.round()
     start = float(sigmas[0]) if spacing in ("linspace", "trailing") else math.hypot(1.0, sigmas[0])
     points = [at_ratio(t, sigma, "ve") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
-    return chained([*points, at_ratio(0.0, final_sigma(settings, "zero", curve), "ve")], begin, start, curve)
+    end = min(final_sigma(settings, "zero", curve), points[-1].sigma)
+    return chained([*points, at_ratio(0.0, end, "ve")], begin, start, curve)
 
 
 def vp_grid(settings: Settings, steps: int, begin: int, *, final: str = "zero", whole_cosine_times: bool = True) -> Path:
@@ -212,7 +213,8 @@ def vp_grid(settings: Settings, steps: int, begin: int, *, final: str = "zero", 
         if kind in RATIO_SCHEDULES:
             times = np.trunc(times)
     points = [at_ratio(t, sigma, "vp") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
-    return chained([*points, at_ratio(0.0, final_sigma(settings, final, curve), "vp")], begin, 1.0, curve)
+    end = min(final_sigma(settings, final, curve), float(sigmas[-1]))
+    return chained([*points, at_ratio(0.0, end, "vp")], begin, 1.0, curve)
 
 
 def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> tuple[Array, Array]:
@@ -220,7 +222,7 @@ def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> t
     if not 0 < low <= high:
         raise SettingError(f"sigma_min {low:g} and sigma_max {high:g}: the schedule {kind!r} needs 0 < min <= max")
     if kind in RATIO_SCHEDULES:
-        sigmas = RATIO_SCHEDULES[kind](high, low, steps)
+        sigmas = np.clip(RATIO_SCHEDULES[kind](high, low, steps), low, high)  # a power may end an ulp beside its bound
         return np.array([curve.time_of(sigma) for sigma in sigmas.tolist()]), sigmas
     trained = len(curve.sigmas)
     if kind == "simple":  # every n-th trained level, as ComfyUI and A1111 name it

@@ -60,9 +60,9 @@ def alpha_bars(settings: Settings) -> NDArray[np.float32]:
         if betas.shape != (trained,):
             raise SettingError(f"trained_betas holds {betas.size} numbers, num_train_timesteps is {trained}")
     elif kind == "linear":
-        betas = np.linspace(first, last, trained).astype(np.float32)
+        betas = linspace_float32(first, last, trained)
     elif kind == "scaled_linear":
-        betas = np.linspace(math.sqrt(first), math.sqrt(last), trained).astype(np.float32) ** 2
+        betas = linspace_float32(math.sqrt(first), math.sqrt(last), trained) ** 2
     elif kind == "squaredcos_cap_v2":  # Improved DDPM, arXiv 2102.09672, equation 17
         bars = np.cos((np.arange(trained + 1) / trained + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = np.minimum(1 - bars[1:] / bars[:-1], 0.999).astype(np.float32)
@@ -73,6 +73,14 @@ def alpha_bars(settings: Settings) -> NDArray[np.float32]:
     if settings.get("rescale_betas_zero_snr"):
         betas = zero_terminal_snr(betas)
     return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
+
+
+def linspace_float32(first: float, last: float, count: int) -> NDArray[np.float32]:
+    """torch.linspace to the bit: a float32 step from either end to the middle, multiplied and added with one rounding."""
+    low, high = float(np.float32(first)), float(np.float32(last))
+    step = float((np.float32(last) - np.float32(first)) / np.float32(max(count - 1, 1)))
+    i = np.arange(count)
+    return np.where(i < max(count // 2, 1), low + step * i, high - step * (count - 1 - i)).astype(np.float32)
 
 
 def zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:

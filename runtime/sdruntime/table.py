@@ -185,37 +185,45 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
         return unit(2 * room + drawn - 1)
 
     solver = sampler.solve(unit(0), path, noise, **options)
-    rows: list[Floats] = []
     points: list[Point] = []
     totals: list[int] = []
+    of_x: list[Floats] = []
+    of_m: list[Floats] = []
+    of_n: list[Floats] = []
     point: Point | None
     _, point = next(solver)
     while point is not None:
+        call = len(points)
         p, q = clean_from_raw(prediction, point)
-        x, m = unit(len(rows)), unit(room + len(rows))
         points.append(point)
         try:
-            row, point = solver.send((x, p * x + q * m))
+            row, point = solver.send((unit(call), p * unit(call) + q * unit(room + call)))
         except StopIteration as end:
             row, point = end.value, None
-        rows.append(row)
         totals.append(drawn)
-    newest = np.arange(len(rows))
+        of_x.append(backwards(row[: call + 1]))
+        of_m.append(backwards(row[room : room + call + 1]))
+        of_n.append(backwards(row[2 * room : 2 * room + drawn]))
     return Table(
         start=start,
         t=np.array([at.t for at in points], np.float32),
         scale=np.array([input_scale(at, sampler.space) for at in points]),
-        X=windowed([row[:room] for row in rows], newest),
-        M=windowed([row[room : 2 * room] for row in rows], newest),
-        N=windowed([row[2 * room :] for row in rows], np.array(totals) - 1),
+        X=padded(of_x),
+        M=padded(of_m),
+        N=padded(of_n),
         draws=np.diff(totals, prepend=0),
     )
 
 
-def windowed(rows: list[Floats], newest: NDArray[np.int64]) -> Floats:
-    """Rows read backwards from column newest[i], cut to the widest."""
-    lags = [last - np.flatnonzero(row[: last + 1]) for row, last in zip(rows, newest.tolist(), strict=True)]
-    window = np.zeros((len(rows), max((int(lag[0]) + 1 for lag in lags if len(lag)), default=0)))
-    for i, (row, lag) in enumerate(zip(rows, lags, strict=True)):
-        window[i, lag] = row[newest[i] - lag]
-    return window
+def backwards(row: Floats) -> Floats:
+    """A row read from its newest column, as far as it holds anything."""
+    used = np.flatnonzero(row)
+    return row[used[0] :][::-1].copy() if len(used) else row[:0]
+
+
+def padded(rows: list[Floats]) -> Floats:
+    """Rows side by side, as wide as the widest."""
+    table = np.zeros((len(rows), max(len(row) for row in rows)))
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table

@@ -19,6 +19,7 @@ from sdruntime.schedule import (
     beta_quantile,
     exponential,
     karras,
+    linspace_float32,
     polyexponential,
     shifted,
     zero_terminal_snr,
@@ -40,6 +41,13 @@ def test_betas_run_from_start_to_end(kind: str, first: float, last: float) -> No
     bars = alpha_bars({**SETTINGS, "beta_schedule": kind, "beta_start": first, "beta_end": last, "num_train_timesteps": 10})
     assert 1 - bars[0] == pytest.approx(first, rel=1e-2)
     assert 1 - bars[-1] / bars[-2] == pytest.approx(last, rel=1e-4)
+
+
+def test_betas_are_rounded_as_torch_rounds_them() -> None:
+    """torch.linspace(sqrt(0.00085), sqrt(0.012), 1000), where NumPy's, rounded once, is another float32."""
+    roots = linspace_float32(math.sqrt(0.00085), math.sqrt(0.012), 1000)
+    assert roots[[2, 502, 998]].tolist() == [0.029315698891878128, 0.06955080479383469, 0.10946403443813324]
+    assert linspace_float32(0.25, 0.5, 1).tolist() == [0.25]
 
 
 def test_the_cosine_schedule_follows_its_curve_until_beta_is_capped() -> None:

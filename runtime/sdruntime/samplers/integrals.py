@@ -7,17 +7,17 @@ import math
 import numpy as np
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(24)
+POWERS = np.vander(1 + NODES, 4, increasing=True)  # of (u - start) / half
 
 
 def adams_weights(nodes: list[float], start: float, end: float, rate: float = 0.0) -> list[float]:
     """w[j] = ∫ L_j(u)·exp(rate·(u - end)) du from `start` to `end`, L_j the Lagrange polynomials on `nodes`.
 
-    They are the weights that integrate 1, u, u², … as they should be. Gauss-Legendre with 24 points: exact for rate 0,
-    and to float64 rounding for |rate|·(end - start) up to 20.
+    At most four nodes. They are the weights that integrate 1, u, u², u³ as they should be. Gauss-Legendre with 24 points:
+    exact for rate 0, and to float64 rounding for |rate|·(end - start) up to 20.
     """
     half = (end - start) / 2
-    powers = np.vander(1 + NODES, len(nodes), increasing=True)  # (u - start) / half
-    moments = half * (WEIGHTS * np.exp(rate * half * (NODES - 1))) @ powers
+    moments = half * (WEIGHTS * np.exp(rate * half * (NODES - 1))) @ POWERS[:, : len(nodes)]
     if len(nodes) == 1 or half == 0:
         return [float(moments[0]), *[0.0] * (len(nodes) - 1)]
     seen = (np.array(nodes) - start) / half
