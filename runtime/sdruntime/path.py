@@ -63,13 +63,19 @@ def spaced(spacing: str, steps: int, trained: int, offset: int, *, last: int | N
     """Timesteps, falling, by the three spacings of arXiv 2305.08891, table 2.
 
     `extra` = 1 makes one more and drops the lowest, which is how the DPM-Solver family leaves out timestep 0. `last`
-    is where the curve is cut (lambda_min_clipped).
+    is where the curve is cut (lambda_min_clipped). Raises SettingError where `offset` leads beyond the trained ones.
     """
     last = trained if last is None else last
     if spacing == "linspace":
         return np.linspace(0, last - 1, steps + extra)[::-1][:steps]
     if spacing == "leading":
-        return np.arange(steps + extra, dtype=float)[::-1][:steps] * (last // (steps + extra)) + offset
+        times = np.arange(steps + extra, dtype=float)[::-1][:steps] * (last // (steps + extra)) + offset
+        if times[0] > trained - 1:
+            raise SettingError(
+                f"steps_offset {offset} with {steps} steps begins at timestep {times[0]:g}, "
+                f"the model was trained on 0 to {trained - 1}: lower one of them"
+            )
+        return times
     if spacing == "trailing":
         return np.asarray(np.arange(last, 0, -trained / steps)[:steps].round() - 1)
     raise UnknownName("timestep_spacing", str(spacing), ["linspace", "leading", "trailing"])
@@ -171,11 +177,6 @@ def ve_grid(settings: Settings, steps: int, begin: int, *, whole_karras_times: b
     curve = Curve(settings, "ve")
     trained, spacing = settings["num_train_timesteps"], settings["timestep_spacing"]
     times = spaced(spacing, steps, trained, settings["steps_offset"])
-    if times[0] > trained - 1:
-        raise SettingError(
-            f"steps_offset {settings['steps_offset']} with {steps} steps begins at timestep {times[0]:g}, "
-            f"the model was trained on 0 to {trained - 1}: lower one of them"
-        )
     sigmas = curve.ratio_at(times)
     kind = chosen_schedule(settings)
     if kind is not None:

@@ -127,6 +127,8 @@ def compile_table(
     with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
     Raises SettingError, UnknownName.
     """
+    if not isinstance(config, Mapping):
+        raise SettingError(f"scheduler_config.json holds a {type(config).__name__}: it must be an object with keys")
     name = sampler if sampler is not None else config.get("_class_name")
     if not isinstance(name, str):
         raise SettingError("scheduler_config.json has no _class_name: name a sampler")

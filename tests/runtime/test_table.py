@@ -218,7 +218,8 @@ def test_steps_out_of_range_are_refused_before_anything_is_allocated(steps: Any)
         ({"sigma_min": 2.0, "sigma_max": 1.0, "use_karras_sigmas": True}, "euler", "sigma_min 2 and sigma_max 1"),
         ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "ddim", "'epsilon' at timestep 999, where alpha is 0"),
         ({"steps_offset": 900}, "ddim", "trained on 0 to 999"),
-        ({"steps_offset": 900, "timestep_spacing": "leading"}, "euler", "trained on 0 to 999"),
+        ({"steps_offset": 900, "timestep_spacing": "leading"}, "euler", "steps_offset 900 with 10 steps"),
+        ({"steps_offset": 900, "timestep_spacing": "leading"}, "unipc", "steps_offset 900 with 10 steps"),
         ({"original_inference_steps": 4}, "lcm", "takes no more"),
         ({"original_inference_steps": 2000}, "lcm", "num_train_timesteps 1000"),
         ({"skip_prk_steps": False}, "pndm", "Runge-Kutta"),
@@ -242,6 +243,8 @@ def test_an_unknown_option_a_missing_class_and_a_schedule_out_of_place_are_refus
         compile_table(STABLE, steps=5, sampler="ddim", eta=1.5)
     with pytest.raises(SettingError, match="_class_name"):
         compile_table(STABLE, steps=5)
+    with pytest.raises(SettingError, match="holds a list"):
+        compile_table([1], steps=5)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="ddim keeps to the trained timesteps"):
         compile_table(STABLE, steps=5, sampler="ddim", schedule="karras")
     with pytest.raises(UnknownName, match="schedule"):
