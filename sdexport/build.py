@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,9 +18,12 @@ from typing import Any
 from sdexport.cache import digest_of, trace_key, versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
+from sdexport.errors import CheckpointError
+from sdexport.hub import Located, locate
 from sdexport.job import DATA, MODEL, Job, Stage
 from sdexport.process import peak_memory, run_apart
 from sdexport.tokenizer import write_tokenizer
+from sdruntime.build import BuildEvent, Shapes, build_engines
 from sdruntime.bundle import Bundle, sha256, staging, write_bundle
 from sdruntime.errors import BundleError
 from sdruntime.manifest import ComponentSpec, Precision
@@ -29,7 +32,7 @@ from sdruntime.record import json_from_record
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a bundle is built with, beyond the checkpoint. `size` and `batch` are of the engines, as sdruntime's build takes them."""
+    """What a bundle is built with. `size` and `batch` are of the engines, as `sdruntime build` takes them."""
 
     precision: Precision = "fp32"
     backends: tuple[str, ...] = ()
@@ -40,7 +43,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A step of the build: `index` of `count` components, and the stage that it is in."""
+    """A step of the export: component `index` of `count`, and the stage that it is in."""
 
     component: str
     index: int
@@ -49,8 +52,16 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProgress:
+    """A step of an engine's build."""
+
+    backend: str
+    event: BuildEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """The end of a build. `peak`: the most memory that this process and one of a component had together; sizes in bytes."""
+    """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes."""
 
     folder: Path
     up_to_date: bool
@@ -58,51 +69,45 @@ class Built:
     peak: int
 
 
-Event = Progress | Built
+Event = Progress | EngineProgress | Built
 
 
-def build(source: str, out: Path, options: Options) -> Iterator[Event]:
+def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     """Build the bundle `out` from a diffusers folder or a hub id. The last event is `Built`.
 
-    Raises SdexportError, and sdruntime's errors for the disk and the engines.
+    A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
+    errors for the disk and the engines.
     """
-    checkpoint = read_checkpoint(Path(source), source=source, precision=options.precision, allow_pickle=options.allow_pickle)
+    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
+        raise BundleError(out, ["there is something here that is no bundle: choose another place"])
+    located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle)
+    name = located.source.rsplit("/", 1)[-1]
+    checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
+    if options.backends:
+        Shapes.parse(checkpoint.model, size=options.size, batch=options.batch)  # before the long work
     table = components(checkpoint)
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
-        yield Built(folder=out, up_to_date=True, written=0, peak=peak_memory())
+        written = yield from _engines(out, options)
+        yield Built(folder=out, up_to_date=written == 0, written=written, peak=peak_memory())
         return
-    peak = 0
     with staging(out) as folder:
-        for index, component in enumerate(table):
-            (folder / component.name).mkdir()
-            job = Job(
-                checkpoint=str(checkpoint.folder),
-                component=component.name,
-                precision=options.precision,
-                allow_pickle=options.allow_pickle,
-                out=str(folder / component.name),
-            )
-            for stage in run_apart(job):
-                if isinstance(stage, Stage):
-                    yield Progress(component=component.name, index=index, count=len(table), stage=stage)
-                else:
-                    peak = max(peak, stage)
-            shutil.copyfile(checkpoint.folder / component.part / "config.json", folder / component.name / "config.json")
+        peak = yield from _export(checkpoint, table, options, folder)
         _write_rest(checkpoint, table, folder)
         write_bundle(
             folder,
             model=checkpoint.model,
             precision=options.precision,
             components=_component_specs(table),
-            provenance=_provenance(checkpoint, options, inputs),
+            provenance=_provenance(located, options, inputs),
         )
+        yield from _engines(folder, options)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     yield Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory())
 
 
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
-    """The hash of everything that the bundle follows from."""
+    """The hash of everything that the ONNX and the files beside it follow from."""
     names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
     files = [checkpoint.folder / name for name in names]
     files += [path for name in checkpoint.tokenizers for path in sorted((checkpoint.folder / name).iterdir()) if path.is_file()]
@@ -110,8 +115,9 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
     return digest_of(
         {
             "model": json_from_record(checkpoint.model),
-            "options": json_from_record(options),
+            "precision": options.precision,
             "traces": [trace_key(component) for component in table],
+            "versions": versions(),
             "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},
         }
     )
@@ -126,9 +132,43 @@ def _is_current(out: Path, inputs: str) -> bool:
     return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
 
 
+def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path) -> Generator[Event, None, int]:
+    """Each component in its own process; returns the peak memory of the largest."""
+    peak = 0
+    for index, component in enumerate(table):
+        (folder / component.name).mkdir()
+        job = Job(
+            checkpoint=str(checkpoint.folder),
+            component=component.name,
+            precision=options.precision,
+            allow_pickle=options.allow_pickle,
+            out=str(folder / component.name),
+        )
+        for stage in run_apart(job):
+            if isinstance(stage, Stage):
+                yield Progress(component=component.name, index=index, count=len(table), stage=stage)
+            else:
+                peak = max(peak, stage)
+        shutil.copyfile(checkpoint.folder / component.part / "config.json", folder / component.name / "config.json")
+    return peak
+
+
+def _engines(folder: Path, options: Options) -> Generator[Event, None, int]:
+    """Engines of each backend that was asked for; returns the bytes written."""
+    written = 0
+    for backend in options.backends:
+        for event in build_engines(folder, backend_name=backend, size=options.size, batch=options.batch):
+            written += event.size
+            yield EngineProgress(backend=backend, event=event)
+    return written
+
+
 def _write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:
     for name in checkpoint.tokenizers:
-        write_tokenizer(checkpoint.folder / name, folder / name)
+        try:
+            write_tokenizer(checkpoint.folder / name, folder / name)
+        except ValueError as error:
+            raise CheckpointError(checkpoint.folder, [f"{name}: {error}"]) from error
     (folder / "scheduler").mkdir()
     shutil.copyfile(checkpoint.folder / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json")
     (folder / "model_index.json").write_text(json.dumps(_model_index(checkpoint, table), indent=1) + "\n")
@@ -161,12 +201,12 @@ def _component_specs(table: Sequence[Component]) -> dict[str, ComponentSpec]:
     }
 
 
-def _provenance(checkpoint: Checkpoint, options: Options, inputs: str) -> dict[str, Any]:
+def _provenance(located: Located, options: Options, inputs: str) -> dict[str, Any]:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     made = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
     provenance = {
-        "source": checkpoint.source,
-        "revision": checkpoint.revision,
+        "source": located.source,
+        "revision": located.revision,
         "created": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "options": json_from_record(options),
         "versions": versions(),

@@ -48,6 +48,12 @@ SCHEDULERS = tuple(
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
 _WEIGHT_STEMS = {"text_encoder": "model", "text_encoder_2": "model"}  # diffusers' own networks: diffusion_pytorch_model
 _PICKLES = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "unet": ("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
+    "vae": ("latent_channels", "block_out_channels"),
+    "text_encoder": ("hidden_size", "vocab_size"),
+    "text_encoder_2": ("hidden_size", "vocab_size", "projection_dim"),
+}
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds")
 
 Variant = Literal["", "fp16"]
@@ -65,11 +71,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Made by `read_checkpoint`. `source`: the hub id or the folder's name; `revision`: the hub's commit, if it came from there."""
+    """Made by `read_checkpoint`."""
 
     folder: Path
-    source: str
-    revision: str | None
     model: ModelSpec
     parts: Mapping[str, Part]
     tokenizers: tuple[str, ...]
@@ -77,16 +81,14 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
 
 
-def read_checkpoint(
-    folder: Path, *, source: str, revision: str | None = None, precision: Precision = "fp32", allow_pickle: bool = False
-) -> Checkpoint:
+def read_checkpoint(folder: Path, *, name: str, precision: Precision = "fp32", allow_pickle: bool = False) -> Checkpoint:
     """Read and check a diffusers folder. For fp16 the files of the fp16 variant are preferred, otherwise the full ones.
 
     Raises CheckpointError with every fault.
     """
     if folder.is_file():
-        raise CheckpointError(folder, [f"a single {folder.suffix} file is not read yet: give a diffusers folder or a hub id"])
-    return _Reader(folder, precision, allow_pickle).read(source, revision)
+        raise CheckpointError(folder.name, ["a single file is not read yet: give a diffusers folder or a hub id"])
+    return _Reader(folder, precision, allow_pickle).read(name)
 
 
 class _Reader:
@@ -97,37 +99,38 @@ class _Reader:
         self.variants: tuple[Variant, ...] = ("fp16", "") if precision == "fp16" else ("", "fp16")
         self.faults: list[str] = []
 
-    def read(self, source: str, revision: str | None) -> Checkpoint:
+    def read(self, name: str) -> Checkpoint:
         index = self._json("model_index.json")
-        kind = index.get("_class_name")
-        if self.faults or kind not in _PARTS:
-            if not self.faults:
-                self.faults.append(f"model_index.json: _class_name {kind!r} is not one of {', '.join(_PARTS)}")
+        self._stop_at_faults()
+        asked = _PARTS.get(str(index.get("_class_name")))
+        if asked is None:
+            known = ", ".join(_PARTS)
+            self.faults.append(f"model_index.json: _class_name {index.get('_class_name')!r} is not one of {known}")
             raise CheckpointError(self.folder, self.faults)
-        asked = _PARTS[kind]
-        for name, classes in asked.items():
-            self._check_class(index, name, classes)
-        self._check_class(index, "scheduler", tuple(("diffusers", name) for name in SCHEDULERS))
-        parts = {name: self._part(name) for name in asked if name in _NETWORKS}
+        for part, classes in asked.items():
+            self._check_class(index, part, classes)
+        self._check_class(index, "scheduler", tuple(("diffusers", scheduler) for scheduler in SCHEDULERS))
+        parts = {part: self._part(part, asked[part][0][1]) for part in asked if part in _NETWORKS}
         scheduler = self._json("scheduler/scheduler_config.json")
-        tokenizers = tuple(name for name in asked if name.startswith("tokenizer"))
-        pad = self._pad_token("tokenizer")
+        self._check_scheduler(scheduler)
+        tokenizers = tuple(part for part in asked if part.startswith("tokenizer"))
         self._check_tokenizers(tokenizers)
-        if self.faults:
-            raise CheckpointError(self.folder, self.faults)
-        model = self._model(source, index, parts, scheduler, pad)
-        if self.faults or model is None:
-            raise CheckpointError(self.folder, self.faults)
+        self._stop_at_faults()
+        self._check_configs(parts)
+        self._stop_at_faults()
+        model = self._model(name, index, parts, scheduler)
         return Checkpoint(
             folder=self.folder,
-            source=source,
-            revision=revision,
             model=model,
             parts=MappingProxyType(parts),
             tokenizers=tokenizers,
-            index=index,
-            scheduler=scheduler,
+            index=MappingProxyType(index),
+            scheduler=MappingProxyType(scheduler),
         )
+
+    def _stop_at_faults(self) -> None:
+        if self.faults:
+            raise CheckpointError(self.folder, self.faults)
 
     def _json(self, path: str) -> dict[str, Any]:
         try:
@@ -144,12 +147,15 @@ class _Reader:
 
     def _check_class(self, index: Mapping[str, Any], name: str, known: tuple[tuple[str, str], ...]) -> None:
         found = index.get(name)
-        if not isinstance(found, list) or tuple(found) not in known:
+        if not isinstance(found, list) or found not in [[*pair] for pair in known]:
             names = ", ".join(".".join(pair) for pair in known)
             self.faults.append(f"model_index.json: {name} is {found!r}, not one of {names}")
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str, kind: str) -> Part:
         config = self._json(f"{name}/config.json")
+        for found in (config.get("_class_name", kind), *(config.get("architectures") or ())):
+            if found != kind:
+                self.faults.append(f"{name}/config.json is of a {found}, not of a {kind}")
         stem = _WEIGHT_STEMS.get(name, "diffusion_pytorch_model")
         for variant in self.variants:
             files = self._weight_files(name, stem, variant)
@@ -175,7 +181,11 @@ class _Reader:
         listed = f"{name}/{stem}.safetensors.index{dot}.json"
         if not (self.folder / listed).is_file():
             return []
-        shards = sorted({str(shard) for shard in dict(self._json(listed).get("weight_map", {})).values()})
+        places = self._json(listed).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            self.faults.append(f"{listed}: weight_map is missing")
+            return [self.folder / listed]
+        shards = sorted({str(shard) for shard in places.values()})
         plain = [shard for shard in shards if re.fullmatch(r"[\w.-]+\.safetensors", shard)]
         self.faults.extend(f"{listed}: names a strange file {shard!r}" for shard in shards if shard not in plain)
         paths = [self.folder / name / shard for shard in plain]
@@ -199,69 +209,56 @@ class _Reader:
             if not classic and not (folder / "tokenizer.json").is_file():
                 self.faults.append(f"{name}/ has neither vocab.json and merges.txt nor tokenizer.json")
 
-    def _pad_token(self, tokenizer: str) -> str:
-        return pad_token(self.folder / tokenizer)
-
-    def _model(
-        self,
-        source: str,
-        index: Mapping[str, Any],
-        parts: Mapping[str, Part],
-        scheduler: Mapping[str, Any],
-        pad: str,
-    ) -> ModelSpec | None:
-        unet, vae, text = (parts[name].config for name in ("unet", "vae", "text_encoder"))
-        xl = "text_encoder_2" in parts
-        kind = scheduler.get("_class_name")
-        if kind not in SCHEDULERS:
-            self.faults.append(f"scheduler/scheduler_config.json: _class_name {kind!r} is not one of {', '.join(SCHEDULERS)}")
+    def _check_scheduler(self, scheduler: Mapping[str, Any]) -> None:
+        path = "scheduler/scheduler_config.json"
+        if scheduler and scheduler.get("_class_name") not in SCHEDULERS:
+            self.faults.append(f"{path}: _class_name {scheduler.get('_class_name')!r} is not one of {', '.join(SCHEDULERS)}")
         prediction = scheduler.get("prediction_type", "epsilon")
         if prediction not in _PREDICTIONS:
-            self.faults.append(
-                f"scheduler/scheduler_config.json: prediction_type {prediction!r} is not one of {', '.join(_PREDICTIONS)}"
-            )
+            self.faults.append(f"{path}: prediction_type {prediction!r} is not one of {', '.join(_PREDICTIONS)}")
+
+    def _check_configs(self, parts: Mapping[str, Part]) -> None:
+        for name, part in parts.items():
+            self.faults.extend(f"{name}/config.json: {key} is missing" for key in _NEEDED[name] if key not in part.config)
+        if self.faults:
+            return
+        unet, vae = parts["unet"].config, parts["vae"].config
         for key in _UNSUPPORTED:
             if unet.get(key) is not None:
                 self.faults.append(f"unet/config.json: {key} {unet[key]!r} is not supported")
-        if unet.get("addition_embed_type") != ("text_time" if xl else None):
-            self.faults.append(
-                f"unet/config.json: addition_embed_type {unet.get('addition_embed_type')!r} does not go with this pipeline"
-            )
-        needed = {"unet": ("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
-                  "vae": ("latent_channels", "block_out_channels"), "text_encoder": ("hidden_size", "vocab_size"),
-                  "text_encoder_2": ("hidden_size", "vocab_size", "projection_dim")}  # fmt: skip
-        for name, part in parts.items():
-            self.faults.extend(f"{name}/config.json: {key} is missing" for key in needed[name] if key not in part.config)
-        if self.faults:
-            return None
+        added, known = unet.get("addition_embed_type"), "text_time" if "text_encoder_2" in parts else None
+        if added != known:
+            self.faults.append(f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {known!r}")
         if unet["in_channels"] != vae["latent_channels"]:
             self.faults.append(
                 f"unet/config.json: in_channels {unet['in_channels']}, but the VAE has {vae['latent_channels']}: "
                 "inpainting and depth checkpoints are not supported yet"
             )
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        sides = unet["sample_size"] if isinstance(unet["sample_size"], list) else [unet["sample_size"]] * 2
+
+    def _model(self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any]) -> ModelSpec:
+        unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
+        xl = "text_encoder_2" in parts
         # OpenCLIP's encoder, which SD2 brought, has the plain GELU; CLIP's own the quick one
         family: Family = "sdxl" if xl else "sd2" if text.get("hidden_act") == "gelu" else "sd1"
         try:
+            factor = 2 ** (len(vae["block_out_channels"]) - 1)
+            sides = unet["sample_size"] if isinstance(unet["sample_size"], list) else [unet["sample_size"]] * 2
             return ModelSpec(
-                name=source.rstrip("/").rsplit("/", 1)[-1],
+                name=name,
                 family=family,
-                prediction_type=prediction,
+                prediction_type=scheduler.get("prediction_type", "epsilon"),
                 scaling_factor=float(vae.get("scaling_factor", 0.18215)),
                 shift_factor=float(vae.get("shift_factor") or 0.0),
                 latent_channels=vae["latent_channels"],
                 vae_factor=factor,
-                size_multiple=multiple,
+                size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
                 default_size=(sides[0] * factor, sides[1] * factor),
-                pad_token=pad,
+                pad_token=pad_token(self.folder / "tokenizer"),
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
                 license=_license(self.folder),
             )
         except (ValueError, TypeError) as error:
-            self.faults.append(f"the configs do not fit together: {error}")
-            return None
+            raise CheckpointError(self.folder, [f"the configs do not fit together: {error}"]) from error
 
 
 def pad_token(folder: Path) -> str:
@@ -285,4 +282,4 @@ def _license(folder: Path) -> str:
     head = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
     fields = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+-]+)", head.group(1), re.MULTILINE)) if head else {}
     name = fields.get("license", "unknown")
-    return fields.get("license_name", name) if name == "other" else name
+    return str(fields.get("license_name", name) if name == "other" else name)

@@ -15,6 +15,7 @@ from sdexport.checkpoint import Part, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import EnvironmentFault
 from sdexport.weights import StoredTensor, match_weights, read_header
+from sdruntime.bundle import disk_full_as_error
 from sdruntime.manifest import Precision
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -43,16 +44,18 @@ class Stage:
 
 
 def run(job: Job) -> Iterator[Stage]:
-    """Make the component. Raises SdexportError."""
-    checkpoint = read_checkpoint(
-        Path(job.checkpoint), source=job.checkpoint, precision=job.precision, allow_pickle=job.allow_pickle
-    )
-    component = next(component for component in components(checkpoint) if component.name == job.component)
+    """Make the component. Raises SdexportError, and sdruntime's OutOfSpace."""
     out = Path(job.out)
-    part = checkpoint.parts[component.part]
-    stored = _unpickled(part, out / "unpickled.safetensors") if part.pickled else part.weights
-    yield from _made(component, stored, job.precision, out)
-    (out / "unpickled.safetensors").unlink(missing_ok=True)
+    with disk_full_as_error(out):
+        checkpoint = read_checkpoint(
+            Path(job.checkpoint), name=job.component, precision=job.precision, allow_pickle=job.allow_pickle
+        )
+        component = next(component for component in components(checkpoint) if component.name == job.component)
+        part = checkpoint.parts[component.part]
+        loose = out / "unpickled.safetensors"
+        stored = _unpickled(part, loose) if part.pickled else part.weights
+        yield from _made(component, stored, job.precision, out)
+        loose.unlink(missing_ok=True)
 
 
 def _made(component: Component, stored: Mapping[str, StoredTensor], precision: Precision, out: Path) -> Iterator[Stage]:

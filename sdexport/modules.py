@@ -23,7 +23,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.weights = CLIPTextModel._from_config(_text_config(config), attn_implementation="eager")
+        self.weights = CLIPTextModel(_text_config(config))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         output: Tensor = self.weights(input_ids, position_ids=_positions(input_ids)).last_hidden_state
@@ -35,7 +35,7 @@ class PenultimateTextEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.weights = CLIPTextModel._from_config(_text_config(config), attn_implementation="eager")
+        self.weights = CLIPTextModel(_text_config(config))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         output: Tensor = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True).hidden_states[-2]
@@ -47,7 +47,7 @@ class PooledTextEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.weights = CLIPTextModelWithProjection._from_config(_text_config(config), attn_implementation="eager")
+        self.weights = CLIPTextModelWithProjection(_text_config(config))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         output = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True)
@@ -55,7 +55,10 @@ class PooledTextEncoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] and SDXL's text_embeds [B,P], time_ids [B,6] -> out_sample."""
+    """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] -> out_sample [B,C,h,w].
+
+    SDXL's takes text_embeds [B,P] and time_ids [B,6] too.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -113,7 +116,8 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 
 def _text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
     known = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "architectures")}
-    return CLIPTextConfig(**known)
+    # written out, attention is MatMul, scale, mask, Softmax, MatMul: what engines know to fuse
+    return CLIPTextConfig(**(known | {"attn_implementation": "eager"}))
 
 
 def _positions(input_ids: Tensor) -> Tensor:

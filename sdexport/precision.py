@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from sdexport.errors import PrecisionError
-from sdexport.weights import Array, in_precision
+from sdexport.weights import Array, in_precision, largest
 from sdruntime.manifest import Precision
 
 _TYPES: dict[Precision, ir.DataType] = {
@@ -52,7 +52,8 @@ def sinusoid(graph: ir.Graph) -> set[ir.Node]:
     while before:
         node = before.pop()
         found.add(node)
-        before += [value.producer() for value in node.inputs if value is not None and value.producer() not in {None, *found}]
+        producers = {value.producer() for value in node.inputs if value is not None}
+        before += [producer for producer in producers if producer is not None and producer not in found]
     while after:
         node = after.pop()
         found.add(node)
@@ -139,7 +140,7 @@ class _Rewriter:
         assert value.const_value is not None
         name = f"{value.name}.{self.low.name.lower()}"
         tensor = ir.tensor(self._lowered(value.const_value.numpy(), str(value.name)), name=name)
-        made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(self.low), const_value=tensor)
+        made = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(self.low), const_value=tensor)
         self.graph.register_initializer(made)
         return made
 
@@ -150,8 +151,8 @@ class _Rewriter:
             fault = f"{np.min(np.abs(finite[finite != 0])):g} becomes zero in {self.precision}"
         if fault:
             self.faults.append(f"{where}: {fault}")
-        lowered = np.where(np.isinf(numbers), numbers.astype(lowered.dtype), lowered)
-        return np.where(numbers == _LOWEST, -_largest(lowered), lowered)
+        lowest = np.asarray(-largest(self.precision), lowered.dtype)
+        return np.where(np.isinf(numbers), numbers.astype(lowered.dtype), np.where(numbers <= _LOWEST, lowest, lowered))
 
     def _lower_outputs(self, node: ir.Node, floats: set[ir.Value]) -> None:
         for value in node.outputs:
@@ -169,9 +170,3 @@ class _Rewriter:
         made = self._cast(output, ir.DataType.FLOAT)
         made.name, made.shape = name, output.shape
         self.graph.outputs[index] = made
-
-
-def _largest(like: Array) -> Array:
-    import ml_dtypes
-
-    return np.asarray(ml_dtypes.finfo(like.dtype).max, like.dtype)

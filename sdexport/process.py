@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import sdruntime.errors
 from sdexport import errors
-from sdexport.errors import ExportError, ProcessKilled, SdexportError
+from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
 from sdexport.job import Job, Stage, run
+from sdruntime.errors import SdruntimeError
 
-_KEPT = ("PATH", "HOME")
+_ERRORS = {module.__name__: module for module in (errors, sdruntime.errors)}
 
 
 def run_apart(job: Job) -> Iterator[Stage | int]:
@@ -34,13 +36,15 @@ def run_apart(job: Job) -> Iterator[Stage | int]:
         assert child.stdout is not None
         try:
             for line in child.stdout:
+                if not line.endswith("\n"):  # ended in the middle of a message
+                    break
                 message = json.loads(line)
                 if "stage" in message:
                     yield Stage(**message["stage"])
                 elif "peak" in message:
                     yield int(message["peak"])
                 else:
-                    raise _error(message["error"])
+                    raise _from_message(message["error"])
             child.wait()
         finally:
             child.kill()
@@ -51,9 +55,18 @@ def run_apart(job: Job) -> Iterator[Stage | int]:
             raise _death(job.component, child.returncode, notes.read())
 
 
-def _error(message: dict[str, Any]) -> Exception:
-    kind = getattr(errors, message["kind"], ExportError)
-    return kind(message["where"], message["faults"]) if "faults" in message else kind(message["text"])
+def _to_message(error: Exception) -> dict[str, Any]:
+    extra = {"faults": list(error.faults)} if isinstance(error, (errors.CheckpointError, errors.PrecisionError)) else {}
+    return {"module": type(error).__module__, "kind": type(error).__name__, "text": str(error), "extra": extra}
+
+
+def _from_message(message: dict[str, Any]) -> Exception:
+    """The error of the child: its class, its text and its fields, without making it anew."""
+    kind = getattr(_ERRORS[message["module"]], message["kind"])
+    error: Exception = kind.__new__(kind)
+    error.args = (message["text"],)
+    vars(error).update({name: tuple(value) for name, value in message["extra"].items()})
+    return error
 
 
 def _death(component: str, code: int, notes: str) -> SdexportError:
@@ -91,12 +104,12 @@ def main() -> None:
     try:
         for stage in run(Job(**json.loads(sys.argv[1]))):
             tell({"stage": dataclasses.asdict(stage)})
-    except SdexportError as error:
-        message: dict[str, Any] = {"kind": type(error).__name__, "text": str(error)}
-        if hasattr(error, "faults"):
-            message |= {"where": str(error).split(":", 1)[0], "faults": list(error.faults)}
-        tell({"error": message})
+    except (SdexportError, SdruntimeError) as error:
+        tell({"error": _to_message(error)})
+    except MemoryError:
+        tell({"error": _to_message(EnvironmentFault("out of memory: free some, or export on a larger machine"))})
     tell({"peak": peak_memory()})
+    os._exit(0)  # torch takes seconds to take itself down
 
 
 if __name__ == "__main__":

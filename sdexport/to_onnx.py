@@ -46,36 +46,37 @@ def weight_shapes(model: ir.Model, component: Component) -> dict[str, tuple[int,
 
 def module_shapes(component: Component) -> dict[str, tuple[int, ...]]:
     """The weights of the component's module, by the checkpoint's names. Loads torch."""
-    return {name.removeprefix(_OWN): tuple(tensor.shape) for name, tensor in _module(component).state_dict().items()}
+    import torch
+
+    with torch.device("meta"):
+        return {name.removeprefix(_OWN): tuple(tensor.shape) for name, tensor in _module(component).state_dict().items()}
 
 
 def _module(component: Component) -> Any:
-    import torch
-
     from sdexport.modules import WRAPPERS
 
-    with torch.device("meta"):
-        return WRAPPERS[component.wrapper](component.config)
+    try:
+        return WRAPPERS[component.wrapper](component.config).eval()
+    except Exception as error:  # diffusers and transformers raise what they like for a config that they cannot build
+        raise ExportError(f"{component.name}: no network can be made of {component.part}/config.json: {_cause(error)}") from error
 
 
 def _traced(component: Component) -> ir.Model:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from sdexport.modules import WRAPPERS
-
-    feeds = component.example_feeds()
+    names = [spec.name for spec in component.inputs]
     shapes = {spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in component.inputs}
     # the exporter prints its progress, and warns of its own deprecated calls
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), FakeTensorMode():
         warnings.simplefilter("ignore")
-        module = WRAPPERS[component.wrapper](component.config).eval()
-        inputs = {name: torch.zeros(feed.shape, dtype=getattr(torch, str(feed.dtype))) for name, feed in feeds.items()}
+        module = _module(component)
+        feeds = component.example_feeds().items()
         try:
             program = torch.onnx.export(
                 module,
-                kwargs=inputs,
-                input_names=[spec.name for spec in component.inputs],
+                kwargs={name: torch.zeros(feed.shape, dtype=getattr(torch, str(feed.dtype))) for name, feed in feeds},
+                input_names=names,
                 output_names=[spec.name for spec in component.outputs],
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
@@ -92,7 +93,8 @@ def _traced(component: Component) -> ir.Model:
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().split("\n", 1)[0]
+    lines = str(error).strip().split("\n", 1)
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def weights_as_inputs(model: ir.Model, component: Component) -> None:
@@ -175,9 +177,11 @@ def weights_attached(model: ir.Model, places: Mapping[str, Placed], *, data: str
     graph.inputs.clear()
     graph.inputs.extend(kept)
     for value in weights:
-        place = places[_name(value)]
+        name, place = _name(value), places[_name(value)]
+        assert value.dtype is not None
+        assert value.shape is not None
         value.const_value = ir.ExternalTensor(
-            data, place.offset, place.size, value.dtype, shape=value.shape, name=_name(value), base_dir=""
+            data, place.offset, place.size, value.dtype, shape=value.shape, name=name, base_dir=""
         )
         graph.register_initializer(value)
 

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer as its four classic files, whatever the checkpoint keeps: `tokenizers` and transformers 5 write tokenizer.json only."""
+"""A CLIP tokenizer as its four classic files, also where a checkpoint has tokenizer.json only (as transformers 5 writes it)."""
 
 from __future__ import annotations
 

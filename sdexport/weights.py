@@ -169,8 +169,13 @@ def in_precision(numbers: Array, precision: Precision) -> tuple[Array, str | Non
             f"{np.count_nonzero(~np.isfinite(numbers)):,} of {numbers.size:,} numbers are not finite in the checkpoint",
         )
     worst = np.abs(numbers).max()
-    limit = float(ml_dtypes.finfo(kind).max)
+    limit = largest(precision)
     return rounded, (
         f"{np.count_nonzero(beyond):,} of {numbers.size:,} numbers are beyond {limit:g} (the largest is {worst:g}): "
         f"{precision} cannot hold them; build with --precision bf16 or fp32"
     )
+
+
+def largest(precision: Precision) -> float:
+    """The largest finite number of a precision."""
+    return {"fp32": float(np.finfo(np.float32).max), "fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}[precision]
