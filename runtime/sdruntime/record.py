@@ -14,7 +14,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _WRONG = object()
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -22,14 +22,21 @@ _hints = functools.cache(get_type_hints)
 
 
 def json_from_text(text: str) -> Any:
-    """Parse JSON; a key that stands twice, NaN, Infinity and a number beyond float64 raise ValueError."""
+    """Parse JSON; a key that stands twice, NaN and a number beyond float64 raise ValueError.
 
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not a JSON number")
+    Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every DPM-Solver's config.
+    """
+
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise ValueError("NaN is not a JSON number")
+        return float(name)
 
     def number(digits: str) -> float:
         value = float(digits)
-        return value if math.isfinite(value) else constant(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"{digits} is beyond float64")
+        return value
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -86,7 +93,7 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return _WRONG if _WRONG in items.values() else items
     # bool is an int in Python, and an int is a good float in JSON
     accepted = (int, float) if kind is float else kind
-    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)) and value not in (math.inf, -math.inf):
         return kind(value)
     return _fault(faults, where, f"{_SCALARS[kind]} belongs here, not {_shown(value)}")
 
