@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ def run_apart(job: Job) -> Iterator[Stage | int]:
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as notes:
         command = [sys.executable, "-m", "sdexport.process", json.dumps(dataclasses.asdict(job))]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=notes, text=True, encoding="utf-8")
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notes, text=True, encoding="utf-8"
+        )
+        assert child.stdin is not None
         assert child.stdout is not None
         try:
             for line in child.stdout:
@@ -49,6 +53,7 @@ def run_apart(job: Job) -> Iterator[Stage | int]:
         finally:
             child.kill()
             child.wait()
+            child.stdin.close()
             child.stdout.close()
         if child.returncode != 0:
             notes.seek(0)
@@ -93,10 +98,17 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+def _end_with_parent() -> None:
+    """The parent writes nothing to its end of the pipe; it closes when the parent ends, however that comes about."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
     """The child: one job, told on the standard output that the process began with."""
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no message
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def tell(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=told, flush=True)
