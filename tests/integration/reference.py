@@ -58,10 +58,10 @@ class Reference:
         pipe = self.from_image if "image" in settings else self.pipe
         if "image" in settings:
             settings["image"] = PIL.Image.fromarray(settings["image"])
-        pipe.scheduler = kind.from_config(self._config, **(changes or {}))
         generator = self._torch.Generator().manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            pipe.scheduler = kind.from_config(self._config, **(changes or {}))
             latents = pipe(prompt, generator=generator, output_type="latent", **settings).images
         with self._torch.no_grad():
             decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ NO_CLIP = {"clip_sample": False}
 # sampler -> diffusers class, what is changed in its config, our options
 SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", NO_CLIP, {}),
+    "ddim with noise": ("DDIMScheduler", NO_CLIP, {"eta": 1.0}),
     "ddpm": ("DDPMScheduler", NO_CLIP, {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, {"skip_prk_steps": True}),
     "pndm with its Runge-Kutta start": ("PNDMScheduler", {"skip_prk_steps": False}, {"skip_prk_steps": False}),
@@ -37,7 +39,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}, {}),
     "deis": ("DEISMultistepScheduler", {}, {}),
     "lcm": ("LCMScheduler", {}, {}),
-    "tcd": ("TCDScheduler", NO_CLIP, {}),
+    "tcd": ("TCDScheduler", NO_CLIP, {"eta": 0.3}),
     "sa_solver": ("SASolverScheduler", {}, {}),
 }
 PROMPT, NEGATIVE = "a small red circle on the left on a blue background", "green"
@@ -65,7 +67,14 @@ def test_text_to_image(both: tuple[Reference, Pipeline], name: str) -> None:
     scheduler, changes, options = SAMPLERS[name]
     sampler, _, schedule = name.split(" with")[0].partition(" ")
     theirs, theirs_float = reference.draw(
-        PROMPT, scheduler=scheduler, changes=changes, seed=7, negative_prompt=NEGATIVE, num_inference_steps=20, guidance_scale=7.5
+        PROMPT,
+        scheduler=scheduler,
+        changes=changes,
+        seed=7,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=20,
+        guidance_scale=7.5,
+        eta=options.get("eta", 0.0),  # the pipeline's argument goes before the scheduler's default
     )
     picture, decoded = ours(
         pipe,
@@ -117,7 +126,8 @@ def test_without_a_negative_prompt_and_without_guidance(both: tuple[Reference, P
 
 def test_another_size(both: tuple[Reference, Pipeline]) -> None:
     reference, pipe = both
-    height, width = (side + extra * pipe.model.size_multiple for side, extra in zip(pipe.model.default_size, (1, 2), strict=True))
+    unit = math.lcm(pipe.model.size_multiple, 8)  # diffusers wants eights, whatever the VAE's factor
+    height, width = 3 * unit, 2 * unit
     theirs, theirs_float = reference.draw(
         PROMPT,
         scheduler="DDIMScheduler",
