@@ -23,9 +23,10 @@ from sdexport.hub import Located, locate
 from sdexport.job import DATA, MODEL, Job, Stage
 from sdexport.process import peak_memory, run_apart
 from sdexport.tokenizer import write_tokenizer
+from sdruntime.backends import backend
 from sdruntime.build import BuildEvent, Shapes, build_engines
 from sdruntime.bundle import Bundle, sha256, staging, write_bundle
-from sdruntime.errors import BundleError
+from sdruntime.errors import BundleError, LibraryMissing
 from sdruntime.manifest import ComponentSpec, Precision
 from sdruntime.record import json_from_record
 
@@ -78,13 +79,15 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
     errors for the disk and the engines.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
+    if out.exists() and not (out.is_dir() and ((out / "manifest.json").exists() or not any(out.iterdir()))):
         raise BundleError(out, ["there is something here that is no bundle: choose another place"])
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle)
     name = located.source.rsplit("/", 1)[-1]
     checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
-    if options.backends:
-        Shapes.parse(checkpoint.model, size=options.size, batch=options.batch)  # before the long work
+    if options.backends:  # what is wrong with these is told before the long work
+        Shapes.parse(checkpoint.model, size=options.size, batch=options.batch)
+        for name in options.backends:
+            _check_backend(name)
     table = components(checkpoint)
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
@@ -104,6 +107,12 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
         yield from _engines(folder, options)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     yield Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory())
+
+
+def _check_backend(name: str) -> None:
+    library = backend(name, "engine").here()
+    if library.version is None:
+        raise LibraryMissing(library.missing)
 
 
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
@@ -156,10 +165,10 @@ def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options
 def _engines(folder: Path, options: Options) -> Generator[Event, None, int]:
     """Engines of each backend that was asked for; returns the bytes written."""
     written = 0
-    for backend in options.backends:
-        for event in build_engines(folder, backend_name=backend, size=options.size, batch=options.batch):
+    for name in options.backends:
+        for event in build_engines(folder, backend_name=name, size=options.size, batch=options.batch):
             written += event.size
-            yield EngineProgress(backend=backend, event=event)
+            yield EngineProgress(backend=name, event=event)
     return written
 
 

@@ -152,7 +152,8 @@ class _Rewriter:
         if fault:
             self.faults.append(f"{where}: {fault}")
         lowest = np.asarray(-largest(self.precision), lowered.dtype)
-        return np.where(np.isinf(numbers), numbers.astype(lowered.dtype), np.where(numbers <= _LOWEST, lowest, lowered))
+        meant = np.where(numbers <= _LOWEST, lowest, lowered)
+        return np.where(np.isinf(numbers), np.copysign(np.asarray(np.inf, lowered.dtype), meant), meant)
 
     def _lower_outputs(self, node: ir.Node, floats: set[ir.Value]) -> None:
         for value in node.outputs:

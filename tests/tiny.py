@@ -8,12 +8,16 @@ GELU, "!" padding and 23 layers (the penultimate of OpenCLIP's 24 is its last), 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["sd1", "sd2", "sd2_v", "sdxl"]
 TOKENS = 77
 _ENDS = ("<|startoftext|>", "<|endoftext|>")
+# as SD1's files are: from before transformers 5 dropped a prefix, and before diffusers named the VAE's attention like the others
+_OLD_TEXT = {"^": "text_model."}
+_OLD_VAE = {r"\.to_q\.": ".query.", r"\.to_k\.": ".key.", r"\.to_v\.": ".value.", r"\.to_out\.0\.": ".proj_attn."}
 _MERGES = "t h,th e</w>,a n,an d</w>,c a,ca t</w>,r e,re d</w>,i n</w>,o f</w>"
 
 
@@ -29,6 +33,9 @@ def write_checkpoint(folder: Path, kind: Kind) -> Path:
     folder.mkdir(parents=True)
     for name, module in pipeline.items():
         module.save_pretrained(folder / name)
+    if kind == "sd1":
+        _rename(folder / "text_encoder" / "model.safetensors", _OLD_TEXT)
+        _rename(folder / "vae" / "diffusion_pytorch_model.safetensors", _OLD_VAE)
     pads = {"sd1": (_ENDS[1],), "sd2": ("!",), "sd2_v": ("!",), "sdxl": (_ENDS[1], "!")}[kind]
     names = ("tokenizer", "tokenizer_2")[: len(pads)]
     for name, pad in zip(names, pads, strict=True):
@@ -147,6 +154,17 @@ def _liven(module: Any) -> None:
                 weight.add_(0.1 * torch.randn_like(weight))
             elif name == "decoder.conv_out.weight":
                 weight.mul_(1.5)
+
+
+def _rename(path: Path, rules: dict[str, str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        for rule, old in rules.items():
+            name = re.sub(rule, old, name)
+        renamed[name] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})
 
 
 def _scheduler(kind: Kind) -> dict[str, Any]:
