@@ -1,134 +1,179 @@
-"""Exporting a full-size UNet with random weights to fp16: time, peak memory and bytes, beside torch.onnx.export alone.
+"""A full-size UNet with random weights exported to fp16: time, peak memory and sizes, beside torch.onnx.export alone.
 
-    python benchmarks/export_full_size.py sd15 --work FOLDER [--output export-sd15.json]
-    python benchmarks/export_full_size.py sdxl --work FOLDER --no-baseline
+    python benchmarks/export_full_size.py sd15 [--folder DIR] [--json FILE]
+    python benchmarks/export_full_size.py sdxl --ours-only
 
-Each side runs in a process of its own, whose peak is the high-water mark of its resident memory. FOLDER takes two or three
-times the weights (SD1.5: 6 GB, SDXL: 11 GB). No kept trace is used.
+Each measurement runs in a process of its own. The weights are drawn tensor by tensor (all different, so none is stored once for
+many) and lie on the disk as float32 for SD1.5, as float16 for SDXL. The rival is the same module, its weights loaded and halved,
+given to torch.onnx.export with the same inputs, opset and dynamic shapes. Needs 6 GB (SD1.5) or 11 GB (SDXL) of disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import math
 import os
+import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdexport.job import Job, Stage
-from sdexport.process import run_apart
+import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
     "sdxl": {
         "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20],
+        "in_channels": 4,
+        "out_channels": 4,
         "block_out_channels": [320, 640, 1280],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "transformer_layers_per_block": [1, 2, 10],
+        "layers_per_block": 2,
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-CHECKPOINT = """
-import sys
-sys.path.insert(0, {tests!r})
-import json, torch
-from pathlib import Path
-from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
-from tiny import write_checkpoint
-folder = write_checkpoint(Path({folder!r}), {kind!r})
-with torch.device("meta"):
-    unet = UNet2DConditionModel(**json.loads({config!r}))
-torch.manual_seed(0)
-weights = {{name: torch.randn(tensor.shape, dtype=torch.float16) * 0.02 for name, tensor in unet.state_dict().items()}}
-save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
-unet.save_config(folder / "unet")
-print(sum(tensor.numel() for tensor in weights.values()))
-"""
-BASELINE = """
-import json, time, torch
-from pathlib import Path
-from diffusers import UNet2DConditionModel
-from sdexport.process import peak_memory
-begun = time.monotonic()
-unet = UNet2DConditionModel.from_pretrained({unet!r}, torch_dtype=torch.float16).eval()
-side, half = {side}, torch.float16
-feeds = (torch.zeros(2, 4, side, side, dtype=half), torch.zeros(2, dtype=half), torch.zeros(2, 77, {text}, dtype=half))
-sizes = {{0: "batch", 2: "height", 3: "width"}}
-torch.onnx.export(unet, feeds, {out!r}, dynamo=True, opset_version=20, external_data=True,
-                  dynamic_shapes=(sizes, {{0: "batch"}}, {{0: "batch"}}))
-print(json.dumps({{"seconds": time.monotonic() - begun, "peak": peak_memory()}}))
-"""
+STORED = {"sd15": ("F32", np.float32), "sdxl": ("F16", np.float16)}
 
 
-def script(code: str, **values: Any) -> str:
-    """The last line that a process of its own prints when it runs `code`."""
-    command = [sys.executable, "-c", code.format(**values)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip().splitlines()[-1]
+def write_checkpoint(folder: Path, kind: str) -> None:
+    """The small parts of tests/tiny.py, and a full-size UNet."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    tiny = importlib.import_module("tiny")
+    tiny.write_checkpoint(folder, "sdxl" if kind == "sdxl" else "sd1")
+    (folder / "unet" / "config.json").write_text(json.dumps(CONFIGS[kind] | {"_class_name": "UNet2DConditionModel"}))
+    if kind == "sdxl":
+        path = folder / "text_encoder_2" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_dim": 1280}))
+    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", shapes(kind), kind)
 
 
-def exported(checkpoint: Path, out: Path) -> dict[str, Any]:
-    out.mkdir(parents=True)
+def shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(CONFIGS[kind])
+    return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+
+
+def write_weights(path: Path, wanted: Mapping[str, tuple[int, ...]], kind: str) -> None:
+    """A safetensors file of random numbers, one tensor in memory at a time."""
+    name_of, dtype = STORED[kind]
+    header, end = {}, 0
+    for name, shape in wanted.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": name_of, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    random = np.random.default_rng(0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in wanted.values():
+            numbers = random.standard_normal(shape, dtype=np.float32)
+            numbers *= 1 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.1
+            file.write(np.ascontiguousarray(numbers, dtype=dtype).tobytes())
+
+
+def ours(checkpoint: Path, out: Path) -> None:
+    from sdexport.job import Job, Stage
+    from sdexport.process import run_apart
+
     job = Job(checkpoint=str(checkpoint), component="unet", precision="fp16", allow_pickle=False, out=str(out))
-    stages: dict[str, float] = {}
-    begun, peak = time.monotonic(), 0
-    for event in run_apart(job):
-        if isinstance(event, Stage):
-            stages.setdefault(event.name, time.monotonic() - begun)
-        else:
-            peak = event
-    seconds = time.monotonic() - begun
-    return {"seconds": seconds, "peak": peak, "bytes": size_of(out), "stages_begin": stages}
+    marks: list[tuple[str, float]] = []
+    start = time.perf_counter()
+    for stage in run_apart(job):
+        if isinstance(stage, Stage) and (not marks or marks[-1][0] != stage.name):
+            marks.append((stage.name, time.perf_counter() - start))
+        elif not isinstance(stage, Stage):
+            print(json.dumps({"stages": dict(marks), "peak": stage}))
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def theirs(checkpoint: Path, out: Path) -> None:
+    """torch.onnx.export alone, on the module as a user would load it."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float16, low_cpu_mem_usage=False).eval()
+    width = unet.config["cross_attention_dim"]
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(2, 4, 16, 16, dtype=torch.float16),
+        "timestep": torch.zeros(2),
+        "encoder_hidden_states": torch.zeros(2, 77, width, dtype=torch.float16),
+    }
+    dims: dict[str, Any] = {
+        "sample": {0: "batch", 2: "height", 3: "width"},
+        "timestep": {0: "batch"},
+        "encoder_hidden_states": {0: "batch", 1: "sequence"},
+    }
+    if unet.config.get("addition_embed_type"):
+        added = {"text_embeds": torch.zeros(2, 1280, dtype=torch.float16), "time_ids": torch.zeros(2, 6, dtype=torch.float16)}
+        inputs["added_cond_kwargs"] = added
+        dims["added_cond_kwargs"] = {name: {0: "batch"} for name in added}
+    torch.onnx.export(unet, (), str(out / "model.onnx"), kwargs=inputs, dynamic_shapes=dims, opset_version=20, dynamo=True)
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def measured(part: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """One side, in a process of its own with an empty cache."""
+    out = folder / part
+    out.mkdir()
+    environment = os.environ | {"SDEXPORT_CACHE": str(folder / f"cache-{part}")}
+    command = [sys.executable, __file__, "--part", part, str(checkpoint), str(out)]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - start
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    return {"seconds": round(seconds, 1), **json.loads(done.stdout.strip().splitlines()[-1]), "files": sizes}
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("family", choices=UNETS)
-    arguments.add_argument("--work", type=Path, help="a folder with room (a temporary one)")
-    arguments.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True)
-    arguments.add_argument("--output", type=Path)
-    options = arguments.parse_args()
-    config = UNETS[options.family]
-    with tempfile.TemporaryDirectory(dir=options.work) as work:
-        os.environ["SDEXPORT_CACHE"] = str(Path(work) / "cache")
-        checkpoint = Path(work) / "checkpoint"
-        kind = "sdxl" if options.family == "sdxl" else "sd1"
-        count = script(CHECKPOINT, tests=str(ROOT / "tests"), folder=str(checkpoint), kind=kind, config=json.dumps(config))
-        result: dict[str, Any] = {
-            "unet": options.family,
-            "parameters": int(count),
-            "sdexport": exported(checkpoint, Path(work) / "ours"),
-        }
-        if options.baseline:
-            theirs = Path(work) / "theirs"
-            theirs.mkdir()
-            printed = script(
-                BASELINE,
-                unet=str(checkpoint / "unet"),
-                side=config["sample_size"],
-                text=config["cross_attention_dim"],
-                out=str(theirs / "model.onnx"),
-            )
-            result["torch.onnx.export"] = json.loads(printed) | {"bytes": size_of(theirs)}
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=CONFIGS)
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder otherwise")
+    parser.add_argument("--ours-only", action="store_true", help="leave out torch.onnx.export alone")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        subprocess.run([sys.executable, __file__, "--part", "write", options.kind, str(folder / "checkpoint")], check=True)
+        parts = ("ours",) if options.ours_only else ("ours", "theirs")
+        results = {part: measured(part, folder / "checkpoint", folder) for part in parts}
+    document = {"model": options.kind, "machine": f"{platform.machine()}, {os.cpu_count()} cores", **results}
+    print(json.dumps(document, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--part"]:
+        _, _, asked, *paths = sys.argv
+        if asked == "write":
+            write_checkpoint(Path(paths[1]), paths[0])
+        else:
+            {"ours": ours, "theirs": theirs}[asked](Path(paths[0]), Path(paths[1]))
+    else:
+        main()
