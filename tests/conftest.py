@@ -7,6 +7,7 @@ them from one session to the next, set SDEXPORT_CACHE to a folder. Tests read th
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 import tiny
 
 Export = Callable[..., Path]
+
+# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; tests of Ctrl-C want the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
