@@ -29,6 +29,7 @@ from sdruntime.run import Run
 from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
+KEPT_TABLES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +141,7 @@ class Pipeline:
         self._machine = Machine.here()
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
+        self._tables: dict[tuple[Any, ...], Table] = {}
         self._engines: dict[str, Engine] | None = None
         self._stack = contextlib.ExitStack()
         # a bundle that cannot run here is told of before anything is opened
@@ -237,14 +239,20 @@ class Pipeline:
 
     def _table(self, request: Request) -> Table:
         strength = request.strength if request.image is not None else None
-        return compile_table(
-            self._schedule,
-            steps=request.steps,
-            sampler=request.sampler,
-            schedule=request.schedule,
-            strength=strength,
-            **request.options,
-        )
+        options = repr(sorted(request.options.items()))
+        key = (request.steps, request.sampler, request.schedule, strength, options)
+        if key not in self._tables:
+            if len(self._tables) >= KEPT_TABLES:
+                self._tables.clear()
+            self._tables[key] = compile_table(
+                self._schedule,
+                steps=request.steps,
+                sampler=request.sampler,
+                schedule=request.schedule,
+                strength=strength,
+                **request.options,
+            )
+        return self._tables[key]
 
     def _conditions(self, asked: Sequence[Request]) -> dict[str, Condition]:
         texts = [request.prompt for request in asked]
