@@ -24,9 +24,9 @@ demo: $(READY)
 	@echo "== export: examples/shapes/checkpoint -> $(OUT)/shapes"
 	@$(BIN)/sdexport build examples/shapes/checkpoint --output $(OUT)/shapes --backend onnxruntime
 	@echo "== pictures: $(OUT)/sheet.png"
-	@$(BIN)/python examples/shapes/sheet.py $(OUT)/shapes --output $(OUT)/sheet.png
+	@$(BIN)/python examples/shapes/sheet.py $(OUT)/shapes -o $(OUT)/sheet.png
 	@echo "== done: look at $(OUT)/sheet.png, then ask for your own:"
-	@echo "   $(BIN)/sdruntime generate $(OUT)/shapes \"a large green square on the right on a yellow background\" -o $(OUT)/mine.png"
+	@echo "   $(BIN)/sdruntime generate $(OUT)/shapes \"a large green square on the right on a white background\" --guidance 2 -o $(OUT)/mine.png"
 
 ## make test        the test suite
 test: $(READY)

@@ -86,6 +86,7 @@ def test_the_checkpoint_is_small_and_whole():
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16e6
     assert {path.relative_to(CHECKPOINT).as_posix() for path in files} == {
+        "README.md",
         "model_index.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
