@@ -1,0 +1,64 @@
+"""What the two distributions, the README and the changelog say of each other."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdexport
+import sdruntime
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every line of the README's shell blocks that calls one of the two command lines."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and line[0] in ("sdexport", "sdruntime")]
+
+
+def test_versions_agree_and_stand_in_the_changelog() -> None:
+    assert sdexport.__version__ == sdruntime.__version__
+    assert f"## {sdruntime.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_both_wheels_name_the_licence_and_carry_its_text() -> None:
+    import tomllib
+
+    for folder in (ROOT, ROOT / "runtime"):
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
+        assert "Apache License" in (folder / "LICENSE").read_text(encoding="utf-8")
+    assert (ROOT / "LICENSE").read_bytes() == (ROOT / "runtime" / "LICENSE").read_bytes()
+    runtime = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert [re.split(r"[<>=]", each)[0] for each in runtime["dependencies"]] == ["numpy"]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_commands_of_the_readme_parse(command: list[str]) -> None:
+    from sdexport.cli import main
+    from sdruntime.__main__ import parser
+
+    program, *arguments = command
+    if program == "sdruntime":
+        assert callable(parser().parse_args(arguments).run)
+    else:
+        name, *rest = arguments
+        assert main.commands[name].make_context(name, rest).params
+
+
+def test_the_readme_shows_commands_and_pictures_that_are_there() -> None:
+    assert len(commands()) >= 5
+    targets = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
+    assert len(targets) >= 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
+        assert f"\n{target}: " in makefile
