@@ -155,6 +155,10 @@ def generate(options: argparse.Namespace) -> None:
 
     if options.output.suffix.lower() != ".png":
         raise SettingError(f"--output {options.output}: pictures are written as .png")
+    if not options.output.parent.is_dir():
+        raise SettingError(
+            f"--output {options.output}: there is no folder {options.output.parent}: mkdir -p {options.output.parent}"
+        )
     settings = {
         "count": options.count,
         "seed": options.seed,

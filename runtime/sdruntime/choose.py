@@ -64,10 +64,8 @@ def choose_engine(manifest: Manifest, component: str, machine: Machine, *, name:
                 reasons.append(f"{engine.name}: {why_not}")
     if not found:
         against = "".join(f"\n  - {reason}" for reason in reasons) or " (the bundle has none)"
-        wanted = "onnxruntime" if name == AUTO else name
-        raise EngineError(
-            f"no engine of {component} fits this machine:{against}\nbuild one: sdruntime build BUNDLE --backend {wanted}"
-        )
+        command = f"sdruntime build BUNDLE --backend {'onnxruntime' if name == AUTO else name}{_size(manifest, component, dims)}"
+        raise EngineError(f"no engine of {component} fits this machine:{against}\nbuild one: {command}")
     return min(found, key=_preference)
 
 
@@ -81,6 +79,14 @@ def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
+    """The option that asks for engines of these dimensions, where they are a picture's."""
+    if not {"width", "height"} <= dims.keys():
+        return ""
+    factor = 1 if component == "vae_encoder" else manifest.model.vae_factor
+    return f" --size {factor * dims['width']}x{factor * dims['height']}"
 
 
 def _preference(engine: EngineSpec) -> tuple[int, bool]:

@@ -120,7 +120,7 @@ def test_the_error_says_why_each_engine_does_not_fit_and_what_to_do(bundle: Bund
     assert lines[1].endswith("built with onnxruntime 1.20.1, here is 1.32.0")
     assert lines[2].endswith("built for cuda, here is cpu")
     assert lines[3].endswith("height 4 is outside 8 to 256")
-    assert lines[4] == "build one: sdruntime build BUNDLE --backend onnxruntime"
+    assert lines[4] == "build one: sdruntime build BUNDLE --backend onnxruntime --size 512x32"
 
 
 def test_a_patch_release_of_the_library_fits_and_a_missing_library_says_how_to_install_it() -> None:

@@ -111,6 +111,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--backend", "onnxruntime"], 5, "sdruntime build BUNDLE --backend onnxruntime"),
         (["--image", "nowhere.png"], 2, "nowhere.png"),
         (["-o", "out.jpg"], 2, "written as .png"),
+        (["-o", "no/where/out.png"], 2, "there is no folder no/where"),
     ],
 )
 def test_bad_settings_are_named_with_their_exit_code(
