@@ -26,6 +26,7 @@ from sdruntime.manifest import ModelSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
+from sdruntime.samplers import resolve
 from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -39,6 +40,7 @@ class Picture:
     image: Array
     request: Request
     model: str
+    sampler: str
     cut: str = ""
 
     @property
@@ -53,7 +55,7 @@ class Picture:
                 prompt=asked.prompt,
                 negative=asked.negative or "",
                 steps=asked.steps,
-                sampler=" ".join(name for name in (asked.sampler or "default", asked.schedule) if name),
+                sampler=" ".join(name for name in (self.sampler, asked.schedule) if name),
                 guidance=asked.guidance,
                 seed=asked.seed,
                 size=(width, height),
@@ -117,13 +119,16 @@ class Stream:
         decoded = self._pipe.decode([job.run.x for job in self.jobs])
         model = self._pipe.model.name
         pictures = [
-            Picture(image=to_uint8(image), request=request, model=model, cut=self._cut(request))
+            Picture(
+                image=to_uint8(image),
+                request=request,
+                model=model,
+                sampler=request.sampler or self._pipe.sampler,
+                cut=self._conditions[request.prompt].cut,
+            )
             for image, request in zip(decoded, self._asked, strict=True)
         ]
         return Result(pictures=tuple(pictures))
-
-    def _cut(self, request: Request) -> str:
-        return self._conditions[request.prompt].cut
 
 
 class Pipeline:
@@ -175,6 +180,11 @@ class Pipeline:
     def close(self) -> None:
         self._engines = None
         self._stack.close()
+
+    @property
+    def sampler(self) -> str:
+        """The checkpoint's own sampler, by its name in the registry."""
+        return resolve(self._schedule["_class_name"])[0].name
 
     def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
         """Draw. `settings` are those of `Request`, and `count`: pictures for each prompt. Picture k has the seed `seed` + k.

@@ -50,6 +50,11 @@ def test_generate_writes_a_png_that_says_how_it_was_made(ready: Path, tmp_path: 
     assert b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" in data
 
 
+def test_a_picture_names_the_checkpoints_own_sampler(ready: Path, tmp_path: Path) -> None:
+    assert generate(ready, "-o", tmp_path / "out.png") == 0
+    assert b"Sampler: ddim," in (tmp_path / "out.png").read_bytes()
+
+
 def test_several_pictures_are_named_by_their_seeds(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.png"
     assert (
