@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from integration.reference import Reference, psnr
 
 from sdruntime.noise import NoiseStream
@@ -59,3 +60,14 @@ def test_the_thirty_lines_of_the_docs_draw_the_same_picture(shapes_checkpoint: P
     )
     assert theirs.std() > 10 / 127.5
     assert psnr(decoded, theirs) >= 90
+
+
+def test_the_python_of_the_readme_runs(shapes_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace('"sd15"', repr(str(shapes_bundle))), "README.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:4] == [f"{seed} (64, 64, 3)" for seed in (7, 8, 9, 10)]
+    assert names["state"].step == 20
+    np.testing.assert_array_equal(names["image"].shape, (64, 64, 3))
