@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= demo
 
-.PHONY: help demo test test-full check golden bench clean
+.PHONY: help demo test test-full gpu-test check golden bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,12 @@ test-full: $(READY)
 	@echo "== tests, wide matrices included"
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
+## make gpu-test    what only an NVIDIA GPU can show (with onnxruntime-gpu in place of onnxruntime)
+gpu-test: $(READY)
+	@$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxruntime-gpu
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
 ## make check       ruff and strict mypy
 check: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -46,9 +52,12 @@ check: $(READY)
 golden: $(READY)
 	@for script in tests/golden/make*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-## make bench       the benchmarks (full-size random checkpoints: half an hour and 10 GB of disk)
-bench: $(READY)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+## make bench       the benchmarks (full-size random checkpoints: a quarter of an hour and 11 GB of disk)
+bench: demo
+	@echo "== benchmarks"
+	@$(BIN)/python benchmarks/overhead.py $(OUT)/shapes --output benchmarks/results/overhead.json
+	@$(BIN)/python benchmarks/export_full_size.py sd15 --json benchmarks/results/export-sd15.json
+	@$(BIN)/python benchmarks/export_full_size.py sdxl --ours-only --json benchmarks/results/export-sdxl.json
 
 ## make clean       everything that make made
 clean:
