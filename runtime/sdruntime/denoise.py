@@ -70,11 +70,9 @@ class Call:
     def __init__(self, jobs: Sequence[Job], engine: Engine) -> None:
         self._engine = engine
         guided = [job for job in jobs if job.negative is not None]
-        self._first = len(guided)  # conditional row
-        unconditional = iter(range(self._first))
-        self._jobs = [
-            (job, self._first + k, next(unconditional) if job.negative is not None else None) for k, job in enumerate(jobs)
-        ]
+        first = len(guided)  # conditional row
+        unconditional = iter(range(first))
+        self._jobs = [(job, first + k, next(unconditional) if job.negative is not None else None) for k, job in enumerate(jobs)]
         conditions = [job.negative for job in guided if job.negative is not None] + [job.condition for job in jobs]
         rows = len(conditions)
         self._sample = np.empty((rows, *jobs[0].run.x.shape), np.float32)
