@@ -19,7 +19,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.condition import Condition, Conditioner
 from sdruntime.denoise import Job, denoise
-from sdruntime.engine import Array, Engine, EngineOptions
+from sdruntime.engine import Array, Engine, EngineOptions, Shared
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, parameters, png_text, to_uint8
 from sdruntime.manifest import ModelSpec
@@ -143,12 +143,12 @@ class Pipeline:
     def __init__(self, bundle: Bundle, *, backend: str, options: EngineOptions) -> None:
         self.bundle, self.model = bundle, bundle.manifest.model
         self._backend, self._options = backend, options
-        self._machine = Machine.here()
+        self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._engines: dict[str, Engine] | None = None
-        self._stack = contextlib.ExitStack()
+        self._stack, self._shared = contextlib.ExitStack(), Shared()
         # a bundle that cannot run here is told of before anything is opened
         self._chosen = [
             choose_engine(bundle.manifest, name, self._machine, name=backend)
@@ -179,7 +179,10 @@ class Pipeline:
 
     def close(self) -> None:
         self._engines = None
-        self._stack.close()
+        try:
+            self._stack.close()
+        finally:
+            self._shared.close()
 
     @property
     def sampler(self) -> str:
@@ -216,7 +219,7 @@ class Pipeline:
             if engine.spec.component == component and engine.spec.admits(**dims):
                 return engine
         spec = choose_engine(self.bundle.manifest, component, self._machine, name=self._backend, **dims)
-        opened = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options)
+        opened = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
         self._engines[spec.name] = self._stack.enter_context(opened)
         return self._engines[spec.name]
 

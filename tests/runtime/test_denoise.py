@@ -30,7 +30,7 @@ class Unet(FakeEngine):
             target="cpu",
             precision="fp32",
             files=("engines/unet.json",),
-            ranges={"batch": (least, least, most), "height": side, "width": side, "sequence": (77, 77, 77)},
+            profiles=({"batch": (least, least, most), "height": side, "width": side, "sequence": (77, 77, 77)},),
         )
         super().__init__(spec, UNET, fill=0.0, factor=8)
         self.timesteps: list[list[float]] = []
