@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+_OPERATORS = ("__lt__", "__le__", "__gt__", "__ge__", "__and__", "__or__", "__invert__")
 _PYBIND_NOISE = ("__doc__", "__module__", "__dict__", "__weakref__", "__members__", "__getstate__", "__setstate__")
 
 
@@ -73,7 +74,7 @@ def dumped(module: Any) -> dict[str, Any]:
             values = {key: int(member) for key, member in thing.__members__.items()}  # type: ignore[attr-defined]
         members = {}
         for key, value in vars(thing).items():
-            own = is_enum(thing) and (key in values or (key.startswith("__") and key != "__init__"))
+            own = is_enum(thing) and (key in values or (key.startswith("__") and key not in ("__init__", *_OPERATORS)))
             if key in _PYBIND_NOISE or "pybind11" in key or own:
                 continue
             if (described_ := described(value, known)) is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _OVERLOAD = re.compile(r"^\d+\. (.*)$", re.M)
-_OURS = re.compile(r"\btensorrt\w*\.tensorrt(?:_rtx)?\.")
+_OURS = re.compile(r"\btensorrt\w*\.tensorrt(?:_rtx)?\.|\bnv(?:infer1|onnxparser)::(?:v_\d+_\d+::)?")
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 

@@ -37,6 +37,7 @@ class Work:
     writes: tuple[Region, ...] = ()
     check: Callable[[], None] | None = None
     pageable: bool = False
+    owner: Callable[[], object] | None = None  # a weak reference to what must live until this ran
     marker: Marker | None = None  # what to reach: its own, when it is a record, or another stream's, when it is a wait
     seen: dict[Region, bytes] = field(default_factory=dict)  # pinned memory that is read, as it was when this was queued
 
@@ -159,8 +160,8 @@ class Gpus:
     def _queue(self, stream: Stream, work: Work) -> None:
         self._check(work)
         self._races(stream, work)
-        pending = [region for other in self._streams() for item in other.queue for region in item.reads]
-        written = [region for other in self._streams() for item in other.queue for region in item.writes]
+        pending = [region for item in self.queued() for region in item.reads]
+        written = [region for item in self.queued() for region in item.writes]
         for region in work.reads:  # what the host may not touch until this ran, unless queued work writes it first
             if not self.memory.on_device(region.address) and not any(region.overlaps(one) for one in written):
                 work.seen[region] = self.memory.view(region, work.label).tobytes()
@@ -172,6 +173,8 @@ class Gpus:
     def _check(self, work: Work) -> None:
         for region in work.reads + work.writes:
             self.memory.allocation(region, work.label)
+        if work.owner is not None and work.owner() is None:
+            raise Strictness(f"{work.label}: what queued or captured it was deleted")
         if work.check is not None:
             work.check()
 
@@ -188,6 +191,9 @@ class Gpus:
             for item in unordered:
                 if work.touches(item.writes) or item.touches(work.writes):
                     raise Strictness(f"race: {work.label} and {item.label}, queued on another stream, touch the same memory")
+
+    def queued(self) -> list[Work]:
+        return [item for stream in self._streams() for item in stream.queue]
 
     def _streams(self) -> list[Stream]:
         return [thing for thing in self.handles.values() if isinstance(thing, Stream)]
@@ -242,8 +248,7 @@ class Gpus:
 
     def pending(self, region: Region) -> str | None:
         """The label of queued work that touches a region."""
-        labels = [item.label for stream in self._streams() for item in stream.queue if item.touches([region])]
-        return labels[0] if labels else None
+        return next((item.label for item in self.queued() if item.touches([region])), None)
 
     # -- capture
 
