@@ -1,0 +1,217 @@
+"""What the strict TensorRT's classes do up to a network: logger, ONNX parser, the network and its layers.
+
+A behaviour is made with the module that it belongs to (`trt`), and has the member names of the real class.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trt.fake_plan import Shape, Tensor, tensor_from_onnx
+from trt.strict import Strictness
+
+_LAYERS = {"Conv": "CONVOLUTION", "MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Softmax": "SOFTMAX", "Cast": "CAST"}
+
+
+def report(trt: Any, logger: Any, severity: str, text: str) -> None:
+    """Say something to the user's logger, as the library does."""
+    trt.used.add(("ILogger", "log"))
+    logger.log(trt.enum("ILogger.Severity", severity), text)
+
+
+class Logger:
+    """`trt.Logger`; one's own is a subclass of ILogger."""
+
+    def __init__(self, trt: Any, min_severity: Any = None) -> None:
+        self.min_severity = min_severity or trt.enum("ILogger.Severity", "WARNING")
+
+    def log(self, severity: Any, msg: str) -> None:
+        if int(severity) <= int(self.min_severity):
+            print(f"[TRT] {msg}")
+
+
+class Dims:
+    """A shape. It equals lists and tuples, and no other Dims: so is the real one."""
+
+    def __init__(self, trt: Any, shape: Any = ()) -> None:
+        self.shape: Shape = tuple(int(size) for size in shape)
+        if len(self.shape) > 8:
+            raise ValueError(f"Input length {len(self.shape)}. Max expected length is 8")
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, arg0: Any) -> Any:
+        if not isinstance(arg0, slice) and not -len(self.shape) <= arg0 < len(self.shape):
+            raise IndexError("Out of bounds")
+        return self.shape[arg0]
+
+    def __eq__(self, arg0: object) -> bool:
+        return self.shape == tuple(arg0)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return str(self.shape)
+
+    __hash__ = None  # type: ignore[assignment]
+    __str__ = __repr__
+
+
+def dims(trt: Any, shape: Shape) -> Any:
+    return trt.make("Dims", Dims(trt, shape))
+
+
+class ParserError:
+    def __init__(self, trt: Any, code: str, desc: str, node: int = -1, name: str = "", operator: str = "") -> None:
+        self._code, self._desc = trt.enum("ErrorCode", code), desc
+        self._node, self._name, self._operator = node, name, operator
+
+    def code(self) -> Any:
+        return self._code
+
+    def desc(self) -> str:
+        return self._desc
+
+    def file(self) -> str:
+        return "ModelImporter.cpp"
+
+    def line(self) -> int:
+        return 1
+
+    def func(self) -> str:
+        return "parse"
+
+    def node(self) -> int:
+        return self._node
+
+    def node_name(self) -> str:
+        return self._name
+
+    def node_operator(self) -> str:
+        return self._operator
+
+    def local_function_stack(self) -> list[str]:
+        return []
+
+
+class OnnxParser:
+    """Reads the ONNX. Operators of other domains than ONNX's own are unsupported, and Attention where the version has none."""
+
+    def __init__(self, trt: Any, network: Any, logger: Any) -> None:
+        self._trt, self._network, self._logger = trt, network._behaviour, logger
+        self._errors: list[ParserError] = []
+
+    def parse_from_file(self, model: str) -> bool:
+        if not Path(model).is_file():
+            return self._fail("INVALID_VALUE", f"Input file cannot be found, or is not a regular file: {model}")
+        return self.parse(Path(model).read_bytes(), model)
+
+    def parse(self, model: Any, path: str | None = None) -> bool:
+        import onnx
+
+        try:
+            proto = onnx.load_model_from_string(bytes(model))
+        except Exception:  # protobuf's own errors
+            return self._fail("MODEL_DESERIALIZE_FAILED", "Failed to parse the ONNX model.")
+        if not proto.graph.output:
+            return self._fail("MODEL_DESERIALIZE_FAILED", "Failed to parse the ONNX model.")
+        if path is not None:
+            try:
+                onnx.load_external_data_for_model(proto, str(Path(path).parent))
+            except Exception as error:
+                return self._fail("INVALID_GRAPH", f"Failed to open file with external data: {error}")
+        unknown = () if "IAttention" in self._trt.surface_.classes else ("Attention",)
+        nodes = list(enumerate(proto.graph.node))
+        faults = [(k, node) for k, node in nodes if node.domain not in ("", "ai.onnx") or node.op_type in unknown]
+        for k, node in faults:
+            self._fail("UNSUPPORTED_NODE", f"No importer registered for op: {node.op_type}", k, node.name, node.op_type)
+        if faults:
+            return False
+        self._network.fill(proto)
+        return True
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> Any:
+        return self._trt.make("ParserError", self._errors[index])
+
+    def clear_errors(self) -> None:
+        self._errors.clear()
+
+    def _fail(self, code: str, desc: str, node: int = -1, name: str = "", operator: str = "") -> bool:
+        self._errors.append(ParserError(self._trt, code, desc, node, name, operator))
+        report(self._trt, self._logger, "ERROR", f"In node {node} with name: {name} and operator: {operator}: {code}: {desc}")
+        return False
+
+
+class NetworkTensor:
+    def __init__(self, trt: Any, tensor: Tensor, *, is_input: bool) -> None:
+        self._tensor, self.name = tensor, tensor.name
+        self.shape, self.dtype = dims(trt, tensor.dims), trt.enum("DataType", tensor.dtype)
+        self.is_network_input, self.is_network_output, self.is_shape_tensor = is_input, not is_input, False
+
+    def get_dimension_name(self, index: int) -> str | None:
+        dim = self._tensor.shape[index]
+        return dim if isinstance(dim, str) else None
+
+
+class Attention:
+    def __init__(self) -> None:
+        self.decomposable = False
+
+
+class Layer:
+    """A layer. `attention` is there for the first of the two that an Attention becomes, seen as IAttentionInputLayer."""
+
+    def __init__(self, trt: Any, name: str, kind: str, attention: Any = None) -> None:
+        self.name, self.type, self.attention = name, trt.enum("LayerType", kind), attention
+
+
+class Network:
+    def __init__(self, trt: Any, logger: Any, flags: int) -> None:
+        self._trt, self._logger, self.flags, self.name = trt, logger, flags, ""
+        self.onnx: bytes | None = None
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.layers: list[Layer] = []
+        self.attentions: list[Any] = []
+
+    def fill(self, proto: Any) -> None:
+        if self.onnx is not None:
+            raise Strictness("two models were parsed into one network")
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        self.onnx = proto.SerializeToString(deterministic=True)
+        self.inputs = [tensor_from_onnx(value) for value in proto.graph.input if value.name not in weights]
+        self.outputs = [tensor_from_onnx(value) for value in proto.graph.output]
+        for node in proto.graph.node:
+            if node.op_type == "Attention":
+                attention = self._trt.make("IAttention", Attention())
+                self.attentions.append(attention)
+                self.layers.append(Layer(self._trt, node.name, "ATTENTION_INPUT", attention))
+                self.layers.append(Layer(self._trt, node.name, "ATTENTION_OUTPUT"))
+            else:
+                self.layers.append(Layer(self._trt, node.name, _LAYERS.get(node.op_type, "ELEMENTWISE")))
+
+    num_inputs = property(lambda self: len(self.inputs))
+    num_outputs = property(lambda self: len(self.outputs))
+    num_layers = property(lambda self: len(self.layers))
+
+    def get_input(self, index: int) -> Any:
+        return self._item("ITensor", [NetworkTensor(self._trt, tensor, is_input=True) for tensor in self.inputs], index)
+
+    def get_output(self, index: int) -> Any:
+        return self._item("ITensor", [NetworkTensor(self._trt, tensor, is_input=False) for tensor in self.outputs], index)
+
+    def get_layer(self, index: int) -> Any:
+        return self._item("ILayer", self.layers, index)
+
+    def _item(self, name: str, items: list[Any], index: int) -> Any:
+        if not 0 <= index < len(items):
+            report(self._trt, self._logger, "ERROR", f"Parameter check failed, condition: index {index} < {len(items)}")
+            return None
+        return self._trt.make(name, items[index])
+
+
+NETWORK: dict[str, type] = {"Logger": Logger, "Dims": Dims, "OnnxParser": OnnxParser}
