@@ -237,10 +237,6 @@ class Stream:
         """Within the device."""
         self._copy("cuMemcpyDtoDAsync_v2", target, source, size)
 
-    def clear(self, target: int, size: int) -> None:
-        self.cuda.use()
-        self.cuda.call("cuMemsetD8Async", c_void_p(target), ctypes.c_ubyte(0), c_size_t(size), c_void_p(self.handle))
-
     def _copy(self, function: str, target: int, source: int, size: int) -> None:
         self.cuda.use()
         self.cuda.call(function, c_void_p(target), c_void_p(source), c_size_t(size), c_void_p(self.handle))

@@ -164,7 +164,8 @@ class Pipeline:
         return cls(bundle, backend=backend, options=options or EngineOptions())
 
     def __enter__(self) -> Pipeline:
-        warn_if_slow(self._chosen, self._machine)
+        if self._backend == AUTO:
+            warn_if_slow(self._chosen, self._machine)
         self._engines = {}
         try:
             for spec in self._chosen:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from sdruntime.annotate import annotate
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.backends.trt.library import FLAVOURS, capabilities, library, messages
@@ -21,6 +19,7 @@ from sdruntime.errors import BundleError, EngineError, LibraryMissing, SettingEr
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
+_DTYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
 _MARGIN = 256 << 20  # bytes of a device that weight streaming leaves for everything else
 
 
@@ -181,10 +180,10 @@ def _check_tensors(trt: Any, engine: Any, bundle: Bundle, spec: EngineSpec, comp
                 faults.append(f"{spec.name}: {spec.component} has a tensor {tensor.name!r}, which it lacks")
                 continue
             faults.remove(f"{spec.name}: has a tensor {tensor.name!r} that {spec.component} has not")
-            kind = np.dtype(trt.nptype(engine.get_tensor_dtype(tensor.name)))
-            if engine.get_tensor_mode(tensor.name) != mode or kind != np.dtype(tensor.dtype):
+            kind = engine.get_tensor_dtype(tensor.name)
+            if engine.get_tensor_mode(tensor.name) != mode or kind != getattr(trt.DataType, _DTYPES[tensor.dtype]):
                 faults.append(
-                    f"{spec.name}: tensor {tensor.name!r} is {kind}, but {tensor.dtype} {mode.name.lower()} belongs there"
+                    f"{spec.name}: tensor {tensor.name!r} is {kind.name}, but {tensor.dtype} {mode.name.lower()} belongs"
                 )
     if faults:
         raise BundleError(bundle.folder, faults)

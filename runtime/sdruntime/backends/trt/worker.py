@@ -108,6 +108,9 @@ def _set_target(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
 
 def _set_options(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
     """`options` are those that `build.read_options` let pass for this version."""
+    own_memory = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if own_memory is not None:  # TensorRT-RTX: what a run takes is told beforehand, so that a graph can be captured
+        config.set_flag(own_memory)
     limit = options.get("workspace") or _workspace()
     if limit:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, limit)
