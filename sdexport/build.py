@@ -22,6 +22,7 @@ from sdexport.errors import CheckpointError
 from sdexport.hub import Located, locate
 from sdexport.job import DATA, MODEL, Job, Stage
 from sdexport.process import run_apart
+from sdexport.step import write_step
 from sdexport.tokenizer import write_tokenizer
 from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.bundle import Bundle, sha256, staging, write_bundle
@@ -29,6 +30,7 @@ from sdruntime.errors import BundleError
 from sdruntime.manifest import ComponentSpec, Precision
 from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record
+from sdruntime.step import NAME as STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +94,12 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     with staging(out) as folder:
         peak = yield from _export(checkpoint, table, options, folder)
         _write_rest(checkpoint, table, folder)
+        step = write_step(folder)
         write_bundle(
             folder,
             model=checkpoint.model,
             precision=options.precision,
-            components=_component_specs(table),
+            components=_component_specs(table) | {STEP: step},
             provenance=_provenance(located, options, inputs),
         )
         yield from _engines(folder, options)

@@ -209,7 +209,7 @@ def generate(options: argparse.Namespace) -> None:
     }
     engine_options = EngineOptions(device=options.device, threads=options.threads)
     with Pipeline.open(options.bundle, backend=options.backend, options=engine_options) as pipe:
-        stream = pipe.stream(options.prompt, **settings)
+        stream = pipe.stream(options.prompt, on_device=True, **settings)
         for state in stream:
             progress("step", state.step, state.steps)
         clear_progress()

@@ -19,6 +19,7 @@ from sdruntime.engine import EngineRequest, Stage
 from sdruntime.errors import LibraryMissing, UnknownName
 from sdruntime.manifest import EngineSpec, ModelSpec, Precision
 from sdruntime.shapes import Guidance, Shapes
+from sdruntime.step import NAME as STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,8 @@ def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
-    for component in asked.components or manifest.components:
+    wanted_here = [name for name in manifest.components if name != STEP or BACKENDS[asked.backend].loop]
+    for component in asked.components or wanted_here:
         stem = f"{component}-{asked.backend}{version}-{target}-{manifest.precision}-{shapes.label}"
         request = EngineRequest(
             component=component,

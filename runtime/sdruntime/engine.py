@@ -139,6 +139,12 @@ class Shared:
         held: T = self._held[key]
         return held
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
     def close(self) -> None:
         self._held.clear()
         self._stack.close()

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from sdruntime.errors import SettingError
 from sdruntime.manifest import Manifest, ModelSpec, Profile
+from sdruntime.step import NAME as STEP
 
 T = TypeVar("T")
 Size = tuple[int, int]  # pixels: width, height
@@ -72,7 +73,8 @@ class Shapes:
         """(min, opt, max) of each named dimension of a component, in its own units, once for each size and batch."""
         scale = 1 if component == "vae_encoder" else manifest.model.vae_factor
         batches = self.batches if component.startswith("vae") else tuple(map(self._rows, self.batches))
-        if component.startswith("text_encoder"):  # as many rows as there are different texts
+        channels = manifest.model.latent_channels
+        if component.startswith("text_encoder") or component == STEP:  # any number of texts, or of jobs
             batches = ((1, min(2, batches[-1][2]), max(high for _, _, high in batches)),)
         found: list[Profile] = []
         for size, batch in itertools.product(self.sizes, batches):
@@ -81,6 +83,8 @@ class Shapes:
                 "width": tuple(each[0] // scale for each in size),
                 "height": tuple(each[1] // scale for each in size),
                 "sequence": (TOKENS, TOKENS, TOKENS),
+                "jobs": batch,
+                "cells": tuple(channels * (each[0] // scale) * (each[1] // scale) for each in size),
             }
             profile = {name: known[name] for name in manifest.components[component].dimensions}
             if profile not in found:

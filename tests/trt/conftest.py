@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from trt.fake_cudart import loader
 from trt.fake_driver import Driver
@@ -19,6 +22,7 @@ from trt.surface import VERSIONS, Offline, Version, surface
 
 from sdruntime import cuda
 from sdruntime.backends.trt import build, worker
+from sdruntime.build import Asked, build_engines
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +85,15 @@ def _forget() -> None:
     with contextlib.suppress(AttributeError):
         cuda.load_driver.cache_clear()
         cuda.devices.cache_clear()
+
+
+def with_engines(bundle: Path, place: Path, machine: FakeMachine, **asked: object) -> Path:
+    copy = Path(shutil.copytree(bundle, place))
+    for _ in build_engines(copy, Asked(backend=machine.backend, **asked)):  # type: ignore[arg-type]
+        pass
+    return copy
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = float(np.mean((one.astype(np.float64) - other) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

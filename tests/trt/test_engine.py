@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-import numpy as np
-from trt.conftest import FakeMachine, Machines
+from trt.conftest import Machines, psnr, with_engines
 from trt.surface import Version
 
 from sdruntime.build import Asked, build_engines
@@ -14,18 +12,6 @@ from sdruntime.bundle import Bundle
 from sdruntime.pipeline import Pipeline
 
 PROMPT = "a cat in the red and"
-
-
-def with_engines(bundle: Path, place: Path, machine: FakeMachine, **asked: object) -> Path:
-    copy = Path(shutil.copytree(bundle, place))
-    for _ in build_engines(copy, Asked(backend=machine.backend, **asked)):  # type: ignore[arg-type]
-        pass
-    return copy
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    error = float(np.mean((one.astype(np.float64) - other) ** 2))
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def test_the_picture_is_the_ort_backends(version: Version, machines: Machines, sd1_bundle: Path, tmp_path: Path) -> None:

@@ -12,16 +12,18 @@ from sdruntime.errors import UnknownName
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """`folder`: where its two files are. `exact`: an engine needs the very version that built it, else major and minor are
-    enough. `static`: built for the asked shapes alone where nothing else is said, else for every size."""
+    enough. `static`: built for the asked shapes alone where nothing else is said, else for every size. `loop`: it can keep the
+    sampler's loop on the GPU, so it builds the component `step` too."""
 
     folder: str
     exact: bool = False
     static: bool = False
+    loop: bool = False
 
 
 BACKENDS = {
-    "tensorrt": Backend(folder="trt", exact=True, static=True),
-    "tensorrt-rtx": Backend(folder="trt", exact=True, static=True),
+    "tensorrt": Backend(folder="trt", exact=True, static=True, loop=True),
+    "tensorrt-rtx": Backend(folder="trt", exact=True, static=True, loop=True),
     "onnxruntime": Backend(folder="ort"),
     "fake": Backend(folder="fake"),
 }

@@ -30,6 +30,8 @@ class TrtEngine:
         self.spec, self.component, self.session = spec, component, shared
         self._plan = plan
         self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._apart: list[Binding] = []
+        self.held = Shared()  # what works with this engine's bindings, and goes before it
 
     def bind(self, dims: Mapping[str, int]) -> Binding:
         """The binding for a size of each named dimension, made at its first use. Raises EngineError, OutOfSpace."""
@@ -37,10 +39,17 @@ class TrtEngine:
         if key not in self._bindings:
             if len(self._bindings) >= KEPT_BINDINGS:
                 self._bindings.pop(next(iter(self._bindings))).close()
-            profile = self.spec.admitting(**dims)[0]
-            context = self._plan.context()
-            self._bindings[key] = Binding(self.spec, self.component, context, self.session, dims, profile)
+            self._bindings[key] = self._binding(dims)
         return self._bindings[key]
+
+    def bind_apart(self, dims: Mapping[str, int]) -> Binding:
+        """A binding that only the caller uses, until the engine is closed. Raises EngineError, OutOfSpace."""
+        self._apart.append(self._binding(dims))
+        return self._apart[-1]
+
+    def _binding(self, dims: Mapping[str, int]) -> Binding:
+        profile = self.spec.admitting(**dims)[0]
+        return Binding(self.spec, self.component, self._plan.context(), self.session, dims, profile)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         dims = check_feeds(self.component, self.spec, feeds)
@@ -51,11 +60,13 @@ class TrtEngine:
             return binding.download()
 
     def close(self) -> None:
-        if self._bindings:
+        self.held.close()
+        if self._bindings or self._apart:
             self.session.stream.synchronize()
-        for binding in self._bindings.values():
+        for binding in (*self._bindings.values(), *self._apart):
             binding.close()
         self._bindings.clear()
+        self._apart.clear()
         self._plan.close()
 
     def __enter__(self) -> TrtEngine:
