@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from typing import Any
 
-from trt.fake_network import Network, dims, report
+from trt.fake_network import Network, called_back, dims, report
 from trt.fake_plan import Plan, Shape, plan_to_bytes
 from trt.strict import Strictness
 
@@ -277,26 +277,26 @@ def _agree(network: Network, shapes: dict[str, tuple[Shape, Shape, Shape]]) -> N
 
 def _progress(trt: Any, monitor: Any) -> bool:
     """Tell a monitor of some nested phases; whether it let them all run."""
-    trt.used |= {("IProgressMonitor", name) for name in ("phase_start", "step_complete", "phase_finish")}
-    root = "Building engine"
-    monitor.phase_start(root, None, len(_PHASES))
-    going = True
+
+    def tell(method: str, *args: Any) -> Any:
+        return called_back(trt, "IProgressMonitor", method, monitor, *args)
+
+    def step(phase: str, k: int) -> bool:
+        answer = tell("step_complete", phase, k)
+        if not isinstance(answer, bool):
+            raise Strictness(f"step_complete returned {answer!r}, not a bool")
+        return answer
+
+    root, going = "Building engine", True
+    tell("phase_start", root, None, len(_PHASES))
     for k, (phase, steps) in enumerate(_PHASES):
-        monitor.phase_start(phase, root, steps)
-        for step in range(steps):
-            going = going and _truth(monitor.step_complete(phase, step))
-        monitor.phase_finish(phase)
-        going = going and _truth(monitor.step_complete(root, k))
-        if not going:
-            break
-    monitor.phase_finish(root)
+        if going:
+            tell("phase_start", phase, root, steps)
+            going = all(step(phase, j) for j in range(steps))
+            tell("phase_finish", phase)
+            going = going and step(root, k)
+    tell("phase_finish", root)
     return going
-
-
-def _truth(answer: Any) -> bool:
-    if not isinstance(answer, bool):
-        raise Strictness(f"step_complete returned {answer!r}, not a bool")
-    return answer
 
 
 def gpu_id(trt: Any) -> str:

@@ -5,6 +5,8 @@ A behaviour is made with the module that it belongs to (`trt`), and has the memb
 
 from __future__ import annotations
 
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,22 @@ from trt.strict import Strictness
 _LAYERS = {"Conv": "CONVOLUTION", "MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Softmax": "SOFTMAX", "Cast": "CAST"}
 
 
+def called_back(trt: Any, name: str, method: str, instance: Any, *args: Any) -> Any:
+    """Call what the user's subclass of `name` has in place of `method`. As in the real library, what it raises is printed and
+    lost, Ctrl-C too, and counts as False."""
+    trt.used.add((name, method))
+    try:
+        return getattr(instance, method)(*args)
+    except Strictness:
+        raise
+    except BaseException as error:
+        print(f"[ERROR] Exception caught in {method}(): {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+
+
 def report(trt: Any, logger: Any, severity: str, text: str) -> None:
     """Say something to the user's logger, as the library does."""
-    trt.used.add(("ILogger", "log"))
-    logger.log(trt.enum("ILogger.Severity", severity), text)
+    called_back(trt, "ILogger", "log", logger, trt.enum("ILogger.Severity", severity), text)
 
 
 class Logger:
@@ -98,7 +112,7 @@ class OnnxParser:
     """Reads the ONNX. Operators of other domains than ONNX's own are unsupported, and Attention where the version has none."""
 
     def __init__(self, trt: Any, network: Any, logger: Any) -> None:
-        self._trt, self._network, self._logger = trt, network._behaviour, logger
+        self._trt, self._network, self._logger = trt, weakref.ref(network), logger  # the real one keeps no reference either
         self._errors: list[ParserError] = []
 
     def parse_from_file(self, model: str) -> bool:
@@ -109,6 +123,9 @@ class OnnxParser:
     def parse(self, model: Any, path: str | None = None) -> bool:
         import onnx
 
+        network = self._network()
+        if network is None:
+            raise Strictness("the network was deleted before its parser: the real one crashes")
         try:
             proto = onnx.load_model_from_string(bytes(model))
         except Exception:  # protobuf's own errors
@@ -127,7 +144,7 @@ class OnnxParser:
             self._fail("UNSUPPORTED_NODE", f"No importer registered for op: {node.op_type}", k, node.name, node.op_type)
         if faults:
             return False
-        self._network.fill(proto)
+        network._behaviour.fill(proto)
         return True
 
     @property

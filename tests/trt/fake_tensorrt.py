@@ -34,6 +34,7 @@ class FakeTensorRT(types.ModuleType):
         self.used: set[tuple[str, str]] = set()
         self.__version__ = surface.version
         self.classes_: dict[str, Any] = {}
+        self.planned_: dict[str, list[Any]] = {}
         for name in surface.classes:
             self._class(name)
 
@@ -71,6 +72,12 @@ class FakeTensorRT(types.ModuleType):
         if cls is None:
             return None
         return isinstance(value, cls)
+
+    def fail_next(self, path: str, result: Any = None) -> None:
+        """The next call of "Class.method" does nothing, and returns `result`."""
+        if not self.surface_.has(path):
+            raise KeyError(path)
+        self.planned_.setdefault(path, []).append(result)
 
     # -- making the classes
 
@@ -110,7 +117,9 @@ class FakeTensorRT(types.ModuleType):
                     raise NotModelled(f"{name}()")
                 this._behaviour = behaviour(self, **bound) if behaviour else None
                 return None
-            return self._returned(f"{name}.{key}", member.signatures, self._behaviour(this, name, key)(**bound))
+            planned = self.planned_.get(f"{name}.{key}")
+            result = planned.pop(0) if planned else self._behaviour(this, name, key)(**bound)
+            return self._returned(f"{name}.{key}", member.signatures, result)
 
         method.__name__ = key
         return method
@@ -159,15 +168,14 @@ class FakeTensorRT(types.ModuleType):
 
     def _returned(self, where: str, signatures: tuple[Signature, ...], value: Any) -> Any:
         """`value`, which the fake's own behaviour returned: it must be what the real function can return."""
-        for signature in signatures:
-            kind = signature.returns
-            cls = self.classes_.get(kind)
-            plain = {"int": int, "str": str, "bool": bool, "float": float, "None": type(None)}.get(kind)
-            if (
-                (plain is not None and type(value) is plain)
-                or (cls is not None and (value is None or isinstance(value, cls)))
-                or (plain is None and cls is None)
-            ):
+        for kind in [signature.returns for signature in signatures]:
+            plain = {"int": int, "str": (str, type(None)), "bool": bool, "float": float, "None": type(None)}.get(
+                kind
+            )  # str: char*
+            wanted = plain if plain is not None else self.classes_.get(kind, object)
+            if isinstance(value, wanted) and (kind != "int" or type(value) is int):
+                return value
+            if value is None and kind in self.classes_:
                 return value
         if not signatures:
             return value
