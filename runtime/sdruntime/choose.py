@@ -99,7 +99,7 @@ def choose_engine(manifest: Manifest, component: str, machine: Machine, *, name:
                 reasons.append(f"{engine.name}: {why_not}")
     if not found:
         against = "".join(f"\n  - {reason}" for reason in reasons) or " (the bundle has none)"
-        command = f"sdruntime build BUNDLE --backend {'onnxruntime' if name == AUTO else name}{_size(manifest, component, dims)}"
+        command = f"sdruntime build BUNDLE --backend {_advised(name, machine)}{_size(manifest, component, dims)}"
         raise EngineError(f"no engine of {component} fits this machine:{against}\nbuild one: {command}")
     return min(found, key=_preference)
 
@@ -114,6 +114,14 @@ def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _advised(name: str, machine: Machine) -> str:
+    """A backend whose engines this machine can run: the one that was asked for, or the best whose library is here."""
+    if name != AUTO and (machine.devices or not BACKENDS[name].loop):
+        return name
+    here = [each for each, library in machine.libraries.items() if library.version is not None and BACKENDS[each].loop]
+    return here[0] if here and machine.devices else "onnxruntime"
 
 
 def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:

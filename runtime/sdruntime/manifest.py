@@ -7,6 +7,7 @@ about the files beside it is checked by `sdruntime.bundle`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -130,8 +131,10 @@ class EngineSpec:
         return self.files[0].rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
     def admitting(self, **dims: int) -> list[int]:
-        """The profiles, by index, in which every given dimension lies; one that a profile does not name is fixed and passes."""
-        return [index for index, profile in enumerate(self.profiles) if _admits(profile, dims)]
+        """The profiles, by index, in which every given dimension lies, the tightest first. A dimension that a profile does not
+        name is fixed and passes."""
+        found = [index for index, profile in enumerate(self.profiles) if _admits(profile, dims)]
+        return sorted(found, key=lambda index: math.prod(high - low + 1 for low, _, high in self.profiles[index].values()))
 
     def admits(self, **dims: int) -> bool:
         """Whether some profile takes all of the given dimensions."""

@@ -118,7 +118,6 @@ def _set_options(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
         config.builder_optimization_level = options["optimization_level"]
     if options.get("version_compatible"):
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # no code inside the plan
     if options.get("weight_streaming"):
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.get("strip"):
