@@ -99,5 +99,15 @@ def sd1_fp16_bundle(sd1_checkpoint: Path, export: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd1_bf16_bundle(sd1_checkpoint: Path, export: Export) -> Path:
+    return export(sd1_checkpoint, precision="bf16")
+
+
+@pytest.fixture(scope="session")
+def sd2_fp16_bundle(sd2_checkpoint: Path, export: Export) -> Path:
+    return export(sd2_checkpoint, precision="fp16")
+
+
+@pytest.fixture(scope="session")
 def sdxl_fp16_bundle(sdxl_checkpoint: Path, export: Export) -> Path:
     return export(sdxl_checkpoint, precision="fp16")

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ from sdruntime.errors import LibraryMissing, UnknownName
 from sdruntime.manifest import EngineSpec, ModelSpec, Precision
 from sdruntime.shapes import Guidance, Shapes
 from sdruntime.step import NAME as STEP
+
+_SCRATCH = ".building-"  # and the builder's process: folders that a build works in, inside the bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +83,7 @@ def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
     DeviceMissing, OutOfSpace, and EngineError for a graph that the library cannot build.
     """
     bundle = Bundle.open(folder)
+    _sweep(bundle.folder)
     manifest = bundle.manifest
     shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
     wanted_here = [name for name in manifest.components if name != STEP or BACKENDS[asked.backend].loop]
@@ -136,7 +141,8 @@ def _add(bundle: Bundle, request: EngineRequest) -> Generator[BuildEvent, None, 
     name = _free_name(request.stem, bundle)
     event = functools.partial(BuildEvent, component=request.component, engine=name)
     yield event(state="begin")
-    with disk_full_as_error(bundle.folder), tempfile.TemporaryDirectory(prefix=".building-", dir=bundle.folder) as scratch:
+    prefix = f"{_SCRATCH}{os.getpid()}-"
+    with disk_full_as_error(bundle.folder), tempfile.TemporaryDirectory(prefix=prefix, dir=bundle.folder) as scratch:
         building = backend(request.backend, "build").build_engine(bundle, _named(request, name), Path(scratch))
         with contextlib.closing(building):
             built = yield from _stages(building, event)
@@ -157,6 +163,14 @@ def _add(bundle: Bundle, request: EngineRequest) -> Generator[BuildEvent, None, 
         bundle = bundle.add_engine(engine, paths)
     yield event(state="done", size=written, seconds=built.seconds, peak=built.peak)
     return bundle
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds left that were killed."""
+    for path in folder.glob(f"{_SCRATCH}*"):
+        owner = path.name.removeprefix(_SCRATCH).split("-")[0]
+        if not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _stages(building: Generator[Stage, None, Any], event: Callable[..., BuildEvent]) -> Generator[BuildEvent, None, Any]:
