@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.image import write_png
 from sdruntime.pipeline import SCHEDULER, Pipeline
@@ -57,7 +57,7 @@ def main() -> None:
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(shutil.copytree(options.bundle, Path(folder) / "bundle"))
-        for _ in build_engines(bundle, backend_name="fake", size="64x64:1024x1024"):
+        for _ in build_engines(bundle, Asked(backend="fake", size="64x64:1024x1024")):
             pass
         schedule = Bundle.open(bundle).read_json(SCHEDULER)
         with Pipeline.open(bundle, backend="fake") as pipe:

@@ -21,24 +21,24 @@ from sdexport.components import Component, components
 from sdexport.errors import CheckpointError
 from sdexport.hub import Located, locate
 from sdexport.job import DATA, MODEL, Job, Stage
-from sdexport.process import peak_memory, run_apart
+from sdexport.process import run_apart
+from sdexport.step import write_step
 from sdexport.tokenizer import write_tokenizer
-from sdruntime.backends import backend
-from sdruntime.build import BuildEvent, Shapes, build_engines
+from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.bundle import Bundle, sha256, staging, write_bundle
-from sdruntime.errors import BundleError, LibraryMissing
+from sdruntime.errors import BundleError
 from sdruntime.manifest import ComponentSpec, Precision
+from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record
+from sdruntime.step import NAME as STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a bundle is built with. `size` and `batch` are of the engines, as `sdruntime build` takes them."""
+    """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them."""
 
     precision: Precision = "fp32"
-    backends: tuple[str, ...] = ()
-    size: str | None = None
-    batch: str | None = None
+    engines: tuple[Asked, ...] = ()
     allow_pickle: bool = False
 
 
@@ -56,7 +56,6 @@ class Progress:
 class EngineProgress:
     """A step of an engine's build."""
 
-    backend: str
     event: BuildEvent
 
 
@@ -84,11 +83,9 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle)
     name = located.source.rsplit("/", 1)[-1]
     checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
-    if options.backends:  # what is wrong with these is told before the long work
-        Shapes.parse(checkpoint.model, size=options.size, batch=options.batch)
-        for name in options.backends:
-            _check_backend(name)
     table = components(checkpoint)
+    for asked in options.engines:  # what is wrong with these is told before the long work
+        asked.resolve(checkpoint.model, options.precision, [component.name for component in table])
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
         written = yield from _engines(out, options)
@@ -97,22 +94,17 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     with staging(out) as folder:
         peak = yield from _export(checkpoint, table, options, folder)
         _write_rest(checkpoint, table, folder)
+        step = write_step(folder)
         write_bundle(
             folder,
             model=checkpoint.model,
             precision=options.precision,
-            components=_component_specs(table),
+            components=_component_specs(table) | {STEP: step},
             provenance=_provenance(located, options, inputs),
         )
         yield from _engines(folder, options)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     yield Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory())
-
-
-def _check_backend(name: str) -> None:
-    library = backend(name, "engine").here()
-    if library.version is None:
-        raise LibraryMissing(library.missing)
 
 
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
@@ -163,12 +155,12 @@ def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options
 
 
 def _engines(folder: Path, options: Options) -> Generator[Event, None, int]:
-    """Engines of each backend that was asked for; returns the bytes written."""
+    """The engines that were asked for; returns the bytes written."""
     written = 0
-    for name in options.backends:
-        for event in build_engines(folder, backend_name=name, size=options.size, batch=options.batch):
+    for asked in options.engines:
+        for event in build_engines(folder, asked):
             written += event.size
-            yield EngineProgress(backend=name, event=event)
+            yield EngineProgress(event=event)
     return written
 
 

@@ -65,8 +65,12 @@ def main() -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder, replaced as a whole.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--backend", "backends", multiple=True, help="Also build engines for this library here; may be repeated.")
-@click.option("--size", help="Pictures that the engines take: 512x512, or MIN:MAX, or MIN:OPT:MAX.")
-@click.option("--batch", help="Images in one call of the engines: 4, or 1:4, or 1:2:4.")
+@click.option("--target", help="What the engines are for: current, ampere+, sm86, …, cuda, cpu.")
+@click.option("--size", help="Pictures that the engines take: 512x512, or MIN:MAX, or MIN:OPT:MAX, or a list A,B.")
+@click.option("--batch", help="Images in one call of the engines: 4, or 1:4, or 1:2:4, or a list 1,2,4.")
+@click.option(
+    "--guidance", type=click.Choice(["on", "off", "any"]), help="Whether the engines' pictures are drawn with guidance."
+)
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
 @as_json
 @reported
@@ -75,18 +79,22 @@ def build(
     output: Path,
     precision: Any,
     backends: tuple[str, ...],
+    target: str | None,
     size: str | None,
     batch: str | None,
+    guidance: Any,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL, a diffusers folder or a hub id, to a bundle."""
-    if not backends and (size or batch):
-        raise click.UsageError("--size and --batch are of engines: name a --backend too")
+    if not backends and (target or size or batch or guidance):
+        raise click.UsageError("--target, --size, --batch and --guidance are of engines: name a --backend too")
     from sdexport.build import Options
     from sdexport.build import build as events
+    from sdruntime.build import Asked
 
-    options = Options(precision=precision, backends=backends, size=size, batch=batch, allow_pickle=allow_pickle)
+    engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
+    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle)
     built = _shown(events(model, output, options))
     if as_json:
         _document(bundle=str(built.folder), up_to_date=built.up_to_date, written=built.written, peak_memory=built.peak)
@@ -115,7 +123,9 @@ def _shown(events: Iterable[Event]) -> Built:
                 name, stage, done, total = event.component, event.stage.name, event.stage.done, event.stage.total
             else:
                 name, stage = event.event.engine, event.event.state
-                done, total = (0, 0) if stage == "begin" else (1, 1)
+                done, total = (0, 0) if stage in ("begin", "stage") else (1, 1)
+                if event.event.stage is not None:
+                    stage, done, total = event.event.stage.name, event.event.stage.done, event.event.stage.total
             if name not in tasks:
                 tasks[name] = progress.add_task(name, stage=stage, total=None)
             progress.update(tasks[name], stage=stage, completed=done, total=total or None)
@@ -167,7 +177,7 @@ def doctor(as_json: bool) -> None:
     from sdruntime.backends import BACKENDS, backend
 
     found = versions()
-    engines = {name: backend(name, "engine").here() for name in BACKENDS if name != "fake"}
+    engines = {name: backend(name, "engine").here(name) for name in BACKENDS if name != "fake"}
     missing = {name: f"pip install {name}" for name, version in found.items() if version == "missing"}
     missing |= {name: library.missing for name, library in engines.items() if library.version is None}
     folder = cache_folder()

@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    "sdruntime": """errors record manifest bundle schedule path predict samplers table run noise guidance tokenizer prompt image
-        engine cuda backends choose build request condition latent denoise pipeline __main__""".split(),
-    "sdexport": """errors weights hub checkpoint tokenizer components modules to_onnx precision cache job process build cli
+    "sdruntime": """errors record process cache manifest step bundle schedule path predict samplers table run noise guidance
+        tokenizer prompt image annotate engine cuda shapes backends choose build request condition latent denoise loop pipeline
+        __main__""".split(),
+    "sdexport": """errors weights hub checkpoint tokenizer components modules to_onnx precision cache job process step build cli
         __main__""".split(),
 }
 FOLDERS = {"sdruntime": ROOT / "runtime" / "sdruntime", "sdexport": ROOT / "sdexport"}

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,20 @@ def parser() -> argparse.ArgumentParser:
         return each
 
     each = command("build", build, "build engines from a bundle's ONNX, on and for this machine")
-    each.add_argument("--backend", required=True, help="onnxruntime, …")
-    each.add_argument("--target", help="cpu, cuda; the best of this machine where left out")
-    each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, or MIN:OPT:MAX")
-    each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, or MIN:OPT:MAX")
-    each.add_argument("--component", action="append", dest="components", help="only this component (may be repeated)")
+    each.add_argument("--backend", help="tensorrt, tensorrt-rtx or onnxruntime")
+    each.add_argument("--stale", action="store_true", help="build again what an upgrade of a library left behind")
+    each.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu; the best of this machine where left out")
+    each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
+    each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
+    each.add_argument("--guidance", choices=["on", "off", "any"], help="whether pictures are drawn with guidance (two rows each)")
+    each.add_argument("--component", action="append", default=[], dest="components", help="only this one (may be repeated)")
+    each.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the library: optimization_level=5",
+    )
 
     each = command("generate", generate, "make pictures")
     each.add_argument("prompt", nargs="+", metavar="PROMPT")
@@ -113,11 +122,8 @@ def sampling(each: argparse.ArgumentParser) -> None:
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
     """KEY=VALUE pairs, each VALUE read as JSON where it is, else as text."""
-    found = {}
-    for pair in options.option:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise SettingError(f"--option {pair!r}: KEY=VALUE is the form, such as eta=0.5")
+    found: dict[str, Any] = {}
+    for key, value in pairs(options.option, "eta=0.5"):
         try:
             found[key] = json.loads(value)
         except ValueError:
@@ -125,33 +131,61 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def build(options: argparse.Namespace) -> None:
-    from sdruntime.build import build_engines
+def pairs(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SettingError(f"--option {text!r}: KEY=VALUE is the form, such as {example}")
+        yield key, value
 
-    done, begun = [], time.monotonic()
-    for event in build_engines(
-        options.bundle,
-        backend_name=options.backend,
+
+def build(options: argparse.Namespace) -> None:
+    from sdruntime.build import Asked, build_engines, rebuild_stale
+
+    if options.stale == (options.backend is not None):
+        raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
+    asked = options.backend and Asked(
+        backend=options.backend,
         target=options.target,
         size=options.size,
         batch=options.batch,
-        components=options.components,
-    ):
+        guidance=options.guidance,
+        components=tuple(options.components),
+        options=dict(pairs(options.option, "optimization_level=5")),
+    )
+    done, begun = [], time.monotonic()
+    for event in build_engines(options.bundle, asked) if asked else rebuild_stale(options.bundle):
+        if event.state == "stage" and event.stage is not None:
+            progress(f"{event.component}: {event.stage.name}", event.stage.done, event.stage.total)
+            continue
+        clear_progress()
         if event.state == "begin":
             note(f"building {event.engine}")
             continue
-        done.append({"component": event.component, "engine": event.engine, "state": event.state, "bytes": event.size})
+        done.append(
+            {
+                "component": event.component,
+                "engine": event.engine,
+                "state": event.state,
+                "bytes": event.size,
+                "seconds": round(event.seconds, 3),
+                "peak_memory": event.peak,
+            }
+        )
         if not options.json:
-            print(f"{event.engine}: {'there already' if event.state == 'present' else f'{event.size:,} bytes'}")
+            what = "there already" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
+            print(f"{event.engine}: {what}")
     if options.json:
         document(engines=done, seconds=round(time.monotonic() - begun, 3))
+    elif options.stale and not done:
+        print("no engine is stale")
 
 
 def generate(options: argparse.Namespace) -> None:
-    from sdruntime.build import parse_size
     from sdruntime.engine import EngineOptions
     from sdruntime.image import read_png, write_png
     from sdruntime.pipeline import Pipeline
+    from sdruntime.shapes import parse_size
 
     if options.output.suffix.lower() != ".png":
         raise SettingError(f"--output {options.output}: pictures are written as .png")
@@ -175,9 +209,10 @@ def generate(options: argparse.Namespace) -> None:
     }
     engine_options = EngineOptions(device=options.device, threads=options.threads)
     with Pipeline.open(options.bundle, backend=options.backend, options=engine_options) as pipe:
-        stream = pipe.stream(options.prompt, **settings)
+        stream = pipe.stream(options.prompt, on_device=True, **settings)
         for state in stream:
-            progress(state.step, state.steps)
+            progress("step", state.step, state.steps)
+        clear_progress()
         result = stream.result
     written = []
     for picture in result.pictures:
@@ -310,10 +345,15 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def progress(step: int, steps: int) -> None:
+def progress(what: str, done: int, total: int) -> None:
     """One line that is written over, where a person looks on."""
     if sys.stderr.isatty():
-        print(f"\rstep {step} of {steps}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
+        print(f"\r\x1b[2K{what} {done} of {total}" if total else f"\r\x1b[2K{what}", end="", file=sys.stderr, flush=True)
+
+
+def clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,150 +2,174 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import itertools
-import re
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
-from sdruntime.backends import backend
+from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import ENGINES, Bundle, disk_full_as_error
-from sdruntime.engine import EngineRequest, Ranges
-from sdruntime.errors import DeviceMissing, LibraryMissing, SettingError, UnknownName
-from sdruntime.manifest import EngineSpec, Manifest, ModelSpec
-
-T = TypeVar("T")
-Size = tuple[int, int]  # pixels: width, height
-MOST_IMAGES = 8
-LARGEST = 4  # times the default side
+from sdruntime.choose import fits_version
+from sdruntime.engine import EngineRequest, Stage
+from sdruntime.errors import LibraryMissing, UnknownName
+from sdruntime.manifest import EngineSpec, ModelSpec, Precision
+from sdruntime.shapes import Guidance, Shapes
+from sdruntime.step import NAME as STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shapes:
-    """What engines are built for, in pictures: (min, opt, max) sizes in pixels (width, height), and images in one call."""
+class Asked:
+    """Which engines are wanted: those of a backend, for a target, in shapes as `Shapes.parse` reads them.
 
-    size: tuple[Size, Size, Size]
-    batch: tuple[int, int, int]
+    `target` None: the best that the library has here. `components` empty: all. `options`: the backend's own settings.
+    """
 
-    def __post_init__(self) -> None:
-        sides = [tuple(size[axis] for size in self.size) for axis in (0, 1)]
-        for name, triple in (("width", sides[0]), ("height", sides[1]), ("batch", self.batch)):
-            if not 1 <= triple[0] <= triple[1] <= triple[2]:
-                raise SettingError(f"{name}: min, opt and max are {triple}, but they must rise from 1")
+    backend: str
+    target: str | None = None
+    size: str | None = None
+    batch: str | None = None
+    guidance: Guidance | None = None
+    components: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def parse(cls, model: ModelSpec, *, size: str | None = None, batch: str | None = None) -> Shapes:
-        """From "WxH", "MIN:MAX" or "MIN:OPT:MAX" of sizes and of batches. Raises SettingError.
+    def shapes(self, model: ModelSpec) -> Shapes:
+        """Raises SettingError; UnknownName for a backend that does not exist."""
+        backend(self.backend, "build")
+        static = BACKENDS[self.backend].static
+        return Shapes.parse(model, size=self.size, batch=self.batch, guidance=self.guidance, static=static)
 
-        With no size: every size from the smallest to four times the model's own side; with no batch: 1 to 8 images.
+    def resolve(self, model: ModelSpec, precision: Precision, components: Iterable[str]) -> tuple[Shapes, str, str]:
+        """The shapes, the library's version and the target's full name: everything that can be refused before the work is.
+
+        Raises SettingError, UnknownName, LibraryMissing and DeviceMissing.
         """
-        height, width = model.default_size
-        smallest = model.size_multiple
-        sizes = ((smallest, smallest), (width, height), (LARGEST * width, LARGEST * height))
-        if size is not None:
-            sizes = _triple([parse_size(part) for part in size.split(":")], f"size {size!r}")
-        batches = (1, 1, MOST_IMAGES)
-        if batch is not None:
-            if not re.fullmatch(r"\d{1,4}(:\d{1,4}){0,2}", batch):
-                raise SettingError(f"batch {batch!r}: 4, 1:4 or 1:2:4 is the form (min:opt:max images)")
-            batches = _triple([int(part) for part in batch.split(":")], f"batch {batch!r}")
-        for side in {side for each in sizes for side in each}:
-            if side % model.size_multiple:
-                raise SettingError(f"size {size}: {side} is not a multiple of {model.size_multiple}")
-        return cls(size=sizes, batch=batches)
-
-    def ranges(self, component: str, manifest: Manifest) -> Ranges:
-        """(min, opt, max) of each named dimension of a component, in its own units."""
-        scale = 1 if component == "vae_encoder" else manifest.model.vae_factor
-        # guidance takes an unconditional row for each conditional one, and is off for some jobs
-        low, opt, high = self.batch
-        known = {
-            "batch": (low, opt, high) if component.startswith("vae") else (low, 2 * opt, 2 * high),
-            "width": tuple(size[0] // scale for size in self.size),
-            "height": tuple(size[1] // scale for size in self.size),
-            "sequence": (77, 77, 77),
-        }
-        return {name: known[name] for name in manifest.components[component].dimensions}  # type: ignore[misc]
-
-    @property
-    def label(self) -> str:
-        sizes = [f"{width}x{height}" for width, height in (self.size[0], self.size[2])]
-        batches = [str(self.batch[0]), str(self.batch[2])]
-        return "-".join(dict.fromkeys(sizes)) + "-b" + "-".join(dict.fromkeys(batches))
+        shapes = self.shapes(model)
+        library = backend(self.backend, "engine").here(self.backend)
+        if library.version is None:
+            raise LibraryMissing(library.missing)
+        target = backend(self.backend, "build").resolve_target(self.backend, self.target, precision, self.options)
+        for component in self.components:
+            if component not in components:
+                raise UnknownName("component", component, components)
+        return shapes, library.version, target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildEvent:
-    """A step of `build_engines`: an engine begins, is done, or was there already."""
+    """A step of `build_engines`: an engine begins, is at a stage, is done, or was there already."""
 
     component: str
     engine: str
-    state: Literal["begin", "done", "present"]
+    state: Literal["begin", "stage", "done", "present"]
+    stage: Stage | None = None
     size: int = 0  # bytes written
+    seconds: float = 0.0
+    peak: int = 0  # bytes of the builder's process, where it has one of its own
 
 
-def build_engines(
-    folder: Path | str,
-    *,
-    backend_name: str,
-    target: str | None = None,
-    size: str | None = None,
-    batch: str | None = None,
-    components: Iterable[str] | None = None,
-) -> Iterator[BuildEvent]:
+def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
     """Build an engine of each component and add it to the bundle; one that is there already is left alone.
 
-    `target` None: the best that the library has here. Stopped at any point, the bundle holds the engines that were done.
-    Raises BundleError, SettingError, LibraryMissing, DeviceMissing and OutOfSpace.
+    Stopped at any point, the bundle holds the engines that were done. Raises BundleError, SettingError, LibraryMissing,
+    DeviceMissing, OutOfSpace, and EngineError for a graph that the library cannot build.
     """
     bundle = Bundle.open(folder)
-    shapes = Shapes.parse(bundle.manifest.model, size=size, batch=batch)
-    library = backend(backend_name, "engine").here()
-    if library.version is None:
-        raise LibraryMissing(library.missing)
-    target = target or library.targets[0]
-    if target not in library.targets:
-        raise DeviceMissing(
-            f"target {target!r}: {backend_name} {library.version} has {', '.join(library.targets)} on this machine"
+    manifest = bundle.manifest
+    shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
+    wanted_here = [name for name in manifest.components if name != STEP or BACKENDS[asked.backend].loop]
+    for component in asked.components or wanted_here:
+        stem = f"{component}-{asked.backend}{version}-{target}-{manifest.precision}-{shapes.label}"
+        request = EngineRequest(
+            component=component,
+            backend=asked.backend,
+            target=target,
+            profiles=shapes.profiles(component, manifest),
+            stem=stem,
+            options=asked.options,
         )
-    for component in components or bundle.manifest.components:
-        if component not in bundle.manifest.components:
-            raise UnknownName("component", component, bundle.manifest.components)
-        ranges = shapes.ranges(component, bundle.manifest)
-        name = f"{component}-{backend_name}{library.version}-{target}-{bundle.manifest.precision}-{shapes.label}"
-        wanted = (component, backend_name, library.version, target, ranges)
-        if any(_identity(engine) == wanted for engine in bundle.manifest.engines):
-            yield BuildEvent(component=component, engine=name, state="present")
-            continue
-        name = _free_name(name, bundle)
-        yield BuildEvent(component=component, engine=name, state="begin")
-        with disk_full_as_error(bundle.folder), tempfile.TemporaryDirectory(prefix=".building-", dir=bundle.folder) as scratch:
-            request = EngineRequest(component=component, target=target, ranges=ranges, stem=name)
-            built = backend(backend_name, "build").build_engine(bundle, request, Path(scratch))
-            paths = {f"{ENGINES}/{path.name}": path for path in built.files}
-            written = sum(path.stat().st_size for path in built.files)
-            engine = EngineSpec(
-                component=component,
-                backend=backend_name,
-                version=built.version,
-                target=target,
-                precision=built.precision,
-                files=tuple(paths),
-                ranges=ranges,
-                memory=built.memory,
-            )
-            bundle = bundle.add_engine(engine, paths)
-        yield BuildEvent(component=component, engine=name, state="done", size=written)
+        wanted = (version, *_identity(request))
+        if any((engine.version, *_identity(engine)) == wanted for engine in bundle.manifest.engines):
+            yield BuildEvent(component=component, engine=stem, state="present")
+        else:
+            bundle = yield from _add(bundle, request)
 
 
-def parse_size(text: str) -> Size:
-    """(width, height) in pixels, from "WxH". Raises SettingError."""
-    if not re.fullmatch(r"\d{1,5}x\d{1,5}", text):
-        raise SettingError(f"size {text!r}: WIDTHxHEIGHT in pixels is the form, such as 512x512")
-    width, height = map(int, text.split("x"))
-    return width, height
+def stale_engines(bundle: Bundle) -> list[EngineSpec]:
+    """The engines whose library is here in another version than the one that they need: `rebuild_stale` makes them anew."""
+    found = []
+    for engine in bundle.manifest.engines:
+        if engine.backend in BACKENDS:
+            library = backend(engine.backend, "engine").here(engine.backend)
+            if library.version is not None and not fits_version(engine, library.version):
+                found.append(engine)
+    return found
+
+
+def rebuild_stale(folder: Path | str) -> Iterator[BuildEvent]:
+    """Build each stale engine again with this library, as it was asked for, and take the stale one out. Raises as above."""
+    bundle = Bundle.open(folder)
+    for engine in stale_engines(bundle):
+        here = backend(engine.backend, "engine").here(engine.backend).version
+        target = backend(engine.backend, "build").resolve_target(
+            engine.backend, engine.target, bundle.manifest.precision, engine.options
+        )
+        request = EngineRequest(
+            component=engine.component,
+            backend=engine.backend,
+            target=target,
+            profiles=engine.profiles,
+            stem=engine.name.replace(f"{engine.backend}{engine.version}", f"{engine.backend}{here}", 1),
+            options=engine.options,
+        )
+        twin = any((each.version, *_identity(each)) == (here, *_identity(request)) for each in bundle.manifest.engines)
+        if not twin:
+            bundle = yield from _add(bundle, request)
+        bundle = bundle.remove_engine(engine)
+
+
+def _add(bundle: Bundle, request: EngineRequest) -> Generator[BuildEvent, None, Bundle]:
+    name = _free_name(request.stem, bundle)
+    event = functools.partial(BuildEvent, component=request.component, engine=name)
+    yield event(state="begin")
+    with disk_full_as_error(bundle.folder), tempfile.TemporaryDirectory(prefix=".building-", dir=bundle.folder) as scratch:
+        building = backend(request.backend, "build").build_engine(bundle, _named(request, name), Path(scratch))
+        with contextlib.closing(building):
+            built = yield from _stages(building, event)
+        paths = {f"{ENGINES}/{path.name}": path for path in built.files}
+        written = sum(path.stat().st_size for path in built.files)
+        engine = EngineSpec(
+            component=request.component,
+            backend=request.backend,
+            version=built.version,
+            target=request.target,
+            precision=built.precision,
+            files=tuple(paths),
+            profiles=request.profiles,
+            memory=built.memory,
+            platform=built.platform,
+            options=request.options,
+        )
+        bundle = bundle.add_engine(engine, paths)
+    yield event(state="done", size=written, seconds=built.seconds, peak=built.peak)
+    return bundle
+
+
+def _stages(building: Generator[Stage, None, Any], event: Callable[..., BuildEvent]) -> Generator[BuildEvent, None, Any]:
+    while True:
+        try:
+            stage = next(building)
+        except StopIteration as end:
+            return end.value
+        yield event(state="stage", stage=stage)
+
+
+def _named(request: EngineRequest, stem: str) -> EngineRequest:
+    return dataclasses.replace(request, stem=stem)
 
 
 def _free_name(name: str, bundle: Bundle) -> str:
@@ -154,11 +178,6 @@ def _free_name(name: str, bundle: Bundle) -> str:
     return next(free for number in itertools.count(1) if (free := name if number == 1 else f"{name}-{number}") not in taken)
 
 
-def _identity(engine: EngineSpec) -> tuple[str, str, str, str, Ranges]:
-    return engine.component, engine.backend, engine.version, engine.target, dict(engine.ranges)
-
-
-def _triple(parts: list[T], what: str) -> tuple[T, T, T]:
-    if len(parts) > 3:
-        raise SettingError(f"{what}: one value, MIN:MAX or MIN:OPT:MAX is the form")
-    return parts[0], parts[len(parts) // 2 if len(parts) == 3 else 0], parts[-1]
+def _identity(engine: EngineSpec | EngineRequest) -> tuple[Any, ...]:
+    profiles = [dict(profile) for profile in engine.profiles]
+    return engine.component, engine.backend, engine.target, profiles, dict(engine.options)

@@ -102,7 +102,15 @@ class Bundle:
             files[path] = file_spec(source)
             source.replace(self.folder / path)
         _sync(self.folder / ENGINES)
-        manifest = dataclasses.replace(self.manifest, engines=(*self.manifest.engines, engine), files=files)
+        return self._with_engines((*self.manifest.engines, engine), files)
+
+    def remove_engine(self, engine: EngineSpec) -> Bundle:
+        """The bundle without `engine`: its files go after the manifest has forgotten them."""
+        files = {path: spec for path, spec in self.manifest.files.items() if path not in engine.files}
+        return self._with_engines(tuple(each for each in self.manifest.engines if each.name != engine.name), files)
+
+    def _with_engines(self, engines: tuple[EngineSpec, ...], files: Mapping[str, FileSpec]) -> Bundle:
+        manifest = dataclasses.replace(self.manifest, engines=engines, files=files)
         save_manifest(self.folder, manifest)
         for found in (self.folder / ENGINES).iterdir():
             if found.is_file() and f"{ENGINES}/{found.name}" not in files:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.cuda import Device, devices
-from sdruntime.engine import Library
+from sdruntime.engine import AMPERE_UP, PLATFORM, Library
 from sdruntime.errors import EngineError
 from sdruntime.manifest import EngineSpec, Manifest
 
 AUTO = "auto"
+CPU_OR_CUDA = ("cpu", "cuda")  # targets that are no compute capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +22,17 @@ class Machine:
 
     libraries: Mapping[str, Library]
     devices: tuple[Device, ...] = ()
+    chosen: int = 0  # which of the devices engines run on
 
     @classmethod
-    def here(cls) -> Machine:
-        return cls(libraries={name: backend(name, "engine").here() for name in BACKENDS}, devices=devices())
+    def here(cls, device: int = 0, names: Iterable[str] = BACKENDS) -> Machine:
+        """`names`: the backends to look for, since looking imports their libraries; a name of none is passed over."""
+        known = [name for name in names if name in BACKENDS]
+        return cls(libraries={name: backend(name, "engine").here(name) for name in known}, devices=devices(), chosen=device)
+
+    @property
+    def device(self) -> Device | None:
+        return self.devices[self.chosen] if self.chosen < len(self.devices) else None
 
 
 def misfit(engine: EngineSpec, machine: Machine, **dims: int) -> str | None:
@@ -34,16 +42,43 @@ def misfit(engine: EngineSpec, machine: Machine, **dims: int) -> str | None:
         return f"this sdruntime knows no backend {engine.backend!r}"
     if library.version is None:
         return library.missing
-    if _release(library.version) != _release(engine.version):
+    if not fits_version(engine, library.version):
         return f"built with {engine.backend} {engine.version}, here is {library.version}"
-    if engine.target not in library.targets:
-        return f"built for {engine.target}, here is {', '.join(library.targets)}"
-    if engine.target == "cuda" and not machine.devices:
-        return "built for cuda, here is no CUDA device"
+    if engine.platform not in ("", PLATFORM):
+        return f"built on {engine.platform}, here is {PLATFORM}"
+    if why_not := _wrong_device(engine, machine, library):
+        return why_not
     if not engine.admits(**dims):
-        wrong = [name for name, size in dims.items() if not engine.admits(**{name: size})]
-        return "; ".join(f"{name} {dims[name]} is outside {_range(engine, name)}" for name in wrong)
+        asked = ", ".join(f"{name} {size}" for name, size in dims.items())
+        return f"built for {engine.shapes}; asked is {asked}"
     return None
+
+
+def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str | None:
+    if engine.target in CPU_OR_CUDA:
+        if engine.target not in library.targets:
+            return f"built for {engine.target}, here is {', '.join(library.targets)}"
+        return "built for cuda, here is no CUDA device" if engine.target == "cuda" and not machine.devices else None
+    if machine.device is None:
+        return f"built for {engine.target}, here is no CUDA device"
+    here = machine.device.capability
+    if engine.target == AMPERE_UP:
+        return (
+            None if here >= (8, 0) else f"built for compute capability 8.0 and later, {machine.device.name} has {_dotted(here)}"
+        )
+    if engine.target != f"sm{here[0]}{here[1]}":
+        return f"built for {engine.target}, {machine.device.name} is sm{here[0]}{here[1]}"
+    return None
+
+
+def fits_version(engine: EngineSpec, here: str) -> bool:
+    """Whether the library in version `here` reads `engine`: the same version where the backend is exact (or a later one of the
+    same major, for a version-compatible engine), else the same major and minor release."""
+    if not BACKENDS[engine.backend].exact:
+        return here.split(".")[:2] == engine.version.split(".")[:2]
+    if engine.options.get("version_compatible") == "true":
+        return _numbers(here)[:1] == _numbers(engine.version)[:1] and _numbers(here) >= _numbers(engine.version)
+    return here == engine.version
 
 
 def choose_engine(manifest: Manifest, component: str, machine: Machine, *, name: str = AUTO, **dims: int) -> EngineSpec:
@@ -93,11 +128,9 @@ def _preference(engine: EngineSpec) -> tuple[int, bool]:
     return list(BACKENDS).index(engine.backend), engine.target == "cpu"
 
 
-def _release(version: str) -> tuple[str, ...]:
-    """Major and minor: within them, ONNX Runtime reads its own optimised graphs."""
-    return tuple(version.split(".")[:2])
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
 
 
-def _range(engine: EngineSpec, name: str) -> str:
-    low, _, high = engine.ranges[name]
-    return f"{low} to {high}" if low < high else f"the {low} that it was built for"
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -6,11 +6,13 @@ latents. A single picture is a set of one job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from sdruntime.annotate import annotate
 from sdruntime.condition import Condition
 from sdruntime.engine import Array, Engine, call_rows
 from sdruntime.guidance import combine, rescale
@@ -37,20 +39,38 @@ class Job:
         return self.stopped or self.run.done
 
 
-def denoise(jobs: Sequence[Job], unet: Callable[[Job], Engine]) -> Iterator[None]:
+class Stepper(Protocol):
+    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with."""
+
+    def advance(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Generator[None, None, None]:
     """Advance every job that is not done by one model call, and yield; until all are done.
 
-    `unet` gives the engine for a job's latents. Jobs of one shape and one text length go into one call, as far as the engine's
-    batch admits; within it the unconditional rows come first.
+    Jobs of one shape and one text length go together; `steppers` makes what advances such a group, a `Call` or several. They are
+    made anew when a job joins or leaves, between two steps.
     """
-    calls: list[Call] = []
+    calls: list[Stepper] = []
     members: list[Job] = []
-    while active := [job for job in jobs if not job.done]:
-        if active != members:
-            members, calls = active, [Call(group, unet(group[0])) for group in grouped(active)]
-        for call in calls:
-            call.advance()
-        yield
+    try:
+        while active := [job for job in jobs if not job.done]:
+            if active != members:
+                _finish(calls)
+                members, calls = active, [call for group in grouped(active) for call in steppers(group)]
+            for number, call in enumerate(calls):
+                with annotate(f"step {active[0].run.step}, group {number}"):
+                    call.advance()
+            yield
+    finally:
+        _finish(calls)
+
+
+def _finish(calls: list[Stepper]) -> None:
+    for call in calls:
+        call.finish()
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -65,10 +85,11 @@ def stacked(rows: Iterable[Array | None]) -> Array:
 
 
 class Call:
-    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call."""
+    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call. `unet`
+    gives the engine, which may be another one in the next step. The unconditional rows come first."""
 
-    def __init__(self, jobs: Sequence[Job], engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
+        self._unet = unet
         guided = [job for job in jobs if job.negative is not None]
         first = len(guided)  # conditional row
         unconditional = iter(range(first))
@@ -93,7 +114,7 @@ class Call:
             if unconditional is not None:
                 self._sample[unconditional] = self._sample[row]
                 self._timestep[unconditional] = job.run.t
-        output = call_rows(self._engine, self._feeds)["out_sample"]
+        output = call_rows(self._unet(), self._feeds)["out_sample"]
         for job, row, unconditional in self._jobs:
             model = output[row]
             if unconditional is not None:
@@ -101,3 +122,6 @@ class Call:
                 if job.rescale:
                     model = rescale(model[None], output[row][None], job.rescale)[0]
             job.run.advance(model)
+
+    def finish(self) -> None:
+        """Nothing is held back: after each step the jobs are where they are."""

@@ -2,27 +2,32 @@
 
 Each folder of `sdruntime.backends` holds the same two files:
 
-    build.py    build_engine(bundle, request, folder) -> Built      ONNX -> files
-    engine.py   open_engine(bundle, spec, options) -> Engine        files -> Engine
-                here() -> Library                                   what this machine has of the library
+    build.py    resolve_target(name, target, precision, options)       the target's full name; refusals before the work
+                build_engine(bundle, request, folder)                  ONNX -> files: yields Stages, returns Built
+    engine.py   open_engine(bundle, spec, options, shared) -> Engine   files -> Engine
+                here(name) -> Library                                  what this machine has of the library
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import platform
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdruntime.errors import EngineError
-from sdruntime.manifest import ComponentSpec, EngineSpec, Precision
+from sdruntime.errors import DeviceMissing, EngineError, UnknownName
+from sdruntime.manifest import ComponentSpec, EngineSpec, Precision, Profile
 
 Array = NDArray[Any]
-Ranges = Mapping[str, tuple[int, int, int]]
+T = TypeVar("T")
+AMPERE_UP = "ampere+"  # the target of engines for every GPU of compute capability 8.0 and later
+PLATFORM = f"{platform.system()}-{platform.machine()}".lower()
 
 
 class Engine(Protocol):
@@ -31,10 +36,13 @@ class Engine(Protocol):
     @property
     def spec(self) -> EngineSpec: ...
 
+    @property
+    def component(self) -> ComponentSpec: ...
+
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """The component's outputs, by name, for C-contiguous inputs of the types and shapes of its ComponentSpec.
 
-        The outputs are the caller's: no later call writes to them. Raises EngineError for shapes outside `spec.ranges`.
+        The outputs are the caller's: no later call writes to them. Raises EngineError for shapes outside `spec.profiles`.
         """
         ...
 
@@ -47,43 +55,112 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine is opened. `threads` 0: the library decides. `session`: the library's own settings, by its own names."""
+    """How an engine is opened. `threads` 0: the library decides. `session`: the library's own settings, by its own names.
+
+    `stream`: the handle of a CUDA stream of the caller's to work on, in place of one of its own.
+    """
 
     device: int = 0  # which GPU
     threads: int = 0  # of one operator
+    memory: int | None = None  # bytes of a GPU that a pipeline may use
+    stream: int = 0
     session: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """What a backend is asked to build: one component, for a target, in a set of ranges (of `EngineSpec.ranges`)."""
+    """What a backend is asked to build: one component, for a target, in some profiles (those of `EngineSpec`)."""
 
     component: str
+    backend: str
     target: str
-    ranges: Ranges
+    profiles: tuple[Profile, ...]
     stem: str  # the names of the files begin with it
+    options: Mapping[str, str] = field(default_factory=dict)  # settings of the backend, by its own names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Where a build is: `done` of `total` steps of what the library calls `name`; a total of 0 is not known."""
+
+    name: str
+    done: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """The files that a backend wrote, the one to open first in front, and the library's version."""
+    """The files that a backend wrote, the one to open first in front, the library's version, and what the build took.
+
+    `memory`: bytes of activations on the device, where the builder can tell. `peak`: bytes of the builder's own process.
+    """
 
     files: tuple[Path, ...]
     version: str
     precision: Precision
-    memory: int = 0
+    memory: int | None = None
+    platform: str = ""
+    seconds: float = 0.0
+    peak: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """What this machine has of an engine library: its version and the targets that it can run here, or why it has nothing."""
+    """What this machine has of an engine library: its version and the targets that it builds for here, or why it has nothing."""
 
     version: str | None = None
     targets: tuple[str, ...] = ()
     missing: str = ""  # for a person: what is missing, and the line that installs it
 
 
+def check_names(
+    library: str, target: str | None, targets: Sequence[str], options: Mapping[str, str], *, known: Iterable[str]
+) -> str:
+    """`target`, the first of `targets` where it is None. Raises DeviceMissing for another, UnknownName for an unknown option."""
+    for option in options:
+        if option not in known:
+            raise UnknownName(f"option of {library}", option, known)
+    if target is not None and target not in targets:
+        raise DeviceMissing(f"target {target!r}: {library} has {', '.join(targets)} on this machine")
+    return target or targets[0]
+
+
+class Shared:
+    """What the engines of one pipeline share on a device (a stream, an arena): made by the first one that asks for it, and
+    released with `close`, the last one made first, after the engines."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def get(self, key: Hashable, make: Callable[[], contextlib.AbstractContextManager[T]]) -> T:
+        if key not in self._held:
+            self._held[key] = self._stack.enter_context(make())
+        held: T = self._held[key]
+        return held
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def close(self) -> None:
+        self._held.clear()
+        self._stack.close()
+
+
 def check_feeds(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
+    """The size of each named dimension in `feeds`. Raises EngineError where names, types or shapes are not what the component
+    and a profile of the engine take."""
+    dims = dims_of(component, spec, feeds)
+    if not spec.admits(**dims):
+        asked = ", ".join(f"{name} {size}" for name, size in dims.items())
+        raise EngineError(f"engine {spec.name}: {asked}, but it was built for {spec.shapes}")
+    return dims
+
+
+def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
     """The size of each named dimension in `feeds`. Raises EngineError where names, types or shapes are not the component's."""
     expected = {tensor.name: tensor for tensor in component.inputs}
     if feeds.keys() != expected.keys():
@@ -99,24 +176,24 @@ def check_feeds(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, 
             raise EngineError(
                 f"{spec.component}.{name}: {array.dtype} {list(array.shape)}, but {tensor.dtype} [{shape}] belongs here"
             )
-    if not spec.admits(**dims):
-        asked = ", ".join(f"{name} {size}" for name, size in dims.items())
-        takes = ", ".join(f"{name} {low} to {high}" for name, (low, _, high) in spec.ranges.items())
-        raise EngineError(f"engine {spec.name}: {asked}, but it was built for {takes}")
     return dims
 
 
 def call_rows(engine: Engine, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Call `engine` with any number of rows along `batch`, the first axis of every tensor: split to what it takes at most, padded
-    with copies of the last row to what it takes at least. The outputs have the rows of `feeds`."""
-    low, _, high = engine.spec.ranges["batch"]
+    """Call `engine` with any number of rows along `batch`, the first axis of every tensor: split to what its largest profile
+    takes, padded with copies of the last row to the smallest profile that has room. The outputs have the rows of `feeds`."""
     rows = len(next(iter(feeds.values())))
-    if low <= rows <= high:
-        return engine(feeds)
+    dims = dims_of(engine.component, engine.spec, feeds) if len(engine.spec.profiles) > 1 else {}
+    dims.pop("batch", None)
+    sizes = [engine.spec.profiles[index]["batch"] for index in engine.spec.admitting(**dims)]
+    if not sizes or any(low <= rows <= high for low, _, high in sizes):
+        return engine(feeds)  # which tells, where no profile takes it
+    most = max(high for _, _, high in sizes)
     parts = []
-    for start in range(0, rows, high):
-        piece = {name: array[start : start + high] for name, array in feeds.items()}
-        size = min(high, rows - start)
+    for start in range(0, rows, most):
+        piece = {name: array[start : start + most] for name, array in feeds.items()}
+        size = min(most, rows - start)
+        low = min(max(low, size) for low, _, high in sizes if size <= high)
         if size < low:
             piece = {name: np.concatenate([array, np.repeat(array[-1:], low - size, axis=0)]) for name, array in piece.items()}
         parts.append({name: array[:size] for name, array in engine(piece).items()})

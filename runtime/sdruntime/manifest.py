@@ -26,6 +26,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Family = Literal["sd1", "sd2", "sdxl"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Dtype = Literal["float32", "int32", "int64"]
+Profile = Mapping[str, tuple[int, int, int]]
 
 _SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
@@ -93,9 +94,10 @@ class ComponentSpec:
 class EngineSpec:
     """An engine of a component: what built it, what it needs and which shapes it takes.
 
-    `version` is the engine library's; `target` is "cpu", "cuda" or a compute capability ("sm89"). `ranges` gives (min, opt, max)
-    for each named dimension, in the component's own units: rows for `batch`, latent cells for a UNet's `height`.
-    `files`: what the library opens first, then what that refers to.
+    `version` is the engine library's; `target` is "cpu", "cuda", a compute capability ("sm89") or "ampere+". A profile gives
+    (min, opt, max) for each named dimension, in the component's own units: rows for `batch`, latent cells for a UNet's `height`.
+    `files`: what the library opens first, then what that refers to. `platform`: the system and processor that it is bound to
+    ("linux-x86_64"), "" for any. `options`: the settings of the backend that it was built with, so that it can be built again.
     """
 
     component: str
@@ -104,28 +106,44 @@ class EngineSpec:
     target: str
     precision: Precision
     files: tuple[str, ...]
-    ranges: Mapping[str, tuple[int, int, int]]
-    memory: int = 0  # bytes that running it needs on the device, as far as the builder knows
+    profiles: tuple[Profile, ...]
+    memory: int | None = None  # bytes of activations that running it needs on the device, where the builder could tell
+    platform: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.files:
-            raise ValueError("an engine needs a file")
+        if not self.files or not self.profiles:
+            raise ValueError("an engine needs a file and a profile")
         for part in (self.backend, self.version, self.target):
             if not _SAFE_PART.fullmatch(part):
                 raise ValueError(f"{part!r} is not a plain name")
-        for name, (low, opt, high) in self.ranges.items():
-            if not 1 <= low <= opt <= high:
-                raise ValueError(f"range of {name}: min {low}, opt {opt}, max {high} do not rise from 1")
-        object.__setattr__(self, "ranges", MappingProxyType(dict(self.ranges)))
+        for profile in self.profiles:
+            for name, (low, opt, high) in profile.items():
+                if not 1 <= low <= opt <= high:
+                    raise ValueError(f"range of {name}: min {low}, opt {opt}, max {high} do not rise from 1")
+        object.__setattr__(self, "profiles", tuple(MappingProxyType(dict(profile)) for profile in self.profiles))
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     @property
     def name(self) -> str:
         """The engine's file name without its folder and ending: what messages call it."""
         return self.files[0].rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
+    def admitting(self, **dims: int) -> list[int]:
+        """The profiles, by index, in which every given dimension lies; one that a profile does not name is fixed and passes."""
+        return [index for index, profile in enumerate(self.profiles) if _admits(profile, dims)]
+
     def admits(self, **dims: int) -> bool:
-        """Whether every given dimension lies in this engine's range; one that it does not name is fixed elsewhere and passes."""
-        return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in dims.items() if name in self.ranges)
+        """Whether some profile takes all of the given dimensions."""
+        return bool(self.admitting(**dims))
+
+    @property
+    def shapes(self) -> str:
+        """For a person: what each profile takes, dimensions in its order."""
+        return " or ".join(
+            ", ".join(f"{name} {low}" if low == high else f"{name} {low} to {high}" for name, (low, _, high) in profile.items())
+            for profile in self.profiles
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +208,11 @@ class Manifest:
             component = self.components.get(engine.component)
             if component is None:
                 yield f"engine {engine.name}: the bundle has no component {engine.component!r}"
-            elif set(engine.ranges) != set(component.dimensions):
-                asked, named = ", ".join(component.dimensions), ", ".join(engine.ranges)
-                yield f"engine {engine.name}: ranges for {named or 'nothing'}, but {engine.component} has {asked}"
+                continue
+            for profile in engine.profiles:
+                if set(profile) != set(component.dimensions):
+                    asked, named = ", ".join(component.dimensions), ", ".join(profile)
+                    yield f"engine {engine.name}: ranges for {named or 'nothing'}, but {engine.component} has {asked}"
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -238,6 +258,10 @@ def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str
     for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         if name not in components:
             yield f"components: {name} is missing"
+
+
+def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
+    return all(profile[name][0] <= size <= profile[name][2] for name, size in dims.items() if name in profile)
 
 
 def _refuse_twins(what: str, names: list[str]) -> None:

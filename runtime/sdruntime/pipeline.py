@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,19 +15,21 @@ from typing import Any
 import numpy as np
 
 from sdruntime import latent
+from sdruntime.backends import BACKENDS
 from sdruntime.backends import backend as backend_module
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.condition import Condition, Conditioner
-from sdruntime.denoise import Job, denoise
-from sdruntime.engine import Array, Engine, EngineOptions
-from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.denoise import Call, Job, Stepper, denoise
+from sdruntime.engine import Array, Engine, EngineOptions, Shared
+from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, parameters, png_text, to_uint8
 from sdruntime.manifest import ModelSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
 from sdruntime.samplers import resolve
+from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -100,22 +103,35 @@ class Stream:
     """
 
     def __init__(
-        self, pipe: Pipeline, asked: Sequence[Request], jobs: Sequence[Job], conditions: Mapping[str, Condition]
+        self,
+        pipe: Pipeline,
+        asked: Sequence[Request],
+        jobs: Sequence[Job],
+        conditions: Mapping[str, Condition],
+        *,
+        on_device: bool,
     ) -> None:
         self.jobs = tuple(jobs)
-        self._pipe, self._asked, self._conditions = pipe, asked, conditions
+        self._pipe, self._asked, self._conditions, self._on_device = pipe, asked, conditions, on_device
         self._states = self._walk()
 
     def __iter__(self) -> Iterator[State]:
         return self._states
 
-    def _walk(self) -> Iterator[State]:
+    def close(self) -> None:
+        """End the loop where it is: nothing is left on a device."""
+        self._states.close()
+
+    def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
-        for step, _ in enumerate(denoise(self.jobs, self._pipe.unet_for), start=1):
-            yield State(step=step, steps=steps, jobs=self.jobs)
+        steppers = self._pipe.device_steppers if self._on_device else self._pipe.steppers
+        with contextlib.closing(denoise(self.jobs, steppers)) as loop:
+            for step, _ in enumerate(loop, start=1):
+                yield State(step=step, steps=steps, jobs=self.jobs)
 
     @functools.cached_property
     def result(self) -> Result:
+        self.close()
         decoded = self._pipe.decode([job.run.x for job in self.jobs])
         model = self._pipe.model.name
         pictures = [
@@ -143,17 +159,18 @@ class Pipeline:
     def __init__(self, bundle: Bundle, *, backend: str, options: EngineOptions) -> None:
         self.bundle, self.model = bundle, bundle.manifest.model
         self._backend, self._options = backend, options
-        self._machine = Machine.here()
+        self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._engines: dict[str, Engine] | None = None
-        self._stack = contextlib.ExitStack()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._stack, self._shared = contextlib.ExitStack(), Shared()
         # a bundle that cannot run here is told of before anything is opened
         self._chosen = [
             choose_engine(bundle.manifest, name, self._machine, name=backend)
             for name in bundle.manifest.components
-            if name != "vae_encoder"  # opened when the first picture comes in
+            if name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
         ]
 
     @classmethod
@@ -164,7 +181,8 @@ class Pipeline:
         return cls(bundle, backend=backend, options=options or EngineOptions())
 
     def __enter__(self) -> Pipeline:
-        warn_if_slow(self._chosen, self._machine)
+        if self._backend == AUTO:
+            warn_if_slow(self._chosen, self._machine)
         self._engines = {}
         try:
             for spec in self._chosen:
@@ -178,8 +196,13 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
+        for stream in list(self._streams):
+            stream.close()
         self._engines = None
-        self._stack.close()
+        try:
+            self._stack.close()
+        finally:
+            self._shared.close()
 
     @property
     def sampler(self) -> str:
@@ -191,13 +214,17 @@ class Pipeline:
 
         Raises SettingError for a setting out of range, EngineError for a size that no engine takes.
         """
-        stream = self.stream(prompt, **settings)
+        stream = self.stream(prompt, on_device=True, **settings)
         for _ in stream:
             pass
         return stream.result
 
-    def stream(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Stream:
-        """The same as a loop that the caller owns: a State after each model call, to show, to edit, to stop."""
+    def stream(self, prompt: str | Request | Sequence[str | Request], *, on_device: bool = False, **settings: Any) -> Stream:
+        """The same as a loop that the caller owns: a State after each model call, to show, to edit, to stop.
+
+        `on_device`: where the engines can, the loop stays on the GPU and the states run ahead of it by two steps at most. Then
+        latents may be looked at, which waits for the device, but edits of them are lost.
+        """
         asked = requests(prompt, **settings)
         shapes = [self._latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
@@ -206,7 +233,9 @@ class Pipeline:
             self.engine("vae_decoder", height=height, width=width)
         conditions = self._conditions(asked)
         jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
-        return Stream(self, asked, jobs, conditions)
+        stream = Stream(self, asked, jobs, conditions, on_device=on_device)
+        self._streams.add(stream)
+        return stream
 
     def engine(self, component: str, **dims: int) -> Engine:
         """The open engine of a component that admits `dims`, opened now if need be. Raises EngineError, SdruntimeError."""
@@ -216,11 +245,27 @@ class Pipeline:
             if engine.spec.component == component and engine.spec.admits(**dims):
                 return engine
         spec = choose_engine(self.bundle.manifest, component, self._machine, name=self._backend, **dims)
-        opened = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options)
+        opened = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
         self._engines[spec.name] = self._stack.enter_context(opened)
         return self._engines[spec.name]
 
-    def unet_for(self, job: Job) -> Engine:
+    def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
+        """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
+        return [Call(jobs, lambda: self._unet_for(jobs[0]))]
+
+    def device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
+        """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`."""
+        unet = self._unet_for(jobs[0])
+        if BACKENDS[unet.spec.backend].loop and STEP in self.bundle.manifest.components:
+            from sdruntime.loop import device_calls
+
+            with contextlib.suppress(EngineError):  # no engine of `step`, or none of this shape
+                step = self.engine(STEP, cells=jobs[0].run.x.size)
+                if calls := device_calls(jobs, unet, step):
+                    return calls
+        return self.steppers(jobs)
+
+    def _unet_for(self, job: Job) -> Engine:
         _, height, width = job.run.x.shape
         return self.engine("unet", height=height, width=width, sequence=len(job.condition.hidden))
 

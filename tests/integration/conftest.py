@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 
 Ready = Callable[[Path], Path]
 
@@ -21,7 +21,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     def with_engines(bundle: Path) -> Path:
         if bundle not in made:
             made[bundle] = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("ready") / bundle.name))
-            for _ in build_engines(made[bundle], backend_name="onnxruntime"):
+            for _ in build_engines(made[bundle], Asked(backend="onnxruntime")):
                 pass
         return made[bundle]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from integration.reference import psnr
 
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 from sdruntime.cuda import devices
 from sdruntime.engine import EngineOptions
 from sdruntime.errors import SdruntimeError
@@ -21,7 +21,7 @@ PROMPT = "a small red circle on the left on a blue background"
 @pytest.fixture(scope="module")
 def on_cuda(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("cuda") / "bundle"))
-    for _ in build_engines(folder, backend_name="onnxruntime", target="cuda"):
+    for _ in build_engines(folder, Asked(backend="onnxruntime", target="cuda")):
         pass
     return folder
 

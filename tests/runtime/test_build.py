@@ -6,13 +6,14 @@ import pytest
 from bundles import MODEL
 
 from sdruntime.backends import BACKENDS
-from sdruntime.build import Shapes, build_engines
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, choose_engine, misfit, warn_if_slow
 from sdruntime.cuda import Device
 from sdruntime.engine import Library
 from sdruntime.errors import DeviceMissing, EngineError, SettingError, UnknownName
 from sdruntime.manifest import EngineSpec
+from sdruntime.shapes import Shapes
 
 FAKE = {"fake": Library(version="1", targets=("cpu",))}
 ORT_CPU = Library(version="1.32.0", targets=("cpu",))
@@ -21,13 +22,13 @@ GPU = Device(name="a GPU", capability=(9, 0), memory=1 << 36)
 
 
 def built(bundle: Bundle, **asked: str) -> Bundle:
-    for _ in build_engines(bundle.folder, backend_name="fake", **asked):  # type: ignore[arg-type]
+    for _ in build_engines(bundle.folder, Asked(backend="fake", **asked)):  # type: ignore[arg-type]
         pass
     return Bundle.open(bundle.folder)
 
 
 def ort(target: str, version: str = "1.32.0") -> EngineSpec:
-    ranges = {"batch": (1, 2, 16), "height": (8, 64, 256), "width": (8, 64, 256), "sequence": (77, 77, 77)}
+    profile = {"batch": (1, 2, 16), "height": (8, 64, 256), "width": (8, 64, 256), "sequence": (77, 77, 77)}
     return EngineSpec(
         component="unet",
         backend="onnxruntime",
@@ -35,7 +36,7 @@ def ort(target: str, version: str = "1.32.0") -> EngineSpec:
         target=target,
         precision="fp32",
         files=(f"engines/unet-{version}-{target}.onnx",),
-        ranges=ranges,
+        profiles=(profile,),
     )
 
 
@@ -50,17 +51,17 @@ def test_a_build_adds_engines_once_and_changes_nothing_else(bundle: Bundle) -> N
     once = built(bundle)
     assert [engine.component for engine in once.manifest.engines] == list(bundle.manifest.components)
     assert set(once.manifest.files) - set(bundle.manifest.files) == {engine.files[0] for engine in once.manifest.engines}
-    states = [event.state for event in build_engines(bundle.folder, backend_name="fake")]
+    states = [event.state for event in build_engines(bundle.folder, Asked(backend="fake"))]
     assert states == ["present"] * 4
     assert Bundle.open(bundle.folder).manifest == once.manifest
 
 
 def test_ranges_are_in_the_units_of_each_component(bundle: Bundle) -> None:
     engines = {
-        engine.component: engine.ranges
+        engine.component: dict(engine.profiles[0])
         for engine in built(bundle, size="256x128:512x512:768x1024", batch="1:2:4").manifest.engines
     }
-    assert engines["text_encoder"] == {"batch": (1, 4, 8)}
+    assert engines["text_encoder"] == {"batch": (1, 2, 8)}
     assert engines["unet"] == {"batch": (1, 4, 8), "height": (16, 64, 128), "width": (32, 64, 96), "sequence": (77, 77, 77)}
     assert engines["vae_decoder"] == {"batch": (1, 2, 4), "height": (16, 64, 128), "width": (32, 64, 96)}
     assert engines["vae_encoder"] == {"batch": (1, 2, 4), "height": (128, 512, 1024), "width": (256, 512, 768)}
@@ -94,11 +95,11 @@ def test_shapes_out_of_order_are_refused(asked: dict[str, str], told: str) -> No
 
 def test_an_unknown_backend_component_or_target_is_refused(bundle: Bundle) -> None:
     with pytest.raises(UnknownName, match="did you mean onnxruntime"):
-        list(build_engines(bundle.folder, backend_name="onnxrt"))
+        list(build_engines(bundle.folder, Asked(backend="onnxrt")))
     with pytest.raises(UnknownName, match="did you mean unet"):
-        list(build_engines(bundle.folder, backend_name="fake", components=["uent"]))
+        list(build_engines(bundle.folder, Asked(backend="fake", components=("uent",))))
     with pytest.raises(DeviceMissing, match="target 'cuda': fake 1 has cpu"):
-        list(build_engines(bundle.folder, backend_name="fake", target="cuda"))
+        list(build_engines(bundle.folder, Asked(backend="fake", target="cuda")))
 
 
 def test_cuda_comes_before_the_cpu_and_the_fake_only_by_name(bundle: Bundle) -> None:
@@ -119,7 +120,7 @@ def test_the_error_says_why_each_engine_does_not_fit_and_what_to_do(bundle: Bund
     lines = str(caught.value).splitlines()
     assert lines[1].endswith("built with onnxruntime 1.20.1, here is 1.32.0")
     assert lines[2].endswith("built for cuda, here is cpu")
-    assert lines[3].endswith("height 4 is outside 8 to 256")
+    assert lines[3].endswith("asked is height 4, width 64")
     assert lines[4] == "build one: sdruntime build BUNDLE --backend onnxruntime --size 512x32"
 
 
@@ -142,4 +143,4 @@ def test_every_backend_has_the_same_two_files() -> None:
     for name in BACKENDS:
         assert callable(backend(name, "build").build_engine)
         assert callable(backend(name, "engine").open_engine)
-        assert isinstance(backend(name, "engine").here(), Library)
+        assert isinstance(backend(name, "engine").here(name), Library)

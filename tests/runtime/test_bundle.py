@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdruntime import bundle as bundle_module
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle, staging
 from sdruntime.errors import BundleError, OutOfSpace
 from sdruntime.manifest import REVISION, load_manifest, save_manifest
@@ -126,12 +126,14 @@ def test_faults_of_a_manifest_come_with_their_paths(bundle: Bundle) -> None:
 
 
 def test_an_engine_of_no_component_or_with_other_dimensions_is_refused(bundle: Bundle) -> None:
-    *_, _ = build_engines(bundle.folder, backend_name="fake", components=["unet"])
+    *_, _ = build_engines(bundle.folder, Asked(backend="fake", components=("unet",)))
     (engine,) = load_manifest(bundle.folder).engines
     with pytest.raises(ValueError, match="no component 'clip'"):
         dataclasses.replace(load_manifest(bundle.folder), engines=(dataclasses.replace(engine, component="clip"),))
     with pytest.raises(ValueError, match="ranges for batch, but unet has batch, height, width, sequence"):
-        dataclasses.replace(load_manifest(bundle.folder), engines=(dataclasses.replace(engine, ranges={"batch": (1, 1, 1)}),))
+        dataclasses.replace(
+            load_manifest(bundle.folder), engines=(dataclasses.replace(engine, profiles=({"batch": (1, 1, 1)},)),)
+        )
 
 
 def test_staging_takes_its_place_at_the_end(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from sdruntime import bundle
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 
 number = int(sys.argv[2])
 def stop_after(count, function):
@@ -191,7 +193,7 @@ steps = [(bundle, "file_spec"), (bundle, "_sync"), (bundle, "save_manifest"), (P
 for owner, name in steps:
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, original=original, **kwargs: (counting(), original(*args, **kwargs))[1])
-for _ in build_engines(sys.argv[1], backend_name="fake"):
+for _ in build_engines(sys.argv[1], Asked(backend="fake")):
     pass
 """
 
@@ -204,7 +206,7 @@ def test_adding_an_engine_killed_at_any_step_leaves_a_valid_bundle(bundle: Bundl
     assert done.returncode == -9, done.stderr
     found = Bundle.open(bundle.folder)
     assert found.changed_files() == []
-    events = [event.state for event in build_engines(bundle.folder, backend_name="fake")]
+    events = [event.state for event in build_engines(bundle.folder, Asked(backend="fake"))]
     assert events.count("done") + events.count("present") == 4
     after = Bundle.open(bundle.folder)
     assert {path.name for path in (bundle.folder / "engines").iterdir()} == {

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from bundles import SCHEDULER, TENSORS
 
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.condition import Condition
-from sdruntime.denoise import Job, denoise
+from sdruntime.denoise import Call, Job, denoise
 from sdruntime.engine import Array
 from sdruntime.manifest import ComponentSpec, EngineSpec
 from sdruntime.noise import NoiseStream
@@ -30,7 +30,7 @@ class Unet(FakeEngine):
             target="cpu",
             precision="fp32",
             files=("engines/unet.json",),
-            ranges={"batch": (least, least, most), "height": side, "width": side, "sequence": (77, 77, 77)},
+            profiles=({"batch": (least, least, most), "height": side, "width": side, "sequence": (77, 77, 77)},),
         )
         super().__init__(spec, UNET, fill=0.0, factor=8)
         self.timesteps: list[list[float]] = []
@@ -41,6 +41,10 @@ class Unet(FakeEngine):
         text = feeds["encoder_hidden_states"].mean(axis=(1, 2), dtype=np.float64)
         shift = np.sin(feeds["timestep"] / 500) + text
         return {"out_sample": np.tanh(feeds["sample"] * 0.5 + shift[:, None, None, None]).astype(np.float32)}
+
+
+def host(unet: Unet) -> Callable[[Sequence[Job]], list[Call]]:
+    return lambda jobs: [Call(jobs, lambda: unet)]
 
 
 def text(value: float) -> Condition:
@@ -72,17 +76,17 @@ def crowd() -> list[Job]:
 @pytest.mark.parametrize(("most", "least"), [(16, 1), (2, 1), (1, 1), (4, 3)])
 def test_together_is_as_alone_at_any_batch_size(most: int, least: int) -> None:
     together = crowd()
-    rounds = sum(1 for _ in denoise(together, lambda _: Unet(most=most, least=least)))
+    rounds = sum(1 for _ in denoise(together, host(Unet(most=most, least=least))))
     assert rounds == max(each.run.steps for each in together)
     for ours, alone in zip(together, crowd(), strict=True):
-        for _ in denoise([alone], lambda _: Unet()):
+        for _ in denoise([alone], host(Unet())):
             pass
         np.testing.assert_array_equal(ours.run.x, alone.run.x)
 
 
 def test_jobs_of_one_shape_share_calls_with_the_unconditional_rows_first() -> None:
     unet = Unet()
-    for _ in denoise(crowd()[:3], lambda _: unet):
+    for _ in denoise(crowd()[:3], host(unet)):
         pass
     assert [call["batch"] for call in unet.calls] == [5] * 5 + [2] * 4
     unguided, first, second = (each.run.t for each in crowd()[:3])
@@ -100,7 +104,7 @@ def test_guidance_is_between_the_two_outputs_by_its_definition() -> None:
     )
     expected = job(2, steps=1, sampler="euler")
     expected.run.advance(without + np.float32(7.5) * (with_text - without))
-    for _ in denoise([guided], lambda _: unet):
+    for _ in denoise([guided], host(unet)):
         pass
     np.testing.assert_allclose(guided.run.x, expected.run.x, atol=2e-5)
 
@@ -108,7 +112,7 @@ def test_guidance_is_between_the_two_outputs_by_its_definition() -> None:
 def test_an_edit_between_steps_is_what_the_model_sees_next() -> None:
     edited, unet = job(1, steps=3, sampler="dpmpp_2m"), Unet()
     seen: list[float] = []
-    for _ in denoise([edited], lambda _: unet):
+    for _ in denoise([edited], host(unet)):
         if not edited.done:
             edited.run.x[:] = edited.run.step
             sample = np.empty((4, 4, 4), np.float32)
@@ -119,7 +123,7 @@ def test_an_edit_between_steps_is_what_the_model_sees_next() -> None:
 
 def test_a_stopped_job_stays_as_it_is_and_the_others_go_on() -> None:
     jobs, unet = crowd()[:2], Unet()
-    for _ in denoise(jobs, lambda _: unet):
+    for _ in denoise(jobs, host(unet)):
         if jobs[0].run.step == 2 and not jobs[0].stopped:
             jobs[0].stopped = True
             kept = jobs[0].run.x.copy()

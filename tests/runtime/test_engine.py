@@ -30,7 +30,7 @@ def engine(low: int, high: int) -> Doubling:
         target="cpu",
         precision="fp32",
         files=("engines/unet.json",),
-        ranges={"batch": (low, low, high), "height": (1, 1, 16), "width": (1, 1, 16), "sequence": (77, 77, 77)},
+        profiles=({"batch": (low, low, high), "height": (1, 1, 16), "width": (1, 1, 16), "sequence": (77, 77, 77)},),
     )
     return Doubling(spec, COMPONENT, fill=0.0, factor=8)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.pipeline import Pipeline
 
@@ -26,7 +26,7 @@ ASKED = {"seed": 7, "steps": 4, "sampler": "dpmpp_2m", "size": (64, 64), "guidan
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("fixture") / "bundle"))
-    for _ in build_engines(folder, backend_name="onnxruntime"):
+    for _ in build_engines(folder, Asked(backend="onnxruntime")):
         pass
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 from bundles import SCHEDULER
 
 from sdruntime.__main__ import main
-from sdruntime.build import build_engines
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.image import read_png, write_png
 
@@ -21,7 +21,7 @@ from sdruntime.image import read_png, write_png
 @pytest.fixture
 def ready(bundle: Bundle) -> Path:
     """A bundle with fake engines."""
-    for _ in build_engines(bundle.folder, backend_name="fake", size="64x64:512x512"):
+    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64:512x512")):
         pass
     return bundle.folder
 
@@ -101,7 +101,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--size", "100x64"], 2, "size 100x64: both sides must be multiples of 64, such as 128x64"),
         (["--size", "0x0"], 2, "multiples of 64"),
         (["--size", "big"], 2, "WIDTHxHEIGHT"),
-        (["--size", "1024x1024"], 5, "height 128 is outside 8 to 64"),
+        (["--size", "1024x1024"], 5, "asked is height 128, width 128"),
         (["--steps", "0"], 2, "steps 0"),
         (["--steps", "1000000000"], 2, "steps 1000000000"),
         (["--sampler", "dpmp_2m"], 2, "did you mean dpmpp_2m"),
@@ -218,7 +218,7 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path:
 
     interrupted = (
         "import os, signal, sys, sdruntime.__main__ as line\n"
-        "line.progress = lambda step, steps: os.kill(os.getpid(), signal.SIGINT)\n"
+        "line.progress = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(line.main(sys.argv[1:]))"
     )
     arguments = ["generate", str(ready), "x", "--backend", "fake", "-o", str(tmp_path / "out.png")]

@@ -15,10 +15,14 @@ import sdexport.build
 from sdexport.build import Built, EngineProgress, Options, Progress, build
 from sdexport.errors import CheckpointError, ExportError, PrecisionError
 from sdexport.job import Job, Stage
+from sdruntime.build import Asked
 from sdruntime.bundle import Bundle
 from sdruntime.errors import BundleError, OutOfSpace, SdruntimeError, SettingError, UnknownName
 
 KINDS = ("sd1", "sd2_v", "sdxl")
+
+
+ASKED = Asked(backend="onnxruntime", size="64x64", batch="2")
 
 
 def built(checkpoint: Path, out: Path, **options: Any) -> Built:
@@ -188,26 +192,27 @@ def test_pickled_weights_with_the_flag_give_the_same_bundle(sd1_checkpoint: Path
 
 
 def test_engines_are_built_into_the_bundle_and_added_to_one_that_is_there(sd1_checkpoint: Path, copy: Path) -> None:
-    events = list(build(str(sd1_checkpoint), copy, Options(backends=("onnxruntime",), size="64x64", batch="2")))
+    events = list(build(str(sd1_checkpoint), copy, Options(engines=(ASKED,))))
     assert any(isinstance(event, EngineProgress) for event in events)
     assert not any(isinstance(event, Progress) for event in events), "the ONNX is up to date"
     engines = Bundle.open(copy).manifest.engines
     assert {engine.component for engine in engines} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
-    assert built(sd1_checkpoint, copy, backends=("onnxruntime",), size="64x64", batch="2").up_to_date
+    assert built(sd1_checkpoint, copy, engines=(ASKED,)).up_to_date
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"),
+    ("asked", "kind"),
     [
-        ({"backends": ("onnxruntim",)}, UnknownName),
-        ({"backends": ("onnxruntime",), "size": "63x64"}, SettingError),
-        ({"backends": ("onnxruntime",), "batch": "4:1"}, SettingError),
+        (Asked(backend="onnxruntim"), UnknownName),
+        (Asked(backend="onnxruntime", size="63x64"), SettingError),
+        (Asked(backend="onnxruntime", batch="4:1"), SettingError),
+        (Asked(backend="onnxruntime", components=("uent",)), UnknownName),
     ],
 )
 def test_wrong_engine_options_are_told_before_the_long_work(
-    sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], kind: type[SdruntimeError]
+    sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked, kind: type[SdruntimeError]
 ) -> None:
     monkeypatch.setattr(sdexport.build, "run_apart", None)
     with pytest.raises(kind):
-        built(sd1_checkpoint, tmp_path / "bundle", **options)
+        built(sd1_checkpoint, tmp_path / "bundle", engines=(asked,))
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ import pytest
 import sdruntime.errors
 from sdexport import errors
 from sdexport.job import Job, Stage
-from sdexport.process import _from_message, _to_message, peak_memory, run_apart
+from sdexport.process import run_apart
+from sdruntime.process import _from_message, _to_message, peak_memory
 
 
 @pytest.fixture
@@ -93,12 +94,11 @@ def test_a_job_that_is_left_ends_its_process(job: Job, monkeypatch: pytest.Monke
         os.kill(int(mark.read_text()), 0)
 
 
-def test_a_process_ends_with_its_parent(job: Job) -> None:
+def test_a_process_ends_with_its_parent() -> None:
     """The child reads the end of its standard input, which the parent's death closes."""
-    code = "import sdexport.process as p, time; p.run = lambda job: time.sleep(60) or []; p.main()"
-    asked = '{"checkpoint": "", "component": "", "precision": "fp32", "allow_pickle": false, "out": ""}'
+    code = "import sdruntime.process as p, time; p.serve(lambda job, tell: time.sleep(60), errors=(), memory=MemoryError())"
     quiet = subprocess.DEVNULL
-    child = subprocess.Popen([sys.executable, "-c", code, asked], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
+    child = subprocess.Popen([sys.executable, "-c", code, "{}"], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     child.communicate(timeout=30)  # closes its input
     assert child.returncode == 1
 

@@ -53,9 +53,13 @@ class TimingCache:
         self._trt, self.where, self.entries = trt, where, entries
 
     def serialize(self) -> Any:
+        no_timing_cache(self._trt)
         return host_memory(self._trt, "\n".join([f"FAKE-TIMING {self.where}", *sorted(self.entries)]).encode())
 
     def combine(self, input_cache: Any, ignore_mismatch: bool) -> bool:
+        no_timing_cache(self._trt)
+        if input_cache._behaviour is self:
+            raise Strictness("a timing cache combined with itself: the real one waits forever")
         if input_cache._behaviour.where != self.where and not ignore_mismatch:
             return False
         self.entries |= input_cache._behaviour.entries
@@ -136,12 +140,12 @@ class BuilderConfig:
         return len(self.profiles) - 1
 
     def create_timing_cache(self, serialized_timing_cache: Any) -> Any:
-        no_timing_cache(self._trt)
         first, *entries = bytes(serialized_timing_cache).decode(errors="replace").split("\n")
         kind, _, where = first.partition(" ")
         if first and kind != "FAKE-TIMING":
-            report(self._trt, self._logger, "ERROR", "The timing cache is corrupt")
-            return None
+            text = "Failed to deserialize timing cache. Returning an empty timing cache."
+            report(self._trt, self._logger, "WARNING", text)
+            where, entries = "", []
         return self._trt.make("ITimingCache", TimingCache(self._trt, where or gpu_id(self._trt), set(entries)))
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trt import networks
 from trt.fake_tensorrt import fake_tensorrt
-from trt.machine import Machine
 from trt.networks import Draft
 from trt.streams import Gpus
 from trt.strict import BadCall, NotModelled, Strictness
 from trt.surface import Surface
-
-Make = Callable[..., Machine]
 
 
 @pytest.fixture
@@ -156,7 +150,7 @@ def test_what_cannot_be_parsed_leaves_errors(trt: Any, tmp_path: Path, fault: st
     assert not draft.parsed
     assert draft.parser.num_errors == 1
     error = draft.parser.get_error(0)
-    code = {"missing": "INVALID_VALUE", "garbage": "MODEL_DESERIALIZE_FAILED", "foreign": "UNSUPPORTED_NODE"}
+    code = {"missing": "INVALID_VALUE", "garbage": "MODEL_DESERIALIZE_FAILED", "foreign": "INVALID_NODE"}
     assert error.code() == getattr(trt.ErrorCode, code.get(fault, "INVALID_GRAPH"))
     if fault == "foreign":
         assert (error.node(), error.node_name(), error.node_operator()) == (0, "fused", "Fused")
@@ -296,7 +290,7 @@ def test_a_monitor_cancels_and_what_it_raises_is_lost(
 def test_a_timing_cache_learns_and_knows_its_gpu(draft: Draft, surface: Surface, tmp_path: Path) -> None:
     if surface.module == "tensorrt_rtx":
         with pytest.warns(DeprecationWarning, match="no-ops"):
-            draft.config.create_timing_cache(b"")
+            draft.config.set_timing_cache(draft.config.create_timing_cache(b""), False)
         return
     cache = draft.config.create_timing_cache(b"")
     assert draft.config.set_timing_cache(cache, False)
@@ -308,7 +302,8 @@ def test_a_timing_cache_learns_and_knows_its_gpu(draft: Draft, surface: Surface,
     foreign = other.config.create_timing_cache(after)
     assert not other.config.set_timing_cache(foreign, False)
     assert other.config.set_timing_cache(foreign, ignore_mismatch=True)
-    assert other.config.create_timing_cache(b"garbage") is None
+    empty = bytes(other.config.create_timing_cache(b"").serialize())
+    assert bytes(other.config.create_timing_cache(b"garbage").serialize()) == empty
 
 
 def test_settings_are_kept(draft: Draft) -> None:
@@ -356,20 +351,3 @@ def test_compute_capabilities_are_counted_first(draft: Draft, surface: Surface) 
     assert draft.build() is None  # the second one is NONE
     assert config.set_compute_capability(capability.SM89, 1)
     assert b'"capabilities": [86, 89]' in bytes(draft.build())
-
-
-def test_a_machine_is_what_the_code_under_test_sees(machine: Make, surface: Surface) -> None:
-    import ctypes
-    import importlib
-
-    from sdruntime import cuda
-
-    here = machine(surface, name="Fake", devices=2)
-    assert importlib.import_module(surface.module).__version__ == surface.version
-    other = {"tensorrt": "tensorrt_rtx", "tensorrt_rtx": "tensorrt"}[surface.module]
-    with pytest.raises(ImportError):
-        importlib.import_module(other)
-    assert [device.name for device in cuda.devices()] == ["Fake", "Fake"]
-    assert ctypes.CDLL("libcudart.so.12") is here.cudart
-    assert sys.modules[surface.module] is here.trt
-    assert json.loads(json.dumps(here.gpus.leaks())) == []

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Built, EngineRequest
+from sdruntime.engine import Built, EngineRequest, Stage, check_names
+from sdruntime.manifest import Precision
 
 VERSION = "1"
 TARGETS = ("cpu",)
 
 
-def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Built:
+def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+    return check_names(f"{name} {VERSION}", target, TARGETS, options, known=())
+
+
+def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
     path = folder / f"{request.stem}.json"
+    yield Stage(name="fill", done=1, total=1)
     path.write_text(json.dumps({"fill": 0.0}) + "\n")
     return Built(files=(path,), version=VERSION, precision=bundle.manifest.precision)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdruntime.backends.fake.build import TARGETS, VERSION
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, EngineOptions, Library, check_feeds
+from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 
@@ -17,17 +17,17 @@ class FakeEngine:
     """Remembers its calls; the outputs are views of one array for each shape, and read-only."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, *, fill: float, factor: int) -> None:
-        self.spec = spec
+        self.spec, self.component = spec, component
         self.calls: list[dict[str, int]] = []
-        self._component, self._fill, self._factor = component, fill, factor
+        self._fill, self._factor = fill, factor
         self._made: dict[tuple[int, ...], dict[str, Array]] = {}
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        dims = check_feeds(self._component, self.spec, feeds)
+        dims = check_feeds(self.component, self.spec, feeds)
         self.calls.append(dims)
         key = tuple(dims.values())
         if key not in self._made:
-            self._made[key] = {tensor.name: self._output(tensor.shape, tensor.dtype, dims) for tensor in self._component.outputs}
+            self._made[key] = {tensor.name: self._output(tensor.shape, tensor.dtype, dims) for tensor in self.component.outputs}
         return self._made[key]
 
     def _output(self, shape: tuple[int | str, ...], dtype: str, dims: Mapping[str, int]) -> Array:
@@ -46,10 +46,10 @@ class FakeEngine:
         self.close()
 
 
-def here() -> Library:
+def here(name: str = "fake") -> Library:
     return Library(version=VERSION, targets=TARGETS)
 
 
-def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions) -> FakeEngine:
+def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> FakeEngine:
     fill = bundle.read_json(spec.files[0])["fill"]
     return FakeEngine(spec, bundle.manifest.components[spec.component], fill=fill, factor=bundle.manifest.model.vae_factor)

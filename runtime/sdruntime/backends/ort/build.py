@@ -6,12 +6,15 @@ engine is opened.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Built, EngineRequest
+from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.errors import DeviceMissing, LibraryMissing, SdruntimeError
+from sdruntime.manifest import Precision
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
 INSTALL = 'pip install "sdruntime[onnxruntime]"'
@@ -33,14 +36,19 @@ def targets(ort: Any) -> tuple[str, ...]:
     return tuple(target for target, provider in PROVIDERS.items() if provider in available)
 
 
-def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Built:
-    """Write `stem`.onnx and, where it has larger tensors, `stem`.onnx.data into `folder`."""
+def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+    """Raises LibraryMissing, DeviceMissing for a target that this ONNX Runtime was not built with, UnknownName."""
     ort = library()
-    if request.target not in targets(ort):
-        raise DeviceMissing(
-            f"target {request.target!r}: this onnxruntime {ort.__version__} has {', '.join(targets(ort))}"
-            + (': pip install "sdruntime[onnxruntime-gpu]"' if request.target == "cuda" else "")
-        )
+    try:
+        return check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=())
+    except DeviceMissing as error:
+        raise DeviceMissing(f'{error}: pip install "sdruntime[onnxruntime-gpu]" for cuda') from None
+
+
+def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
+    """Write `stem`.onnx and, where it has larger tensors, `stem`.onnx.data into `folder`."""
+    ort, begun = library(), time.monotonic()
+    yield Stage(name="optimise")
     component = bundle.manifest.components[request.component]
     for path in component.files:
         bundle.read(path)  # the hash of what is about to be parsed
@@ -57,7 +65,8 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Built:
     except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
         raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
     files = (model, data) if data.exists() else (model,)
-    return Built(files=files, version=ort.__version__, precision=bundle.manifest.precision)
+    seconds = time.monotonic() - begun
+    return Built(files=files, version=ort.__version__, precision=bundle.manifest.precision, seconds=seconds)
 
 
 def _providers(target: str) -> list[str]:

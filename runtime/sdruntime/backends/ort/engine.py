@@ -11,7 +11,7 @@ import numpy as np
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.external import ExternalTensor, external_tensors
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, EngineOptions, Library, check_feeds
+from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
@@ -20,16 +20,16 @@ class OrtEngine:
     """A session. Inputs are read where they lie; an output whose shape follows from the inputs is written into its array."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, session: Any, weights: list[Any]) -> None:
-        self.spec = spec
-        self._component, self._session, self._weights = component, session, weights
+        self.spec, self.component = spec, component
+        self._session, self._weights = session, weights
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        dims = check_feeds(self._component, self.spec, feeds)
+        dims = check_feeds(self.component, self.spec, feeds)
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         outputs: dict[str, Array] = {}
-        for tensor in self._component.outputs:
+        for tensor in self.component.outputs:
             shape = [dims.get(dim) if isinstance(dim, str) else dim for dim in tensor.shape]
             if None in shape:  # ONNX Runtime allocates it
                 binding.bind_output(tensor.name)
@@ -40,7 +40,7 @@ class OrtEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
             raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error
-        for tensor, value in zip(self._component.outputs, binding.get_outputs(), strict=True):
+        for tensor, value in zip(self.component.outputs, binding.get_outputs(), strict=True):
             if tensor.name not in outputs:
                 outputs[tensor.name] = value.numpy()
         return outputs
@@ -55,7 +55,7 @@ class OrtEngine:
         self.close()
 
 
-def here() -> Library:
+def here(name: str = "onnxruntime") -> Library:
     try:
         ort = library()
     except LibraryMissing as error:
@@ -63,7 +63,7 @@ def here() -> Library:
     return Library(version=ort.__version__, targets=targets(ort))
 
 
-def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions) -> OrtEngine:
+def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OrtEngine:
     """Open the engine from memory that was hashed; ONNX Runtime itself opens no file.
 
     Raises BundleError, EngineError and DeviceMissing.

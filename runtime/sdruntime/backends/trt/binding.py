@@ -1,0 +1,106 @@
+"""An execution context with its buffers, for one shape of a component."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sdruntime.backends.trt.session import Session, aligned
+from sdruntime.cuda import Pinned
+from sdruntime.engine import Array
+from sdruntime.errors import EngineError
+from sdruntime.manifest import ComponentSpec, EngineSpec
+
+
+class Binding:
+    """`address` and `size` give each tensor's place on the device. `enqueue` only adds work to the stream of the session."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        component: ComponentSpec,
+        context: Any,
+        session: Session,
+        dims: Mapping[str, int],
+        profile: int,
+    ) -> None:
+        self._name, self._context, self._session, self._moves = spec.name, context, session, -1
+        self._stack = contextlib.ExitStack()
+        stream = session.stream
+        self._demand(context.set_optimization_profile_async(profile, stream.handle), f"take its profile {profile}")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in component.inputs:
+            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+            self._demand(context.set_input_shape(tensor.name, shape), f"take {tensor.name} as {list(shape)}")
+            self.shapes[tensor.name] = shape
+        unknown = context.infer_shapes()
+        self._demand(not unknown, f"tell its shapes without {', '.join(unknown)}")
+        for tensor in component.outputs:
+            self.shapes[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
+        self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*component.inputs, *component.outputs)}
+        self.sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items()}
+        self._inputs = [tensor.name for tensor in component.inputs]
+        self._outputs = [tensor.name for tensor in component.outputs]
+        self._need = int(context.update_device_memory_size_for_shapes())
+        self.address: dict[str, int] = {}
+        self._staged: dict[str, Pinned] = {}
+        with self._stack as stack:  # what was made goes again if the rest cannot be
+            room = session.cuda.allocate(sum(map(aligned, self.sizes.values())), f"the inputs and outputs of {spec.component}")
+            stack.callback(room.close)
+            place = room.pointer
+            for name, size in self.sizes.items():
+                self.place(name, place)
+                place += aligned(size)
+            self._stack = stack.pop_all()
+
+    def place(self, name: str, address: int) -> None:
+        """Let a tensor lie at `address` of the device, 256-byte aligned."""
+        self._demand(self._context.set_tensor_address(name, address), f"take the address of {name}")
+        self.address[name] = address
+
+    def ready(self) -> None:
+        """Give the context its activations' place, again where the arena has moved. Raises OutOfSpace."""
+        arena = self._session.arena
+        buffer = arena.reserve(self._need)
+        if self._moves != arena.moves:
+            self._context.set_device_memory(buffer.pointer, buffer.size)
+            self._moves = arena.moves
+
+    def enqueue(self) -> None:
+        """Add one run to the stream."""
+        self.ready()
+        self._session.cuda.use()
+        self._demand(self._context.execute_async_v3(self._session.stream.handle), "run")
+
+    def upload(self, feeds: Mapping[str, Array]) -> None:
+        """Copy arrays to the device by way of pinned memory; the stream must be idle, as it is after `download`."""
+        for name, array in feeds.items():
+            staged = self._stage(name)
+            np.copyto(staged.array, array)
+            self._session.stream.upload(self.address[name], staged, self.sizes[name])
+
+    def download(self) -> dict[str, Array]:
+        """Every output as a new array, once the stream has come so far."""
+        for name in self._outputs:
+            self._session.stream.download(self._stage(name), self.address[name], self.sizes[name])
+        self._session.stream.synchronize()
+        return {name: self._stage(name).array.copy() for name in self._outputs}
+
+    def close(self) -> None:
+        """The stream must be idle."""
+        self._context = None
+        self._stack.close()
+
+    def _stage(self, name: str) -> Pinned:
+        if name not in self._staged:
+            self._staged[name] = self._session.cuda.pinned(self.shapes[name], self._dtypes[name])
+            self._stack.callback(self._staged[name].close)
+        return self._staged[name]
+
+    def _demand(self, done: bool, what: str) -> None:
+        if not done:
+            raise EngineError(f"engine {self._name}: TensorRT did not {what}")

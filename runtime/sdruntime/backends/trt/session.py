@@ -1,0 +1,65 @@
+"""What the engines of one pipeline share on a device: its context, one stream, and one arena for activations.
+
+Components run one after the other, so the arena is as large as the largest of them asks for, not as their sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sdruntime.cuda import ALIGNMENT, Buffer, Cuda, Stream
+from sdruntime.engine import EngineOptions
+
+
+@dataclass(slots=True, eq=False)
+class Arena:
+    """Activation memory on a device; it grows and never shrinks. `moves` counts how often it has changed its place."""
+
+    cuda: Cuda
+    stream: Stream
+    buffer: Buffer | None = None
+    moves: int = 0
+
+    def reserve(self, size: int) -> Buffer:
+        """The arena, at least `size` bytes. Growing waits for the work that still uses the former one. Raises OutOfSpace."""
+        if self.buffer is None or self.buffer.size < size:
+            self.close()
+            self.buffer = self.cuda.allocate(size, "the activations of an engine")
+            self.moves += 1
+        return self.buffer
+
+    def close(self) -> None:
+        if self.buffer is not None:
+            self.stream.synchronize()
+            self.buffer.close()
+            self.buffer = None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    cuda: Cuda
+    stream: Stream
+    arena: Arena = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arena", Arena(self.cuda, self.stream))
+
+
+@contextlib.contextmanager
+def session(options: EngineOptions) -> Iterator[Session]:
+    """The device of `options`, with a stream of its own or the caller's. Raises DeviceMissing."""
+    with Cuda.open(options.device) as cuda:
+        stream = Stream(cuda, options.stream, owned=False) if options.stream else cuda.stream()
+        with stream:
+            made = Session(cuda, stream)
+            try:
+                yield made
+            finally:
+                made.arena.close()
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to what every address on a device is a multiple of."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,37 @@
+"""The user's cache: what is cheaper to keep than to make again, and may be removed at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import warnings
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$SDRUNTIME_CACHE, or sdruntime in $XDG_CACHE_HOME, or in ~/.cache. It need not exist."""
+    own = os.environ.get("SDRUNTIME_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdruntime"
+
+
+def read_cached(name: str) -> bytes | None:
+    """What was kept under `name` (a path below the folder); None where there is nothing."""
+    with contextlib.suppress(OSError):
+        return (cache_folder() / name).read_bytes()
+    return None
+
+
+def write_cached(name: str, data: bytes | memoryview) -> None:
+    """Keep `data` under `name`, by one rename: two processes may write at once. A folder that cannot be written is a warning."""
+    path = cache_folder() / name
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(data)
+        staged.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be kept: {error}; SDRUNTIME_CACHE names another folder", RuntimeWarning, stacklevel=2)
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)

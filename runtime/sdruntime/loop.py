@@ -1,0 +1,265 @@
+"""The sampler's loop on a GPU: a UNet call, the component `step`, and nothing of the host between two steps.
+
+A step is recorded once as a CUDA graph and launched again for every step of every picture of its shape. What differs from step to
+step (timesteps, coefficients, noise) is worked out beforehand for all of them and copied into its place on the device; guidance
+and the sampler's sum happen there. The host only looks, by asking for events, how far the device has come.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import numpy as np
+
+from sdruntime.backends.trt.engine import TrtEngine
+from sdruntime.backends.trt.session import aligned
+from sdruntime.cuda import ALIGNMENT, Event, Graph, Pinned
+from sdruntime.denoise import Job, stacked
+from sdruntime.engine import Array, Engine
+from sdruntime.step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
+
+IN_FLIGHT = 2  # steps that are queued before the host waits for the first of them
+_LOOKING = 50e-6  # seconds between two looks
+_FLOAT = 4  # bytes
+KEPT_FRAMES = 4
+
+
+class Frame:
+    """Bindings, buffers and the graph for `capacity` jobs of one latent shape; kept by the UNet's engine from call to call."""
+
+    def __init__(
+        self, unet: TrtEngine, step: TrtEngine, dims: dict[str, int], *, capacity: int, guided: bool, cells: int
+    ) -> None:
+        self.capacity, self.guided, self.cells, self.rows = capacity, guided, cells, dims["batch"]
+        self.session = unet.session
+        self._graph: Graph | None = None
+        self._ran, self._captured_at = False, -1
+        self.unet, self.step = unet.bind_apart(dims), step.bind_apart({"jobs": capacity, "cells": cells})
+        picture = capacity * cells * _FLOAT
+        output, sample = self.unet.address["out_sample"], self.unet.address["sample"]
+        self.step.place("uncond", output)
+        self.step.place("cond", output + (picture if guided else 0))
+        self.step.place("sample", sample)
+        if guided:
+            self.step.place("sample_again", sample + picture)
+        sizes = (self.rows * _FLOAT, capacity * TARGETS * SOURCES * _FLOAT, picture)
+        self.offsets = [0, aligned(sizes[0]), aligned(sizes[0]) + aligned(sizes[1])]
+        self.block = sum(map(aligned, sizes))  # bytes of what differs from step to step
+        self._inputs = self.session.cuda.allocate(self.block, "the inputs of a step")
+        self.unet.place("timestep", self._inputs.pointer)
+        self.step.place("weights", self._inputs.pointer + self.offsets[1])
+        self.step.place("noise", self._inputs.pointer + self.offsets[2])
+        self.state = self.session.cuda.pinned((capacity, SLOTS, cells), np.float32)
+        self._program: Pinned | None = None
+
+    def load(self, program: Array) -> None:
+        """Bring the blocks of all steps, uint8 [steps, block], to the device. The stream must be idle."""
+        if self._program is None or self._program.array.size < program.size:
+            self._drop_program()
+            self._program = self.session.cuda.pinned((program.size,), np.uint8)
+            self._steps = self.session.cuda.allocate(program.size, "the steps of a loop")
+        self._program.array[: program.size] = program.reshape(-1)
+        self.session.stream.upload(self._steps.pointer, self._program, program.size)
+
+    def run(self, index: int) -> None:
+        """Queue step `index` of the program."""
+        stream, arena = self.session.stream, self.session.arena
+        stream.copy(self._inputs.pointer, self._steps.pointer + index * self.block, self.block)
+        self.unet.ready()
+        self.step.ready()
+        self.unet.ready()  # the other may have moved the arena
+        if not self._ran:  # the first run of a context does things that cannot be recorded
+            self._queue()
+            self._ran = True
+            return
+        if self._graph is None or self._captured_at != arena.moves:
+            self._drop_graph()
+            with stream.capture() as graph:
+                self._queue()
+            self._graph, self._captured_at = graph, arena.moves
+        self._graph.launch(stream)
+
+    def _queue(self) -> None:
+        self.unet.enqueue()
+        self.step.enqueue()
+        self.session.stream.copy(self.step.address["state"], self.step.address["next_state"], self.step.sizes["state"])
+
+    def upload_state(self) -> None:
+        self.session.stream.upload(self.step.address["state"], self.state, self.step.sizes["state"])
+
+    def download_state(self) -> Array:
+        """float32 [capacity, SLOTS, cells], once the device has come so far."""
+        self.session.stream.download(self.state, self.step.address["state"], self.step.sizes["state"])
+        self.session.stream.synchronize()
+        return self.state.array
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self.session.stream.synchronize()
+            self._graph.close()
+            self._graph = None
+
+    def _drop_program(self) -> None:
+        if self._program is not None:
+            self._program.close()
+            self._steps.close()
+            self._program = None
+
+    def close(self) -> None:
+        """The bindings go with their engines."""
+        self.session.stream.synchronize()
+        self._drop_graph()
+        self._drop_program()
+        self._inputs.close()
+        self.state.close()
+
+    def __enter__(self) -> Frame:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class DeviceCall:
+    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first."""
+
+    def __init__(self, jobs: Sequence[Job], frame: Frame) -> None:
+        self._jobs, self._frame, self._index = jobs, frame, 0
+        self._events: collections.deque[Event] = collections.deque()
+        self.steps = min(job.run.steps - job.run.step for job in jobs)
+        frame.unet.upload(_conditions(jobs, frame))
+        frame.load(_program(jobs, frame, self.steps))
+        frame.state.array[:] = 0
+        for k, job in enumerate(jobs):
+            x, m = job.run.windows()
+            for slot, values in enumerate((*x, *m)):
+                frame.state.array[k, slot] = values.reshape(-1)
+        frame.upload_state()
+        for job in jobs:
+            job.run.lend(self.fetch)
+
+    def advance(self) -> None:
+        """Queue one step. Waits, by looking at events, while more than IN_FLIGHT steps are under way."""
+        self._frame.run(self._index)
+        self._index += 1
+        self._events.append(self._frame.session.stream.event())
+        for job in self._jobs:
+            job.run.skip()
+        while len(self._events) > IN_FLIGHT:
+            if self._events[0].reached():
+                self._events.popleft().close()
+            else:
+                time.sleep(_LOOKING)
+
+    def fetch(self) -> None:
+        """Bring what the samplers hold back to the host: the one wait for the device."""
+        state = self._frame.download_state()
+        for k, job in enumerate(self._jobs):
+            job.run.restore(state[k])
+
+    def finish(self) -> None:
+        self.fetch()
+        for job in self._jobs:
+            job.run.lend(None)
+        while self._events:
+            self._events.popleft().close()
+
+
+def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[DeviceCall]:
+    """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
+
+    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, and rows must lie aligned.
+    """
+    if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
+        return []
+    channels, height, width = jobs[0].run.x.shape
+    dims, cells = {"height": height, "width": width, "sequence": len(jobs[0].condition.hidden)}, channels * height * width
+    per_job = 2 if any(job.negative is not None for job in jobs) else 1
+    sizes = [unet.spec.profiles[index]["batch"] for index in unet.spec.admitting(**dims)]
+    most = min(max(high for _, _, high in sizes) // per_job, *(each["jobs"][2] for each in step.spec.profiles))
+    parts = [jobs[start : start + most] for start in range(0, len(jobs), most)] if most else []
+    if any(len(part) * cells * _FLOAT % ALIGNMENT for part in parts):
+        return []
+    calls = []
+    for number, part in enumerate(parts):
+        rows = per_job * len(part)
+        batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
+        shape = {"batch": batch, **dims}
+        key = (number, per_job, len(part), *shape.values())
+        if len(unet.held) >= KEPT_FRAMES and key not in unet.held:
+            unet.held.close()
+        make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
+        calls.append(DeviceCall(part, unet.held.get(key, make)))
+    return calls
+
+
+def _fits(job: Job) -> bool:
+    x, m = job.run.windows()
+    return job.rescale == 0 and len(x) + len(m) <= SLOTS
+
+
+def _conditions(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
+    """The UNet's inputs that stay the same: unconditional rows first, then conditional ones, then rows of padding."""
+    conditions = [job.condition for job in jobs]
+    if frame.guided:
+        conditions = [job.negative or job.condition for job in jobs] + conditions
+    fixed = {"sample": _samples(jobs, frame), "encoder_hidden_states": stacked(each.hidden for each in conditions)}
+    if jobs[0].time_ids is not None:
+        fixed["text_embeds"] = stacked(each.pooled for each in conditions)
+        fixed["time_ids"] = stacked(job.time_ids for job in (*jobs, *jobs)[: len(conditions)])
+    return {name: _padded(rows, frame.rows) for name, rows in fixed.items()}
+
+
+def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
+    samples = np.empty((len(jobs), *jobs[0].run.x.shape), np.float32)
+    for k, job in enumerate(jobs):
+        job.run.model_input(out=samples[k])
+    return np.concatenate([samples, samples]) if frame.guided else samples
+
+
+def _padded(rows: Array, count: int) -> Array:
+    return rows if len(rows) == count else np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)])
+
+
+def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
+    """The blocks of all steps, uint8 [steps, block]: timesteps, weights and noise, each at its offset."""
+    program = np.zeros((steps, frame.block), np.uint8)
+
+    timesteps = np.zeros((steps, frame.rows), np.float32)
+    weights = np.zeros((steps, frame.capacity, TARGETS, SOURCES), np.float32)
+    noise = np.zeros((steps, frame.capacity, frame.cells), np.float32)
+    for k, job in enumerate(jobs):
+        rows = slice(job.run.step, job.run.step + steps)
+        timesteps[:, k :: len(jobs)] = job.run.table.t[rows, None]
+        weights[:, k] = _weights(job)[rows]
+        for index, term in enumerate(job.run.draw_ahead(steps)):
+            if term is not None:
+                noise[index, k] = term.reshape(-1)
+    for offset, part in zip(frame.offsets, (timesteps, weights, noise), strict=True):
+        flat = part.reshape(steps, -1).view(np.uint8)
+        program[:, offset : offset + flat.shape[1]] = flat
+    return program
+
+
+def _weights(job: Job) -> Array:
+    """Each row of a job's table as the matrix of `step`, float32 [steps, TARGETS, SOURCES]."""
+    table = job.run.table
+    x, m = table.X.shape[1], max(table.M.shape[1] - 1, 0)  # slots: the last x, then the model outputs before the newest
+    weights = np.zeros((table.steps, TARGETS, SOURCES))
+    output = {UNCOND: 1 - job.guidance, COND: job.guidance} if job.negative is not None else {COND: 1.0}
+    weights[:, 0, :x] = table.X
+    weights[:, 0, x : x + m] = table.M[:, 1:]
+    weights[:, 0, NOISE] = 1
+    for source, share in output.items():
+        if table.M.shape[1]:
+            weights[:, 0, source] = share * table.M[:, 0]
+        if m:
+            weights[:, x, source] = share
+    for slot in (*range(1, x), *range(x + 1, x + m)):
+        weights[:, slot, slot - 1] = 1
+    weights[:-1, SAMPLE] = table.scale[1:, None] * weights[:-1, 0]
+    return weights.astype(np.float32)

@@ -1,0 +1,29 @@
+"""TensorRT engines built and run from a bundle, on fakes that forbid what the real ones would punish. ONNX Runtime computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trt.conftest import Machines, psnr, with_engines
+from trt.surface import Version
+
+from sdruntime.build import Asked, build_engines
+from sdruntime.bundle import Bundle
+from sdruntime.pipeline import Pipeline
+
+PROMPT = "a cat in the red and"
+
+
+def test_the_picture_is_the_ort_backends(version: Version, machines: Machines, sd1_bundle: Path, tmp_path: Path) -> None:
+    machine = machines(version)
+    folder = with_engines(sd1_bundle, tmp_path / "bundle", machine)
+    for _ in build_engines(folder, Asked(backend="onnxruntime", target="cpu")):
+        pass
+    pictures = []
+    for backend in (machine.backend, "onnxruntime"):
+        with Pipeline.open(folder, backend=backend) as pipe:
+            pictures.append(pipe([PROMPT, "a cat"], count=2, seed=7, steps=4).images)
+    for ours, reference in zip(*pictures, strict=True):
+        assert reference.std() >= 10
+        assert psnr(ours, reference) >= 60
+    assert Bundle.open(folder).manifest.engines[0].target == "sm86"

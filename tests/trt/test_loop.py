@@ -1,0 +1,164 @@
+"""The sampler's loop on the device: the NumPy loop's pictures, no wait of the host between steps, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trt.conftest import FakeMachine, Machines, psnr, with_engines
+from trt.surface import VERSIONS
+
+from sdruntime.pipeline import Pipeline
+from sdruntime.request import Request
+from sdruntime.samplers import SAMPLERS
+
+PROMPT = "a cat in the red and"
+NEWEST = VERSIONS[2]
+
+
+@pytest.fixture(scope="module")
+def bundles() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def machine(machines: Machines) -> FakeMachine:
+    return machines(NEWEST)
+
+
+@pytest.fixture
+def folder(machine: FakeMachine, sd1_bundle: Path, bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD1 with engines for 1 to 8 rows, made once."""
+    if "sd1" not in bundles:
+        place = tmp_path_factory.mktemp("loop") / "bundle"
+        bundles["sd1"] = with_engines(sd1_bundle, place, machine, batch="1:1:4", guidance="any")
+    return bundles["sd1"]
+
+
+@pytest.fixture
+def pipe(folder: Path, machine: FakeMachine) -> Iterator[Pipeline]:
+    with Pipeline.open(folder, backend=machine.backend) as opened:
+        yield opened
+
+
+def latents(pipe: Pipeline, *requests: Request, on_device: bool) -> list[np.ndarray]:
+    stream = pipe.stream(list(requests), on_device=on_device)
+    for _ in stream:
+        pass
+    stream.close()
+    return [job.run.x.copy() for job in stream.jobs]
+
+
+def assert_near(ours: list[np.ndarray], reference: list[np.ndarray]) -> None:
+    for one, other in zip(ours, reference, strict=True):
+        assert np.isfinite(one).all()
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith("flow_")])
+def test_every_sampler_ends_where_the_numpy_loop_ends(pipe: Pipeline, machine: FakeMachine, sampler: str) -> None:
+    request = Request(prompt=PROMPT, seed=7, steps=6, sampler=sampler)
+    reference = latents(pipe, request, on_device=False)
+    assert machine.gpus.counts["launches"] == 0
+    assert_near(latents(pipe, request, on_device=True), reference)
+    assert machine.gpus.counts["launches"] > 0
+
+
+def test_jobs_of_different_steps_samplers_and_guidance_go_together(pipe: Pipeline) -> None:
+    requests = [
+        Request(prompt=PROMPT, seed=1, steps=3, sampler="euler_a"),
+        Request(prompt="a cat", seed=2, steps=7, sampler="dpmpp_2m", guidance=1.0),
+        Request(prompt="red", negative="the", seed=3, steps=5, sampler="unipc", guidance=4.0),
+    ]
+    assert_near(latents(pipe, *requests, on_device=True), latents(pipe, *requests, on_device=False))
+
+
+def test_the_host_waits_for_no_step(pipe: Pipeline, machine: FakeMachine) -> None:
+    """One wait at the end of the loop, whatever its length; from the third step on a step is one launch of a graph."""
+    pipe(PROMPT, steps=3, seed=1)
+    counted = []
+    for steps in (10, 30):
+        stream = pipe.stream(PROMPT, steps=steps, seed=1, on_device=True)
+        before = Counter(machine.gpus.counts)
+        for _ in stream:
+            pass
+        counted.append(machine.gpus.counts - before)
+    assert [count["cuStreamSynchronize"] for count in counted] == [1, 1]
+    assert [count["cuEventSynchronize"] for count in counted] == [0, 0]
+    assert [count["launches"] for count in counted] == [10, 30]  # the graph of the first picture is kept
+    assert [count["cuStreamBeginCapture_v2"] for count in counted] == [0, 0]
+    assert [count["cuMemAlloc_v2"] for count in counted] == [1, 1]  # room for a longer program
+    assert [count["pageable copies"] for count in counted] == [0, 0]
+
+
+def test_half_precision_gives_the_same_picture(machine: FakeMachine, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
+    folder = with_engines(sd1_fp16_bundle, tmp_path / "bundle", machine)
+    with Pipeline.open(folder, backend=machine.backend) as pipe:
+        ours = pipe(PROMPT, steps=20, seed=3).images[0]
+        assert machine.gpus.counts["launches"] > 0
+        stream = pipe.stream(PROMPT, steps=20, seed=3)
+        for _ in stream:
+            pass
+        reference = stream.result.images[0]
+    assert reference.std() >= 10
+    assert psnr(ours, reference) >= 50
+
+
+def test_a_stop_takes_effect_within_a_step(pipe: Pipeline, machine: FakeMachine) -> None:
+    stream = pipe.stream(PROMPT, steps=50, seed=1, on_device=True)
+    before = machine.gpus.counts["executions"] + machine.gpus.counts["launches"]
+    for state in stream:
+        if state.step == 5:
+            break
+    image = stream.result.images[0]
+    assert image.shape == (64, 64, 3)
+    assert stream.jobs[0].run.step == 5
+    assert machine.gpus.counts["executions"] + machine.gpus.counts["launches"] - before < 10
+
+
+def test_latents_may_be_looked_at_on_the_way(pipe: Pipeline) -> None:
+    seen = {}
+    for on_device in (True, False):
+        for state in pipe.stream(PROMPT, steps=6, seed=1, on_device=on_device):
+            if state.step in (2, 4):
+                seen[on_device, state.step] = state.jobs[0].run.x.copy()
+    for step in (2, 4):
+        assert_near([seen[True, step]], [seen[False, step]])
+
+
+def test_a_loop_that_was_begun_on_the_device_goes_on_in_numpy(pipe: Pipeline) -> None:
+    """The windows of a multistep sampler, and the noise that was drawn ahead, come back with it."""
+    from sdruntime.denoise import denoise
+
+    for sampler in ("dpmpp_3m_sde", "pndm", "euler_a"):
+        stream = pipe.stream(PROMPT, steps=8, seed=1, sampler=sampler, on_device=True)
+        for state in stream:
+            if state.step == 4:
+                break
+        stream.close()
+        for _ in denoise(stream.jobs, pipe.steppers):
+            pass
+        reference = latents(pipe, Request(prompt=PROMPT, seed=1, steps=8, sampler=sampler), on_device=False)
+        assert_near([stream.jobs[0].run.x], reference)
+
+
+def test_a_rescaled_guidance_is_left_to_numpy(pipe: Pipeline, machine: FakeMachine) -> None:
+    before = machine.gpus.counts["launches"]
+    pipe(PROMPT, steps=4, seed=1, rescale=0.7)
+    assert machine.gpus.counts["launches"] == before
+
+
+def test_more_jobs_than_a_profile_has_room_for_go_in_parts(pipe: Pipeline) -> None:
+    requests = [Request(prompt=PROMPT, seed=seed, steps=4, sampler="dpmpp_2m") for seed in range(7)]
+    assert_near(latents(pipe, *requests, on_device=True), latents(pipe, *requests, on_device=False))
+
+
+def test_leaving_a_pipeline_in_the_middle_of_a_loop_leaves_nothing(folder: Path, machine: FakeMachine) -> None:
+    with Pipeline.open(folder, backend=machine.backend) as pipe:
+        stream = pipe.stream(PROMPT, steps=9, seed=1, on_device=True)
+        next(iter(stream))
+    assert machine.gpus.leaks() == []
+    assert stream.jobs[0].run.x.shape == (4, 8, 8)
