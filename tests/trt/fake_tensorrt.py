@@ -16,12 +16,13 @@ from typing import Any
 from trt.fake_build import BUILD
 from trt.fake_engine import ENGINE
 from trt.fake_network import NETWORK
+from trt.fake_refit import REFIT
 from trt.signature import Signature, bind
 from trt.streams import Gpus
 from trt.strict import BadCall, NotModelled, Strictness
 from trt.surface import Class, Member, Surface
 
-BEHAVIOUR: dict[str, type] = {**NETWORK, **BUILD, **ENGINE}
+BEHAVIOUR: dict[str, type] = {**NETWORK, **BUILD, **ENGINE, **REFIT}
 _SUBCLASSED = ("ILogger", "IProgressMonitor", "IStreamReader", "IStreamReaderV2", "IStreamWriter", "IOutputAllocator")
 
 
