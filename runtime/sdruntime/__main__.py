@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -95,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--backend", default="auto", help="(auto)")
     each.add_argument("--device", type=int, default=0, help="which GPU (0)")
     each.add_argument("--threads", type=int, default=0, help="of the CPU (0: the library decides)")
+    each.add_argument("--low-memory", action="store_true", help="one component on the GPU at a time")
+    each.add_argument("--vram-budget", metavar="SIZE", help="what of the GPU's memory may be used: 4G, 600M (all that is free)")
     sampling(each)
 
     each = command("table", table, "print the coefficients of a sampler as JSON", bundle=False)
@@ -108,7 +109,8 @@ def parser() -> argparse.ArgumentParser:
     command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine").add_argument(
         "--check", action="store_true", help="read every file and check its hash"
     )
-    command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
+    each = command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
+    each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
     return top
 
 
@@ -185,7 +187,7 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.engine import EngineOptions
     from sdruntime.image import read_png, write_png
     from sdruntime.pipeline import Pipeline
-    from sdruntime.shapes import parse_size
+    from sdruntime.shapes import parse_bytes, parse_size
 
     if options.output.suffix.lower() != ".png":
         raise SettingError(f"--output {options.output}: pictures are written as .png")
@@ -207,7 +209,12 @@ def generate(options: argparse.Namespace) -> None:
         "strength": options.strength,
         "options": sampler_options(options),
     }
-    engine_options = EngineOptions(device=options.device, threads=options.threads)
+    engine_options = EngineOptions(
+        device=options.device,
+        threads=options.threads,
+        memory=parse_bytes(options.vram_budget) if options.vram_budget else None,
+        low_memory=options.low_memory,
+    )
     with Pipeline.open(options.bundle, backend=options.backend, options=engine_options) as pipe:
         stream = pipe.stream(options.prompt, on_device=True, **settings)
         for state in stream:
@@ -277,63 +284,35 @@ def samplers(options: argparse.Namespace) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     from sdruntime.bundle import Bundle
-    from sdruntime.choose import Machine, misfit
+    from sdruntime.choose import Machine
+    from sdruntime.describe import bundle_document, bundle_lines
     from sdruntime.errors import BundleError
-    from sdruntime.record import json_from_record
 
     bundle, machine = Bundle.open(options.bundle), Machine.here()
     if options.check and (faults := bundle.changed_files()):
         raise BundleError(bundle.folder, faults)
-    manifest = bundle.manifest
-    fits = {engine.name: misfit(engine, machine) for engine in manifest.engines}
     if options.json:
-        document(manifest=json_from_record(manifest), misfits=fits)
+        document(**bundle_document(bundle, machine))
         return
-    model = manifest.model
-    print(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
-    print(f"pictures of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.size_multiple}")
-    print(f"{len(manifest.files)} files, {sum(spec.size for spec in manifest.files.values()):,} bytes")
-    for name, component in manifest.components.items():
-        print(f"{name:<16}{sum(manifest.files[path].size for path in component.files):>16,} bytes of ONNX")
-        for engine in manifest.engines:
-            if engine.component == name:
-                print(f"  {engine.name}: {'fits this machine' if fits[engine.name] is None else fits[engine.name]}")
-    if not manifest.engines:
-        print(f"no engines yet: sdruntime build {options.bundle} --backend onnxruntime")
+    for line in bundle_lines(bundle, machine):
+        print(line)
 
 
 def doctor(options: argparse.Namespace) -> None:
-    import numpy as np
-
+    from sdruntime.bundle import Bundle
     from sdruntime.choose import Machine
+    from sdruntime.describe import bundle_document, bundle_lines, machine_document, machine_lines
 
     machine = Machine.here()
-    libraries = {name: library for name, library in machine.libraries.items() if name != "fake"}
+    bundle = Bundle.open(options.bundle) if options.bundle else None
+    found = machine_document(machine)
     if options.json:
-        document(
-            sdruntime=__version__,
-            python=platform.python_version(),
-            numpy=np.__version__,
-            libraries={
-                name: {"version": each.version, "targets": list(each.targets), "missing": each.missing}
-                for name, each in libraries.items()
-            },
-            devices=[{"name": each.name, "capability": list(each.capability), "memory": each.memory} for each in machine.devices],
-        )
+        document(**found, bundle=bundle and bundle_document(bundle, machine))
         return
-    print(f"sdruntime {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.machine()}")
-    for device in machine.devices:
-        print(
-            f"GPU: {device.name}, compute capability {device.capability[0]}.{device.capability[1]}, {device.memory >> 20:,} MiB"
-        )
-    if not machine.devices:
-        print("GPU: none (no NVIDIA driver, or it sees no device)")
-    for name, library in libraries.items():
-        print(
-            f"{name} {library.version}: builds and runs {', '.join(library.targets)}"
-            if library.version
-            else f"{name}: {library.missing}"
-        )
+    for line in machine_lines(found):
+        print(line)
+    for line in bundle_lines(bundle, machine) if bundle else ():
+        print(line)
 
 
 def document(**fields: Any) -> None:

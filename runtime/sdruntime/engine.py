@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.errors import DeviceMissing, EngineError, UnknownName
-from sdruntime.manifest import ComponentSpec, EngineSpec, Precision, Profile
+from sdruntime.manifest import ComponentSpec, EngineSpec, Precision, Profile, TensorSpec
 
 Array = NDArray[Any]
 T = TypeVar("T")
+CPU = "cpu"  # the target of engines that need no GPU
 AMPERE_UP = "ampere+"  # the target of engines for every GPU of compute capability 8.0 and later
 PLATFORM = f"{platform.system()}-{platform.machine()}".lower()
 
@@ -62,7 +63,8 @@ class EngineOptions:
 
     device: int = 0  # which GPU
     threads: int = 0  # of one operator
-    memory: int | None = None  # bytes of a GPU that a pipeline may use
+    memory: int | None = None  # bytes of the GPU that a pipeline may use
+    low_memory: bool = False  # a pipeline holds one component on the GPU at a time
     stream: int = 0
     session: Mapping[str, str] = field(default_factory=dict)
 
@@ -177,6 +179,14 @@ def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Arra
                 f"{spec.component}.{name}: {array.dtype} {list(array.shape)}, but {tensor.dtype} [{shape}] belongs here"
             )
     return dims
+
+
+def shape_of(tensor: TensorSpec, dims: Mapping[str, int], factor: int) -> tuple[int, ...]:
+    """A tensor's shape where `dims` are chosen; an output's `image_height` follows from `height` by the VAE's factor."""
+    known = dict(dims)
+    for name, size in dims.items():
+        known[f"image_{name}"], known[f"latent_{name}"] = size * factor, size // factor
+    return tuple(known[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
 
 
 def call_rows(engine: Engine, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -51,7 +51,8 @@ def to_uint8(decoded: NDArray[np.float32]) -> Image:
     scaled *= np.float32(255)
     np.rint(scaled, out=scaled)
     image = np.empty((*decoded.shape[:-3], *decoded.shape[-2:], decoded.shape[-3]), np.uint8)
-    np.moveaxis(image, -1, -3)[...] = scaled
+    for channel in range(image.shape[-1]):  # one assignment of all three would go pixel by pixel, at four times the cost
+        image[..., channel] = scaled[..., channel, :, :]
     return image
 
 

@@ -20,12 +20,14 @@ from sdruntime.backends import backend as backend_module
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.condition import Condition, Conditioner
+from sdruntime.cuda import Cuda
 from sdruntime.denoise import Call, Job, Stepper, denoise
-from sdruntime.engine import Array, Engine, EngineOptions, Shared
+from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, parameters, png_text, to_uint8
 from sdruntime.manifest import ModelSpec
 from sdruntime.noise import NoiseStream
+from sdruntime.plan import memory_plan
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
 from sdruntime.samplers import resolve
@@ -33,6 +35,7 @@ from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
+_STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
 
 
@@ -113,7 +116,7 @@ class Stream:
     ) -> None:
         self.jobs = tuple(jobs)
         self._pipe, self._asked, self._conditions, self._on_device = pipe, asked, conditions, on_device
-        self._states = self._walk()
+        self._states, self.closed = self._walk(), False
 
     def __iter__(self) -> Iterator[State]:
         return self._states
@@ -121,6 +124,7 @@ class Stream:
     def close(self) -> None:
         """End the loop where it is: nothing is left on a device."""
         self._states.close()
+        self.closed = True
 
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
@@ -128,6 +132,7 @@ class Stream:
         with contextlib.closing(denoise(self.jobs, steppers)) as loop:
             for step, _ in enumerate(loop, start=1):
                 yield State(step=step, steps=steps, jobs=self.jobs)
+        self.closed = True
 
     @functools.cached_property
     def result(self) -> Result:
@@ -165,7 +170,7 @@ class Pipeline:
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._engines: dict[str, Engine] | None = None
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._stack, self._shared = contextlib.ExitStack(), Shared()
+        self._shared = Shared()
         # a bundle that cannot run here is told of before anything is opened
         self._chosen = [
             choose_engine(bundle.manifest, name, self._machine, name=backend)
@@ -185,8 +190,10 @@ class Pipeline:
             warn_if_slow(self._chosen, self._machine)
         self._engines = {}
         try:
+            self._check_memory()
             for spec in self._chosen:
-                self.engine(spec.component)
+                if spec.target == CPU or not self._options.low_memory:
+                    self.engine(spec.component)
         except BaseException:
             self.close()
             raise
@@ -198,11 +205,11 @@ class Pipeline:
     def close(self) -> None:
         for stream in list(self._streams):
             stream.close()
-        self._engines = None
-        try:
-            self._stack.close()
-        finally:
-            self._shared.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._shared.close)
+            for engine in (self._engines or {}).values():
+                stack.callback(engine.close)
+            self._engines = None
 
     @property
     def sampler(self) -> str:
@@ -245,9 +252,30 @@ class Pipeline:
             if engine.spec.component == component and engine.spec.admits(**dims):
                 return engine
         spec = choose_engine(self.bundle.manifest, component, self._machine, name=self._backend, **dims)
-        opened = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
-        self._engines[spec.name] = self._stack.enter_context(opened)
-        return self._engines[spec.name]
+        if self._options.low_memory and spec.target != CPU:
+            self._make_room(spec.component)
+        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
+        self._engines[spec.name] = opened
+        return opened
+
+    def _make_room(self, component: str) -> None:
+        """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
+        under_way = any(not stream.closed for stream in self._streams)
+        for name, engine in list((self._engines or {}).items()):
+            stage = _STAGES.get(engine.spec.component, engine.spec.component)
+            if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
+                engine.close()
+                del (self._engines or {})[name]
+
+    def _check_memory(self) -> None:
+        """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
+        plan = memory_plan(self.bundle.manifest, self._chosen)
+        if plan.parts:
+            with Cuda.open(self._options.device) as cuda:
+                free, name = cuda.free_memory(), cuda.device.name
+            plan.check(
+                free, budget=self._options.memory, low_memory=self._options.low_memory, where=f"{self.model.name} on {name}"
+            )
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""

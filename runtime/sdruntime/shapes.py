@@ -17,6 +17,7 @@ Guidance = Literal["on", "off", "any"]
 MOST_IMAGES = 8
 LARGEST = 4  # times the default side
 TOKENS = 77
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,14 @@ def parse_size(text: str) -> Size:
         raise SettingError(f"size {text!r}: WIDTHxHEIGHT in pixels is the form, such as 512x512")
     width, height = map(int, text.split("x"))
     return width, height
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, from a number with K, M or G (of 1024) behind it, or without. Raises SettingError."""
+    found = re.fullmatch(r"(\d{1,12})([KMG]?)", text)
+    if found is None:
+        raise SettingError(f"{text!r}: a number of bytes belongs here, such as 600M or 4G")
+    return int(found[1]) * _UNITS[found[2]]
 
 
 def _triple(parts: list[T], what: str) -> tuple[T, T, T]:

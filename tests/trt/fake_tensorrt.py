@@ -27,7 +27,10 @@ _SUBCLASSED = ("ILogger", "IProgressMonitor", "IStreamReader", "IStreamReaderV2"
 
 
 class FakeTensorRT(types.ModuleType):
-    """The module. `make(name, behaviour)` is an object of one of its classes, as the real functions return them."""
+    """The module; its own names are in `used` with "" for the class.
+
+    `make(name, behaviour)` is an object of one of its classes, as the real functions return them.
+    """
 
     def __init__(self, surface: Surface, gpus: Gpus) -> None:
         super().__init__(surface.module)
@@ -42,6 +45,7 @@ class FakeTensorRT(types.ModuleType):
     def __getattr__(self, name: str) -> Any:  # only what is not found otherwise
         surface = self.__dict__["surface_"]
         if name in surface.classes:
+            self.used.add(("", name))
             return self.classes_[name]
         if name in surface.constants:
             enumeration, member = surface.constants[name]

@@ -52,6 +52,23 @@ def upsampled(path: Path) -> Path:
     return write(path, nodes, [value("sample", CELLS)], [value("out", ["batch", 2, "image_height", "image_width"])])
 
 
+def decoder(path: Path) -> Path:
+    """sample = the sum of the four channels of latent_sample, in each of three, each cell 8 times along both axes."""
+    latents, picture = ["batch", 4, "height", "width"], ["batch", 3, "image_height", "image_width"]
+    nodes = [
+        helper.make_node("ReduceSum", ["latent_sample", "axis"], ["sum"], "sum"),
+        helper.make_node("Concat", ["sum", "sum", "sum"], ["three"], "three", axis=1),
+        helper.make_node("Resize", ["three", "", "scales"], ["sample"], "resize", mode="nearest"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.array([1], np.int64), "axis"),
+        numpy_helper.from_array(np.array([1, 1, 8, 8], np.float32), "scales"),
+    ]
+    graph = helper.make_graph(nodes, "decoder", [value("latent_sample", latents)], [value("sample", picture)], weights)
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
 def attention(path: Path) -> Path:
     """out = Attention(sample, sample, sample), an operator of opset 23; the weight is there to be carried."""
     nodes = [helper.make_node("Attention", ["sample", "sample", "sample"], ["out"], "attention")]

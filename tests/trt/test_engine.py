@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from trt.conftest import Machines, psnr, with_engines
-from trt.surface import Version
+from trt.conftest import psnr, with_engines
+from trt.machine import Machine
+from trt.surface import Surface
 
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
@@ -14,13 +16,15 @@ from sdruntime.pipeline import Pipeline
 PROMPT = "a cat in the red and"
 
 
-def test_the_picture_is_the_ort_backends(version: Version, machines: Machines, sd1_bundle: Path, tmp_path: Path) -> None:
-    machine = machines(version)
-    folder = with_engines(sd1_bundle, tmp_path / "bundle", machine)
+def test_the_picture_is_the_ort_backends(
+    machine: Callable[..., Machine], surface: Surface, sd1_bundle: Path, tmp_path: Path
+) -> None:
+    here = machine(surface)
+    folder = with_engines(sd1_bundle, tmp_path / "bundle", here)
     for _ in build_engines(folder, Asked(backend="onnxruntime", target="cpu")):
         pass
     pictures = []
-    for backend in (machine.backend, "onnxruntime"):
+    for backend in (here.backend, "onnxruntime"):
         with Pipeline.open(folder, backend=backend) as pipe:
             pictures.append(pipe([PROMPT, "a cat"], count=2, seed=7, steps=4).images)
     for ours, reference in zip(*pictures, strict=True):

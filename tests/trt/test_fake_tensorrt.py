@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trt import networks
 from trt.fake_tensorrt import fake_tensorrt
+from trt.machine import Machine
 from trt.networks import Draft
 from trt.streams import Gpus
 from trt.strict import BadCall, NotModelled, Strictness
 from trt.surface import Surface
+
+Make = Callable[..., Machine]
 
 
 @pytest.fixture
@@ -351,3 +357,20 @@ def test_compute_capabilities_are_counted_first(draft: Draft, surface: Surface) 
     assert draft.build() is None  # the second one is NONE
     assert config.set_compute_capability(capability.SM89, 1)
     assert b'"capabilities": [86, 89]' in bytes(draft.build())
+
+
+def test_a_machine_is_what_the_code_under_test_sees(machine: Make, surface: Surface) -> None:
+    import ctypes
+    import importlib
+
+    from sdruntime import cuda
+
+    here = machine(surface, name="Fake", devices=2)
+    assert importlib.import_module(surface.module).__version__ == surface.version
+    other = {"tensorrt": "tensorrt_rtx", "tensorrt_rtx": "tensorrt"}[surface.module]
+    with pytest.raises(ImportError):
+        importlib.import_module(other)
+    assert [device.name for device in cuda.devices()] == ["Fake", "Fake"]
+    assert ctypes.CDLL("libcuda.so.1") is here.driver
+    assert sys.modules[surface.module] is here.trt
+    assert json.loads(json.dumps(here.gpus.leaks())) == []

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdruntime.backends.fake.build import TARGETS, VERSION
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
+from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds, shape_of
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 
@@ -27,14 +27,11 @@ class FakeEngine:
         self.calls.append(dims)
         key = tuple(dims.values())
         if key not in self._made:
-            self._made[key] = {tensor.name: self._output(tensor.shape, tensor.dtype, dims) for tensor in self.component.outputs}
+            self._made[key] = {
+                tensor.name: np.broadcast_to(np.asarray(self._fill, tensor.dtype), shape_of(tensor, dims, self._factor))
+                for tensor in self.component.outputs
+            }
         return self._made[key]
-
-    def _output(self, shape: tuple[int | str, ...], dtype: str, dims: Mapping[str, int]) -> Array:
-        larger = {f"image_{name}": size * self._factor for name, size in dims.items()}
-        smaller = {f"latent_{name}": size // self._factor for name, size in dims.items()}
-        known = {**dims, **larger, **smaller}
-        return np.broadcast_to(np.asarray(self._fill, dtype), [known[dim] if isinstance(dim, str) else dim for dim in shape])
 
     def close(self) -> None:
         self._made.clear()

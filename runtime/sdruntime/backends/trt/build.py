@@ -16,9 +16,9 @@ from sdruntime.engine import AMPERE_UP, PLATFORM, Built, EngineRequest, Stage
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
 from sdruntime.manifest import Precision
 from sdruntime.process import run_apart
+from sdruntime.shapes import parse_bytes
 
 WORKER = "sdruntime.backends.trt.worker"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def _level(text: str) -> int | None:
@@ -26,8 +26,10 @@ def _level(text: str) -> int | None:
 
 
 def _size(text: str) -> int | None:
-    found = re.fullmatch(r"(\d{1,12})([KMG]?)", text)
-    return int(found[1]) * _UNITS[found[2]] if found else None
+    try:
+        return parse_bytes(text)
+    except SettingError:
+        return None
 
 
 def _flag(text: str) -> bool | None:
