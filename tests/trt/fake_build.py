@@ -248,10 +248,8 @@ class Builder:
         names = [one.name for one in config.capabilities]
         if "NONE" in names or ("CURRENT" in names and not self._trt.gpus_.devices):
             return f"compute capabilities {', '.join(names)}"
-        if self._trt.rtx and config.get_flag(self._trt.enum("BuilderFlag", "VERSION_COMPATIBLE")):
-            return "Unable to load library: libnvinfer_lean.so.1"
-        if self._trt.rtx and config.get_flag(self._trt.enum("BuilderFlag", "STRIP_PLAN")) and not self._trt.gpus_.devices:
-            return "graph_jit.cpp:278: CHECK(status == CUDA_SUCCESS)"
+        if self._trt.rtx and (fault := self._fault_of_rtx(config)):
+            return fault
         if not all(attention._behaviour.decomposable for attention in network.attentions):
             return "Attention operation was not supported by a dedicated kernel. is_decomposable()"
         dynamic = [tensor for tensor in network.inputs if -1 in tensor.dims]
@@ -271,6 +269,17 @@ class Builder:
             if unknown := profile.shapes.keys() - {tensor.name for tensor in network.inputs}:
                 raise Strictness(f"profile {index} names {', '.join(sorted(unknown))}, which the network does not take")
             _agree(network, profile.shapes)
+        return None
+
+    def _fault_of_rtx(self, config: BuilderConfig) -> str | None:
+        """Flags that TensorRT-RTX 1.7.1 refuses, found by trying each flag and each pair of flags on a machine without a GPU."""
+        flags = {name for name, bit in self._trt.surface_.classes["BuilderFlag"].values.items() if config.flags >> bit & 1}
+        if "VERSION_COMPATIBLE" in flags:
+            return "Unable to load library: libnvinfer_lean.so.1"
+        if flags & {"STRIP_PLAN", "REFIT", "REFIT_IDENTICAL"} and not self._trt.gpus_.devices:
+            return "MyelinCheckException: graph_jit.cpp:278: CHECK(status == CUDA_SUCCESS) failed."
+        if flags >= {"REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"}:
+            return "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with BuilderFlag::kWEIGHT_STREAMING."
         return None
 
 

@@ -346,6 +346,24 @@ def test_tensorrt_needs_a_gpu_and_tensorrt_rtx_does_not(surface: Surface, tmp_pa
     assert draft.open() is None  # but nothing runs
 
 
+@pytest.mark.parametrize(
+    ("flags", "devices", "built"),
+    [
+        (("REQUIRE_USER_ALLOCATION",), 0, True),
+        (("WEIGHT_STREAMING",), 0, True),
+        (("REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"), 1, False),
+        (("STRIP_PLAN", "REFIT_IDENTICAL"), 0, False),
+        (("STRIP_PLAN", "REFIT_IDENTICAL"), 1, True),
+        (("VERSION_COMPATIBLE",), 1, False),
+    ],
+)
+def test_flags_that_tensorrt_rtx_refuses(rtx: Surface, tmp_path: Path, flags: tuple[str, ...], devices: int, built: bool) -> None:
+    draft = Draft(fake_tensorrt(rtx, Gpus(devices=devices)), networks.scaled(tmp_path / "m.onnx"))
+    for flag in flags:
+        draft.config.set_flag(getattr(draft.trt.BuilderFlag, flag))
+    assert (draft.build() is not None) is built
+
+
 def test_compute_capabilities_are_counted_first(draft: Draft, surface: Surface) -> None:
     if surface.module == "tensorrt":
         assert not hasattr(draft.config, "num_compute_capabilities")

@@ -210,10 +210,13 @@ def _free() -> int:
         return cuda.free_memory()
 
 
-def _activations(trt: Any, plan: Any) -> int | None:
+def _activations(trt: Any, plan: Any, *, carries_code: bool) -> int | None:
     """Bytes of activations that the engine asks for, read off the engine itself where its GPU is here."""
     log = messages(trt)
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(log)
+    if carries_code:  # TensorRT's own, put there a moment ago
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"the engine that was just built cannot be opened here: {'; '.join(log.errors())}")
     return int(engine.device_memory_size_v2)
@@ -239,7 +242,8 @@ def _built(job: Message, progress: Progress) -> int | None:
         file.write(memoryview(plan))
     here = devices()
     runs_here = bool(here) and job["target"] in (AMPERE_UP, here[0].target)
-    return _activations(trt, plan) if runs_here else None
+    carries_code = bool(job["options"].get("version_compatible"))
+    return _activations(trt, plan, carries_code=carries_code) if runs_here else None
 
 
 if __name__ == "__main__":
