@@ -172,9 +172,12 @@ class DeviceCall:
 def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[DeviceCall]:
     """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
 
-    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, and rows must lie aligned.
+    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, rows must lie aligned, and weights that
+    are streamed are no part of a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
+        return []
+    if unet.spec.options.get("weight_streaming") == "true":
         return []
     channels, height, width = jobs[0].run.x.shape
     dims, cells = {"height": height, "width": width, "sequence": len(jobs[0].condition.hidden)}, channels * height * width

@@ -23,7 +23,7 @@ from sdruntime.backends.trt.worker import plan_from_onnx
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle, write_bundle
 from sdruntime.engine import EngineOptions, Shared
-from sdruntime.errors import EngineError, SdruntimeError
+from sdruntime.errors import EngineError
 
 BACKEND = Path(__file__).resolve().parents[2] / "runtime" / "sdruntime" / "backends" / "trt"
 _10_3, _10_16, _11_4, _RTX = (str(version) for version in VERSIONS)
@@ -55,7 +55,6 @@ RUN_ELSEWHERE = {
         *("HardwareCompatibilityLevel", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY", "hardware_compatibility_level"),
         *("VERSION_COMPATIBLE", "engine_host_code_allowed"),
         *("create_timing_cache", "set_timing_cache"),
-        *("weight_streaming_budget_v2", "streamable_weights_size"),
     },
 }
 # Names that the backend uses of something else, whose attributes happen to be TensorRT's too.
@@ -200,11 +199,8 @@ def test_every_use_of_the_backend_is_run(
     folder = small_bundle(tmp_path / "bundle").folder
     built_and_run(here, folder, optimization_level="4", workspace="64M")
     built_and_run(here, folder, strip="true")
-    if rtx:
-        with pytest.raises(SdruntimeError, match=r"(?i)weight.?streaming"):  # not with REQUIRE_USER_ALLOCATION
-            built_and_run(here, folder, weight_streaming="true")
-    else:
-        built_and_run(here, folder, weight_streaming="true")
+    built_and_run(here, folder, weight_streaming="true")
+    if not rtx:
         built_and_run(here, folder, "ampere+")
         built_and_run(here, folder, "current", "engine_host_code", version_compatible="true")
     if surface.has("HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY") and not rtx:
