@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
     each.add_argument("--guidance", choices=["on", "off", "any"], help="whether pictures are drawn with guidance (two rows each)")
     each.add_argument("--component", action="append", default=[], dest="components", help="only this one (may be repeated)")
+    each.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="all but this one (may be repeated)")
     each.add_argument(
         "--option",
         action="append",
@@ -154,6 +155,7 @@ def build(options: argparse.Namespace) -> None:
         batch=options.batch,
         guidance=options.guidance,
         components=tuple(options.components),
+        without=tuple(options.without),
         options=dict(pairs(options.option, "optimization_level=5")),
     )
     done, begun = [], time.monotonic()
