@@ -11,10 +11,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdruntime import __version__
 from sdruntime.errors import SdruntimeError, SettingError
+
+if TYPE_CHECKING:
+    from sdruntime.bundle import Bundle
+    from sdruntime.choose import Machine
 
 SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
@@ -108,9 +112,9 @@ def parser() -> argparse.ArgumentParser:
     sampling(each)
 
     command("samplers", samplers, "the samplers, by every name that they answer to", bundle=False)
-    command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine").add_argument(
-        "--check", action="store_true", help="read every file and check its hash"
-    )
+    each = command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine")
+    each.add_argument("--check", action="store_true", help="read every file and check its hash")
+    each.add_argument("--stale", action="store_true", help="only the engines that an upgrade of a library left behind")
     each = command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
     return top
@@ -295,11 +299,27 @@ def inspect(options: argparse.Namespace) -> None:
     bundle, machine = Bundle.open(options.bundle), Machine.here()
     if options.check and (faults := bundle.changed_files()):
         raise BundleError(bundle.folder, faults)
+    if options.stale:
+        inspect_stale(bundle, machine, as_json=options.json)
+        return
     if options.json:
         document(**bundle_document(bundle, machine))
         return
     for line in bundle_lines(bundle, machine):
         print(line)
+
+
+def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
+    from sdruntime.build import stale_engines
+    from sdruntime.choose import misfit
+
+    reasons = {engine.name: misfit(engine, machine) for engine in stale_engines(bundle)}
+    if as_json:
+        document(stale=[{"engine": name, "reason": reason} for name, reason in reasons.items()])
+        return
+    for name, reason in reasons.items():
+        print(f"{name}: {reason}")
+    print(f"build them again: sdruntime build {bundle.folder} --stale" if reasons else "no engine is stale")
 
 
 def doctor(options: argparse.Namespace) -> None:
