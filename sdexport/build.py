@@ -82,6 +82,8 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
     errors for the disk and the engines.
     """
+    for asked in options.engines:  # what is wrong with these is told before the long work
+        asked.resolve_library(options.precision)
     exported = yield from export(model, out, options)
     written = yield from _engines(out, options)
     yield dataclasses.replace(
@@ -92,8 +94,8 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     )
 
 
-def export(model: str, out: Path, options: Options) -> Generator[Event, None, Built]:
-    """The bundle without its engines; the last event is returned. What can be refused of the engines is, before the work.
+def export(model: str, out: Path, options: Options) -> Generator[Progress, None, Built]:
+    """The bundle without its engines; the last event is returned. Engines that the model cannot have are refused before the work.
 
     Raises as `build` does.
     """
@@ -103,8 +105,8 @@ def export(model: str, out: Path, options: Options) -> Generator[Event, None, Bu
     name = located.source.rsplit("/", 1)[-1]
     checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
     table = components(checkpoint)
-    for asked in options.engines:  # what is wrong with these is told before the long work
-        asked.resolve(checkpoint.model, options.precision, [component.name for component in table])
+    for asked in options.engines:
+        asked.resolve_model(checkpoint.model, [component.name for component in table])
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
         return Built(folder=out, up_to_date=True, written=0, peak=peak_memory())
@@ -149,7 +151,7 @@ def _is_current(out: Path, inputs: str) -> bool:
     return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
 
 
-def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path) -> Generator[Event, None, int]:
+def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path) -> Generator[Progress, None, int]:
     """Each component in its own process; returns the peak memory of the largest."""
     peak = 0
     for index, component in enumerate(table):
@@ -170,7 +172,7 @@ def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options
     return peak
 
 
-def _engines(folder: Path, options: Options) -> Generator[Event, None, int]:
+def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, int]:
     """The engines that were asked for; returns the bytes written."""
     written = 0
     for asked in options.engines:

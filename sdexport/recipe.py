@@ -46,11 +46,16 @@ class Recipe:
         return dataclasses.replace(self, model=model, revision=None)
 
 
+def recipe_names() -> list[str]:
+    """Those of `engines/`."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
 def recipe_file(name: str) -> Path:
     """The file of a recipe: a path ending in .toml, or the name of one in `engines/`. Raises UnknownName."""
     if name.endswith(".toml"):
         return Path(name)
-    known = [file.stem for file in FOLDER.glob("*.toml")]
+    known = recipe_names()
     if not known:
         raise SettingError(f"recipe {name!r}: no recipe is in {FOLDER.resolve()}: give the path of a file, such as {name}.toml")
     if name not in known:

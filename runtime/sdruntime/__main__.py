@@ -17,6 +17,7 @@ from sdruntime import __version__
 from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
+    from sdruntime.build import Asked
     from sdruntime.bundle import Bundle
     from sdruntime.choose import Machine
 
@@ -148,20 +149,11 @@ def pairs(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
 
 
 def build(options: argparse.Namespace) -> None:
-    from sdruntime.build import Asked, build_engines, rebuild_stale
+    from sdruntime.build import build_engines, rebuild_stale
 
     if options.stale == (options.backend is not None):
         raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
-    asked = options.backend and Asked(
-        backend=options.backend,
-        target=options.target,
-        size=options.size,
-        batch=options.batch,
-        guidance=options.guidance,
-        components=tuple(options.components),
-        without=tuple(options.without),
-        options=dict(pairs(options.option, "optimization_level=5")),
-    )
+    asked = asked_of(options) if options.backend else None
     done, begun = [], time.monotonic()
     for event in build_engines(options.bundle, asked) if asked else rebuild_stale(options.bundle):
         if event.state == "stage" and event.stage is not None:
@@ -188,6 +180,21 @@ def build(options: argparse.Namespace) -> None:
         document(engines=done, seconds=round(time.monotonic() - begun, 3))
     elif options.stale and not done:
         print("no engine is stale")
+
+
+def asked_of(options: argparse.Namespace) -> Asked:
+    from sdruntime.build import Asked
+
+    return Asked(
+        backend=options.backend,
+        target=options.target,
+        size=options.size,
+        batch=options.batch,
+        guidance=options.guidance,
+        components=tuple(options.components),
+        without=tuple(options.without),
+        options=dict(pairs(options.option, "optimization_level=5")),
+    )
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -54,12 +54,16 @@ class Asked:
 
         Raises SettingError, UnknownName, LibraryMissing and DeviceMissing.
         """
+        shapes = self.resolve_model(model, components)
+        return shapes, *self.resolve_library(precision)
+
+    def resolve_model(self, model: ModelSpec, components: Iterable[str]) -> Shapes:
+        """The part of `resolve` that needs no library. Raises SettingError and UnknownName."""
         shapes = self.shapes(model)
-        version, target = self.resolve_library(precision)
         for component in (*self.components, *self.without):
             if component not in components:
                 raise UnknownName("component", component, components)
-        return shapes, version, target
+        return shapes
 
     def resolve_library(self, precision: Precision) -> tuple[str, str]:
         """The part of `resolve` that needs no model: the library's version and the target's full name. Raises as it does."""
