@@ -106,7 +106,7 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
     checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
     table = components(checkpoint)
     for asked in options.engines:
-        asked.resolve_model(checkpoint.model, [component.name for component in table])
+        asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
         return Built(folder=out, up_to_date=True, written=0, peak=peak_memory())

@@ -17,12 +17,13 @@ from sdruntime.build import Asked
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.manifest import ModelSpec, Precision
 from sdruntime.shapes import Guidance, Shapes
+from sdruntime.step import NAME as STEP
 
 FOLDER = Path("engines")
 RECIPE = ("name", "description", "model", "revision", "precision", "engines")
 ENGINES = ("backend", "target", "size", "batch", "guidance", "options", "components")
 COMPONENT = ("size", "batch", "guidance", "options")
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", STEP)
 _TARGET = re.compile(r"current|ampere\+|sm\d{2,3}|cuda|cpu")
 # checks the form of sizes and batches; what the real model adds (its multiple) is told before the export begins
 _ANY_MODEL = ModelSpec(

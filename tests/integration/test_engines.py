@@ -21,7 +21,7 @@ from sdruntime.bundle import Bundle
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux")
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPONENTS = ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
+COMPONENTS = ["text_encoder", "vae_encoder", "vae_decoder", "unet", "step"]
 COMMAND = [sys.executable, "-m", "sdexport", "engines", "--json"]
 
 
@@ -76,7 +76,7 @@ def interrupt(place: Path, *more: str) -> None:
     assert [path.name for path in (place / "out").iterdir()] == ["rtx"]
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     bundle = Bundle.open(folder)
-    assert 1 <= len(bundle.manifest.engines) < 4
+    assert 1 <= len(bundle.manifest.engines) < len(COMPONENTS)
     assert {path.name for path in (folder / "engines").iterdir()} == {
         Path(each.files[0]).name for each in bundle.manifest.engines
     }
@@ -97,7 +97,7 @@ def test_the_shapes_recipe_beside_a_bad_one_then_again(place: Path) -> None:
     assert result.exit_code == 2
     assert f"{bad}:3: engines[0].backend: unknown backend 'tensorrt-rxt': did you mean tensorrt-rtx" in result.stderr
     table = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
-    assert table["shapes"][1:4] == ["8", "0", "0"]
+    assert table["shapes"][1:4] == ["9", "0", "0"], "step is TensorRT's alone"
     assert table["bad"][1:4] == ["0", "0", "1"]
     engines = Bundle.open(place / "out" / "shapes").manifest.engines
     rtx = {engine.component: engine for engine in engines if engine.backend == "tensorrt-rtx"}
@@ -108,7 +108,7 @@ def test_the_shapes_recipe_beside_a_bad_one_then_again(place: Path) -> None:
     again = run(*arguments)
     assert again.exit_code == 2
     table = {line.split()[0]: line.split() for line in again.stdout.splitlines() if line.strip()}
-    assert table["shapes"][1:6] == ["0", "8", "0", "0", "0"]
+    assert table["shapes"][1:6] == ["0", "9", "0", "0", "0"]
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == files
 
 
@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on_where_it_was(place: Path) -> None:
     found = row(result.stdout)
     assert found["exported"] == 0
     assert len(found["present"]) >= 1
-    assert len(found["present"]) + len(found["built"]) == 4
+    assert len(found["present"]) + len(found["built"]) == len(COMPONENTS)
     assert found["failed"] == []
 
 
@@ -131,9 +131,9 @@ def test_another_interpreter_builds_is_interrupted_and_goes_on(place: Path, othe
     assert done.returncode == 0, done.stderr
     found = row(done.stdout)
     assert len(found["present"]) >= 1
-    assert len(found["present"]) + len(built(found)) == 4
+    assert len(found["present"]) + len(built(found)) == len(COMPONENTS)
     result = run("engines", place / "rtx.toml", "-o", place / "out", "--json")
-    assert len(row(result.stdout)["present"]) == 4, "the two interpreters have the same library"
+    assert len(row(result.stdout)["present"]) == len(COMPONENTS), "the two interpreters have the same library"
 
 
 def test_what_the_other_interpreter_lacks_is_told_and_the_rest_is_built(place: Path, other_python: Path) -> None:
