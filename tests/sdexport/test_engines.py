@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +238,22 @@ def script(place: Path, text: str) -> str:
 def test_an_interpreter_that_cannot_is_told_before_the_work(tmp_path: Path, text: str, kind: type, told: str) -> None:
     with pytest.raises(kind, match=told):
         Interpreter(python=script(tmp_path, text)).check(Asked(backend="tensorrt"), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], []),
+        (["RECIPE=sd15", "MODEL=my path", "PYTHON=/bin/python3"], ["sd15", "--model", "my path", "--python", "/bin/python3"]),
+        (["RECIPE=sd15 a/b.toml"], ["sd15", "a/b.toml"]),
+    ],
+)
+def test_make_engines_is_this_command(given: list[str], expected: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHON", "MODEL", "RECIPE"))}
+    command = ["make", "-C", str(Path(__file__).resolve().parents[2]), "-n", "engines", *given]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    line = shown[shown.index("/sdexport engines") :].partition("\nmake: ")[0]
+    assert shlex.split(line.replace("\\\n", " ")) == ["/sdexport", "engines", *expected]
 
 
 def test_no_interpreter(place: Path) -> None:
