@@ -200,6 +200,21 @@ def test_engines_are_built_into_the_bundle_and_added_to_one_that_is_there(sd1_ch
     assert built(sd1_checkpoint, copy, engines=(ASKED,)).up_to_date
 
 
+def test_an_interrupted_build_keeps_the_engines_that_were_done(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
+    events = build(str(sd1_checkpoint), tmp_path / "bundle", Options(engines=(ASKED,)))
+    for event in events:
+        if isinstance(event, EngineProgress) and (event.event.state, event.event.component) == ("begin", "vae_encoder"):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert [engine.component for engine in Bundle.open(tmp_path / "bundle").manifest.engines] == ["text_encoder"]
+    assert not list((tmp_path / "bundle").glob(".*"))
+    again = list(build(str(sd1_checkpoint), tmp_path / "bundle", Options(engines=(ASKED,))))
+    states = [(each.event.component, each.event.state) for each in again if isinstance(each, EngineProgress)]
+    assert states[0] == ("text_encoder", "present")
+    assert [component for component, state in states if state == "done"] == ["vae_encoder", "vae_decoder", "unet"]
+    assert not any(isinstance(event, Progress) for event in again), "nothing is exported again"
+
+
 @pytest.mark.parametrize(
     ("asked", "kind"),
     [
