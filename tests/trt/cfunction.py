@@ -26,8 +26,8 @@ _simple_data = ctypes.c_int.__mro__[1]
 class Function:
     """`argtypes`, `restype`, `errcheck` are as in ctypes. `body` gets numbers and ctypes objects, and returns the result."""
 
-    def __init__(self, name: str, prototype: str, body: Callable[..., Any], *, returns_text: bool = False) -> None:
-        self.__name__, self._words, self._body, self._returns_text = name, prototype.split(), body, returns_text
+    def __init__(self, name: str, prototype: str, body: Callable[..., Any]) -> None:
+        self.__name__, self._words, self._body = name, prototype.split(), body
         self.argtypes: Any = None
         self.restype: Any = ctypes.c_int
         self.errcheck: Any = None
@@ -45,10 +45,6 @@ class Function:
         return result if self.errcheck is None else self.errcheck(result, self, args)
 
     def _result(self, result: Any) -> Any:
-        if self._returns_text:
-            if self.restype is not ctypes.c_char_p:
-                raise Strictness(f"{self.__name__} returns a pointer: restype must be c_char_p, not {self.restype}")
-            return result
         if self.restype is ctypes.c_int:
             return result
         if self.restype is None or isinstance(self.restype, type):

@@ -1,4 +1,4 @@
-"""What the C functions of libcudart do, over `streams.Gpus`, and the table of their prototypes (`cfunction`).
+"""What the driver's C functions do, over `streams.Gpus`, and the tables of their prototypes (`cfunction`).
 
 A body gets the fake GPUs and its arguments, and returns an error code or None; CudaError is a code too.
 """
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from trt.memory import Allocation, Region
+from trt.memory import DEVICE_MEMORY, PINNED, Allocation, Region
 from trt.streams import (
     CAPTURE_INVALIDATED,
     CAPTURED_EVENT,
@@ -27,10 +27,10 @@ from trt.streams import (
 from trt.strict import Strictness
 
 Body = Callable[..., "int | None"]
-_HOST_TO_DEVICE, _DEVICE_TO_HOST, _ON_DEVICE, _DEFAULT = 1, 2, 3, 4
-_MAPPED = 2  # cudaHostAllocMapped
-_NON_BLOCKING = 1  # cudaStreamNonBlocking
-_NO_TIMING = 2  # cudaEventDisableTiming
+_INVALID_DEVICE = 101
+_MAPPED = 2  # CU_MEMHOSTALLOC_DEVICEMAP
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 # -- devices
@@ -41,15 +41,28 @@ def _get_device_count(gpus: Gpus, count: Any) -> int:
     return 0 if gpus.devices else 100
 
 
-def _set_device(gpus: Gpus, index: int) -> int:
-    if not 0 <= index < gpus.devices:
-        return 101
-    gpus.device = index
-    return 0
+def _get_device(gpus: Gpus, device: Any, ordinal: int) -> int:
+    device.value = ordinal
+    return _known(gpus, ordinal)
 
 
-def _get_device(gpus: Gpus, index: Any) -> None:
-    index.value = gpus.device
+def _get_name(gpus: Gpus, text: Any, length: int, device: int) -> int:
+    text.value = gpus.name.encode()[: length - 1]
+    return _known(gpus, device)
+
+
+def _total_memory(gpus: Gpus, size: Any, device: int) -> int:
+    size.value = gpus.memory.total
+    return _known(gpus, device)
+
+
+def _uuid(gpus: Gpus, text: Any, device: int) -> int:
+    text.raw = bytes([device]) * 16
+    return _known(gpus, device)
+
+
+def _known(gpus: Gpus, device: int) -> int:
+    return 0 if 0 <= device < gpus.devices else _INVALID_DEVICE
 
 
 def _attribute(gpus: Gpus, value: Any, attribute: int, index: int) -> int:
@@ -57,22 +70,11 @@ def _attribute(gpus: Gpus, value: Any, attribute: int, index: int) -> int:
     if attribute not in known:
         raise Strictness(f"device attribute {attribute} is not modelled")
     value.value = known[attribute]
-    return 0 if 0 <= index < gpus.devices else 101
-
-
-def _bus_id(gpus: Gpus, text: Any, length: int, index: int) -> int:
-    if length > len(text):
-        raise Strictness(f"cudaDeviceGetPCIBusId: length {length} of a buffer of {len(text)}")
-    text.value = f"0000:{index + 1:02X}:00.0".encode()[: length - 1]
-    return 0 if 0 <= index < gpus.devices else 101
+    return _known(gpus, index)
 
 
 def _mem_info(gpus: Gpus, free: Any, total: Any) -> None:
     free.value, total.value = max(0, gpus.memory.free_bytes(gpus.device)), gpus.memory.total
-
-
-def _runtime_version(gpus: Gpus, version: Any) -> None:
-    version.value = gpus.runtime_version
 
 
 def _driver_version(gpus: Gpus, version: Any) -> None:
@@ -86,25 +88,18 @@ def _malloc(gpus: Gpus, pointer: Any, size: int) -> int:
     gpus.unsafe()
     pointer.value = None
     if not size:
-        return 0
-    allocation = gpus.memory.allocate(size, gpus.device, "cudaMalloc")
+        return INVALID_VALUE
+    allocation = gpus.memory.allocate(size, gpus.device, DEVICE_MEMORY)
     if allocation is None:
         return OUT_OF_MEMORY
     pointer.value = allocation.address
     return 0
 
 
-def _host_alloc(gpus: Gpus, pointer: Any, size: int, flags: int = 0) -> None:
+def _host_alloc(gpus: Gpus, pointer: Any, size: int, flags: int) -> int:
     gpus.unsafe()
     pointer.value = gpus.memory.pin(size, mapped=bool(flags & _MAPPED) or gpus.integrated).address if size else None
-
-
-def _host_device_pointer(gpus: Gpus, device: Any, host: int, flags: int) -> int:
-    found = gpus.memory.at(host)
-    if found is None or not found.mapped or flags:
-        return INVALID_VALUE
-    device.value = host
-    return 0
+    return 0 if size else INVALID_VALUE
 
 
 def _freer(name: str, *, pinned: bool) -> Callable[[Gpus, int], int]:
@@ -124,52 +119,41 @@ def _freer(name: str, *, pinned: bool) -> Callable[[Gpus, int], int]:
 
 
 def _owned(allocation: Allocation) -> bool:
-    return allocation.label not in ("cudaMalloc", "pinned")
+    return allocation.label not in (DEVICE_MEMORY, PINNED)
 
 
-def _memcpy(gpus: Gpus, to: int, source: int, size: int, kind: int, stream: int) -> int:
-    memory, (on, off) = gpus.memory, (gpus.memory.on_device(to), gpus.memory.on_device(source))
-    actual = {(True, False): _HOST_TO_DEVICE, (False, True): _DEVICE_TO_HOST, (True, True): _ON_DEVICE}.get((on, off))
-    if actual is None or kind not in (actual, _DEFAULT):
-        raise Strictness(f"cudaMemcpyAsync: kind {kind} from {source:#x} to {to:#x}, which is kind {actual}")
-    if not size:
-        return 0
-    target, origin = Region(to, size), Region(source, size)
-    label = f"copy of {size} bytes from {source:#x} to {to:#x}"
+def _copier(function: str, kind: str) -> Callable[[Gpus, int, int, int, int], int]:
+    """`kind`: "in", "out", or "within" the device."""
 
-    def run() -> None:
-        memory.view(target, label)[:] = memory.view(origin, label)
+    def copy(gpus: Gpus, to: int, source: int, size: int, stream: int) -> int:
+        memory, (on, off) = gpus.memory, (gpus.memory.on_device(to), gpus.memory.on_device(source))
+        actual = {(True, False): "in", (False, True): "out", (True, True): "within"}.get((on, off), "none")
+        if kind != actual:
+            raise Strictness(f"{function}: a copy from {source:#x} to {to:#x}, which is {actual}, not {kind}")
+        if not size:
+            return 0
+        target, origin = Region(to, size), Region(source, size)
+        label = f"copy of {size} bytes from {source:#x} to {to:#x}"
 
-    if actual == _DEVICE_TO_HOST:
-        if memory.at(to) is None:
-            raise Strictness(f"{label}: the host memory is pageable, so this would block: use cudaHostAlloc")
-        gpus.enqueue(stream, Work(label=label, run=run, reads=(origin,), writes=(target,)))
-        gpus.counts["bytes out"] += size
-        return 0
-    if actual == _HOST_TO_DEVICE:
-        gpus.counts["bytes in"] += size
-        if memory.at(source) is None:  # pageable: the driver takes a copy now
+        def run() -> None:
+            memory.view(target, label)[:] = memory.view(origin, label)
+
+        work = Work(label=label, run=run, reads=(origin,), writes=(target,))
+        if kind == "out" and memory.at(to) is None:
+            raise Strictness(f"{label}: the host memory is pageable, so this would block: use cuMemHostAlloc")
+        if kind == "in" and memory.at(source) is None:  # pageable: the driver takes a copy now
             gpus.counts["pageable copies"] += 1
             data = ctypes.string_at(source, size)
-            write = Work(label=label, run=lambda: _write(gpus, target, data), writes=(target,), pageable=True)
-            gpus.enqueue(stream, write)
-            return 0
-    gpus.enqueue(stream, Work(label=label, run=run, reads=(origin,), writes=(target,)))
-    return 0
+            work = Work(label=label, run=lambda: _write(gpus, target, data), writes=(target,), pageable=True)
+        gpus.enqueue(stream, work)
+        gpus.counts[f"bytes {kind}"] += size
+        return 0
+
+    return copy
 
 
 def _write(gpus: Gpus, target: Region, data: bytes) -> None:
     gpus.memory.view(target, "copy")[:] = memoryview(data)
-
-
-def _memset(gpus: Gpus, to: int, value: int, size: int, stream: int) -> int:
-    target = Region(to, size)
-
-    def run() -> None:
-        gpus.memory.view(target, "cudaMemsetAsync")[:] = value & 0xFF
-
-    gpus.enqueue(stream, Work(label="cudaMemsetAsync", run=run, writes=(target,)))
-    return 0
 
 
 # -- streams and events
@@ -177,7 +161,7 @@ def _memset(gpus: Gpus, to: int, value: int, size: int, stream: int) -> int:
 
 def _stream_create(gpus: Gpus, pointer: Any, flags: int) -> None:
     if flags != _NON_BLOCKING:
-        raise Strictness("a stream without cudaStreamNonBlocking waits for the default stream")
+        raise Strictness("a stream without CU_STREAM_NON_BLOCKING waits for the default stream")
     pointer.value = gpus.new_handle()
 
 
@@ -287,7 +271,7 @@ def _graph(gpus: Gpus, handle: int, *, executable: bool) -> Graph:
 
 
 class _Executable(Graph):
-    """A graph after cudaGraphInstantiate."""
+    """A graph after cuGraphInstantiateWithFlags."""
 
 
 def _instantiate(gpus: Gpus, executable: Any, graph: int, flags: int) -> None:
@@ -309,40 +293,40 @@ def _graph_destroyer(*, executable: bool) -> Callable[[Gpus, int], None]:
     return destroy
 
 
-CUDART: dict[str, tuple[str, Body]] = {
-    "cudaGetDeviceCount": ("*int", _get_device_count),
-    "cudaSetDevice": ("int", _set_device),
-    "cudaGetDevice": ("*int", _get_device),
-    "cudaDeviceGetAttribute": ("*int int int", _attribute),
-    "cudaDeviceGetPCIBusId": ("text int int", _bus_id),
-    "cudaMemGetInfo": ("*size *size", _mem_info),
-    "cudaRuntimeGetVersion": ("*int", _runtime_version),
-    "cudaDriverGetVersion": ("*int", _driver_version),
-    "cudaMalloc": ("*pointer size", _malloc),
-    "cudaFree": ("pointer", _freer("cudaFree", pinned=False)),
-    "cudaMallocHost": ("*pointer size", _host_alloc),
-    "cudaHostAlloc": ("*pointer size int", _host_alloc),
-    "cudaHostGetDevicePointer": ("*pointer pointer int", _host_device_pointer),
-    "cudaFreeHost": ("pointer", _freer("cudaFreeHost", pinned=True)),
-    "cudaMemcpyAsync": ("pointer pointer size int pointer", _memcpy),
-    "cudaMemsetAsync": ("pointer int size pointer", _memset),
-    "cudaStreamCreateWithFlags": ("*pointer int", _stream_create),
-    "cudaStreamDestroy": ("pointer", _stream_destroy),
-    "cudaStreamSynchronize": ("pointer", _stream_synchronize),
-    "cudaStreamQuery": ("pointer", _stream_query),
-    "cudaStreamWaitEvent": ("pointer pointer int", _stream_wait),
-    "cudaEventCreateWithFlags": ("*pointer int", _event_create),
-    "cudaEventRecord": ("pointer pointer", _event_record),
-    "cudaEventQuery": ("pointer", _event_query),
-    "cudaEventSynchronize": ("pointer", _event_synchronize),
-    "cudaEventDestroy": ("pointer", _event_destroy),
-    "cudaEventElapsedTime": ("*float pointer pointer", _event_elapsed),
-    "cudaStreamBeginCapture": ("pointer int", _begin_capture),
-    "cudaStreamEndCapture": ("pointer *pointer", _end_capture),
-    "cudaGraphInstantiateWithFlags": ("*pointer pointer long", _instantiate),
-    "cudaGraphLaunch": ("pointer pointer", _graph_launch),
-    "cudaGraphExecDestroy": ("pointer", _graph_destroyer(executable=True)),
-    "cudaGraphDestroy": ("pointer", _graph_destroyer(executable=False)),
-    "cudaGetLastError": ("", lambda gpus: 0),
-    "cudaPeekAtLastError": ("", lambda gpus: 0),
+# what wants no context, and what wants a current one
+DEVICES: dict[str, tuple[str, Body]] = {
+    "cuDeviceGetCount": ("*int", _get_device_count),
+    "cuDeviceGet": ("*int int", _get_device),
+    "cuDeviceGetName": ("text int int", _get_name),
+    "cuDeviceTotalMem_v2": ("*size int", _total_memory),
+    "cuDeviceGetAttribute": ("*int int int", _attribute),
+    "cuDeviceGetUuid_v2": ("text int", _uuid),
+    "cuDriverGetVersion": ("*int", _driver_version),
+}
+IN_CONTEXT: dict[str, tuple[str, Body]] = {
+    "cuMemGetInfo_v2": ("*size *size", _mem_info),
+    "cuMemAlloc_v2": ("*pointer size", _malloc),
+    "cuMemFree_v2": ("pointer", _freer("cuMemFree_v2", pinned=False)),
+    "cuMemHostAlloc": ("*pointer size int", _host_alloc),
+    "cuMemFreeHost": ("pointer", _freer("cuMemFreeHost", pinned=True)),
+    "cuMemcpyHtoDAsync_v2": ("pointer pointer size pointer", _copier("cuMemcpyHtoDAsync_v2", "in")),
+    "cuMemcpyDtoHAsync_v2": ("pointer pointer size pointer", _copier("cuMemcpyDtoHAsync_v2", "out")),
+    "cuMemcpyDtoDAsync_v2": ("pointer pointer size pointer", _copier("cuMemcpyDtoDAsync_v2", "within")),
+    "cuStreamCreate": ("*pointer int", _stream_create),
+    "cuStreamDestroy_v2": ("pointer", _stream_destroy),
+    "cuStreamSynchronize": ("pointer", _stream_synchronize),
+    "cuStreamQuery": ("pointer", _stream_query),
+    "cuStreamWaitEvent": ("pointer pointer int", _stream_wait),
+    "cuEventCreate": ("*pointer int", _event_create),
+    "cuEventRecord": ("pointer pointer", _event_record),
+    "cuEventQuery": ("pointer", _event_query),
+    "cuEventSynchronize": ("pointer", _event_synchronize),
+    "cuEventDestroy_v2": ("pointer", _event_destroy),
+    "cuEventElapsedTime": ("*float pointer pointer", _event_elapsed),
+    "cuStreamBeginCapture_v2": ("pointer int", _begin_capture),
+    "cuStreamEndCapture": ("pointer *pointer", _end_capture),
+    "cuGraphInstantiateWithFlags": ("*pointer pointer long", _instantiate),
+    "cuGraphLaunch": ("pointer pointer", _graph_launch),
+    "cuGraphExecDestroy": ("pointer", _graph_destroyer(executable=True)),
+    "cuGraphDestroy": ("pointer", _graph_destroyer(executable=False)),
 }

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from trt.fake_cudart import loader
-from trt.fake_driver import Driver
+from trt.fake_driver import Driver, loader
 from trt.fake_tensorrt import fake_tensorrt
 from trt.streams import Gpus
 from trt.surface import Surface

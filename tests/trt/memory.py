@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from trt.strict import Strictness
 
 POISON = 0xFF
-ALIGNMENT = 256  # of cudaMalloc
+ALIGNMENT = 256  # of cuMemAlloc
+DEVICE_MEMORY, PINNED = "cuMemAlloc", "pinned"  # the labels of what the driver allocates
 _PAGE = 4096
 _DEVICE_SPACE = 0x0200_0000_0000  # beyond 32 bits, so that a truncated pointer is no pointer
 _SPACE = 1 << 38  # of one device
@@ -79,13 +80,16 @@ class Memory:
         address = -(-ctypes.addressof(keep) // _PAGE) * _PAGE
         data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         data[:] = POISON
-        return self._add(Allocation(address, size, None, "pinned", data, mapped=mapped, keep=keep))
+        return self._add(Allocation(address, size, None, PINNED, data, mapped=mapped, keep=keep))
 
     def release(self, allocation: Allocation) -> None:
         if not allocation.live:
             raise Strictness(f"freed twice: {allocation}")
         allocation.live = False
-        allocation.data[:] = POISON
+        if allocation.device is None:
+            allocation.data[:] = POISON
+        else:
+            allocation.data = allocation.data[:0].copy()  # nobody can look at it any more
 
     def live(self) -> Iterator[Allocation]:
         return (allocation for allocation in self._allocations if allocation.live)

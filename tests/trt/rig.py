@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from trt.fake_cudart import Cudart
+from trt.fake_driver import Driver
 from trt.fake_tensorrt import fake_tensorrt
 from trt.networks import Draft
 from trt.streams import Gpus
 from trt.surface import Surface
 
 SHAPE = (1, 2, 8, 12)
+
+
+def driver_with_context(gpus: Gpus) -> Driver:
+    """The driver, with the first device's primary context held, and the calling thread's own."""
+    driver, context = Driver(gpus), c_void_p()
+    assert driver.cuInit(c_uint(0)) == 0
+    assert driver.cuDevicePrimaryCtxRetain(byref(context), c_int(0)) == 0
+    assert driver.cuCtxSetCurrent(context) == 0
+    return driver
 
 
 class Run:
@@ -31,7 +40,7 @@ class Run:
         **draft: Any,
     ) -> None:
         self.gpus = Gpus()
-        self.lib, self.trt = Cudart(self.gpus), fake_tensorrt(surface, self.gpus)
+        self.lib, self.trt = driver_with_context(self.gpus), fake_tensorrt(surface, self.gpus)
         self.draft = Draft(self.trt, path, **draft)
         if self.trt.rtx:
             self.draft.config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -48,17 +57,17 @@ class Run:
 
     def new_stream(self) -> c_void_p:
         stream = c_void_p()
-        assert self.lib.cudaStreamCreateWithFlags(byref(stream), c_uint(1)) == 0
+        assert self.lib.cuStreamCreate(byref(stream), c_uint(1)) == 0
         return stream
 
     def malloc(self, size: int) -> int:
         pointer = c_void_p()
-        assert self.lib.cudaMalloc(byref(pointer), c_size_t(size)) == 0
+        assert self.lib.cuMemAlloc_v2(byref(pointer), c_size_t(size)) == 0
         return int(pointer.value or 0)
 
     def pin(self, shape: tuple[int, ...], dtype: str = "f4") -> np.ndarray:
         pointer, size = c_void_p(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-        assert self.lib.cudaMallocHost(byref(pointer), c_size_t(size)) == 0
+        assert self.lib.cuMemHostAlloc(byref(pointer), c_size_t(size), c_uint(0)) == 0
         data = (c_uint * (size // 4)).from_address(int(pointer.value or 0))
         return np.frombuffer(data, dtype).reshape(shape)
 
@@ -77,22 +86,22 @@ class Run:
             self.device[name] = self.malloc(self.host[name].nbytes)
             assert self.context.set_tensor_address(name, self.device[name])
 
-    def copy(self, name: str, kind: int) -> None:
-        here, there, size = c_void_p(self.host[name].ctypes.data), c_void_p(self.device[name]), c_size_t(self.host[name].nbytes)
-        to, source = (there, here) if kind == 1 else (here, there)
-        assert self.lib.cudaMemcpyAsync(to, source, size, c_int(kind), self.stream) == 0
+    def upload(self, name: str) -> None:
+        here, there = self.host[name], c_void_p(self.device[name])
+        assert self.lib.cuMemcpyHtoDAsync_v2(there, c_void_p(here.ctypes.data), c_size_t(here.nbytes), self.stream) == 0
 
     def feed(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.host[name][...] = value
-            self.copy(name, 1)
+            self.upload(name)
 
     def execute(self) -> bool:
         return self.context.execute_async_v3(self.stream.value)  # type: ignore[no-any-return]
 
     def fetch(self, name: str = "out") -> np.ndarray:
-        self.copy(name, 2)
-        return self.host[name]
+        here, there = self.host[name], c_void_p(self.device[name])
+        assert self.lib.cuMemcpyDtoHAsync_v2(c_void_p(here.ctypes.data), there, c_size_t(here.nbytes), self.stream) == 0
+        return here
 
     def wait(self) -> None:
-        assert self.lib.cudaStreamSynchronize(self.stream) == 0
+        assert self.lib.cuStreamSynchronize(self.stream) == 0

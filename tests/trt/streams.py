@@ -86,7 +86,7 @@ class Graph:
 class Gpus:
     """The fake GPUs of a machine: memory, streams, events, graphs, and counts of what was done.
 
-    `fake_cudart.Cudart` is their C interface; the fake TensorRT calls `enqueue` and `memory` itself.
+    `fake_driver.Driver` is their C interface; the fake TensorRT calls `enqueue` and `memory` itself.
     """
 
     def __init__(
@@ -97,14 +97,13 @@ class Gpus:
         capability: tuple[int, int] = (8, 6),
         name: str = "Fake RTX 3060",
         integrated: bool = False,
-        runtime_version: int = 12060,
         driver_version: int = 12080,
     ) -> None:
         self.devices, self.capability, self.name, self.integrated = devices, capability, name, integrated
-        self.runtime_version, self.driver_version = runtime_version, driver_version
+        self.driver_version = driver_version
         self.memory = Memory(devices, total, integrated=integrated)
         self.handles: dict[int, Stream | Event | Graph] = {}
-        self.counts: Counter[str] = Counter()  # calls of each C function; "launches", "bytes in", "bytes out", "pageable copies"
+        self.counts: Counter[str] = Counter()  # calls of each C function; "launches", "bytes in", "bytes out", ...
         self.lock = threading.RLock()
         self._current = threading.local()
         self._next_handle = 0x0500_0000_0000
@@ -249,6 +248,11 @@ class Gpus:
     def pending(self, region: Region) -> str | None:
         """The label of queued work that touches a region."""
         return next((item.label for item in self.queued() if item.touches([region])), None)
+
+    def forget_work(self) -> None:
+        """What is queued will not run."""
+        for stream in self._streams():
+            stream.queue.clear()
 
     # -- capture
 

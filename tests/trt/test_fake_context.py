@@ -135,7 +135,7 @@ def test_addresses_that_are_not_set_freed_or_too_small(run: Run) -> None:
     run.context.set_tensor_address("out", run.device["sample"])
     with pytest.raises(Strictness, match="lies where something else does"):
         run.execute()
-    run.lib.cudaFree(c_void_p(small))
+    run.lib.cuMemFree_v2(c_void_p(small))
     run.context.set_tensor_address("out", small)
     with pytest.raises(Strictness, match="use after free"):
         run.execute()
@@ -152,7 +152,7 @@ def test_memory_freed_while_it_is_needed(run: Run) -> None:
     run.feed({"sample": 1, "shift": 1})
     run.execute()
     with pytest.raises(Strictness, match="queued and still needs"):
-        run.lib.cudaFree(c_void_p(run.device["out"]))
+        run.lib.cuMemFree_v2(c_void_p(run.device["out"]))
 
 
 def test_a_context_deleted_while_it_is_needed(run: Run) -> None:
@@ -204,9 +204,9 @@ def test_a_profile_that_is_not_chosen(surface: Surface, path: Path) -> None:
 def captured(run: Run) -> tuple[int, int, c_void_p]:
     """(whether the execution was queued, the code of the end, the graph)."""
     graph = c_void_p()
-    assert run.lib.cudaStreamBeginCapture(run.stream, c_int(1)) == 0
+    assert run.lib.cuStreamBeginCapture_v2(run.stream, c_int(1)) == 0
     queued = run.execute()
-    return queued, run.lib.cudaStreamEndCapture(run.stream, byref(graph)), graph
+    return queued, run.lib.cuStreamEndCapture(run.stream, byref(graph)), graph
 
 
 def test_a_graph_of_an_execution_replays(run: Run) -> None:
@@ -217,17 +217,17 @@ def test_a_graph_of_an_execution_replays(run: Run) -> None:
     queued, code, graph = captured(run)
     assert (queued, code) == (True, 0)
     executable = c_void_p()
-    assert run.lib.cudaGraphInstantiateWithFlags(byref(executable), graph, c_ulonglong(0)) == 0
+    assert run.lib.cuGraphInstantiateWithFlags(byref(executable), graph, c_ulonglong(0)) == 0
     for value in (3, 5):
         run.feed({"sample": value, "shift": 1})
-        assert run.lib.cudaGraphLaunch(executable, run.stream) == 0
+        assert run.lib.cuGraphLaunch(executable, run.stream) == 0
         out = run.fetch()
         run.wait()
         assert (out == 3 * value + 1).all()
     assert run.gpus.counts["launches"] == 2
     run.context = None
     with pytest.raises(Strictness, match="deleted"):
-        run.lib.cudaGraphLaunch(executable, run.stream)
+        run.lib.cuGraphLaunch(executable, run.stream)
 
 
 def test_a_new_shape_must_run_before_it_is_captured(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""The strict driver: what it has beyond the functions that it shares with libcudart, which `test_fake_cudart` tests."""
+"""The strict driver: devices, contexts, planted failures. `test_cuda_calls` tests what is done in a context."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import threading
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 
 import pytest
-from trt.fake_cudart import loader
-from trt.fake_driver import Driver
+from trt.fake_driver import Driver, loader
 from trt.streams import Gpus
 from trt.strict import Strictness
 
@@ -74,7 +73,7 @@ def test_copies_go_one_way_each_and_on_a_stream(driver: Driver) -> None:
     assert list(array) == [255] * 8
     assert driver.cuStreamSynchronize(stream) == 0
     assert list(array) == list(range(8))
-    with pytest.raises(Strictness, match="kind 1"):
+    with pytest.raises(Strictness, match="which is out, not in"):
         driver.cuMemcpyHtoDAsync_v2(host, device, c_size_t(8), stream)
     with pytest.raises(Strictness, match="default stream"):
         driver.cuMemcpyHtoDAsync_v2(device, host, c_size_t(8), c_void_p(0))
@@ -86,6 +85,43 @@ def test_what_stalls_the_device_is_not_offered(driver: Driver) -> None:
             getattr(driver, name)
     with pytest.raises(AttributeError):
         _ = driver.cuMemAlloc  # the name of the first revision
+
+
+def test_a_stream_belongs_to_one_device(driver: Driver) -> None:
+    current(driver)
+    pointer, host, stream = c_void_p(), c_void_p(), c_void_p()
+    driver.cuMemAlloc_v2(byref(pointer), c_size_t(8))
+    driver.cuMemHostAlloc(byref(host), c_size_t(8), c_uint(0))
+    driver.cuStreamCreate(byref(stream), c_uint(1))
+    assert driver.cuDeviceGet(byref(c_int()), c_int(2)) == 101
+    current(driver, 1)
+    with pytest.raises(Strictness, match="device 0 while device 1 is current"):
+        driver.cuMemcpyHtoDAsync_v2(pointer, host, c_size_t(8), stream)
+
+
+def test_a_broken_context_gives_back_what_it_has_and_does_nothing_else(driver: Driver) -> None:
+    current(driver)
+    pointer, host, stream = c_void_p(), c_void_p(), c_void_p()
+    driver.cuMemAlloc_v2(byref(pointer), c_size_t(8))
+    driver.cuMemHostAlloc(byref(host), c_size_t(8), c_uint(0))
+    driver.cuStreamCreate(byref(stream), c_uint(1))
+    assert driver.cuMemcpyHtoDAsync_v2(pointer, host, c_size_t(8), stream) == 0
+    driver.break_next("cuStreamSynchronize", 700)
+    assert driver.cuStreamSynchronize(stream) == 700
+    assert driver.cuMemAlloc_v2(byref(c_void_p()), c_size_t(8)) == 700
+    assert [driver.cuMemFree_v2(pointer), driver.cuMemFreeHost(host), driver.cuStreamDestroy_v2(stream)] == [700] * 3
+    assert driver.cuDevicePrimaryCtxRelease_v2(c_int(0)) == 700
+    assert driver.gpus.leaks() == []
+    assert driver.retained == [0, 0]
+
+
+def test_it_stands_for_the_driver_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(Gpus())
+    monkeypatch.setattr(ctypes, "CDLL", loader(driver))
+    assert ctypes.CDLL("/somewhere/libcuda.so.1") is driver
+    for name in ("libcudart.so.12", "libcuda.so"):
+        with pytest.raises(OSError, match=name):
+            ctypes.CDLL(name)
 
 
 def test_errors_have_names(driver: Driver) -> None:
