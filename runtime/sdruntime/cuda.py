@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +118,23 @@ class Cuda:
             raise DeviceMissing(f"device {index}: the driver shows {len(found)} ({', '.join(each.name for each in found)})")
         return cls(driver, index)
 
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function of the driver. Raises OutOfSpace for too little device memory, CudaError for what else it returns."""
+    def call(self, name: str, *arguments: Any, needs: str = "", free: Callable[[], int] | None = None) -> None:
+        """Call a function of the driver. Raises OutOfSpace for too little memory, with what it `needs` and what is free of the
+        device's or of another; CudaError for what else it returns."""
         code = getattr(self._driver, name)(*arguments)
+        if code == _OUT_OF_MEMORY:
+            raise OutOfSpace(
+                f"{needs or f'{name} needs more memory'} on {self.device.name}, and {(free or self.free_memory)():,} are free: "
+                "close what else uses the GPU, draw smaller or fewer pictures at a time, or open the bundle with --low-memory"
+            )
         if code:
             raise CudaError(f"{name} failed on device {self.index}: {self.error(code)}")
+
+    def release(self, name: str, *arguments: Any) -> None:
+        """Call what gives something back, or waits for work that nobody wants any more. It never raises: what the driver answers
+        is an error of work before, and must not hide that, or keep others from being given back."""
+        self._driver.cuCtxSetCurrent(self._context)
+        getattr(self._driver, name)(*arguments)
 
     def error(self, code: int) -> str:
         """The name and the text of an error code."""
@@ -147,14 +159,7 @@ class Cuda:
         """`size` bytes of device memory. Raises OutOfSpace with what was needed and what is free."""
         self.use()
         pointer = c_void_p()
-        code = self._driver.cuMemAlloc_v2(byref(pointer), c_size_t(max(size, 1)))
-        if code == _OUT_OF_MEMORY:
-            raise OutOfSpace(
-                f"{what} needs {size:,} bytes on {self.device.name}, and {self.free_memory():,} are free: close what else uses "
-                "the GPU, draw smaller or fewer pictures at a time, or open the bundle with --low-memory"
-            )
-        if code:
-            raise CudaError(f"cuMemAlloc failed on device {self.index}: {self.error(code)}")
+        self.call("cuMemAlloc_v2", byref(pointer), c_size_t(max(size, 1)), needs=f"{what}: {size:,} bytes are needed")
         return Buffer(self, pointer.value or 0, size)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Pinned:
@@ -168,8 +173,8 @@ class Cuda:
 
     def close(self) -> None:
         if self._context:
+            self.release("cuDevicePrimaryCtxRelease_v2", self._handle)
             self._context = c_void_p()
-            self.call("cuDevicePrimaryCtxRelease_v2", self._handle)
 
     def __enter__(self) -> Cuda:
         return self
@@ -189,8 +194,7 @@ class Buffer:
     def close(self) -> None:
         if self.pointer:
             pointer, self.pointer = self.pointer, 0
-            self._cuda.use()
-            self._cuda.call("cuMemFree_v2", c_void_p(pointer))
+            self._cuda.release("cuMemFree_v2", c_void_p(pointer))
 
 
 class Pinned:
@@ -202,7 +206,8 @@ class Pinned:
         size = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         self._cuda, pointer = cuda, c_void_p()
         cuda.use()
-        cuda.call("cuMemHostAlloc", byref(pointer), c_size_t(size), c_uint(0))
+        needs = f"an array that lies in the system's memory: {size:,} bytes are needed, page-locked for work"
+        cuda.call("cuMemHostAlloc", byref(pointer), c_size_t(size), c_uint(0), needs=needs, free=available_memory)
         self._pointer = pointer.value or 0
         memory: Any = (ctypes.c_char * size).from_address(self._pointer)
         self.array: NDArray[Any] = np.frombuffer(memory, dtype, count=int(np.prod(shape, dtype=np.int64))).reshape(shape)
@@ -215,8 +220,7 @@ class Pinned:
         if self._pointer:
             pointer, self._pointer = self._pointer, 0
             self.array = np.empty(0, self.array.dtype)
-            self._cuda.use()
-            self._cuda.call("cuMemFreeHost", c_void_p(pointer))
+            self._cuda.release("cuMemFreeHost", c_void_p(pointer))
 
 
 class Stream:
@@ -246,13 +250,21 @@ class Stream:
         self.cuda.use()
         self.cuda.call("cuStreamSynchronize", c_void_p(self.handle))
 
+    def settle(self) -> None:
+        """Wait until nothing of this stream is under way, and what it uses can be given back. Never raises."""
+        self.cuda.release("cuStreamSynchronize", c_void_p(self.handle))
+
     def event(self) -> Event:
         """A mark after the work so far."""
         self.cuda.use()
         handle = c_void_p()
         self.cuda.call("cuEventCreate", byref(handle), c_uint(_NO_TIMING))
         event = Event(self.cuda, handle.value or 0)
-        self.cuda.call("cuEventRecord", handle, c_void_p(self.handle))
+        try:
+            self.cuda.call("cuEventRecord", handle, c_void_p(self.handle))
+        except BaseException:
+            event.close()
+            raise
         return event
 
     def wait(self, event: Event) -> None:
@@ -270,9 +282,9 @@ class Stream:
         try:
             yield graph
         except BaseException:
-            self.cuda._driver.cuStreamEndCapture(c_void_p(self.handle), byref(recorded))
+            self.cuda.release("cuStreamEndCapture", c_void_p(self.handle), byref(recorded))
             if recorded:
-                self.cuda._driver.cuGraphDestroy(recorded)
+                self.cuda.release("cuGraphDestroy", recorded)
             raise
         self.cuda.call("cuStreamEndCapture", c_void_p(self.handle), byref(recorded))
         graph.instantiate(recorded)
@@ -280,8 +292,7 @@ class Stream:
     def close(self) -> None:
         if self._owned and self.handle:
             handle, self.handle = self.handle, 0
-            self.cuda.use()
-            self.cuda.call("cuStreamDestroy_v2", c_void_p(handle))
+            self.cuda.release("cuStreamDestroy_v2", c_void_p(handle))
 
     def __enter__(self) -> Stream:
         return self
@@ -313,8 +324,7 @@ class Event:
     def close(self) -> None:
         if self.handle:
             handle, self.handle = self.handle, 0
-            self._cuda.use()
-            self._cuda.call("cuEventDestroy_v2", c_void_p(handle))
+            self._cuda.release("cuEventDestroy_v2", c_void_p(handle))
 
 
 class Graph:
@@ -329,7 +339,7 @@ class Graph:
         try:
             self._cuda.call("cuGraphInstantiateWithFlags", byref(self._executable), recorded, c_ulonglong(0))
         finally:
-            self._cuda.call("cuGraphDestroy", recorded)
+            self._cuda.release("cuGraphDestroy", recorded)
 
     def launch(self, stream: Stream) -> None:
         self._cuda.use()
@@ -338,8 +348,7 @@ class Graph:
     def close(self) -> None:
         if self._executable:
             executable, self._executable = self._executable, c_void_p()
-            self._cuda.use()
-            self._cuda.call("cuGraphExecDestroy", executable)
+            self._cuda.release("cuGraphExecDestroy", executable)
 
 
 def available_memory() -> int:

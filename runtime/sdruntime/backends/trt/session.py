@@ -32,7 +32,7 @@ class Arena:
 
     def close(self) -> None:
         if self.buffer is not None:
-            self.stream.synchronize()
+            self.stream.settle()
             self.buffer.close()
             self.buffer = None
 
@@ -57,6 +57,7 @@ def session(options: EngineOptions) -> Iterator[Session]:
             try:
                 yield made
             finally:
+                stream.settle()
                 made.arena.close()
 
 
