@@ -6,6 +6,7 @@ latents. A single picture is a set of one job.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,7 +41,8 @@ class Job:
 
 
 class Stepper(Protocol):
-    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with."""
+    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with, and never fails: where the
+    latents are lost, reading them raises what they were lost by."""
 
     def advance(self) -> None: ...
 
@@ -59,7 +61,9 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
         while active := [job for job in jobs if not job.done]:
             if active != members:
                 _finish(calls)
-                members, calls = active, [call for group in grouped(active) for call in steppers(group)]
+                members, calls = active, []
+                for group in grouped(active):
+                    calls += steppers(group)
             for number, call in enumerate(calls):
                 with annotate(f"step {active[0].run.step}, group {number}"):
                     call.advance()
@@ -69,8 +73,9 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
 
 
 def _finish(calls: list[Stepper]) -> None:
-    for call in calls:
-        call.finish()
+    with contextlib.ExitStack() as stack:
+        for call in calls:
+            stack.callback(call.finish)
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -8,10 +8,12 @@ and the sampler's sum happen there. The host only looks, by asking for events, h
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from sdruntime.backends.trt.session import aligned
 from sdruntime.cuda import ALIGNMENT, Event, Graph, Pinned
 from sdruntime.denoise import Job, stacked
 from sdruntime.engine import Array, Engine
+from sdruntime.errors import SdruntimeError
 from sdruntime.step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
 
 IN_FLIGHT = 2  # steps that are queued before the host waits for the first of them
@@ -29,16 +32,32 @@ KEPT_FRAMES = 4
 
 
 class Frame:
-    """Bindings, buffers and the graph for `capacity` jobs of one latent shape; kept by the UNet's engine from call to call."""
+    """Bindings, buffers and the graph for `capacity` jobs of one latent shape; kept by the UNet's engine from call to call.
+
+    `busy` while some jobs' latents are in it.
+    """
 
     def __init__(
         self, unet: TrtEngine, step: TrtEngine, dims: dict[str, int], *, capacity: int, guided: bool, cells: int
     ) -> None:
         self.capacity, self.guided, self.cells, self.rows = capacity, guided, cells, dims["batch"]
-        self.session = unet.session
+        self.session, self.busy = unet.session, False
         self._graph: Graph | None = None
         self._ran, self._captured_at = False, -1
-        self.unet, self.step = unet.bind_apart(dims), step.bind_apart({"jobs": capacity, "cells": cells})
+        self._program: Pinned | None = None
+        self._program_room, self._stack = contextlib.ExitStack(), contextlib.ExitStack()
+        with self._stack as stack:  # what was made goes again if the rest cannot be
+            self.unet = stack.enter_context(unet.bind_apart(dims))
+            self.step = stack.enter_context(step.bind_apart({"jobs": capacity, "cells": cells}))
+            self._place(stack)
+            stack.callback(self._drop_program)
+            stack.callback(self._drop_graph)
+            stack.callback(self.session.stream.settle)
+            self._stack = stack.pop_all()
+
+    def _place(self, stack: contextlib.ExitStack) -> None:
+        """What one of them writes lies where the other reads it."""
+        capacity, guided, cells = self.capacity, self.guided, self.cells
         picture = capacity * cells * _FLOAT
         output, sample = self.unet.address["out_sample"], self.unet.address["sample"]
         self.step.place("uncond", output)
@@ -50,18 +69,23 @@ class Frame:
         self.offsets = [0, aligned(sizes[0]), aligned(sizes[0]) + aligned(sizes[1])]
         self.block = sum(map(aligned, sizes))  # bytes of what differs from step to step
         self._inputs = self.session.cuda.allocate(self.block, "the inputs of a step")
+        stack.callback(self._inputs.close)
         self.unet.place("timestep", self._inputs.pointer)
         self.step.place("weights", self._inputs.pointer + self.offsets[1])
         self.step.place("noise", self._inputs.pointer + self.offsets[2])
         self.state = self.session.cuda.pinned((capacity, SLOTS, cells), np.float32)
-        self._program: Pinned | None = None
+        stack.callback(self.state.close)
 
     def load(self, program: Array) -> None:
         """Bring the blocks of all steps, uint8 [steps, block], to the device. The stream must be idle."""
         if self._program is None or self._program.array.size < program.size:
             self._drop_program()
-            self._program = self.session.cuda.pinned((program.size,), np.uint8)
-            self._steps = self.session.cuda.allocate(program.size, "the steps of a loop")
+            with contextlib.ExitStack() as room:
+                self._steps = self.session.cuda.allocate(program.size, "the steps of a loop")
+                room.callback(self._steps.close)
+                self._program = self.session.cuda.pinned((program.size,), np.uint8)
+                room.callback(self._program.close)
+                self._program_room = room.pop_all()
         self._program.array[: program.size] = program.reshape(-1)
         self.session.stream.upload(self._steps.pointer, self._program, program.size)
 
@@ -99,25 +123,45 @@ class Frame:
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
-            self.session.stream.synchronize()
+            self.session.stream.settle()
             self._graph.close()
             self._graph = None
 
     def _drop_program(self) -> None:
-        if self._program is not None:
-            self._program.close()
-            self._steps.close()
-            self._program = None
+        self._program = None
+        self._program_room.close()
 
     def close(self) -> None:
-        """The bindings go with their engines."""
-        self.session.stream.synchronize()
-        self._drop_graph()
-        self._drop_program()
-        self._inputs.close()
-        self.state.close()
+        self._stack.close()
 
-    def __enter__(self) -> Frame:
+
+class Frames:
+    """The frames of one UNet, by what they are for. Leaving it as a context releases them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Hashable, int], Frame] = {}  # the one that was used longest ago in front
+
+    def get(self, key: Hashable, make: Callable[[], Frame]) -> Frame:
+        """One for `key` that is not busy: a kept one, or a new one, for which the oldest that is not busy goes."""
+        number = 0
+        while (key, number) in self._kept and self._kept[key, number].busy:
+            number += 1
+        found = self._kept.pop((key, number), None)
+        if found is None:
+            idle = [each for each, frame in self._kept.items() if not frame.busy]
+            if len(self._kept) >= KEPT_FRAMES and idle:
+                self._kept.pop(idle[0]).close()
+            found = make()
+        self._kept[key, number] = found  # the newest
+        return found
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for frame in self._kept.values():
+                stack.callback(frame.close)
+            self._kept.clear()
+
+    def __enter__(self) -> Frames:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -130,6 +174,16 @@ class DeviceCall:
     def __init__(self, jobs: Sequence[Job], frame: Frame) -> None:
         self._jobs, self._frame, self._index = jobs, frame, 0
         self._events: collections.deque[Event] = collections.deque()
+        frame.busy = True
+        try:
+            self._load()
+        except BaseException:
+            frame.session.stream.settle()
+            self._leave()
+            raise
+
+    def _load(self) -> None:
+        jobs, frame = self._jobs, self._frame
         self.steps = min(job.run.steps - job.run.step for job in jobs)
         frame.unet.upload(_conditions(jobs, frame))
         frame.load(_program(jobs, frame, self.steps))
@@ -139,16 +193,15 @@ class DeviceCall:
             for slot, values in enumerate((*x, *m)):
                 frame.state.array[k, slot] = values.reshape(-1)
         frame.upload_state()
-        for job in jobs:
-            job.run.lend(self.fetch)
+        self._lend(self.fetch)
 
     def advance(self) -> None:
         """Queue one step. Waits, by looking at events, while more than IN_FLIGHT steps are under way."""
         self._frame.run(self._index)
         self._index += 1
-        self._events.append(self._frame.session.stream.event())
         for job in self._jobs:
             job.run.skip()
+        self._events.append(self._frame.session.stream.event())
         while len(self._events) > IN_FLIGHT:
             if self._events[0].reached():
                 self._events.popleft().close()
@@ -162,11 +215,31 @@ class DeviceCall:
             job.run.restore(state[k])
 
     def finish(self) -> None:
-        self.fetch()
+        try:
+            self.fetch()
+            self._lend(None)
+        except BaseException as error:
+            self._frame.session.stream.settle()
+            lost = error if isinstance(error, SdruntimeError) else SdruntimeError("interrupted: the latents are lost")
+            self._lend(functools.partial(_tell, lost))
+            if lost is not error:
+                raise
+        finally:
+            self._leave()
+
+    def _lend(self, fetch: Callable[[], None] | None) -> None:
         for job in self._jobs:
-            job.run.lend(None)
+            job.run.lend(fetch)
+
+    def _leave(self) -> None:
+        """Let others have the frame."""
         while self._events:
             self._events.popleft().close()
+        self._frame.busy = False
+
+
+def _tell(error: SdruntimeError) -> NoReturn:
+    raise error.with_traceback(None)
 
 
 def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[DeviceCall]:
@@ -187,16 +260,16 @@ def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[Device
     parts = [jobs[start : start + most] for start in range(0, len(jobs), most)] if most else []
     if any(len(part) * cells * _FLOAT % ALIGNMENT for part in parts):
         return []
-    calls = []
-    for number, part in enumerate(parts):
-        rows = per_job * len(part)
-        batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
-        shape = {"batch": batch, **dims}
-        key = (number, per_job, len(part), *shape.values())
-        if len(unet.held) >= KEPT_FRAMES and key not in unet.held:
-            unet.held.close()
-        make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
-        calls.append(DeviceCall(part, unet.held.get(key, make)))
+    frames, calls = unet.held.get(Frames, Frames), []
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            rows = per_job * len(part)
+            batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
+            shape = {"batch": batch, **dims}
+            make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
+            calls.append(DeviceCall(part, frames.get((per_job, len(part), *shape.values()), make)))
+            stack.callback(calls[-1].finish)
+        stack.pop_all()
     return calls
 
 

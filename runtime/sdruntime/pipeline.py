@@ -129,10 +129,12 @@ class Stream:
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
         steppers = self._pipe.device_steppers if self._on_device else self._pipe.steppers
-        with contextlib.closing(denoise(self.jobs, steppers)) as loop:
-            for step, _ in enumerate(loop, start=1):
-                yield State(step=step, steps=steps, jobs=self.jobs)
-        self.closed = True
+        try:
+            with contextlib.closing(denoise(self.jobs, steppers)) as loop:
+                for step, _ in enumerate(loop, start=1):
+                    yield State(step=step, steps=steps, jobs=self.jobs)
+        finally:
+            self.closed = True
 
     @functools.cached_property
     def result(self) -> Result:
@@ -203,12 +205,12 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        for stream in list(self._streams):
-            stream.close()
         with contextlib.ExitStack() as stack:
             stack.callback(self._shared.close)
             for engine in (self._engines or {}).values():
                 stack.callback(engine.close)
+            for stream in list(self._streams):
+                stack.callback(stream.close)
             self._engines = None
 
     @property
@@ -283,15 +285,21 @@ class Pipeline:
 
     def device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`."""
-        unet = self._unet_for(jobs[0])
-        if BACKENDS[unet.spec.backend].loop and STEP in self.bundle.manifest.components:
+        unet, cells = self._unet_for(jobs[0]), jobs[0].run.x.size
+        if BACKENDS[unet.spec.backend].loop and self._has_step(cells):
             from sdruntime.loop import device_calls
 
-            with contextlib.suppress(EngineError):  # no engine of `step`, or none of this shape
-                step = self.engine(STEP, cells=jobs[0].run.x.size)
-                if calls := device_calls(jobs, unet, step):
-                    return calls
+            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells)):
+                return calls
         return self.steppers(jobs)
+
+    def _has_step(self, cells: int) -> bool:
+        """Whether the bundle has an engine of `step` for this machine and shape."""
+        try:
+            choose_engine(self.bundle.manifest, STEP, self._machine, name=self._backend, cells=cells)
+        except EngineError:
+            return False
+        return True
 
     def _unet_for(self, job: Job) -> Engine:
         _, height, width = job.run.x.shape

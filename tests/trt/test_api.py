@@ -58,7 +58,7 @@ RUN_ELSEWHERE = {
     },
 }
 # Names that the backend uses of something else, whose attributes happen to be TensorRT's too.
-OTHERS = {"precision", "dtype", "itemsize", "name", "read"}
+OTHERS = {"precision", "dtype", "itemsize", "name", "read", "engine"}
 
 SAMPLE = """
 import numpy as np

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,14 @@ from sdruntime.errors import EngineError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 
+class Plan(Protocol):
+    """What makes execution contexts, and tells what the library said."""
+
+    def context(self) -> Any: ...
+
+    def reasons(self) -> str: ...
+
+
 class Binding:
     """`address` and `size` give each tensor's place on the device. `enqueue` only adds work to the stream of the session."""
 
@@ -23,32 +31,19 @@ class Binding:
         self,
         spec: EngineSpec,
         component: ComponentSpec,
-        context: Any,
+        plan: Plan,
         session: Session,
         dims: Mapping[str, int],
         profile: int,
     ) -> None:
-        self._name, self._context, self._session, self._moves = spec.name, context, session, -1
-        self._stack = contextlib.ExitStack()
-        stream = session.stream
-        self._demand(context.set_optimization_profile_async(profile, stream.handle), f"take its profile {profile}")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for tensor in component.inputs:
-            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
-            self._demand(context.set_input_shape(tensor.name, shape), f"take {tensor.name} as {list(shape)}")
-            self.shapes[tensor.name] = shape
-        unknown = context.infer_shapes()
-        self._demand(not unknown, f"tell its shapes without {', '.join(unknown)}")
-        for tensor in component.outputs:
-            self.shapes[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
-        self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*component.inputs, *component.outputs)}
-        self.sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items()}
-        self._inputs = [tensor.name for tensor in component.inputs]
-        self._outputs = [tensor.name for tensor in component.outputs]
-        self._need = int(context.update_device_memory_size_for_shapes())
+        self._name, self._plan, self._session, self._moves = spec.name, plan, session, -1
+        self._context = plan.context()
         self.address: dict[str, int] = {}
         self._staged: dict[str, Pinned] = {}
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(self._forget)
         with self._stack as stack:  # what was made goes again if the rest cannot be
+            self._describe(component, dims, profile)
             room = session.cuda.allocate(sum(map(aligned, self.sizes.values())), f"the inputs and outputs of {spec.component}")
             stack.callback(room.close)
             place = room.pointer
@@ -56,6 +51,25 @@ class Binding:
                 self.place(name, place)
                 place += aligned(size)
             self._stack = stack.pop_all()
+
+    def _describe(self, component: ComponentSpec, dims: Mapping[str, int], profile: int) -> None:
+        """Tell the context its profile and shapes, and ask it the rest."""
+        stream = self._session.stream
+        self._demand(self._context.set_optimization_profile_async(profile, stream.handle), f"take its profile {profile}")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in component.inputs:
+            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+            self._demand(self._context.set_input_shape(tensor.name, shape), f"take {tensor.name} as {list(shape)}")
+            self.shapes[tensor.name] = shape
+        unknown = self._context.infer_shapes()
+        self._demand(not unknown, f"tell its shapes without {', '.join(unknown)}")
+        for tensor in component.outputs:
+            self.shapes[tensor.name] = tuple(self._context.get_tensor_shape(tensor.name))
+        self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*component.inputs, *component.outputs)}
+        self.sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items()}
+        self._inputs = [tensor.name for tensor in component.inputs]
+        self._outputs = [tensor.name for tensor in component.outputs]
+        self._need = int(self._context.update_device_memory_size_for_shapes())
 
     def place(self, name: str, address: int) -> None:
         """Let a tensor lie at `address` of the device, 256-byte aligned."""
@@ -92,8 +106,10 @@ class Binding:
 
     def close(self) -> None:
         """The stream must be idle."""
-        self._context = None
         self._stack.close()
+
+    def _forget(self) -> None:
+        self._context = None
 
     def _stage(self, name: str) -> Pinned:
         if name not in self._staged:
@@ -103,4 +119,4 @@ class Binding:
 
     def _demand(self, done: bool, what: str) -> None:
         if not done:
-            raise EngineError(f"engine {self._name}: TensorRT did not {what}")
+            raise EngineError(f"engine {self._name}: TensorRT did not {what}: {self._plan.reasons()}")

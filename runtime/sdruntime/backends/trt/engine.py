@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -15,11 +16,12 @@ from sdruntime.bundle import Bundle
 from sdruntime.cache import read_cached, write_cached
 from sdruntime.cuda import devices
 from sdruntime.engine import AMPERE_UP, Array, EngineOptions, Library, Shared, check_feeds
-from sdruntime.errors import BundleError, EngineError, LibraryMissing, SettingError
+from sdruntime.errors import BundleError, EngineError, LibraryMissing, OutOfSpace, SdruntimeError, SettingError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
 _DTYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
+_OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "could not be allocated")  # how the library says that memory ran out
 _MARGIN = 256 << 20  # bytes of a device that weight streaming leaves for everything else
 
 
@@ -30,7 +32,7 @@ class TrtEngine:
         self.spec, self.component, self.session = spec, component, shared
         self._plan = plan
         self._bindings: dict[tuple[int, ...], Binding] = {}
-        self._apart: list[Binding] = []
+        self._apart: set[Binding] = set()
         self.held = Shared()  # what works with this engine's bindings, and goes before it
 
     def bind(self, dims: Mapping[str, int]) -> Binding:
@@ -42,32 +44,43 @@ class TrtEngine:
             self._bindings[key] = self._binding(dims)
         return self._bindings[key]
 
-    def bind_apart(self, dims: Mapping[str, int]) -> Binding:
-        """A binding that only the caller uses, until the engine is closed. Raises EngineError, OutOfSpace."""
-        self._apart.append(self._binding(dims))
-        return self._apart[-1]
+    @contextlib.contextmanager
+    def bind_apart(self, dims: Mapping[str, int]) -> Iterator[Binding]:
+        """A binding that only the caller uses, for a block or until the engine is closed. Raises EngineError, OutOfSpace."""
+        binding = self._binding(dims)
+        self._apart.add(binding)
+        try:
+            yield binding
+        finally:
+            self._apart.discard(binding)
+            binding.close()
 
     def _binding(self, dims: Mapping[str, int]) -> Binding:
         profile = self.spec.admitting(**dims)[0]
-        return Binding(self.spec, self.component, self._plan.context(), self.session, dims, profile)
+        return Binding(self.spec, self.component, self._plan, self.session, dims, profile)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         dims = check_feeds(self.component, self.spec, feeds)
         with annotate(self.spec.component):
             binding = self.bind(dims)
-            binding.upload(feeds)
-            binding.enqueue()
-            return binding.download()
+            try:
+                binding.upload(feeds)
+                binding.enqueue()
+                return binding.download()
+            except BaseException:
+                self.session.stream.settle()  # the next call writes to what this one still reads
+                raise
 
     def close(self) -> None:
-        self.held.close()
-        if self._bindings or self._apart:
-            self.session.stream.synchronize()
-        for binding in (*self._bindings.values(), *self._apart):
-            binding.close()
-        self._bindings.clear()
-        self._apart.clear()
-        self._plan.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._plan.close)
+            for binding in (*self._bindings.values(), *self._apart):
+                stack.callback(binding.close)
+            if self._bindings or self._apart:
+                stack.callback(self.session.stream.settle)
+            stack.callback(self.held.close)
+            self._bindings.clear()
+            self._apart.clear()
 
     def __enter__(self) -> TrtEngine:
         return self
@@ -82,8 +95,8 @@ class Plan:
     `cache`: the kernels that TensorRT-RTX compiled for this GPU, kept from one process to the next.
     """
 
-    def __init__(self, trt: Any, runtime: Any, engine: Any, cache_name: str | None) -> None:
-        self._trt, self._runtime, self.engine = trt, runtime, engine
+    def __init__(self, trt: Any, log: Any, runtime: Any, engine: Any, cache_name: str | None) -> None:
+        self._trt, self._log, self._runtime, self.engine = trt, log, runtime, engine
         self._cache_name, self._config, self._cache, self._kept = cache_name, None, None, ""
         if cache_name is not None:
             self._config = engine.create_runtime_config()
@@ -99,15 +112,30 @@ class Plan:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         made = self.engine.create_execution_context(strategy if self._config is None else self._config)
         if made is None:
-            raise EngineError("TensorRT could not make an execution context: see what it printed")
+            raise EngineError(f"TensorRT could not make an execution context: {self.reasons()}")
         return made
 
+    def reasons(self) -> str:
+        """What the library said since the last question."""
+        return str(self._log.reasons())
+
     def close(self) -> None:
-        if self._cache is not None and self._cache_name is not None:
-            data = bytes(memoryview(self._cache.serialize()))
-            if data and hashlib.sha256(data).hexdigest() != self._kept:
-                write_cached(self._cache_name, data)
+        try:
+            self._keep_cache()
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Let the library's objects go, and keep nothing."""
         self._config = self._cache = self.engine = self._runtime = None
+
+    def _keep_cache(self) -> None:
+        data = None if self._cache is None else self._cache.serialize()
+        if data is None or self._cache_name is None:
+            return
+        data = bytes(memoryview(data))
+        if data and hashlib.sha256(data).hexdigest() != self._kept:
+            write_cached(self._cache_name, data)
 
 
 def here(name: str) -> Library:
@@ -141,19 +169,36 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         runtime.engine_host_code_allowed = True
     view = bundle.read(spec.files[0])
     engine = runtime.deserialize_cuda_engine(view)
+    size = len(view)
     view.release()
     if engine is None:
-        reasons = "; ".join(log.errors()) or "no reason was given"
-        raise EngineError(
-            f"engine {spec.name}: {spec.backend} {trt.__version__} cannot open it on {held.cuda.device.name}: {reasons}; "
-            f"build it again: sdruntime build {bundle.folder} --backend {spec.backend} --component {spec.component}"
+        raise _refusal(bundle, spec, held, size, f"{spec.backend} {trt.__version__}", log.reasons())
+    plan = Plan(trt, log, runtime, engine, _cache_name(trt, bundle, spec, held))
+    del engine  # an error's traceback keeps what it sees alive, and with this the weights
+    try:
+        if spec.options.get("strip") == "true":
+            _refit(trt, log, plan, bundle, spec)
+        if spec.options.get("weight_streaming") == "true":
+            _stream_weights(plan, held, options)
+        _check_tensors(trt, plan, bundle, spec, component)
+    except BaseException:
+        plan.drop()
+        raise
+    return TrtEngine(spec, component, plan, held)
+
+
+def _refusal(bundle: Bundle, spec: EngineSpec, held: Session, size: int, library: str, reasons: str) -> SdruntimeError:
+    """What to raise where a plan of `size` bytes was refused for these reasons."""
+    device = held.cuda.device.name
+    if any(words in reasons for words in _OUT_OF_MEMORY):
+        return OutOfSpace(
+            f"engine {spec.name}: {size:,} bytes and what it needs beside them do not fit on {device}, where "
+            f"{held.cuda.free_memory():,} are free ({reasons}): close what else uses the GPU, or open it with --low-memory"
         )
-    if spec.options.get("strip") == "true":
-        _refit(trt, log, engine, bundle, spec)
-    if spec.options.get("weight_streaming") == "true":
-        _stream_weights(engine, held, options)
-    _check_tensors(trt, engine, bundle, spec, component)
-    return TrtEngine(spec, component, Plan(trt, runtime, engine, _cache_name(trt, bundle, spec, held)), held)
+    return EngineError(
+        f"engine {spec.name}: {library} cannot open it on {device}: {reasons}; "
+        f"build it again: sdruntime build {bundle.folder} --backend {spec.backend} --component {spec.component}"
+    )
 
 
 def _cache_name(trt: Any, bundle: Bundle, spec: EngineSpec, held: Session) -> str | None:
@@ -163,27 +208,27 @@ def _cache_name(trt: Any, bundle: Bundle, spec: EngineSpec, held: Session) -> st
     return f"tensorrt-rtx/{trt.__version__}-{device.target}-{device.uuid or 'gpu'}-{plan}.cache"
 
 
-def _refit(trt: Any, log: Any, engine: Any, bundle: Bundle, spec: EngineSpec) -> None:
+def _refit(trt: Any, log: Any, plan: Plan, bundle: Bundle, spec: EngineSpec) -> None:
     """Put the weights of the bundle's ONNX into a plan that was stripped of them."""
     component = bundle.manifest.components[spec.component]
     for path in component.files:
         bundle.read(path)  # its hash
-    refitter = trt.Refitter(engine, log)
+    refitter = trt.Refitter(plan.engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     if not parser.refit_from_file(str(bundle.folder / component.onnx)) or not refitter.refit_cuda_engine():
-        raise EngineError(f"engine {spec.name}: its weights could not be put in from {component.onnx}: {'; '.join(log.errors())}")
+        raise EngineError(f"engine {spec.name}: its weights could not be put in from {component.onnx}: {log.reasons()}")
 
 
-def _stream_weights(engine: Any, held: Session, options: EngineOptions) -> None:
+def _stream_weights(plan: Plan, held: Session, options: EngineOptions) -> None:
     """As many weights on the device as the budget, or the free memory, has room for; the rest streams in as it is needed."""
     room = min(options.memory or held.cuda.free_memory(), held.cuda.free_memory())
-    wanted = room - int(engine.device_memory_size_v2) - _MARGIN
-    engine.weight_streaming_budget_v2 = max(0, min(wanted, int(engine.streamable_weights_size)))
+    wanted = room - int(plan.engine.device_memory_size_v2) - _MARGIN
+    plan.engine.weight_streaming_budget_v2 = max(0, min(wanted, int(plan.engine.streamable_weights_size)))
 
 
-def _check_tensors(trt: Any, engine: Any, bundle: Bundle, spec: EngineSpec, component: ComponentSpec) -> None:
+def _check_tensors(trt: Any, plan: Plan, bundle: Bundle, spec: EngineSpec, component: ComponentSpec) -> None:
     """The plan's tensors are the component's, by name, direction and type. Raises BundleError with every difference."""
-    found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    found = {plan.engine.get_tensor_name(index) for index in range(plan.engine.num_io_tensors)}
     faults = [f"{spec.name}: has a tensor {name!r} that {spec.component} has not" for name in sorted(found)]
     for tensors, mode in ((component.inputs, trt.TensorIOMode.INPUT), (component.outputs, trt.TensorIOMode.OUTPUT)):
         for tensor in tensors:
@@ -191,8 +236,8 @@ def _check_tensors(trt: Any, engine: Any, bundle: Bundle, spec: EngineSpec, comp
                 faults.append(f"{spec.name}: {spec.component} has a tensor {tensor.name!r}, which it lacks")
                 continue
             faults.remove(f"{spec.name}: has a tensor {tensor.name!r} that {spec.component} has not")
-            kind = engine.get_tensor_dtype(tensor.name)
-            if engine.get_tensor_mode(tensor.name) != mode or kind != getattr(trt.DataType, _DTYPES[tensor.dtype]):
+            kind = plan.engine.get_tensor_dtype(tensor.name)
+            if plan.engine.get_tensor_mode(tensor.name) != mode or kind != getattr(trt.DataType, _DTYPES[tensor.dtype]):
                 faults.append(
                     f"{spec.name}: tensor {tensor.name!r} is {kind.name}, but {tensor.dtype} {mode.name.lower()} belongs"
                 )

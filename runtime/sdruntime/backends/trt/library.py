@@ -70,4 +70,9 @@ def messages(trt: Any) -> Any:
         def errors(self) -> list[str]:
             return [text for severity, text in self.kept if severity != "WARNING"]
 
+        def reasons(self) -> str:
+            """The errors since the last question, for a message."""
+            told, self.kept = self.errors(), []
+            return "; ".join(told) or "no reason was given"
+
     return Messages()
