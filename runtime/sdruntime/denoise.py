@@ -16,6 +16,7 @@ import numpy as np
 from sdruntime.annotate import annotate
 from sdruntime.condition import Condition
 from sdruntime.engine import Array, Engine, call_rows
+from sdruntime.errors import SdruntimeError
 from sdruntime.guidance import combine, rescale
 from sdruntime.run import Run
 
@@ -41,8 +42,8 @@ class Job:
 
 
 class Stepper(Protocol):
-    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with, and never fails: where the
-    latents are lost, reading them raises what they were lost by."""
+    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with; where it cannot, reading
+    their latents raises why."""
 
     def advance(self) -> None: ...
 
@@ -60,22 +61,31 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
     try:
         while active := [job for job in jobs if not job.done]:
             if active != members:
-                _finish(calls)
-                members, calls = active, []
+                members, done, calls = active, calls, []
+                _finish(done)
                 for group in grouped(active):
                     calls += steppers(group)
             for number, call in enumerate(calls):
                 with annotate(f"step {active[0].run.step}, group {number}"):
                     call.advance()
             yield
-    finally:
-        _finish(calls)
+    except BaseException as error:
+        with contextlib.suppress(*() if isinstance(error, GeneratorExit) else (SdruntimeError,)):  # the first is told
+            _finish(calls)
+        raise
+    _finish(calls)
 
 
 def _finish(calls: list[Stepper]) -> None:
-    with contextlib.ExitStack() as stack:
-        for call in calls:
-            stack.callback(call.finish)
+    """All of them, also after one that cannot; then the first error is raised."""
+    first: BaseException | None = None
+    for call in calls:
+        try:
+            call.finish()
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -222,8 +222,7 @@ class DeviceCall:
             self._frame.session.stream.settle()
             lost = error if isinstance(error, SdruntimeError) else SdruntimeError("interrupted: the latents are lost")
             self._lend(functools.partial(_tell, lost))
-            if lost is not error:
-                raise
+            raise
         finally:
             self._leave()
 

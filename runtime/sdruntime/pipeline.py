@@ -210,7 +210,7 @@ class Pipeline:
             for engine in (self._engines or {}).values():
                 stack.callback(engine.close)
             for stream in list(self._streams):
-                stack.callback(stream.close)
+                stack.callback(_abandon, stream)
             self._engines = None
 
     @property
@@ -380,6 +380,12 @@ class Pipeline:
             rescale=request.rescale,
             time_ids=None if condition.pooled is None else time_ids(shape, self.model),
         )
+
+
+def _abandon(stream: Stream) -> None:
+    """Close it; what goes wrong is told to whoever reads its latents, and does not hide why a pipeline is closed."""
+    with contextlib.suppress(SdruntimeError):
+        stream.close()
 
 
 def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:

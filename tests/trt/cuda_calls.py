@@ -257,7 +257,7 @@ def _end_capture(gpus: Gpus, handle: int, graph: Any) -> int:
     graph.value, capture, stream.capture = None, stream.capture, None
     if capture is None:
         return INVALID_VALUE
-    if capture.broken:
+    if capture.broken or gpus.broken:
         return CAPTURE_INVALIDATED
     graph.value = gpus.new_handle(Graph(capture.nodes))
     return 0

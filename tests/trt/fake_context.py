@@ -165,6 +165,8 @@ class ExecutionContext:
         stream = gpus.stream(stream_handle)
         if self._profile is None:
             raise Strictness("no profile is chosen")
+        if gpus.broken:
+            return self._error(f"Error Code 1: Cuda Runtime (error {gpus.broken})")
         if self._switch is not None and self._switch[0] != stream_handle and not self._switch[1]:
             raise Strictness("the profile is still being switched on another stream")
         shapes, outputs = self._inputs(), self._outputs()

@@ -53,7 +53,6 @@ class Driver:
     def __init__(self, gpus: Gpus) -> None:
         self.soname, self.gpus = SONAME, gpus
         self.retained = [0] * gpus.devices
-        self.broken = 0  # the error that every call returns, since one failed that leaves a context unusable
         self._ready, self._context = False, threading.local()
         self._failures: dict[str, list[int]] = {}
         self._breaks: dict[str, list[int]] = {}
@@ -100,12 +99,14 @@ class Driver:
                 self.gpus.counts[name] += 1
                 breaks, failures = self._breaks.get(name), self._failures.get(name)
                 if breaks and (code := breaks.pop(0)):
-                    self.broken = code
-                    self.gpus.forget_work()
-                if self.broken and name not in ("cuInit", "cuCtxSetCurrent", *DEVICES):
+                    self.gpus.break_down(code)
                     if name in _RELEASES:
                         self._run(body, values)
-                    return self.broken
+                    return code
+                if self.gpus.broken and name not in ("cuInit", "cuCtxSetCurrent", *DEVICES):
+                    if name in _RELEASES:
+                        self._run(body, values)
+                    return self.gpus.broken
                 if failures and (code := failures.pop(0)):
                     return code
                 return self._run(body, values)

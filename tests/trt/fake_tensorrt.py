@@ -23,6 +23,7 @@ from trt.strict import BadCall, NotModelled, Strictness
 from trt.surface import Class, Member, Surface
 
 BEHAVIOUR: dict[str, type] = {**NETWORK, **BUILD, **ENGINE, **REFIT}
+_AS_EVER = object()
 _SUBCLASSED = ("ILogger", "IProgressMonitor", "IStreamReader", "IStreamReaderV2", "IStreamWriter", "IOutputAllocator")
 
 
@@ -78,11 +79,11 @@ class FakeTensorRT(types.ModuleType):
             return None
         return isinstance(value, cls)
 
-    def fail_next(self, path: str, result: Any = None) -> None:
-        """The next call of "Class.method" does nothing, and returns `result`."""
+    def fail_next(self, path: str, result: Any = None, *, after: int = 0) -> None:
+        """The next call of "Class.method", or the one `after` that many more, does nothing and returns `result`."""
         if not self.surface_.has(path):
             raise KeyError(path)
-        self.planned_.setdefault(path, []).append(result)
+        self.planned_.setdefault(path, []).extend([_AS_EVER] * after + [result])
 
     # -- making the classes
 
@@ -123,7 +124,9 @@ class FakeTensorRT(types.ModuleType):
                 this._behaviour = behaviour(self, **bound) if behaviour else None
                 return None
             planned = self.planned_.get(f"{name}.{key}")
-            result = planned.pop(0) if planned else self._behaviour(this, name, key)(**bound)
+            result = planned.pop(0) if planned else _AS_EVER
+            if result is _AS_EVER:
+                result = self._behaviour(this, name, key)(**bound)
             return self._returned(f"{name}.{key}", member.signatures, result)
 
         method.__name__ = key

@@ -104,6 +104,7 @@ class Gpus:
         self.memory = Memory(devices, total, integrated=integrated)
         self.handles: dict[int, Stream | Event | Graph] = {}
         self.counts: Counter[str] = Counter()  # calls of each C function; "launches", "bytes in", "bytes out", ...
+        self.broken = 0  # the error that every call returns, since one failed that leaves a context unusable
         self.lock = threading.RLock()
         self._current = threading.local()
         self._next_handle = 0x0500_0000_0000
@@ -147,7 +148,7 @@ class Gpus:
                     raise CudaError(CAPTURE_UNSUPPORTED)
                 self._check(work)
                 stream.capture.nodes.append(work)
-            else:
+            elif not self.broken:
                 self._queue(stream, work)
 
     def launch(self, graph: Graph, handle: int) -> None:
@@ -249,8 +250,9 @@ class Gpus:
         """The label of queued work that touches a region."""
         return next((item.label for item in self.queued() if item.touches([region])), None)
 
-    def forget_work(self) -> None:
-        """What is queued will not run."""
+    def break_down(self, code: int) -> None:
+        """From now on nothing runs, and what is queued is lost."""
+        self.broken = code
         for stream in self._streams():
             stream.queue.clear()
 
