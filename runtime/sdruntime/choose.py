@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sdruntime.backends import BACKENDS, backend
-from sdruntime.cuda import Device, devices
+from sdruntime.cuda import Device, check_device, devices
 from sdruntime.engine import AMPERE_UP, PLATFORM, Library
 from sdruntime.errors import EngineError
 from sdruntime.manifest import EngineSpec, Manifest
@@ -26,7 +26,12 @@ class Machine:
 
     @classmethod
     def here(cls, device: int = 0, names: Iterable[str] = BACKENDS) -> Machine:
-        """`names`: the backends to look for, since looking imports their libraries; a name of none is passed over."""
+        """`names`: the backends to look for, since looking imports their libraries; a name of none is passed over.
+
+        Raises DeviceMissing for a device beyond the first one that is not there; without any GPU engines for the CPU remain.
+        """
+        if device:
+            check_device(device)
         known = [name for name in names if name in BACKENDS]
         return cls(libraries={name: backend(name, "engine").here(name) for name in known}, devices=devices(), chosen=device)
 

@@ -73,6 +73,19 @@ def devices() -> tuple[Device, ...]:
     return tuple(_device(driver, index) for index in range(count.value))
 
 
+def check_device(index: int) -> None:
+    """Raises DeviceMissing where this process sees no GPU with this number."""
+    if load_driver() is None:
+        raise DeviceMissing(
+            f"no NVIDIA driver: {' and '.join(DRIVERS)} were looked for where the system loads libraries from, and none "
+            "starts; install the driver (`nvidia-smi` must list the GPU), or use --backend onnxruntime on the CPU"
+        )
+    found = [each.name for each in devices()]
+    if not 0 <= index < len(found):
+        shown = f"{len(found)} ({', '.join(found)}), counted from 0" if found else "none"
+        raise DeviceMissing(f"device {index}: the driver shows {shown}; CUDA_VISIBLE_DEVICES may hide some")
+
+
 def _device(driver: Any, index: int) -> Device:
     handle, name, memory, version = c_int(), ctypes.create_string_buffer(256), c_size_t(), c_int()
     uuid = ctypes.create_string_buffer(16)
@@ -108,15 +121,8 @@ class Cuda:
     @classmethod
     def open(cls, index: int = 0) -> Cuda:
         """Raises DeviceMissing where there is no such device."""
-        driver, found = load_driver(), devices()
-        if driver is None:
-            raise DeviceMissing(
-                f"no NVIDIA driver: {' and '.join(DRIVERS)} were looked for where the system loads libraries from, and none "
-                "starts; install the driver (`nvidia-smi` must list the GPU), or use --backend onnxruntime on the CPU"
-            )
-        if not 0 <= index < len(found):
-            raise DeviceMissing(f"device {index}: the driver shows {len(found)} ({', '.join(each.name for each in found)})")
-        return cls(driver, index)
+        check_device(index)
+        return cls(load_driver(), index)
 
     def call(self, name: str, *arguments: Any, needs: str = "", free: Callable[[], int] | None = None) -> None:
         """Call a function of the driver. Raises OutOfSpace for too little memory, with what it `needs` and what is free of the
