@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 from trt.machine import Machine
 from trt.machine import machine as machine_
+from trt.small import small_bundle
 from trt.surface import VERSIONS, Offline, Surface, Version
 from trt.surface import surface as surface_
 
 from sdruntime.build import Asked, build_engines
+
+NEWEST = "tensorrt 11.4.0.106"
+DRAWN = ("text_encoder", "unet", "vae_decoder", "step")  # what a picture takes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -66,6 +70,23 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     for each in made:
         assert each.gpus.leaks() == []
         assert each.driver.retained == [0] * each.gpus.devices
+
+
+@pytest.fixture(scope="session")
+def small_folder(surfaces: dict[str, Surface], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle made by hand, with engines of NEWEST for 64x64 to 192x192 and 1 to 8 rows. Tests never write to it."""
+    place = tmp_path_factory.mktemp("small")
+    small_bundle(place / "bare")
+    asked = {"size": "64x64:64x64:192x192", "batch": "1:1:4", "guidance": "any"}
+    with pytest.MonkeyPatch.context() as patch, machine_(surfaces[NEWEST]) as here:
+        patch.setenv("SDRUNTIME_CACHE", str(place / "cache"))
+        return with_engines(place / "bare", place / "bundle", here, components=DRAWN, **asked)
+
+
+@pytest.fixture
+def here(machine: Callable[..., Machine], surfaces: dict[str, Surface]) -> Machine:
+    """A machine with NEWEST."""
+    return machine(surfaces[NEWEST])
 
 
 def with_engines(bundle: Path, place: Path, machine: Machine, **asked: object) -> Path:

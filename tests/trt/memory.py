@@ -59,6 +59,7 @@ class Memory:
         self.total, self.integrated = total, integrated
         self.taken = [0] * devices
         self._next = [_DEVICE_SPACE + index * _SPACE for index in range(devices)]
+        self._live: dict[int, Allocation] = {}
         self._addresses: list[int] = []  # sorted, and beside it
         self._allocations: list[Allocation] = []
 
@@ -86,13 +87,14 @@ class Memory:
         if not allocation.live:
             raise Strictness(f"freed twice: {allocation}")
         allocation.live = False
+        del self._live[allocation.address]
         if allocation.device is None:
             allocation.data[:] = POISON
         else:
             allocation.data = allocation.data[:0].copy()  # nobody can look at it any more
 
     def live(self) -> Iterator[Allocation]:
-        return (allocation for allocation in self._allocations if allocation.live)
+        return iter(list(self._live.values()))
 
     def at(self, address: int) -> Allocation | None:
         """The allocation that `address` lies in, live or freed."""
@@ -127,4 +129,5 @@ class Memory:
         k = bisect.bisect_right(self._addresses, allocation.address)
         self._addresses.insert(k, allocation.address)
         self._allocations.insert(k, allocation)
+        self._live[allocation.address] = allocation
         return allocation

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from trt.conftest import psnr, with_engines
 from trt.machine import Machine
-from trt.surface import Surface
 
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
 
 PROMPT = "a cat in the red and"
-NEWEST = "tensorrt 11.4.0.106"
 
 
 @pytest.fixture(scope="module")
 def bundles() -> dict[str, Path]:
     return {}
-
-
-@pytest.fixture
-def here(machine: Callable[..., Machine], surfaces: dict[str, Surface]) -> Machine:
-    return machine(surfaces[NEWEST])
 
 
 @pytest.fixture

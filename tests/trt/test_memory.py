@@ -20,11 +20,6 @@ PROMPT = "a cat in the red and"
 
 
 @pytest.fixture
-def here(machine: Callable[..., Machine], surfaces: dict[str, Surface]) -> Machine:
-    return machine(surfaces["tensorrt 11.4.0.106"])
-
-
-@pytest.fixture
 def folder(here: Machine, sd1_bundle: Path, tmp_path: Path) -> Path:
     return with_engines(sd1_bundle, tmp_path / "bundle", here)
 
