@@ -139,8 +139,10 @@ class Cuda:
     def release(self, name: str, *arguments: Any) -> None:
         """Call what gives something back, or waits for work that nobody wants any more. It never raises: what the driver answers
         is an error of work before, and must not hide that, or keep others from being given back."""
-        self._driver.cuCtxSetCurrent(self._context)
-        getattr(self._driver, name)(*arguments)
+        try:
+            self._driver.cuCtxSetCurrent(self._context)
+        finally:  # Ctrl-C may come in between
+            getattr(self._driver, name)(*arguments)
 
     def error(self, code: int) -> str:
         """The name and the text of an error code."""
@@ -342,10 +344,13 @@ class Graph:
         self._cuda, self._executable = cuda, c_void_p()
 
     def instantiate(self, recorded: c_void_p) -> None:
-        try:
-            self._cuda.call("cuGraphInstantiateWithFlags", byref(self._executable), recorded, c_ulonglong(0))
-        finally:
-            self._cuda.release("cuGraphDestroy", recorded)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            try:
+                self._cuda.call("cuGraphInstantiateWithFlags", byref(self._executable), recorded, c_ulonglong(0))
+            finally:
+                self._cuda.release("cuGraphDestroy", recorded)
+            stack.pop_all()
 
     def launch(self, stream: Stream) -> None:
         self._cuda.use()

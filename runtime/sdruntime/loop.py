@@ -122,10 +122,10 @@ class Frame:
         return self.state.array
 
     def _drop_graph(self) -> None:
-        if self._graph is not None:
-            self.session.stream.settle()
-            self._graph.close()
-            self._graph = None
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            with contextlib.closing(graph):
+                self.session.stream.settle()
 
     def _drop_program(self) -> None:
         self._program = None
@@ -232,9 +232,10 @@ class DeviceCall:
 
     def _leave(self) -> None:
         """Let others have the frame."""
-        while self._events:
-            self._events.popleft().close()
         self._frame.busy = False
+        with contextlib.ExitStack() as stack:
+            while self._events:
+                stack.callback(self._events.popleft().close)
 
 
 def _tell(error: SdruntimeError) -> NoReturn:

@@ -31,10 +31,10 @@ class Arena:
         return self.buffer
 
     def close(self) -> None:
-        if self.buffer is not None:
-            self.stream.settle()
-            self.buffer.close()
-            self.buffer = None
+        buffer, self.buffer = self.buffer, None
+        if buffer is not None:
+            with contextlib.closing(buffer):  # also where Ctrl-C comes meanwhile
+                self.stream.settle()
 
 
 @dataclass(frozen=True, slots=True)
