@@ -65,8 +65,9 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
                 _finish(done)
                 for group in grouped(active):
                     calls += steppers(group)
+            step = active[0].run.step
             for number, call in enumerate(calls):
-                with annotate(f"step {active[0].run.step}, group {number}"):
+                with annotate(f"step {step}, group {number}"):
                     call.advance()
             yield
     except BaseException as error:
