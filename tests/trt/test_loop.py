@@ -156,3 +156,16 @@ def test_leaving_a_pipeline_in_the_middle_of_a_loop_leaves_nothing(folder: Path,
         next(iter(stream))
     assert here.gpus.leaks() == []
     assert stream.jobs[0].run.x.shape == (4, 8, 8)
+
+
+def test_two_loops_at_a_time_keep_out_of_each_other_s_way(pipe: Pipeline, here: Machine) -> None:
+    """Streams of one shape, and more of other shapes than frames are kept; a loop's frame stays until it ends."""
+    requests = [Request(prompt=PROMPT, seed=seed, steps=5, sampler="dpmpp_2m", size=(64, 64)) for seed in range(3)]
+    many = [Request(prompt=PROMPT, seed=seed, steps=5, size=(64, 64)) for seed in range(4)]
+    alone = [latents(pipe, request, on_device=True)[0] for request in requests]
+    streams = [pipe.stream(request, on_device=True) for request in requests]
+    for states in zip(*streams, strict=True):
+        if states[0].step in (2, 3):
+            for count in (1, 2, 3, 4):
+                latents(pipe, *many[:count], on_device=True)
+    assert_near([stream.jobs[0].run.x for stream in streams], alone)
