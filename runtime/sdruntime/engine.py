@@ -66,6 +66,7 @@ class EngineOptions:
     threads: int = 0  # of one operator
     memory: int | None = None  # bytes of the GPU that a pipeline may use
     low_memory: bool = False  # a pipeline holds one component on the GPU at a time
+    whole_loop: bool = False  # a pipeline that nobody watches launches all steps as one CUDA graph
     stream: int = 0
     session: Mapping[str, str] = field(default_factory=dict)
 
