@@ -106,6 +106,7 @@ class Built:
     platform: str = ""
     seconds: float = 0.0
     peak: int = 0
+    notes: tuple[str, ...] = ()  # for a person: where the engine is short of what was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingErro
 from sdruntime.manifest import Precision
 from sdruntime.process import run_apart
 from sdruntime.shapes import parse_bytes
+from sdruntime.step import NAME as STEP
 
 WORKER = "sdruntime.backends.trt.worker"
 
@@ -147,17 +148,20 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
         bundle.read(path)  # the hash of what is about to be parsed
     _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))
     plan = folder / f"{request.stem}.plan"
+    precision: Precision = "fp32" if request.component == STEP else bundle.manifest.precision
     job = {
         "backend": request.backend,
         "component": request.component,
         "onnx": str(bundle.folder / component.onnx),
         "plan": str(plan),
         "target": request.target,
+        "precision": precision,
         "inputs": {tensor.name: list(tensor.shape) for tensor in component.inputs},
         "profiles": [dict(profile) for profile in request.profiles],
         "options": read_options(request.backend, trt, request.options, devices()),
     }
-    begun, memory, peak = time.monotonic(), None, 0
+    notes: tuple[str, ...]
+    begun, memory, peak, notes = time.monotonic(), None, 0, ()
     messages = run_apart(
         WORKER, job, what=request.stem, failed=EngineError, killed=OutOfSpace, advice="free some, or build where there is more"
     )
@@ -166,12 +170,14 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
             if "stage" in message:
                 yield Stage(**message["stage"])
             memory, peak = message.get("memory", memory), message.get("peak", peak)
+            notes = tuple(message.get("notes", notes))
     return Built(
         files=(plan,),
         version=trt.__version__,
-        precision=bundle.manifest.precision,
+        precision=precision,
         memory=memory,
         platform=PLATFORM,
         seconds=time.monotonic() - begun,
         peak=peak,
+        notes=notes,
     )
