@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +15,27 @@ PROMPT = "a cat in the red and"
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the caller's environment decides."""
     for name in ("REQUIRE", "ALLOW_NO_GPU"):
         monkeypatch.delenv(name, raising=False)
-    yield
 
 
-@pytest.fixture(params=["tensorrt 11.4.0.106", "tensorrt_rtx 1.7.1.116"], ids=lambda each: each.split()[0])
+H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": (9, 0)}
+NEWEST = {version.module: version for version in VERSIONS}
+
+
+@pytest.fixture
+def h100(machine: Callable[..., Machine]) -> Callable[[str], Machine]:
+    """h100(module) -> a machine with an H100 by name, and that library in its newest version."""
+    return lambda module: machine(read(NEWEST[module]), **H100)
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
 def here(request: pytest.FixtureRequest, machine: Callable[..., Machine]) -> Machine:
-    """A machine with an H100 by name, and one TensorRT: what the H100 really says is not known here."""
-    version = next(each for each in VERSIONS if str(each) == request.param)
-    return machine(read(version), name="NVIDIA H100 80GB HBM3", capability=(9, 0))
+    """A machine with a GPU that its library lists."""
+    gpu = H100 if request.param == "tensorrt" else {"name": "NVIDIA GeForce RTX 3060", "capability": (8, 6)}
+    return machine(read(NEWEST[request.param]), **gpu)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def test_a_backend_draws_the_cpus_pictures_and_leaves_nothing(here: Machine, sd1
     told = checked(sd1_bundle, here.backend, reference)
     assert faults(told) == []
     assert (told["backend"], told["stage"], told["precision"]) == (here.backend, "drawn", "fp32")
-    assert told["target"] == {"tensorrt": "sm90", "tensorrt-rtx": "ampere+"}[here.backend]  # RTX does not list 9.0
+    assert told["target"] == {"tensorrt": "sm90", "tensorrt-rtx": "sm86"}[here.backend]
     assert set(told["built"]) == {"text_encoder", "vae_encoder", "vae_decoder", "unet", "step"}
     assert set(told["psnr"]) == set(told["psnr_loop"]) == {"one", "four", "unlike", "image"}
     assert min(told["psnr"].values()) >= FLOORS["fp32"]
@@ -52,6 +52,17 @@ def test_a_library_that_is_not_there_is_told_with_its_reason(
         assert told["stage"] == "missing"
         assert reason in told["missing"]
         assert [reason in each for each in faults(told)] == [True]
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_list_is_tried_all_the_same(
+    h100: Callable[[str], Machine], sd1_bundle: Path, reference: Path
+) -> None:
+    """As a fake would have it: what a real H100 says is for a real one to say, and is told in the same way."""
+    h100("tensorrt_rtx")
+    told = checked(sd1_bundle, "tensorrt-rtx", reference)
+    assert (told["stage"], told["target"]) == ("loaded", "ampere+")
+    assert "incompatible device" in told["error"]
+    assert faults(told) == [f"loaded, then: {told['error']}"]
 
 
 def test_what_fails_is_told_with_how_far_it_came(
