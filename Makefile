@@ -4,8 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= demo
+TINY   := .cache/tiny-sd1
+# PYTHON=… of `make engines` is an interpreter for the engines; the environment is made with python3 then
+BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
-.PHONY: help demo test test-full gpu-test check golden bench clean
+.PHONY: help demo engines test test-full gpu-test check golden bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +17,7 @@ help:
 # The environment is made anew only when what it is made from changes.
 $(READY): constraints.txt pyproject.toml runtime/pyproject.toml
 	@echo "== environment: $(VENV), from constraints.txt (some minutes the first time)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(BASE) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable './runtime[onnxruntime]' --editable '.[test,check]'
 	@touch $@
@@ -27,6 +30,16 @@ demo: $(READY)
 	@$(BIN)/python examples/shapes/sheet.py $(OUT)/shapes -o $(OUT)/sheet.png
 	@echo "== done: look at $(OUT)/sheet.png, then ask for your own:"
 	@echo "   $(BIN)/sdruntime generate $(OUT)/shapes \"a large green square on the right on a white background\" --guidance 2 -o $(OUT)/mine.png"
+
+## make engines     every recipe of engines/ built for this machine: RECIPE=sd15 for one, MODEL=path with another checkpoint,
+##                  PYTHON=/usr/bin/python3 with an interpreter that sees the system's TensorRT
+engines: $(READY) $(if $(filter-out tiny,$(RECIPE)),,$(TINY))
+	@$(BIN)/sdexport engines $(RECIPE) $(if $(MODEL),--model "$(MODEL)") \
+		$(if $(filter command,$(origin PYTHON)),--python "$(PYTHON)") $(ARGS)
+
+$(TINY): | $(READY)
+	@echo "== a tiny checkpoint of random weights: $@"
+	@$(BIN)/python tests/tiny.py $@
 
 ## make test        the test suite
 test: $(READY)
@@ -61,5 +74,5 @@ bench: demo
 
 ## make clean       everything that make made
 clean:
-	rm -rf $(VENV) .venv-* demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo engines/built $(TINY) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,13 @@
 """The conductor: a checkpoint in, a bundle out, and what happens on the way as events.
 
-Everything is written to a staging folder that takes the bundle's place by one rename; a build that fails or is interrupted leaves
-the former bundle as it was. Traces are kept, so that the next try goes on where this one ended.
+The ONNX and what belongs to it are written to a staging folder that takes the bundle's place by one rename; an export that fails
+or is interrupted leaves the former bundle as it was. Engines are added to the whole bundle, one by one. So the next try goes on
+where this one ended: traces are kept, and engines that are there stay.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -31,12 +33,15 @@ from sdruntime.manifest import ComponentSpec, Precision
 from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record
 from sdruntime.step import NAME as STEP
+from sdruntime.step import SLOTS, SOURCES, TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them."""
+    """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
+    of the checkpoint, where it comes from the hub."""
 
+    revision: str | None = None
     precision: Precision = "fp32"
     engines: tuple[Asked, ...] = ()
     allow_pickle: bool = False
@@ -78,19 +83,34 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
     errors for the disk and the engines.
     """
+    for asked in options.engines:  # what is wrong with these is told before the long work
+        asked.resolve_library(options.precision)
+    exported = yield from export(model, out, options)
+    written = yield from _engines(out, options)
+    yield dataclasses.replace(
+        exported,
+        up_to_date=exported.up_to_date and written == 0,
+        written=exported.written + written,
+        peak=max(exported.peak, peak_memory()),
+    )
+
+
+def export(model: str, out: Path, options: Options) -> Generator[Progress, None, Built]:
+    """The bundle without its engines; the last event is returned. Engines that the model cannot have are refused before the work.
+
+    Raises as `build` does.
+    """
     if out.exists() and not (out.is_dir() and ((out / "manifest.json").exists() or not any(out.iterdir()))):
         raise BundleError(out, ["there is something here that is no bundle: choose another place"])
-    located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle)
+    located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
     name = located.source.rsplit("/", 1)[-1]
     checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
     table = components(checkpoint)
-    for asked in options.engines:  # what is wrong with these is told before the long work
-        asked.resolve(checkpoint.model, options.precision, [component.name for component in table])
+    for asked in options.engines:
+        asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
-        written = yield from _engines(out, options)
-        yield Built(folder=out, up_to_date=written == 0, written=written, peak=peak_memory())
-        return
+        return Built(folder=out, up_to_date=True, written=0, peak=peak_memory())
     with staging(out) as folder:
         peak = yield from _export(checkpoint, table, options, folder)
         _write_rest(checkpoint, table, folder)
@@ -102,9 +122,8 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
             components=_component_specs(table) | {STEP: step},
             provenance=_provenance(located, options, inputs),
         )
-        yield from _engines(folder, options)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    yield Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory())
+    return Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory())
 
 
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
@@ -117,6 +136,7 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
         {
             "model": json_from_record(checkpoint.model),
             "precision": options.precision,
+            "step": [SLOTS, SOURCES, TARGETS],
             "traces": [trace_key(component) for component in table],
             "versions": versions(),
             "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},
@@ -133,7 +153,7 @@ def _is_current(out: Path, inputs: str) -> bool:
     return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
 
 
-def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path) -> Generator[Event, None, int]:
+def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path) -> Generator[Progress, None, int]:
     """Each component in its own process; returns the peak memory of the largest."""
     peak = 0
     for index, component in enumerate(table):
@@ -154,7 +174,7 @@ def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options
     return peak
 
 
-def _engines(folder: Path, options: Options) -> Generator[Event, None, int]:
+def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, int]:
     """The engines that were asked for; returns the bytes written."""
     written = 0
     for asked in options.engines:

@@ -11,9 +11,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -22,10 +22,13 @@ from sdexport.errors import SdexportError
 from sdruntime.errors import SdruntimeError
 
 if TYPE_CHECKING:
-    from sdexport.build import Built, Event
+    from sdexport.build import EngineProgress, Progress
+    from sdexport.engines import Failure, Outcome
 
 SCHEMA = 1
 INTERRUPTED = 130
+WORST_FIRST = (3, 5, 1, 2)  # of several failures the code is the first of these
+End = TypeVar("End")
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,14 +44,18 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
             sys.exit(128 + signal.SIGPIPE)
-        except (SdexportError, SdruntimeError) as error:
-            _fail(f"error: {error}", error.exit_code)
-        except MemoryError:
-            _fail("error: out of memory: free some, or export on a larger machine", 3)
-        except OSError as error:
-            _fail(f"error: {error}", 3)
+        except (SdexportError, SdruntimeError, MemoryError, OSError) as error:
+            _fail(f"error: {_told(error)}", _code(error))
 
     return reporting
+
+
+def _told(error: Exception) -> str:
+    return "out of memory: free some, or export on a larger machine" if isinstance(error, MemoryError) else str(error)
+
+
+def _code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, (SdexportError, SdruntimeError)) else 3
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
@@ -61,8 +68,9 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder, replaced as a whole.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="The file that says all but this; MODEL replaces its own.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--backend", "backends", multiple=True, help="Also build engines for this library here; may be repeated.")
 @click.option("--target", help="What the engines are for: current, ampere+, sm86, …, cuda, cpu.")
@@ -75,8 +83,9 @@ def main() -> None:
 @as_json
 @reported
 def build(
-    model: str,
+    model: str | None,
     output: Path,
+    recipe: Path | None,
     precision: Any,
     backends: tuple[str, ...],
     target: str | None,
@@ -87,14 +96,24 @@ def build(
     as_json: bool,
 ) -> None:
     """Export MODEL, a diffusers folder or a hub id, to a bundle."""
-    if not backends and (target or size or batch or guidance):
+    if recipe is not None:
+        _refuse_beside_a_recipe(click.get_current_context())
+    elif not backends and (target or size or batch or guidance):
         raise click.UsageError("--target, --size, --batch and --guidance are of engines: name a --backend too")
+    if model is None and recipe is None:
+        raise click.UsageError("name a MODEL, or a --recipe")
     from sdexport.build import Options
     from sdexport.build import build as events
+    from sdexport.engines import options_of
+    from sdexport.recipe import read_recipe
     from sdruntime.build import Asked
 
     engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
     options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle)
+    if recipe is not None:
+        found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
+        model, options = found.model, options_of(found)
+    assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
         _document(bundle=str(built.folder), up_to_date=built.up_to_date, written=built.written, peak_memory=built.peak)
@@ -104,23 +123,115 @@ def build(
         click.echo(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
 
 
-def _shown(events: Iterable[Event]) -> Built:
-    """Follow a build on standard error, with rich; returns its end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def _refuse_beside_a_recipe(context: click.Context) -> None:
+    for option in context.command.params:
+        name = option.name or ""
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in ("model", "output", "recipe", "as_json"):
+            raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")
 
-    from sdexport.build import Built
-    from sdexport.build import Progress as Step
+
+@main.command()
+@click.argument("recipes", metavar="[RECIPE]...", nargs=-1)
+@click.option("--model", help="A folder or hub id in place of the recipe's own; for one RECIPE.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("engines/built"),
+    show_default=True,
+    help="Where the bundles go: a folder for each recipe.",
+)
+@click.option("--python", help="Build the engines with this interpreter: it has the engine library and numpy, and no torch.")
+@as_json
+@reported
+def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool) -> None:
+    """Build the bundle and the engines of each RECIPE: a path, or a name of engines/; all of engines/ where none is named.
+
+    What is there already stays, and what fails does not stop the rest.
+    """
+    from sdexport.engines import run_recipe
+    from sdexport.interpreter import Interpreter
+    from sdexport.recipe import recipe_names
+
+    names = recipes or recipe_names()
+    if not names:
+        raise click.UsageError("there is no recipe in engines/: name the file of one")
+    if model and len(names) != 1:
+        raise click.UsageError("--model takes the place of one recipe's: name that RECIPE")
+    builder = Interpreter(python=python) if python else None
+    outcomes: list[Outcome] = []
+    for name in names:
+        click.echo(f"== {name}", err=True)
+        taken = [outcome.bundle for outcome in outcomes]
+        outcomes.append(_shown(run_recipe(name, output, model=model, builder=builder, taken=taken)))
+        for failure in outcomes[-1].failures:
+            click.echo(f"error: {_failed(failure)}", err=True)
+    if as_json:
+        _document(recipes=[_outcome(outcome) for outcome in outcomes])
+    else:
+        _table(outcomes)
+    codes = {_code(failure.error) for outcome in outcomes for failure in outcome.failures}
+    if codes:
+        sys.exit(min(codes, key=lambda code: WORST_FIRST.index(code) if code in WORST_FIRST else len(WORST_FIRST)))
+
+
+def _table(outcomes: Sequence[Outcome]) -> None:
+    """One row for each recipe, and under it the reasons of what failed, a line each."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", overflow="fold")
+    for heading in ("built", "there already", "failed", "engine bytes", "ONNX bytes", "seconds"):
+        table.add_column(heading, justify="right")
+    for each in outcomes:
+        written = sum(event.size for event in each.built)
+        counts = (len(each.built), len(each.present), len(each.failures))
+        table.add_row(each.recipe, *map(str, counts), f"{written:,}", f"{each.exported:,}", f"{each.seconds:.1f}")
+    Console().print(table)
+    for each in outcomes:
+        for failure in each.failures:
+            click.echo(f"{each.recipe}: {_failed(failure).splitlines()[0]}")
+
+
+def _failed(failure: Failure) -> str:
+    return f"{failure.what}: {_told(failure.error)}" if failure.what else _told(failure.error)
+
+
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "recipe": outcome.recipe,
+        "bundle": None if outcome.bundle is None else str(outcome.bundle),
+        "exported": outcome.exported,
+        "built": [{"engine": event.engine, "bytes": event.size, "seconds": event.seconds} for event in outcome.built],
+        "present": [event.engine for event in outcome.present],
+        "failed": [
+            {"engines": failure.what, "error": _told(failure.error), "exit_code": _code(failure.error)}
+            for failure in outcome.failures
+        ],
+        "seconds": round(outcome.seconds, 3),
+    }
+
+
+def _shown(events: Iterable[Progress | EngineProgress | End]) -> End:
+    """Follow a build on standard error, with rich; returns its end, the first event that is no step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    from sdexport.build import EngineProgress, Progress
 
     columns = (TextColumn("{task.description:<16}"), TextColumn("{task.fields[stage]:<10}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Bars(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, Any] = {}
         for event in events:
-            if isinstance(event, Built):
-                return event
             stage: str
-            if isinstance(event, Step):
+            if isinstance(event, Progress):
                 name, stage, done, total = event.component, event.stage.name, event.stage.done, event.stage.total
+            elif not isinstance(event, EngineProgress):
+                return event
             else:
                 name, stage = event.event.engine, event.event.state
                 done, total = (0, 0) if stage in ("begin", "stage") else (1, 1)
@@ -129,7 +240,7 @@ def _shown(events: Iterable[Event]) -> Built:
             if name not in tasks:
                 tasks[name] = progress.add_task(name, stage=stage, total=None)
             progress.update(tasks[name], stage=stage, completed=done, total=total or None)
-    raise AssertionError("a build ends with Built")
+    raise AssertionError("a build tells its end")
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 SdexportError                 1   something failed
 ├── CheckpointError           2   the checkpoint is not whole, or not one that this exporter knows; carries every fault
+├── RecipeError               2   a recipe cannot be used; carries every fault with its line
 ├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
 │   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
 └── ExportError               1   a component's graph could not be made, or is not sound
@@ -24,6 +25,16 @@ class SdexportError(Exception):
 
 class CheckpointError(SdexportError):
     """A checkpoint cannot be exported. `faults` holds every reason that was found."""
+
+    exit_code = 2
+
+    def __init__(self, where: object, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(_listed(where, self.faults))
+
+
+class RecipeError(SdexportError):
+    """A recipe cannot be used. `faults` holds every reason that was found, each with its file and line."""
 
     exit_code = 2
 

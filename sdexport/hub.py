@@ -29,8 +29,8 @@ class Located:
     revision: str | None = None
 
 
-def locate(model: str, *, precision: Precision, allow_pickle: bool) -> Located:
-    """Find MODEL, and download what is not here yet.
+def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: str | None = None) -> Located:
+    """Find MODEL, and download what is not here yet. `revision`: a branch, tag or commit of the hub; its newest where None.
 
     Raises CheckpointError where there is no such model, and EnvironmentFault where the hub cannot be reached.
     """
@@ -39,7 +39,7 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool) -> Located:
         return Located(folder=path, source=path.resolve().name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
         raise CheckpointError(model, ["no such folder, and not a hub id (owner/name)"])
-    return _downloaded(model, precision, allow_pickle)
+    return _downloaded(model, precision, allow_pickle, revision)
 
 
 def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bool) -> list[str]:
@@ -68,32 +68,34 @@ def _weight_set(names: Sequence[str], part: str, stem: str, variant: str) -> lis
     return [*found, index] if found and index in names else []
 
 
-def _downloaded(model: str, precision: Precision, allow_pickle: bool) -> Located:
+def _downloaded(model: str, precision: Precision, allow_pickle: bool, revision: str | None) -> Located:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     try:
-        info = hub.HfApi().model_info(model)
+        info = hub.HfApi().model_info(model, revision=revision)
     except errors.GatedRepoError:
         fault = f"its owner asks you to accept a licence first, on https://huggingface.co/{model}; then set HF_TOKEN"
         raise CheckpointError(model, [fault]) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(model, [f"the model is on the hub, but has no revision {revision!r}"]) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(model, ["no such folder, and no such model on the hub (a private one needs HF_TOKEN)"]) from None
     except Exception as error:  # no network: every HTTP library has errors of its own
-        return _kept(model, error)
+        return _kept(model, revision, error)
     names = [sibling.rfilename for sibling in info.siblings or ()]
     wanted = needed_files(names, precision, allow_pickle=allow_pickle)
     folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=wanted)
     return Located(folder=Path(folder), source=model, revision=info.sha)
 
 
-def _kept(model: str, reason: Exception) -> Located:
+def _kept(model: str, revision: str | None, reason: Exception) -> Located:
     """The copy that an earlier download left."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     try:
-        folder = Path(hub.snapshot_download(model, local_files_only=True))
+        folder = Path(hub.snapshot_download(model, revision=revision, local_files_only=True))
     except errors.LocalEntryNotFoundError:
         first = str(reason).strip().split("\n", 1)[0]
         raise EnvironmentFault(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ Kind = Literal["sd1", "sd2", "sd2_v", "sdxl"]
 TOKENS = 77
 _ENDS = ("<|startoftext|>", "<|endoftext|>")
 # as SD1's files are: from before transformers 5 dropped a prefix, and before diffusers named the VAE's attention like the others
-_OLD_TEXT = {"^": "text_model."}
+_OLD_TEXT = {r"^(?!text_model\.)": "text_model."}
 _OLD_VAE = {r"\.to_q\.": ".query.", r"\.to_k\.": ".key.", r"\.to_v\.": ".value.", r"\.to_out\.0\.": ".proj_attn."}
 _MERGES = "t h,th e</w>,a n,an d</w>,c a,ca t</w>,r e,re d</w>,i n</w>,o f</w>"
 
@@ -217,3 +219,9 @@ def _index(kind: Kind) -> dict[str, Any]:
 def _write_json(path: Path, document: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":  # python tests/tiny.py FOLDER: what the recipe `tiny` is made of
+    place = Path(sys.argv[1])
+    shutil.rmtree(place.with_suffix(".half"), ignore_errors=True)
+    write_checkpoint(place.with_suffix(".half"), "sd1").rename(place)

@@ -11,10 +11,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdruntime import __version__
 from sdruntime.errors import SdruntimeError, SettingError
+
+if TYPE_CHECKING:
+    from sdruntime.build import Asked
+    from sdruntime.bundle import Bundle
+    from sdruntime.choose import Machine
 
 SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
@@ -71,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
     each.add_argument("--guidance", choices=["on", "off", "any"], help="whether pictures are drawn with guidance (two rows each)")
     each.add_argument("--component", action="append", default=[], dest="components", help="only this one (may be repeated)")
+    each.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="all but this one (may be repeated)")
     each.add_argument(
         "--option",
         action="append",
@@ -107,9 +113,9 @@ def parser() -> argparse.ArgumentParser:
     sampling(each)
 
     command("samplers", samplers, "the samplers, by every name that they answer to", bundle=False)
-    command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine").add_argument(
-        "--check", action="store_true", help="read every file and check its hash"
-    )
+    each = command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine")
+    each.add_argument("--check", action="store_true", help="read every file and check its hash")
+    each.add_argument("--stale", action="store_true", help="only the engines that an upgrade of a library left behind")
     each = command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
     return top
@@ -143,19 +149,11 @@ def pairs(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
 
 
 def build(options: argparse.Namespace) -> None:
-    from sdruntime.build import Asked, build_engines, rebuild_stale
+    from sdruntime.build import build_engines, rebuild_stale
 
     if options.stale == (options.backend is not None):
         raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
-    asked = options.backend and Asked(
-        backend=options.backend,
-        target=options.target,
-        size=options.size,
-        batch=options.batch,
-        guidance=options.guidance,
-        components=tuple(options.components),
-        options=dict(pairs(options.option, "optimization_level=5")),
-    )
+    asked = asked_of(options) if options.backend else None
     done, begun = [], time.monotonic()
     for event in build_engines(options.bundle, asked) if asked else rebuild_stale(options.bundle):
         if event.state == "stage" and event.stage is not None:
@@ -182,6 +180,21 @@ def build(options: argparse.Namespace) -> None:
         document(engines=done, seconds=round(time.monotonic() - begun, 3))
     elif options.stale and not done:
         print("no engine is stale")
+
+
+def asked_of(options: argparse.Namespace) -> Asked:
+    from sdruntime.build import Asked
+
+    return Asked(
+        backend=options.backend,
+        target=options.target,
+        size=options.size,
+        batch=options.batch,
+        guidance=options.guidance,
+        components=tuple(options.components),
+        without=tuple(options.without),
+        options=dict(pairs(options.option, "optimization_level=5")),
+    )
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -293,11 +306,27 @@ def inspect(options: argparse.Namespace) -> None:
     bundle, machine = Bundle.open(options.bundle), Machine.here()
     if options.check and (faults := bundle.changed_files()):
         raise BundleError(bundle.folder, faults)
+    if options.stale:
+        inspect_stale(bundle, machine, as_json=options.json)
+        return
     if options.json:
         document(**bundle_document(bundle, machine))
         return
     for line in bundle_lines(bundle, machine):
         print(line)
+
+
+def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
+    from sdruntime.build import stale_engines
+    from sdruntime.choose import misfit
+
+    reasons = {engine.name: misfit(engine, machine) for engine in stale_engines(bundle)}
+    if as_json:
+        document(stale=[{"engine": name, "reason": reason} for name, reason in reasons.items()])
+        return
+    for name, reason in reasons.items():
+        print(f"{name}: {reason}")
+    print(f"build them again: sdruntime build {bundle.folder} --stale" if reasons else "no engine is stale")
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -30,7 +30,8 @@ _SCRATCH = ".building-"  # and the builder's process: folders that a build works
 class Asked:
     """Which engines are wanted: those of a backend, for a target, in shapes as `Shapes.parse` reads them.
 
-    `target` None: the best that the library has here. `components` empty: all. `options`: the backend's own settings.
+    `target` None: the best that the library has here. `components` empty: all but those in `without`. `options`: the backend's
+    own settings.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Asked:
     batch: str | None = None
     guidance: Guidance | None = None
     components: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self, model: ModelSpec) -> Shapes:
@@ -52,15 +54,27 @@ class Asked:
 
         Raises SettingError, UnknownName, LibraryMissing and DeviceMissing.
         """
+        shapes = self.resolve_model(model, components)
+        return shapes, *self.resolve_library(precision)
+
+    def resolve_model(self, model: ModelSpec, components: Iterable[str]) -> Shapes:
+        """The part of `resolve` that needs no library. Raises SettingError and UnknownName."""
         shapes = self.shapes(model)
+        for component in (*self.components, *self.without):
+            if component not in components:
+                raise UnknownName("component", component, components)
+        return shapes
+
+    def resolve_library(self, precision: Precision) -> tuple[str, str]:
+        """The part of `resolve` that needs no model: the library's version and the target's full name. Raises as it does."""
         library = backend(self.backend, "engine").here(self.backend)
         if library.version is None:
             raise LibraryMissing(library.missing)
-        target = backend(self.backend, "build").resolve_target(self.backend, self.target, precision, self.options)
-        for component in self.components:
-            if component not in components:
-                raise UnknownName("component", component, components)
-        return shapes, library.version, target
+        return library.version, backend(self.backend, "build").resolve_target(self.backend, self.target, precision, self.options)
+
+    def chosen(self, components: Iterable[str]) -> tuple[str, ...]:
+        """Which of a bundle's components engines are wanted of."""
+        return self.components or tuple(component for component in components if component not in self.without)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +101,7 @@ def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
     manifest = bundle.manifest
     shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
     wanted_here = [name for name in manifest.components if name != STEP or BACKENDS[asked.backend].loop]
-    for component in asked.components or wanted_here:
+    for component in asked.chosen(wanted_here):
         stem = f"{component}-{asked.backend}{version}-{target}-{manifest.precision}-{shapes.label}"
         request = EngineRequest(
             component=component,

@@ -2,7 +2,8 @@
 
 Each folder of `sdruntime.backends` holds the same two files:
 
-    build.py    resolve_target(name, target, precision, options)       the target's full name; refusals before the work
+    build.py    OPTIONS                                                its settings: how each is read, and what belongs there
+                resolve_target(name, target, precision, options)       the target's full name; refusals before the work
                 build_engine(bundle, request, folder)                  ONNX -> files: yields Stages, returns Built
     engine.py   open_engine(bundle, spec, options, shared) -> Engine   files -> Engine
                 here(name) -> Library                                  what this machine has of the library
@@ -65,6 +66,7 @@ class EngineOptions:
     threads: int = 0  # of one operator
     memory: int | None = None  # bytes of the GPU that a pipeline may use
     low_memory: bool = False  # a pipeline holds one component on the GPU at a time
+    whole_loop: bool = False  # a pipeline that nobody watches launches all steps as one CUDA graph
     stream: int = 0
     session: Mapping[str, str] = field(default_factory=dict)
 

@@ -38,6 +38,7 @@ class Frame:
         self.session = unet.session
         self._graph: Graph | None = None
         self._ran, self._captured_at = False, -1
+        self._whole: tuple[int, int, Graph] | None = None  # steps, the arena's moves, and all of the steps as one graph
         self.unet, self.step = unet.bind_apart(dims), step.bind_apart({"jobs": capacity, "cells": cells})
         picture = capacity * cells * _FLOAT
         output, sample = self.unet.address["out_sample"], self.unet.address["sample"]
@@ -68,10 +69,8 @@ class Frame:
     def run(self, index: int) -> None:
         """Queue step `index` of the program."""
         stream, arena = self.session.stream, self.session.arena
-        stream.copy(self._inputs.pointer, self._steps.pointer + index * self.block, self.block)
-        self.unet.ready()
-        self.step.ready()
-        self.unet.ready()  # the other may have moved the arena
+        self._feed(index)
+        self._ready()
         if not self._ran:  # the first run of a context does things that cannot be recorded
             self._queue()
             self._ran = True
@@ -82,6 +81,30 @@ class Frame:
                 self._queue()
             self._graph, self._captured_at = graph, arena.moves
         self._graph.launch(stream)
+
+    def run_all(self, steps: int) -> bool:
+        """Queue the whole program as one graph; False, with nothing done, before the first `run` of this frame."""
+        if not self._ran:
+            return False
+        self._ready()
+        moves = self.session.arena.moves
+        if self._whole is None or self._whole[:2] != (steps, moves):
+            self._drop_whole()
+            with self.session.stream.capture() as graph:
+                for index in range(steps):
+                    self._feed(index)
+                    self._queue()
+            self._whole = (steps, moves, graph)
+        self._whole[2].launch(self.session.stream)
+        return True
+
+    def _feed(self, index: int) -> None:
+        self.session.stream.copy(self._inputs.pointer, self._steps.pointer + index * self.block, self.block)
+
+    def _ready(self) -> None:
+        self.unet.ready()
+        self.step.ready()
+        self.unet.ready()  # the other may have moved the arena
 
     def _queue(self) -> None:
         self.unet.enqueue()
@@ -103,8 +126,15 @@ class Frame:
             self._graph.close()
             self._graph = None
 
+    def _drop_whole(self) -> None:
+        if self._whole is not None:
+            self.session.stream.synchronize()
+            self._whole[2].close()
+            self._whole = None
+
     def _drop_program(self) -> None:
         if self._program is not None:
+            self._drop_whole()  # which reads from it
             self._program.close()
             self._steps.close()
             self._program = None
@@ -125,10 +155,15 @@ class Frame:
 
 
 class DeviceCall:
-    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first."""
+    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first.
 
-    def __init__(self, jobs: Sequence[Job], frame: Frame) -> None:
+    `whole`: all of these steps are launched at once with the first one, where the frame has run before; then nothing can be seen
+    of them on the way.
+    """
+
+    def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False) -> None:
         self._jobs, self._frame, self._index = jobs, frame, 0
+        self._launch_all, self._launched = whole, False
         self._events: collections.deque[Event] = collections.deque()
         self.steps = min(job.run.steps - job.run.step for job in jobs)
         frame.unet.upload(_conditions(jobs, frame))
@@ -144,9 +179,12 @@ class DeviceCall:
 
     def advance(self) -> None:
         """Queue one step. Waits, by looking at events, while more than IN_FLIGHT steps are under way."""
-        self._frame.run(self._index)
+        if self._launch_all and self._index == 0:
+            self._launched = self._frame.run_all(self.steps)
+        if not self._launched:
+            self._frame.run(self._index)
+            self._events.append(self._frame.session.stream.event())
         self._index += 1
-        self._events.append(self._frame.session.stream.event())
         for job in self._jobs:
             job.run.skip()
         while len(self._events) > IN_FLIGHT:
@@ -169,12 +207,15 @@ class DeviceCall:
             self._events.popleft().close()
 
 
-def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[DeviceCall]:
+def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False) -> list[DeviceCall]:
     """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
 
-    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, and rows must lie aligned.
+    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, rows must lie aligned, and weights that
+    are streamed are no part of a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
+        return []
+    if unet.spec.options.get("weight_streaming") == "true":
         return []
     channels, height, width = jobs[0].run.x.shape
     dims, cells = {"height": height, "width": width, "sequence": len(jobs[0].condition.hidden)}, channels * height * width
@@ -193,7 +234,7 @@ def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[Device
         if len(unet.held) >= KEPT_FRAMES and key not in unet.held:
             unet.held.close()
         make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
-        calls.append(DeviceCall(part, unet.held.get(key, make)))
+        calls.append(DeviceCall(part, unet.held.get(key, make), whole=whole))
     return calls
 
 

@@ -116,7 +116,7 @@ class Stream:
     ) -> None:
         self.jobs = tuple(jobs)
         self._pipe, self._asked, self._conditions, self._on_device = pipe, asked, conditions, on_device
-        self._states, self.closed = self._walk(), False
+        self._states, self.closed, self.watched = self._walk(), False, True
 
     def __iter__(self) -> Iterator[State]:
         return self._states
@@ -128,7 +128,9 @@ class Stream:
 
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
-        steppers = self._pipe.device_steppers if self._on_device else self._pipe.steppers
+        steppers = self._pipe.steppers
+        if self._on_device:
+            steppers = functools.partial(self._pipe.device_steppers, watched=self.watched)
         with contextlib.closing(denoise(self.jobs, steppers)) as loop:
             for step, _ in enumerate(loop, start=1):
                 yield State(step=step, steps=steps, jobs=self.jobs)
@@ -222,6 +224,7 @@ class Pipeline:
         Raises SettingError for a setting out of range, EngineError for a size that no engine takes.
         """
         stream = self.stream(prompt, on_device=True, **settings)
+        stream.watched = False
         for _ in stream:
             pass
         return stream.result
@@ -281,7 +284,7 @@ class Pipeline:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
         return [Call(jobs, lambda: self._unet_for(jobs[0]))]
 
-    def device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
+    def device_steppers(self, jobs: Sequence[Job], *, watched: bool = True) -> Sequence[Stepper]:
         """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`."""
         unet = self._unet_for(jobs[0])
         if BACKENDS[unet.spec.backend].loop and STEP in self.bundle.manifest.components:
@@ -289,7 +292,7 @@ class Pipeline:
 
             with contextlib.suppress(EngineError):  # no engine of `step`, or none of this shape
                 step = self.engine(STEP, cells=jobs[0].run.x.size)
-                if calls := device_calls(jobs, unet, step):
+                if calls := device_calls(jobs, unet, step, whole=self._options.whole_loop and not watched):
                     return calls
         return self.steppers(jobs)
 

@@ -102,6 +102,13 @@ def test_an_unknown_backend_component_or_target_is_refused(bundle: Bundle) -> No
         list(build_engines(bundle.folder, Asked(backend="fake", target="cuda")))
 
 
+def test_all_components_but_those_left_out(bundle: Bundle) -> None:
+    asked = Asked(backend="fake", without=("vae_encoder", "text_encoder"))
+    assert [event.component for event in build_engines(bundle.folder, asked) if event.state == "done"] == ["unet", "vae_decoder"]
+    with pytest.raises(UnknownName, match="did you mean vae_encoder"):
+        list(build_engines(bundle.folder, Asked(backend="fake", without=("vae_encodr",))))
+
+
 def test_cuda_comes_before_the_cpu_and_the_fake_only_by_name(bundle: Bundle) -> None:
     both = with_engines(built(bundle), ort("cpu"), ort("cuda"))
     on_gpu = Machine(libraries={"onnxruntime": ORT_CUDA, **FAKE}, devices=(GPU,))

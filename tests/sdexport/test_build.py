@@ -47,12 +47,13 @@ def test_a_bundle_is_whole_and_says_what_it_is(kind: str, request: pytest.Fixtur
     assert bundle.changed_files() == []
     manifest = bundle.manifest
     encoders = {"text_encoder", "text_encoder_2"} if kind == "sdxl" else {"text_encoder"}
-    assert set(manifest.components) == {"unet", "vae_decoder", "vae_encoder"} | encoders
+    assert set(manifest.components) == {"unet", "vae_decoder", "vae_encoder", "step"} | encoders
     tokenizers = ["tokenizer", "tokenizer_2"] if kind == "sdxl" else ["tokenizer"]
     names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
     expected = {f"{tokenizer}/{name}" for tokenizer in tokenizers for name in names}
     expected |= {"model_index.json", "scheduler/scheduler_config.json"}
     expected |= {f"{name}/{file}" for name in manifest.components for file in ("model.onnx", "model.onnx.data", "config.json")}
+    expected.remove("step/model.onnx.data")  # it has no weights
     assert set(manifest.files) == expected
     assert manifest.provenance["source"] == f"tiny-{kind}", "a folder's name, not its path"
     assert manifest.provenance["versions"]["torch"]
@@ -198,6 +199,21 @@ def test_engines_are_built_into_the_bundle_and_added_to_one_that_is_there(sd1_ch
     engines = Bundle.open(copy).manifest.engines
     assert {engine.component for engine in engines} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
     assert built(sd1_checkpoint, copy, engines=(ASKED,)).up_to_date
+
+
+def test_an_interrupted_build_keeps_the_engines_that_were_done(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
+    events = build(str(sd1_checkpoint), tmp_path / "bundle", Options(engines=(ASKED,)))
+    for event in events:
+        if isinstance(event, EngineProgress) and (event.event.state, event.event.component) == ("begin", "vae_encoder"):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert [engine.component for engine in Bundle.open(tmp_path / "bundle").manifest.engines] == ["text_encoder"]
+    assert not list((tmp_path / "bundle").glob(".*"))
+    again = list(build(str(sd1_checkpoint), tmp_path / "bundle", Options(engines=(ASKED,))))
+    states = [(each.event.component, each.event.state) for each in again if isinstance(each, EngineProgress)]
+    assert states[0] == ("text_encoder", "present")
+    assert [component for component, state in states if state == "done"] == ["vae_encoder", "vae_decoder", "unet"]
+    assert not any(isinstance(event, Progress) for event in again), "nothing is exported again"
 
 
 @pytest.mark.parametrize(

@@ -80,15 +80,23 @@ def test_a_download_asks_for_exactly_what_is_needed(tmp_path: Path, monkeypatch:
         asked.update(options, model=model)
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, model: SimpleNamespace(sha="c0ffee", siblings=names))
+    def model_info(self: object, model: str, *, revision: str | None) -> SimpleNamespace:
+        if revision == "v9":
+            raise huggingface_hub.errors.RevisionNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+        return SimpleNamespace(sha={None: "c0ffee", "v1": "decade"}[revision], siblings=names)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert locate("owner/name", precision="fp16", allow_pickle=False, revision="v1").revision == asked["revision"] == "decade"
+    with pytest.raises(CheckpointError, match="has no revision 'v9'"):
+        locate("owner/name", precision="fp16", allow_pickle=False, revision="v9")
     located = locate("owner/name", precision="fp16", allow_pickle=False)
     assert asked == {"model": "owner/name", "revision": "c0ffee", "allow_patterns": sorted(COMMON + HALF)}
     assert (located.source, located.revision) == ("owner/name", "c0ffee")
 
 
 def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    def refuse(self: object, model: str) -> None:
+    def refuse(self: object, model: str, *, revision: str | None) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
@@ -106,6 +114,8 @@ def test_without_a_network_the_copy_in_the_cache_is_taken(
     offline(monkeypatch, tmp_path)
     located = locate("owner/name", precision="fp32", allow_pickle=False)
     assert (located.folder, located.revision) == (repository / "snapshots" / "c0ffee", "c0ffee")
+    with pytest.raises(EnvironmentFault, match="there is no copy of it here"):
+        locate("owner/name", precision="fp32", allow_pickle=False, revision="v1")
 
 
 def test_without_a_network_or_a_copy_both_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trt.fake_network import Network, called_back, dims, report
 from trt.fake_plan import Plan, Shape, plan_to_bytes
+from trt.fake_refit import digest, stripped, weights_of
 from trt.strict import Strictness
 
 _PHASES = (("Cloning network graph", 2), ("Preparing graph for optimization", 3), ("Computing profile costs", 2))
@@ -53,9 +54,13 @@ class TimingCache:
         self._trt, self.where, self.entries = trt, where, entries
 
     def serialize(self) -> Any:
+        no_timing_cache(self._trt)
         return host_memory(self._trt, "\n".join([f"FAKE-TIMING {self.where}", *sorted(self.entries)]).encode())
 
     def combine(self, input_cache: Any, ignore_mismatch: bool) -> bool:
+        no_timing_cache(self._trt)
+        if input_cache._behaviour is self:
+            raise Strictness("a timing cache combined with itself: the real one waits forever")
         if input_cache._behaviour.where != self.where and not ignore_mismatch:
             return False
         self.entries |= input_cache._behaviour.entries
@@ -136,12 +141,12 @@ class BuilderConfig:
         return len(self.profiles) - 1
 
     def create_timing_cache(self, serialized_timing_cache: Any) -> Any:
-        no_timing_cache(self._trt)
         first, *entries = bytes(serialized_timing_cache).decode(errors="replace").split("\n")
         kind, _, where = first.partition(" ")
         if first and kind != "FAKE-TIMING":
-            report(self._trt, self._logger, "ERROR", "The timing cache is corrupt")
-            return None
+            text = "Failed to deserialize timing cache. Returning an empty timing cache."
+            report(self._trt, self._logger, "WARNING", text)
+            where, entries = "", []
         return self._trt.make("ITimingCache", TimingCache(self._trt, where or gpu_id(self._trt), set(entries)))
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
@@ -213,19 +218,21 @@ class Builder:
             return None
         if settings._cache is not None:
             settings._cache._behaviour.entries.add(hashlib.sha256(net.onnx).hexdigest())
-        flags = self._trt.surface_.classes["BuilderFlag"].values
+        bits = self._trt.surface_.classes["BuilderFlag"].values
+        flags = tuple(sorted(name for name, bit in bits.items() if settings.flags >> bit & 1))
         plan = Plan(
             library=self._trt.__name__,
             version=self._trt.__version__,
             capabilities=self._capabilities(settings),
             hardware=settings.hardware_compatibility_level.name,
-            flags=tuple(sorted(name for name, bit in flags.items() if settings.flags >> bit & 1)),
+            flags=flags,
             verbosity=settings.profiling_verbosity.name,
             inputs=tuple(net.inputs),
             outputs=tuple(net.outputs),
             layers=tuple(layer.name for layer in net.layers),
             profiles=tuple(profile.shapes for profile in settings.profiles),
-            onnx=net.onnx,
+            weights=digest(weights_of(net.onnx)),
+            onnx=stripped(net.onnx) if "STRIP_PLAN" in flags else net.onnx,
         )
         return host_memory(self._trt, plan_to_bytes(plan))
 
@@ -241,8 +248,8 @@ class Builder:
         names = [one.name for one in config.capabilities]
         if "NONE" in names or ("CURRENT" in names and not self._trt.gpus_.devices):
             return f"compute capabilities {', '.join(names)}"
-        if self._trt.rtx and config.get_flag(self._trt.enum("BuilderFlag", "VERSION_COMPATIBLE")):
-            return "Unable to load library: libnvinfer_lean.so.1"
+        if self._trt.rtx and (fault := self._fault_of_rtx(config)):
+            return fault
         if not all(attention._behaviour.decomposable for attention in network.attentions):
             return "Attention operation was not supported by a dedicated kernel. is_decomposable()"
         dynamic = [tensor for tensor in network.inputs if -1 in tensor.dims]
@@ -262,6 +269,17 @@ class Builder:
             if unknown := profile.shapes.keys() - {tensor.name for tensor in network.inputs}:
                 raise Strictness(f"profile {index} names {', '.join(sorted(unknown))}, which the network does not take")
             _agree(network, profile.shapes)
+        return None
+
+    def _fault_of_rtx(self, config: BuilderConfig) -> str | None:
+        """Flags that TensorRT-RTX 1.7.1 refuses, found by trying each flag and each pair of flags on a machine without a GPU."""
+        flags = {name for name, bit in self._trt.surface_.classes["BuilderFlag"].values.items() if config.flags >> bit & 1}
+        if "VERSION_COMPATIBLE" in flags:
+            return "Unable to load library: libnvinfer_lean.so.1"
+        if flags & {"STRIP_PLAN", "REFIT", "REFIT_IDENTICAL"} and not self._trt.gpus_.devices:
+            return "MyelinCheckException: graph_jit.cpp:278: CHECK(status == CUDA_SUCCESS) failed."
+        if flags >= {"REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"}:
+            return "BuilderFlag::kREQUIRE_USER_ALLOCATION is not compatible with BuilderFlag::kWEIGHT_STREAMING."
         return None
 
 

@@ -206,6 +206,8 @@ class ExecutionContext:
         def check() -> None:
             if (alive := context()) is not None and not alive._engine.weights_loaded:
                 raise Strictness("the engine runs without its weights: load_weights")
+            if alive is not None and not alive._engine.complete:
+                raise Strictness("the engine runs without the weights that it was stripped of: refit it")
 
         def run() -> None:
             feeds = {

@@ -1,9 +1,10 @@
-"""A strict libcudart and libcuda over `streams.Gpus`: objects with the C functions as attributes, to be used as a `ctypes.CDLL`.
+"""A strict libcudart over `streams.Gpus`: an object with the C functions as attributes, to be used as a `ctypes.CDLL`.
 
-What stalls the whole device is not offered: cudaDeviceSynchronize, cudaDeviceReset, the copies without a stream.
+What stalls the whole device is not offered: cudaDeviceSynchronize, cudaDeviceReset, the copies without a stream. `fake_driver`
+gives the same functions under the driver's names, which the runtime uses.
 
     gpus = Gpus(total=1 << 30)
-    monkeypatch.setattr(ctypes, "CDLL", loader(Cudart(gpus), Cuda(gpus)))
+    monkeypatch.setattr(ctypes, "CDLL", loader(Cudart(gpus)))
     ...
     assert gpus.leaks() == []
 """
@@ -19,7 +20,7 @@ from trt.cuda_calls import CUDART, Body
 from trt.streams import NOT_READY, CudaError, Gpus
 from trt.strict import Strictness
 
-_ERRORS = {
+ERRORS = {
     0: ("cudaSuccess", "no error"),
     1: ("cudaErrorInvalidValue", "invalid argument"),
     2: ("cudaErrorMemoryAllocation", "out of memory"),
@@ -34,12 +35,12 @@ _ERRORS = {
     901: ("cudaErrorStreamCaptureInvalidated", "operation failed due to a previous error during capture"),
     907: ("cudaErrorCapturedEvent", "operation not permitted on an event last recorded in a capturing stream"),
 }
-_UNKNOWN = ("unrecognized error code", "unrecognized error code")
+UNKNOWN = ("unrecognized error code", "unrecognized error code")
 _STALLS = ("cudaDeviceSynchronize", "cudaDeviceReset", "cudaThreadSynchronize", "cudaMemcpy", "cudaMemset", "cudaStreamCreate")
 _LAST = ("cudaGetLastError", "cudaPeekAtLastError")
 
 
-class _Library:
+class CLibrary:
     """C functions as attributes. `gpus.counts` counts the calls."""
 
     def __init__(self, soname: str, gpus: Gpus, table: Mapping[str, tuple[str, Body]]) -> None:
@@ -85,7 +86,7 @@ class _Library:
             return error.code
 
 
-class Cudart(_Library):
+class Cudart(CLibrary):
     """libcudart."""
 
     def __init__(self, gpus: Gpus) -> None:
@@ -100,52 +101,10 @@ class Cudart(_Library):
 
 
 def _teller(column: int) -> Callable[[int], bytes]:
-    return lambda code: _ERRORS.get(code, _UNKNOWN)[column].encode()
+    return lambda code: ERRORS.get(code, UNKNOWN)[column].encode()
 
 
-class Cuda(_Library):
-    """libcuda, as far as one asks it about devices. It wants cuInit first."""
-
-    def __init__(self, gpus: Gpus) -> None:
-        self._ready = False
-        super().__init__("libcuda.so.1", gpus, {name: (words, self._after_init(body)) for name, (words, body) in _CUDA.items()})
-        self._functions["cuInit"] = self._function("cuInit", "int", self._init)
-
-    def _init(self, gpus: Gpus, flags: int) -> int:
-        self._ready = True
-        return 0 if gpus.devices else 100
-
-    def _after_init(self, body: Body) -> Body:
-        return lambda *args: body(*args) if self._ready else 3  # CUDA_ERROR_NOT_INITIALIZED
-
-
-def _get_device(gpus: Gpus, device: Any, ordinal: int) -> int:
-    device.value = ordinal
-    return 0 if 0 <= ordinal < gpus.devices else 101
-
-
-def _get_name(gpus: Gpus, text: Any, length: int, device: int) -> int:
-    text.value = gpus.name.encode()[: length - 1]
-    return 0 if 0 <= device < gpus.devices else 101
-
-
-def _total_memory(gpus: Gpus, size: Any, device: int) -> int:
-    size.value = gpus.memory.total
-    return 0 if 0 <= device < gpus.devices else 101
-
-
-_CUDA: dict[str, tuple[str, Body]] = {
-    "cuDeviceGetCount": CUDART["cudaGetDeviceCount"],
-    "cuDeviceGet": ("*int int", _get_device),
-    "cuDeviceGetName": ("text int int", _get_name),
-    "cuDeviceTotalMem_v2": ("*size int", _total_memory),
-    "cuDeviceGetAttribute": CUDART["cudaDeviceGetAttribute"],
-    "cuDeviceGetPCIBusId": CUDART["cudaDeviceGetPCIBusId"],
-    "cuDriverGetVersion": CUDART["cudaDriverGetVersion"],
-}
-
-
-def loader(*libraries: _Library) -> Callable[..., Any]:
+def loader(*libraries: CLibrary) -> Callable[..., Any]:
     """A stand-in for `ctypes.CDLL`: it knows these libraries by soname, in any folder; other CUDA libraries are not there."""
     real = ctypes.CDLL
 

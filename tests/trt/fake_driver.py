@@ -11,7 +11,7 @@ from typing import Any
 
 from trt.cfunction import Function
 from trt.cuda_calls import CUDART, Body
-from trt.fake_cudart import _CUDA, _ERRORS, _Library
+from trt.fake_cudart import ERRORS, UNKNOWN, CLibrary
 from trt.streams import Gpus
 from trt.strict import Strictness
 
@@ -43,19 +43,49 @@ _SAME = {
 }
 
 
+def _get_device(gpus: Gpus, device: Any, ordinal: int) -> int:
+    device.value = ordinal
+    return 0 if 0 <= ordinal < gpus.devices else 101
+
+
+def _get_name(gpus: Gpus, text: Any, length: int, device: int) -> int:
+    text.value = gpus.name.encode()[: length - 1]
+    return 0 if 0 <= device < gpus.devices else 101
+
+
+def _total_memory(gpus: Gpus, size: Any, device: int) -> int:
+    size.value = gpus.memory.total
+    return 0 if 0 <= device < gpus.devices else 101
+
+
+def _uuid(gpus: Gpus, text: Any, device: int) -> int:
+    text.raw = bytes([device]) * 16
+    return 0
+
+
+_DEVICES: dict[str, tuple[str, Body]] = {
+    "cuDeviceGetCount": CUDART["cudaGetDeviceCount"],
+    "cuDeviceGet": ("*int int", _get_device),
+    "cuDeviceGetName": ("text int int", _get_name),
+    "cuDeviceTotalMem_v2": ("*size int", _total_memory),
+    "cuDeviceGetAttribute": CUDART["cudaDeviceGetAttribute"],
+    "cuDeviceGetUuid_v2": ("text int", _uuid),
+    "cuDriverGetVersion": CUDART["cudaDriverGetVersion"],
+}
+
+
 def _copier(kind: int) -> Body:
     copy = CUDART["cudaMemcpyAsync"][1]
     return lambda gpus, to, source, size, stream: copy(gpus, to, source, size, kind, stream)
 
 
-class Driver(_Library):
+class Driver(CLibrary):
     """libcuda. `retained` counts how often each device's primary context is held."""
 
     def __init__(self, gpus: Gpus) -> None:
         self._ready, self._context = False, threading.local()
         self.retained = [0] * gpus.devices
-        table: dict[str, tuple[str, Body]] = {name: (words, self._initialised(body)) for name, (words, body) in _CUDA.items()}
-        table["cuDeviceGetUuid_v2"] = ("text int", self._initialised(_uuid))
+        table: dict[str, tuple[str, Body]] = {name: (words, self._initialised(body)) for name, (words, body) in _DEVICES.items()}
         table["cuDevicePrimaryCtxRetain"] = ("*pointer int", self._initialised(self._retain))
         table["cuDevicePrimaryCtxRelease_v2"] = ("int", self._initialised(self._release))
         table["cuCtxSetCurrent"] = ("pointer", self._initialised(self._set_current))
@@ -114,14 +144,9 @@ class Driver(_Library):
         return 0
 
 
-def _uuid(gpus: Gpus, text: Any, device: int) -> int:
-    text.raw = bytes([device]) * 16
-    return 0
-
-
 def _teller(column: int) -> Any:
     def tell(code: int, text: Any) -> int:
-        name = _ERRORS.get(code, ("unrecognized", "unrecognized error code"))[column]
+        name = ERRORS.get(code, UNKNOWN)[column]
         text.value = name.encode()
         return 0
 

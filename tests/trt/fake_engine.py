@@ -36,16 +36,7 @@ class Runtime:
             report(trt, logger, "ERROR", "CUDA initialization failure with error: 100. Please check your CUDA installation")
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._trt, self.logger = trt, logger
-        self.defer_weights_loading = False
-
-    @property
-    def engine_host_code_allowed(self) -> bool:
-        return False
-
-    @engine_host_code_allowed.setter
-    def engine_host_code_allowed(self, allowed: bool) -> None:
-        if allowed:
-            raise Strictness("engine_host_code_allowed runs code from the file")
+        self.defer_weights_loading = self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         """The engine, or None after an error was logged."""
@@ -77,9 +68,13 @@ class Runtime:
         if not self._trt.gpus_.devices:
             return None, "Cuda Runtime (cudaError 35: CUDA driver version is insufficient for CUDA runtime version)"
         try:
-            plan = plan_from_bytes(bytes(data), self._trt.__name__, self._trt.__version__)
+            plan = plan_from_bytes(
+                bytes(data), self._trt.__name__, self._trt.__version__, host_code=self.engine_host_code_allowed
+            )
         except BadPlan as error:
             return None, f"Serialization (Serialization assertion failed. {error})"
+        if self.engine_host_code_allowed and "VERSION_COMPATIBLE" not in plan.flags:
+            raise Strictness("engine_host_code_allowed runs code from the file, and this plan needs none")
         fault = why_not(self._trt, plan)
         return (None, fault) if fault else (plan, "")
 
@@ -91,6 +86,7 @@ class Engine:
         self._trt, self._logger, self.plan, self.model = trt, logger, plan, Model(plan.onnx)
         self.device = trt.gpus_.device
         self.deferred, self.weights_loaded = deferred, not deferred
+        self.complete = "STRIP_PLAN" not in plan.flags  # else it has to be refitted
         self.contexts: weakref.WeakSet[ExecutionContext] = weakref.WeakSet()
         self.contexts_made = 0
         self._budget = self.streamable_weights_size
@@ -99,7 +95,7 @@ class Engine:
         self.num_layers, self.num_aux_streams = len(plan.layers), 0
         self.num_io_tensors = len(plan.inputs) + len(plan.outputs)
         self.num_optimization_profiles = max(1, len(plan.profiles))
-        self.refittable = any(flag.startswith("REFIT") for flag in plan.flags)
+        self.refittable = any(flag == "STRIP_PLAN" or flag.startswith("REFIT") for flag in plan.flags)
         self.hardware_compatibility_level = trt.enum("HardwareCompatibilityLevel", plan.hardware)
         self.profiling_verbosity = trt.enum("ProfilingVerbosity", plan.verbosity)
 

@@ -13,6 +13,7 @@ from typing import Any
 from trt.fake_plan import Shape, Tensor, tensor_from_onnx
 from trt.strict import Strictness
 
+_NO_IMPORTER = 'creator && "Plugin not found, are the plugin name, version, and namespace correct?"'
 _LAYERS = {"Conv": "CONVOLUTION", "MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Softmax": "SOFTMAX", "Cast": "CAST"}
 
 
@@ -141,7 +142,7 @@ class OnnxParser:
         nodes = list(enumerate(proto.graph.node))
         faults = [(k, node) for k, node in nodes if node.domain not in ("", "ai.onnx") or node.op_type in unknown]
         for k, node in faults:
-            self._fail("UNSUPPORTED_NODE", f"No importer registered for op: {node.op_type}", k, node.name, node.op_type)
+            self._fail("INVALID_NODE", _NO_IMPORTER, k, node.name, node.op_type)
         if faults:
             return False
         network._behaviour.fill(proto)

@@ -71,6 +71,7 @@ class Plan:
     outputs: tuple[Tensor, ...]
     layers: tuple[str, ...]
     profiles: tuple[Profile, ...]
+    weights: str  # a digest of them, whether they are in the plan or not
     onnx: bytes
 
     def activation(self, shapes: Mapping[str, Shape]) -> int:
@@ -91,16 +92,13 @@ def plan_to_bytes(plan: Plan) -> bytes:
     return header + text + plan.onnx
 
 
-def plan_from_bytes(data: bytes, library: str, version: str) -> Plan:
-    """Raises BadPlan."""
+def plan_from_bytes(data: bytes, library: str, version: str, *, host_code: bool = False) -> Plan:
+    """`host_code`: an older version's runtime may be taken out of the plan and run. Raises BadPlan."""
     if len(data) < HEADER.size:
         raise BadPlan("Magic tag does not match")
     magic, made_by, about, onnx = HEADER.unpack_from(data)
     if magic != _MAGIC[library]:
         raise BadPlan("Magic tag does not match")
-    made_by = made_by.rstrip(b"\0").decode()
-    if made_by != version:
-        raise BadPlan(f"Version tag does not match: current version {version}, serialized engine version {made_by}")
     if len(data) != HEADER.size + about + onnx:
         raise BadPlan("The serialized engine is truncated")
     raw = json.loads(data[HEADER.size :][:about])
@@ -109,7 +107,17 @@ def plan_from_bytes(data: bytes, library: str, version: str) -> Plan:
     raw["profiles"] = tuple({k: tuple(tuple(s) for s in v) for k, v in profile.items()} for profile in raw["profiles"])
     for key in ("capabilities", "flags", "layers"):
         raw[key] = tuple(raw[key])
-    return Plan(**raw, onnx=data[HEADER.size + about :])
+    plan = Plan(**raw, onnx=data[HEADER.size + about :])
+    carries_code = "VERSION_COMPATIBLE" in plan.flags and "EXCLUDE_LEAN_RUNTIME" not in plan.flags
+    if carries_code and not host_code:
+        raise BadPlan("Host code is not allowed: the plan carries a lean runtime")
+    if made_by.rstrip(b"\0").decode() != version and not (carries_code and _release(plan.version) < _release(version)):
+        raise BadPlan(f"Version tag does not match: current version {version}, serialized engine version {plan.version}")
+    return plan
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 # -- what the fake GPU computes

@@ -16,17 +16,21 @@ from typing import Any
 from trt.fake_build import BUILD
 from trt.fake_engine import ENGINE
 from trt.fake_network import NETWORK
+from trt.fake_refit import REFIT
 from trt.signature import Signature, bind
 from trt.streams import Gpus
 from trt.strict import BadCall, NotModelled, Strictness
 from trt.surface import Class, Member, Surface
 
-BEHAVIOUR: dict[str, type] = {**NETWORK, **BUILD, **ENGINE}
+BEHAVIOUR: dict[str, type] = {**NETWORK, **BUILD, **ENGINE, **REFIT}
 _SUBCLASSED = ("ILogger", "IProgressMonitor", "IStreamReader", "IStreamReaderV2", "IStreamWriter", "IOutputAllocator")
 
 
 class FakeTensorRT(types.ModuleType):
-    """The module. `make(name, behaviour)` is an object of one of its classes, as the real functions return them."""
+    """The module; its own names are in `used` with "" for the class.
+
+    `make(name, behaviour)` is an object of one of its classes, as the real functions return them.
+    """
 
     def __init__(self, surface: Surface, gpus: Gpus) -> None:
         super().__init__(surface.module)
@@ -41,6 +45,7 @@ class FakeTensorRT(types.ModuleType):
     def __getattr__(self, name: str) -> Any:  # only what is not found otherwise
         surface = self.__dict__["surface_"]
         if name in surface.classes:
+            self.used.add(("", name))
             return self.classes_[name]
         if name in surface.constants:
             enumeration, member = surface.constants[name]

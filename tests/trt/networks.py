@@ -18,21 +18,28 @@ def value(name: str, shape: list[Any], dtype: str = "float32") -> Any:
 
 
 def write(
-    path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], *, external: bool = False, opset: int = 20
+    path: Path,
+    nodes: list[Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    *,
+    external: bool = False,
+    opset: int = 20,
+    factor: float = 3,
 ) -> Path:
     dtype = np.dtype("float16" if inputs[0].type.tensor_type.elem_type == TensorProto.FLOAT16 else "float32")
-    weight = numpy_helper.from_array(np.full((1, 2, 1, 1), 3, dtype), "weight")
+    weight = numpy_helper.from_array(np.full((1, 2, 1, 1), factor, dtype), "weight")
     graph = helper.make_graph(nodes, "small", inputs, outputs, [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0)
     return path
 
 
-def scaled(path: Path, *, dtype: str = "float32", external: bool = False) -> Path:
-    """out = 3 sample + shift, all of them [batch, 2, height, width]."""
+def scaled(path: Path, *, dtype: str = "float32", external: bool = False, factor: float = 3) -> Path:
+    """out = factor sample + shift, all of them [batch, 2, height, width]."""
     nodes = [helper.make_node("Mul", ["sample", "weight"], ["m"], "mul"), helper.make_node("Add", ["m", "shift"], ["out"], "add")]
     inputs = [value("sample", CELLS, dtype), value("shift", CELLS, dtype)]
-    return write(path, nodes, inputs, [value("out", CELLS, dtype)], external=external)
+    return write(path, nodes, inputs, [value("out", CELLS, dtype)], external=external, factor=factor)
 
 
 def upsampled(path: Path) -> Path:
@@ -43,6 +50,23 @@ def upsampled(path: Path) -> Path:
         helper.make_node("Resize", ["m", "", "twice"], ["out"], "resize", mode="nearest"),
     ]
     return write(path, nodes, [value("sample", CELLS)], [value("out", ["batch", 2, "image_height", "image_width"])])
+
+
+def decoder(path: Path) -> Path:
+    """sample = the sum of the four channels of latent_sample, in each of three, each cell 8 times along both axes."""
+    latents, picture = ["batch", 4, "height", "width"], ["batch", 3, "image_height", "image_width"]
+    nodes = [
+        helper.make_node("ReduceSum", ["latent_sample", "axis"], ["sum"], "sum"),
+        helper.make_node("Concat", ["sum", "sum", "sum"], ["three"], "three", axis=1),
+        helper.make_node("Resize", ["three", "", "scales"], ["sample"], "resize", mode="nearest"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.array([1], np.int64), "axis"),
+        numpy_helper.from_array(np.array([1, 1, 8, 8], np.float32), "scales"),
+    ]
+    graph = helper.make_graph(nodes, "decoder", [value("latent_sample", latents)], [value("sample", picture)], weights)
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
 
 
 def attention(path: Path) -> Path:

@@ -7,7 +7,7 @@ from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglon
 
 import numpy as np
 import pytest
-from trt.fake_cudart import Cuda, Cudart, loader
+from trt.fake_cudart import Cudart, loader
 from trt.streams import Gpus
 from trt.strict import Strictness
 
@@ -316,12 +316,10 @@ def test_each_thread_has_its_own_current_device_and_streams_belong_to_one() -> N
         bench.lib.cudaMemsetAsync(bench.device, c_int(0), bench.size, bench.stream)
 
 
-def test_the_runtime_lists_the_fake_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdruntime import cuda
-
-    gpus = Gpus(devices=2, name="Fake", capability=(8, 9), total=1 << 30)
-    monkeypatch.setattr(ctypes, "CDLL", loader(Cudart(gpus), Cuda(gpus)))
-    found = cuda.devices.__wrapped__()
-    assert [(device.name, device.capability, device.memory) for device in found] == [("Fake", (8, 9), 1 << 30)] * 2
-    with pytest.raises(OSError, match="libcudart"):
-        ctypes.CDLL("libcudart.so.11.0")
+def test_it_stands_for_the_library_of_its_version_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = Cudart(Gpus(runtime_version=12060))
+    monkeypatch.setattr(ctypes, "CDLL", loader(cudart))
+    assert ctypes.CDLL("/somewhere/libcudart.so.12") is cudart
+    for name in ("libcudart.so.11.0", "libcuda.so.1"):
+        with pytest.raises(OSError, match=name):
+            ctypes.CDLL(name)

@@ -156,7 +156,7 @@ def test_what_cannot_be_parsed_leaves_errors(trt: Any, tmp_path: Path, fault: st
     assert not draft.parsed
     assert draft.parser.num_errors == 1
     error = draft.parser.get_error(0)
-    code = {"missing": "INVALID_VALUE", "garbage": "MODEL_DESERIALIZE_FAILED", "foreign": "UNSUPPORTED_NODE"}
+    code = {"missing": "INVALID_VALUE", "garbage": "MODEL_DESERIALIZE_FAILED", "foreign": "INVALID_NODE"}
     assert error.code() == getattr(trt.ErrorCode, code.get(fault, "INVALID_GRAPH"))
     if fault == "foreign":
         assert (error.node(), error.node_name(), error.node_operator()) == (0, "fused", "Fused")
@@ -296,7 +296,7 @@ def test_a_monitor_cancels_and_what_it_raises_is_lost(
 def test_a_timing_cache_learns_and_knows_its_gpu(draft: Draft, surface: Surface, tmp_path: Path) -> None:
     if surface.module == "tensorrt_rtx":
         with pytest.warns(DeprecationWarning, match="no-ops"):
-            draft.config.create_timing_cache(b"")
+            draft.config.set_timing_cache(draft.config.create_timing_cache(b""), False)
         return
     cache = draft.config.create_timing_cache(b"")
     assert draft.config.set_timing_cache(cache, False)
@@ -308,7 +308,8 @@ def test_a_timing_cache_learns_and_knows_its_gpu(draft: Draft, surface: Surface,
     foreign = other.config.create_timing_cache(after)
     assert not other.config.set_timing_cache(foreign, False)
     assert other.config.set_timing_cache(foreign, ignore_mismatch=True)
-    assert other.config.create_timing_cache(b"garbage") is None
+    empty = bytes(other.config.create_timing_cache(b"").serialize())
+    assert bytes(other.config.create_timing_cache(b"garbage").serialize()) == empty
 
 
 def test_settings_are_kept(draft: Draft) -> None:
@@ -343,6 +344,24 @@ def test_tensorrt_needs_a_gpu_and_tensorrt_rtx_does_not(surface: Surface, tmp_pa
     draft = Draft(trt, path)
     assert draft.build() is not None
     assert draft.open() is None  # but nothing runs
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "built"),
+    [
+        (("REQUIRE_USER_ALLOCATION",), 0, True),
+        (("WEIGHT_STREAMING",), 0, True),
+        (("REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"), 1, False),
+        (("STRIP_PLAN", "REFIT_IDENTICAL"), 0, False),
+        (("STRIP_PLAN", "REFIT_IDENTICAL"), 1, True),
+        (("VERSION_COMPATIBLE",), 1, False),
+    ],
+)
+def test_flags_that_tensorrt_rtx_refuses(rtx: Surface, tmp_path: Path, flags: tuple[str, ...], devices: int, built: bool) -> None:
+    draft = Draft(fake_tensorrt(rtx, Gpus(devices=devices)), networks.scaled(tmp_path / "m.onnx"))
+    for flag in flags:
+        draft.config.set_flag(getattr(draft.trt.BuilderFlag, flag))
+    assert (draft.build() is not None) is built
 
 
 def test_compute_capabilities_are_counted_first(draft: Draft, surface: Surface) -> None:

@@ -12,6 +12,7 @@ from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 from trt.surface import Surface
 
+from sdruntime.engine import EngineOptions
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
@@ -93,6 +94,20 @@ def test_the_host_waits_for_no_step(pipe: Pipeline, here: Machine) -> None:
     assert [count["cuStreamBeginCapture_v2"] for count in counted] == [0, 0]
     assert [count["cuMemAlloc_v2"] for count in counted] == [1, 1]  # room for a longer program
     assert [count["pageable copies"] for count in counted] == [0, 0]
+
+
+def test_the_whole_loop_can_be_one_graph(folder: Path, here: Machine) -> None:
+    with Pipeline.open(folder, backend=here.backend, options=EngineOptions(whole_loop=True)) as pipe:
+        warm = pipe(PROMPT, steps=6, seed=1, sampler="dpmpp_2m").images[0]
+        launches, captures = here.gpus.counts["launches"], here.gpus.counts["cuStreamBeginCapture_v2"]
+        pictures = [pipe(PROMPT, steps=6, seed=seed, sampler="dpmpp_2m").images[0] for seed in (1, 2, 1)]
+        assert here.gpus.counts["launches"] - launches == 3  # one a picture
+        assert here.gpus.counts["cuStreamBeginCapture_v2"] - captures == 1
+        reference = latents(pipe, Request(prompt=PROMPT, seed=1, steps=6, sampler="dpmpp_2m"), on_device=False)
+        assert_near(latents(pipe, Request(prompt=PROMPT, seed=1, steps=6, sampler="dpmpp_2m"), on_device=True), reference)
+    assert psnr(pictures[0], warm) >= 60
+    assert psnr(pictures[2], warm) >= 60
+    assert psnr(pictures[1], warm) < 40
 
 
 def test_half_precision_gives_the_same_picture(here: Machine, sd1_fp16_bundle: Path, tmp_path: Path) -> None:

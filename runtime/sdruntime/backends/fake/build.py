@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
@@ -12,10 +13,11 @@ from sdruntime.manifest import Precision
 
 VERSION = "1"
 TARGETS = ("cpu",)
+OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}  # as in backends/trt
 
 
 def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
-    return check_names(f"{name} {VERSION}", target, TARGETS, options, known=())
+    return check_names(f"{name} {VERSION}", target, TARGETS, options, known=OPTIONS)
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:

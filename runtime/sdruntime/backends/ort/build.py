@@ -7,7 +7,7 @@ engine is opened.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sdruntime.manifest import Precision
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
 INSTALL = 'pip install "sdruntime[onnxruntime]"'
+OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}  # as in backends/trt
 _EMBEDDED = 1024  # bytes: smaller tensors stay in the model file
 
 
@@ -40,7 +41,7 @@ def resolve_target(name: str, target: str | None, precision: Precision, options:
     """Raises LibraryMissing, DeviceMissing for a target that this ONNX Runtime was not built with, UnknownName."""
     ort = library()
     try:
-        return check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=())
+        return check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
     except DeviceMissing as error:
         raise DeviceMissing(f'{error}: pip install "sdruntime[onnxruntime-gpu]" for cuda') from None
 

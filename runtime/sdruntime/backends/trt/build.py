@@ -11,7 +11,7 @@ from typing import Any
 
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
 from sdruntime.bundle import Bundle
-from sdruntime.cuda import Device, devices
+from sdruntime.cuda import Cuda, Device, available_memory, devices
 from sdruntime.engine import AMPERE_UP, PLATFORM, Built, EngineRequest, Stage
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
 from sdruntime.manifest import Precision
@@ -124,12 +124,28 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
     return read
 
 
+def _check_memory(request: EngineRequest, weights: int) -> None:
+    """Raises OutOfSpace where a build cannot end well: the host holds the weights twice, a GPU that builds holds them once."""
+    free = available_memory()
+    if 2 * weights > free > 0:
+        raise OutOfSpace(f"{request.stem}: building takes at least {2 * weights:,} bytes of memory, and {free:,} are available")
+    if not FLAVOURS[request.backend].ahead:
+        with Cuda.open() as cuda:
+            free, where = cuda.free_memory(), cuda.device.name
+        if weights > free:
+            raise OutOfSpace(
+                f"{request.stem}: building takes at least {weights:,} bytes on {where}, and {free:,} are free: close what else "
+                "uses the GPU"
+            )
+
+
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
     """Write `stem`.plan into `folder`. Raises EngineError with the cause that the library gave, OutOfSpace, LibraryMissing."""
     trt = library(request.backend)
     component = bundle.manifest.components[request.component]
     for path in component.files:
         bundle.read(path)  # the hash of what is about to be parsed
+    _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))
     plan = folder / f"{request.stem}.plan"
     job = {
         "backend": request.backend,

@@ -52,12 +52,15 @@ def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> Any:
     _set_target(trt, config, job)
     _set_options(trt, config, job["options"])
     for profile in job["profiles"]:
-        config.add_optimization_profile(_profile(builder, job["inputs"], profile))
+        if config.add_optimization_profile(_profile(builder, job["inputs"], profile)) < 0:
+            raise EngineError(f"{job['component']}: TensorRT does not take the profile {profile}: {'; '.join(log.errors())}")
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     timing = _timing_cache(trt, config, job)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
+        if monitor.failure is not None:
+            raise monitor.failure
         if monitor.cancelled:
             raise KeyboardInterrupt
         raise _cause(f"{job['component']} for {job['target']}", trt, log)
@@ -109,7 +112,9 @@ def _set_target(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
 def _set_options(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
     """`options` are those that `build.read_options` let pass for this version."""
     own_memory = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
-    if own_memory is not None:  # TensorRT-RTX: what a run takes is told beforehand, so that a graph can be captured
+    if own_memory is not None and not options.get(
+        "weight_streaming"
+    ):  # TensorRT-RTX captures nothing else, and streams nothing so
         config.set_flag(own_memory)
     limit = options.get("workspace") or _workspace()
     if limit:
@@ -151,6 +156,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.cancelled, self._totals, self._told = False, dict[str, int](), 0.0
+            self.failure: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._totals[phase_name] = num_steps
@@ -159,7 +165,10 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             now = time.monotonic()
             if now - self._told >= _TELLING and not self.cancelled:
                 self._told = now
-                self.cancelled = not progress(Stage(name=phase_name, done=step + 1, total=self._totals.get(phase_name, 0)))
+                try:
+                    self.cancelled = not progress(Stage(name=phase_name, done=step + 1, total=self._totals.get(phase_name, 0)))
+                except BaseException as error:  # the library would swallow it, Ctrl-C too
+                    self.cancelled, self.failure = True, error
             return not self.cancelled
 
         def phase_finish(self, phase_name: str) -> None:
@@ -210,10 +219,13 @@ def _free() -> int:
         return cuda.free_memory()
 
 
-def _activations(trt: Any, plan: Any) -> int | None:
+def _activations(trt: Any, plan: Any, *, carries_code: bool) -> int | None:
     """Bytes of activations that the engine asks for, read off the engine itself where its GPU is here."""
     log = messages(trt)
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(log)
+    if carries_code:  # TensorRT's own, put there a moment ago
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"the engine that was just built cannot be opened here: {'; '.join(log.errors())}")
     return int(engine.device_memory_size_v2)
@@ -239,7 +251,8 @@ def _built(job: Message, progress: Progress) -> int | None:
         file.write(memoryview(plan))
     here = devices()
     runs_here = bool(here) and job["target"] in (AMPERE_UP, here[0].target)
-    return _activations(trt, plan) if runs_here else None
+    carries_code = bool(job["options"].get("version_compatible"))
+    return _activations(trt, plan, carries_code=carries_code) if runs_here else None
 
 
 if __name__ == "__main__":
