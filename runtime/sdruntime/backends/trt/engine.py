@@ -48,6 +48,7 @@ class TrtEngine:
         return self._apart[-1]
 
     def _binding(self, dims: Mapping[str, int]) -> Binding:
+        self.session.cuda.use()  # the calling thread may be another one than before
         profile = self.spec.admitting(**dims)[0]
         return Binding(self.spec, self.component, self._plan.context(), self.session, dims, profile)
 
