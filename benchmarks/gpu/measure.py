@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from sdruntime.backends import BACKENDS
 from sdruntime.cuda import Cuda
 from sdruntime.engine import Engine, shape_of
-from sdruntime.pipeline import Pipeline, Result
+from sdruntime.picture import Result
+from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 
 Array = NDArray[Any]

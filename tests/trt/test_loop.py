@@ -161,6 +161,19 @@ def test_a_loop_that_was_begun_on_the_device_goes_on_in_numpy(pipe: Pipeline) ->
         assert_near([stream.jobs[0].run.x], reference)
 
 
+def test_jobs_join_and_leave_between_steps(pipe: Pipeline) -> None:
+    from sdruntime.denoise import denoise
+
+    requests = [Request(prompt=PROMPT, seed=seed, steps=steps, sampler="dpmpp_2m") for seed, steps in ((1, 6), (2, 3), (3, 5))]
+    alone = latents(pipe, *requests, on_device=False)
+    first, second, late = pipe.stream(requests).jobs
+    crowd = [first, second]
+    for step, _ in enumerate(denoise(crowd, pipe.device_steppers), start=1):
+        if step == 2:
+            crowd.append(late)
+    assert_near([job.run.x for job in (first, second, late)], alone)
+
+
 def test_a_rescaled_guidance_is_left_to_numpy(pipe: Pipeline, here: Machine) -> None:
     before = here.gpus.counts["launches"]
     pipe(PROMPT, steps=4, seed=1, rescale=0.7)
