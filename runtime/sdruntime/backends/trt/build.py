@@ -126,13 +126,13 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
 
 
 def _check_memory(request: EngineRequest, weights: int) -> None:
-    """Raises OutOfSpace where a build cannot end well: the host holds the weights twice at least, three times where it builds ahead
-    (measured with TensorRT-RTX 1.7: 3.2 to 3.4 times), and a GPU that builds holds them once."""
+    """Raises OutOfSpace where a build cannot end well: the host holds the weights twice at least, three times where it builds
+    ahead (3.2 to 3.4 times was measured with TensorRT-RTX 1.7), and a GPU that builds holds them once."""
     free, needed = available_memory(), (3 if FLAVOURS[request.backend].ahead else 2) * weights
     if needed > free > 0:
         raise OutOfSpace(
-            f"{request.stem}: building takes at least {needed:,} bytes of memory, and {free:,} are available: free some, or build "
-            "where there is more and copy the bundle"
+            f"{request.stem}: building takes at least {needed:,} bytes of memory, and {free:,} are available: free some, or "
+            "build where there is more and copy the bundle"
         )
     if not FLAVOURS[request.backend].ahead:
         with Cuda.open() as cuda:
