@@ -33,6 +33,7 @@ from sdruntime.manifest import ComponentSpec, Precision
 from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record
 from sdruntime.step import NAME as STEP
+from sdruntime.step import SLOTS, SOURCES, TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +136,7 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
         {
             "model": json_from_record(checkpoint.model),
             "precision": options.precision,
+            "step": [SLOTS, SOURCES, TARGETS],
             "traces": [trace_key(component) for component in table],
             "versions": versions(),
             "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},

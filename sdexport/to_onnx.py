@@ -33,7 +33,7 @@ _REWRITINGS = (
     "mul_by_1_rule",
     "div_by_1_rule",
     "collapse_slice_rule",
-    "materialize_reshape_shape_rule",  # since onnxscript 0.7
+    "materialize_reshape_shape_rule",  # since onnxscript 0.7.2
     "no_op_transpose_rule",
     "transpose_transpose_rule",
     "unsqueeze_unsqueeze_rule",

@@ -41,6 +41,20 @@ def test_both_wheels_name_the_licence_and_carry_its_text() -> None:
     assert [re.split(r"[<>=]", each)[0] for each in runtime["dependencies"]] == ["numpy"]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_the_lowest_versions_that_are_promised_are_those_that_are_tested() -> None:
+    """All but torch's, of which there is one version in both environments, and what only some systems need."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    promised = dict(each.split(">=") for each in wanted if ">=" in each and ";" not in each)
+    pinned = dict(line.split("==") for line in (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines())
+    assert pinned.keys() == promised.keys()
+    assert f"torch=={pinned.pop('torch')}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert [name for name, pin in pinned.items() if not f"{pin}.".startswith(f"{promised[name]}.")] == []
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_the_commands_of_the_readme_parse(command: list[str]) -> None:
     from sdexport.cli import main

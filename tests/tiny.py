@@ -18,7 +18,7 @@ Kind = Literal["sd1", "sd2", "sd2_v", "sdxl"]
 TOKENS = 77
 _ENDS = ("<|startoftext|>", "<|endoftext|>")
 # as SD1's files are: from before transformers 5 dropped a prefix, and before diffusers named the VAE's attention like the others
-_OLD_TEXT = {"^": "text_model."}
+_OLD_TEXT = {r"^(?!text_model\.)": "text_model."}
 _OLD_VAE = {r"\.to_q\.": ".query.", r"\.to_k\.": ".key.", r"\.to_v\.": ".value.", r"\.to_out\.0\.": ".proj_attn."}
 _MERGES = "t h,th e</w>,a n,an d</w>,c a,ca t</w>,r e,re d</w>,i n</w>,o f</w>"
 

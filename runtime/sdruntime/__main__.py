@@ -163,6 +163,8 @@ def build(options: argparse.Namespace) -> None:
         if event.state == "begin":
             note(f"building {event.engine}")
             continue
+        for text in event.notes:
+            note(f"warning: {text}")
         done.append(
             {
                 "component": event.component,
@@ -171,6 +173,7 @@ def build(options: argparse.Namespace) -> None:
                 "bytes": event.size,
                 "seconds": round(event.seconds, 3),
                 "peak_memory": event.peak,
+                "notes": list(event.notes),
             }
         )
         if not options.json:

@@ -88,6 +88,7 @@ class BuildEvent:
     size: int = 0  # bytes written
     seconds: float = 0.0
     peak: int = 0  # bytes of the builder's process, where it has one of its own
+    notes: tuple[str, ...] = ()
 
 
 def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
@@ -175,7 +176,7 @@ def _add(bundle: Bundle, request: EngineRequest) -> Generator[BuildEvent, None, 
             options=request.options,
         )
         bundle = bundle.add_engine(engine, paths)
-    yield event(state="done", size=written, seconds=built.seconds, peak=built.peak)
+    yield event(state="done", size=written, seconds=built.seconds, peak=built.peak, notes=built.notes)
     return bundle
 
 

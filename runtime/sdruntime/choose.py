@@ -86,11 +86,15 @@ def fits_version(engine: EngineSpec, here: str) -> bool:
     return here == engine.version
 
 
-def choose_engine(manifest: Manifest, component: str, machine: Machine, *, name: str = AUTO, **dims: int) -> EngineSpec:
+def choose_engine(
+    manifest: Manifest, component: str, machine: Machine, *, name: str = AUTO, rows: int = 1, **dims: int
+) -> EngineSpec:
     """The best engine of `component` for this machine: by backend in the order of BACKENDS, then CUDA before the CPU.
 
-    `name` is a backend, or "auto" for any but the fake. `dims` are sizes that the engine must admit. Raises EngineError with the
-    reason against each engine and the command that builds one that fits; UnknownName for a backend that does not exist.
+    `name` is a backend, or "auto" for any but the fake. `dims` are sizes that the engine must admit. `rows` are those of the call
+    to come: among engines that are alike, the one whose profile has room for them with the least to spare, else the one that
+    takes the most. Raises EngineError with the reason against each engine and the command that builds one that fits; UnknownName
+    for a backend that does not exist.
     """
     if name != AUTO:
         backend(name, "engine")
@@ -106,7 +110,7 @@ def choose_engine(manifest: Manifest, component: str, machine: Machine, *, name:
         against = "".join(f"\n  - {reason}" for reason in reasons) or " (the bundle has none)"
         command = f"sdruntime build BUNDLE --backend {_advised(name, machine)}{_size(manifest, component, dims)}"
         raise EngineError(f"no engine of {component} fits this machine:{against}\nbuild one: {command}")
-    return min(found, key=_preference)
+    return min(found, key=lambda engine: (*_preference(engine), *_waste(engine, rows, dims)))
 
 
 def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine) -> None:
@@ -139,6 +143,13 @@ def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
 
 def _preference(engine: EngineSpec) -> tuple[int, bool]:
     return list(BACKENDS).index(engine.backend), engine.target == "cpu"
+
+
+def _waste(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> tuple[bool, int]:
+    """Whether a call of `rows` must be split, and then how little at a time, else by how many rows it is padded."""
+    sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
+    room = [max(low - rows, 0) for low, _, high in sizes if rows <= high]
+    return (False, min(room)) if room else (True, -max(high for _, _, high in sizes))
 
 
 def _numbers(version: str) -> list[int]:

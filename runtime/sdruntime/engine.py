@@ -66,6 +66,7 @@ class EngineOptions:
     threads: int = 0  # of one operator
     memory: int | None = None  # bytes of the GPU that a pipeline may use
     low_memory: bool = False  # a pipeline holds one component on the GPU at a time
+    whole_loop: bool = False  # a pipeline that nobody watches launches all steps as one CUDA graph
     stream: int = 0
     session: Mapping[str, str] = field(default_factory=dict)
 
@@ -105,6 +106,7 @@ class Built:
     platform: str = ""
     seconds: float = 0.0
     peak: int = 0
+    notes: tuple[str, ...] = ()  # for a person: where the engine is short of what was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

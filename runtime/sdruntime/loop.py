@@ -44,6 +44,7 @@ class Frame:
         self.session, self.busy = unet.session, False
         self._graph: Graph | None = None
         self._ran, self._captured_at = False, -1
+        self._whole: tuple[int, int, Graph] | None = None  # steps, the arena's moves, and all of the steps as one graph
         self._program: Pinned | None = None
         self._program_room, self._stack = contextlib.ExitStack(), contextlib.ExitStack()
         with self._stack as stack:  # what was made goes again if the rest cannot be
@@ -92,10 +93,8 @@ class Frame:
     def run(self, index: int) -> None:
         """Queue step `index` of the program."""
         stream, arena = self.session.stream, self.session.arena
-        stream.copy(self._inputs.pointer, self._steps.pointer + index * self.block, self.block)
-        self.unet.ready()
-        self.step.ready()
-        self.unet.ready()  # the other may have moved the arena
+        self._feed(index)
+        self._ready()
         if not self._ran:  # the first run of a context does things that cannot be recorded
             self._queue()
             self._ran = True
@@ -106,6 +105,30 @@ class Frame:
                 self._queue()
             self._graph, self._captured_at = graph, arena.moves
         self._graph.launch(stream)
+
+    def run_all(self, steps: int) -> bool:
+        """Queue the whole program as one graph; False, with nothing done, before the first `run` of this frame."""
+        if not self._ran:
+            return False
+        self._ready()
+        moves = self.session.arena.moves
+        if self._whole is None or self._whole[:2] != (steps, moves):
+            self._drop_whole()
+            with self.session.stream.capture() as graph:
+                for index in range(steps):
+                    self._feed(index)
+                    self._queue()
+            self._whole = (steps, moves, graph)
+        self._whole[2].launch(self.session.stream)
+        return True
+
+    def _feed(self, index: int) -> None:
+        self.session.stream.copy(self._inputs.pointer, self._steps.pointer + index * self.block, self.block)
+
+    def _ready(self) -> None:
+        self.unet.ready()
+        self.step.ready()
+        self.unet.ready()  # the other may have moved the arena
 
     def _queue(self) -> None:
         self.unet.enqueue()
@@ -127,7 +150,14 @@ class Frame:
             with contextlib.closing(graph):
                 self.session.stream.settle()
 
+    def _drop_whole(self) -> None:
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            with contextlib.closing(whole[2]):
+                self.session.stream.settle()
+
     def _drop_program(self) -> None:
+        self._drop_whole()  # which reads from it
         self._program = None
         self._program_room.close()
 
@@ -169,10 +199,15 @@ class Frames:
 
 
 class DeviceCall:
-    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first."""
+    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first.
 
-    def __init__(self, jobs: Sequence[Job], frame: Frame) -> None:
+    `whole`: all of these steps are launched at once with the first one, where the frame has run before; then nothing can be seen
+    of them on the way.
+    """
+
+    def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False) -> None:
         self._jobs, self._frame, self._index = jobs, frame, 0
+        self._launch_all, self._launched = whole, False
         self._events: collections.deque[Event] = collections.deque()
         frame.busy = True
         try:
@@ -197,11 +232,15 @@ class DeviceCall:
 
     def advance(self) -> None:
         """Queue one step. Waits, by looking at events, while more than IN_FLIGHT steps are under way."""
-        self._frame.run(self._index)
+        if self._launch_all and self._index == 0:
+            self._launched = self._frame.run_all(self.steps)
+        if not self._launched:
+            self._frame.run(self._index)
         self._index += 1
         for job in self._jobs:
             job.run.skip()
-        self._events.append(self._frame.session.stream.event())
+        if not self._launched:
+            self._events.append(self._frame.session.stream.event())
         while len(self._events) > IN_FLIGHT:
             if self._events[0].reached():
                 self._events.popleft().close()
@@ -242,7 +281,7 @@ def _tell(error: SdruntimeError) -> NoReturn:
     raise error.with_traceback(None)
 
 
-def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[DeviceCall]:
+def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False) -> list[DeviceCall]:
     """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
 
     A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, rows must lie aligned, and weights that
@@ -267,7 +306,7 @@ def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine) -> list[Device
             batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
             shape = {"batch": batch, **dims}
             make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
-            calls.append(DeviceCall(part, frames.get((per_job, len(part), *shape.values()), make)))
+            calls.append(DeviceCall(part, frames.get((per_job, len(part), *shape.values()), make), whole=whole))
             stack.callback(calls[-1].finish)
         stack.pop_all()
     return calls

@@ -24,9 +24,10 @@ from sdruntime.cuda import Cuda
 from sdruntime.denoise import Call, Job, Stepper, denoise
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
-from sdruntime.image import from_uint8, parameters, png_text, to_uint8
-from sdruntime.manifest import ModelSpec
+from sdruntime.image import from_uint8, to_uint8
+from sdruntime.manifest import EngineSpec, ModelSpec
 from sdruntime.noise import NoiseStream
+from sdruntime.picture import Picture, Result
 from sdruntime.plan import memory_plan
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
@@ -37,54 +38,7 @@ from sdruntime.table import Table, compile_table
 SCHEDULER = "scheduler/scheduler_config.json"
 _STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """One finished picture: uint8 [height, width, 3], what was asked, and what of its prompts did not fit the text encoder."""
-
-    image: Array
-    request: Request
-    model: str
-    sampler: str
-    cut: str = ""
-
-    @property
-    def seed(self) -> int:
-        return self.request.seed
-
-    def text(self) -> dict[str, str]:
-        """The text keys for a PNG: the settings as other tools read them, and the mark of a machine-made picture."""
-        asked, (height, width) = self.request, self.image.shape[:2]
-        return png_text(
-            parameters(
-                prompt=asked.prompt,
-                negative=asked.negative or "",
-                steps=asked.steps,
-                sampler=" ".join(name for name in (self.sampler, asked.schedule) if name),
-                guidance=asked.guidance,
-                seed=asked.seed,
-                size=(width, height),
-                model=self.model,
-                strength=None if asked.image is None else asked.strength,
-            )
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Finished pictures, in the order in which they were asked for."""
-
-    pictures: tuple[Picture, ...]
-
-    @property
-    def images(self) -> list[Array]:
-        """uint8 [height, width, 3] each."""
-        return [picture.image for picture in self.pictures]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [picture.seed for picture in self.pictures]
+KEPT_CHOICES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +70,7 @@ class Stream:
     ) -> None:
         self.jobs = tuple(jobs)
         self._pipe, self._asked, self._conditions, self._on_device = pipe, asked, conditions, on_device
-        self._states, self.closed = self._walk(), False
+        self._states, self.closed, self.watched = self._walk(), False, True
 
     def __iter__(self) -> Iterator[State]:
         return self._states
@@ -128,7 +82,9 @@ class Stream:
 
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
-        steppers = self._pipe.device_steppers if self._on_device else self._pipe.steppers
+        steppers = self._pipe.steppers
+        if self._on_device:
+            steppers = functools.partial(self._pipe.device_steppers, watched=self.watched)
         try:
             with contextlib.closing(denoise(self.jobs, steppers)) as loop:
                 for step, _ in enumerate(loop, start=1):
@@ -171,6 +127,7 @@ class Pipeline:
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._engines: dict[str, Engine] | None = None
+        self._choices: dict[tuple[Any, ...], EngineSpec] = {}
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._shared = Shared()
         # a bundle that cannot run here is told of before anything is opened
@@ -224,6 +181,7 @@ class Pipeline:
         Raises SettingError for a setting out of range, EngineError for a size that no engine takes.
         """
         stream = self.stream(prompt, on_device=True, **settings)
+        stream.watched = False
         for _ in stream:
             pass
         return stream.result
@@ -238,27 +196,38 @@ class Pipeline:
         shapes = [self._latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
         for _, height, width in set(shapes):
-            self.engine("unet", height=height, width=width)
-            self.engine("vae_decoder", height=height, width=width)
+            for component in ("unet", "vae_decoder"):
+                self._choose(component, 1, height=height, width=width)
         conditions = self._conditions(asked)
         jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
         stream = Stream(self, asked, jobs, conditions, on_device=on_device)
         self._streams.add(stream)
         return stream
 
-    def engine(self, component: str, **dims: int) -> Engine:
-        """The open engine of a component that admits `dims`, opened now if need be. Raises EngineError, SdruntimeError."""
+    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
+        """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
+
+        Raises EngineError, SdruntimeError.
+        """
         if self._engines is None:
             raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
-        for engine in self._engines.values():
-            if engine.spec.component == component and engine.spec.admits(**dims):
-                return engine
-        spec = choose_engine(self.bundle.manifest, component, self._machine, name=self._backend, **dims)
+        spec = self._choose(component, rows, **dims)
+        if spec.name in self._engines:
+            return self._engines[spec.name]
         if self._options.low_memory and spec.target != CPU:
             self._make_room(spec.component)
         opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
         self._engines[spec.name] = opened
         return opened
+
+    def _choose(self, component: str, rows: int, **dims: int) -> EngineSpec:
+        key = (component, rows, *dims.items())
+        if key not in self._choices:
+            if len(self._choices) >= KEPT_CHOICES:
+                self._choices.clear()
+            manifest, machine = self.bundle.manifest, self._machine
+            self._choices[key] = choose_engine(manifest, component, machine, name=self._backend, rows=rows, **dims)
+        return self._choices[key]
 
     def _make_room(self, component: str) -> None:
         """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
@@ -281,36 +250,38 @@ class Pipeline:
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
-        return [Call(jobs, lambda: self._unet_for(jobs[0]))]
+        return [Call(jobs, lambda: self._unet_for(jobs))]
 
-    def device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
+    def device_steppers(self, jobs: Sequence[Job], *, watched: bool = True) -> Sequence[Stepper]:
         """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`."""
-        unet, cells = self._unet_for(jobs[0]), jobs[0].run.x.size
+        unet, cells = self._unet_for(jobs), jobs[0].run.x.size
         if BACKENDS[unet.spec.backend].loop and self._has_step(cells):
             from sdruntime.loop import device_calls
 
-            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells)):
+            whole = self._options.whole_loop and not watched
+            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole):
                 return calls
         return self.steppers(jobs)
 
     def _has_step(self, cells: int) -> bool:
         """Whether the bundle has an engine of `step` for this machine and shape."""
         try:
-            choose_engine(self.bundle.manifest, STEP, self._machine, name=self._backend, cells=cells)
+            self._choose(STEP, 1, cells=cells)
         except EngineError:
             return False
         return True
 
-    def _unet_for(self, job: Job) -> Engine:
-        _, height, width = job.run.x.shape
-        return self.engine("unet", height=height, width=width, sequence=len(job.condition.hidden))
+    def _unet_for(self, jobs: Sequence[Job]) -> Engine:
+        (_, height, width), sequence = jobs[0].run.x.shape, len(jobs[0].condition.hidden)
+        rows = sum(1 if job.negative is None else 2 for job in jobs)
+        return self.engine("unet", rows=rows, height=height, width=width, sequence=sequence)
 
     def decode(self, latents: Sequence[Array]) -> list[Array]:
         """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together."""
         decoded: dict[int, Array] = {}
         for shape in dict.fromkeys(x.shape for x in latents):
             where = [k for k, x in enumerate(latents) if x.shape == shape]
-            engine = self.engine("vae_decoder", height=shape[1], width=shape[2])
+            engine = self.engine("vae_decoder", rows=len(where), height=shape[1], width=shape[2])
             decoded |= zip(where, latent.decode(np.stack([latents[k] for k in where]), engine, self.model), strict=True)
         return [decoded[k] for k in range(len(latents))]
 

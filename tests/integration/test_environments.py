@@ -1,7 +1,7 @@
-"""The runtime alone: environments with nothing but ./runtime[onnxruntime], on the oldest and a newer Python.
+"""The runtime alone: environments with nothing but ./runtime[onnxruntime], on the oldest and on newer Pythons.
 
-The runtime's own tests pass there, and it draws the same picture from the same bundle. An interpreter that is not on the
-machine is skipped by name.
+The runtime's own tests pass there, and it draws the same picture from the same bundle. In the wide run the exporter's tests pass
+too with the lowest versions that pyproject.toml promises. An interpreter that is not on the machine is skipped by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ class Environment:
 ENVIRONMENTS = (
     Environment(python="3.10", pins=("numpy==1.26.4", "onnxruntime==1.23.2")),
     Environment(python="3.12", pins=("numpy==2.2.6",)),
+    Environment(python="3.13", pins=("numpy==2.5.5", "onnxruntime==1.32.0")),
 )
+
+
+INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 
 
 def interpreter(version: str) -> str | None:
@@ -64,7 +68,7 @@ def python(request: pytest.FixtureRequest) -> Path:
         pytest.skip(f"no Python {environment.python} on this machine")
     folder = ROOT / f".venv-{environment.name}"
     python = folder / "bin" / "python"
-    install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    install = (python, *INSTALL)
     if not (folder / ".ready").exists():
         run(base, "-m", "venv", "--clear", folder)
         run(*install, *environment.pins, f"{ROOT / 'runtime'}[onnxruntime]", "pytest", "hypothesis")
@@ -96,3 +100,21 @@ def test_it_draws_the_same_picture(python: Path, shapes_bundle: Path, tmp_path: 
         pictures.append(read_png(path))
     assert pictures[1].std() >= 10
     assert psnr(*pictures) >= 50
+
+
+@pytest.mark.full
+def test_the_exporters_own_tests_pass_with_the_lowest_versions_that_are_promised() -> None:
+    base = interpreter("3.11")
+    if base is None:
+        pytest.skip("no Python 3.11 on this machine")
+    folder, constraints = ROOT / ".venv-oldest", ROOT / "constraints-oldest.txt"
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists() or ready.read_text() != constraints.read_text():
+        run(base, "-m", "venv", "--clear", folder)
+        run(python, *INSTALL, "--constraint", constraints, f"{ROOT / 'runtime'}[onnxruntime]", f"{ROOT}[test]")
+        ready.write_text(constraints.read_text())
+    run(python, *INSTALL, "--no-deps", "--force-reinstall", ROOT / "runtime", ROOT)
+    tests = ("tests/sdexport", "tests/integration/test_fidelity.py")
+    printed = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not gpu", *tests, cwd=ROOT)
+    assert " passed" in printed
+    assert "failed" not in printed

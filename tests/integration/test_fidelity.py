@@ -50,6 +50,8 @@ PROMPT, NEGATIVE = "a small red circle on the left on a blue background", "green
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def both(request: pytest.FixtureRequest, ready: Callable[[Path], Path]) -> Iterator[tuple[Reference, Pipeline]]:
+    if request.param == "shapes":
+        pytest.importorskip("transformers", minversion="5", reason="the example has names that transformers 4 misreads")
     checkpoint: Path = request.getfixturevalue(f"{request.param}_checkpoint")
     bundle: Path = request.getfixturevalue(f"{request.param}_bundle")
     with Pipeline.open(ready(bundle)) as pipe:

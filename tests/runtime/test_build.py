@@ -119,6 +119,18 @@ def test_cuda_comes_before_the_cpu_and_the_fake_only_by_name(bundle: Bundle) -> 
     assert choose_engine(built(bundle).manifest, "unet", on_gpu, name="fake").backend == "fake"
 
 
+@pytest.mark.parametrize(("rows", "chosen"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 16), (16, 16), (40, 16)])
+def test_among_engines_that_are_alike_the_rows_decide(bundle: Bundle, rows: int, chosen: int) -> None:
+    profile = dict(ort("cpu").profiles[0])
+    several = [
+        dataclasses.replace(ort("cpu"), files=(f"engines/{size}.onnx",), profiles=({**profile, "batch": (size, size, size)},))
+        for size in (16, 2, 4)
+    ]
+    here = Machine(libraries={"onnxruntime": ORT_CPU})
+    engine = choose_engine(with_engines(bundle, *several).manifest, "unet", here, rows=rows, height=64, width=64)
+    assert engine.profiles[0]["batch"][0] == chosen
+
+
 def test_the_error_says_why_each_engine_does_not_fit_and_what_to_do(bundle: Bundle) -> None:
     crowd = with_engines(bundle, ort("cpu", "1.20.1"), ort("cuda"), ort("cpu"))
     with pytest.raises(EngineError) as caught:

@@ -47,12 +47,13 @@ def test_a_bundle_is_whole_and_says_what_it_is(kind: str, request: pytest.Fixtur
     assert bundle.changed_files() == []
     manifest = bundle.manifest
     encoders = {"text_encoder", "text_encoder_2"} if kind == "sdxl" else {"text_encoder"}
-    assert set(manifest.components) == {"unet", "vae_decoder", "vae_encoder"} | encoders
+    assert set(manifest.components) == {"unet", "vae_decoder", "vae_encoder", "step"} | encoders
     tokenizers = ["tokenizer", "tokenizer_2"] if kind == "sdxl" else ["tokenizer"]
     names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
     expected = {f"{tokenizer}/{name}" for tokenizer in tokenizers for name in names}
     expected |= {"model_index.json", "scheduler/scheduler_config.json"}
     expected |= {f"{name}/{file}" for name in manifest.components for file in ("model.onnx", "model.onnx.data", "config.json")}
+    expected.remove("step/model.onnx.data")  # it has no weights
     assert set(manifest.files) == expected
     assert manifest.provenance["source"] == f"tiny-{kind}", "a folder's name, not its path"
     assert manifest.provenance["versions"]["torch"]

@@ -24,6 +24,7 @@ from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle, write_bundle
 from sdruntime.engine import EngineOptions, Shared
 from sdruntime.errors import EngineError
+from sdruntime.manifest import Precision
 
 BACKEND = Path(__file__).resolve().parents[2] / "runtime" / "sdruntime" / "backends" / "trt"
 _10_3, _10_16, _11_4, _RTX = (str(version) for version in VERSIONS)
@@ -48,7 +49,7 @@ CONDITIONAL = {
 # What a version has too, and the backend does not use with it.
 _FOR_RTX = {"create_runtime_config", "set_execution_context_allocation_strategy"}
 RUN_ELSEWHERE = {
-    _10_3: {"get_layer", "num_layers", "type"},  # it has no attention layers to look for
+    _10_3: set(),
     _10_16: _FOR_RTX,
     _11_4: _FOR_RTX,
     _RTX: {
@@ -162,7 +163,7 @@ def test_every_condition_is_needed(backend: list[Use], surfaces: dict[str, Surfa
     assert set(CONDITIONAL) - lacking == set()
 
 
-def small_bundle(folder: Path) -> Bundle:
+def small_bundle(folder: Path, precision: Precision = "fp32") -> Bundle:
     """`bundles.make_bundle` with a VAE decoder that TensorRT can parse: three channels, each cell twice along both axes."""
     made = bundles.make_bundle(folder)
     component = made.manifest.components["vae_decoder"]
@@ -170,7 +171,7 @@ def small_bundle(folder: Path) -> Bundle:
     write_bundle(
         folder,
         model=made.manifest.model,
-        precision="fp32",
+        precision=precision,
         components=made.manifest.components,
         provenance={"made": "by hand"},
     )
@@ -198,6 +199,7 @@ def test_every_use_of_the_backend_is_run(
     rtx = surface.module == "tensorrt_rtx"
     folder = small_bundle(tmp_path / "bundle").folder
     built_and_run(here, folder, optimization_level="4", workspace="64M")
+    built_and_run(here, small_bundle(tmp_path / "half", "fp16").folder)  # which is looked into
     built_and_run(here, folder, strip="true")
     built_and_run(here, folder, weight_streaming="true")
     if not rtx:
@@ -208,14 +210,21 @@ def test_every_use_of_the_backend_is_run(
     if surface.has("TilingOptimizationLevel"):
         built_and_run(here, folder, tiling="fast")
 
-    job = {"backend": here.backend, "component": "vae_decoder", "target": "sm86", "options": {}, "profiles": [{}]}
+    job = {
+        "backend": here.backend,
+        "component": "vae_decoder",
+        "target": "sm86",
+        "precision": "fp32",
+        "options": {},
+        "profiles": [{}],
+    }
     job["onnx"] = str(networks.foreign(tmp_path / "foreign.onnx"))
     with pytest.raises(EngineError, match=r"node fused \(Fused\)"):
         plan_from_onnx(job, here.trt, lambda stage: True)
     if surface.has("IAttention"):
         job |= {"onnx": str(networks.attention(tmp_path / "attention.onnx")), "inputs": {"sample": networks.CELLS}}
         job["profiles"] = [{"batch": (1, 1, 1), "height": (8, 8, 8), "width": (8, 8, 8)}]
-        assert plan_from_onnx(job, here.trt, lambda stage: True) is not None
+        assert plan_from_onnx(job, here.trt, lambda stage: True)[0] is not None
     assert {use.name for use in unexercised(backend, surface, here.trt.used)} == RUN_ELSEWHERE[
         f"{surface.module} {surface.version}"
     ]

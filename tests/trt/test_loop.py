@@ -11,6 +11,7 @@ import pytest
 from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 
+from sdruntime.engine import EngineOptions
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
@@ -88,6 +89,20 @@ def test_the_host_waits_for_no_step(pipe: Pipeline, here: Machine) -> None:
     assert [count["pageable copies"] for count in counted] == [0, 0]
 
 
+def test_the_whole_loop_can_be_one_graph(folder: Path, here: Machine) -> None:
+    with Pipeline.open(folder, backend=here.backend, options=EngineOptions(whole_loop=True)) as pipe:
+        warm = pipe(PROMPT, steps=6, seed=1, sampler="dpmpp_2m").images[0]
+        launches, captures = here.gpus.counts["launches"], here.gpus.counts["cuStreamBeginCapture_v2"]
+        pictures = [pipe(PROMPT, steps=6, seed=seed, sampler="dpmpp_2m").images[0] for seed in (1, 2, 1)]
+        assert here.gpus.counts["launches"] - launches == 3  # one a picture
+        assert here.gpus.counts["cuStreamBeginCapture_v2"] - captures == 1
+        reference = latents(pipe, Request(prompt=PROMPT, seed=1, steps=6, sampler="dpmpp_2m"), on_device=False)
+        assert_near(latents(pipe, Request(prompt=PROMPT, seed=1, steps=6, sampler="dpmpp_2m"), on_device=True), reference)
+    assert psnr(pictures[0], warm) >= 60
+    assert psnr(pictures[2], warm) >= 60
+    assert psnr(pictures[1], warm) < 40
+
+
 def test_half_precision_gives_the_same_picture(here: Machine, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
     folder = with_engines(sd1_fp16_bundle, tmp_path / "bundle", here)
     with Pipeline.open(folder, backend=here.backend) as pipe:
@@ -137,6 +152,19 @@ def test_a_loop_that_was_begun_on_the_device_goes_on_in_numpy(pipe: Pipeline) ->
             pass
         reference = latents(pipe, Request(prompt=PROMPT, seed=1, steps=8, sampler=sampler), on_device=False)
         assert_near([stream.jobs[0].run.x], reference)
+
+
+def test_jobs_join_and_leave_between_steps(pipe: Pipeline) -> None:
+    from sdruntime.denoise import denoise
+
+    requests = [Request(prompt=PROMPT, seed=seed, steps=steps, sampler="dpmpp_2m") for seed, steps in ((1, 6), (2, 3), (3, 5))]
+    alone = latents(pipe, *requests, on_device=False)
+    first, second, late = pipe.stream(requests).jobs
+    crowd = [first, second]
+    for step, _ in enumerate(denoise(crowd, pipe.device_steppers), start=1):
+        if step == 2:
+            crowd.append(late)
+    assert_near([job.run.x for job in (first, second, late)], alone)
 
 
 def test_a_rescaled_guidance_is_left_to_numpy(pipe: Pipeline, here: Machine) -> None:

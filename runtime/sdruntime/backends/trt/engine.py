@@ -56,6 +56,7 @@ class TrtEngine:
             binding.close()
 
     def _binding(self, dims: Mapping[str, int]) -> Binding:
+        self.session.cuda.use()  # the calling thread may be another one than before
         profile = self.spec.admitting(**dims)[0]
         return Binding(self.spec, self.component, self._plan, self.session, dims, profile)
 

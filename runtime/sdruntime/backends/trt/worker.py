@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.trt.inspect import inspection_from_json
 from sdruntime.backends.trt.library import FLAVOURS, capabilities_of, library, messages
 from sdruntime.bundle import disk_full_as_error
 from sdruntime.cache import read_cached, write_cached
@@ -34,8 +35,9 @@ _NEEDED = (
 Progress = Callable[[Stage], bool]
 
 
-def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> Any:
-    """The serialised engine (an IHostMemory) of the ONNX file of a job, as `build.build_engine` writes jobs.
+def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> tuple[Any, int]:
+    """The serialised engine (an IHostMemory) of the ONNX file of a job, as `build.build_engine` writes jobs, and how many
+    attentions its network has.
 
     `progress` is told each stage; where it answers False the build is cancelled (KeyboardInterrupt). Raises EngineError with
     what the parser or the builder named as the cause, OutOfSpace.
@@ -51,6 +53,8 @@ def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> Any:
     config = builder.create_builder_config()
     _set_target(trt, config, job)
     _set_options(trt, config, job["options"])
+    if _looks_into(job):
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in job["profiles"]:
         if config.add_optimization_profile(_profile(builder, job["inputs"], profile)) < 0:
             raise EngineError(f"{job['component']}: TensorRT does not take the profile {profile}: {'; '.join(log.errors())}")
@@ -66,7 +70,8 @@ def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> Any:
         raise _cause(f"{job['component']} for {job['target']}", trt, log)
     if timing is not None:
         write_cached(_timing_name(trt), memoryview(timing.serialize()))
-    return plan
+    attentions = sum(network.get_layer(index).type == trt.LayerType.SOFTMAX for index in range(network.num_layers))
+    return plan, attentions
 
 
 def _network_flags(trt: Any) -> int:
@@ -219,20 +224,34 @@ def _free() -> int:
         return cuda.free_memory()
 
 
-def _activations(trt: Any, plan: Any, *, carries_code: bool) -> int | None:
-    """Bytes of activations that the engine asks for, read off the engine itself where its GPU is here."""
+def _runs_here(job: Mapping[str, Any]) -> bool:
+    here = devices()
+    return bool(here) and job["target"] in (AMPERE_UP, here[0].target)
+
+
+def _looks_into(job: Mapping[str, Any]) -> bool:
+    """Whether the layers of the engine are looked at: in half precision, on the GPU that it is for."""
+    return job["precision"] != "fp32" and _runs_here(job)
+
+
+def _opened(job: Mapping[str, Any], trt: Any, plan: Any, attentions: int) -> Message:
+    """What the engine itself tells, opened on its GPU: the bytes of activations that it asks for, and what its layers became."""
     log = messages(trt)
     runtime = trt.Runtime(log)
-    if carries_code:  # TensorRT's own, put there a moment ago
+    if job["options"].get("version_compatible"):  # code of TensorRT's own, put there a moment ago
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"the engine that was just built cannot be opened here: {'; '.join(log.errors())}")
-    return int(engine.device_memory_size_v2)
+    told: Message = {"memory": int(engine.device_memory_size_v2)}
+    if _looks_into(job):
+        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        told["notes"] = list(inspection_from_json(text, attentions=attentions).notes(job["component"]))
+    return told
 
 
 def work(job: Message, tell: Callable[[Message], None]) -> None:
-    """Tell the stages of a build, then the memory that its engine asks for, once the plan is written."""
+    """Tell the stages of a build, write the plan, and tell what its engine tells."""
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 
@@ -240,19 +259,13 @@ def work(job: Message, tell: Callable[[Message], None]) -> None:
         tell({"stage": dataclasses.asdict(stage)})
         return not stopped
 
-    tell({"memory": _built(job, progress)})
-
-
-def _built(job: Message, progress: Progress) -> int | None:
     trt = library(job["backend"])
-    plan = plan_from_onnx(job, trt, progress)
+    plan, attentions = plan_from_onnx(job, trt, progress)
     path = Path(job["plan"])
     with disk_full_as_error(path.parent), path.open("wb") as file:
         file.write(memoryview(plan))
-    here = devices()
-    runs_here = bool(here) and job["target"] in (AMPERE_UP, here[0].target)
-    carries_code = bool(job["options"].get("version_compatible"))
-    return _activations(trt, plan, carries_code=carries_code) if runs_here else None
+    if _runs_here(job):
+        tell(_opened(job, trt, plan, attentions))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,11 @@
+"""What only a machine with an NVIDIA GPU can show: checks, latencies, reports. See benchmarks/README.md, "On a GPU"."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if importlib.util.find_spec("sdruntime") is None:  # a tree that was carried here, with nothing installed
+    sys.path.insert(0, str(ROOT / "runtime"))

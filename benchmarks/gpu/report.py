@@ -1,0 +1,190 @@
+"""reports/GPU-LIBRARY.json: what one GPU and one library did with this project, in a form that a user can send.
+
+    python -m benchmarks.gpu.report [--shapes BUNDLE ...] [--models sd15] [--bundle sd15=FOLDER] [--out reports]
+
+One file for each backend that is installed: the check of `make gpu-test` on examples/shapes in fp32 and fp16, and the short form
+of `make gpu-bench`. It holds the GPU's name, its driver and versions, and no path, no name of a machine or of a user. Read it
+before you send it. Exit codes: 0; 1 where something failed or a backend of REQUIRE did not run; 3 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import ROOT, gate, reference, tasks
+from benchmarks.gpu.backends import gpu, look, slug, versions
+from benchmarks.gpu.bench import Bench, Options, note
+from benchmarks.gpu.check import cpu_pictures, diffusers_pictures, faults
+from benchmarks.gpu.clean import cleaned
+from sdruntime.bundle import Bundle
+
+SCHEMA = 1
+SHAPES = ROOT / "examples" / "shapes" / "checkpoint"
+PROMPT = "a small red circle on the left on a blue background"
+_KEPT = ("engine", "size", "open_s", "first_picture_s", "memory", "components", "loops", "psnr_numpy_loop", "built", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """`shapes`: bundles of the shapes example, fp32 among them; `bench`: what of the benchmark is run, its short form."""
+
+    shapes: Sequence[Path]
+    checkpoint: Path | None
+    bench: Options
+    prompt: str = PROMPT
+
+
+def shapes_bundles(work: Path) -> list[Path]:
+    """In fp32 and fp16, exported now where they are not kept. Raises RuntimeError where they cannot be."""
+    found = []
+    for precision in ("fp32", "fp16"):
+        bundle = work / f"shapes-{precision}"
+        if not (bundle / "manifest.json").exists():
+            if why_not := reference.missing(device="cpu"):
+                raise RuntimeError(f"{why_not}, so none can be exported here: export two elsewhere, and name them with --shapes")
+            from sdexport.build import Options as Export
+            from sdexport.build import build
+
+            for _ in build(str(SHAPES), bundle, Export(precision=precision)):
+                pass
+        found.append(bundle)
+    return found
+
+
+def reports(wanted: Wanted) -> dict[str, dict[str, Any]]:
+    """A report for each backend, by its name."""
+    found = {name: look(name) for name in wanted.bench.backends}
+    checks: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        fp32 = next(each for each in wanted.shapes if Bundle.open(each).manifest.precision == "fp32")
+        note("the CPU's pictures")
+        drawn, rival = cpu_pictures(fp32, place, wanted.prompt), ""
+        why_not = reference.missing(wanted.bench.rival_device) if wanted.bench.rivals else "left out"
+        if not why_not and wanted.checkpoint is not None:
+            try:
+                path = diffusers_pictures(wanted.checkpoint, place, wanted.prompt, device=wanted.bench.rival_device)
+                rival = str(path)
+            except Exception as error:
+                why_not = f"{type(error).__name__}: {error}"
+        for name in found:
+            for bundle in wanted.shapes:
+                note(f"{name}: {bundle.name}")
+                job = {"bundle": str(bundle), "backend": name, "prompt": wanted.prompt, "reference": str(drawn)}
+                told = tasks.run("check", job | {"diffusers": rival}, apart=wanted.bench.apart)
+                checks[name].append(told | {"faults": faults(told) if "stage" in told else [told["error"]]})
+    bench = Bench(replace(wanted.bench, short=True), lambda _: None) if wanted.bench.models else None
+    if bench is not None:
+        bench.run()
+    return {
+        name: cleaned(
+            {
+                "schema": SCHEMA,
+                "created": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+                "gpu": {key: value for key, value in gpu().items() if key != "free"},
+                "library": {"name": name, "version": each.version, "target": each.target, "missing": each.missing},
+                "versions": {**versions({}), **reference.versions()},
+                "diffusers": why_not or "drew the same pictures",
+                "checks": checks[name],
+                "benchmarks": {model: _part(told, name) for model, told in (bench.document["models"] if bench else {}).items()},
+            }
+        )
+        for name, each in found.items()
+    }
+
+
+def _part(told: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One backend's part of a model's benchmark."""
+    here = told["backends"].get(name, {})
+    part: dict[str, Any] = {key: here[key] for key in _KEPT if key in here}
+    if "error" in told:
+        part["error"] = told["error"]
+    for case in told.get("cases", []):
+        mine = {
+            key: one for key, one in case["contestants"].items() if key.partition(",")[0] == name or key.startswith("diffusers")
+        }
+        ratios = case["times_as_fast"].get(name, {})
+        part.setdefault("cases", []).append({**case, "contestants": mine, "times_as_fast": ratios})
+    if name in told.get("queue", {}):
+        part["queue"] = told["queue"][name]
+    return part
+
+
+def status(report: Mapping[str, Any]) -> str:
+    """ran: every picture as it must be; failed: something not; missing: the library is not installed."""
+    if report["library"]["missing"]:
+        return "missing"
+    return "ran" if report["checks"] and not any(each["faults"] for each in report["checks"]) else "failed"
+
+
+def file_name(report: Mapping[str, Any]) -> str:
+    return f"{slug(report['gpu']['name'])}-{slug(report['library']['name'])}-{slug(report['library']['version'])}.json"
+
+
+def write(made: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """A file for each library that is here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for report in made.values():
+        if report["library"]["version"]:
+            path = folder / file_name(report)
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            paths.append(path)
+    return paths
+
+
+def told(made: Mapping[str, Mapping[str, Any]]) -> int:
+    """Print what became of each backend; the exit code."""
+    states = {name: status(report) for name, report in made.items()}
+    for name, report in made.items():
+        worst = {each.get("precision", "?"): min(each.get("psnr", {}).values(), default=None) for each in report["checks"]}
+        why = report["library"]["missing"] or f"PSNR against the CPU {worst}"
+        print(f"{name} {report['library']['version']}: {states[name]}: {why}")
+        for each in report["checks"]:
+            for fault in each["faults"] if states[name] != "missing" else []:
+                print(f"  {each.get('precision', '?')}: {fault}")
+    lacking = gate.not_run([name for name, state in states.items() if state == "ran"])
+    for name in lacking:
+        print(f"FAILED REQUIRE: {name} did not run", file=sys.stderr)
+    return gate.FAILED if lacking or "failed" in states.values() else gate.OK
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", action="append", type=Path, default=[], metavar="BUNDLE", help="of the shapes example: fp32, fp16"
+    )
+    parser.add_argument("--models", default="sd15", help="of the benchmark: sd15, sd-turbo, sdxl, or none (sd15)")
+    parser.add_argument("--bundle", action="append", default=[], metavar="MODEL=FOLDER", help="an fp16 bundle made elsewhere")
+    parser.add_argument("--out", type=Path, default=ROOT / "reports", help="(reports)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="for the benchmark (60)")
+    asked = parser.parse_args(arguments)
+
+    def run() -> int:
+        from benchmarks.gpu.bench import named
+
+        models = [name for name in asked.models.split(",") if name != "none"]
+        bench = Options(models=models, bundles=named(asked.bundle), minutes=asked.minutes, compiled=False)
+        try:
+            shapes = asked.shapes or shapes_bundles(bench.work)
+        except RuntimeError as error:
+            print(f"the shapes example: {error}", file=sys.stderr)
+            return gate.NO_GPU
+        made = reports(Wanted(shapes=[each.resolve() for each in shapes], checkpoint=SHAPES, bench=bench))
+        for path in write(made, asked.out):
+            print(f"wrote {path}: read it before you send it")
+        return told(made)
+
+    return gate.passed(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
