@@ -82,15 +82,18 @@ class Stream:
 
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
-        steppers = self._pipe.steppers
-        if self._on_device:
-            steppers = functools.partial(self._pipe.device_steppers, watched=self.watched)
+        steppers = self._device_steppers if self._on_device else self._pipe.steppers
         try:
             with contextlib.closing(denoise(self.jobs, steppers)) as loop:
                 for step, _ in enumerate(loop, start=1):
                     yield State(step=step, steps=steps, jobs=self.jobs)
         finally:
             self.closed = True
+
+    def _device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
+        """All steps at once only where nobody watches, and all jobs end together: when one ends they are grouped anew."""
+        together = len({job.run.steps - job.run.step for job in self.jobs if not job.done}) == 1
+        return self._pipe.device_steppers(jobs, whole=together and not self.watched)
 
     @functools.cached_property
     def result(self) -> Result:
@@ -252,13 +255,16 @@ class Pipeline:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
         return [Call(jobs, lambda: self._unet_for(jobs))]
 
-    def device_steppers(self, jobs: Sequence[Job], *, watched: bool = True) -> Sequence[Stepper]:
-        """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`."""
+    def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False) -> Sequence[Stepper]:
+        """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`.
+
+        `whole`: all of their steps may be launched at once, if the options say so too.
+        """
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
         if BACKENDS[unet.spec.backend].loop and self._has_step(cells):
             from sdruntime.loop import device_calls
 
-            whole = self._options.whole_loop and not watched
+            whole = whole and self._options.whole_loop
             if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole):
                 return calls
         return self.steppers(jobs)

@@ -103,6 +103,20 @@ def test_the_whole_loop_can_be_one_graph(folder: Path, here: Machine) -> None:
     assert psnr(pictures[1], warm) < 40
 
 
+def test_a_whole_loop_waits_until_all_jobs_end_together(small_folder: Path, here: Machine) -> None:
+    """A job that ends sooner lets the others be grouped anew, in the middle of their steps."""
+    requests = [
+        Request(prompt=PROMPT, seed=1, steps=3, size=(64, 64), sampler="dpmpp_2m"),
+        Request(prompt="a cat", seed=2, steps=5, size=(128, 64), sampler="euler_a"),
+    ]
+    pictures = []
+    for whole in (False, True):
+        with Pipeline.open(small_folder, options=EngineOptions(whole_loop=whole)) as pipe:
+            pictures.append([pipe(requests).images for _ in range(2)][-1])
+    for ours, reference in zip(*pictures, strict=True):
+        assert (ours == reference).all()
+
+
 def test_half_precision_gives_the_same_picture(here: Machine, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
     folder = with_engines(sd1_fp16_bundle, tmp_path / "bundle", here)
     with Pipeline.open(folder, backend=here.backend) as pipe:
