@@ -11,6 +11,7 @@ from trt.fake_driver import ERRORS
 from trt.machine import Machine
 
 from sdruntime.cuda import CudaError
+from sdruntime.engine import EngineOptions
 from sdruntime.errors import EngineError, OutOfSpace
 from sdruntime.pipeline import Pipeline, Stream
 from sdruntime.request import Request
@@ -188,3 +189,29 @@ def test_a_loop_that_is_left_early_on_a_broken_device_gives_no_picture(here: Mac
             _ = stream.result
     assert_nothing_left(here)
     here.gpus.broken = 0
+
+
+def test_a_device_that_breaks_down_in_a_whole_loop(here: Machine, small_folder: Path) -> None:
+    """All steps as one graph, in the second drawing."""
+    prompts, once = ["a cat", "a dog"], {"steps": 4, "seed": 1, "size": (64, 64), "sampler": "dpmpp_2m"}
+    options = EngineOptions(whole_loop=True)
+    with Pipeline.open(small_folder, options=options) as pipe:
+        reference = pipe(prompts, **once).images
+        before = Counter(here.gpus.counts)
+        assert same(pipe(prompts, **once).images, reference)
+        counted = here.gpus.counts - before
+    assert counted["launches"] == 1
+    for name in sorted(_GRAPHS & set(counted)):
+        for k in range(counted[name]):
+            for code, plan in ((1, here.driver.fail_next), (700, here.driver.break_next)):
+                if code == 1 and name == "cuStreamEndCapture":
+                    continue
+                with Pipeline.open(small_folder, options=options) as pipe:
+                    pipe(prompts, **once)
+                    plan(name, code, after=k)
+                    with pytest.raises(CudaError, match=rf"^{name} failed on device 0: {ERRORS[code][0]}"):
+                        pipe(prompts, **once)
+                    if code == 1:
+                        assert same(pipe(prompts, **once).images, reference)
+                here.gpus.broken = 0
+                assert_nothing_left(here)
