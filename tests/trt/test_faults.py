@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,3 +216,22 @@ def test_a_device_that_breaks_down_in_a_whole_loop(here: Machine, small_folder: 
                         assert same(pipe(prompts, **once).images, reference)
                 here.gpus.broken = 0
                 assert_nothing_left(here)
+
+
+def test_weights_that_the_library_finds_no_room_for(here: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each engine in turn, as it is opened."""
+    memory, real = here.gpus.memory, here.gpus.memory.allocate
+    for k in range(4):
+        asked: list[str] = []
+
+        def allocate(size: int, device: int, label: str, k: int = k, asked: list[str] = asked) -> Any:
+            asked += [label] if label == "engine weights" else []
+            return None if label == "engine weights" and len(asked) == k + 1 else real(size, device, label)
+
+        monkeypatch.setattr(memory, "allocate", allocate)
+        with pytest.raises(
+            OutOfSpace, match=r"^engine \S+: [\d,]+ bytes .* do not fit on Fake RTX 3060, where [\d,]+ are free"
+        ) as caught:
+            whole(folder, here, on_device=True)
+        assert caught.value.exit_code == 3
+        assert_nothing_left(here)
