@@ -130,7 +130,7 @@ class Bench:
                 note(f"{model}: {name} alone")
                 here |= self.task("alone", **common, backend=name, case=cases[0])
                 self.save()
-            if "error" not in here:
+            if "first_picture_s" in here:
                 alive.append(name)
         note(f"{model}: {', '.join(alive) or 'none'} and diffusers in turn" if checkpoint else f"{model}: {alive} in turn")
         if alive or checkpoint:
@@ -193,6 +193,8 @@ def failures(document: Mapping[str, Any]) -> list[str]:
     """Everything of a run that failed, in words. A library that is not installed is none, nor one that does not list this GPU."""
     found, expected = [], [name for name, each in document["backends"].items() if each["listed"]]
     for model, told in document["models"].items():
+        for name, each in told["backends"].items():
+            found += [f"{model}, {name}, {way}: {e['error']}" for way, e in each.get("pictures", {}).items() if "error" in e]
         if "error" in told:
             found.append(f"{model}: {told['error']}")
         found += [

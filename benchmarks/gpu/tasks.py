@@ -37,6 +37,7 @@ Job = Mapping[str, Any]
 Save = Callable[[dict[str, Any]], None]
 PROMPT = "a cat in the red and"
 NUMPY_LOOP = "NumPy loop"
+WHOLE = "whole loop as one graph"
 
 
 def requests(case: Mapping[str, Any], seed: int = 0, *, count: int | None = None, steps: int | None = None) -> list[Request]:
@@ -104,10 +105,14 @@ def alone(job: Job, save: Save) -> None:
                     each["outside_unet_ms"] = round(each["wall_ms"] - unet["device"]["p50_ms"], 4)
         told["memory_after_close"] = before - cuda.free_memory()
         if BACKENDS[job["backend"]].loop:  # the same engines, the loop as one graph
-            with Pipeline.open(job["bundle"], backend=job["backend"], options=EngineOptions(whole_loop=True)) as pipe:
-                told["psnr_whole_loop"] = min(psnr(pictures, drawn(pipe, requests(case), on_device=True)) for _ in range(2))
-                draw = functools.partial(drawn, pipe, requests(case), on_device=True)
-                told["pictures"]["whole loop as one graph"] = repeated(draw, seconds=job["seconds"])
+            told["pictures"][WHOLE] = {}
+            try:
+                with Pipeline.open(job["bundle"], backend=job["backend"], options=EngineOptions(whole_loop=True)) as pipe:
+                    draw = functools.partial(drawn, pipe, requests(case), on_device=True)
+                    told["psnr_whole_loop"] = min(psnr(pictures, draw()) for _ in range(2))
+                    told["pictures"][WHOLE] = repeated(draw, seconds=job["seconds"])
+            except Exception as error:
+                told["pictures"][WHOLE] = {"error": text_of(error)}
     save(told)
 
 
