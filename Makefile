@@ -5,10 +5,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= demo
 TINY   := .cache/tiny-sd1
+GPU_VENV   := .venv-gpu
+GPU_PYTHON := $(GPU_VENV)/bin/python
+GPU_INSTALL = $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check
+GPU_READY  := $(if $(filter file,$(origin GPU_PYTHON)),$(GPU_VENV)/.ready)
+GATE        = $(PYTHON) benchmarks/gpu/gate.py $(MAKE) --no-print-directory
 # PYTHON=… of `make engines` is an interpreter for the engines; the environment is made with python3 then
 BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
-.PHONY: help demo engines test test-full gpu-test check golden bench clean
+.PHONY: help demo engines test test-full check golden bench clean
+.PHONY: gpu-test gpu-test-here gpu-bench gpu-bench-here gpu-report gpu-report-here
 .DEFAULT_GOAL := help
 
 help:
@@ -51,11 +57,35 @@ test-full: $(READY)
 	@echo "== tests, wide matrices included"
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-## make gpu-test    what only an NVIDIA GPU can show (with onnxruntime-gpu in place of onnxruntime)
-gpu-test: $(READY)
-	@$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxruntime-gpu
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+## make gpu-test    what only an NVIDIA GPU can show, with every backend that loads: REQUIRE=tensorrt,tensorrt-rtx,onnxruntime makes
+##                  the absence of one a failure; without a GPU it fails, unless ALLOW_NO_GPU=1
+gpu-test:
+	@$(GATE) gpu-test-here
+gpu-test-here: $(GPU_READY)
+	@GPU_TEST_JSON=.cache/gpu/gpu-test.json $(GPU_PYTHON) -m pytest -m gpu tests/integration $(ARGS)
+
+## make gpu-bench   latencies on an NVIDIA GPU beside diffusers, as tables and JSON (ARGS="--models sd15 --minutes 30")
+gpu-bench:
+	@$(GATE) gpu-bench-here
+gpu-bench-here: $(GPU_READY)
+	@$(GPU_PYTHON) -m benchmarks.gpu.bench $(ARGS)
+
+## make gpu-report  both in short, as reports/GPU-LIBRARY.json, to be read and sent
+gpu-report:
+	@$(GATE) gpu-report-here
+gpu-report-here: $(GPU_READY)
+	@$(GPU_PYTHON) -m benchmarks.gpu.report $(ARGS)
+
+# An environment of its own, since onnxruntime-gpu and onnxruntime have the same files. GPU_PYTHON=… takes an interpreter that has
+# what is needed already: one that sees a Jetson's TensorRT, or a machine without a network.
+$(GPU_VENV)/.ready: constraints.txt pyproject.toml runtime/pyproject.toml
+	@echo "== environment: $(GPU_VENV), from constraints.txt, with onnxruntime-gpu and what of TensorRT this platform has"
+	@test -x $(GPU_PYTHON) || $(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_INSTALL) --constraint constraints.txt --editable ./runtime --editable '.[test]'
+	@$(GPU_PYTHON) -m pip uninstall --quiet --yes onnxruntime
+	@$(GPU_INSTALL) --force-reinstall --no-deps onnxruntime-gpu
+	@for library in tensorrt tensorrt-rtx; do $(GPU_INSTALL) $$library || echo "== $$library: not for this platform"; done
+	@touch $@
 
 ## make check       ruff and strict mypy
 check: $(READY)
@@ -74,5 +104,5 @@ bench: demo
 
 ## make clean       everything that make made
 clean:
-	rm -rf $(VENV) .venv-* demo engines/built $(TINY) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo engines/built $(TINY) .cache/gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

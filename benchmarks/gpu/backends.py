@@ -16,18 +16,21 @@ from benchmarks.gpu.gate import BACKENDS
 from sdruntime import __version__
 from sdruntime.backends import backend
 from sdruntime.cuda import Cuda, devices
+from sdruntime.engine import AMPERE_UP
 from sdruntime.errors import SdruntimeError
 from sdruntime.manifest import Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A backend here. `missing` says why it cannot build for this GPU; empty where it can."""
+    """A backend here. `missing` says why it cannot build for this GPU; empty where it can. `listed`: the library names this GPU
+    among those that it is for; where it does not, a failure is news and no fault."""
 
     name: str
     version: str = ""
     target: str = ""
     missing: str = ""
+    listed: bool = True
 
 
 def look(name: str, precision: Precision = "fp16") -> Loaded:
@@ -44,7 +47,7 @@ def look(name: str, precision: Precision = "fp16") -> Loaded:
         target = backend(name, "build").resolve_target(name, wanted, precision, {})
     except SdruntimeError as error:
         return Loaded(name=name, version=library.version, missing=str(error))
-    return Loaded(name=name, version=library.version, target=target)
+    return Loaded(name=name, version=library.version, target=target, listed=target != AMPERE_UP)
 
 
 def preload() -> None:

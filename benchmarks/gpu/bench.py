@@ -68,7 +68,9 @@ class Bench:
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "gpu": gpu(),
             "versions": {**versions(self.found), **reference.versions()},
-            "backends": {name: {"target": each.target, "missing": each.missing} for name, each in self.found.items()},
+            "backends": {
+                name: {"target": each.target, "missing": each.missing, "listed": each.listed} for name, each in self.found.items()
+            },
             "diffusers": why_not or "in the race",
             "models": {},
         }
@@ -105,8 +107,8 @@ class Bench:
     def _model(self, model: str, bundle: Path, checkpoint: Path | None, told: dict[str, Any]) -> None:
         guidance, pairs = CASES[model]
         cases = [{"steps": steps, "batch": batch, "guidance": guidance} for steps, batch in pairs]
-        cases = cases[:1] if self.options.short else cases
         batches = sorted({case["batch"] for case in cases})
+        cases = cases[:1] if self.options.short else cases
         common = {"bundle": str(bundle), "batch_sizes": batches, "seconds": self.options.seconds / 10}
         alive = []
         for name, each in self.found.items():
@@ -128,7 +130,7 @@ class Bench:
                 note(f"{model}: {name} alone")
                 here |= self.task("alone", **common, backend=name, case=cases[0])
                 self.save()
-            if "error" not in here:
+            if "first_picture_s" in here:
                 alive.append(name)
         note(f"{model}: {', '.join(alive) or 'none'} and diffusers in turn" if checkpoint else f"{model}: {alive} in turn")
         if alive or checkpoint:
@@ -188,12 +190,16 @@ def checked(limit: float, *arguments: str) -> None:
 
 
 def failures(document: Mapping[str, Any]) -> list[str]:
-    """Everything of a run that failed, in words. A library that is not installed is none."""
-    found = []
+    """Everything of a run that failed, in words. A library that is not installed is none, nor one that does not list this GPU."""
+    found, expected = [], [name for name, each in document["backends"].items() if each["listed"]]
     for model, told in document["models"].items():
+        for name, each in told["backends"].items():
+            found += [f"{model}, {name}, {way}: {e['error']}" for way, e in each.get("pictures", {}).items() if "error" in e]
         if "error" in told:
             found.append(f"{model}: {told['error']}")
-        found += [f"{model}, {name}: {each['error']}" for name, each in told["backends"].items() if "error" in each]
+        found += [
+            f"{model}, {name}: {each['error']}" for name, each in told["backends"].items() if "error" in each and name in expected
+        ]
         found += [f"{model}: {text}" for text in told.get("notes", [])]
         for case in told.get("cases", []):
             where = f"{model}, {case['steps']} steps, batch {case['batch']}"

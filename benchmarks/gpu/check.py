@@ -62,13 +62,12 @@ def cpu_pictures(bundle: Path, place: Path, prompt: str) -> Path:
     return path
 
 
-def diffusers_pictures(checkpoint: Path, place: Path, prompt: str, *, device: str) -> Path:
-    """Of "one" and "four", by diffusers on the same device. Raises what diffusers raises."""
-    with contextlib.closing(Diffusers(checkpoint, device=device)) as rival:
-        pictures = {name: np.stack(rival.draw(EAGER, asked(prompt)[name])) for name in ("one", "four")}
-    path = place / f"diffusers-{checkpoint.name}.npz"
-    np.savez(path, **pictures)  # type: ignore[arg-type]
-    return path
+def diffusers_pictures(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
+    """Of "one" and "four", by diffusers in float32 on the same GPU, as the file `out`. Raises what diffusers raises."""
+    with contextlib.closing(Diffusers(Path(job["checkpoint"]), device=job["device"], half=False)) as rival:
+        pictures = {name: np.stack(rival.draw(EAGER, asked(job["prompt"])[name])) for name in ("one", "four")}
+    np.savez(job["out"], **pictures)  # type: ignore[arg-type]
+    save({"out": job["out"]})
 
 
 def bare(bundle: Path, place: Path) -> Path:
@@ -88,7 +87,7 @@ def check(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> Non
     precision = Bundle.open(bundle).manifest.precision
     found = look(job["backend"], precision)
     told: dict[str, Any] = {"backend": found.name, "version": found.version, "target": found.target, "precision": precision}
-    told["stage"] = "missing"
+    told |= {"listed": found.listed, "stage": "missing"}
     if found.missing:
         save(told | {"missing": found.missing})
         return
@@ -166,6 +165,11 @@ def faults(told: Mapping[str, Any]) -> list[str]:
         return [told.get("missing") or f"it came no further than {told['stage']!r}"]
     floor = FLOORS.get(told["precision"], FLOORS["fp16"])
     found = [f"{name}: PSNR {each} dB against the CPU, below {floor}" for name, each in told["psnr"].items() if each < floor]
+    found += [
+        f"{name}: PSNR {each} dB against diffusers, below {floor}"
+        for name, each in told.get("psnr_diffusers", {}).items()
+        if each < floor
+    ]
     found += [f"{name}: the picture is flat (deviation {each})" for name, each in told["std"].items() if each < FLAT]
     found += [
         f"{name}: PSNR {each} dB between the loop on the device and NumPy's, below {LOOP_FLOOR}"

@@ -106,6 +106,7 @@ def _networks(model: str, end: int) -> Iterator[tuple[str, Any]]:
                 up_block_types=("UpDecoderBlock2D",) * 4,
                 layers_per_block=2,
                 sample_size=1024 if model == "sdxl" else 512,
+                force_upcast=False,  # half precision, in diffusers' SDXL pipeline too
                 scaling_factor=0.13025 if model == "sdxl" else 0.18215,
             ),
         )

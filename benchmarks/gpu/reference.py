@@ -41,14 +41,14 @@ def versions() -> Mapping[str, str]:
 
 
 class Diffusers:
-    """A checkpoint as its own pipeline: float16 on a GPU, float32 on the CPU. `steps` and the rest come with the requests."""
+    """A checkpoint as its own pipeline: float16 on a GPU if `half`, else float32. Steps and the rest come with the requests."""
 
-    def __init__(self, checkpoint: Path, *, device: str = "cuda") -> None:
+    def __init__(self, checkpoint: Path, *, device: str = "cuda", half: bool = True) -> None:
         import diffusers
         import torch
 
         self._torch, self._device = torch, device
-        self._dtype = torch.float16 if device == "cuda" else torch.float32
+        self._dtype = torch.float16 if device == "cuda" and half else torch.float32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipe = diffusers.DiffusionPipeline.from_pretrained(str(checkpoint), torch_dtype=self._dtype, local_files_only=True)

@@ -100,7 +100,8 @@ def _status(report: Mapping[str, Any]) -> str:
     if not faults:
         return status(report)
     first = faults[0].replace("|", "/").replace("\n", " ")
-    return f"failed: {first[:157] + '…' if len(first) > 158 else first}"
+    unlisted = "" if report["library"]["listed"] else " (a GPU that this library does not list)"
+    return f"failed{unlisted}: {first[:299] + '…' if len(first) > 300 else first}"
 
 
 def _sd15(report: Mapping[str, Any]) -> str:

@@ -50,7 +50,11 @@ def _loops(told: Mapping[str, Any]) -> Iterator[str]:
         for loop, one in each.get("loops", {}).items():
             outside = one.get("outside_unet_ms", "")
             rows.append(f"| {name}, {loop} | {one['wall_ms']} | {outside} | {one['cpu_ms']} | {one['waits_per_step']:g} |")
+        for way, times in each.get("pictures", {}).items():
+            what = times.get("error") or f"a whole picture in {_ms(times)} ms (p95 {_ms(times, 'p95_ms')})"
+            yield f"{name}, {way}: {what}"
     if rows:
+        yield ""
         yield "| loop | a step, ms | of it outside the UNet | host's work, ms | waits of the host |"
         yield from ("|---|---|---|---|---|", *rows, "")
 

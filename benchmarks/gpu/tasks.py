@@ -7,6 +7,7 @@ the rest. Texts of errors go into the document; a task raises only what nobody e
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -19,12 +20,14 @@ from typing import Any
 
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.backends import preload
+from benchmarks.gpu.check import check, diffusers_pictures
 from benchmarks.gpu.measure import component as measure_component
-from benchmarks.gpu.measure import dims_of, drawn, loop, psnr, race, ratio, text_of
+from benchmarks.gpu.measure import dims_of, drawn, loop, psnr, race, ratio, repeated, text_of
 from benchmarks.gpu.reference import COMPILED, EAGER, Diffusers
 from sdruntime.backends import BACKENDS
 from sdruntime.build import Asked, build_engines
 from sdruntime.cuda import Cuda
+from sdruntime.engine import EngineOptions
 from sdruntime.manifest import EngineSpec
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
@@ -34,6 +37,7 @@ Job = Mapping[str, Any]
 Save = Callable[[dict[str, Any]], None]
 PROMPT = "a cat in the red and"
 NUMPY_LOOP = "NumPy loop"
+WHOLE = "whole loop as one graph"
 
 
 def requests(case: Mapping[str, Any], seed: int = 0, *, count: int | None = None, steps: int | None = None) -> list[Request]:
@@ -80,6 +84,8 @@ def alone(job: Job, save: Save) -> None:
             save(told)
             if BACKENDS[job["backend"]].loop:
                 told["psnr_numpy_loop"] = psnr(pictures, drawn(pipe, requests(case), on_device=False))
+            draw = functools.partial(drawn, pipe, requests(case), on_device=True)
+            told["pictures"] = {"a graph for a step": repeated(draw, seconds=job["seconds"])}
             for on_device in (True, False) if BACKENDS[job["backend"]].loop else (False,):
                 name = "device" if on_device else "numpy"
                 told["loops"][name] = loop(
@@ -98,6 +104,15 @@ def alone(job: Job, save: Save) -> None:
                 for each in told["loops"].values():
                     each["outside_unet_ms"] = round(each["wall_ms"] - unet["device"]["p50_ms"], 4)
         told["memory_after_close"] = before - cuda.free_memory()
+        if BACKENDS[job["backend"]].loop:  # the same engines, the loop as one graph
+            told["pictures"][WHOLE] = {}
+            try:
+                with Pipeline.open(job["bundle"], backend=job["backend"], options=EngineOptions(whole_loop=True)) as pipe:
+                    draw = functools.partial(drawn, pipe, requests(case), on_device=True)
+                    told["psnr_whole_loop"] = min(psnr(pictures, draw()) for _ in range(2))
+                    told["pictures"][WHOLE] = repeated(draw, seconds=job["seconds"])
+            except Exception as error:
+                told["pictures"][WHOLE] = {"error": text_of(error)}
     save(told)
 
 
@@ -196,19 +211,18 @@ def queue(pipe: Pipeline, case: Mapping[str, Any], count: int, seconds: float, u
     return {"jobs": count, "steps": case["steps"], **told, "times_as_fast": ratio(told["together"], told["in a row"])}
 
 
-def check(job: Job, save: Save) -> None:
-    """See benchmarks.gpu.check."""
-    from benchmarks.gpu.check import check as work
-
-    work(job, save)
-
-
 def preload_for(name: str) -> None:
     if name == "onnxruntime":
         preload()
 
 
-TASKS: Mapping[str, Callable[[Job, Save], None]] = {"build": build, "alone": alone, "cases": cases, "check": check}
+TASKS: Mapping[str, Callable[[Job, Save], None]] = {
+    "build": build,
+    "alone": alone,
+    "cases": cases,
+    "check": check,
+    "diffusers_pictures": diffusers_pictures,
+}
 
 
 def run(task: str, job: Job, *, apart: bool = True, limit: float | None = None) -> dict[str, Any]:

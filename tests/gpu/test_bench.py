@@ -24,6 +24,9 @@ TIMES = {"p50_ms", "p95_ms", "min_ms", "n"}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # tiny networks are quickest so
     monkeypatch.setattr(bench, "CASES", CASES)
     monkeypatch.setattr(bench, "QUEUE", {"sd15": 8})
     monkeypatch.setattr(measure, "WARM", 1)
@@ -76,6 +79,8 @@ def test_a_run_tells_everything(
     assert (ours["loops"]["device"]["waits_per_step"], ours["loops"]["numpy"]["waits_per_step"]) == (0, 1)
     assert ours["loops"]["device"]["driver_calls"]["cuGraphLaunch"] > 0
     assert all({"wall_ms", "cpu_ms", "outside_unet_ms"} <= set(each) for each in ours["loops"].values())
+    assert ours["psnr_whole_loop"] >= 50
+    assert [set(each) for each in ours["pictures"].values()] == [TIMES, TIMES]
     assert ours["memory"] > 0
     assert ours["memory_after_close"] == 0
     assert [(case["steps"], case["batch"]) for case in model["cases"]] == [(4, 1), (3, 4)]
@@ -95,6 +100,7 @@ def test_a_run_tells_everything(
     assert f"8 jobs of 4 steps, {here.backend}: together" in told
 
 
+@pytest.mark.parametrize("here", ["tensorrt"], indirect=True)
 def test_the_compiled_rival_joins_the_race_of_each_case(
     here: Machine, bundle: Path, sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +116,7 @@ def test_the_compiled_rival_joins_the_race_of_each_case(
     assert case["compile_s"] >= 0
 
 
+@pytest.mark.parametrize("here", ["tensorrt"], indirect=True)
 def test_a_compiler_that_fails_leaves_the_eager_race(
     here: Machine, bundle: Path, sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,9 +129,11 @@ def test_a_compiler_that_fails_leaves_the_eager_race(
     code, document = run(options(bundle, sd1_checkpoint, compiled=True, short=True), tmp_path)
     assert code == 1
     assert bench.failures(document) == ["sd15: torch.compile failed: RuntimeError: no compiler is here"]
+    assert document["models"]["sd15"]["queue"][here.backend]["times_as_fast"] > 0
     assert EAGER in document["models"]["sd15"]["cases"][0]["contestants"]
 
 
+@pytest.mark.parametrize("here", ["tensorrt"], indirect=True)
 def test_a_backend_that_fails_is_told_and_the_rest_goes_on(
     here: Machine, bundle: Path, sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +150,7 @@ def test_a_backend_that_fails_is_told_and_the_rest_goes_on(
     assert any("failed: EngineError" in line for line in lines(document))
 
 
+@pytest.mark.parametrize("here", ["tensorrt"], indirect=True)
 def test_what_is_required_and_does_not_run_is_a_failure(
     here: Machine, bundle: Path, sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -150,6 +160,7 @@ def test_what_is_required_and_does_not_run_is_a_failure(
     assert capsys.readouterr().err.count("FAILED REQUIRE: onnxruntime did not run: ") == 1
 
 
+@pytest.mark.parametrize("here", ["tensorrt"], indirect=True)
 def test_without_diffusers_a_bundle_must_be_named(
     here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -175,6 +186,28 @@ def job(bundle: Path) -> dict[str, Any]:
 def test_a_child_tells_what_it_found(tmp_path: Path) -> None:
     told = tasks.run("check", job(tmp_path / "nowhere"))
     assert "nowhere" in told["error"]
+
+
+def test_a_child_draws(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    asked = {"checkpoint": str(sd1_checkpoint), "prompt": "a cat", "device": "cpu", "out": str(tmp_path / "pictures.npz")}
+    assert tasks.run("diffusers_pictures", asked) == {"out": asked["out"]}
+    with np.load(asked["out"]) as kept:
+        assert {name: each.shape for name, each in kept.items()} == {"one": (1, 64, 64, 3), "four": (4, 64, 64, 3)}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("here", ["tensorrt"], indirect=True)
+def test_a_checkpoint_is_exported_where_no_bundle_is_named(here: Machine, sd1_checkpoint: Path, tmp_path: Path) -> None:
+    asked = options(tmp_path, sd1_checkpoint, bundles={}, work=tmp_path / "work", rivals=False, short=True)
+    code, document = run(asked, tmp_path)
+    assert (code, document["models"]["sd15"]["precision"]) == (0, "fp16")
+    assert document["models"]["sd15"]["export_s"] > 0
+    assert (tmp_path / "work" / "sd15-fp16" / "manifest.json").exists()
+    _, again = run(asked, tmp_path)
+    assert "export_s" not in again["models"]["sd15"]
+    assert again["models"]["sd15"]["backends"][here.backend]["built"]["unet"] == {"present": True}
 
 
 def test_a_child_that_is_killed_or_late_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,41 +1,80 @@
-"""What only an NVIDIA GPU can show: the CUDA execution provider draws the CPU's picture, on the device that was asked for."""
+"""What only an NVIDIA GPU can show: every backend that loads draws the CPU's pictures on it, and leaves nothing there.
+
+`make gpu-test`. Each check runs in a process of its own, so that a library that crashes fails its own test. REQUIRE=tensorrt
+makes its absence a failure. SHAPES=BUNDLE:BUNDLE (fp32 and fp16) stands in for the export where diffusers is missing.
+"""
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from integration.reference import psnr
 
-from sdruntime.build import Asked, build_engines
+from benchmarks.gpu import gate, reference, tasks
+from benchmarks.gpu.check import cpu_pictures, faults
+from benchmarks.gpu.report import PROMPT
+from sdruntime.bundle import Bundle
 from sdruntime.cuda import devices
 from sdruntime.engine import EngineOptions
 from sdruntime.errors import SdruntimeError
 from sdruntime.pipeline import Pipeline
 
 pytestmark = pytest.mark.gpu
-PROMPT = "a small red circle on the left on a blue background"
+PRECISIONS = ("fp32", "fp16")
 
 
 @pytest.fixture(scope="module")
-def on_cuda(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(shutil.copytree(shapes_bundle, tmp_path_factory.mktemp("cuda") / "bundle"))
-    for _ in build_engines(folder, Asked(backend="onnxruntime", target="cuda")):
-        pass
-    return folder
+def shapes(shapes_checkpoint: Path, export: Callable[..., Path]) -> dict[str, Path]:
+    """The shapes example, by precision."""
+    if named := os.environ.get("SHAPES"):
+        bundles = [Path(each).resolve() for each in named.split(os.pathsep)]
+        return {Bundle.open(each).manifest.precision: each for each in bundles}
+    if why_not := reference.missing(device="cpu"):
+        pytest.fail(f"{why_not}: export the shapes example elsewhere in fp32 and fp16, and name both: SHAPES=FOLDER:FOLDER")
+    return {precision: export(shapes_checkpoint, precision=precision) for precision in PRECISIONS}
 
 
-def test_cuda_is_chosen_and_draws_the_cpus_picture(shapes_bundle: Path, on_cuda: Path) -> None:
-    pictures = []
-    for bundle, target in ((shapes_bundle, "cpu"), (on_cuda, "cuda")):
-        with Pipeline.open(bundle) as pipe:
-            assert pipe.engine("unet").spec.target == target
-            pictures.append(pipe(PROMPT, seed=7, steps=20, guidance=2.0).images[0])
-    assert pictures[0].std() >= 10
-    assert psnr(*pictures) >= 40
+@pytest.fixture(scope="module")
+def by_cpu(shapes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cpu_pictures(shapes["fp32"], tmp_path_factory.mktemp("cpu"), PROMPT)
 
 
-def test_a_device_that_is_not_there_is_refused(on_cuda: Path) -> None:
-    with pytest.raises(SdruntimeError), Pipeline.open(on_cuda, options=EngineOptions(device=len(devices()))):
+@pytest.fixture(scope="module")
+def by_diffusers(shapes_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """By diffusers on the same GPU; empty where it is not there."""
+    if reference.missing():
+        return ""
+    out = str(tmp_path_factory.mktemp("diffusers") / "pictures.npz")
+    job = {"checkpoint": str(shapes_checkpoint), "prompt": PROMPT, "device": "cuda", "out": out}
+    told = tasks.run("diffusers_pictures", job)
+    assert "error" not in told, told["error"]
+    return out
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", gate.BACKENDS)
+def test_a_backend_draws_the_cpus_pictures(
+    backend: str,
+    precision: str,
+    shapes: dict[str, Path],
+    by_cpu: Path,
+    by_diffusers: str,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    job = {"bundle": str(shapes[precision]), "backend": backend, "prompt": PROMPT, "reference": str(by_cpu)}
+    told = tasks.run("check", job | {"diffusers": by_diffusers})
+    record_property("gpu", told)
+    if told.get("missing") and backend not in gate.required():
+        pytest.skip(told["missing"])
+    found = faults(told) if "stage" in told else [told["error"]]
+    if found and not told.get("listed", True) and backend not in gate.required():
+        pytest.xfail(f"the library does not list this GPU; it was tried: {'; '.join(found)}")
+    assert found == []
+
+
+def test_a_device_that_is_not_there_is_refused(shapes: dict[str, Path]) -> None:
+    with pytest.raises(SdruntimeError), Pipeline.open(shapes["fp32"], options=EngineOptions(device=len(devices()))):
         pass
