@@ -63,9 +63,9 @@ def driver_calls() -> Iterator[Counter[str]]:
     real = Cuda.call
 
     @functools.wraps(real)
-    def call(self: Cuda, name: str, *arguments: Any) -> None:
+    def call(self: Cuda, name: str, *arguments: Any, **about: Any) -> None:
         counts[name] += 1
-        real(self, name, *arguments)
+        real(self, name, *arguments, **about)
 
     with mock.patch.object(Cuda, "call", call):
         yield counts
