@@ -79,6 +79,7 @@ def main() -> None:
 @click.option(
     "--guidance", type=click.Choice(["on", "off", "any"]), help="Whether the engines' pictures are drawn with guidance."
 )
+@click.option("--no-audit", is_flag=True, help="Half precision without measuring what must stay float32: quicker, and unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
 @as_json
 @reported
@@ -92,6 +93,7 @@ def build(
     size: str | None,
     batch: str | None,
     guidance: Any,
+    no_audit: bool,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -109,7 +111,7 @@ def build(
     from sdruntime.build import Asked
 
     engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
-    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle)
+    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit)
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
         model, options = found.model, options_of(found)
