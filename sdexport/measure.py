@@ -166,7 +166,9 @@ class Rounding:
             if own is None and not switched:
                 continue
             rounded = self._rounded(build, value, mask=value in ends)
-            plain = value if own is None else build.at(value, "Where", [own, rounded, value])
+            plain = value
+            if own is not None and (len(switched) < len(users) or value in graph.outputs):
+                plain = build.at(value, "Where", [own, rounded, value])
             for user, index in users:
                 if (user, index) not in switched:
                     user.replace_input_with(index, plain)
@@ -264,7 +266,6 @@ def session_of(path: Path, *, plain: bool = False) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # that of the file
-    options.enable_cpu_mem_arena = False  # what a value took is free for the next, whatever its size
     if plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -102,7 +102,6 @@ def test_a_vae_with_a_block_that_overflows(sd1_bundle: Path, sd1_checkpoint: Pat
     found = audit(path, feeds, "fp16", where="vae_decoder")
     assert found.all_cosine is None, "not finite without the audit"
     assert {kept.op for kept in found.kept if kept.reason == "overflow"} <= {"Conv", "Add", "Reshape", "Mul"}
-    print(found)
     assert len(found.kept) <= 8
     assert mended(path, found, feeds)
     confirm(as_half(path, found), path, feeds, "fp16", where="vae_decoder")
@@ -184,7 +183,7 @@ def test_a_layer_norm_whose_variance_underflows(tmp_path: Path) -> None:
     path = written(
         tmp_path / "model.onnx", LAYER_NORM, ["batch", 16], last=np.array([-1]), eps=np.array(6e-8, np.float32), w=normal(16, 16)
     )
-    feeds = feeds_of(normal(4, 16, scale=1e-4), normal(4, 16, seed=1, scale=1e-4))
+    feeds = feeds_of(normal(4, 16, scale=1.5e-4), normal(4, 16, seed=1, scale=1.5e-4))
     found = audit(path, feeds, "fp16", where="text_encoder")
     assert names(found, "loss") == {"square", "variance", "stable", "deviation"}
     assert mended(path, found, feeds)
@@ -237,7 +236,7 @@ def test_bfloat16_has_the_range_and_its_own_limits(tmp_path: Path) -> None:
     found = audit(path, feeds, "bf16", where="unet")
     assert found.kept == ()
     assert found.largest > 65504
-    assert 22 <= found.psnr < 60
+    assert 22 <= found.psnr < 70
 
 
 def test_the_same_audit_twice(sd1_bundle: Path, sd1_checkpoint: Path) -> None:
@@ -266,7 +265,7 @@ def test_magnitudes_are_those_of_every_value(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_graph_not_of_all_its_values(tmp_path: Path) -> None:
-    """Forty values of 16 MB each, of which two are needed at a time."""
+    """Forty values of 16 MB each, of which two are needed at a time, and their rounded twins."""
     import subprocess
     import sys
 
@@ -289,4 +288,4 @@ both(large)
 print(peak_memory() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert grown < 12 * 2**24
+    assert grown < 8 * 2**24
