@@ -24,10 +24,17 @@ from sdruntime.errors import SdruntimeError
 if TYPE_CHECKING:
     from sdexport.build import EngineProgress, Progress
     from sdexport.engines import Failure, Outcome
+    from sdruntime.manifest import Manifest
 
 SCHEMA = 1
 INTERRUPTED = 130
 WORST_FIRST = (3, 5, 1, 2)  # of several failures the code is the first of these
+REASONS = {
+    "overflow": "its output overflows",
+    "takes": "takes what overflows",
+    "constant": "has a constant that the type cannot hold",
+    "loss": "its rounding costs too much",
+}
 End = TypeVar("End")
 
 
@@ -247,9 +254,10 @@ def _shown(events: Iterable[Progress | EngineProgress | End]) -> End:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--precision", is_flag=True, help="Tell which nodes stay in float32 beside half precision, why, and the numbers.")
 @as_json
 @reported
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
     """Tell what a bundle holds, and whether every byte of it is as it was written."""
     from sdruntime.bundle import Bundle
     from sdruntime.errors import BundleError
@@ -259,6 +267,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
     if changed := opened.changed_files():
         raise BundleError(bundle, changed)
     manifest = opened.manifest
+    if precision:
+        _tell_precision(manifest, as_json)
+        return
     if as_json:
         _document(manifest=json_from_record(manifest))
         return
@@ -277,6 +288,30 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for engine in manifest.engines:
         click.echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
     click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+
+
+def _tell_precision(manifest: Manifest, as_json: bool) -> None:
+    from sdruntime.record import json_from_record
+
+    audits = {name: component.audit for name, component in manifest.components.items() if component.audit is not None}
+    if as_json:
+        _document(precision=manifest.precision, audits=json_from_record(audits))
+        return
+    if not audits:
+        why = "nothing to audit" if manifest.precision == "fp32" else "not audited: build it again without --no-audit"
+        click.echo(f"{manifest.model.name} is {manifest.precision}: {why}")
+    for name, audit in audits.items():
+        kept = "every one, the last resort" if audit.whole else f"{len(audit.kept)}"
+        alone = "not finite" if audit.all_psnr is None else f"cosine {audit.all_cosine:.6f}, {audit.all_psnr} dB"
+        click.echo(
+            f"{name}: {manifest.precision}, of {audit.nodes} nodes {kept} in float32, over {audit.feeds} sets of activations"
+        )
+        click.echo(f"  against float32: cosine {audit.cosine:.6f}, PSNR {audit.psnr} dB (with none in float32: {alone})")
+        click.echo(f"  largest in {manifest.precision}: {audit.largest} ({audit.largest_node or 'none'})")
+        for node in audit.kept:
+            cost = "not finite" if node.cost is None else f"{node.cost:.1e}"
+            split = "; keeps its attention from being fused" if node.splits_attention else ""
+            click.echo(f"  {node.node} ({node.op}): {REASONS[node.reason]}; largest {node.largest}, rounded alone {cost}{split}")
 
 
 @main.command()

@@ -200,10 +200,6 @@ def test_an_epsilon_that_becomes_zero_stays_in_float32(tmp_path: Path) -> None:
     confirm(as_half(path, found), path, feeds, "fp16", where="text_encoder")
 
 
-def test_what_is_outside_an_attention_is_preferred(tmp_path: Path) -> None:
-    """Two places, either of which would do: the product's numbers are small before and after a scale."""
-
-
 def test_numbers_that_are_not_finite_in_float32_are_told_by_node_and_prompt(tmp_path: Path) -> None:
     nodes: list[Node] = [("root", "Sqrt", ["x"], {}), ("y", "Tanh", ["root"], {})]
     path = written(tmp_path / "model.onnx", nodes, ["batch", 4])
