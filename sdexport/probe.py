@@ -29,7 +29,7 @@ PROMPTS = (
     "a small red circle on the left on a blue background",
     "(masterpiece:1.4), city street at night in the rain, neon signs, reflections, 4k, highly detailed, wide angle",
 )
-STEPS = 4  # model calls for each prompt, over the whole schedule
+STEPS = 4  # of each prompt, over the whole schedule
 _SIGMAS = 4.0
 _SEED = 20
 _WIDEST = 1 << 16
@@ -55,6 +55,7 @@ def probe(folder: Path) -> None:
         for number, prompt in enumerate(PROMPTS):
             pipe.prompt = f"prompt {prompt[:30]!r}…"
             stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS)
+            pipe.steps = stream.jobs[0].run.steps
             for state in stream:
                 pipe.step = state.step
             latents.append(stream.jobs[0].run.x)
@@ -120,7 +121,7 @@ class _Probe(Pipeline):
         super().__init__(bundle, backend="onnxruntime", options=EngineOptions())
         self._watched: dict[str, _Watched] = {}
         self.feeds: dict[str, list[Feed]] = {}
-        self.prompt, self.step = "", 0
+        self.prompt, self.step, self.steps = "", 0, STEPS
 
     def __enter__(self) -> _Probe:
         super().__enter__()
@@ -158,7 +159,7 @@ class _Watched:
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         probe, name = self._probe, self._engine.spec.component
-        label = f"{probe.prompt}, step {probe.step + 1} of {STEPS}" if name == "unet" else probe.prompt
+        label = f"{probe.prompt}, step {probe.step + 1} of {probe.steps}" if name == "unet" else probe.prompt
         feed = Feed(label=label, arrays={key: array.copy() for key, array in feeds.items()})
         probe.feeds.setdefault(name, []).append(feed)
         found = self._engine(feeds)

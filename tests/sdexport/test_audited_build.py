@@ -88,30 +88,34 @@ def test_without_an_audit(sd1_checkpoint: Path, trace_cache: Path, tmp_path: Pat
 
 
 def test_inspect_tells_the_nodes_the_reasons_and_the_numbers(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
-    """A weight beyond fp16, and what comes of it: the text encoder's end and the UNet's readers of the text."""
+    """Weights beyond fp16, in a block of the VAE whose stream overflows as SDXL's does: four nodes stay in float32."""
 
     def change(weights: dict[str, Any]) -> None:
-        weights["text_model.final_layer_norm.weight"][3] = 1e6
+        weights["decoder.up_blocks.3.resnets.1.conv2.weight"] *= 1e7
 
-    large = changed(sd1_checkpoint, tmp_path / "large", "text_encoder", change)
+    large = changed(sd1_checkpoint, tmp_path / "large", "vae", change)
     result = run("build", large, "-o", tmp_path / "out", "--precision", "fp16")
     assert result.exit_code == 0, result.stderr
     found = audits(tmp_path / "out")
-    assert [(kept.op, kept.reason) for kept in found["text_encoder"].kept] == [("LayerNormalization", "overflow")]
-    assert {kept.reason for kept in found["unet"].kept} >= {"takes"}
-    assert found["vae_decoder"].kept == ()
-    types = {node.name: node.outputs[0].dtype for node in ir.load(tmp_path / "out" / "unet" / "model.onnx").graph}
-    assert {types[kept.node] for kept in found["unet"].kept} == {ir.DataType.FLOAT}
+    kept = found["vae_decoder"].kept
+    ops = ["Conv", "Add", "Reshape", "InstanceNormalization"]
+    assert [(each.op, each.reason) for each in kept] == [*((op, "overflow") for op in ops[:3]), (ops[3], "takes")]
+    assert [name for name, audit in found.items() if audit.kept] == ["vae_decoder"]
+    model = ir.load(tmp_path / "out" / "vae_decoder" / "model.onnx")
+    types = {node.name: node.outputs[0].dtype for node in model.graph}
+    assert {types[each.node] for each in kept} == {ir.DataType.FLOAT}
+    weights = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert weights["decoder.up_blocks.3.resnets.1.conv2.weight"] == ir.DataType.FLOAT
+    assert weights["decoder.up_blocks.3.resnets.1.conv1.weight"] == ir.DataType.FLOAT16
 
     told = run("inspect", tmp_path / "out", "--precision").stdout
-    node = found["text_encoder"].kept[0]
-    assert f"{node.node} (LayerNormalization): its output overflows; largest {node.largest}" in told
-    assert "text_encoder: fp16, of 81 nodes 1 in float32, over 3 sets of activations" in told
-    assert "takes what overflows" in told
+    assert f"{kept[0].node} (Conv): its output overflows; largest {kept[0].largest}, rounded alone not finite" in told
+    assert "vae_decoder: fp16, of 268 nodes 4 in float32, over 4 sets of activations" in told
+    assert "(InstanceNormalization): takes what overflows" in told
     document = json.loads(run("inspect", tmp_path / "out", "--precision", "--json").stdout)
     assert document["precision"] == "fp16"
-    assert document["audits"]["text_encoder"]["kept"][0]["reason"] == "overflow"
-    assert document["audits"]["unet"]["nodes"] == found["unet"].nodes
+    assert document["audits"]["vae_decoder"]["kept"][0]["reason"] == "overflow"
+    assert document["audits"]["unet"]["kept"] == []
 
 
 def test_what_is_not_finite_in_float32_already_is_told(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
