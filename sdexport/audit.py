@@ -167,11 +167,14 @@ class _Search:
         self.rounding, self.feeds, self.limits, self.cores = rounding, feeds, limits, attentions
         self.inside = {name for core in attentions for name in core}
         self.references: list[list[Array]] = [rounding.run(feed, ()) for feed in feeds]
+        self.known: dict[tuple[int, frozenset[str]], Likeness] = {}
         self.hard: list[int] = []  # the feeds that a search is made on, the last one is the newest
 
     def likeness(self, feed: int, kept: frozenset[str]) -> Likeness:
-        half = [name for name in self.rounding.names if name not in kept]
-        return likeness(self.references[feed], self.rounding.run(self.feeds[feed], half))
+        if (feed, kept) not in self.known:
+            half = set(self.rounding.names) - kept
+            self.known[feed, kept] = likeness(self.references[feed], self.rounding.run(self.feeds[feed], half))
+        return self.known[feed, kept]
 
     def worst(self, kept: frozenset[str]) -> Likeness:
         found = [self.likeness(feed, kept) for feed in range(len(self.feeds))]

@@ -6,6 +6,7 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -121,7 +122,7 @@ def build(
     options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit)
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
-        model, options = found.model, options_of(found)
+        model, options = found.model, dataclasses.replace(options_of(found), audit=not no_audit)
     assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
@@ -136,7 +137,7 @@ def _refuse_beside_a_recipe(context: click.Context) -> None:
     for option in context.command.params:
         name = option.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("model", "output", "recipe", "as_json"):
+        if given and name not in ("model", "output", "recipe", "no_audit", "as_json"):
             raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")
 
 

@@ -144,7 +144,7 @@ class Rounding:
 
     def run(self, feed: Feed, half: Collection[str]) -> list[Array]:
         """The outputs where the nodes of these names are in half precision, and no others."""
-        switches = np.array([name in half for name in self.names])
+        switches = np.isin(self.names, list(half))
         return list(self._session.run(self.outputs, {**feed.arrays, _SWITCHES: switches}))
 
     def _switch(self) -> None:

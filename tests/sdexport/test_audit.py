@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sdexport.audit import LIMITS, audit, confirm
 from sdexport.checkpoint import read_checkpoint
 from sdexport.components import components
-from sdexport.errors import ExportError
+from sdexport.errors import AuditError, ExportError
 from sdexport.measure import Feed, Rounding, likeness, magnitudes
 from sdexport.precision import apply_precision
 from sdruntime.manifest import Audit
@@ -200,6 +200,55 @@ def test_an_epsilon_that_becomes_zero_stays_in_float32(tmp_path: Path) -> None:
     confirm(as_half(path, found), path, feeds, "fp16", where="text_encoder")
 
 
+def test_what_is_outside_an_attention_is_preferred(tmp_path: Path) -> None:
+    """Two sums that round away what matters, one before a softmax and one at the end: to give up either is enough."""
+    nodes: list[Node] = [
+        *ATTENTION[:6],
+        ("shifted", "Add", ["scale", "shift"], {}),
+        ("softmax", "Softmax", ["shifted"], {"axis": -1}),
+        ("mix", "MatMul", ["softmax", "v"], {}),
+        ("far", "Add", ["mix", "c"], {}),
+        ("y", "Sub", ["far", "near_c"], {}),
+    ]
+    numbers = {"s": np.array(0.25), "shift": np.array([256.0]), "c": np.array([128.0]), "near_c": np.array([112.0])}
+    constants = WEIGHTS | {name: array.astype(np.float32) for name, array in numbers.items()}
+    path = written(tmp_path / "model.onnx", nodes, ["batch", 8, 16], **constants)
+    feeds = feeds_of(normal(2, 8, 16, scale=0.3))
+    inside, outside = {"scale", "shifted", "softmax"}, {"far", "y"}
+    with Rounding(path, "fp16") as rounding:
+        found = {
+            name: likeness(
+                rounding.run(feeds[0], ()), rounding.run(feeds[0], [each for each in rounding.names if each not in kept])
+            )
+            for name, kept in {"none": set[str](), "inside": inside, "outside": outside}.items()
+        }
+    assert not found["none"].within(LIMITS["fp16"])
+    assert found["inside"].within(LIMITS["fp16"])
+    assert found["inside"].psnr > found["outside"].psnr, "by the numbers alone it would be the attention"
+    chosen = audit(path, feeds, "fp16", where="unet")
+    assert names(chosen) == outside
+    assert not any(kept.splits_attention for kept in chosen.kept)
+    assert mended(path, chosen, feeds)
+
+
+def test_an_attention_that_must_be_split_is_told(tmp_path: Path) -> None:
+    """The sum before the softmax is the only place."""
+    nodes: list[Node] = [
+        *ATTENTION[:6],
+        ("shifted", "Add", ["scale", "shift"], {}),
+        ("softmax", "Softmax", ["shifted"], {"axis": -1}),
+        ATTENTION[7],
+    ]
+    constants = WEIGHTS | {"s": np.array(0.25, np.float32), "shift": np.array([2048], np.float32)}
+    path = written(tmp_path / "model.onnx", nodes, ["batch", 8, 16], **constants)
+    feeds = feeds_of(normal(2, 8, 16, scale=0.3))
+    found = audit(path, feeds, "fp16", where="unet")
+    assert names(found) == {"shifted", "softmax"}
+    assert all(kept.splits_attention and kept.reason == "loss" for kept in found.kept)
+    assert mended(path, found, feeds)
+    confirm(as_half(path, found), path, feeds, "fp16", where="unet")
+
+
 def test_numbers_that_are_not_finite_in_float32_are_told_by_node_and_prompt(tmp_path: Path) -> None:
     nodes: list[Node] = [("root", "Sqrt", ["x"], {}), ("y", "Tanh", ["root"], {})]
     path = written(tmp_path / "model.onnx", nodes, ["batch", 4])
@@ -210,6 +259,13 @@ def test_numbers_that_are_not_finite_in_float32_are_told_by_node_and_prompt(tmp_
     path = written(tmp_path / "other.onnx", nodes, ["batch", 4])
     with pytest.raises(ExportError, match=r"node large \(Exp\) gives infinity in float32 already, at prompt 0"):
         audit(path, feeds_of(np.full((1, 4), 100, np.float32)), "bf16", where="unet")
+
+
+def test_a_graph_that_is_not_what_the_audit_promised_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "model.onnx", [("y", "Tanh", ["x"], {})], ["batch", 4])
+    other = written(tmp_path / "other.onnx", [("y", "Sin", ["x"], {})], ["batch", 4])
+    with pytest.raises(AuditError, match=r"unet: in fp16 cosine 0\.9\d+ and PSNR \d+\.\d dB .* 0\.9999 and 40 dB are the least"):
+        confirm(other, path, feeds_of(normal(2, 4)), "fp16", where="unet")
 
 
 def test_a_component_that_cannot_bear_half_precision_stays_in_float32_and_says_so(tmp_path: Path) -> None:
