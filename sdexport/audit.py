@@ -124,7 +124,7 @@ def _needed(graph: ir.Graph, sizes: Mapping[str, float], precision: Precision) -
     """The nodes that no measurement is needed for, and why."""
     limit, ends = _HEADROOM * largest(precision), logits(graph)
     nodes = free_nodes(graph, precision)
-    free, reasons = set(nodes), dict[str, Reason]()
+    reasons: dict[str, Reason] = {}
     beyond = {
         str(value.name) for node in graph for value in (*node.inputs, *node.outputs) if value and _beyond(value, sizes, limit)
     }
@@ -136,7 +136,6 @@ def _needed(graph: ir.Graph, sizes: Mapping[str, float], precision: Precision) -
             reasons[str(node.name)] = "takes"
         elif any(_unholdable(value, precision, mask=value in ends) for value in takes) or _unfillable(node, precision, ends):
             reasons[str(node.name)] = "constant"
-    assert free or not reasons
     return reasons
 
 
@@ -215,19 +214,16 @@ class _Search:
         """Without whatever can go: what splits an attention first, then what costs least; runs of many, then one by one."""
         left = chosen[::-1]
         left.sort(key=lambda name: name not in self.inside)
-        size = max(1, len(left) // 2)
+        size = len(left)
         while True:
-            before = len(left)
-            for start in range(0, len(left), size):
-                tried = left[start : start + size]
+            size, before = max(1, size // 2), left
+            for start in range(0, len(before), size):
+                tried = before[start : start + size]
                 rest = [name for name in left if name not in tried]
-                if tried and self.holds(needed | frozenset(rest)):
+                if self.holds(needed | frozenset(rest)):
                     left = rest
-                    break
-            if len(left) == before and size == 1:
+            if size == 1 and left == before:
                 return left
-            if len(left) == before:
-                size //= 2
 
     def costs(self, names: Sequence[str]) -> dict[str, float]:
         """The error at the component's output, of the hardest feed, where one node alone is rounded; of the first `_EACH`."""

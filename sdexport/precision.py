@@ -71,8 +71,12 @@ def logits(graph: ir.Graph) -> set[ir.Value]:
     for node in reversed(list(graph)):
         for value in (*node.outputs, *(each for each in node.inputs if each is not None)):
             users = [user for user, _ in value.uses()]
-            if users and all(
-                user.op_type == "Softmax" or (user.op_type in _MASKING and found.issuperset(user.outputs)) for user in users
+            if (
+                not value.is_graph_output()
+                and users
+                and all(
+                    user.op_type == "Softmax" or (user.op_type in _MASKING and found.issuperset(user.outputs)) for user in users
+                )
             ):
                 found.add(value)
     return found
