@@ -173,9 +173,8 @@ def _reference(
     checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path
 ) -> Generator[Progress, None, int]:
     """The same in float32, probed: what half precision is measured by. Returns the peak memory."""
-    full = dataclasses.replace(options, precision="fp32")
     folder.mkdir()
-    peak = yield from _export(checkpoint, table, full, folder, None)
+    peak = yield from _export(checkpoint, table, options, folder, None, full=True)
     _write_rest(checkpoint, table, folder)
     specs = _component_specs(table, {})
     write_bundle(folder, model=checkpoint.model, precision="fp32", components=specs, provenance={})
@@ -189,7 +188,13 @@ def _reference(
 
 
 def _export(
-    checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path, reference: Path | None
+    checkpoint: Checkpoint,
+    table: Sequence[Component],
+    options: Options,
+    folder: Path,
+    reference: Path | None,
+    *,
+    full: bool = False,
 ) -> Generator[Progress, None, int]:
     """Each component in its own process; returns the peak memory of the largest."""
     peak = 0
@@ -201,6 +206,7 @@ def _export(
             precision=options.precision,
             allow_pickle=options.allow_pickle,
             out=str(folder / component.name),
+            full=full,
             reference=str(reference or ""),
         )
         for stage in run_apart(job):

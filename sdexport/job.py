@@ -32,7 +32,8 @@ StageName = Literal["trace", "kept trace", "probe", "audit", "precision", "weigh
 class Job:
     """`component` of the checkpoint in `checkpoint`, written to the existing folder `out`.
 
-    `reference`: the float32 bundle that was probed, by which half precision is audited; "" for no audit.
+    `full`: in float32, of the weights that `precision` takes (a checkpoint may have others for fp16). `reference`: the bundle of
+    such components that was probed, by which half precision is audited; "" for no audit.
     """
 
     checkpoint: str
@@ -40,7 +41,12 @@ class Job:
     precision: Precision
     allow_pickle: bool
     out: str
+    full: bool = False
     reference: str = ""
+
+    @property
+    def written(self) -> Precision:
+        return "fp32" if self.full else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +107,7 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
         found = audit(reference / MODEL, load_feeds(reference), job.precision, where=component.name)
     yield Stage(name="precision")
     keep = frozenset(node.node for node in found.kept) if found else frozenset[str]()
-    precision_of = apply_precision(model, job.precision, inputs=[spec.name for spec in component.inputs], keep=keep)
+    precision_of = apply_precision(model, job.written, inputs=[spec.name for spec in component.inputs], keep=keep)
     to_onnx.check(model, where=component.name)
     weights = match_weights(to_onnx.weight_shapes(model, component), stored, where=component.name)
     total, done = sum(tensor.size for tensor in weights.values()), 0

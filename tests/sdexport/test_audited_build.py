@@ -80,6 +80,14 @@ def test_two_builds_give_equal_bytes(sd1_checkpoint: Path, sd1_fp16_bundle: Path
     assert again[-1].up_to_date
 
 
+def test_a_checkpoint_of_fp16_weights_alone_is_audited_by_these(sd1_checkpoint: Path, trace_cache: Path, tmp_path: Path) -> None:
+    variant = Path(shutil.copytree(sd1_checkpoint, tmp_path / "variant"))
+    for path in list(variant.rglob("*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    assert run("build", variant, "-o", tmp_path / "out", "--precision", "fp16").exit_code == 0
+    assert len(audits(tmp_path / "out")) == 4
+
+
 def test_without_an_audit(sd1_checkpoint: Path, trace_cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("build", sd1_checkpoint, "-o", out, "--precision", "fp16", "--no-audit").exit_code == 0
