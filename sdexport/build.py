@@ -22,29 +22,37 @@ from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import CheckpointError
 from sdexport.hub import Located, locate
-from sdexport.job import DATA, MODEL, Job, Stage
+from sdexport.job import AUDIT, DATA, MODEL, PROBE, Job, Stage
+from sdexport.probe import check_environment
 from sdexport.process import run_apart
 from sdexport.step import write_step
 from sdexport.tokenizer import write_tokenizer
 from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.bundle import Bundle, sha256, staging, write_bundle
 from sdruntime.errors import BundleError
-from sdruntime.manifest import ComponentSpec, Precision
+from sdruntime.manifest import Audit, ComponentSpec, Precision
 from sdruntime.process import peak_memory
-from sdruntime.record import json_from_record
+from sdruntime.record import json_from_record, read_json, record_from_json
 from sdruntime.step import NAME as STEP
 from sdruntime.step import SLOTS, SOURCES, TARGETS
+
+REFERENCE = "reference"  # a folder that is there while half precision is audited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
-    of the checkpoint, where it comes from the hub."""
+    of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32."""
 
     revision: str | None = None
     precision: Precision = "fp32"
     engines: tuple[Asked, ...] = ()
     allow_pickle: bool = False
+    audit: bool = True
+
+    @property
+    def audited(self) -> bool:
+        return self.audit and self.precision != "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,15 +119,22 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs):
         return Built(folder=out, up_to_date=True, written=0, peak=peak_memory())
+    if options.audited:
+        check_environment()
     with staging(out) as folder:
-        peak = yield from _export(checkpoint, table, options, folder)
+        reference, peak = folder / REFERENCE, 0
+        if options.audited:
+            peak = yield from _reference(checkpoint, table, options, reference)
+        peak = max(peak, (yield from _export(checkpoint, table, options, folder, reference if options.audited else None)))
+        shutil.rmtree(reference, ignore_errors=True)
+        audits = _audits(table, folder)
         _write_rest(checkpoint, table, folder)
         step = write_step(folder)
         write_bundle(
             folder,
             model=checkpoint.model,
             precision=options.precision,
-            components=_component_specs(table) | {STEP: step},
+            components=_component_specs(table, audits) | {STEP: step},
             provenance=_provenance(located, options, inputs),
         )
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -136,6 +151,7 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
         {
             "model": json_from_record(checkpoint.model),
             "precision": options.precision,
+            "audit": options.audited,
             "step": [SLOTS, SOURCES, TARGETS],
             "traces": [trace_key(component) for component in table],
             "versions": versions(),
@@ -153,7 +169,33 @@ def _is_current(out: Path, inputs: str) -> bool:
     return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
 
 
-def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path) -> Generator[Progress, None, int]:
+def _reference(
+    checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path
+) -> Generator[Progress, None, int]:
+    """The same in float32, probed: what half precision is measured by. Returns the peak memory."""
+    folder.mkdir()
+    peak = yield from _export(checkpoint, table, options, folder, None, full=True)
+    _write_rest(checkpoint, table, folder)
+    specs = _component_specs(table, {})
+    write_bundle(folder, model=checkpoint.model, precision="fp32", components=specs, provenance={})
+    job = Job(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(folder))
+    for stage in run_apart(job):
+        if isinstance(stage, Stage):
+            yield Progress(component=PROBE, index=0, count=1, stage=stage)
+        else:
+            peak = max(peak, stage)
+    return peak
+
+
+def _export(
+    checkpoint: Checkpoint,
+    table: Sequence[Component],
+    options: Options,
+    folder: Path,
+    reference: Path | None,
+    *,
+    full: bool = False,
+) -> Generator[Progress, None, int]:
     """Each component in its own process; returns the peak memory of the largest."""
     peak = 0
     for index, component in enumerate(table):
@@ -164,6 +206,8 @@ def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options
             precision=options.precision,
             allow_pickle=options.allow_pickle,
             out=str(folder / component.name),
+            full=full,
+            reference=str(reference or ""),
         )
         for stage in run_apart(job):
             if isinstance(stage, Stage):
@@ -171,7 +215,22 @@ def _export(checkpoint: Checkpoint, table: Sequence[Component], options: Options
             else:
                 peak = max(peak, stage)
         shutil.copyfile(checkpoint.folder / component.part / "config.json", folder / component.name / "config.json")
+        if reference is not None:
+            shutil.rmtree(reference / component.name)  # half of a large model's disk, before the next one is written
     return peak
+
+
+def _audits(table: Sequence[Component], folder: Path) -> dict[str, Audit]:
+    """What the jobs found; their notes go."""
+    found: dict[str, Audit] = {}
+    for component in table:
+        path = folder / component.name / AUDIT
+        if path.exists():
+            faults: list[str] = []
+            found[component.name] = record_from_json(Audit, read_json(path), where=AUDIT, faults=faults)
+            assert not faults, faults
+            path.unlink()
+    return found
 
 
 def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, int]:
@@ -210,13 +269,14 @@ def _model_index(checkpoint: Checkpoint, table: Sequence[Component]) -> Mapping[
     return index
 
 
-def _component_specs(table: Sequence[Component]) -> dict[str, ComponentSpec]:
+def _component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) -> dict[str, ComponentSpec]:
     return {
         component.name: ComponentSpec(
             files=(f"{component.name}/{MODEL}", f"{component.name}/{DATA}"),
             config=f"{component.name}/config.json",
             inputs=component.inputs,
             outputs=component.outputs,
+            audit=audits.get(component.name),
         )
         for component in table
     }

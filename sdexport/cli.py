@@ -6,6 +6,7 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -24,10 +25,17 @@ from sdruntime.errors import SdruntimeError
 if TYPE_CHECKING:
     from sdexport.build import EngineProgress, Progress
     from sdexport.engines import Failure, Outcome
+    from sdruntime.manifest import Manifest
 
 SCHEMA = 1
 INTERRUPTED = 130
 WORST_FIRST = (3, 5, 1, 2)  # of several failures the code is the first of these
+REASONS = {
+    "overflow": "its output overflows",
+    "takes": "takes what overflows",
+    "constant": "has a constant that the type cannot hold",
+    "loss": "its rounding costs too much",
+}
 End = TypeVar("End")
 
 
@@ -79,6 +87,7 @@ def main() -> None:
 @click.option(
     "--guidance", type=click.Choice(["on", "off", "any"]), help="Whether the engines' pictures are drawn with guidance."
 )
+@click.option("--no-audit", is_flag=True, help="Half precision without measuring what must stay float32: quicker, and unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
 @as_json
 @reported
@@ -92,6 +101,7 @@ def build(
     size: str | None,
     batch: str | None,
     guidance: Any,
+    no_audit: bool,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -109,10 +119,10 @@ def build(
     from sdruntime.build import Asked
 
     engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
-    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle)
+    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit)
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
-        model, options = found.model, options_of(found)
+        model, options = found.model, dataclasses.replace(options_of(found), audit=not no_audit)
     assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
@@ -127,7 +137,7 @@ def _refuse_beside_a_recipe(context: click.Context) -> None:
     for option in context.command.params:
         name = option.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("model", "output", "recipe", "as_json"):
+        if given and name not in ("model", "output", "recipe", "no_audit", "as_json"):
             raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")
 
 
@@ -245,9 +255,10 @@ def _shown(events: Iterable[Progress | EngineProgress | End]) -> End:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--precision", is_flag=True, help="Tell which nodes stay in float32 beside half precision, why, and the numbers.")
 @as_json
 @reported
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
     """Tell what a bundle holds, and whether every byte of it is as it was written."""
     from sdruntime.bundle import Bundle
     from sdruntime.errors import BundleError
@@ -257,6 +268,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
     if changed := opened.changed_files():
         raise BundleError(bundle, changed)
     manifest = opened.manifest
+    if precision:
+        _tell_precision(manifest, as_json)
+        return
     if as_json:
         _document(manifest=json_from_record(manifest))
         return
@@ -275,6 +289,30 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for engine in manifest.engines:
         click.echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
     click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+
+
+def _tell_precision(manifest: Manifest, as_json: bool) -> None:
+    from sdruntime.record import json_from_record
+
+    audits = {name: component.audit for name, component in manifest.components.items() if component.audit is not None}
+    if as_json:
+        _document(precision=manifest.precision, audits=json_from_record(audits))
+        return
+    if not audits:
+        why = "nothing to audit" if manifest.precision == "fp32" else "not audited: build it again without --no-audit"
+        click.echo(f"{manifest.model.name} is {manifest.precision}: {why}")
+    for name, audit in audits.items():
+        kept = "every one, the last resort" if audit.whole else f"{len(audit.kept)}"
+        alone = "not finite" if audit.all_psnr is None else f"cosine {audit.all_cosine:.6f}, {audit.all_psnr} dB"
+        click.echo(
+            f"{name}: {manifest.precision}, of {audit.nodes} nodes {kept} in float32, over {audit.feeds} sets of activations"
+        )
+        click.echo(f"  against float32: cosine {audit.cosine:.6f}, PSNR {audit.psnr} dB (with none in float32: {alone})")
+        click.echo(f"  largest in {manifest.precision}: {audit.largest} ({audit.largest_node or 'none'})")
+        for node in audit.kept:
+            cost = "not finite" if node.cost is None else f"{node.cost:.1e}"
+            split = "; keeps its attention from being fused" if node.splits_attention else ""
+            click.echo(f"  {node.node} ({node.op}): {REASONS[node.reason]}; largest {node.largest}, rounded alone {cost}{split}")
 
 
 @main.command()

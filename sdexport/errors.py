@@ -6,7 +6,8 @@ SdexportError                 1   something failed
 ├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
 │   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
 └── ExportError               1   a component's graph could not be made, or is not sound
-    └── PrecisionError        1   values that the asked precision cannot hold; carries every fault
+    ├── PrecisionError        1   values that the asked precision cannot hold; carries every fault
+    └── AuditError            1   a graph in half precision that is too far from its float32 one
 
 A message says what was wrong, where, the numbers, and the command or the change that mends it.
 """
@@ -63,6 +64,10 @@ class PrecisionError(ExportError):
     def __init__(self, where: object, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)
         super().__init__(_listed(where, self.faults))
+
+
+class AuditError(ExportError):
+    """A component in half precision is too far from its float32 graph."""
 
 
 def _listed(where: object, faults: tuple[str, ...]) -> str:

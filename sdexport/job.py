@@ -5,6 +5,7 @@ A job is data, so that a process of its own can be given it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,35 @@ from sdexport.errors import EnvironmentFault
 from sdexport.weights import StoredTensor, match_weights, read_header
 from sdruntime.bundle import disk_full_as_error
 from sdruntime.manifest import Precision
+from sdruntime.record import json_from_record
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
-StageName = Literal["trace", "kept trace", "precision", "weights", "done"]
+PROBE = "probe"  # in place of a component: draw with the float32 bundle, to see what its components are fed
+AUDIT = "audit.json"
+
+StageName = Literal["trace", "kept trace", "probe", "audit", "precision", "weights", "done"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """`component` of the checkpoint in `checkpoint`, written to the existing folder `out`."""
+    """`component` of the checkpoint in `checkpoint`, written to the existing folder `out`.
+
+    `full`: in float32, of the weights that `precision` takes (a checkpoint may have others for fp16). `reference`: the bundle of
+    such components that was probed, by which half precision is audited; "" for no audit.
+    """
 
     checkpoint: str
     component: str
     precision: Precision
     allow_pickle: bool
     out: str
+    full: bool = False
+    reference: str = ""
+
+    @property
+    def written(self) -> Precision:
+        return "fp32" if self.full else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +61,12 @@ class Stage:
 def run(job: Job) -> Iterator[Stage]:
     """Make the component. Raises SdexportError, and sdruntime's OutOfSpace."""
     out = Path(job.out)
+    if job.component == PROBE:
+        from sdexport.probe import probe
+
+        yield Stage(name="probe")
+        probe(out)
+        return
     with disk_full_as_error(out):
         checkpoint = read_checkpoint(
             Path(job.checkpoint), name=job.component, precision=job.precision, allow_pickle=job.allow_pickle
@@ -54,11 +75,11 @@ def run(job: Job) -> Iterator[Stage]:
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
         stored = _unpickled(part, loose) if part.pickled else part.weights
-        yield from _made(component, stored, job.precision, out)
+        yield from _made(component, stored, job, out)
         loose.unlink(missing_ok=True)
 
 
-def _made(component: Component, stored: Mapping[str, StoredTensor], precision: Precision, out: Path) -> Iterator[Stage]:
+def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, out: Path) -> Iterator[Stage]:
     key = trace_key(component)
     kept = load_trace(key)
     yield Stage(name="trace" if kept is None else "kept trace")
@@ -76,8 +97,17 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], precision: P
         store_trace(key, ir.to_proto(model).SerializeToString())
     else:
         model = ir.from_proto(onnx.load_from_string(kept))
+    reference = Path(job.reference) / component.name if job.reference else None
+    found = None
+    if reference is not None:
+        from sdexport.audit import audit, confirm
+        from sdexport.probe import load_feeds
+
+        yield Stage(name="audit")
+        found = audit(reference / MODEL, load_feeds(reference), job.precision, where=component.name)
     yield Stage(name="precision")
-    precision_of = apply_precision(model, precision, inputs=[spec.name for spec in component.inputs], keep=frozenset())
+    keep = frozenset(node.node for node in found.kept) if found else frozenset[str]()
+    precision_of = apply_precision(model, job.written, inputs=[spec.name for spec in component.inputs], keep=keep)
     to_onnx.check(model, where=component.name)
     weights = match_weights(to_onnx.weight_shapes(model, component), stored, where=component.name)
     total, done = sum(tensor.size for tensor in weights.values()), 0
@@ -92,6 +122,9 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], precision: P
     to_onnx.weights_attached(model, places, data=DATA)
     to_onnx.save(model, out / MODEL)
     onnx.checker.check_model(str(out / MODEL), full_check=True)
+    if found is not None and reference is not None:
+        confirm(out / MODEL, reference / MODEL, load_feeds(reference), job.precision, where=component.name)
+        (out / AUDIT).write_text(json.dumps(json_from_record(found)), encoding="utf-8")
     yield Stage(name="done", done=done, total=total)
 
 

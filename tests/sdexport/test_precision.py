@@ -15,7 +15,7 @@ from sdexport import to_onnx
 from sdexport.checkpoint import read_checkpoint
 from sdexport.components import components
 from sdexport.errors import PrecisionError
-from sdexport.precision import apply_precision
+from sdexport.precision import apply_precision, logits
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -130,6 +130,37 @@ def test_masks_become_the_lowest_number_or_stay_infinite() -> None:
     model = graph_of([helper.make_node("Add", ["x", "mask"], ["y"], name="add")], mask=mask)
     apply_precision(model, "fp16", inputs=["x"], keep=frozenset())
     np.testing.assert_array_equal(run(model, x=np.zeros((1, 4), np.float32))[0], [0, -65504, -np.inf, 1])
+
+
+def test_what_is_below_the_precision_becomes_its_lowest_in_a_mask_alone() -> None:
+    nodes = [helper.make_node("Add", ["x", "mask"], ["a"], name="add"), helper.make_node("Softmax", ["a"], ["y"], name="softmax")]
+    mask = np.array([0, -1e9, 0, -1e9], np.float32)
+    model = graph_of(nodes, mask=mask)
+    apply_precision(model, "fp16", inputs=["x"], keep=frozenset())
+    lowest = next(value.const_value for value in model.graph.initializers.values())
+    assert lowest is not None
+    np.testing.assert_array_equal(lowest.numpy(), [0, -65504, 0, -65504])
+    np.testing.assert_allclose(run(model, x=np.zeros((1, 4), np.float32))[0], [0.5, 0, 0.5, 0])
+    nodes[1].op_type = "Tanh"
+    with pytest.raises(PrecisionError, match="beyond 65504"):
+        apply_precision(graph_of(nodes, mask=mask), "fp16", inputs=["x"], keep=frozenset())
+
+
+def test_logits_are_what_ends_in_a_softmax_alone() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"], name="product"),
+        helper.make_node("Mul", ["product", "s"], ["scaled"], name="scale"),
+        helper.make_node("Add", ["scaled", "mask"], ["masked"], name="add"),
+        helper.make_node("Softmax", ["masked"], ["weights"], name="softmax"),
+        helper.make_node("Mul", ["weights", "s"], ["y"], name="last"),
+    ]
+    constants = {"s": np.array([2], np.float32), "mask": np.zeros(4, np.float32)}
+    assert {value.name for value in logits(graph_of(nodes, weight=True, **constants).graph)} == {
+        "product",
+        "scaled",
+        "mask",
+        "masked",
+    }
 
 
 @pytest.mark.parametrize(("number", "fault"), [(1e6, "beyond 65504"), (1e-12, "becomes zero")])
