@@ -248,8 +248,10 @@ def generate(options: argparse.Namespace) -> None:
         written.append({"file": str(path), "seed": picture.request.seed, "prompt": picture.request.prompt, "cut": picture.cut})
         if not options.json:
             print(path)
+    for text in result.warnings:
+        note(f"warning: {text}")
     if options.json:
-        document(pictures=written)
+        document(pictures=written, warnings=list(result.warnings))
 
 
 def table(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.condition import Condition, Conditioner
 from sdruntime.cuda import Cuda
-from sdruntime.denoise import Call, Job, Stepper, denoise
+from sdruntime.denoise import Call, Job, Stepper, after, denoise
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
@@ -93,7 +93,7 @@ class Stream:
     @functools.cached_property
     def result(self) -> Result:
         self.close()
-        decoded = self._pipe.decode([job.run.x for job in self.jobs])
+        decoded = self._pipe.decode([job.run.x for job in self.jobs], lambda k: after(self.jobs[k]))
         model = self._pipe.model.name
         pictures = [
             Picture(
@@ -176,7 +176,8 @@ class Pipeline:
     def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
         """Draw. `settings` are those of `Request`, and `count`: pictures for each prompt. Picture k has the seed `seed` + k.
 
-        Raises SettingError for a setting out of range, EngineError for a size that no engine takes.
+        Raises SettingError for a setting out of range, EngineError for a size that no engine takes, NotFinite for an engine whose
+        numbers are no picture.
         """
         stream = self.stream(prompt, on_device=True, **settings)
         stream.watched = False
@@ -267,13 +268,18 @@ class Pipeline:
         rows = sum(1 if job.negative is None else 2 for job in jobs)
         return self.engine("unet", rows=rows, height=height, width=width, sequence=sequence)
 
-    def decode(self, latents: Sequence[Array]) -> list[Array]:
-        """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together."""
+    def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "picture {}".format) -> list[Array]:
+        """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.
+
+        `during` says of a picture, by its number, whose it is, for the error: NotFinite.
+        """
         decoded: dict[int, Array] = {}
         for shape in dict.fromkeys(x.shape for x in latents):
             where = [k for k, x in enumerate(latents) if x.shape == shape]
             engine = self.engine("vae_decoder", rows=len(where), height=shape[1], width=shape[2])
-            decoded |= zip(where, latent.decode(np.stack([latents[k] for k in where]), engine, self.model), strict=True)
+            cells = np.stack([latents[k] for k in where])
+            pictures = latent.decode(cells, engine, self.model, lambda row, where=where: during(where[row]))  # type: ignore[misc]
+            decoded |= zip(where, pictures, strict=True)
         return [decoded[k] for k in range(len(latents))]
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
@@ -341,6 +347,7 @@ class Pipeline:
             guidance=request.guidance,
             rescale=request.rescale,
             time_ids=None if condition.pooled is None else time_ids(shape, self.model),
+            sampler=request.sampler or self.sampler,
         )
 
 
