@@ -117,8 +117,10 @@ class Pipeline:
     `options` say how engines are opened (device, threads, the library's own settings).
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str, options: EngineOptions) -> None:
-        self.bundle, self.model = bundle, bundle.manifest.model
+    def __init__(
+        self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
+    ) -> None:
+        self.bundle, self.model, self._given = bundle, bundle.manifest.model, given
         self._backend, self._options = backend, options
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._conditioner = Conditioner.open(bundle)
@@ -132,7 +134,8 @@ class Pipeline:
         self._chosen = [
             choose_engine(bundle.manifest, name, self._machine, name=backend)
             for name in bundle.manifest.components
-            if name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
+            if given is None
+            and name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
         ]
 
     @classmethod
@@ -141,6 +144,11 @@ class Pipeline:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         return cls(bundle, backend=backend, options=options or EngineOptions())
+
+    @classmethod
+    def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
+        """A pipeline over engines that the caller opens and closes: `given` is asked for a component's before each use of it."""
+        return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
 
     def __enter__(self) -> Pipeline:
         if self._backend == AUTO:
@@ -195,7 +203,7 @@ class Pipeline:
         shapes = [self._latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
         for _, height, width in set(shapes):
-            for component in ("unet", "vae_decoder"):
+            for component in ("unet", "vae_decoder") if self._given is None else ():
                 self._choose(component, 1, height=height, width=width)
         conditions = self._conditions(asked)
         jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
@@ -210,6 +218,8 @@ class Pipeline:
         """
         if self._engines is None:
             raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
+        if self._given is not None:
+            return self._given(component)
         spec = self._choose(component, rows, **dims)
         if spec.name in self._engines:
             return self._engines[spec.name]
@@ -254,7 +264,7 @@ class Pipeline:
     def device_steppers(self, jobs: Sequence[Job], *, watched: bool = True) -> Sequence[Stepper]:
         """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`."""
         unet = self._unet_for(jobs)
-        if BACKENDS[unet.spec.backend].loop and STEP in self.bundle.manifest.components:
+        if self._given is None and BACKENDS[unet.spec.backend].loop and STEP in self.bundle.manifest.components:
             from sdruntime.loop import device_calls
 
             with contextlib.suppress(EngineError):  # no engine of `step`, or none of this shape
