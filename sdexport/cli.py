@@ -1,7 +1,7 @@
 """The command line: the only file of sdexport that prints or picks an exit code.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed, 2 usage, 3 environment,
-5 a bundle that is not whole, 130 interrupted; the errors carry them.
+4 numbers that do not hold, 5 a bundle that is not whole, 130 interrupted; the errors carry them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 INTERRUPTED = 130
-WORST_FIRST = (3, 5, 1, 2)  # of several failures the code is the first of these
+WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
 End = TypeVar("End")
 
 
@@ -80,6 +80,7 @@ def main() -> None:
     "--guidance", type=click.Choice(["on", "off", "any"]), help="Whether the engines' pictures are drawn with guidance."
 )
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
+@click.option("--no-verify", is_flag=True, help="Neither make golden numbers nor hold the bundle to them.")
 @as_json
 @reported
 def build(
@@ -93,6 +94,7 @@ def build(
     batch: str | None,
     guidance: Any,
     allow_pickle: bool,
+    no_verify: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL, a diffusers folder or a hub id, to a bundle."""
@@ -109,25 +111,35 @@ def build(
     from sdruntime.build import Asked
 
     engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
-    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle)
+    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, verify=not no_verify)
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
-        model, options = found.model, options_of(found)
+        model, options = found.model, options_of(found, verify=not no_verify)
     assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
-        _document(bundle=str(built.folder), up_to_date=built.up_to_date, written=built.written, peak_memory=built.peak)
+        _document(
+            bundle=str(built.folder),
+            up_to_date=built.up_to_date,
+            written=built.written,
+            checks=built.checks,
+            peak_memory=built.peak,
+        )
     elif built.up_to_date:
         click.echo(f"{built.folder} is up to date")
     else:
         click.echo(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
+        if built.checks:
+            click.echo(f"{built.checks} checks against PyTorch passed")
+        elif not no_verify:
+            click.echo("warning: nothing here could check the numbers (pip install onnxruntime)", err=True)
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:
     for option in context.command.params:
         name = option.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("model", "output", "recipe", "as_json"):
+        if given and name not in ("model", "output", "recipe", "as_json", "no_verify"):
             raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")
 
 
@@ -275,6 +287,43 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for engine in manifest.engines:
         click.echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
     click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="Run this checkpoint, the bundle's own, in PyTorch beside it.")
+@click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
+@as_json
+@reported
+def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool) -> None:
+    """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
+    if bisects and against is None:
+        raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
+    from sdexport.verify import first_nodes, reference_checkpoint, verify_against
+    from sdruntime.bundle import Bundle
+    from sdruntime.errors import VerificationFailed
+    from sdruntime.report import write_page
+    from sdruntime.verify import report_of
+    from sdruntime.verify import verify as checks
+
+    opened = Bundle.open(bundle)
+    if against is None:
+        report = report_of(opened, checks(opened))
+    else:
+        checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
+        report = report_of(opened, verify_against(opened, checkpoint), reference=f"{against} in PyTorch")
+        if bisects:
+            report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
+    if html is not None:
+        write_page(report, html)
+    if as_json:
+        _document(**report.document())
+    else:
+        click.echo("\n".join(report.lines()))
+    if not report.passed:
+        raise VerificationFailed(bundle, report.faults())
 
 
 @main.command()

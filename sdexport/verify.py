@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from sdruntime.engine import Array
 from sdruntime.errors import LibraryMissing, VerificationFailed
 from sdruntime.golden import Case, read_golden
 from sdruntime.process import run_apart as messages_of
-from sdruntime.report import Check, PictureCheck
-from sdruntime.verify import verify
+from sdruntime.report import Check, PictureCheck, Report
+from sdruntime.verify import ITS_ONNX, verify
 
 _ADVICE = "free some, build on a larger machine, or build with --no-verify"
 
@@ -62,6 +63,17 @@ def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = Fal
         hashes = f"its weights are {found[:16]}…, the bundle's {golden.checkpoint[:16]}… ({source})"
         raise CheckpointError(model, [f"not the checkpoint of this bundle: {hashes}"])
     return checkpoint
+
+
+def first_nodes(bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow_pickle: bool = False) -> Report:
+    """The report with a note for each component whose ONNX failed: the first node of it that leaves the tolerance."""
+    from sdexport.bisect import bisect
+
+    failed = dict.fromkeys(each.component for each in report.checks if each.status == "fail" and each.engine == ITS_ONNX)
+    found = [bisect(bundle, checkpoint, component, allow_pickle=allow_pickle).line() for component in failed]
+    if not report.passed and not failed:
+        found = ["every node of the ONNX holds: what fails is an engine of it"]
+    return dataclasses.replace(report, notes=(*report.notes, *found))
 
 
 def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | PictureCheck]:

@@ -13,7 +13,7 @@ LAYERS = {
         tokenizer prompt image annotate engine guard plan cuda shapes backends choose build request picture condition latent
         denoise loop pipeline golden report verify jetson describe __main__""".split(),
     "sdexport": """errors toml recipe weights hub checkpoint tokenizer components modules to_onnx precision cache job process
-        golden verify bisect step build interpreter engines cli __main__""".split(),
+        golden bisect verify step build interpreter engines cli __main__""".split(),
 }
 FOLDERS = {"sdruntime": ROOT / "runtime" / "sdruntime", "sdexport": ROOT / "sdexport"}
 

@@ -7,12 +7,14 @@ import dataclasses
 import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.engine import Array
+from sdruntime.errors import SettingError
 from sdruntime.image import Image, png_from_image
 
 Status = Literal["pass", "fail", "skip"]
@@ -235,6 +237,14 @@ def page(report: Report) -> str:
         parts += [_figures(each) for each in report.pictures if each.drawn is not None and each.stored is not None]
     parts += [f"<p>{html.escape(note)}</p>" for note in report.notes]
     return "\n".join([*parts, "</html>\n"])
+
+
+def write_page(report: Report, path: Path) -> None:
+    """`page`, written to `path`. Raises SettingError where that cannot be."""
+    try:
+        path.write_text(page(report), encoding="utf-8")
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _html_table(head: tuple[str, ...], rows: Iterable[tuple[Status, tuple[str, ...]]], *, numbers: range) -> str:

@@ -24,6 +24,7 @@ from sdruntime.report import Check, Difference, PictureCheck, Report, picture_ps
 from sdruntime.step import NAME as STEP
 
 ONNX = "onnxruntime"
+ITS_ONNX = "its ONNX, ONNX Runtime"  # what a report calls the bundle's own ONNX
 _ANY = (1, 1, 1 << 20)
 Reference = Callable[[Case], Mapping[str, Array]]
 
@@ -50,7 +51,7 @@ def verify(
         for engine in (*own, *built):
             if engine.component == component:
                 yield from work.engine(engine)
-    yield from work.pictures("its ONNX, ONNX Runtime", ONNX, own)
+    yield from work.pictures(ITS_ONNX, ONNX, own)
     for name in BACKENDS:
         if group := [engine for engine in bundle.manifest.engines if engine.backend == name and name != "fake"]:
             yield from work.pictures(name, name, group)
@@ -87,7 +88,7 @@ def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
 
 def label(engine: EngineSpec) -> str:
     """What a report calls an engine: its name, or that of the ONNX which it is."""
-    return engine.name if engine.files[0].startswith("engines/") else "its ONNX, ONNX Runtime"
+    return engine.name if engine.files[0].startswith("engines/") else ITS_ONNX
 
 
 @dataclass(frozen=True, slots=True)
