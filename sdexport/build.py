@@ -8,6 +8,7 @@ where this one ended: traces are kept, and engines that are there stay.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -21,15 +22,19 @@ from sdexport.cache import digest_of, trace_key, versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import CheckpointError
+from sdexport.golden import GoldenJob
+from sdexport.golden import run_apart as golden_apart
 from sdexport.hub import Located, locate
 from sdexport.job import AUDIT, DATA, MODEL, PROBE, Job, Stage
 from sdexport.probe import check_environment
 from sdexport.process import run_apart
 from sdexport.step import write_step
 from sdexport.tokenizer import write_tokenizer
+from sdexport.verify import Proof, verified_apart
 from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.bundle import Bundle, sha256, staging, write_bundle
 from sdruntime.errors import BundleError
+from sdruntime.golden import DOCUMENT
 from sdruntime.manifest import Audit, ComponentSpec, Precision
 from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record, read_json, record_from_json
@@ -42,13 +47,15 @@ REFERENCE = "reference"  # a folder that is there while half precision is audite
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
-    of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32."""
+    of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32.
+    `verify`: golden numbers are made, and what this machine can run is held to them."""
 
     revision: str | None = None
     precision: Precision = "fp32"
     engines: tuple[Asked, ...] = ()
     allow_pickle: bool = False
     audit: bool = True
+    verify: bool = True
 
     @property
     def audited(self) -> bool:
@@ -74,12 +81,14 @@ class EngineProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes."""
+    """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes. `checks`:
+    how many outputs and pictures were held to their numbers."""
 
     folder: Path
     up_to_date: bool
     written: int
     peak: int
+    checks: int = 0
 
 
 Event = Progress | EngineProgress | Built
@@ -117,12 +126,12 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
     for asked in options.engines:
         asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
     inputs = _inputs(checkpoint, table, options)
-    if _is_current(out, inputs):
+    if _is_current(out, inputs, verified=options.verify):
         return Built(folder=out, up_to_date=True, written=0, peak=peak_memory())
     if options.audited:
         check_environment()
     with staging(out) as folder:
-        reference, peak = folder / REFERENCE, 0
+        reference, peak, proof = folder / REFERENCE, 0, Proof(checks=0, peak=0)
         if options.audited:
             peak = yield from _reference(checkpoint, table, options, reference)
         peak = max(peak, (yield from _export(checkpoint, table, options, folder, reference if options.audited else None)))
@@ -137,8 +146,11 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
             components=_component_specs(table, audits) | {STEP: step},
             provenance=_provenance(located, options, inputs),
         )
+        if options.verify:
+            proof = yield from _proved(checkpoint, options, folder, len(table))
+            peak = max(peak, proof.peak)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory())
+    return Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory(), checks=proof.checks)
 
 
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
@@ -160,11 +172,13 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
     )
 
 
-def _is_current(out: Path, inputs: str) -> bool:
-    """Whether `out` is a whole bundle made of the same inputs, its bytes as they were written."""
+def _is_current(out: Path, inputs: str, *, verified: bool) -> bool:
+    """Whether `out` is a whole bundle made of the same inputs, its bytes as they were written; with golden numbers, if asked."""
     try:
         bundle = Bundle.open(out)
     except BundleError:
+        return False
+    if verified and DOCUMENT not in bundle.manifest.files:
         return False
     return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
 
@@ -231,6 +245,20 @@ def _audits(table: Sequence[Component], folder: Path) -> dict[str, Audit]:
             assert not faults, faults
             path.unlink()
     return found
+
+
+def _proved(checkpoint: Checkpoint, options: Options, folder: Path, count: int) -> Generator[Progress, None, Proof]:
+    """Golden numbers, and the ONNX held to them where ONNX Runtime is here; the peak is of both processes.
+
+    Raises VerificationFailed.
+    """
+    progress = functools.partial(Progress, component="golden", index=count, count=count)
+    yield progress(stage=Stage(name="reference"))
+    job = GoldenJob(checkpoint=str(checkpoint.folder), bundle=str(folder), allow_pickle=options.allow_pickle)
+    peak = max(each for each in golden_apart(job) if isinstance(each, int))
+    yield progress(stage=Stage(name="verify"))
+    proof = verified_apart(folder, what=checkpoint.model.name)
+    return dataclasses.replace(proof, peak=max(peak, proof.peak))
 
 
 def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, int]:

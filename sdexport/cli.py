@@ -1,7 +1,7 @@
 """The command line: the only file of sdexport that prints or picks an exit code.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed, 2 usage, 3 environment,
-5 a bundle that is not whole, 130 interrupted; the errors carry them.
+4 numbers that do not hold, 5 a bundle that is not whole, 130 interrupted; the errors carry them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,10 @@ from sdruntime.errors import SdruntimeError
 if TYPE_CHECKING:
     from sdexport.build import EngineProgress, Progress
     from sdexport.engines import Failure, Outcome
-    from sdruntime.manifest import Manifest
 
 SCHEMA = 1
 INTERRUPTED = 130
-WORST_FIRST = (3, 5, 1, 2)  # of several failures the code is the first of these
-REASONS = {
-    "overflow": "its output overflows",
-    "takes": "takes what overflows",
-    "constant": "has a constant that the type cannot hold",
-    "loss": "its rounding costs too much",
-}
+WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
 End = TypeVar("End")
 
 
@@ -89,6 +82,7 @@ def main() -> None:
 )
 @click.option("--no-audit", is_flag=True, help="Half precision without measuring what must stay float32: quicker, and unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
+@click.option("--no-verify", is_flag=True, help="Neither make golden numbers nor hold the bundle to them.")
 @as_json
 @reported
 def build(
@@ -103,6 +97,7 @@ def build(
     guidance: Any,
     no_audit: bool,
     allow_pickle: bool,
+    no_verify: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL, a diffusers folder or a hub id, to a bundle."""
@@ -119,25 +114,35 @@ def build(
     from sdruntime.build import Asked
 
     engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
-    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit)
+    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify)
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
-        model, options = found.model, dataclasses.replace(options_of(found), audit=not no_audit)
+        model, options = found.model, dataclasses.replace(options_of(found, verify=not no_verify), audit=not no_audit)
     assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
-        _document(bundle=str(built.folder), up_to_date=built.up_to_date, written=built.written, peak_memory=built.peak)
+        _document(
+            bundle=str(built.folder),
+            up_to_date=built.up_to_date,
+            written=built.written,
+            checks=built.checks,
+            peak_memory=built.peak,
+        )
     elif built.up_to_date:
         click.echo(f"{built.folder} is up to date")
     else:
         click.echo(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
+        if built.checks:
+            click.echo(f"{built.checks} checks against PyTorch passed")
+        elif not no_verify:
+            click.echo("warning: nothing here could check the numbers (pip install onnxruntime)", err=True)
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:
     for option in context.command.params:
         name = option.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("model", "output", "recipe", "no_audit", "as_json"):
+        if given and name not in ("model", "output", "recipe", "no_audit", "no_verify", "as_json"):
             raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")
 
 
@@ -269,7 +274,12 @@ def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
         raise BundleError(bundle, changed)
     manifest = opened.manifest
     if precision:
-        _tell_precision(manifest, as_json)
+        from sdexport.describe import audit_document, audit_lines
+
+        if as_json:
+            _document(**audit_document(manifest))
+        else:
+            click.echo("\n".join(audit_lines(manifest)))
         return
     if as_json:
         _document(manifest=json_from_record(manifest))
@@ -291,28 +301,41 @@ def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
     click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
 
 
-def _tell_precision(manifest: Manifest, as_json: bool) -> None:
-    from sdruntime.record import json_from_record
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="Run this checkpoint, the bundle's own, in PyTorch beside it.")
+@click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
+@as_json
+@reported
+def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool) -> None:
+    """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
+    if bisects and against is None:
+        raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
+    from sdexport.verify import first_nodes, reference_checkpoint, verify_against
+    from sdruntime.bundle import Bundle
+    from sdruntime.errors import VerificationFailed
+    from sdruntime.report import write_page
+    from sdruntime.verify import report_of
+    from sdruntime.verify import verify as checks
 
-    audits = {name: component.audit for name, component in manifest.components.items() if component.audit is not None}
+    opened = Bundle.open(bundle)
+    if against is None:
+        report = report_of(opened, checks(opened))
+    else:
+        checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
+        report = report_of(opened, verify_against(opened, checkpoint), reference=f"{against} in PyTorch")
+        if bisects:
+            report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
+    if html is not None:
+        write_page(report, html)
     if as_json:
-        _document(precision=manifest.precision, audits=json_from_record(audits))
-        return
-    if not audits:
-        why = "nothing to audit" if manifest.precision == "fp32" else "not audited: build it again without --no-audit"
-        click.echo(f"{manifest.model.name} is {manifest.precision}: {why}")
-    for name, audit in audits.items():
-        kept = "every one, the last resort" if audit.whole else f"{len(audit.kept)}"
-        alone = "not finite" if audit.all_psnr is None else f"cosine {audit.all_cosine:.6f}, {audit.all_psnr} dB"
-        click.echo(
-            f"{name}: {manifest.precision}, of {audit.nodes} nodes {kept} in float32, over {audit.feeds} sets of activations"
-        )
-        click.echo(f"  against float32: cosine {audit.cosine:.6f}, PSNR {audit.psnr} dB (with none in float32: {alone})")
-        click.echo(f"  largest in {manifest.precision}: {audit.largest} ({audit.largest_node or 'none'})")
-        for node in audit.kept:
-            cost = "not finite" if node.cost is None else f"{node.cost:.1e}"
-            split = "; keeps its attention from being fused" if node.splits_attention else ""
-            click.echo(f"  {node.node} ({node.op}): {REASONS[node.reason]}; largest {node.largest}, rounded alone {cost}{split}")
+        _document(**report.document())
+    else:
+        click.echo("\n".join(report.lines()))
+    if not report.passed:
+        raise VerificationFailed(bundle, report.faults())
 
 
 @main.command()

@@ -69,8 +69,8 @@ class Outcome:
                 self.failures.append(Failure(what=what, error=error))
 
 
-def options_of(recipe: Recipe) -> Options:
-    return Options(revision=recipe.revision, precision=recipe.precision, engines=recipe.engines)
+def options_of(recipe: Recipe, *, verify: bool = True) -> Options:
+    return Options(revision=recipe.revision, precision=recipe.precision, engines=recipe.engines, verify=verify)
 
 
 def run_recipe(

@@ -25,7 +25,7 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 PROBE = "probe"  # in place of a component: draw with the float32 bundle, to see what its components are fed
 AUDIT = "audit.json"
 
-StageName = Literal["trace", "kept trace", "probe", "audit", "precision", "weights", "done"]
+StageName = Literal["trace", "kept trace", "probe", "audit", "precision", "weights", "done", "reference", "verify"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def run(job: Job) -> Iterator[Stage]:
         component = next(component for component in components(checkpoint) if component.name == job.component)
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
-        stored = _unpickled(part, loose) if part.pickled else part.weights
+        stored = unpickled(part, loose) if part.pickled else part.weights
         yield from _made(component, stored, job, out)
         loose.unlink(missing_ok=True)
 
@@ -128,7 +128,7 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
     yield Stage(name="done", done=done, total=total)
 
 
-def _unpickled(part: Part, path: Path) -> Mapping[str, StoredTensor]:
+def unpickled(part: Part, path: Path) -> Mapping[str, StoredTensor]:
     """The tensors of a pickled part, by way of a safetensors file. torch before 2.6 runs code even from `weights_only` loads."""
     import safetensors.torch
     import torch

@@ -31,13 +31,13 @@ def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -> Export:
-    """export(checkpoint, **options) -> a new bundle: what `sdexport build` does, without a process of its own."""
+    """export(checkpoint, **options) -> a new bundle: what `sdexport build --no-verify` does, without a process of its own."""
 
     def exported(checkpoint: Path, **options: object) -> Path:
         from sdexport.build import Options, build
 
         folder = tmp_path_factory.mktemp("bundles") / checkpoint.name
-        for _ in build(str(checkpoint), folder, Options(**options)):  # type: ignore[arg-type]
+        for _ in build(str(checkpoint), folder, Options(**({"verify": False} | options))):  # type: ignore[arg-type]
             pass
         return folder
 
@@ -76,6 +76,12 @@ def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd1_bundle(sd1_checkpoint: Path, export: Export) -> Path:
     return export(sd1_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sd1_proved_bundle(sd1_checkpoint: Path, export: Export) -> Path:
+    """The same with golden numbers, as a build makes it where nothing else is said."""
+    return export(sd1_checkpoint, verify=True)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 ok, 1 failed, 2 usage, 3 environment, 5 bundle or engine does not fit, 130 interrupted."""
+    """Run one command. Exit codes: 0 ok, 1 failed, 2 usage, 3 environment, 4 verification failed, 5 bundle or engine does not
+    fit, 130 interrupted."""
     options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
@@ -77,13 +78,8 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--guidance", choices=["on", "off", "any"], help="whether pictures are drawn with guidance (two rows each)")
     each.add_argument("--component", action="append", default=[], dest="components", help="only this one (may be repeated)")
     each.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="all but this one (may be repeated)")
-    each.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the library: optimization_level=5",
-    )
+    library = "a setting of the library: optimization_level=5"
+    each.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=library)
 
     each = command("generate", generate, "make pictures")
     each.add_argument("prompt", nargs="+", metavar="PROMPT")
@@ -116,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
     each = command("inspect", inspect, "what a bundle holds, and which of its engines fit this machine")
     each.add_argument("--check", action="store_true", help="read every file and check its hash")
     each.add_argument("--stale", action="store_true", help="only the engines that an upgrade of a library left behind")
+    each = command("verify", verify, "hold a bundle and its engines to the golden numbers that it carries")
+    each.add_argument("--html", type=Path, metavar="FILE.html", help="also write a report with the pictures side by side")
+    each.add_argument("--device", type=int, default=0, help="which GPU (0)")
+    each.add_argument("--threads", type=int, default=0, help="of the CPU (0: the library decides)")
     each = command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
     return top
@@ -248,8 +248,10 @@ def generate(options: argparse.Namespace) -> None:
         written.append({"file": str(path), "seed": picture.request.seed, "prompt": picture.request.prompt, "cut": picture.cut})
         if not options.json:
             print(path)
+    for text in result.warnings:
+        note(f"warning: {text}")
     if options.json:
-        document(pictures=written)
+        document(pictures=written, warnings=list(result.warnings))
 
 
 def table(options: argparse.Namespace) -> None:
@@ -317,6 +319,26 @@ def inspect(options: argparse.Namespace) -> None:
         return
     for line in bundle_lines(bundle, machine):
         print(line)
+
+
+def verify(options: argparse.Namespace) -> None:
+    from sdruntime.bundle import Bundle
+    from sdruntime.engine import EngineOptions
+    from sdruntime.errors import VerificationFailed
+    from sdruntime.report import write_page
+    from sdruntime.verify import report_of
+    from sdruntime.verify import verify as checks
+
+    bundle = Bundle.open(options.bundle)
+    report = report_of(bundle, checks(bundle, options=EngineOptions(device=options.device, threads=options.threads)))
+    if options.html:
+        write_page(report, options.html)
+    if options.json:
+        document(**report.document())
+    else:
+        print("\n".join(report.lines()))
+    if not report.passed:
+        raise VerificationFailed(bundle.folder, report.faults())
 
 
 def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:

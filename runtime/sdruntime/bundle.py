@@ -89,6 +89,19 @@ class Bundle:
             if (found := sha256(self.folder / path)) != spec.sha256
         ]
 
+    def with_files(self, files: Mapping[str, bytes]) -> Bundle:
+        """A bundle that is still staged, with these files as well, each in a folder of the bundle."""
+        listed = dict(self.manifest.files)
+        for path, data in files.items():
+            place = self.folder / path
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(data)
+            listed[path] = file_spec(place)
+            _sync(place.parent)
+        manifest = dataclasses.replace(self.manifest, files=dict(sorted(listed.items())))
+        save_manifest(self.folder, manifest)
+        return Bundle(self.folder, manifest)
+
     def add_engine(self, engine: EngineSpec, built: Mapping[str, Path]) -> Bundle:
         """The bundle with `engine`, its files moved in from `built` (new path in the bundle -> built file on the same disk).
 

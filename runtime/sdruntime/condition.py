@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, Engine, call_rows
+from sdruntime.engine import Array, Engine
+from sdruntime.guard import checked_rows
 from sdruntime.prompt import batch, tokenize
 from sdruntime.tokenizer import Tokenizer
 
@@ -48,10 +49,13 @@ class Conditioner:
         return cls(found)
 
     def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
-        """Encode each different text once. `engine` gives the open engine of a text encoder."""
+        """Encode each different text once. `engine` gives the open engine of a text encoder. Raises NotFinite."""
         texts = list(dict.fromkeys(texts))
         tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
-        outputs = [call_rows(engine(encoder), {"input_ids": batch(found)}) for encoder, found in tokens.items()]
+        outputs = [
+            checked_rows(engine(encoder), {"input_ids": batch(found)}, lambda row: f"text {texts[row][:40]!r}")
+            for encoder, found in tokens.items()
+        ]
         cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]
         pooled: Sequence[Array | None] | Array = [None] * len(texts)
         if len(outputs) == 1 and "last_hidden_state" in outputs[0]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from sdruntime.annotate import annotate
 from sdruntime.condition import Condition
-from sdruntime.engine import Array, Engine, call_rows
-from sdruntime.errors import SdruntimeError
+from sdruntime.engine import Array, Engine
+from sdruntime.errors import NotFinite, SdruntimeError
+from sdruntime.guard import advice, checked_rows, is_finite
 from sdruntime.guidance import combine, rescale
 from sdruntime.run import Run
 
@@ -25,7 +26,8 @@ from sdruntime.run import Run
 class Job:
     """One picture on its way. `run.x` float32 [C, h, w] is the latents: between steps a caller may read and edit it.
 
-    `negative` None: no guidance, and one row in a call in place of two. Set `stopped` to leave the job as it is.
+    `negative` None: no guidance, and one row in a call in place of two. Set `stopped` to leave the job as it is. `sampler` is for
+    messages.
     """
 
     run: Run
@@ -34,6 +36,7 @@ class Job:
     guidance: float = 1.0
     rescale: float = 0.0
     time_ids: Array | None = None  # float32 [6], SDXL
+    sampler: str = ""
     stopped: bool = False
 
     @property
@@ -54,7 +57,8 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
     """Advance every job that is not done by one model call, and yield; until all are done.
 
     Jobs of one shape and one text length go together; `steppers` makes what advances such a group, a `Call` or several. They are
-    made anew when a job joins or leaves, between two steps.
+    made anew when a job joins or leaves, between two steps. Raises NotFinite: after the very call where the loop is here, at its
+    end where it runs on a device.
     """
     calls: list[Stepper] = []
     members: list[Job] = []
@@ -75,6 +79,9 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
             _finish(calls)
         raise
     _finish(calls)
+    for job in jobs:
+        if not is_finite(job.run.x):
+            raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice()}")
 
 
 def _finish(calls: list[Stepper]) -> None:
@@ -87,6 +94,15 @@ def _finish(calls: list[Stepper]) -> None:
             first = first or error
     if first is not None:
         raise first
+
+
+def _at(step: int, job: Job) -> str:
+    return f"step {step} of {job.run.steps}" + (f", sampler {job.sampler}" if job.sampler else "")
+
+
+def after(job: Job) -> str:
+    """For a person: how far a job has come."""
+    return f"after {_at(job.run.step, job)}"
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -130,7 +146,7 @@ class Call:
             if unconditional is not None:
                 self._sample[unconditional] = self._sample[row]
                 self._timestep[unconditional] = job.run.t
-        output = call_rows(self._unet(), self._feeds)["out_sample"]
+        output = checked_rows(self._unet(), self._feeds, self._during)["out_sample"]
         for job, row, unconditional in self._jobs:
             model = output[row]
             if unconditional is not None:
@@ -138,6 +154,9 @@ class Call:
                 if job.rescale:
                     model = rescale(model[None], output[row][None], job.rescale)[0]
             job.run.advance(model)
+
+    def _during(self, row: int) -> str:
+        return next(_at(job.run.step + 1, job) for job, *rows in self._jobs if row in rows)
 
     def finish(self) -> None:
         """Nothing is held back: after each step the jobs are where they are."""

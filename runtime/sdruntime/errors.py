@@ -1,6 +1,8 @@
 """The errors of sdruntime, and the exit code that each gives a command line.
 
 SdruntimeError                 1   something failed
+├── NotFinite                  1   an engine returned NaN or infinite numbers
+├── VerificationFailed         4   numbers are not those that the bundle promises; carries every fault
 ├── SettingError               2   a value that the caller gave: size, steps, sampler, prompt, scheduler setting
 │   └── UnknownName            2   a name that is not in a list; carries the near ones
 ├── EnvironmentFault           3   this machine lacks something
@@ -24,6 +26,21 @@ class SdruntimeError(Exception):
     """Base of every error that sdruntime raises on purpose."""
 
     exit_code: ClassVar[int] = 1
+
+
+class NotFinite(SdruntimeError):
+    """An engine returned numbers that are NaN or infinite: what follows from them would be no picture."""
+
+
+class VerificationFailed(SdruntimeError):
+    """Numbers are not those that the bundle promises. `faults` holds one line for each check that failed."""
+
+    exit_code = 4
+
+    def __init__(self, where: object, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        count = f"{len(self.faults)} check{'s' if len(self.faults) != 1 else ''} failed"
+        super().__init__(f"{where}: {count}\n" + "\n".join(f"  - {fault}" for fault in self.faults))
 
 
 class SettingError(SdruntimeError, ValueError):

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from sdruntime.engine import Array, Engine, call_rows
+from sdruntime.engine import Array, Engine
+from sdruntime.guard import checked_rows
 from sdruntime.manifest import ModelSpec
 
 
-def decode(latents: Array, engine: Engine, model: ModelSpec) -> Array:
-    """Latents float32 [B, C, h, w] -> pictures float32 [B, 3, f·h, f·w] in about [-1, 1]."""
+def decode(latents: Array, engine: Engine, model: ModelSpec, during: Callable[[int], str] = "picture {}".format) -> Array:
+    """Latents float32 [B, C, h, w] -> pictures float32 [B, 3, f·h, f·w] in about [-1, 1]. `during` says of a row whose it is.
+
+    Raises NotFinite.
+    """
     cells = latents / np.float32(model.scaling_factor)
     if model.shift_factor:
         cells += np.float32(model.shift_factor)
-    return call_rows(engine, {"latent_sample": np.ascontiguousarray(cells, np.float32)})["sample"]
+    return checked_rows(engine, {"latent_sample": np.ascontiguousarray(cells, np.float32)}, during)["sample"]
 
 
 def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec) -> Array:
     """Pictures float32 [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, H/f, W/f], a draw from the VAE's posterior.
 
-    `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20] as diffusers does.
+    `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20] as diffusers does. Raises NotFinite.
     """
-    posterior = call_rows(engine, {"sample": np.ascontiguousarray(pictures, np.float32)})
+    feeds = {"sample": np.ascontiguousarray(pictures, np.float32)}
+    posterior = checked_rows(engine, feeds, lambda row: "the picture to begin from")
     deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
     drawn: Array = posterior["latent_mean"] + deviation * noise
     drawn -= np.float32(model.shift_factor)

@@ -3,6 +3,8 @@
 A step is recorded once as a CUDA graph and launched again for every step of every picture of its shape. What differs from step to
 step (timesteps, coefficients, noise) is worked out beforehand for all of them and copied into its place on the device; guidance
 and the sampler's sum happen there. The host only looks, by asking for events, how far the device has come.
+
+No step's output is looked at for NaN here: the state that is fetched at the end is (`denoise`), which keeps whatever went wrong.
 """
 
 from __future__ import annotations

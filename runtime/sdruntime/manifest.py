@@ -169,8 +169,8 @@ class EngineSpec:
 
     @property
     def name(self) -> str:
-        """The engine's file name without its folder and ending: what messages call it."""
-        return self.files[0].rsplit("/", 1)[-1].rsplit(".", 1)[0]
+        """The engine's file without the folder of engines and its ending: what messages call it."""
+        return self.files[0].removeprefix("engines/").rsplit(".", 1)[0]
 
     def admitting(self, **dims: int) -> list[int]:
         """The profiles, by index, in which every given dimension lies, the tightest first. A dimension that a profile does not

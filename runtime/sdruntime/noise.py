@@ -42,6 +42,10 @@ class NoiseStream:
         size = math.prod(shape)
         return (self._few(size) if size < _BLOCK else self._many(size)).reshape(shape)
 
+    def integers(self, below: int, shape: tuple[int, ...]) -> NDArray[np.int64]:
+        """Whole numbers from 0 to `below` - 1, int64 [shape]; the same on every machine, and not those of torch."""
+        return self._twister.randint(0, below, size=shape, dtype=np.int64)
+
     def _many(self, size: int) -> NDArray[np.float32]:
         noise = np.empty(size, np.float32)
         whole = size - size % _BLOCK

@@ -20,6 +20,11 @@ class Picture:
     cut: str = ""
 
     @property
+    def flat(self) -> bool:
+        """Whether all of its pixels are one colour: black, most often."""
+        return bool((self.image == self.image[0, 0]).all())
+
+    @property
     def seed(self) -> int:
         return self.request.seed
 
@@ -46,6 +51,16 @@ class Result:
     """Finished pictures, in the order in which they were asked for."""
 
     pictures: tuple[Picture, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for each picture that is one colour all over."""
+        return tuple(
+            f"picture {k} (seed {each.seed}) is one colour all over, {each.image[0, 0].tolist()}: `sdruntime verify BUNDLE` "
+            "tells whether the engines are sound"
+            for k, each in enumerate(self.pictures)
+            if each.flat
+        )
 
     @property
     def images(self) -> list[Array]:

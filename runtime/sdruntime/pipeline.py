@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.condition import Condition, Conditioner
 from sdruntime.cuda import Cuda
-from sdruntime.denoise import Call, Job, Stepper, denoise
+from sdruntime.denoise import Call, Job, Stepper, after, denoise
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
@@ -98,7 +98,7 @@ class Stream:
     @functools.cached_property
     def result(self) -> Result:
         self.close()
-        decoded = self._pipe.decode([job.run.x for job in self.jobs])
+        decoded = self._pipe.decode([job.run.x for job in self.jobs], lambda k: after(self.jobs[k]))
         model = self._pipe.model.name
         pictures = [
             Picture(
@@ -122,8 +122,10 @@ class Pipeline:
     `options` say how engines are opened (device, threads, the library's own settings).
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str, options: EngineOptions) -> None:
-        self.bundle, self.model = bundle, bundle.manifest.model
+    def __init__(
+        self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
+    ) -> None:
+        self.bundle, self.model, self._given = bundle, bundle.manifest.model, given
         self._backend, self._options = backend, options
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._conditioner = Conditioner.open(bundle)
@@ -137,7 +139,8 @@ class Pipeline:
         self._chosen = [
             choose_engine(bundle.manifest, name, self._machine, name=backend)
             for name in bundle.manifest.components
-            if name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
+            if given is None
+            and name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
         ]
 
     @classmethod
@@ -146,6 +149,11 @@ class Pipeline:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         return cls(bundle, backend=backend, options=options or EngineOptions())
+
+    @classmethod
+    def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
+        """A pipeline over engines that the caller opens and closes: `given` is asked for a component's before each use of it."""
+        return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
 
     def __enter__(self) -> Pipeline:
         if self._backend == AUTO:
@@ -181,7 +189,8 @@ class Pipeline:
     def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
         """Draw. `settings` are those of `Request`, and `count`: pictures for each prompt. Picture k has the seed `seed` + k.
 
-        Raises SettingError for a setting out of range, EngineError for a size that no engine takes.
+        Raises SettingError for a setting out of range, EngineError for a size that no engine takes, NotFinite for an engine whose
+        numbers are no picture.
         """
         stream = self.stream(prompt, on_device=True, **settings)
         stream.watched = False
@@ -199,7 +208,7 @@ class Pipeline:
         shapes = [self._latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
         for _, height, width in set(shapes):
-            for component in ("unet", "vae_decoder"):
+            for component in ("unet", "vae_decoder") if self._given is None else ():
                 self._choose(component, 1, height=height, width=width)
         conditions = self._conditions(asked)
         jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
@@ -214,6 +223,8 @@ class Pipeline:
         """
         if self._engines is None:
             raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
+        if self._given is not None:
+            return self._given(component)
         spec = self._choose(component, rows, **dims)
         if spec.name in self._engines:
             return self._engines[spec.name]
@@ -261,7 +272,7 @@ class Pipeline:
         `whole`: all of their steps may be launched at once, if the options say so too.
         """
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
-        if BACKENDS[unet.spec.backend].loop and self._has_step(cells):
+        if self._given is None and BACKENDS[unet.spec.backend].loop and self._has_step(cells):
             from sdruntime.loop import device_calls
 
             whole = whole and self._options.whole_loop
@@ -282,13 +293,18 @@ class Pipeline:
         rows = sum(1 if job.negative is None else 2 for job in jobs)
         return self.engine("unet", rows=rows, height=height, width=width, sequence=sequence)
 
-    def decode(self, latents: Sequence[Array]) -> list[Array]:
-        """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together."""
+    def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "picture {}".format) -> list[Array]:
+        """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.
+
+        `during` says of a picture, by its number, whose it is, for the error: NotFinite.
+        """
         decoded: dict[int, Array] = {}
         for shape in dict.fromkeys(x.shape for x in latents):
             where = [k for k, x in enumerate(latents) if x.shape == shape]
             engine = self.engine("vae_decoder", rows=len(where), height=shape[1], width=shape[2])
-            decoded |= zip(where, latent.decode(np.stack([latents[k] for k in where]), engine, self.model), strict=True)
+            cells = np.stack([latents[k] for k in where])
+            pictures = latent.decode(cells, engine, self.model, lambda row, where=where: during(where[row]))  # type: ignore[misc]
+            decoded |= zip(where, pictures, strict=True)
         return [decoded[k] for k in range(len(latents))]
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
@@ -356,6 +372,7 @@ class Pipeline:
             guidance=request.guidance,
             rescale=request.rescale,
             time_ids=None if condition.pooled is None else time_ids(shape, self.model),
+            sampler=request.sampler or self.sampler,
         )
 
 

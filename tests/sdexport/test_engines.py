@@ -25,14 +25,14 @@ ENGINES = '[[engines]]\nbackend = "fake"\nsize = "{size}"\n'
 
 
 @pytest.fixture
-def place(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(sd1_checkpoint: Path, sd1_proved_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in: engines/good.toml, bad.toml and gpu.toml, and the bundle of good.toml exported already."""
     (tmp_path / "engines").mkdir()
     monkeypatch.chdir(tmp_path)
     write("good", sd1_checkpoint, ENGINES.format(size="64x64"))
     write("bad", sd1_checkpoint, ENGINES.format(size="64") + 'targets = "cpu"\n')
     write("gpu", sd1_checkpoint, '[[engines]]\nbackend = "tensorrt"\ntarget = "current"\n')
-    shutil.copytree(sd1_bundle, tmp_path / "engines" / "built" / "good")
+    shutil.copytree(sd1_proved_bundle, tmp_path / "engines" / "built" / "good")
     return tmp_path
 
 
@@ -120,9 +120,9 @@ def test_a_size_that_the_model_cannot_have_is_told_before_the_export(
     assert "no such folder" in rows("gone", code=2)["gone"]["failed"][0]["error"]
 
 
-def test_another_model_and_another_place(place: Path, sd1_checkpoint: Path, sd1_bundle: Path) -> None:
+def test_another_model_and_another_place(place: Path, sd1_checkpoint: Path, sd1_proved_bundle: Path) -> None:
     write("other", Path("/nowhere"), ENGINES.format(size="64x64"))
-    shutil.copytree(sd1_bundle, place / "out" / "other")
+    shutil.copytree(sd1_proved_bundle, place / "out" / "other")
     row = rows(place / "engines/other.toml", "--model", sd1_checkpoint, "-o", place / "out")["other"]
     assert (row["bundle"], len(row["built"])) == (str(place / "out" / "other"), 4)
     for names in ((), ("good", "other")):

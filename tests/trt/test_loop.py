@@ -12,6 +12,7 @@ from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 
 from sdruntime.engine import EngineOptions
+from sdruntime.errors import NotFinite
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
@@ -69,6 +70,16 @@ def test_jobs_of_different_steps_samplers_and_guidance_go_together(pipe: Pipelin
         Request(prompt="red", negative="the", seed=3, steps=5, sampler="unipc", guidance=4.0),
     ]
     assert_near(latents(pipe, *requests, on_device=True), latents(pipe, *requests, on_device=False))
+
+
+def test_what_is_not_finite_on_the_device_is_told_at_the_end_of_the_loop(pipe: Pipeline, here: Machine) -> None:
+    stream = pipe.stream(Request(prompt=PROMPT, seed=1, steps=4, sampler="euler"), on_device=True)
+    stream.jobs[0].condition.hidden[0, 0] = np.nan
+    states = iter(stream)
+    assert [next(states).step for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(NotFinite, match=r"unet, after step 4 of 4, sampler euler: the latents are not finite any more"):
+        next(states)
+    assert here.gpus.counts["launches"] > 0
 
 
 def test_the_host_waits_for_no_step(pipe: Pipeline, here: Machine) -> None:

@@ -1,0 +1,279 @@
+"""The golden numbers of a bundle: what its networks must answer, as their reference in PyTorch answered it in float32.
+
+    golden/golden.json    Golden: cases, drawings, tolerances, and which checkpoint was run
+    golden/numbers.npz    a sample of each output of each case; the picture of each drawing
+
+Inputs are not stored: `feeds` makes them again from a seed, the same on every machine to one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from sdruntime.bundle import Bundle
+from sdruntime.engine import CPU, Array
+from sdruntime.errors import BundleError
+from sdruntime.manifest import ComponentSpec, EngineSpec, Manifest
+from sdruntime.noise import NoiseStream
+from sdruntime.record import json_from_record, record_from_json
+from sdruntime.request import Request
+from sdruntime.step import NAME as STEP
+
+DOCUMENT, NUMBERS = "golden/golden.json", "golden/numbers.npz"
+FORMAT, REVISION = "sdexport-golden", 1
+SAMPLE = 4096  # numbers of an output that are kept
+_LARGEST_VAE = 768 * 768  # pixels: a VAE in float32 takes gigabytes above
+_RANGES = {"timestep": 1000, "time_ids": 1024}  # inputs that are whole numbers, whatever their type
+_LARGEST_PICTURE = 256  # pixels of a side
+_PROMPTS = ("a photograph of a red cat in a green garden", "an old map of an island, and the sea around it, in ink")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """What an engine of a precision is held to.
+
+    For a component `relative` bounds the largest error, `digest` that of mean, deviation, least and largest number, both against
+    the output's largest magnitude, which is the peak of `psnr` too. For a picture: `picture_psnr` (uint8, peak 255) and `ssim`.
+    """
+
+    relative: float
+    psnr: float  # dB
+    cosine: float
+    digest: float
+    picture_psnr: float  # dB
+    ssim: float
+
+
+_HALF = Tolerance(relative=1.0, psnr=40.0, cosine=0.9999, digest=0.05, picture_psnr=30.0, ssim=0.95)
+TOLERANCES: Mapping[str, Tolerance] = {
+    "fp32": Tolerance(relative=1e-4, psnr=80.0, cosine=0.999999, digest=1e-4, picture_psnr=45.0, ssim=0.99),
+    "tf32": Tolerance(relative=1e-2, psnr=50.0, cosine=0.9999, digest=1e-2, picture_psnr=30.0, ssim=0.95),
+    "fp16": _HALF,
+    "bf16": _HALF,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """An output in five numbers; `norm` is its Euclidean length."""
+
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+    min: float
+    max: float
+    norm: float
+
+    @property
+    def largest(self) -> float:
+        return max(abs(self.min), abs(self.max))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call of a component. `dims`: its named dimensions; `below`: of each input of whole numbers, the bound that they lie
+    under. `outputs`: what the reference answered; a sample of each is in the numbers, under `key`."""
+
+    component: str
+    name: str
+    seed: int
+    dims: Mapping[str, int]
+    below: Mapping[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, Digest] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("dims", "below", "outputs"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def key(self, output: str) -> str:
+        return f"{self.component}.{self.name}.{output}"
+
+    def feeds(self, component: ComponentSpec) -> dict[str, Array]:
+        """The inputs, made from the seed: unit normal numbers, or whole ones below a bound."""
+        noise = NoiseStream(self.seed)
+        made: dict[str, Array] = {}
+        for spec in component.inputs:
+            shape = tuple(self.dims[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+            if spec.name in self.below:
+                made[spec.name] = noise.integers(self.below[spec.name], shape).astype(spec.dtype)
+            else:
+                made[spec.name] = noise.normal(shape)
+        return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """A picture of the whole pipeline, with the checkpoint's own sampler. `size`: pixels, (width, height)."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+
+    @property
+    def request(self) -> Request:
+        return Request(
+            prompt=self.prompt,
+            negative=self.negative,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            size=self.size,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """`checkpoint`: the hash of the weights that the reference ran; `reference`: the versions of its libraries."""
+
+    checkpoint: str
+    reference: Mapping[str, str]
+    cases: tuple[Case, ...]
+    drawings: tuple[Drawing, ...]
+    tolerances: Mapping[str, Tolerance]
+    format: str = FORMAT
+    revision: int = REVISION
+
+    def __post_init__(self) -> None:
+        missing = sorted(set(TOLERANCES) - set(self.tolerances))
+        if missing:
+            raise ValueError(f"tolerances: {', '.join(missing)} missing")
+        for name in ("reference", "tolerances"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+
+def tolerance_name(engine: EngineSpec) -> str:
+    """Which of the tolerances an engine is held to. On a GPU fp32 is TF32, with ten bits of mantissa, where NVIDIA's libraries
+    are not told otherwise (NVIDIA_TF32_OVERRIDE=0)."""
+    if engine.precision == "fp32" and engine.target != CPU and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        return "tf32"
+    return engine.precision
+
+
+def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, ...]:
+    """The calls that a bundle's golden numbers are of: each component at a small size in two rows, and at the model's own in one
+    (a VAE up to 768×768 pixels). `step`, which is arithmetic without weights, has none.
+
+    `vocabulary`: of each text encoder, how many tokens it knows.
+    """
+    made: list[Case] = []
+    model = manifest.model
+    small = (2 * model.size_multiple, 3 * model.size_multiple)
+    for component, spec in manifest.components.items():
+        if component == STEP:
+            continue
+        below = {tensor.name: _RANGES[tensor.name] for tensor in spec.inputs if tensor.name in _RANGES}
+        below |= {tensor.name: vocabulary[component] for tensor in spec.inputs if tensor.dtype != "float32"}
+        for name, rows, (height, width) in (("small", 2, small), ("own", 1, model.default_size)):
+            sized = {"height", "width"} <= set(spec.dimensions)
+            if name == "own" and (not sized or (component.startswith("vae") and height * width > _LARGEST_VAE)):
+                continue
+            unit = 1 if component == "vae_encoder" else model.vae_factor
+            every = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": 77}
+            dims = {dim: every[dim] for dim in spec.dimensions}
+            made.append(Case(component=component, name=name, seed=1000 + len(made), dims=dims, below=below))
+    return tuple(made)
+
+
+def drawings_of(manifest: Manifest) -> tuple[Drawing, ...]:
+    """The pictures of a bundle's golden numbers: two prompts, of at most 256 pixels a side where the model can draw so small."""
+    model = manifest.model
+    height, width = (_small_side(side, model.size_multiple) for side in model.default_size)
+    return tuple(
+        Drawing(prompt=prompt, negative="a blurred text", seed=7 + k, steps=6, guidance=5.0, size=(width, height))
+        for k, prompt in enumerate(_PROMPTS)
+    )
+
+
+def _small_side(side: int, multiple: int) -> int:
+    return max(multiple, min(side, _LARGEST_PICTURE) // multiple * multiple)
+
+
+def digest_of(output: Array) -> Digest:
+    wide = output.astype(np.float64)
+    return Digest(
+        shape=output.shape,
+        mean=float(wide.mean()),
+        std=float(wide.std()),
+        min=float(wide.min()),
+        max=float(wide.max()),
+        norm=float(np.linalg.norm(wide)),
+    )
+
+
+def sample_of(output: Array, seed: int) -> Array:
+    """Some numbers of an output, float32 [at most SAMPLE], from places that follow from the seed."""
+    flat = output.reshape(-1)
+    if flat.size <= SAMPLE:
+        return flat.astype(np.float32)
+    return flat[NoiseStream(seed).integers(flat.size, (SAMPLE,))].astype(np.float32)
+
+
+def write_golden(bundle: Bundle, golden: Golden, numbers: Mapping[str, Array]) -> Bundle:
+    """The bundle with these golden numbers, in place of those that it had."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **numbers)  # type: ignore[arg-type]
+    document = json.dumps(json_from_record(golden), indent=1, allow_nan=False) + "\n"
+    return bundle.with_files({DOCUMENT: document.encode(), NUMBERS: packed.getvalue()})
+
+
+def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
+    """The golden numbers of a bundle.
+
+    Raises BundleError where it has none, telling how to make them, or where they are damaged.
+    """
+    if DOCUMENT not in bundle.manifest.files or NUMBERS not in bundle.manifest.files:
+        fault = "no golden numbers: it was built with --no-verify, or by an sdexport that made none"
+        raise BundleError(bundle.folder, [f"{fault}; sdexport build MODEL -o {bundle.folder} builds it with them"])
+    document = bundle.read_json(DOCUMENT)
+    if not isinstance(document, dict) or (document.get("format"), document.get("revision")) != (FORMAT, REVISION):
+        raise BundleError(bundle.folder, [f"{DOCUMENT}: {FORMAT} of revision {REVISION} belongs here: upgrade sdruntime"])
+    faults: list[str] = []
+    golden = record_from_json(Golden, document, where=DOCUMENT, faults=faults)
+    numbers: dict[str, Array] = {}
+    if not faults:
+        try:
+            with np.load(io.BytesIO(bundle.read(NUMBERS)), allow_pickle=False) as packed:
+                numbers = {name: packed[name] for name in packed.files}
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise BundleError(bundle.folder, [f"{NUMBERS}: not readable: {error}"]) from error
+        faults = list(_faults(golden, numbers, bundle.manifest))
+    if faults:
+        raise BundleError(bundle.folder, faults)
+    return golden, numbers
+
+
+def picture_key(index: int) -> str:
+    return f"picture.{index}"
+
+
+def _faults(golden: Golden, numbers: Mapping[str, Array], manifest: Manifest) -> Any:
+    for case in golden.cases:
+        spec = manifest.components.get(case.component)
+        if spec is None:
+            yield f"{DOCUMENT}: a case of {case.component!r}, which the bundle does not have"
+            continue
+        unsized = sorted(set(spec.dimensions) - set(case.dims))
+        if unsized or set(case.outputs) != {tensor.name for tensor in spec.outputs}:
+            yield f"{DOCUMENT}: case {case.component}.{case.name} is not of the inputs and outputs of {case.component}"
+            continue
+        for output, digest in case.outputs.items():
+            found = numbers.get(case.key(output))
+            if found is None or found.shape != (min(SAMPLE, math.prod(digest.shape)),) or found.dtype != np.float32:
+                yield f"{NUMBERS}: {case.key(output)} is missing, or of another size"
+    for index, drawing in enumerate(golden.drawings):
+        found = numbers.get(picture_key(index))
+        if found is None or found.shape != (*drawing.size[::-1], 3) or found.dtype != np.uint8:
+            yield f"{NUMBERS}: {picture_key(index)} is missing, or of another size"

@@ -1,0 +1,215 @@
+"""The golden numbers of a bundle: the checkpoint's own modules in PyTorch, in float32, on the inputs of `sdruntime.golden`.
+
+In a process of its own, one network in memory at a time. The pictures are drawn by the runtime's pipeline over these networks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sdexport.cache import digest_of as hash_of
+from sdexport.cache import versions
+from sdexport.checkpoint import Checkpoint, read_checkpoint
+from sdexport.components import Component, components
+from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
+from sdexport.job import unpickled
+from sdexport.weights import match_weights
+from sdruntime.bundle import Bundle, disk_full_as_error, sha256
+from sdruntime.engine import CPU, Array
+from sdruntime.errors import SdruntimeError
+from sdruntime.golden import (
+    TOLERANCES,
+    Case,
+    Golden,
+    cases_of,
+    digest_of,
+    drawings_of,
+    picture_key,
+    sample_of,
+    write_golden,
+)
+from sdruntime.guard import checked_rows
+from sdruntime.manifest import ComponentSpec, EngineSpec, Manifest, Precision
+from sdruntime.pipeline import Pipeline
+from sdruntime.process import Message, serve
+from sdruntime.process import run_apart as messages_of
+
+_ADVICE = "free some, build on a larger machine, or build with --no-verify"
+_OWN = "weights."  # as in sdexport.to_onnx
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenJob:
+    """The golden numbers of the bundle in `bundle`, which is staged and has none, from the checkpoint that it was made of."""
+
+    checkpoint: str
+    bundle: str
+    allow_pickle: bool
+
+
+class TorchEngine:
+    """A component of a checkpoint in PyTorch, on the CPU in float32: `sdruntime.engine.Engine`."""
+
+    def __init__(self, checkpoint: Checkpoint, component: Component, spec: ComponentSpec, scratch: Path) -> None:
+        self.component = spec
+        profile = dict.fromkeys(spec.dimensions, (1, 1, 1 << 20))
+        self.spec = EngineSpec(
+            component=component.name,
+            backend="torch",
+            version=versions()["torch"],
+            target=CPU,
+            precision="fp32",
+            files=(f"{component.name}/torch",),
+            profiles=(profile,),
+        )
+        self._module = _module(checkpoint, component, scratch)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self._module(**{name: torch.from_numpy(np.array(array)) for name, array in feeds.items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {spec.name: output.numpy() for spec, output in zip(self.component.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        self._module = None
+
+    def __enter__(self) -> TorchEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Reference:
+    """The networks of a checkpoint, of which one is in memory at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, scratch: Path) -> None:
+        self._checkpoint, self._manifest, self._scratch = checkpoint, manifest, scratch
+        self._table = {component.name: component for component in components(checkpoint)}
+        self._open: TorchEngine | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._table)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {name: each.config["vocab_size"] for name, each in self._table.items() if "vocab_size" in each.config}
+
+    def engine(self, name: str) -> TorchEngine:
+        if self._open is None or self._open.spec.component != name:
+            self._open = None  # its memory goes first
+            self._open = TorchEngine(self._checkpoint, self._table[name], self._manifest.components[name], self._scratch)
+        return self._open
+
+    def answer(self, case: Case) -> Mapping[str, Array]:
+        """The outputs of a case. Raises NotFinite."""
+        engine = self.engine(case.component)
+        return checked_rows(engine, case.feeds(engine.component), lambda row: f"golden case {case.name}, row {row}, in PyTorch")
+
+
+def checkpoint_hash(checkpoint: Checkpoint) -> str:
+    """Of the weights that a checkpoint's networks are made of."""
+    files = [path for part in checkpoint.parts.values() for path in part.files]
+    return hash_of({path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files})
+
+
+def make_golden(job: GoldenJob) -> Iterator[str]:
+    """Write the golden numbers into the bundle: yields the name of each network that begins.
+
+    Raises NotFinite for a checkpoint whose numbers are not finite in float32 already.
+    """
+    bundle = Bundle.open(job.bundle)
+    manifest = bundle.manifest
+    checkpoint = opened(Path(job.checkpoint), manifest.precision, allow_pickle=job.allow_pickle)
+    with disk_full_as_error(bundle.folder):
+        reference = Reference(checkpoint, manifest, bundle.folder / "golden.scratch.safetensors")
+        cases, drawings = cases_of(manifest, reference.vocabulary), drawings_of(manifest)
+        numbers: dict[str, Array] = {}
+        answered: dict[str, list[Case]] = {}
+
+        def engine(name: str) -> TorchEngine:
+            if name not in answered:
+                answered[name] = []
+                for case in (case for case in cases if case.component == name):
+                    outputs = reference.answer(case)
+                    numbers.update({case.key(output): sample_of(array, case.seed) for output, array in outputs.items()})
+                    digests = {output: digest_of(array) for output, array in outputs.items()}
+                    answered[name].append(dataclasses.replace(case, outputs=digests))
+            return reference.engine(name)
+
+        yield "pictures"
+        with Pipeline.over(bundle, engine) as pipe:
+            images = pipe([drawing.request for drawing in drawings]).images
+        numbers |= {picture_key(index): image for index, image in enumerate(images)}
+        for name in reference.names:
+            if name not in answered:
+                yield name
+                engine(name)
+        golden = Golden(
+            checkpoint=checkpoint_hash(checkpoint),
+            reference={name: version for name, version in versions().items() if name in ("torch", "diffusers", "transformers")},
+            cases=tuple(case for name in reference.names for case in answered[name]),
+            drawings=drawings,
+            tolerances=TOLERANCES,
+        )
+        write_golden(bundle, golden, numbers)
+
+
+def opened(folder: Path, precision: Precision, *, allow_pickle: bool) -> Checkpoint:
+    """The checkpoint with the weights that a bundle of this precision is made of."""
+    return read_checkpoint(folder, name=folder.name, precision=precision, allow_pickle=allow_pickle)
+
+
+def run_apart(job: GoldenJob) -> Generator[str | int, None, None]:
+    """`make_golden` in its own process: yields what it yields, then the peak of its memory in bytes."""
+    messages = messages_of(
+        __name__, dataclasses.asdict(job), what="golden numbers", failed=ExportError, killed=ProcessKilled, advice=_ADVICE
+    )
+    with contextlib.closing(messages):
+        for message in messages:
+            yield message["begin"] if "begin" in message else int(message["peak"])
+
+
+def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
+    """The network with its weights in float32. It is made without numbers, so that its memory is that of its weights."""
+    import torch
+
+    from sdexport.modules import WRAPPERS
+
+    with torch.device("meta"):
+        module = WRAPPERS[component.wrapper](component.config).eval()
+    state = module.state_dict()
+    part = checkpoint.parts[component.part]
+    stored = unpickled(part, scratch) if part.pickled else part.weights
+    found = match_weights(
+        {name.removeprefix(_OWN): tuple(each.shape) for name, each in state.items()}, stored, where=component.name
+    )
+    for name in state:
+        state[name] = torch.from_numpy(found[name.removeprefix(_OWN)].read().astype(np.float32, copy=False))
+    module.load_state_dict(state, assign=True)
+    scratch.unlink(missing_ok=True)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:  # a table of positions, which the wrappers hand in themselves
+                setattr(owner, name, torch.arange(buffer.shape[-1])[None])
+    return module
+
+
+def _work(job: Message, tell: Callable[[Message], None]) -> None:
+    for name in make_golden(GoldenJob(**job)):
+        tell({"begin": name})
+
+
+if __name__ == "__main__":
+    serve(_work, errors=(SdexportError, SdruntimeError), memory=EnvironmentFault(f"out of memory: {_ADVICE}"))
