@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         return each
 
     each = command("build", build, "build engines from a bundle's ONNX, on and for this machine")
-    each.add_argument("--backend", help="tensorrt, tensorrt-rtx or onnxruntime")
+    each.add_argument("--backend", help="tensorrt, tensorrt-rtx, onnxruntime or openvino")
     each.add_argument("--stale", action="store_true", help="build again what an upgrade of a library left behind")
     each.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu; the best of this machine where left out")
     each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
