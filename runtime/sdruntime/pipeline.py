@@ -167,6 +167,7 @@ class Pipeline:
             for engine in (self._engines or {}).values():
                 stack.callback(engine.close)
             self._engines = None
+        self._conditioner.forget()
 
     @property
     def sampler(self) -> str:
