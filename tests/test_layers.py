@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "sdruntime": """errors record process cache manifest step bundle schedule path predict samplers table run noise guidance
-        tokenizer prompt image annotate engine plan cuda shapes backends choose build request picture condition latent denoise
-        loop pipeline jetson describe __main__""".split(),
+        tokenizer prompt image annotate engine plan cuda shapes backends choose speed build request picture condition latent
+        denoise loop pipeline jetson describe __main__""".split(),
     "sdexport": """errors toml recipe weights hub checkpoint tokenizer components modules to_onnx precision cache job process
         step build interpreter engines cli __main__""".split(),
 }

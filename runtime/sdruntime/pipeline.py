@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -32,6 +33,7 @@ from sdruntime.plan import memory_plan
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
 from sdruntime.samplers import resolve
+from sdruntime.speed import cpu_speeds
 from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
@@ -129,11 +131,7 @@ class Pipeline:
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._shared = Shared()
         # a bundle that cannot run here is told of before anything is opened
-        self._chosen = [
-            choose_engine(bundle.manifest, name, self._machine, name=backend)
-            for name in bundle.manifest.components
-            if name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
-        ]
+        self._chosen = self._choose_all()
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
@@ -145,12 +143,13 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         if self._backend == AUTO:
             warn_if_slow(self._chosen, self._machine)
+            self._compare_speeds()
         self._engines = {}
         try:
             self._check_memory()
             for spec in self._chosen:
                 if spec.target == CPU or not self._options.low_memory:
-                    self.engine(spec.component)
+                    self.engine(spec.component, rows=self._usual_rows(spec.component))
         except BaseException:
             self.close()
             raise
@@ -218,6 +217,28 @@ class Pipeline:
         opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
         self._engines[spec.name] = opened
         return opened
+
+    def _choose_all(self) -> list[EngineSpec]:
+        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
+        the GPU."""
+        return [
+            choose_engine(self.bundle.manifest, name, self._machine, name=self._backend, rows=self._usual_rows(name))
+            for name in self.bundle.manifest.components
+            if name not in ("vae_encoder", STEP)
+        ]
+
+    def _usual_rows(self, component: str) -> int:
+        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
+        return 2 if component == "unet" and self._machine.speeds else 1
+
+    def _compare_speeds(self) -> None:
+        """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
+        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self._chosen):
+            speeds = cpu_speeds(self.bundle, self._machine, self._options)
+            if speeds:
+                self._machine = dataclasses.replace(self._machine, speeds=speeds)
+                self._choices.clear()
+                self._chosen = self._choose_all()
 
     def _choose(self, component: str, rows: int, **dims: int) -> EngineSpec:
         key = (component, rows, *dims.items())
