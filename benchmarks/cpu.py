@@ -84,7 +84,7 @@ ROWS: dict[str, Callable[..., Call]] = {
     "OpenVINO on the plain export": plain_openvino,
     "sdruntime, openvino, bf16": functools.partial(ours, "openvino", BF16),
 }
-COLUMNS = ("call_s", "call_cpu_s", "open_s", "open_cpu_s", "rss_gb", "peak_rss_gb")
+COLUMNS = ("call_s", "call_cpu_s", "open_s", "open_cpu_s", "anonymous_gb", "peak_rss_gb")
 DIFFUSERS = "diffusers, eager fp32"
 
 
@@ -147,7 +147,7 @@ def main() -> None:
                 print(component, row, json.dumps(best[row]), file=sys.stderr, flush=True)
         result["components"][component] = best
         result["load"]["after"] = os.getloadavg()[0]
-        print(f"| {component} | call, s | call, CPU s | open, s | open, CPU s | memory after, GB | peak, GB |")
+        print(f"| {component} | call, s | call, CPU s | open, s | open, CPU s | own memory after, GB | peak, GB |")
         print("|---" * 7 + "|")
         for row, each in best.items():
             parts = [each[key] for key in COLUMNS]

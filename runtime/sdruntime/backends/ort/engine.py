@@ -80,6 +80,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     if spec.target == CPU:
         if spec.component in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
         # of the mapped weights only what the kernels pack is copied; releases that do not know the key copy them all
         session_options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     for key, value in options.session.items():
