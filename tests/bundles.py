@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle, write_bundle
 from sdruntime.manifest import ComponentSpec, ModelSpec, TensorSpec
 
@@ -87,3 +88,10 @@ def make_bundle(folder: Path) -> Bundle:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     write_bundle(folder, model=MODEL, precision="fp32", components=components, provenance={"made": "by hand"})
     return Bundle.open(folder)
+
+
+def with_fake_engines(bundle: Bundle) -> Bundle:
+    """The bundle with a fake engine of each component, for every size."""
+    for _ in build_engines(bundle.folder, Asked(backend="fake")):
+        pass
+    return Bundle.open(bundle.folder)

@@ -12,6 +12,7 @@ HEAVY = {
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "openvino",
     "tensorrt",
     "polygraphy",
     "huggingface_hub",

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         return each
 
     each = command("build", build, "build engines from a bundle's ONNX, on and for this machine")
-    each.add_argument("--backend", help="tensorrt, tensorrt-rtx or onnxruntime")
+    each.add_argument("--backend", help="tensorrt, tensorrt-rtx, onnxruntime or openvino")
     each.add_argument("--stale", action="store_true", help="build again what an upgrade of a library left behind")
     each.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu; the best of this machine where left out")
     each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--device", type=int, default=0, help="which GPU (0)")
     each.add_argument("--threads", type=int, default=0, help="of the CPU (0: the library decides)")
     each.add_argument("--session", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engines' library")
+    each.add_argument("--no-measure", action="store_true", help="do not time the CPU's engines to find the quickest")
     each.add_argument("--low-memory", action="store_true", help="one component on the GPU at a time")
     each.add_argument("--vram-budget", metavar="SIZE", help="what of the GPU's memory may be used: 4G, 600M (all that is free)")
     sampling(each)
@@ -231,6 +232,7 @@ def generate(options: argparse.Namespace) -> None:
         threads=options.threads,
         memory=parse_bytes(options.vram_budget) if options.vram_budget else None,
         low_memory=options.low_memory,
+        measure=not options.no_measure,
         session=dict(pairs(options.session, "engine_host_code=true")),
     )
     with Pipeline.open(options.bundle, backend=options.backend, options=engine_options) as pipe:

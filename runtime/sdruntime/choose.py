@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.cuda import Device, check_device, devices
-from sdruntime.engine import AMPERE_UP, PLATFORM, Library
+from sdruntime.engine import AMPERE_UP, CPU, PLATFORM, Library
 from sdruntime.errors import EngineError
 from sdruntime.manifest import EngineSpec, Manifest
 
@@ -18,11 +19,13 @@ CPU_OR_CUDA = ("cpu", "cuda")  # targets that are no compute capability
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this machine has: the engine libraries by backend, and its GPUs."""
+    """What this machine has: the engine libraries by backend, and its GPUs. `speeds`: seconds of a UNet call by `kind` of CPU
+    engine, where that was measured (`sdruntime.speed`)."""
 
     libraries: Mapping[str, Library]
     devices: tuple[Device, ...] = ()
     chosen: int = 0  # which of the devices engines run on
+    speeds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def here(cls, device: int = 0, names: Iterable[str] = BACKENDS) -> Machine:
@@ -38,6 +41,11 @@ class Machine:
     @property
     def device(self) -> Device | None:
         return self.devices[self.chosen] if self.chosen < len(self.devices) else None
+
+
+def kind(engine: EngineSpec) -> str:
+    """What engines are alike in speed: their backend, and the settings that they were built with."""
+    return " ".join([engine.backend, *(f"{key}={value}" for key, value in sorted(engine.options.items()))])
 
 
 def misfit(engine: EngineSpec, machine: Machine, **dims: int) -> str | None:
@@ -89,7 +97,8 @@ def fits_version(engine: EngineSpec, here: str) -> bool:
 def choose_engine(
     manifest: Manifest, component: str, machine: Machine, *, name: str = AUTO, rows: int = 1, **dims: int
 ) -> EngineSpec:
-    """The best engine of `component` for this machine: by backend in the order of BACKENDS, then CUDA before the CPU.
+    """The best engine of `component` for this machine: a GPU's before the CPU's, then, on the CPU, the quickest where
+    `machine.speeds` tell, then by backend in the order of BACKENDS.
 
     `name` is a backend, or "auto" for any but the fake. `dims` are sizes that the engine must admit. `rows` are those of the call
     to come: among engines that are alike, the one whose profile has room for them with the least to spare, else the one that
@@ -110,7 +119,7 @@ def choose_engine(
         against = "".join(f"\n  - {reason}" for reason in reasons) or " (the bundle has none)"
         command = f"sdruntime build BUNDLE --backend {_advised(name, machine)}{_size(manifest, component, dims)}"
         raise EngineError(f"no engine of {component} fits this machine:{against}\nbuild one: {command}")
-    return min(found, key=lambda engine: (*_preference(engine), *_waste(engine, rows, dims)))
+    return min(found, key=lambda engine: (*_preference(engine, machine, rows, dims), *_waste(engine, rows, dims)))
 
 
 def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine) -> None:
@@ -141,8 +150,11 @@ def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
     return f" --size {factor * dims['width']}x{factor * dims['height']}"
 
 
-def _preference(engine: EngineSpec) -> tuple[int, bool]:
-    return list(BACKENDS).index(engine.backend), engine.target == "cpu"
+def _preference(engine: EngineSpec, machine: Machine, rows: int, dims: Mapping[str, int]) -> tuple[bool, float, int]:
+    seconds = 0.0
+    if engine.target == CPU:
+        seconds = machine.speeds.get(kind(engine), math.inf) * _computed(engine, rows, dims)
+    return engine.target == CPU, seconds, list(BACKENDS).index(engine.backend)
 
 
 def _waste(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> tuple[bool, int]:
@@ -150,6 +162,16 @@ def _waste(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> tuple[bool
     sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
     room = [max(low - rows, 0) for low, _, high in sizes if rows <= high]
     return (False, min(room)) if room else (True, -max(high for _, _, high in sizes))
+
+
+def _computed(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> int:
+    """How many rows a call of `rows` computes, the padding included, as `engine.call_rows` splits and pads it."""
+    sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
+    if any(low <= rows <= high for low, _, high in sizes):
+        return rows
+    most = max(high for _, _, high in sizes)
+    left = rows % most
+    return rows - left + (min(max(low, left) for low, _, high in sizes if left <= high) if left else 0)
 
 
 def _numbers(version: str) -> list[int]:

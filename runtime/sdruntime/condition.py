@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,11 +14,13 @@ from sdruntime.prompt import batch, tokenize
 from sdruntime.tokenizer import Tokenizer
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+KEPT = 64  # encoded texts: 15 MiB of them for SD1, 40 for SDXL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """One text, encoded. `hidden` float32 [S, D]; `pooled` float32 [P] for SDXL. `cut`: the text that did not fit."""
+    """One text, encoded, to be read only. `hidden` float32 [S, D]; `pooled` float32 [P] for SDXL. `cut`: the text that did not
+    fit."""
 
     hidden: Array
     pooled: Array | None = None
@@ -32,9 +34,10 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Conditioner:
-    """The tokenizers of a bundle, by the text encoder that each one feeds."""
+    """The tokenizers of a bundle, by the text encoder that each one feeds, and what was encoded last."""
 
     tokenizers: Mapping[str, Tokenizer]
+    _kept: dict[str, Condition] = field(default_factory=dict)  # the text asked for last at the end
 
     @classmethod
     def open(cls, bundle: Bundle) -> Conditioner:
@@ -49,17 +52,39 @@ class Conditioner:
         return cls(found)
 
     def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
-        """Encode each different text once. `engine` gives the open engine of a text encoder. Raises NotFinite."""
+        """Each different text, encoded now where it was not lately. `engine` gives the open engine of a text encoder, and is
+        called only if there is something to encode. Raises NotFinite."""
         texts = list(dict.fromkeys(texts))
+        found = {text: self._kept.pop(text) for text in texts if text in self._kept}
+        if fresh := [text for text in texts if text not in found]:
+            found |= self._encoded(fresh, engine)
+        self._kept.update((text, found[text]) for text in texts)
+        for text in list(self._kept)[:-KEPT]:
+            del self._kept[text]
+        return found
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    def _encoded(self, texts: Sequence[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
         tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
         outputs = [
             checked_rows(engine(encoder), {"input_ids": batch(found)}, lambda row: f"text {texts[row][:40]!r}")
             for encoder, found in tokens.items()
         ]
         cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]
-        pooled: Sequence[Array | None] | Array = [None] * len(texts)
         if len(outputs) == 1 and "last_hidden_state" in outputs[0]:
-            hidden = outputs[0]["last_hidden_state"]
+            hidden, pooled = outputs[0]["last_hidden_state"], None
         else:  # SDXL: the second-to-last layers of both encoders side by side, the pooled text of the last
             hidden, pooled = np.concatenate([out["hidden_states"] for out in outputs], axis=-1), outputs[-1]["text_embeds"]
-        return {text: Condition(hidden=hidden[k], pooled=pooled[k], cut=cuts[k]) for k, text in enumerate(texts)}
+        return {
+            text: Condition(hidden=_own(hidden[k]), pooled=None if pooled is None else _own(pooled[k]), cut=cuts[k])
+            for k, text in enumerate(texts)
+        }
+
+
+def _own(row: Array) -> Array:
+    """A copy that nobody can write to: it is handed out again, and keeps no larger array alive."""
+    copied: Array = row.copy()
+    copied.flags.writeable = False
+    return copied

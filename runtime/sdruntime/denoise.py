@@ -44,6 +44,18 @@ class Job:
         return self.stopped or self.run.done
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Between two model calls.
+
+    `jobs[k].run.x`, the latents of picture k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
+    """
+
+    step: int  # model calls so far
+    steps: int  # model calls of the longest job
+    jobs: tuple[Job, ...]
+
+
 class Stepper(Protocol):
     """Some jobs on their way together. `finish` leaves them where they are, for others to go on with; where it cannot, reading
     their latents raises why."""

@@ -18,6 +18,7 @@ from sdruntime.jetson import jetson
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.plan import MemoryPlan, memory_plan
 from sdruntime.record import json_from_record
+from sdruntime.speed import Race
 
 
 def machine_document(machine: Machine) -> dict[str, Any]:
@@ -78,7 +79,8 @@ def machine_lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def bundle_document(bundle: Bundle, machine: Machine) -> dict[str, Any]:
-    """`memory`: for each backend and target of the bundle's GPU engines, what a pipeline of them takes, in bytes."""
+    """`memory`: for each backend and target of the bundle's GPU engines, what a pipeline of them takes, in bytes. `cpu_seconds`:
+    of a UNet call by kind of CPU engine; null where that was not measured here."""
     manifest = bundle.manifest
     plans = {}
     for name, plan in _plans(manifest).items():
@@ -88,6 +90,7 @@ def bundle_document(bundle: Bundle, machine: Machine) -> dict[str, Any]:
         "manifest": json_from_record(manifest),
         "misfits": {engine.name: misfit(engine, machine) for engine in manifest.engines},
         "memory": plans,
+        "cpu_seconds": None if (timed := _timed(bundle, machine)) is None else timed[1],
     }
 
 
@@ -104,9 +107,20 @@ def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
                 yield f"    {engine.shapes}"
     if not manifest.engines:
         yield f"no engines yet: sdruntime build {bundle.folder} --backend onnxruntime"
+    if timed := _timed(bundle, machine):
+        dims, seconds = timed
+        ranked = ", ".join(f"{name} {each:.3g} s" for name, each in sorted(seconds.items(), key=lambda pair: pair[1]))
+        yield f"a UNet call on this CPU ({', '.join(f'{name} {size}' for name, size in dims.items())}): {ranked}"
     for name, plan in _plans(manifest).items():
         yield f"memory on the GPU, {name}:"
         yield from (f"  {line}" for line in plan.lines())
+
+
+def _timed(bundle: Bundle, machine: Machine) -> tuple[Mapping[str, int], Mapping[str, float]] | None:
+    """The sizes of the call and the seconds by kind, where a pipeline measured them on this machine."""
+    race = Race.of(bundle, machine)
+    seconds = race and race.kept()
+    return (race.dims, seconds) if race and seconds else None
 
 
 def _plans(manifest: Manifest) -> dict[str, MemoryPlan]:

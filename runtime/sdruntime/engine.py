@@ -68,6 +68,7 @@ class EngineOptions:
     low_memory: bool = False  # a pipeline holds one component on the GPU at a time
     whole_loop: bool = False  # a pipeline that nobody watches launches all steps as one CUDA graph
     stream: int = 0
+    measure: bool = True  # "auto" may time the CPU's engines, the first time that it has several to choose from
     session: Mapping[str, str] = field(default_factory=dict)
 
 

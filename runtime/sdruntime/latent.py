@@ -34,3 +34,10 @@ def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec) -> A
     drawn -= np.float32(model.shift_factor)
     drawn *= np.float32(model.scaling_factor)
     return drawn
+
+
+def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:
+    """SDXL's size conditioning, float32 [6]: original size, crop corner, target size, each (height, width) in pixels
+    (arXiv 2307.01952, section 2.2): an uncropped picture of the size that is drawn."""
+    height, width = shape[1] * model.vae_factor, shape[2] * model.vae_factor
+    return np.array([height, width, 0, 0, height, width], np.float32)

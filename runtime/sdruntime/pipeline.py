@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,13 +25,14 @@ from sdruntime.denoise import Call, Job, Stepper, after, denoise
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
-from sdruntime.manifest import EngineSpec, ModelSpec
+from sdruntime.manifest import EngineSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.picture import Picture, Result
 from sdruntime.plan import memory_plan
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
 from sdruntime.samplers import resolve
+from sdruntime.speed import cpu_speeds
 from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
@@ -39,18 +40,6 @@ SCHEDULER = "scheduler/scheduler_config.json"
 _STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
 KEPT_CHOICES = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """Between two model calls.
-
-    `jobs[k].run.x`, the latents of picture k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
-    """
-
-    step: int  # model calls so far
-    steps: int  # model calls of the longest job
-    jobs: tuple[Job, ...]
 
 
 class Stream:
@@ -136,12 +125,7 @@ class Pipeline:
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._shared = Shared()
         # a bundle that cannot run here is told of before anything is opened
-        self._chosen = [
-            choose_engine(bundle.manifest, name, self._machine, name=backend)
-            for name in bundle.manifest.components
-            if given is None
-            and name not in ("vae_encoder", STEP)  # opened when the first picture comes in, and when a loop stays on the GPU
-        ]
+        self._chosen = self._choose_all() if given is None else []
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
@@ -158,12 +142,13 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         if self._backend == AUTO:
             warn_if_slow(self._chosen, self._machine)
+            self._compare_speeds()
         self._engines = {}
         try:
             self._check_memory()
             for spec in self._chosen:
                 if spec.target == CPU or not self._options.low_memory:
-                    self.engine(spec.component)
+                    self.engine(spec.component, rows=self._usual_rows(spec.component))
         except BaseException:
             self.close()
             raise
@@ -180,6 +165,7 @@ class Pipeline:
             for stream in list(self._streams):
                 stack.callback(_abandon, stream)
             self._engines = None
+        self._conditioner.forget()
 
     @property
     def sampler(self) -> str:
@@ -233,6 +219,28 @@ class Pipeline:
         opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
         self._engines[spec.name] = opened
         return opened
+
+    def _choose_all(self) -> list[EngineSpec]:
+        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
+        the GPU."""
+        return [
+            choose_engine(self.bundle.manifest, name, self._machine, name=self._backend, rows=self._usual_rows(name))
+            for name in self.bundle.manifest.components
+            if name not in ("vae_encoder", STEP)
+        ]
+
+    def _usual_rows(self, component: str) -> int:
+        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
+        return 2 if component == "unet" and self._machine.speeds else 1
+
+    def _compare_speeds(self) -> None:
+        """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
+        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self._chosen):
+            speeds = cpu_speeds(self.bundle, self._machine, self._options)
+            if speeds:
+                self._machine = dataclasses.replace(self._machine, speeds=speeds)
+                self._choices.clear()
+                self._chosen = self._choose_all()
 
     def _choose(self, component: str, rows: int, **dims: int) -> EngineSpec:
         key = (component, rows, *dims.items())
@@ -371,7 +379,7 @@ class Pipeline:
             negative=negative,
             guidance=request.guidance,
             rescale=request.rescale,
-            time_ids=None if condition.pooled is None else time_ids(shape, self.model),
+            time_ids=None if condition.pooled is None else latent.time_ids(shape, self.model),
             sampler=request.sampler or self.sampler,
         )
 
@@ -380,10 +388,3 @@ def _abandon(stream: Stream) -> None:
     """Close it; what goes wrong is told to whoever reads its latents, and does not hide why a pipeline is closed."""
     with contextlib.suppress(SdruntimeError):
         stream.close()
-
-
-def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:
-    """SDXL's size conditioning, float32 [6]: original size, crop corner, target size, each (height, width) in pixels
-    (arXiv 2307.01952, section 2.2): an uncropped picture of the size that is drawn."""
-    height, width = shape[1] * model.vae_factor, shape[2] * model.vae_factor
-    return np.array([height, width, 0, 0, height, width], np.float32)

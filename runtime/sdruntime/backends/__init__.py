@@ -25,6 +25,7 @@ BACKENDS = {
     "tensorrt": Backend(folder="trt", exact=True, static=True, loop=True),
     "tensorrt-rtx": Backend(folder="trt", exact=True, static=True, loop=True),
     "onnxruntime": Backend(folder="ort"),
+    "openvino": Backend(folder="ov", static=True),
     "fake": Backend(folder="fake"),
 }
 

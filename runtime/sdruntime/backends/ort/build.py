@@ -1,7 +1,7 @@
 """ONNX -> file, for ONNX Runtime: the graph as its optimiser leaves it, saved once, so that opening it is quick.
 
-The graph is optimised at the "extended" level: what the highest level adds depends on the very processor and is done when the
-engine is opened.
+The graph is optimised at the "extended" level: what the highest level adds depends on the very processor and is done when an
+engine that gains by it is opened.
 """
 
 from __future__ import annotations

@@ -11,9 +11,13 @@ import numpy as np
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.external import ExternalTensor, external_tensors
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
+from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
 from sdruntime.manifest import ComponentSpec, EngineSpec
+
+# In float32 these are run as they were saved. What the highest level adds on a CPU, convolutions in a layout of its own, makes a
+# UNet slower and copies its weights, while a VAE gains a tenth (benchmarks/README.md); in fp16 it folds the casts of the weights.
+_AS_SAVED = ("unet", "text_encoder", "text_encoder_2")
 
 
 class OrtEngine:
@@ -73,6 +77,12 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = options.threads
+    if spec.target == CPU:
+        if spec.component in _AS_SAVED and spec.precision == "fp32":
+            session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
+        # of the mapped weights only what the kernels pack is copied; releases that do not know the key copy them all
+        session_options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     for key, value in options.session.items():
         session_options.add_session_config_entry(key, value)
     try:

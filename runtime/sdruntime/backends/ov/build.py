@@ -1,0 +1,96 @@
+"""ONNX -> files, for OpenVINO: its intermediate representation, read from the ONNX once and saved with the weights as they are.
+
+The representation takes every shape; the engine's profiles say which of them are compiled when it is opened.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdruntime.bundle import Bundle
+from sdruntime.engine import Built, EngineRequest, Stage, check_names
+from sdruntime.errors import LibraryMissing, SdruntimeError, SettingError
+from sdruntime.manifest import Precision
+
+DEVICE = "CPU"
+TARGETS = ("cpu",)
+_TELEMETRY = "openvino_telemetry"
+INSTALL = 'pip install "sdruntime[openvino]"'
+
+
+def _computed_in(text: str) -> str | None:
+    return text if text in ("f32", "bf16") else None
+
+
+# name: (how its text is read, what belongs there)
+OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "inference_precision": (_computed_in, "f32, or bf16 where the CPU has it; f32 where left out"),
+}
+
+
+def library() -> Any:
+    """The module openvino, its telemetry left out: importing it would send an event. Raises LibraryMissing."""
+    silenced = "openvino" not in sys.modules and _TELEMETRY not in sys.modules
+    if silenced:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # an import of it fails; openvino has a stub for that
+    try:
+        import openvino
+    except ImportError as error:
+        raise LibraryMissing(f"OpenVINO cannot be imported ({error}): {INSTALL}") from error
+    finally:
+        if silenced:
+            del sys.modules[_TELEMETRY]
+    return openvino
+
+
+def version_of(ov: Any) -> str:
+    """The release alone: `ov.__version__` names the build as well."""
+    return str(ov.__version__).split("-")[0]
+
+
+def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+    """Raises LibraryMissing, DeviceMissing, UnknownName, and SettingError for an option's value, or for bf16 without it here."""
+    ov = library()
+    found = check_names(f"{name} {version_of(ov)}", target, TARGETS, options, known=OPTIONS)
+    read_options(options)
+    if options.get("inference_precision") == "bf16" and not has_bf16(ov.Core()):
+        raise SettingError("option inference_precision=bf16: this CPU does not compute in bf16: leave the option out")
+    return found
+
+
+def read_options(options: Mapping[str, str]) -> dict[str, Any]:
+    """The options as values. Raises SettingError."""
+    read = {key: OPTIONS[key][0](text) for key, text in options.items()}
+    for key, value in read.items():
+        if value is None:
+            raise SettingError(f"option {key}={options[key]}: {OPTIONS[key][1]} belongs there")
+    return read
+
+
+def has_bf16(core: Any) -> bool:
+    return "BF16" in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+
+
+def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
+    """Write `stem`.xml and `stem`.bin into `folder`."""
+    ov, begun = library(), time.monotonic()
+    yield Stage(name="convert")
+    component = bundle.manifest.components[request.component]
+    for path in component.files:
+        bundle.read(path)  # the hash of what is about to be parsed
+    files = folder / f"{request.stem}.xml", folder / f"{request.stem}.bin"
+    try:
+        ov.save_model(ov.Core().read_model(str(bundle.folder / component.onnx)), str(files[0]), compress_to_fp16=False)
+    except RuntimeError as error:
+        raise SdruntimeError(f"{component.onnx}: OpenVINO {version_of(ov)} cannot build it: {error}") from error
+    bf16 = read_options(request.options).get("inference_precision") == "bf16"
+    return Built(
+        files=files,
+        version=version_of(ov),
+        precision="bf16" if bf16 else bundle.manifest.precision,
+        seconds=time.monotonic() - begun,
+    )
