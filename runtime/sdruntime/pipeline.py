@@ -21,7 +21,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.condition import Condition, Conditioner
 from sdruntime.cuda import Cuda
-from sdruntime.denoise import Call, Job, Stepper, after, denoise
+from sdruntime.denoise import Call, Job, State, Stepper, after, denoise
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
