@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from bundles import MODEL
@@ -15,6 +16,7 @@ from sdruntime.errors import DeviceMissing, EngineError, SettingError, UnknownNa
 from sdruntime.manifest import EngineSpec
 from sdruntime.shapes import Shapes
 
+FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 FAKE = {"fake": Library(version="1", targets=("cpu",))}
 ORT_CPU = Library(version="1.32.0", targets=("cpu",))
 ORT_CUDA = Library(version="1.32.0", targets=("cuda", "cpu"))

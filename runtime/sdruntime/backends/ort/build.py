@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdruntime.bundle import Bundle
+from sdruntime.cuda import devices
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.errors import DeviceMissing, LibraryMissing, SdruntimeError
 from sdruntime.manifest import Precision
@@ -32,9 +33,9 @@ def library() -> Any:
 
 
 def targets(ort: Any) -> tuple[str, ...]:
-    """What this ONNX Runtime can run on: "cuda" (where it is built in), "cpu"."""
+    """What this ONNX Runtime can run on here: "cuda" (where it is built in and a GPU is there), "cpu"."""
     available = ort.get_available_providers()
-    return tuple(target for target, provider in PROVIDERS.items() if provider in available)
+    return tuple(target for target, provider in PROVIDERS.items() if provider in available and (target == "cpu" or devices()))
 
 
 def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
@@ -43,7 +44,8 @@ def resolve_target(name: str, target: str | None, precision: Precision, options:
     try:
         return check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
     except DeviceMissing as error:
-        raise DeviceMissing(f'{error}: pip install "sdruntime[onnxruntime-gpu]" for cuda') from None
+        mend = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU is here"
+        raise DeviceMissing(f"{error}: {mend}") from None
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
@@ -62,9 +64,14 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_EMBEDDED))
     options.add_session_config_entry("session.disable_prepacking", "1")  # this session only saves
     try:
-        ort.InferenceSession(str(bundle.folder / component.onnx), options, providers=_providers(request.target))
+        session = ort.InferenceSession(str(bundle.folder / component.onnx), options, providers=_providers(request.target))
     except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
         raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
+    if PROVIDERS[request.target] not in session.get_providers():  # it goes on without one that does not load
+        raise DeviceMissing(
+            f"target {request.target}: ONNX Runtime {ort.__version__} could not load its {PROVIDERS[request.target]}, and "
+            "printed why: it needs the CUDA and cuDNN that it was built for"
+        )
     files = (model, data) if data.exists() else (model,)
     seconds = time.monotonic() - begun
     return Built(files=files, version=ort.__version__, precision=bundle.manifest.precision, seconds=seconds)
