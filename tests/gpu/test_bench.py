@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from trt.machine import Machine
 
-from benchmarks.gpu import bench, measure, tasks
-from benchmarks.gpu.reference import COMPILED, EAGER
+from benchmarks.gpu import bench, tasks
 from benchmarks.gpu.table import lines
+from sdexport import measure
+from sdexport.reference import COMPILED, EAGER
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.errors import EngineError
 
@@ -164,7 +165,7 @@ def test_what_is_required_and_does_not_run_is_a_failure(
 def test_without_diffusers_a_bundle_must_be_named(
     here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("benchmarks.gpu.reference.missing", lambda device="cuda": "diffusers is not installed")
+    monkeypatch.setattr("sdexport.reference.missing", lambda device="cuda": "diffusers is not installed")
     code, document = run(options(tmp_path, tmp_path, bundles={}, checkpoints={}, work=tmp_path / "work"), tmp_path)
     assert code == 1
     assert document["diffusers"] == "diffusers is not installed"

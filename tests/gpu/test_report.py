@@ -16,8 +16,9 @@ from gpu.conftest import PROMPT
 from trt.machine import Machine
 from trt.surface import VERSIONS
 
-from benchmarks.gpu import bench, check, measure, report, support
+from benchmarks.gpu import bench, check, report, support
 from benchmarks.gpu.clean import clean, cleaned
+from sdexport import measure
 from sdruntime.backends.trt import worker
 from sdruntime.errors import EngineError
 
