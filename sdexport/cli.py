@@ -22,6 +22,7 @@ from sdexport.errors import SdexportError
 from sdruntime.errors import SdruntimeError
 
 if TYPE_CHECKING:
+    from sdexport.bench import Measuring
     from sdexport.build import EngineProgress, Progress
     from sdexport.engines import Failure, Outcome
 
@@ -275,6 +276,56 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for engine in manifest.engines:
         click.echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
     click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="auto", show_default=True, help="Whose engines are measured.")
+@click.option("--against", multiple=True, help="Beside them: torch, torch-bf16, torch-compile, or a backend; may be repeated.")
+@click.option("--model", help="The checkpoint for torch, a folder or a hub id, where the bundle's own source is not to be found.")
+@click.option("--rebuild", is_flag=True, help="Build the engines in a scratch copy, for these shapes, and time it.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--batch", default=1, show_default=True, help="Pictures of one call.")
+@click.option("--size", help="WxH in pixels; the model's own if not given.")
+@click.option("--guidance", default=7.5, show_default=True)
+@click.option("--seconds", default=10.0, show_default=True, help="For each contestant in each column, about.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Also write the tables to this file.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also draw the ratios, as SVG, to this file.")
+@as_json
+@reported
+def bench(bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure a bundle beside what you would otherwise run: components, whole pictures, memory, cold start."""
+    from sdexport.bench import Settings, size_of
+    from sdexport.bench import bench as events
+    from sdexport.chart import markdown as lines
+    from sdexport.chart import svg
+
+    settings = Settings(
+        size=size_of(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
+    )
+    document = _measured(events(bundle, settings, **options))
+    if markdown:
+        markdown.write_text("\n".join(lines(document)) + "\n", encoding="utf-8")
+    if picture:
+        picture.write_text(svg(document), encoding="utf-8")
+    for warning in document["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(json.dumps(document, indent=1, allow_nan=False) if as_json else "\n".join(lines(document)))
+
+
+def _measured(events: Iterable[Measuring | dict[str, Any]]) -> dict[str, Any]:
+    """Follow a benchmark on standard error, with rich; returns its document."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    with Bars(TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+        for event in events:
+            if isinstance(event, dict):
+                return event
+            progress.update(task, description=event.what, completed=event.done, total=event.total or None)
+    raise AssertionError("a benchmark tells its end")
 
 
 @main.command()

@@ -13,8 +13,8 @@ LAYERS = {
         tokenizer prompt image annotate engine plan cuda shapes backends choose build request picture condition latent denoise
         loop pipeline jetson describe __main__""".split(),
     "sdexport": """errors toml recipe weights hub checkpoint tokenizer components modules to_onnx precision cache job process
-        step build interpreter engines measure reference
-        subject cli __main__""".split(),
+        step build interpreter engines measure reference drawers
+        contestant subject bench chart cli __main__""".split(),
 }
 FOLDERS = {"sdruntime": ROOT / "runtime" / "sdruntime", "sdexport": ROOT / "sdexport"}
 
