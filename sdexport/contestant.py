@@ -121,7 +121,7 @@ def _obey(drawer: Drawer, message: Message) -> list[float]:
 
 
 def _listen(asked: queue.SimpleQueue[str]) -> None:
-    """Pass on what the parent asks. Its end of the pipe closes when it ends, however that comes about, and this process with it."""
+    """Pass on what the parent asks. The pipe ends when the parent does, and this process with it."""
     for line in sys.stdin:
         asked.put(line)
     os._exit(1)

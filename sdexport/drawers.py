@@ -12,8 +12,8 @@ from sdexport.measure import Array, drawn, feeds_of
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import Cuda, devices
-from sdruntime.engine import CPU, Engine
-from sdruntime.manifest import ComponentSpec, EngineSpec
+from sdruntime.engine import CPU, Engine, EngineOptions
+from sdruntime.manifest import ComponentSpec, EngineSpec, Precision
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 
@@ -106,7 +106,7 @@ class BundleDrawer:
         self._job, self._stack = job, contextlib.ExitStack()
         self._cuda = self._stack.enter_context(Cuda.open()) if devices() else None
         self._before = self._cuda.free_memory() if self._cuda else 0
-        self._pipe = _ClockedPipeline.open(job["bundle"], backend=job["backend"])
+        self._pipe = _ClockedPipeline(Bundle.open(job["bundle"]), backend=job["backend"], options=EngineOptions())
         self._stack.enter_context(self._pipe)
         self._feeds, self._on_device = _Feeds(self._pipe.bundle), BACKENDS[job["backend"]].loop
 
@@ -150,7 +150,7 @@ class TorchDrawer:
         arrived.append(time.monotonic())
         self._job, self._torch, self._versions = job, torch, versions()
         self._gpu = torch.cuda.is_available()
-        precision = "bf16" if job["kind"] == "torch-bf16" else "fp16" if self._gpu else "fp32"
+        precision: Precision = "bf16" if job["kind"] == "torch-bf16" else "fp16" if self._gpu else "fp32"
         self._rival = Diffusers(Path(job["checkpoint"]), device="cuda" if self._gpu else "cpu", precision=precision)
         self._way = EAGER
         if job["kind"] == "torch-compile":

@@ -86,7 +86,8 @@ def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = float
     for round_ in range(-WARM, MOST):
         for name, turn in entries.items():
             enough = round_ >= LEAST and sum(taken[name]) > seconds
-            if name in failed or enough or (taken[name] and time.monotonic() > until):
+            late = time.monotonic() > until and (taken[name] or -WARM < round_ < 0)
+            if name in failed or enough or late:
                 continue
             try:
                 times = turn(round_)
