@@ -7,7 +7,8 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 COLOURS = ("#2c7fb8", "#d95f0e", "#31a354", "#756bb1", "#c51b8a", "#8c6d31", "#636363")
-WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 900, 190, 190, 22, 6, 84  # pixels
+WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 900, 190, 190, 22, 6, 102  # pixels
+CUT = 8.0  # a ratio beyond it has a bar that is cut there, so that the others stay legible
 
 
 def markdown(document: Mapping[str, Any]) -> Iterator[str]:
@@ -15,7 +16,7 @@ def markdown(document: Mapping[str, Any]) -> Iterator[str]:
     told: Mapping[str, Any] = document["contestants"]
     yield f"### {_title(document)}"
     yield ""
-    yield _machine(document)
+    yield f"{_machine(document)}; {_versions(document)}"
     ran = {name: each for name, each in told.items() if "error" not in each}
     yield from ("", f"| | {' | '.join(ran)} |", "|---|" + "---:|" * len(ran))
     for column, times in document["ratios"].items():
@@ -48,32 +49,40 @@ def markdown(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def svg(document: Mapping[str, Any]) -> str:
-    """Bars as long as the ratio to the best, which is 1, each with its ratio and its median time."""
+    """Bars as long as the ratio to the best, which is 1, each with its ratio and its median time; cut at `CUT`."""
     columns: Mapping[str, Mapping[str, float]] = document["ratios"]
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(document["contestants"])}
     longest = max((ratio for times in columns.values() for ratio in times.values()), default=1.0)
-    unit = (WIDTH - LEFT - RIGHT) / longest
+    unit = (WIDTH - LEFT - RIGHT) / min(longest, CUT)
     parts, y = [], TOP
     for column, times in columns.items():
         parts.append(_text(LEFT, y + 14, column, "group"))
         y += 24
+        top = y
         for name, ratio in times.items():
+            length = min(ratio, CUT) * unit
             found = _column(document["contestants"][name], column)
             label = f"{ratio:.2f} ×  ({_number(found['p50_ms'])} ms)"
             about = f"data-component={quoteattr(column)} data-contestant={quoteattr(name)}"
-            size = f'x="{LEFT}" y="{y}" width="{ratio * unit:.1f}" height="{BAR}" fill="{colours[name]}"'
+            size = f'x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colours[name]}"'
             parts.append(f'<rect class="bar" {about} {size}/>')
+            if ratio > CUT:
+                x = LEFT + length - 24
+                parts.append(f'<path class="cut" d="M{x:.1f} {y + BAR + 2} L{x + 10:.1f} {y - 2}"/>')
             parts.append(_text(LEFT - 8, y + 16, name, "name"))
-            parts.append(_text(LEFT + ratio * unit + 8, y + 16, label, "value"))
+            parts.append(_text(LEFT + length + 8, y + 16, label, "value"))
             y += BAR + GAP
+        x = LEFT + unit
+        parts.append(f'<line class="best" x1="{x:.1f}" y1="{top - 2}" x2="{x:.1f}" y2="{y - GAP + 2}"/>')
         y += 14
-    best = LEFT + unit
-    parts.append(f'<line class="best" x1="{best:.1f}" y1="{TOP}" x2="{best:.1f}" y2="{y - 14}"/>')
     head = [_text(16, 28, _title(document), "title"), _text(16, 50, _machine(document), "about")]
-    head.append(_text(16, 68, "time as a ratio to the best of each group (dashed: 1.00); shorter is better", "about"))
+    head.append(_text(16, 68, _versions(document), "about"))
+    scale = f"time as a ratio to the best of each group (dashed: 1.00), cut at {CUT:g}; shorter is better"
+    head.append(_text(16, 86, scale, "about"))
     style = (
         "text{font-family:sans-serif;font-size:13px;fill:#222}.title{font-size:17px;font-weight:bold}.about{font-size:12px;fill:#555}"
         ".group{font-weight:bold}.name{text-anchor:end}.best{stroke:#222;stroke-dasharray:3 3}"
+        ".cut{stroke:#fff;stroke-width:4}"
     )
     body = "\n".join([f'<rect width="{WIDTH}" height="{y}" fill="#fff"/>', *head, *parts])
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">'
@@ -98,13 +107,15 @@ def _title(document: Mapping[str, Any]) -> str:
 def _machine(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
+    load = "" if machine["load"] is None else f", load {machine['load']:g} at the end"
+    return f"{machine['processor']}, {machine['cores']} cores, {gpus}{load}"
+
+
+def _versions(document: Mapping[str, Any]) -> str:
     versions = {**document["versions"]}
     for each in document["contestants"].values():
         versions |= each.get("versions", {})
-    load = "" if machine["load"] is None else f", load {machine['load']:g} at the end"
-    return f"{machine['processor']}, {machine['cores']} cores, {gpus}{load}; " + ", ".join(
-        f"{name} {version}" for name, version in versions.items()
-    )
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _column(told: Mapping[str, Any], column: str) -> Mapping[str, Any]:
