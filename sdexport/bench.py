@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,8 +235,8 @@ def _measure(
             component = manifest.components[column]
             dims = call_dims(column, component, manifest.model, size, batch=settings.batch, guided=guided)
             turns = {name: _turn(each, "call", component=column, dims=dims) for name, each in running.items()}
-        until = time.monotonic() + 2 * settings.seconds * len(turns)  # a slow rival gets fewer rounds, and `n` tells
-        taken = in_turn(turns, seconds=settings.seconds, until=until)
+        # a slow one gets fewer rounds, and `n` tells
+        taken = in_turn(turns, seconds=settings.seconds, limit=3 * settings.seconds)
         for entry in able:
             if entry.name in taken:
                 _keep(entry, column, taken[entry.name])

@@ -20,6 +20,7 @@ Draw = Callable[[int], list[Array]]  # a seed -> pictures, uint8 [H, W, 3]
 Turn = Callable[[int], Sequence[float]]  # a round -> the seconds of one call or of some; rounds below 0 warm up
 ALIKE = 120.0  # dB: what equal pictures count as, so that a number stands in the JSON
 WARM, LEAST, MOST = 2, 5, 40  # rounds
+_EVER = float("inf")
 SEQUENCE = 77  # tokens
 
 
@@ -75,25 +76,30 @@ def repeated(call: Callable[[], object], *, seconds: float) -> dict[str, Any]:
     return summary(taken)
 
 
-def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = float("inf")) -> dict[str, list[float] | str]:
+def in_turn(
+    entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER, limit: float = _EVER
+) -> dict[str, list[float] | str]:
     """Contestants in turn, A B C A B C, so that a change of the machine strikes all alike: the times of each, or what it raised.
 
     Each gets LEAST to MOST rounds after WARM ones, and about `seconds`; no round begins after `until` (of time.monotonic) for one
-    that has a time. One that raised is not called again.
+    that has a time, nor once its own rounds took `limit` seconds. One that raised is not called again.
     """
     taken: dict[str, list[float]] = {name: [] for name in entries}
     failed: dict[str, str] = {}
+    spent = dict.fromkeys(entries, 0.0)
     for round_ in range(-WARM, MOST):
         for name, turn in entries.items():
             enough = round_ >= LEAST and sum(taken[name]) > seconds
-            late = time.monotonic() > until and (taken[name] or -WARM < round_ < 0)
+            late = (time.monotonic() > until or spent[name] > limit) and (taken[name] or -WARM < round_ < 0)
             if name in failed or enough or late:
                 continue
+            begun = time.monotonic()
             try:
                 times = turn(round_)
             except Exception as error:  # recorded, and the others go on
                 failed[name] = text_of(error)
                 continue
+            spent[name] += time.monotonic() - begun
             if round_ >= 0:
                 taken[name] += times
     return {name: failed.get(name, times) for name, times in taken.items()}
