@@ -154,7 +154,7 @@ class TorchDrawer:
         self._rival = Diffusers(Path(job["checkpoint"]), device="cuda" if self._gpu else "cpu", precision=precision)
         self._way = EAGER
         if job["kind"] == "torch-compile":
-            self._rival.compile()
+            self._rival.compile("max-autotune" if self._gpu else "default")  # on a CPU it would tune for an hour
             self._way = COMPILED
         self._bundle: Bundle | None = None
 

@@ -63,10 +63,9 @@ class Diffusers:
         self._pipe.set_progress_bar_config(disable=True)
         self._parts = {EAGER: (pipe.unet, pipe.vae.decode)}
 
-    def compile(self) -> None:
-        """As diffusers' own guide to speed has it; on a CPU, where "max-autotune" takes an hour, in the default mode. The
-        compiling itself happens with the first picture of each shape."""
-        compiled, mode = self._torch.compile, "max-autotune" if self._device == "cuda" else "default"
+    def compile(self, mode: str = "max-autotune") -> None:
+        """As diffusers' own guide to speed has it. The compiling itself happens with the first picture of each shape."""
+        compiled = self._torch.compile
         unet = compiled(self._pipe.unet, mode=mode, fullgraph=True)
         self._parts[COMPILED] = (unet, compiled(self._pipe.vae.decode, mode=mode, fullgraph=True))
 
