@@ -13,7 +13,7 @@ GATE        = $(PYTHON) benchmarks/gpu/gate.py $(MAKE) --no-print-directory
 # PYTHON=… of `make engines` is an interpreter for the engines; the environment is made with python3 then
 BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
-.PHONY: help demo engines test test-full check golden bench clean
+.PHONY: help demo engines test test-full check golden bench real-check clean
 .PHONY: gpu-test gpu-test-here gpu-bench gpu-bench-here gpu-report gpu-report-here
 .DEFAULT_GOAL := help
 
@@ -99,10 +99,17 @@ golden: $(READY)
 bench: demo
 	@echo "== benchmarks"
 	@$(BIN)/python benchmarks/overhead.py $(OUT)/shapes --output benchmarks/results/overhead.json
+	@$(BIN)/sdexport bench $(OUT)/shapes --guidance 2 --against torch --model examples/shapes/checkpoint \
+		--markdown $(OUT)/bench.md --picture $(OUT)/bench.svg
 	@$(BIN)/python benchmarks/export_full_size.py sd15 --json benchmarks/results/export-sd15.json
 	@$(BIN)/python benchmarks/export_full_size.py sdxl --ours-only --json benchmarks/results/export-sdxl.json
 
+## make real-check  MODEL=path: real weights built, verified, and their pictures held against diffusers'; a row in reports/
+real-check: $(READY)
+	@test -n "$(MODEL)" || { echo "make real-check MODEL=path: a diffusers folder or a hub id" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.real_check "$(MODEL)" $(ARGS)
+
 ## make clean       everything that make made
 clean:
-	rm -rf $(VENV) .venv-* demo engines/built $(TINY) .cache/gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* demo engines/built $(TINY) .cache/gpu .cache/real-check .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

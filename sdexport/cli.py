@@ -7,65 +7,33 @@ Results go to standard output, progress and errors to standard error. Exit codes
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from sdexport import __version__
-from sdexport.errors import SdexportError
-from sdruntime.errors import SdruntimeError
+from sdexport.check import bench, verify
+from sdexport.command import as_json, code_of, document, reported, told
 
 if TYPE_CHECKING:
     from sdexport.build import EngineProgress, Progress
     from sdexport.engines import Failure, Outcome
 
-SCHEMA = 1
-INTERRUPTED = 130
 WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
 End = TypeVar("End")
-
-
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a command raises into a message and an exit code."""
-
-    @functools.wraps(command)
-    def reporting(**options: Any) -> None:
-        try:
-            command(**options)
-            sys.stdout.flush()
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
-            sys.exit(128 + signal.SIGPIPE)
-        except (SdexportError, SdruntimeError, MemoryError, OSError) as error:
-            _fail(f"error: {_told(error)}", _code(error))
-
-    return reporting
-
-
-def _told(error: Exception) -> str:
-    return "out of memory: free some, or export on a larger machine" if isinstance(error, MemoryError) else str(error)
-
-
-def _code(error: Exception) -> int:
-    return error.exit_code if isinstance(error, (SdexportError, SdruntimeError)) else 3
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sdexport")
 def main() -> None:
     """Stable Diffusion out of PyTorch: a diffusers checkpoint becomes a bundle that sdruntime runs."""
+
+
+main.add_command(verify)
+main.add_command(bench)
 
 
 @main.command()
@@ -121,7 +89,7 @@ def build(
     assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
-        _document(
+        document(
             bundle=str(built.folder),
             up_to_date=built.up_to_date,
             written=built.written,
@@ -183,10 +151,10 @@ def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: s
         for failure in outcomes[-1].failures:
             click.echo(f"error: {_failed(failure)}", err=True)
     if as_json:
-        _document(recipes=[_outcome(outcome) for outcome in outcomes])
+        document(recipes=[_outcome(outcome) for outcome in outcomes])
     else:
         _table(outcomes)
-    codes = {_code(failure.error) for outcome in outcomes for failure in outcome.failures}
+    codes = {code_of(failure.error) for outcome in outcomes for failure in outcome.failures}
     if codes:
         sys.exit(min(codes, key=lambda code: WORST_FIRST.index(code) if code in WORST_FIRST else len(WORST_FIRST)))
 
@@ -212,7 +180,7 @@ def _table(outcomes: Sequence[Outcome]) -> None:
 
 
 def _failed(failure: Failure) -> str:
-    return f"{failure.what}: {_told(failure.error)}" if failure.what else _told(failure.error)
+    return f"{failure.what}: {told(failure.error)}" if failure.what else told(failure.error)
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
@@ -223,7 +191,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "built": [{"engine": event.engine, "bytes": event.size, "seconds": event.seconds} for event in outcome.built],
         "present": [event.engine for event in outcome.present],
         "failed": [
-            {"engines": failure.what, "error": _told(failure.error), "exit_code": _code(failure.error)}
+            {"engines": failure.what, "error": told(failure.error), "exit_code": code_of(failure.error)}
             for failure in outcome.failures
         ],
         "seconds": round(outcome.seconds, 3),
@@ -277,12 +245,12 @@ def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
         from sdexport.describe import audit_document, audit_lines
 
         if as_json:
-            _document(**audit_document(manifest))
+            document(**audit_document(manifest))
         else:
             click.echo("\n".join(audit_lines(manifest)))
         return
     if as_json:
-        _document(manifest=json_from_record(manifest))
+        document(manifest=json_from_record(manifest))
         return
     model, made = manifest.model, manifest.provenance
     click.echo(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
@@ -302,43 +270,6 @@ def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="Run this checkpoint, the bundle's own, in PyTorch beside it.")
-@click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
-@as_json
-@reported
-def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool) -> None:
-    """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
-    if bisects and against is None:
-        raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
-    from sdexport.verify import first_nodes, reference_checkpoint, verify_against
-    from sdruntime.bundle import Bundle
-    from sdruntime.errors import VerificationFailed
-    from sdruntime.report import write_page
-    from sdruntime.verify import report_of
-    from sdruntime.verify import verify as checks
-
-    opened = Bundle.open(bundle)
-    if against is None:
-        report = report_of(opened, checks(opened))
-    else:
-        checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
-        report = report_of(opened, verify_against(opened, checkpoint), reference=f"{against} in PyTorch")
-        if bisects:
-            report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
-    if html is not None:
-        write_page(report, html)
-    if as_json:
-        _document(**report.document())
-    else:
-        click.echo("\n".join(report.lines()))
-    if not report.passed:
-        raise VerificationFailed(bundle, report.faults())
-
-
-@main.command()
 @as_json
 @reported
 def doctor(as_json: bool) -> None:
@@ -355,7 +286,7 @@ def doctor(as_json: bool) -> None:
     folder = cache_folder()
     kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     if as_json:
-        _document(
+        document(
             python=platform.python_version(),
             machine=platform.machine(),
             libraries=found,
@@ -373,12 +304,3 @@ def doctor(as_json: bool) -> None:
     for name, line in missing.items():
         click.echo(f"missing: {name}: {line}")
     click.echo(f"kept traces: {kept:,} bytes in {folder} (safe to remove)")
-
-
-def _document(**fields: Any) -> None:
-    click.echo(json.dumps({"schema": SCHEMA, **fields}, indent=1, allow_nan=False))
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(message, err=True)
-    sys.exit(code)

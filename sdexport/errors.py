@@ -5,6 +5,7 @@ SdexportError                 1   something failed
 ├── RecipeError               2   a recipe cannot be used; carries every fault with its line
 ├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
 │   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
+├── BenchError                1   a contestant of a benchmark failed
 └── ExportError               1   a component's graph could not be made, or is not sound
     ├── PrecisionError        1   values that the asked precision cannot hold; carries every fault
     └── AuditError            1   a graph in half precision that is too far from its float32 one
@@ -52,6 +53,10 @@ class EnvironmentFault(SdexportError):
 
 class ProcessKilled(EnvironmentFault):
     """The process that exported a component was ended by a signal."""
+
+
+class BenchError(SdexportError):
+    """A contestant of a benchmark failed; the message names it and what it said."""
 
 
 class ExportError(SdexportError):

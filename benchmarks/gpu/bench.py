@@ -21,10 +21,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, gate, reference, tasks
+from benchmarks.gpu import ROOT, gate, tasks
 from benchmarks.gpu.backends import Loaded, gpu, look, slug, versions
 from benchmarks.gpu.clean import cleaned
 from benchmarks.gpu.table import lines
+from sdexport import reference
 from sdruntime.bundle import Bundle
 from sdruntime.errors import BundleError
 

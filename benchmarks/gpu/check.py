@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 import warnings
@@ -17,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.backends import look, preload
-from benchmarks.gpu.measure import Array, drawn, loop, psnr, text_of
-from benchmarks.gpu.reference import EAGER, Diffusers
+from benchmarks.gpu.measure import loop
+from sdexport.reference import EAGER, Diffusers
+from sdexport.subject import bare
+from sdexport.timing import Array, drawn, psnr, text_of
 from sdruntime.backends import BACKENDS
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
@@ -64,18 +65,10 @@ def cpu_pictures(bundle: Path, place: Path, prompt: str) -> Path:
 
 def diffusers_pictures(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
     """Of "one" and "four", by diffusers in float32 on the same GPU, as the file `out`. Raises what diffusers raises."""
-    with contextlib.closing(Diffusers(Path(job["checkpoint"]), device=job["device"], half=False)) as rival:
+    with contextlib.closing(Diffusers(Path(job["checkpoint"]), device=job["device"], precision="fp32")) as rival:
         pictures = {name: np.stack(rival.draw(EAGER, asked(job["prompt"])[name])) for name in ("one", "four")}
     np.savez(job["out"], **pictures)  # type: ignore[arg-type]
     save({"out": job["out"]})
-
-
-def bare(bundle: Path, place: Path) -> Path:
-    """A copy without engines."""
-    copy = Bundle.open(Path(shutil.copytree(bundle, place)))
-    for engine in copy.manifest.engines:
-        copy = copy.remove_engine(engine)
-    return copy.folder
 
 
 def check(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> None:

@@ -19,11 +19,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ROOT, gate, reference, tasks
+from benchmarks.gpu import ROOT, gate, tasks
 from benchmarks.gpu.backends import gpu, look, slug, versions
 from benchmarks.gpu.bench import Bench, Options, note
 from benchmarks.gpu.check import cpu_pictures, faults
 from benchmarks.gpu.clean import cleaned
+from sdexport import reference
 from sdruntime.bundle import Bundle
 
 SCHEMA = 1

@@ -22,8 +22,9 @@ from benchmarks.gpu import ROOT
 from benchmarks.gpu.backends import preload
 from benchmarks.gpu.check import check, diffusers_pictures
 from benchmarks.gpu.measure import component as measure_component
-from benchmarks.gpu.measure import dims_of, drawn, loop, psnr, race, ratio, repeated, text_of
-from benchmarks.gpu.reference import COMPILED, EAGER, Diffusers
+from benchmarks.gpu.measure import loop
+from sdexport.reference import COMPILED, EAGER, Diffusers
+from sdexport.timing import dims_of, drawn, psnr, race, ratio, repeated, text_of
 from sdruntime.backends import BACKENDS
 from sdruntime.build import Asked, build_engines
 from sdruntime.cuda import Cuda

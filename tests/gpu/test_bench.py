@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from trt.machine import Machine
 
-from benchmarks.gpu import bench, measure, tasks
-from benchmarks.gpu.reference import COMPILED, EAGER
+from benchmarks.gpu import bench, tasks
 from benchmarks.gpu.table import lines
+from sdexport.reference import COMPILED, EAGER
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.errors import EngineError
 
@@ -29,8 +29,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)  # tiny networks are quickest so
     monkeypatch.setattr(bench, "CASES", CASES)
     monkeypatch.setattr(bench, "QUEUE", {"sd15": 8})
-    monkeypatch.setattr(measure, "WARM", 1)
-    monkeypatch.setattr(measure, "LEAST", 2)
+    monkeypatch.setattr(timing, "WARM", 1)
+    monkeypatch.setattr(timing, "LEAST", 2)
 
 
 def options(bundle: Path, checkpoint: Path, **changes: Any) -> bench.Options:
@@ -164,7 +164,7 @@ def test_what_is_required_and_does_not_run_is_a_failure(
 def test_without_diffusers_a_bundle_must_be_named(
     here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("benchmarks.gpu.reference.missing", lambda device="cuda": "diffusers is not installed")
+    monkeypatch.setattr("sdexport.reference.missing", lambda device="cuda": "diffusers is not installed")
     code, document = run(options(tmp_path, tmp_path, bundles={}, checkpoints={}, work=tmp_path / "work"), tmp_path)
     assert code == 1
     assert document["diffusers"] == "diffusers is not installed"
@@ -223,9 +223,9 @@ def test_likeness_of_pictures() -> None:
     import numpy as np
 
     black, white = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
-    assert measure.psnr([black], [black]) == measure.ALIKE
-    assert measure.psnr([black, black], [black, white]) == 0
-    assert measure.psnr([black], [black + np.uint8(1)]) == pytest.approx(48.13, abs=0.01)
+    assert timing.psnr([black], [black]) == timing.ALIKE
+    assert timing.psnr([black, black], [black, white]) == 0
+    assert timing.psnr([black], [black + np.uint8(1)]) == pytest.approx(48.13, abs=0.01)
 
 
 def test_a_race_drops_who_fails_and_stops_in_time() -> None:
@@ -242,7 +242,7 @@ def test_a_race_drops_who_fails_and_stops_in_time() -> None:
 
         return drawing
 
-    told = measure.race({"a": draw("a"), "b": draw("b"), "c": draw("c")}, seconds=0, until=0)
+    told = timing.race({"a": draw("a"), "b": draw("b"), "c": draw("c")}, seconds=0, until=0)
     assert calls[:6] == ["a", "b", "c"] * 2
     assert told["b"] == {"error": "ValueError: b is out"}
     assert (told["a"]["n"], told["c"]["n"]) == (1, 1)

@@ -16,7 +16,7 @@ from gpu.conftest import PROMPT
 from trt.machine import Machine
 from trt.surface import VERSIONS
 
-from benchmarks.gpu import bench, check, measure, report, support
+from benchmarks.gpu import bench, check, report, support
 from benchmarks.gpu.clean import clean, cleaned
 from sdruntime.backends.trt import worker
 from sdruntime.errors import EngineError
@@ -36,8 +36,8 @@ def made(
 ) -> dict[str, dict[str, Any]]:
     """Reports of a fake machine, tiny checkpoints in place of the real ones."""
     monkeypatch.setattr(bench, "CASES", {"sd15": (2.0, ((20, 1), (3, 4)))})
-    monkeypatch.setattr(measure, "WARM", 1)
-    monkeypatch.setattr(measure, "LEAST", 2)
+    monkeypatch.setattr(timing, "WARM", 1)
+    monkeypatch.setattr(timing, "LEAST", 2)
     monkeypatch.setattr(check, "CYCLES", 1)
     wanted = report.Wanted(
         shapes=[sd1_bundle, sd1_fp16_bundle],

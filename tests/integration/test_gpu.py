@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import gate, reference, tasks
+from benchmarks.gpu import gate, tasks
 from benchmarks.gpu.check import cpu_pictures, faults
 from benchmarks.gpu.report import PROMPT
+from sdexport import reference
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import devices
 from sdruntime.engine import EngineOptions

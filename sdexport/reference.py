@@ -1,4 +1,7 @@
-"""diffusers on the same checkpoint, eager and compiled, drawing what our pipelines draw: same noise, steps and scheduler."""
+"""diffusers on the same checkpoint, eager and compiled, drawing what our pipelines draw: same noise, steps and scheduler.
+
+What a bundle is measured against, and what a user would otherwise run.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.measure import Array
+from sdexport.timing import Array
+from sdruntime.manifest import Precision
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request
 
@@ -41,14 +46,16 @@ def versions() -> Mapping[str, str]:
 
 
 class Diffusers:
-    """A checkpoint as its own pipeline: float16 on a GPU if `half`, else float32. Steps and the rest come with the requests."""
+    """A checkpoint as its own pipeline: in `precision`, by default float16 on a GPU and else float32. Steps and
+    the rest come with the requests."""
 
-    def __init__(self, checkpoint: Path, *, device: str = "cuda", half: bool = True) -> None:
+    def __init__(self, checkpoint: Path, *, device: str = "cuda", precision: Precision | None = None) -> None:
         import diffusers
         import torch
 
         self._torch, self._device = torch, device
-        self._dtype = torch.float16 if device == "cuda" and half else torch.float32
+        named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        self._dtype = named[precision or ("fp16" if device == "cuda" else "fp32")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipe = diffusers.DiffusionPipeline.from_pretrained(str(checkpoint), torch_dtype=self._dtype, local_files_only=True)
@@ -56,11 +63,31 @@ class Diffusers:
         self._pipe.set_progress_bar_config(disable=True)
         self._parts = {EAGER: (pipe.unet, pipe.vae.decode)}
 
-    def compile(self) -> None:
+    def compile(self, mode: str = "max-autotune") -> None:
         """As diffusers' own guide to speed has it. The compiling itself happens with the first picture of each shape."""
         compiled = self._torch.compile
-        unet = compiled(self._pipe.unet, mode="max-autotune", fullgraph=True)
-        self._parts[COMPILED] = (unet, compiled(self._pipe.vae.decode, mode="max-autotune", fullgraph=True))
+        unet = compiled(self._pipe.unet, mode=mode, fullgraph=True)
+        self._parts[COMPILED] = (unet, compiled(self._pipe.vae.decode, mode=mode, fullgraph=True))
+
+    def unet(self, name: str) -> Any:
+        return self._parts[name][0]
+
+    def call(self, name: str, component: str, feeds: Mapping[str, Array]) -> None:
+        """One component, as a bundle calls it, its inputs brought to the device and the end awaited."""
+        torch, (unet, decode) = self._torch, self._parts[name]
+        with torch.inference_mode():
+            given = {key: torch.from_numpy(array).to(self._device) for key, array in feeds.items()}
+            cast = {key: value if component.startswith("text") else value.to(self._dtype) for key, value in given.items()}
+            if component == "unet":
+                added = {key: cast[key] for key in ("text_embeds", "time_ids") if key in cast}
+                extra = {"added_cond_kwargs": added} if added else {}
+                unet(cast["sample"], given["timestep"], encoder_hidden_states=cast["encoder_hidden_states"], **extra)
+            elif component == "vae_decoder":
+                decode(cast["latent_sample"])
+            else:
+                getattr(self._pipe, component)(given["input_ids"], output_hidden_states=True)
+            if self._device == "cuda":
+                torch.cuda.synchronize()
 
     def draw(self, name: str, asked: list[Request]) -> list[Array]:
         """Pictures uint8 [H, W, 3] of requests that differ in nothing but their seeds."""

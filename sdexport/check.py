@@ -1,0 +1,102 @@
+"""The commands that hold a bundle to numbers: verify and bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdexport.command import as_json, document, reported
+
+if TYPE_CHECKING:
+    from sdexport.bench import Measuring
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="Run this checkpoint, the bundle's own, in PyTorch beside it.")
+@click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
+@as_json
+@reported
+def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool) -> None:
+    """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
+    if bisects and against is None:
+        raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
+    from sdexport.verify import first_nodes, reference_checkpoint, verify_against
+    from sdruntime.bundle import Bundle
+    from sdruntime.errors import VerificationFailed
+    from sdruntime.report import write_page
+    from sdruntime.verify import report_of
+    from sdruntime.verify import verify as checks
+
+    opened = Bundle.open(bundle)
+    if against is None:
+        report = report_of(opened, checks(opened))
+    else:
+        checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
+        report = report_of(opened, verify_against(opened, checkpoint), reference=f"{against} in PyTorch")
+        if bisects:
+            report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
+    if html is not None:
+        write_page(report, html)
+    if as_json:
+        document(**report.document())
+    else:
+        click.echo("\n".join(report.lines()))
+    if not report.passed:
+        raise VerificationFailed(bundle, report.faults())
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="auto", show_default=True, help="Whose engines are measured.")
+@click.option("--against", multiple=True, help="Beside them: torch, torch-bf16, torch-compile, or a backend; may be repeated.")
+@click.option("--model", help="The checkpoint for torch, a folder or a hub id, where the bundle's own source is not to be found.")
+@click.option("--rebuild", is_flag=True, help="Build the engines in a scratch copy, for these shapes, and time it.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--batch", default=1, show_default=True, help="Pictures of one call.")
+@click.option("--size", help="WxH in pixels; the model's own if not given.")
+@click.option("--guidance", default=7.5, show_default=True)
+@click.option("--seconds", default=10.0, show_default=True, help="For each contestant in each column, about.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Also write the tables to this file.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also draw the ratios, as SVG, to this file.")
+@as_json
+@reported
+def bench(bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure a bundle beside what you would otherwise run: components, whole pictures, memory, cold start."""
+    from sdexport.bench import Settings, size_of
+    from sdexport.bench import bench as events
+    from sdexport.chart import markdown as lines
+    from sdexport.chart import svg
+
+    settings = Settings(
+        size=size_of(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
+    )
+    found = _measured(events(bundle, settings, **options))
+    if markdown:
+        markdown.write_text("\n".join(lines(found)) + "\n", encoding="utf-8")
+    if picture:
+        picture.write_text(svg(found), encoding="utf-8")
+    for warning in found["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+
+
+def _measured(events: Iterable[Measuring | dict[str, Any]]) -> dict[str, Any]:
+    """Follow a benchmark on standard error, with rich; returns its document."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    with Bars(TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+        for event in events:
+            if isinstance(event, dict):
+                return event
+            progress.update(task, description=event.what, completed=event.done, total=event.total or None)
+    raise AssertionError("a benchmark tells its end")

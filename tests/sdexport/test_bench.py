@@ -1,0 +1,203 @@
+"""What a benchmark tells, and that contestants take turns. No test here asserts a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import MODEL, make_bundle
+from sdexport_cli import run
+
+from sdexport import bench as module
+from sdexport.bench import cold_starts, ratios, size_of
+from sdexport.chart import markdown, svg
+from sdexport.errors import BenchError
+from sdexport.subject import costs
+from sdruntime.build import Asked, build_engines
+from sdruntime.bundle import Bundle
+from sdruntime.choose import Machine
+from sdruntime.cuda import Device
+from sdruntime.errors import SettingError
+from sdruntime.manifest import EngineSpec
+
+PARTS = ("import_s", "load_s", "warmup_s")
+
+
+@pytest.fixture(scope="module")
+def document(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of the tiny checkpoint: ONNX Runtime beside the fake, as the command tells it; the files that it wrote are beside it."""
+    import shutil
+
+    place = tmp_path_factory.mktemp("bench")
+    bundle = Path(shutil.copytree(sd1_bundle, place / "bundle"))
+    for name in ("onnxruntime", "fake"):
+        for _ in build_engines(bundle, Asked(backend=name)):
+            pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "STARTS", 1)
+        patch.setattr(timing, "WARM", 1)
+        patch.setattr(timing, "LEAST", 3)
+        arguments = ["--backend", "onnxruntime", "--against", "fake", "--against", "tensorrt", "--steps", "2", "--seconds", "0"]
+        files = ["--markdown", place / "out.md", "--picture", place / "out.svg"]
+        result = run("bench", bundle, *arguments, *files, "--json")
+    assert result.exit_code == 0, result.stderr
+    told: dict[str, Any] = json.loads(result.stdout)
+    told["files"] = {kind: (place / f"out.{kind}").read_text(encoding="utf-8") for kind in ("md", "svg")}
+    return told
+
+
+def test_the_document_says_what_where_and_how(document: dict[str, Any]) -> None:
+    assert document["schema"] == 1
+    assert document["machine"].keys() >= {"processor", "cores", "gpus", "system", "load"}
+    assert document["versions"].keys() >= {"sdexport", "python"}
+    assert document["settings"].keys() >= {"steps", "batch", "size", "guidance", "seconds", "prompt", "seed", "sampler"}
+    assert list(document["contestants"]) == ["onnxruntime", "fake", "tensorrt"]
+    assert "no engine of" in document["contestants"]["tensorrt"]["error"]
+    assert all("build_s" not in each for each in document["contestants"].values())  # nothing was built, so nothing is told
+
+
+def test_numbers_stand_in_sane_relations(document: dict[str, Any]) -> None:
+    for name in ("onnxruntime", "fake"):
+        told = document["contestants"][name]
+        assert told["components"].keys() == {"text_encoder", "unet", "vae_decoder"}
+        for found in [*told["components"].values(), told["end_to_end"], told["host_outside_unet_per_step"]]:
+            assert 0 < found["min_ms"] <= found["p50_ms"] <= found["p95_ms"]
+            assert found["n"] >= 1
+        whole = sum(told["cold"][part] for part in PARTS)
+        assert 0.5 * told["cold"]["whole_s"] <= whole <= 1.01 * told["cold"]["whole_s"]
+        assert all(told["cold"][part] > 0 for part in PARTS)
+        assert told["peak_memory"] > 10e6
+        assert told["engine_bytes"] > 0
+    assert document["ratios"].keys() == {"text_encoder", "unet", "vae_decoder", "end to end"}
+    for times in document["ratios"].values():
+        assert times.keys() == {"onnxruntime", "fake"}
+        assert min(times.values()) == 1
+
+
+def test_the_picture_has_a_bar_for_each_contestant_in_each_column(document: dict[str, Any]) -> None:
+    root = ElementTree.fromstring(document["files"]["svg"])
+    bars = [each.attrib for each in root.iter("{http://www.w3.org/2000/svg}rect") if each.get("class") == "bar"]
+    asked = {(column, name) for column, times in document["ratios"].items() for name in times}
+    assert sorted((bar["data-component"], bar["data-contestant"]) for bar in bars) == sorted(asked)
+    assert all(float(bar["width"]) > 0 and float(bar["x"]) + float(bar["width"]) < float(root.attrib["width"]) for bar in bars)
+
+
+def test_the_tables_hold_every_column_and_every_failure(document: dict[str, Any]) -> None:
+    text = document["files"]["md"]
+    for column in (*document["ratios"], "cold start", "peak memory", "host outside"):
+        assert f"| {column}" in text
+    assert "tensorrt did not run" in text
+    assert "building them" not in text
+    assert list(markdown(document)) == text.splitlines()
+    assert svg(document) == document["files"]["svg"]
+
+
+def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "WARM", 1)
+    monkeypatch.setattr(timing, "LEAST", 3)
+    order: list[str] = []
+
+    def turn(name: str, seconds: float) -> timing.Turn:
+        def taking(round_: int) -> list[float]:
+            order.append(name)
+            if name == "c" and round_ == 1:
+                raise RuntimeError("no more")
+            return [seconds]
+
+        return taking
+
+    taken = timing.in_turn({"a": turn("a", 1.0), "b": turn("b", 2.0), "c": turn("c", 1.0)}, seconds=4.5)
+    assert "".join(order) == "abcabcabcabaa"
+    assert taken == {"a": [1.0] * 5, "b": [2.0] * 3, "c": "RuntimeError: no more"}
+    order.clear()
+    assert timing.in_turn({"a": turn("a", 1.0), "b": turn("b", 1.0)}, seconds=100, until=0) == {"a": [1.0], "b": [1.0]}
+    assert "".join(order) == "abab"
+
+
+def test_of_several_cold_starts_the_middle_one_is_told() -> None:
+    class Stub:
+        wholes = iter((3.0, 1.0, 2.0))
+        closed = 0
+
+        def opened(self) -> dict[str, Any]:
+            return {"cold": {"whole_s": next(self.wholes)}}
+
+        def close(self) -> None:
+            Stub.closed += 1
+
+    class Broken(Stub):
+        def opened(self) -> dict[str, Any]:
+            raise BenchError("broken: no")
+
+    with contextlib.ExitStack() as stack:
+        found = cold_starts({"one": Stub, "other": Broken}, stack, seconds=100)
+        assert found["one"][1]["cold"] == {"whole_s": 2.0, "starts": 3}
+        assert found["other"] == "broken: no"
+    assert Stub.closed >= 4
+
+
+def test_ratios_are_to_the_quickest() -> None:
+    told = {"a": {"components": {"unet": {"p50_ms": 3.0}}, "end_to_end": {"p50_ms": 5.0}}, "b": {"end_to_end": {"p50_ms": 4.0}}}
+    assert ratios(told) == {"unet": {"a": 1.0}, "end to end": {"a": 1.25, "b": 1.0}}
+
+
+def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
+    manifest = dataclasses.replace(make_bundle(tmp_path / "bundle").manifest, model=MODEL)
+    gpu = Device(name="A GPU", capability=(8, 6), memory=1 << 30, integrated=False, driver="12.8")  # type: ignore[call-arg]
+    here = Machine(libraries={}, devices=(gpu,))
+    spec = EngineSpec(
+        component="unet",
+        backend="tensorrt",
+        version="10.0",
+        target="sm86",
+        precision="fp32",
+        files=("engines/unet.plan",),
+        profiles=({"batch": (1, 2, 2), "height": (8, 64, 64)},),
+    )
+    on_cpu = dataclasses.replace(spec, component="vae_decoder", backend="onnxruntime", target="cpu")
+    found = costs(manifest, [spec, on_cpu], here, guidance=7.5, batch=2, unguided=True)
+    for said in ("draws without", "vae_decoder on the CPU although A GPU", "unet in fp32 on a GPU", "range of shapes", "2 times"):
+        assert sum(said in line for line in found) == 1
+    assert all("\n" not in line for line in found)
+    static = dataclasses.replace(spec, precision="fp16", profiles=({"batch": (2, 2, 2), "height": (64, 64, 64)},))
+    assert costs(manifest, [static], here, guidance=7.5, batch=1, unguided=False) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--against", "tensorflow"], 2, "unknown rival 'tensorflow'"),
+        (["--size", "64"], 2, "WIDTHxHEIGHT"),
+        (["--steps", "0"], 2, "steps 0: at least 1"),
+        ([], 5, "no engine of text_encoder fits this machine"),
+    ],
+)
+def test_bad_input_gets_one_message_and_its_code(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    bundle = make_bundle(tmp_path / "bundle").folder
+    result = run("bench", bundle, *arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+
+
+def test_sizes_are_read() -> None:
+    assert size_of("512x768") == (512, 768)
+    with pytest.raises(SettingError):
+        size_of("0x64")
+
+
+def test_ssim_knows_likeness() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    assert timing.ssim(picture, picture) == pytest.approx(1)
+    assert timing.ssim(picture, 255 - picture) < 0
+    with pytest.raises(ValueError, match="one shape"):
+        timing.ssim(picture, picture[:8])
+
+
+def test_a_bundle_is_left_as_it_was(document: dict[str, Any], sd1_bundle: Path) -> None:
+    assert not Bundle.open(sd1_bundle).changed_files()
