@@ -13,6 +13,7 @@ from trt.machine import Machine
 
 from benchmarks.gpu import bench, tasks
 from benchmarks.gpu.table import lines
+from sdexport import timing
 from sdexport.reference import COMPILED, EAGER
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.errors import EngineError

@@ -15,6 +15,7 @@ from bundles import MODEL, make_bundle
 from sdexport_cli import run
 
 from sdexport import bench as module
+from sdexport import timing
 from sdexport.bench import cold_starts, ratios, size_of
 from sdexport.chart import markdown, svg
 from sdexport.errors import BenchError
