@@ -68,14 +68,14 @@ def test_the_shapes_checkpoint_in_fp16(tmp_path: Path, trace_cache: Path) -> Non
 
 
 def test_two_builds_give_equal_bytes(sd1_checkpoint: Path, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
-    events = list(build(str(sd1_checkpoint), tmp_path / "again", Options(precision="fp16")))
+    events = list(build(str(sd1_checkpoint), tmp_path / "again", Options(precision="fp16", verify=False)))
     stages = [event.stage.name for event in events if isinstance(event, Progress)]
     assert "probe" in stages
     assert stages.count("audit") == 4
     one, other = (load_manifest(folder) for folder in (sd1_fp16_bundle, tmp_path / "again"))
     assert dataclasses.replace(one, provenance={}) == dataclasses.replace(other, provenance={})
     assert not list((tmp_path / "again").rglob("*.npz")), "nothing of the audit's work is left"
-    again = list(build(str(sd1_checkpoint), tmp_path / "again", Options(precision="fp16")))
+    again = list(build(str(sd1_checkpoint), tmp_path / "again", Options(precision="fp16", verify=False)))
     assert isinstance(again[-1], Built)
     assert again[-1].up_to_date
 

@@ -100,7 +100,11 @@ def test_a_bundle_without_golden_numbers_is_made_again_and_one_with_them_stays(
     assert stages == ["reference", "verify"]
     assert isinstance(events[-1], Built)
     assert events[-1].checks == 11
-    assert (without / NUMBERS).read_bytes() == (sd1_proved_bundle / NUMBERS).read_bytes(), "the same numbers again"
+    with np.load(without / NUMBERS) as one, np.load(sd1_proved_bundle / NUMBERS) as other:
+        assert one.files == other.files
+        for name in one.files:  # PyTorch's own sums differ in their last digits from run to run
+            room = 1 if one[name].dtype == np.uint8 else 1e-5 * np.abs(other[name]).max()
+            np.testing.assert_allclose(one[name].astype(float), other[name].astype(float), rtol=0, atol=room)
 
 
 def test_numbers_that_do_not_hold_fail_the_build_and_keep_the_former_bundle(
