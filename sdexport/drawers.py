@@ -12,8 +12,8 @@ from sdexport.timing import Array, drawn, feeds_of
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import Cuda, devices
-from sdruntime.engine import CPU, Engine, EngineOptions
-from sdruntime.manifest import ComponentSpec, EngineSpec, Precision
+from sdruntime.engine import CPU, AroundEngine, Engine, EngineOptions
+from sdruntime.manifest import Precision
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 
@@ -59,34 +59,18 @@ class _Feeds:
         return self._made[key]
 
 
-class _ClockedEngine:
+class _ClockedEngine(AroundEngine):
     """An engine whose calls are timed."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine, self._clock = engine, clock
-
-    @property
-    def spec(self) -> EngineSpec:
-        return self._engine.spec
-
-    @property
-    def component(self) -> ComponentSpec:
-        return self._engine.component
+        super().__init__(engine)
+        self._clock = clock
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         begun = time.perf_counter()
         outputs = self._engine(feeds)
         self._clock.add(begun)
         return outputs
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __enter__(self) -> _ClockedEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _ClockedPipeline(Pipeline):

@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from sdexport.measure import MISSING, Feed, magnitudes
 from sdexport.weights import Array
 from sdruntime import latent
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Engine, EngineOptions, Shared
-from sdruntime.manifest import ComponentSpec, EngineSpec
+from sdruntime.engine import AroundEngine, Engine, EngineOptions, Shared
+from sdruntime.manifest import EngineSpec
 from sdruntime.pipeline import Pipeline
 
 PROMPTS = (
@@ -143,19 +142,12 @@ class _Probe(Pipeline):
         super().close()
 
 
-class _Watched:
+class _Watched(AroundEngine):
     """An engine whose calls are remembered; one that gives what is not finite ends the probe."""
 
     def __init__(self, probe: _Probe, engine: Engine) -> None:
-        self._probe, self._engine = probe, engine
-
-    @property
-    def spec(self) -> EngineSpec:
-        return self._engine.spec
-
-    @property
-    def component(self) -> ComponentSpec:
-        return self._engine.component
+        super().__init__(engine)
+        self._probe = probe
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         probe, name = self._probe, self._engine.spec.component
@@ -166,12 +158,3 @@ class _Watched:
         if not all(np.isfinite(array).all() for array in found.values()):
             magnitudes(probe.bundle.folder / self._engine.component.onnx, [feed], where=name)  # which names the node
         return found
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -55,6 +55,33 @@ class Engine(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
+class AroundEngine:
+    """An engine around another one, which it calls and closes: a subclass says what it does beside a call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self._engine.spec
+
+    @property
+    def component(self) -> ComponentSpec:
+        return self._engine.component
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self._engine(feeds)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> AroundEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How an engine is opened. `threads` 0: the library decides. `session`: the library's own settings, by its own names.
