@@ -19,6 +19,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from sdruntime.record import json_from_text
 ENGINES = "engines"
 _KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
 _CHUNK = 1 << 24
+_PAUSE = 0.05  # seconds
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
@@ -212,6 +214,28 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def giving_back(view: memoryview) -> Iterator[None]:
+    """While a library takes in a view that `Bundle.read` gave: its pages go back to the system again and again, so that they are
+    never all in memory beside what the library makes of them. Touched later, a byte is read from the file again. Where the system
+    has no such call, nothing."""
+    done = threading.Event()
+    giver = threading.Thread(target=_give_back, args=(view.obj, done), daemon=True)
+    giver.start()
+    try:
+        yield
+    finally:
+        done.set()
+        giver.join()
+
+
+def _give_back(mapped: object, done: threading.Event) -> None:
+    last = not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED")
+    while not last:
+        last = done.wait(_PAUSE)
+        mapped.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def _mapped(path: Path) -> memoryview:

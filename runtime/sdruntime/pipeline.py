@@ -146,7 +146,8 @@ class Pipeline:
         self._engines = {}
         try:
             self._check_memory()
-            for spec in self._chosen:
+            # the largest first: what opening takes beside what stays is most there
+            for spec in sorted(self._chosen, key=self._size_of, reverse=True):
                 if spec.target == CPU or not self._options.low_memory:
                     self.engine(spec.component, rows=self._usual_rows(spec.component))
         except BaseException:
@@ -228,6 +229,9 @@ class Pipeline:
             for name in self.bundle.manifest.components
             if name not in ("vae_encoder", STEP)
         ]
+
+    def _size_of(self, spec: EngineSpec) -> int:
+        return sum(self.bundle.manifest.files[path].size for path in spec.files)
 
     def _usual_rows(self, component: str) -> int:
         """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
