@@ -8,6 +8,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 _STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
 KEPT_CHOICES = 256
+OPENERS = 2  # engines on the CPU that are opened at a time
 
 
 class Stream:
@@ -147,9 +149,13 @@ class Pipeline:
         try:
             self._check_memory()
             # the largest first: what opening takes beside what stays is most there
-            for spec in sorted(self._chosen, key=self._size_of, reverse=True):
-                if spec.target == CPU or not self._options.low_memory:
-                    self.engine(spec.component, rows=self._usual_rows(spec.component))
+            first = sorted(self._chosen, key=self._size_of, reverse=True)
+            here = [spec for spec in first if spec.target == CPU]
+            with ThreadPoolExecutor(OPENERS) as pool:  # while one is hashed, another one is taken in by its library
+                list(pool.map(self._open_first, here))
+            for spec in first:
+                if spec.target != CPU and not self._options.low_memory:
+                    self._open_first(spec)
         except BaseException:
             self.close()
             raise
@@ -229,6 +235,9 @@ class Pipeline:
             for name in self.bundle.manifest.components
             if name not in ("vae_encoder", STEP)
         ]
+
+    def _open_first(self, spec: EngineSpec) -> None:
+        self.engine(spec.component, rows=self._usual_rows(spec.component))
 
     def _size_of(self, spec: EngineSpec) -> int:
         return sum(self.bundle.manifest.files[path].size for path in spec.files)
