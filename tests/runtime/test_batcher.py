@@ -95,10 +95,11 @@ def test_jobs_in_company_draw_what_they_draw_alone_where_rows_do_not_meet(parts:
 def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batcher: Batcher) -> None:
     told: list[tuple[int, int]] = []  # calls before, step
     late: list[Drawing] = []
-    act = lambda: late.append(
-        batcher.submit(asked(2, steps=3), progress=lambda at: told.append((len(parts.unet.calls), at.step)))
-    )  # noqa: E731
-    at_call(parts, 2, act)
+
+    def progress(at: Progress) -> None:
+        told.append((len(parts.unet.calls), at.step))
+
+    at_call(parts, 2, lambda: late.append(batcher.submit(asked(2, steps=3), progress=progress)))
     batcher.submit(asked(1, steps=6)).result(WAIT)
     late[0].result(WAIT)
     assert parts.unet.rows == [2, 2, 4, 4, 4, 2]

@@ -418,4 +418,4 @@ def test_many_threads_with_random_cancels_lose_nothing(host: Host, folder: Path)
 def _open_files(host: Host) -> list[int]:
     """Of this process, and of the worker."""
     processes = [os.getpid(), *([host.process.pid] if isinstance(host, Worker) else [])]
-    return [len(os.listdir(f"/proc/{process}/fd")) for process in processes]
+    return [len(list(Path(f"/proc/{process}/fd").iterdir())) for process in processes]
