@@ -84,27 +84,26 @@ def waits(pipe: Pipeline) -> dict[str, Any]:
     chance = random.Random(0)
     steps: list[int] = []
     seconds: list[float] = []
-    texts = iter(range(10**6))  # new to the text encoder each time
-    at = {"step": 0, "began": 0.0}
+    done = [0]
 
     def first(progress: Progress) -> None:
-        at["step"], at["began"] = progress.step, time.perf_counter()
+        done[0] = progress.step
 
     with Batcher(pipe) as batcher:
         runners = [batcher.submit(Request(prompt="a circle", seed=k, steps=900), progress=None if k else first) for k in range(4)]
-        while at["step"] < 5:
+        while done[0] < 5:
             time.sleep(0.001)
-        for _ in range(ARRIVALS):
+        for number in range(ARRIVALS):
             time.sleep(chance.random() * 0.05)
-            joined: list[tuple[float, float]] = []
+            joined: list[tuple[int, float]] = []
 
-            def tell(progress: Progress, joined: list[tuple[float, float]] = joined) -> None:
+            def tell(progress: Progress, joined: list[tuple[int, float]] = joined) -> None:
                 if progress.step == 0:
-                    joined.append((at["step"], time.perf_counter()))
+                    joined.append((done[0], time.perf_counter()))
 
-            step, begun = at["step"], time.perf_counter()
-            batcher.submit(Request(prompt=f"a circle {next(texts)}", seed=1, steps=1), progress=tell).result()
-            steps.append(int(joined[0][0] - step))
+            step, begun = done[0], time.perf_counter()
+            batcher.submit(Request(prompt=f"circle {number}", seed=1, steps=1), progress=tell).result()  # a text not seen before
+            steps.append(joined[0][0] - step)
             seconds.append(joined[0][1] - begun)
         for each in runners:
             each.cancel()

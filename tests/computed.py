@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bundles import TENSORS, make_bundle
@@ -13,8 +14,10 @@ from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.engine import Array
 from sdruntime.manifest import ComponentSpec, EngineSpec
 from sdruntime.pipeline import Pipeline
+from sdruntime.request import Request
 
 Feeds = Mapping[str, Array]
+SIZE = (64, 64)
 
 
 class Computing(FakeEngine):
@@ -89,5 +92,18 @@ class Parts:
     def unet(self) -> Computing:
         return self.engines["unet"]
 
+    def at_call(self, number: int, act: Callable[[], object]) -> None:
+        """Do something in the middle of the UNet's call `number`, counted from 1."""
+
+        def before(feeds: Feeds) -> None:
+            if len(self.unet.calls) == number:
+                act()
+
+        self.unet.before = before
+
     def pipeline(self) -> Pipeline:
         return Pipeline.over(make_bundle(self.folder), self.engines.__getitem__)
+
+
+def asked(seed: int = 1, *, steps: int = 4, sampler: str = "ddim", **settings: Any) -> Request:
+    return Request(prompt=f"a cat {seed}", seed=seed, steps=steps, sampler=sampler, **({"size": SIZE} | settings))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from computed import Feeds, Parts
+from computed import SIZE, Feeds, Parts, asked
 
 from sdruntime.batcher import Batcher, Drawing, Progress
 from sdruntime.denoise import Job
@@ -20,12 +20,7 @@ from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError,
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 
-SIZE = (64, 64)
 WAIT = 60  # seconds after which a test is given up
-
-
-def asked(seed: int = 1, *, steps: int = 4, sampler: str = "ddim", **settings: Any) -> Request:
-    return Request(prompt=f"a cat {seed}", seed=seed, steps=steps, sampler=sampler, **({"size": SIZE} | settings))
 
 
 def crowd() -> list[Request]:
@@ -59,16 +54,6 @@ def batcher(pipe: Pipeline) -> Iterator[Batcher]:
         yield opened
 
 
-def at_call(parts: Parts, number: int, act: Callable[[], object]) -> None:
-    """Do something in the middle of the UNet's call `number`, counted from 1."""
-
-    def before(feeds: Feeds) -> None:
-        if len(parts.unet.calls) == number:
-            act()
-
-    parts.unet.before = before
-
-
 def test_a_lone_job_draws_the_pipeline_s_picture_to_the_byte(parts: Parts, pipe: Pipeline) -> None:
     alone = [pipe(request).pictures[0] for request in crowd()]
     with Batcher(pipe) as batcher:
@@ -85,7 +70,7 @@ def test_jobs_in_company_draw_what_they_draw_alone_where_rows_do_not_meet(parts:
     alone = [pipe(request).images[0] for request in crowd()]
     with Batcher(pipe) as batcher:
         held: list[Drawing] = []
-        at_call(parts, len(parts.unet.calls) + 1, lambda: held.extend(map(batcher.submit, crowd()[1:])))
+        parts.at_call(len(parts.unet.calls) + 1, lambda: held.extend(map(batcher.submit, crowd()[1:])))
         first = batcher.submit(crowd()[0])
         pictures = [first.result(WAIT).image, *(each.result(WAIT).image for each in held)]
     for ours, reference in zip(pictures, alone, strict=True):
@@ -99,7 +84,7 @@ def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batch
     def progress(at: Progress) -> None:
         told.append((len(parts.unet.calls), at.step))
 
-    at_call(parts, 2, lambda: late.append(batcher.submit(asked(2, steps=3), progress=progress)))
+    parts.at_call(2, lambda: late.append(batcher.submit(asked(2, steps=3), progress=progress)))
     batcher.submit(asked(1, steps=6)).result(WAIT)
     late[0].result(WAIT)
     assert parts.unet.rows == [2, 2, 4, 4, 4, 2]
@@ -108,7 +93,7 @@ def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batch
 
 def test_jobs_of_other_sizes_run_beside_in_calls_of_their_own(parts: Parts, batcher: Batcher) -> None:
     held: list[Drawing] = []
-    at_call(parts, 1, lambda: held.extend(batcher.submit(asked(k, steps=2, size=(128, 64))) for k in (2, 3)))
+    parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=2, size=(128, 64))) for k in (2, 3)))
     batcher.submit(asked(1, steps=3)).result(WAIT)
     assert all(each.wait(WAIT) for each in held)
     assert [(call["batch"], call["width"]) for call in parts.unet.calls] == [(2, 8), (2, 8), (4, 16), (2, 8), (4, 16)]
@@ -118,7 +103,7 @@ def test_calls_are_split_to_what_the_engine_takes(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "bundle", most=3)
     with parts.pipeline() as pipe, Batcher(pipe, running=4) as batcher:
         held: list[Drawing] = []
-        at_call(parts, 1, lambda: held.extend(map(batcher.submit, [asked(2, steps=1), asked(3, steps=1)])))
+        parts.at_call(1, lambda: held.extend(map(batcher.submit, [asked(2, steps=1), asked(3, steps=1)])))
         batcher.submit(asked(1, steps=2)).result(WAIT)
         assert all(each.wait(WAIT) for each in held)
         assert parts.unet.rows == [2, 3, 3]
@@ -147,7 +132,7 @@ def test_a_full_queue_is_told_and_a_cancelled_job_makes_room(parts: Parts, pipe:
         held.append(batcher.submit(asked(5)))
 
     with Batcher(pipe, queue=2, running=1) as batcher:
-        at_call(parts, 2, lambda: _collect(faults, fill))
+        parts.at_call(2, lambda: _collect(faults, fill))
         batcher.submit(asked(1)).result(WAIT)
         assert faults == []
         assert [each.result(WAIT).seed for each in held[1:]] == [3, 5]
@@ -203,7 +188,7 @@ def test_a_wrong_setting_ends_its_job_alone(
     parts: Parts, batcher: Batcher, wrong: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
     held: list[Drawing] = []
-    at_call(parts, 1, lambda: held.append(batcher.submit(asked(2, **wrong))))
+    parts.at_call(1, lambda: held.append(batcher.submit(asked(2, **wrong))))
     assert batcher.submit(asked(1)).result(WAIT).image.std() > 1
     with pytest.raises(kind, match=text):
         held[0].result(WAIT)
@@ -220,7 +205,7 @@ def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Pa
 
     with Batcher(pipe) as batcher:
         held: list[Drawing] = []
-        at_call(parts, 1, lambda: held.extend(batcher.submit(asked(k, steps=5)) for k in (2, 3)))
+        parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=5)) for k in (2, 3)))
         parts.unet.after = spoil
         first = batcher.submit(asked(1, steps=5))
         np.testing.assert_array_equal(first.result(WAIT).image, alone[0])
@@ -241,7 +226,7 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
 
     engine.before = fail
     held: list[Drawing] = []
-    at_call(parts, 1, lambda: held.append(batcher.submit(asked(2))))
+    parts.at_call(1, lambda: held.append(batcher.submit(asked(2))))
     assert batcher.submit(asked(1)).result(WAIT).image.std() > 1
     with pytest.raises(SdruntimeError, match="the engine failed"):
         held[0].result(WAIT)
@@ -251,7 +236,7 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
 def test_an_engine_that_fails_ends_the_jobs_of_that_call(parts: Parts, batcher: Batcher) -> None:
     """A job of another size that was done in the same round gets its picture."""
     held: list[Drawing] = []
-    at_call(parts, 1, lambda: held.extend([batcher.submit(asked(2, size=(128, 64))), batcher.submit(asked(3, steps=9))]))
+    parts.at_call(1, lambda: held.extend([batcher.submit(asked(2, size=(128, 64))), batcher.submit(asked(3, steps=9))]))
 
     def fail(outputs: dict[str, Array]) -> None:
         if outputs["out_sample"].shape[3] == 16 and len(parts.unet.calls) == 5:
@@ -311,7 +296,7 @@ def test_closing_cancels_what_is_not_done_and_takes_nothing_more(parts: Parts, p
     drawings: list[Drawing] = []
     with Batcher(pipe, running=2) as batcher:
         started = threading.Event()
-        at_call(parts, 2, started.set)
+        parts.at_call(2, started.set)
         drawings += [batcher.submit(asked(k, steps=900)) for k in range(5)]
         assert started.wait(WAIT)
     assert [each.cancelled() for each in drawings] == [True] * 5
@@ -333,7 +318,7 @@ def test_a_thread_that_ends_loses_no_job(parts: Parts, pipe: Pipeline) -> None:
         raise SystemExit
 
     with Batcher(pipe, running=1) as batcher:
-        at_call(parts, 2, leave)
+        parts.at_call(2, leave)
         drawings = [batcher.submit(asked(k)) for k in range(3)]
         for each in drawings:
             with pytest.raises(SystemExit):

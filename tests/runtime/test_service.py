@@ -1,105 +1,23 @@
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import make_bundle, with_fake_engines
+from hosts import WAIT, Host, Worker
 
-from sdruntime.channel import Channel
 from sdruntime.image import image_from_png
 from sdruntime.pipeline import Pipeline
-from sdruntime.service import Service
 
-WAIT = 60  # seconds after which a test is given up
 ENDS = ("ready", "refused", "done", "failed", "closed")
-Event = dict[str, Any]
-
-
-class Host:
-    """The other side: keeps what it is told, each blob beside its event, and lets a test wait for what comes."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._told = threading.Condition()
-        self.send: Callable[[bytes, bytes | None], object]
-
-    def emit(self, message: bytes, blob: Any) -> None:
-        assert isinstance(message, bytes)
-        with self._told:
-            self.events.append(json.loads(message) | {"blob": None if blob is None else bytes(blob)})
-            self._told.notify_all()
-
-    def say(self, op: str, blob: bytes | None = None, **fields: Any) -> None:
-        self.send(json.dumps({"op": op, **fields}).encode(), blob)
-
-    def submit(self, job: int, blob: bytes | None = None, *, request: Any = None, **fields: Any) -> None:
-        asked = {"prompt": "a cat", "steps": 3, "width": 64, "height": 64, "seed": job}
-        self.say("submit", blob, job=job, request=asked | (request or {}), **fields)
-
-    def wait(self, *names: str, job: int | None = None, count: int = 1) -> Event:
-        """The event of one of these names, of this job where it is given; the last of `count` of them."""
-
-        def found() -> list[Event]:
-            return [each for each in self.events if each["event"] in names and (job is None or each.get("job") == job)]
-
-        with self._told:
-            assert self._told.wait_for(lambda: len(found()) >= count, WAIT), self.events
-            return found()[count - 1]
-
-    def of(self, job: int) -> list[str]:
-        return [each["event"] for each in self.events if each.get("job") == job]
-
-    def open(self, bundle: Path, **options: Any) -> Event:
-        self.say("open", bundle=str(bundle), options={"backend": "fake"} | options)
-        return self.wait("ready", "refused")
-
-    def close(self) -> None:
-        self.say("close")
-        self.wait("closed")
-
-
-class Worker(Host):
-    """A host whose service is a process of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "sdruntime.service", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        theirs.close()
-        self.socket, self.channel, self.ended = ours, Channel(ours), threading.Event()
-        self.send = self.channel.send  # type: ignore[assignment]
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        try:
-            while received := self.channel.receive():
-                self.emit(*received)
-        except ConnectionResetError:
-            pass
-        self.ended.set()
-
-    def leave(self) -> int:
-        with contextlib.suppress(OSError):  # the worker may be gone
-            self.socket.shutdown(socket.SHUT_RDWR)
-        code = self.process.wait(WAIT)
-        self._reader.join(WAIT)
-        self.channel.close()
-        return code
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside() -> Iterator[Host]:
     host = Host()
-    host.send = Service(host.emit).handle  # type: ignore[assignment]
     yield host
     host.close()
 
@@ -286,7 +203,6 @@ def test_what_cannot_be_opened_is_refused(
     refused = inside.open(folder, **options)
     assert (refused["event"], refused["code"]) == ("refused", code)
     assert text in refused["message"]
-    inside.events.clear()
     assert inside.open(folder)["event"] == "ready"  # the service is as it was
 
 
@@ -296,9 +212,7 @@ def test_a_bundle_that_is_none_and_a_second_one(host: Host, folder: Path, tmp_pa
     assert "not a bundle" in refused["message"]
     host.submit(1)
     assert "no bundle is open" in host.wait("failed", job=1)["message"]
-    host.events.clear()
     assert host.open(folder)["event"] == "ready"
-    host.events.clear()
     assert "has opened a bundle already" in host.open(folder)["message"]
 
 

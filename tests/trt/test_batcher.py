@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hosts import WAIT, Host
 from trt.conftest import psnr
 from trt.machine import Machine
 from trt.surface import Surface
@@ -24,9 +23,8 @@ from sdruntime.errors import NotFinite
 from sdruntime.pipeline import Pipeline
 from sdruntime.plan import memory_plan
 from sdruntime.request import Request
-from sdruntime.service import Service
 
-WAIT = 60  # seconds after which a test is given up
+WIDE = {"seed": 3, "width": 128, "height": 64}
 PROMPT = "a cat"
 
 
@@ -139,49 +137,12 @@ def test_five_hundred_jobs_take_what_fifty_take(pipe: Pipeline, here: Machine) -
     assert marks[500][1] <= marks[50][1] + 2  # frames of one more shape at most
 
 
-class Host:
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.blobs: list[bytes | None] = []
-        self._told = threading.Condition()
-        self.service = Service(self.emit)
-
-    def emit(self, message: bytes, blob: Any) -> None:
-        with self._told:
-            self.events.append(json.loads(message))
-            self.blobs.append(None if blob is None else bytes(blob))
-            self._told.notify_all()
-
-    def say(self, op: str, *ends: str, **fields: Any) -> tuple[dict[str, Any], bytes | None]:
-        """Say it and wait for the next event of one of these names."""
-        begun = len(self.events)
-        self.service.handle(json.dumps({"op": op, **fields}).encode())
-
-        def found() -> list[int]:
-            return [k for k, each in enumerate(self.events) if k >= begun and each["event"] in ends]
-
-        with self._told:
-            assert self._told.wait_for(found, WAIT)
-            return self.events[found()[0]], self.blobs[found()[0]]
-
-    def open(self, folder: Path, **options: Any) -> dict[str, Any]:
-        return self.say("open", "ready", "refused", bundle=str(folder), options=options)[0]
-
-    def close(self) -> None:
-        """The first time; then it is closed."""
-        if not any(each["event"] == "closed" for each in self.events):
-            self.say("close", "closed")
-
-
 @pytest.fixture
 def host() -> Iterator[Host]:
     made = Host()
     yield made
-    made.close()
-
-
-def job(number: int, **fields: Any) -> dict[str, Any]:
-    return {"job": number, "request": {"prompt": PROMPT, "seed": 3, "steps": 4, "width": 128, "height": 64}} | fields
+    if not any(each["event"] == "closed" for each in made.events):
+        made.close()
 
 
 def test_the_caller_s_stream_and_device_buffer(here: Machine, small_folder: Path, host: Host) -> None:
@@ -194,21 +155,21 @@ def test_the_caller_s_stream_and_device_buffer(here: Machine, small_folder: Path
         stack.callback(buffer.close)
         stack.callback(host.close)
         made = here.gpus.counts["cuStreamCreate"]
-        assert host.open(small_folder, stream=stream.handle)["event"] == "ready"
+        assert host.open(small_folder, backend="auto", stream=stream.handle)["event"] == "ready"
         pictures: list[Array] = []
         for number in (1, 2):
-            done, rows = host.say(
-                "submit", "done", "failed", **job(number, device_buffer=buffer.pointer, device_buffer_size=size)
-            )
+            host.submit(number, request=WIDE, device_buffer=buffer.pointer, device_buffer_size=size)
+            done = host.wait("done", "failed", job=number)
             assert done["event"] == "done"
             found = here.gpus.memory.at(buffer.pointer)
             assert found is not None
-            assert found.data[:size].tobytes() == rows
-            pictures.append(np.frombuffer(rows, np.uint8))
+            assert found.data[:size].tobytes() == done["blob"]
+            pictures.append(np.frombuffer(done["blob"], np.uint8))
             found.data[:] = 0
         assert pictures[0].std() >= 1
         np.testing.assert_array_equal(*pictures)
-        failed, _ = host.say("submit", "failed", **job(3, device_buffer=buffer.pointer, device_buffer_size=size - 1))
+        host.submit(3, request=WIDE, device_buffer=buffer.pointer, device_buffer_size=size - 1)
+        failed = host.wait("failed", job=3)
         assert failed["code"] == 2
         assert re.search(r"24,575 bytes at 0x\w+, but the picture has 24,576", failed["message"])
         assert here.gpus.counts["cuStreamCreate"] == made  # none but the caller's
@@ -217,11 +178,12 @@ def test_the_caller_s_stream_and_device_buffer(here: Machine, small_folder: Path
 
 def test_device_buffers_on_a_stream_of_the_runtime_s(here: Machine, small_folder: Path, host: Host) -> None:
     with Cuda.open() as caller, contextlib.closing(caller.allocate(3 * 128 * 64, "the caller's picture")) as buffer:
-        assert host.open(small_folder)["event"] == "ready"
-        done, rows = host.say("submit", "done", **job(1, device_buffer=buffer.pointer, device_buffer_size=1 << 20))
+        assert host.open(small_folder, backend="auto")["event"] == "ready"
+        host.submit(1, request=WIDE, device_buffer=buffer.pointer, device_buffer_size=1 << 20)
+        done = host.wait("done", job=1)
         found = here.gpus.memory.at(buffer.pointer)
         assert found is not None
-        assert found.data[: done["rgb"]].tobytes() == rows
+        assert found.data[: done["rgb"]].tobytes() == done["blob"]
         host.close()
 
 
@@ -229,11 +191,11 @@ def test_a_cap_below_the_need_is_refused_with_both_numbers(here: Machine, small_
     manifest = Bundle.open(small_folder).manifest
     need = memory_plan(manifest, [each for each in manifest.engines if each.component not in ("vae_encoder", "step")]).total
     for cap in (need - 1, 1000):
-        refused = host.open(small_folder, memory=cap)
+        refused = host.open(small_folder, backend="auto", memory=cap)
         assert refused["code"] == 3
         assert f"the engines need {need:,} bytes and the budget is {cap:,}" in refused["message"]
     assert here.gpus.counts["cuMemAlloc_v2"] == 0
-    assert host.open(small_folder, memory=need)["event"] == "ready"
+    assert host.open(small_folder, backend="auto", memory=need)["event"] == "ready"
 
 
 def test_a_device_is_told_by_its_number_or_its_uuid(
@@ -244,10 +206,10 @@ def test_a_device_is_told_by_its_number_or_its_uuid(
     full = f"GPU-{second[:8]}-{second[8:12]}-{second[12:16]}-{second[16:20]}-{second[20:]}"
     for device in (1, "1", "cuda:1", full, full.lower(), full[:-6]):
         host = Host()
-        assert host.open(small_folder, device=device)["event"] == "ready"
+        assert host.open(small_folder, backend="auto", device=device)["event"] == "ready"
         assert {each.device for each in here.gpus.memory.live()} - {None} == {1}
         host.close()
     for device, code in ((2, 3), ("cuda:7", 3), ("GPU-ffffffff", 3), ("GPU-", 2), ("second", 2)):
         host = Host()
-        assert host.open(small_folder, device=device)["code"] == code
+        assert host.open(small_folder, backend="auto", device=device)["code"] == code
         host.close()
