@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,31 +16,25 @@ import numpy as np
 
 from sdruntime import latent
 from sdruntime.backends import BACKENDS
-from sdruntime.backends import backend as backend_module
 from sdruntime.bundle import Bundle
-from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
-from sdruntime.condition import Condition, Conditioner
-from sdruntime.cuda import Cuda
-from sdruntime.denoise import Call, Job, State, Stepper, after, denoise
-from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
-from sdruntime.errors import EngineError, SdruntimeError, SettingError
+from sdruntime.choose import AUTO
+from sdruntime.condition import Condition, Conditioner, cut_lines
+from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
+from sdruntime.engine import Array, Engine, EngineOptions
+from sdruntime.engines import Engines
+from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
-from sdruntime.manifest import EngineSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.picture import Picture, Result
-from sdruntime.plan import memory_plan
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
 from sdruntime.samplers import resolve
-from sdruntime.speed import cpu_speeds
 from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
-_STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
-KEPT_CHOICES = 256
-OPENERS = 2  # engines on the CPU that are opened at a time
+Loop = Generator[None, None, None]  # of `denoise`
 
 
 class Stream:
@@ -55,13 +48,12 @@ class Stream:
         pipe: Pipeline,
         asked: Sequence[Request],
         jobs: Sequence[Job],
-        conditions: Mapping[str, Condition],
         *,
         on_device: bool,
     ) -> None:
         self.jobs = tuple(jobs)
-        self._pipe, self._asked, self._conditions, self._on_device = pipe, asked, conditions, on_device
-        self._states, self.closed, self.watched = self._walk(), False, True
+        self._pipe, self._asked, self._on_device = pipe, asked, on_device
+        self._states, self.watched = self._walk(), True
 
     def __iter__(self) -> Iterator[State]:
         return self._states
@@ -69,17 +61,13 @@ class Stream:
     def close(self) -> None:
         """End the loop where it is: nothing is left on a device."""
         self._states.close()
-        self.closed = True
 
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
         steppers = self._device_steppers if self._on_device else self._pipe.steppers
-        try:
-            with contextlib.closing(denoise(self.jobs, steppers)) as loop:
-                for step, _ in enumerate(loop, start=1):
-                    yield State(step=step, steps=steps, jobs=self.jobs)
-        finally:
-            self.closed = True
+        with contextlib.closing(self._pipe.loop(self.jobs, steppers)) as loop:
+            for step, _ in enumerate(loop, start=1):
+                yield State(step=step, steps=steps, jobs=self.jobs)
 
     def _device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """All steps at once only where nobody watches, and all jobs end together: when one ends they are grouped anew."""
@@ -89,19 +77,7 @@ class Stream:
     @functools.cached_property
     def result(self) -> Result:
         self.close()
-        decoded = self._pipe.decode([job.run.x for job in self.jobs], lambda k: after(self.jobs[k]))
-        model = self._pipe.model.name
-        pictures = [
-            Picture(
-                image=to_uint8(image),
-                request=request,
-                model=model,
-                sampler=request.sampler or self._pipe.sampler,
-                cut=self._conditions[request.prompt].cut,
-            )
-            for image, request in zip(decoded, self._asked, strict=True)
-        ]
-        return Result(pictures=tuple(pictures))
+        return Result(pictures=tuple(self._pipe.pictures(self._asked, self.jobs)))
 
 
 class Pipeline:
@@ -116,18 +92,12 @@ class Pipeline:
     def __init__(
         self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
     ) -> None:
-        self.bundle, self.model, self._given = bundle, bundle.manifest.model, given
-        self._backend, self._options = backend, options
-        self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
+        self.bundle, self.model = bundle, bundle.manifest.model
+        self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+        self.engines = Engines(bundle, backend=backend, options=options, given=given, busy=self._busy)
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
-        self._engines: dict[str, Engine] | None = None
-        self._choices: dict[tuple[Any, ...], EngineSpec] = {}
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._shared = Shared()
-        # a bundle that cannot run here is told of before anything is opened
-        self._chosen = self._choose_all() if given is None else []
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
@@ -142,20 +112,8 @@ class Pipeline:
         return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
 
     def __enter__(self) -> Pipeline:
-        if self._backend == AUTO:
-            warn_if_slow(self._chosen, self._machine)
-            self._compare_speeds()
-        self._engines = {}
         try:
-            self._check_memory()
-            # the largest first: what opening takes beside what stays is most there
-            first = sorted(self._chosen, key=self._size_of, reverse=True)
-            here = [spec for spec in first if spec.target == CPU]
-            with ThreadPoolExecutor(OPENERS) as pool:  # while one is hashed, another one is taken in by its library
-                list(pool.map(self._open_first, here))
-            for spec in first:
-                if spec.target != CPU and not self._options.low_memory:
-                    self._open_first(spec)
+            self.engines.open()
         except BaseException:
             self.close()
             raise
@@ -166,12 +124,9 @@ class Pipeline:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(self._shared.close)
-            for engine in (self._engines or {}).values():
-                stack.callback(engine.close)
-            for stream in list(self._streams):
-                stack.callback(_abandon, stream)
-            self._engines = None
+            stack.callback(self.engines.close)
+            for loop in list(self._loops):
+                stack.callback(_abandon, loop)
         self._conditioner.forget()
 
     @property
@@ -198,116 +153,74 @@ class Pipeline:
         latents may be looked at, which waits for the device, but edits of them are lost.
         """
         asked = requests(prompt, **settings)
-        shapes = [self._latent_shape(request) for request in asked]
+        jobs = self.jobs(asked)
+        for line in cut_lines(encoded(asked, jobs)):
+            warnings.warn(line, UserWarning, stacklevel=3)
+        return Stream(self, asked, jobs, on_device=on_device)
+
+    def jobs(self, asked: Sequence[Request]) -> list[Job]:
+        """What `loop` advances, one for each request: its texts encoded, its latents begun.
+
+        Raises SettingError, EngineError for a size that no engine takes, NotFinite.
+        """
+        shapes = [self.latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
         for _, height, width in set(shapes):
-            for component in ("unet", "vae_decoder") if self._given is None else ():
-                self._choose(component, 1, height=height, width=width)
-        conditions = self._conditions(asked)
-        jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
-        stream = Stream(self, asked, jobs, conditions, on_device=on_device)
-        self._streams.add(stream)
-        return stream
+            for component in ("unet", "vae_decoder") if self.engines.given is None else ():
+                self.engines.choose(component, height=height, width=width)
+        texts = [request.prompt for request in asked]
+        texts += [request.negative or "" for request in asked if request.guided]
+        conditions = self._conditioner.encode(texts, self.engine)
+        return [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
+
+    def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
+        """`denoise`, closed with the pipeline. `steppers` is one of the pipeline's own, or chooses between them."""
+        loop = denoise(jobs, steppers)
+        self._loops.add(loop)
+        return loop
+
+    def pictures(self, asked: Sequence[Request], jobs: Sequence[Job]) -> list[Picture]:
+        """The pictures of jobs as they are now, decoded in as few calls as their shapes allow. Raises NotFinite."""
+        decoded = self.decode([job.run.x for job in jobs], lambda k: after(jobs[k]))
+        return [
+            Picture(
+                image=to_uint8(image),
+                request=request,
+                model=self.model.name,
+                sampler=request.sampler or self.sampler,
+                cut=job.condition.cut,
+            )
+            for image, request, job in zip(decoded, asked, jobs, strict=True)
+        ]
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
 
         Raises EngineError, SdruntimeError.
         """
-        if self._engines is None:
-            raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
-        if self._given is not None:
-            return self._given(component)
-        spec = self._choose(component, rows, **dims)
-        if spec.name in self._engines:
-            return self._engines[spec.name]
-        if self._options.low_memory and spec.target != CPU:
-            self._make_room(spec.component)
-        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
-        self._engines[spec.name] = opened
-        return opened
+        return self.engines.engine(component, rows=rows, **dims)
 
-    def _choose_all(self) -> list[EngineSpec]:
-        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
-        the GPU."""
-        return [
-            choose_engine(self.bundle.manifest, name, self._machine, name=self._backend, rows=self._usual_rows(name))
-            for name in self.bundle.manifest.components
-            if name not in ("vae_encoder", STEP)
-        ]
-
-    def _open_first(self, spec: EngineSpec) -> None:
-        self.engine(spec.component, rows=self._usual_rows(spec.component))
-
-    def _size_of(self, spec: EngineSpec) -> int:
-        return sum(self.bundle.manifest.files[path].size for path in spec.files)
-
-    def _usual_rows(self, component: str) -> int:
-        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
-        return 2 if component == "unet" and self._machine.speeds else 1
-
-    def _compare_speeds(self) -> None:
-        """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
-        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self._chosen):
-            speeds = cpu_speeds(self.bundle, self._machine, self._options)
-            if speeds:
-                self._machine = dataclasses.replace(self._machine, speeds=speeds)
-                self._choices.clear()
-                self._chosen = self._choose_all()
-
-    def _choose(self, component: str, rows: int, **dims: int) -> EngineSpec:
-        key = (component, rows, *dims.items())
-        if key not in self._choices:
-            if len(self._choices) >= KEPT_CHOICES:
-                self._choices.clear()
-            manifest, machine = self.bundle.manifest, self._machine
-            self._choices[key] = choose_engine(manifest, component, machine, name=self._backend, rows=rows, **dims)
-        return self._choices[key]
-
-    def _make_room(self, component: str) -> None:
-        """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
-        under_way = any(not stream.closed for stream in self._streams)
-        for name, engine in list((self._engines or {}).items()):
-            stage = _STAGES.get(engine.spec.component, engine.spec.component)
-            if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
-                engine.close()
-                del (self._engines or {})[name]
-
-    def _check_memory(self) -> None:
-        """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
-        plan = memory_plan(self.bundle.manifest, self._chosen)
-        if plan.parts:
-            with Cuda.open(self._options.device) as cuda:
-                free, name = cuda.free_memory(), cuda.device.name
-            plan.check(
-                free, budget=self._options.memory, low_memory=self._options.low_memory, where=f"{self.model.name} on {name}"
-            )
+    def _busy(self) -> bool:
+        return any(inspect.getgeneratorstate(loop) != inspect.GEN_CLOSED for loop in self._loops)
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
         return [Call(jobs, lambda: self._unet_for(jobs))]
 
-    def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False) -> Sequence[Stepper]:
+    def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False, ahead: int = IN_FLIGHT) -> Sequence[Stepper]:
         """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`.
 
-        `whole`: all of their steps may be launched at once, if the options say so too.
+        `whole`: all of their steps may be launched at once, if the options say so too. `ahead`: by how many steps the host may
+        run ahead of the device.
         """
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
-        if self._given is None and BACKENDS[unet.spec.backend].loop and self._has_step(cells):
+        if self.engines.given is None and BACKENDS[unet.spec.backend].loop and self.engines.has(STEP, cells=cells):
             from sdruntime.loop import device_calls
 
-            whole = whole and self._options.whole_loop
-            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole):
+            whole = whole and self.engines.options.whole_loop
+            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):
                 return calls
         return self.steppers(jobs)
-
-    def _has_step(self, cells: int) -> bool:
-        """Whether the bundle has an engine of `step` for this machine and shape."""
-        try:
-            self._choose(STEP, 1, cells=cells)
-        except EngineError:
-            return False
-        return True
 
     def _unet_for(self, jobs: Sequence[Job]) -> Engine:
         (_, height, width), sequence = jobs[0].run.x.shape, len(jobs[0].condition.hidden)
@@ -328,7 +241,8 @@ class Pipeline:
             decoded |= zip(where, pictures, strict=True)
         return [decoded[k] for k in range(len(latents))]
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+    def latent_shape(self, request: Request) -> tuple[int, int, int]:
+        """(channels, height, width) of what is drawn for it. Raises SettingError for a size that the model cannot have."""
         width, height = request.size or self.model.default_size[::-1]
         if request.image is not None:
             height, width = request.image.shape[:2]
@@ -359,19 +273,6 @@ class Pipeline:
             )
         return self._tables[key]
 
-    def _conditions(self, asked: Sequence[Request]) -> dict[str, Condition]:
-        texts = [request.prompt for request in asked]
-        texts += [request.negative or "" for request in asked if request.guided]
-        conditions = self._conditioner.encode(texts, self.engine)
-        for text, condition in conditions.items():
-            if condition.cut:
-                warnings.warn(
-                    f"the text encoder takes 77 tokens; of {text[:40]!r}… this was cut: {condition.cut!r}",
-                    UserWarning,
-                    stacklevel=4,
-                )
-        return conditions
-
     def _job(self, request: Request, shape: tuple[int, int, int], table: Table, conditions: Mapping[str, Condition]) -> Job:
         noise = NoiseStream(request.seed)
         if request.image is None:
@@ -397,7 +298,14 @@ class Pipeline:
         )
 
 
-def _abandon(stream: Stream) -> None:
+def encoded(asked: Sequence[Request], jobs: Sequence[Job]) -> list[tuple[str, Condition]]:
+    """The texts that jobs are drawn with, and what they were encoded to."""
+    negatives = [(request.negative or "", job.negative) for request, job in zip(asked, jobs, strict=True)]
+    prompts = [(request.prompt, job.condition) for request, job in zip(asked, jobs, strict=True)]
+    return prompts + [(text, condition) for text, condition in negatives if condition is not None]
+
+
+def _abandon(loop: Loop) -> None:
     """Close it; what goes wrong is told to whoever reads its latents, and does not hide why a pipeline is closed."""
     with contextlib.suppress(SdruntimeError):
-        stream.close()
+        loop.close()
