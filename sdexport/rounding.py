@@ -47,9 +47,12 @@ class Rounding:
         """The outputs where the nodes of these names are in half precision, and no others."""
         wanted = frozenset(half)
         if self._open is None or self._open[0] != wanted:
-            self._open = None  # its memory goes first
+            self.close()  # its memory goes first
             self._open = wanted, session_of(self._rounded(wanted), self.path)
         return list(self._open[1].run(None, dict(feed.arrays)))
+
+    def close(self) -> None:
+        self._open = None
 
     def _rounded(self, half: frozenset[str]) -> onnx.ModelProto:
         proto = ir.to_proto(self.model)
