@@ -144,6 +144,7 @@ def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> Job:
     )
 
 
+@pytest.mark.filterwarnings("ignore:the text encoder takes")
 @pytest.mark.parametrize("times", [0, 2, 100])
 def test_a_choice_whose_graph_does_not_hold_is_followed_by_wider_ones(
     audited_job: Job, times: int, monkeypatch: pytest.MonkeyPatch
