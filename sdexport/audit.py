@@ -157,10 +157,12 @@ def _unholdable(value: ir.Value, precision: Precision, *, mask: bool) -> bool:
     """Whether a constant or a weight has numbers that the precision cannot hold."""
     if value.const_value is None or value.dtype != ir.DataType.FLOAT:
         return False
-    numbers = value.const_value.numpy()
-    if isinstance(value.const_value, ir.ExternalTensor):  # a weight: what is small may become zero
-        return in_precision(numbers, precision)[1] is not None
-    return lowered(numbers, precision, mask=mask)[1] is not None
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):  # a weight: what is small may become zero
+        beyond = in_precision(tensor.numpy(), precision)[1] is not None
+        tensor.release()  # its map of the whole file counts as memory
+        return beyond
+    return lowered(tensor.numpy(), precision, mask=mask)[1] is not None
 
 
 def _unfillable(node: ir.Node, precision: Precision, ends: Collection[ir.Value]) -> bool:
