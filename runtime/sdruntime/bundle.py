@@ -20,7 +20,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,13 @@ class Bundle:
         save_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 
-    def add_engine(self, engine: EngineSpec, built: Mapping[str, Path]) -> Bundle:
+    def add_engine(
+        self, engine: EngineSpec, built: Mapping[str, Path], *, check: Callable[[Bundle], object] = lambda _: None
+    ) -> Bundle:
         """The bundle with `engine`, its files moved in from `built` (new path in the bundle -> built file on the same disk).
 
-        Killed at any point, the former bundle is still valid: files that no manifest lists are debris, and are removed here.
+        `check` is given that bundle before its manifest is written; where it raises, the former bundle stays. Killed at any
+        point, the former bundle is still valid: files that no manifest lists are debris, and are removed here.
         """
         (self.folder / ENGINES).mkdir(exist_ok=True)
         files = dict(self.manifest.files)
@@ -116,8 +119,15 @@ class Bundle:
                 raise BundleError(self.folder, [f"{path}: a new engine may not take the place of a listed file"])
             files[path] = file_spec(source)
             source.replace(self.folder / path)
+        engines = (*self.manifest.engines, engine)
+        try:
+            check(Bundle(self.folder, dataclasses.replace(self.manifest, engines=engines, files=files)))
+        except BaseException:
+            for path in built:
+                (self.folder / path).unlink()
+            raise
         _sync(self.folder / ENGINES)
-        return self._with_engines((*self.manifest.engines, engine), files)
+        return self._with_engines(engines, files)
 
     def remove_engine(self, engine: EngineSpec) -> Bundle:
         """The bundle without `engine`: its files go after the manifest has forgotten them."""
