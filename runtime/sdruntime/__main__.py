@@ -120,9 +120,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--threads", type=int, default=0, help="of the CPU (0: the library decides)")
     each = command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
-    add_arguments(
-        command("capi", capi, "build the C library from the sources in this package, and tell a compiler of it", bundle=False)
-    )
+    add_arguments(command("capi", capi, "build the C library, whose sources are here, and tell a compiler of it", bundle=False))
     return top
 
 

@@ -32,6 +32,14 @@ class Condition:
         return Condition(hidden=np.zeros_like(self.hidden), pooled=pooled)
 
 
+def cut_lines(encoded: Iterable[tuple[str, Condition]]) -> list[str]:
+    """For a person: a line for each text that did not fit."""
+    lines = [
+        f"the text encoder takes 77 tokens; of {text[:40]!r}… this was cut: {each.cut!r}" for text, each in encoded if each.cut
+    ]
+    return list(dict.fromkeys(lines))
+
+
 @dataclass(frozen=True, slots=True)
 class Conditioner:
     """The tokenizers of a bundle, by the text encoder that each one feeds, and what was encoded last."""

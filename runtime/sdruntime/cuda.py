@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import re
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdruntime.errors import DeviceMissing, OutOfSpace, SdruntimeError
+from sdruntime.errors import DeviceMissing, OutOfSpace, SdruntimeError, SettingError
 
 DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
@@ -84,6 +85,25 @@ def check_device(index: int) -> None:
     if not 0 <= index < len(found):
         shown = f"{len(found)} ({', '.join(found)}), counted from 0" if found else "none"
         raise DeviceMissing(f"device {index}: the driver shows {shown}; CUDA_VISIBLE_DEVICES may hide some")
+
+
+def device_index(device: int | str) -> int:
+    """The number of a GPU that is told by it (1, "1", "cuda:1") or by its UUID ("GPU-…" as `nvidia-smi -L` prints it, or how that
+    begins). Raises SettingError for another form, DeviceMissing."""
+    text = str(device).strip().lower()
+    number = text.removeprefix("cuda:")
+    if number.isdecimal():
+        if number != text:
+            check_device(int(number))
+        return int(number)
+    digits = text.removeprefix("gpu-").replace("-", "")
+    if not re.fullmatch("[0-9a-f]{4,32}", digits):
+        raise SettingError(f"device {device!r}: a number, cuda:NUMBER, or a UUID as `nvidia-smi -L` prints it belongs here")
+    found = [index for index, each in enumerate(devices()) if each.uuid.startswith(digits)]
+    if len(found) != 1:
+        shown = ", ".join(f"GPU-{each.uuid}" for each in devices()) or "none"
+        raise DeviceMissing(f"device {device!r}: {len(found)} GPUs have a UUID that begins so; here are: {shown}")
+    return found[0]
 
 
 def _device(driver: Any, index: int) -> Device:

@@ -7,7 +7,7 @@ latents. A single picture is a set of one job.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +21,15 @@ from sdruntime.guard import advice, checked_rows, is_finite
 from sdruntime.guidance import combine, rescale
 from sdruntime.run import Run
 
+IN_FLIGHT = 2  # steps that are queued on a device before the host waits for the first of them, where nothing else is said
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """One picture on its way. `run.x` float32 [C, h, w] is the latents: between steps a caller may read and edit it.
 
     `negative` None: no guidance, and one row in a call in place of two. Set `stopped` to leave the job as it is. `sampler` is for
-    messages.
+    messages. `error`: what ended the call that the job was in; the job is where it was before, or is lost with a device's state.
     """
 
     run: Run
@@ -38,6 +40,7 @@ class Job:
     time_ids: Array | None = None  # float32 [6], SDXL
     sampler: str = ""
     stopped: bool = False
+    error: Exception | None = None
 
     @property
     def done(self) -> bool:
@@ -60,17 +63,21 @@ class Stepper(Protocol):
     """Some jobs on their way together. `finish` leaves them where they are, for others to go on with; where it cannot, reading
     their latents raises why."""
 
+    @property
+    def jobs(self) -> Sequence[Job]: ...
+
     def advance(self) -> None: ...
 
     def finish(self) -> None: ...
 
 
-def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Generator[None, None, None]:
+def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Generator[None, None, None]:
     """Advance every job that is not done by one model call, and yield; until all are done.
 
     Jobs of one shape and one text length go together; `steppers` makes what advances such a group, a `Call` or several. They are
-    made anew when a job joins or leaves, between two steps. Raises NotFinite: after the very call where the loop is here, at its
-    end where it runs on a device.
+    made anew when a job joins or leaves: the caller may change `jobs` between two steps. Raises NotFinite: after the very call
+    where the loop is here, at its end where it runs on a device. What a call raises is also the `error` of each job that it
+    concerns; the other jobs are sound, and another `denoise` goes on with them.
     """
     calls: list[Stepper] = []
     members: list[Job] = []
@@ -80,10 +87,11 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
                 members, done, calls = active, calls, []
                 _finish(done)
                 for group in grouped(active):
-                    calls += steppers(group)
+                    with _concerning(group):
+                        calls += steppers(group)
             step = active[0].run.step
             for number, call in enumerate(calls):
-                with annotate(f"step {step}, group {number}"):
+                with annotate(f"step {step}, group {number}"), _concerning(call.jobs):
                     call.advance()
             yield
     except BaseException as error:
@@ -92,8 +100,25 @@ def denoise(jobs: Sequence[Job], steppers: Callable[[Sequence[Job]], Sequence[St
         raise
     _finish(calls)
     for job in jobs:
-        if not is_finite(job.run.x):
-            raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice()}")
+        check_latents(job)
+
+
+def check_latents(job: Job) -> None:
+    """Raises NotFinite."""
+    if not is_finite(job.run.x):
+        raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice()}")
+
+
+@contextlib.contextmanager
+def _concerning(jobs: Sequence[Job]) -> Iterator[None]:
+    """What goes wrong in the block is the error of those jobs, where it is not told of one of them already."""
+    try:
+        yield
+    except Exception as error:
+        if not any(job.error is error for job in jobs):
+            for job in jobs:
+                job.error = job.error or error
+        raise
 
 
 def _finish(calls: list[Stepper]) -> None:
@@ -101,7 +126,8 @@ def _finish(calls: list[Stepper]) -> None:
     first: BaseException | None = None
     for call in calls:
         try:
-            call.finish()
+            with _concerning(call.jobs):
+                call.finish()
         except BaseException as error:
             first = first or error
     if first is not None:
@@ -133,11 +159,11 @@ class Call:
     gives the engine, which may be another one in the next step. The unconditional rows come first."""
 
     def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
-        self._unet = unet
+        self.jobs, self._unet = jobs, unet
         guided = [job for job in jobs if job.negative is not None]
         first = len(guided)  # conditional row
         unconditional = iter(range(first))
-        self._jobs = [(job, first + k, next(unconditional) if job.negative is not None else None) for k, job in enumerate(jobs)]
+        self._rows = [(job, first + k, next(unconditional) if job.negative is not None else None) for k, job in enumerate(jobs)]
         conditions = [job.negative for job in guided if job.negative is not None] + [job.condition for job in jobs]
         rows = len(conditions)
         self._sample = np.empty((rows, *jobs[0].run.x.shape), np.float32)
@@ -152,14 +178,19 @@ class Call:
             self._feeds["time_ids"] = stacked(job.time_ids for job in (*guided, *jobs))
 
     def advance(self) -> None:
-        for job, row, unconditional in self._jobs:
+        for job, row, unconditional in self._rows:
             job.run.model_input(out=self._sample[row])
             self._timestep[row] = job.run.t
             if unconditional is not None:
                 self._sample[unconditional] = self._sample[row]
                 self._timestep[unconditional] = job.run.t
-        output = checked_rows(self._unet(), self._feeds, self._during)["out_sample"]
-        for job, row, unconditional in self._jobs:
+        try:
+            output = checked_rows(self._unet(), self._feeds, self._during)["out_sample"]
+        except NotFinite as error:
+            if error.row is not None:
+                self._job_of(error.row).error = error
+            raise
+        for job, row, unconditional in self._rows:
             model = output[row]
             if unconditional is not None:
                 model = combine(output[unconditional], output[row], job.guidance)
@@ -168,7 +199,11 @@ class Call:
             job.run.advance(model)
 
     def _during(self, row: int) -> str:
-        return next(_at(job.run.step + 1, job) for job, *rows in self._jobs if row in rows)
+        job = self._job_of(row)
+        return _at(job.run.step + 1, job)
+
+    def _job_of(self, row: int) -> Job:
+        return next(job for job, *rows in self._rows if row in rows)
 
     def finish(self) -> None:
         """Nothing is held back: after each step the jobs are where they are."""

@@ -2,6 +2,7 @@
 
 SdruntimeError                 1   something failed
 ├── NotFinite                  1   an engine returned NaN or infinite numbers
+├── QueueFull                  1   too many pictures wait already
 ├── VerificationFailed         4   numbers are not those that the bundle promises; carries every fault
 ├── SettingError               2   a value that the caller gave: size, steps, sampler, prompt, scheduler setting
 │   └── UnknownName            2   a name that is not in a list; carries the near ones
@@ -29,7 +30,18 @@ class SdruntimeError(Exception):
 
 
 class NotFinite(SdruntimeError):
-    """An engine returned numbers that are NaN or infinite: what follows from them would be no picture."""
+    """An engine returned numbers that are NaN or infinite: what follows from them would be no picture.
+
+    `row`: the first of the call's rows that are so, where one call is to blame.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+class QueueFull(SdruntimeError):
+    """As many pictures wait as the queue holds: try again later."""
 
 
 class VerificationFailed(SdruntimeError):

@@ -32,11 +32,11 @@ def checked_rows(engine: Engine, feeds: Mapping[str, Array], during: Callable[[i
     outputs = call_rows(engine, feeds)
     for name, array in outputs.items():
         if not is_finite(array):
-            raise NotFinite(_fault(engine.spec, name, array, feeds, during))
+            raise _fault(engine.spec, name, array, feeds, during)
     return outputs
 
 
-def _fault(spec: EngineSpec, name: str, array: Array, feeds: Mapping[str, Array], during: Callable[[int], str]) -> str:
+def _fault(spec: EngineSpec, name: str, array: Array, feeds: Mapping[str, Array], during: Callable[[int], str]) -> NotFinite:
     bad = ~np.isfinite(array)
     row = int(np.argmax(bad.reshape(len(array), -1).any(axis=1)))
     count = f"{int(bad[row].sum()):,} of {array[row].size:,} numbers of {name} are NaN or infinite"
@@ -45,7 +45,7 @@ def _fault(spec: EngineSpec, name: str, array: Array, feeds: Mapping[str, Array]
         way_out = f"they were so in its input already ({', '.join(spoilt)}): look at what made that"
     else:
         way_out = advice(spec.precision)
-    return f"{spec.component}, {during(row)}: {count} (engine {spec.name}); {way_out}"
+    return NotFinite(f"{spec.component}, {during(row)}: {count} (engine {spec.name}); {way_out}", row)
 
 
 def advice(precision: Precision | None = None) -> str:

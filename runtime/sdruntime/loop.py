@@ -22,12 +22,11 @@ import numpy as np
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.backends.trt.session import aligned
 from sdruntime.cuda import ALIGNMENT, Event, Graph, Pinned
-from sdruntime.denoise import Job, stacked
+from sdruntime.denoise import IN_FLIGHT, Job, stacked
 from sdruntime.engine import Array, Engine
 from sdruntime.errors import SdruntimeError
 from sdruntime.step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
 
-IN_FLIGHT = 2  # steps that are queued before the host waits for the first of them
 _LOOKING = 50e-6  # seconds between two looks
 _FLOAT = 4  # bytes
 KEPT_FRAMES = 4
@@ -207,9 +206,9 @@ class DeviceCall:
     of them on the way.
     """
 
-    def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False) -> None:
-        self._jobs, self._frame, self._index = jobs, frame, 0
-        self._launch_all, self._launched = whole, False
+    def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False, ahead: int = IN_FLIGHT) -> None:
+        self.jobs, self._frame, self._index = jobs, frame, 0
+        self._launch_all, self._launched, self._ahead = whole, False, ahead
         self._events: collections.deque[Event] = collections.deque()
         frame.busy = True
         try:
@@ -220,7 +219,7 @@ class DeviceCall:
             raise
 
     def _load(self) -> None:
-        jobs, frame = self._jobs, self._frame
+        jobs, frame = self.jobs, self._frame
         self.steps = min(job.run.steps - job.run.step for job in jobs)
         frame.unet.upload(_conditions(jobs, frame))
         frame.load(_program(jobs, frame, self.steps))
@@ -233,17 +232,17 @@ class DeviceCall:
         self._lend(self.fetch)
 
     def advance(self) -> None:
-        """Queue one step. Waits, by looking at events, while more than IN_FLIGHT steps are under way."""
+        """Queue one step. Waits, by looking at events, while more than `ahead` steps are under way."""
         if self._launch_all and self._index == 0:
             self._launched = self._frame.run_all(self.steps)
         if not self._launched:
             self._frame.run(self._index)
         self._index += 1
-        for job in self._jobs:
+        for job in self.jobs:
             job.run.skip()
         if not self._launched:
             self._events.append(self._frame.session.stream.event())
-        while len(self._events) > IN_FLIGHT:
+        while len(self._events) > self._ahead:
             if self._events[0].reached():
                 self._events.popleft().close()
             else:
@@ -252,7 +251,7 @@ class DeviceCall:
     def fetch(self) -> None:
         """Bring what the samplers hold back to the host: the one wait for the device."""
         state = self._frame.download_state()
-        for k, job in enumerate(self._jobs):
+        for k, job in enumerate(self.jobs):
             job.run.restore(state[k])
 
     def finish(self) -> None:
@@ -268,7 +267,7 @@ class DeviceCall:
             self._leave()
 
     def _lend(self, fetch: Callable[[], None] | None) -> None:
-        for job in self._jobs:
+        for job in self.jobs:
             job.run.lend(fetch)
 
     def _leave(self) -> None:
@@ -283,7 +282,9 @@ def _tell(error: SdruntimeError) -> NoReturn:
     raise error.with_traceback(None)
 
 
-def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False) -> list[DeviceCall]:
+def device_calls(
+    jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False, ahead: int = IN_FLIGHT
+) -> list[DeviceCall]:
     """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
 
     A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, rows must lie aligned, and weights that
@@ -308,7 +309,8 @@ def device_calls(jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool
             batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
             shape = {"batch": batch, **dims}
             make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
-            calls.append(DeviceCall(part, frames.get((per_job, len(part), *shape.values()), make), whole=whole))
+            frame = frames.get((per_job, len(part), *shape.values()), make)
+            calls.append(DeviceCall(part, frame, whole=whole, ahead=ahead))
             stack.callback(calls[-1].finish)
         stack.pop_all()
     return calls

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,9 @@ from sdruntime.backends import BACKENDS
 from sdruntime.backends import backend as backend_module
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
-from sdruntime.condition import Condition, Conditioner
+from sdruntime.condition import Condition, Conditioner, cut_lines
 from sdruntime.cuda import Cuda
-from sdruntime.denoise import Call, Job, State, Stepper, after, denoise
+from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
@@ -40,6 +41,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 _STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
 KEPT_CHOICES = 256
+Loop = Generator[None, None, None]  # of `denoise`
 
 
 class Stream:
@@ -53,13 +55,12 @@ class Stream:
         pipe: Pipeline,
         asked: Sequence[Request],
         jobs: Sequence[Job],
-        conditions: Mapping[str, Condition],
         *,
         on_device: bool,
     ) -> None:
         self.jobs = tuple(jobs)
-        self._pipe, self._asked, self._conditions, self._on_device = pipe, asked, conditions, on_device
-        self._states, self.closed, self.watched = self._walk(), False, True
+        self._pipe, self._asked, self._on_device = pipe, asked, on_device
+        self._states, self.watched = self._walk(), True
 
     def __iter__(self) -> Iterator[State]:
         return self._states
@@ -67,17 +68,13 @@ class Stream:
     def close(self) -> None:
         """End the loop where it is: nothing is left on a device."""
         self._states.close()
-        self.closed = True
 
     def _walk(self) -> Generator[State, None, None]:
         steps = max(job.run.steps for job in self.jobs)
         steppers = self._device_steppers if self._on_device else self._pipe.steppers
-        try:
-            with contextlib.closing(denoise(self.jobs, steppers)) as loop:
-                for step, _ in enumerate(loop, start=1):
-                    yield State(step=step, steps=steps, jobs=self.jobs)
-        finally:
-            self.closed = True
+        with contextlib.closing(self._pipe.loop(self.jobs, steppers)) as loop:
+            for step, _ in enumerate(loop, start=1):
+                yield State(step=step, steps=steps, jobs=self.jobs)
 
     def _device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """All steps at once only where nobody watches, and all jobs end together: when one ends they are grouped anew."""
@@ -87,19 +84,7 @@ class Stream:
     @functools.cached_property
     def result(self) -> Result:
         self.close()
-        decoded = self._pipe.decode([job.run.x for job in self.jobs], lambda k: after(self.jobs[k]))
-        model = self._pipe.model.name
-        pictures = [
-            Picture(
-                image=to_uint8(image),
-                request=request,
-                model=model,
-                sampler=request.sampler or self._pipe.sampler,
-                cut=self._conditions[request.prompt].cut,
-            )
-            for image, request in zip(decoded, self._asked, strict=True)
-        ]
-        return Result(pictures=tuple(pictures))
+        return Result(pictures=tuple(self._pipe.pictures(self._asked, self.jobs)))
 
 
 class Pipeline:
@@ -115,17 +100,17 @@ class Pipeline:
         self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
     ) -> None:
         self.bundle, self.model, self._given = bundle, bundle.manifest.model, given
-        self._backend, self._options = backend, options
+        self._backend, self.options = backend, options
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._engines: dict[str, Engine] | None = None
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._shared = Shared()
+        self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+        self.shared = Shared()
         # a bundle that cannot run here is told of before anything is opened
-        self._chosen = self._choose_all() if given is None else []
+        self.chosen = self._choose_all() if given is None else []
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
@@ -141,13 +126,13 @@ class Pipeline:
 
     def __enter__(self) -> Pipeline:
         if self._backend == AUTO:
-            warn_if_slow(self._chosen, self._machine)
+            warn_if_slow(self.chosen, self._machine)
             self._compare_speeds()
         self._engines = {}
         try:
             self._check_memory()
-            for spec in self._chosen:
-                if spec.target == CPU or not self._options.low_memory:
+            for spec in self.chosen:
+                if spec.target == CPU or not self.options.low_memory:
                     self.engine(spec.component, rows=self._usual_rows(spec.component))
         except BaseException:
             self.close()
@@ -159,11 +144,11 @@ class Pipeline:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(self._shared.close)
+            stack.callback(self.shared.close)
             for engine in (self._engines or {}).values():
                 stack.callback(engine.close)
-            for stream in list(self._streams):
-                stack.callback(_abandon, stream)
+            for loop in list(self._loops):
+                stack.callback(_abandon, loop)
             self._engines = None
         self._conditioner.forget()
 
@@ -191,16 +176,45 @@ class Pipeline:
         latents may be looked at, which waits for the device, but edits of them are lost.
         """
         asked = requests(prompt, **settings)
-        shapes = [self._latent_shape(request) for request in asked]
+        jobs = self.jobs(asked)
+        for line in cut_lines(encoded(asked, jobs)):
+            warnings.warn(line, UserWarning, stacklevel=3)
+        return Stream(self, asked, jobs, on_device=on_device)
+
+    def jobs(self, asked: Sequence[Request]) -> list[Job]:
+        """What `loop` advances, one for each request: its texts encoded, its latents begun.
+
+        Raises SettingError, EngineError for a size that no engine takes, NotFinite.
+        """
+        shapes = [self.latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
         for _, height, width in set(shapes):
             for component in ("unet", "vae_decoder") if self._given is None else ():
                 self._choose(component, 1, height=height, width=width)
-        conditions = self._conditions(asked)
-        jobs = [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
-        stream = Stream(self, asked, jobs, conditions, on_device=on_device)
-        self._streams.add(stream)
-        return stream
+        texts = [request.prompt for request in asked]
+        texts += [request.negative or "" for request in asked if request.guided]
+        conditions = self._conditioner.encode(texts, self.engine)
+        return [self._job(request, shape, table, conditions) for request, shape, table in zip(asked, shapes, tables, strict=True)]
+
+    def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
+        """`denoise`, closed with the pipeline. `steppers` is one of the pipeline's own, or chooses between them."""
+        loop = denoise(jobs, steppers)
+        self._loops.add(loop)
+        return loop
+
+    def pictures(self, asked: Sequence[Request], jobs: Sequence[Job]) -> list[Picture]:
+        """The pictures of jobs as they are now, decoded in as few calls as their shapes allow. Raises NotFinite."""
+        decoded = self.decode([job.run.x for job in jobs], lambda k: after(jobs[k]))
+        return [
+            Picture(
+                image=to_uint8(image),
+                request=request,
+                model=self.model.name,
+                sampler=request.sampler or self.sampler,
+                cut=job.condition.cut,
+            )
+            for image, request, job in zip(decoded, asked, jobs, strict=True)
+        ]
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
@@ -214,9 +228,9 @@ class Pipeline:
         spec = self._choose(component, rows, **dims)
         if spec.name in self._engines:
             return self._engines[spec.name]
-        if self._options.low_memory and spec.target != CPU:
+        if self.options.low_memory and spec.target != CPU:
             self._make_room(spec.component)
-        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self._options, self._shared)
+        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self.options, self.shared)
         self._engines[spec.name] = opened
         return opened
 
@@ -235,12 +249,12 @@ class Pipeline:
 
     def _compare_speeds(self) -> None:
         """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
-        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self._chosen):
-            speeds = cpu_speeds(self.bundle, self._machine, self._options)
+        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen):
+            speeds = cpu_speeds(self.bundle, self._machine, self.options)
             if speeds:
                 self._machine = dataclasses.replace(self._machine, speeds=speeds)
                 self._choices.clear()
-                self._chosen = self._choose_all()
+                self.chosen = self._choose_all()
 
     def _choose(self, component: str, rows: int, **dims: int) -> EngineSpec:
         key = (component, rows, *dims.items())
@@ -253,7 +267,7 @@ class Pipeline:
 
     def _make_room(self, component: str) -> None:
         """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
-        under_way = any(not stream.closed for stream in self._streams)
+        under_way = any(inspect.getgeneratorstate(loop) != inspect.GEN_CLOSED for loop in self._loops)
         for name, engine in list((self._engines or {}).items()):
             stage = _STAGES.get(engine.spec.component, engine.spec.component)
             if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
@@ -262,29 +276,29 @@ class Pipeline:
 
     def _check_memory(self) -> None:
         """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
-        plan = memory_plan(self.bundle.manifest, self._chosen)
+        plan = memory_plan(self.bundle.manifest, self.chosen)
         if plan.parts:
-            with Cuda.open(self._options.device) as cuda:
+            with Cuda.open(self.options.device) as cuda:
                 free, name = cuda.free_memory(), cuda.device.name
-            plan.check(
-                free, budget=self._options.memory, low_memory=self._options.low_memory, where=f"{self.model.name} on {name}"
-            )
+            options = self.options
+            plan.check(free, budget=options.memory, low_memory=options.low_memory, where=f"{self.model.name} on {name}")
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
         return [Call(jobs, lambda: self._unet_for(jobs))]
 
-    def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False) -> Sequence[Stepper]:
+    def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False, ahead: int = IN_FLIGHT) -> Sequence[Stepper]:
         """What advances them with the loop on the GPU, where the engines and the jobs are such; else as `steppers`.
 
-        `whole`: all of their steps may be launched at once, if the options say so too.
+        `whole`: all of their steps may be launched at once, if the options say so too. `ahead`: by how many steps the host may
+        run ahead of the device.
         """
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
         if self._given is None and BACKENDS[unet.spec.backend].loop and self._has_step(cells):
             from sdruntime.loop import device_calls
 
-            whole = whole and self._options.whole_loop
-            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole):
+            whole = whole and self.options.whole_loop
+            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):
                 return calls
         return self.steppers(jobs)
 
@@ -315,7 +329,8 @@ class Pipeline:
             decoded |= zip(where, pictures, strict=True)
         return [decoded[k] for k in range(len(latents))]
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+    def latent_shape(self, request: Request) -> tuple[int, int, int]:
+        """(channels, height, width) of what is drawn for it. Raises SettingError for a size that the model cannot have."""
         width, height = request.size or self.model.default_size[::-1]
         if request.image is not None:
             height, width = request.image.shape[:2]
@@ -346,19 +361,6 @@ class Pipeline:
             )
         return self._tables[key]
 
-    def _conditions(self, asked: Sequence[Request]) -> dict[str, Condition]:
-        texts = [request.prompt for request in asked]
-        texts += [request.negative or "" for request in asked if request.guided]
-        conditions = self._conditioner.encode(texts, self.engine)
-        for text, condition in conditions.items():
-            if condition.cut:
-                warnings.warn(
-                    f"the text encoder takes 77 tokens; of {text[:40]!r}… this was cut: {condition.cut!r}",
-                    UserWarning,
-                    stacklevel=4,
-                )
-        return conditions
-
     def _job(self, request: Request, shape: tuple[int, int, int], table: Table, conditions: Mapping[str, Condition]) -> Job:
         noise = NoiseStream(request.seed)
         if request.image is None:
@@ -384,7 +386,14 @@ class Pipeline:
         )
 
 
-def _abandon(stream: Stream) -> None:
+def encoded(asked: Sequence[Request], jobs: Sequence[Job]) -> list[tuple[str, Condition]]:
+    """The texts that jobs are drawn with, and what they were encoded to."""
+    negatives = [(request.negative or "", job.negative) for request, job in zip(asked, jobs, strict=True)]
+    prompts = [(request.prompt, job.condition) for request, job in zip(asked, jobs, strict=True)]
+    return prompts + [(text, condition) for text, condition in negatives if condition is not None]
+
+
+def _abandon(loop: Loop) -> None:
     """Close it; what goes wrong is told to whoever reads its latents, and does not hide why a pipeline is closed."""
     with contextlib.suppress(SdruntimeError):
-        stream.close()
+        loop.close()

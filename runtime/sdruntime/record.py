@@ -8,6 +8,7 @@ are faults; all of them are collected, each under its full path ("engines[2].ran
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -103,8 +104,9 @@ def _read_record(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return _fault(faults, where, f"an object belongs here, not {_shown(value)}")
     before, hints, prefix = len(faults), _hints(kind), f"{where}." if where else ""
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in value.keys() - fields.keys():
-        _fault(faults, prefix + key, "unknown key")
+    for key in sorted(value.keys() - fields.keys()):
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.6)
+        _fault(faults, prefix + key, f"unknown key; did you mean {', '.join(near)}?" if near else "unknown key")
     read = {}
     for name, field in fields.items():
         if name in value:

@@ -9,8 +9,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sdruntime.cuda import ALIGNMENT, Buffer, Cuda, Stream
-from sdruntime.engine import EngineOptions
+import numpy as np
+
+from sdruntime.cuda import ALIGNMENT, Buffer, Cuda, Pinned, Stream
+from sdruntime.engine import Array, EngineOptions
 
 
 @dataclass(slots=True, eq=False)
@@ -37,14 +39,40 @@ class Arena:
                 self.stream.settle()
 
 
+@dataclass(slots=True, eq=False)
+class Staging:
+    """Host memory that arrays lie in on their way to the device; it grows and never shrinks."""
+
+    cuda: Cuda
+    stream: Stream
+    pinned: Pinned | None = None
+
+    def upload(self, pointer: int, array: Array) -> None:
+        """Copy uint8 [..] to device memory at `pointer`, in the stream's order, and wait for the stream. Raises OutOfSpace."""
+        if self.pinned is None or self.pinned.array.size < array.size:
+            self.close()
+            self.pinned = self.cuda.pinned((array.size,), np.uint8)
+        self.pinned.array[: array.size] = array.reshape(-1)
+        self.stream.upload(pointer, self.pinned, array.size)
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        pinned, self.pinned = self.pinned, None
+        if pinned is not None:
+            with contextlib.closing(pinned):
+                self.stream.settle()
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     cuda: Cuda
     stream: Stream
     arena: Arena = field(init=False)
+    staging: Staging = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arena", Arena(self.cuda, self.stream))
+        object.__setattr__(self, "staging", Staging(self.cuda, self.stream))
 
 
 @contextlib.contextmanager
@@ -59,6 +87,7 @@ def session(options: EngineOptions) -> Iterator[Session]:
             finally:
                 stream.settle()
                 made.arena.close()
+                made.staging.close()
 
 
 def aligned(size: int) -> int:
