@@ -129,7 +129,7 @@ def build_with_compiler(compiler: list[str], source: Path, folder: Path, prefix:
     soname, library = f"libsdruntime.so.{abi}", f"libsdruntime.so.{version}"
     sources = [str(path) for path in sorted((source / "src").glob("*.cpp"))]
     flags = [*COMPILE, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{source / 'include'}"]
-    exports = f"-Wl,--version-script={source / 'cmake' / 'exports.map'}"
+    exports = f"-Wl,--version-script={source / 'src' / 'sdruntime.map'}"
     run([*compiler, *flags, *sources, *LINK, f"-Wl,-soname,{soname}", exports, "-o", str(folder / library)])
     lib = prefix / "lib"
     (lib / "pkgconfig").mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,13 @@ def opened(link: Link, message: dict) -> None:
         link.send({"event": "refused", "code": 5, "message": f"{message['bundle']}: no manifest.json"})
         sys.exit(0)
     link.send({"event": "log", "level": "info", "message": f"opened {message['bundle']} as process {os.getpid()}"})
-    describe = {"model": "stand-in", "components": {}, "sizes": [SIDE, SIDE], "samplers": ["ddim", "euler"], "process": os.getpid()}
+    describe = {
+        "model": "stand-in",
+        "components": {},
+        "sizes": [SIDE, SIDE],
+        "samplers": ["ddim", "euler"],
+        "process": os.getpid(),
+    }
     link.send({"event": "ready", "describe": describe | {"options": message["options"]}})
 
 
