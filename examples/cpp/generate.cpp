@@ -20,15 +20,19 @@ volatile std::sig_atomic_t interrupted = 0;
 
 void interrupt(int) { interrupted = 1; }
 
-// Runs after each step, on a thread of the library. Another result than 0 cancels the job.
-bool show(const sdruntime::Progress &progress) {
+// Runs after each step, on a thread of the library; false cancels.
+bool show(const sdruntime::Progress &now) {
+    constexpr int WIDTH = 40;
     if (isatty(STDERR_FILENO)) {
-        constexpr int WIDTH = 40;
-        const int full = WIDTH * progress.step / progress.steps;
-        std::fprintf(stderr, "\r[%s%s] %d/%d", std::string(full, '#').c_str(), std::string(WIDTH - full, ' ').c_str(), progress.step, progress.steps);
-        if (progress.step == progress.steps) std::fputc('\n', stderr);
+        std::string bar(static_cast<size_t>(WIDTH * now.step / now.steps), '#');
+        bar.resize(WIDTH, '.');
+        std::fprintf(stderr, "\r[%s] %d of %d", bar.c_str(), now.step, now.steps);
     }
     return !interrupted;
+}
+
+void wipe() {
+    if (isatty(STDERR_FILENO)) std::fputs("\r\x1b[2K", stderr);
 }
 
 }  // namespace
@@ -56,6 +60,7 @@ int main(int argc, char **argv) {
         if (argc > 6) params.guidance = std::atof(argv[6]);
         sdruntime::Job job = runtime.submit(params, show);
         job.wait();
+        wipe();
 
         const auto png = job.png();
         std::ofstream file(argv[3], std::ios::binary);
@@ -65,7 +70,9 @@ int main(int argc, char **argv) {
             return SDR_FAILED;
         }
         std::printf("%s\n", argv[3]);
+        return SDR_OK;
     } catch (const sdruntime::Error &error) {
+        wipe();
         std::fprintf(stderr, "generate: %s\n", error.what());
         return error.code();
     }
