@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cplusplus import EXAMPLES, environment, run
+from cplusplus import EXAMPLES, ROOT, environment, run
 
 from sdruntime.bundle import Bundle
 from sdruntime.image import read_png
@@ -260,3 +261,22 @@ def test_a_worker_that_is_killed_costs_its_pictures_only(service: Service, expec
         assert "killed" in " ".join(words)
     clients[1].draw(7, 4)
     assert clients[1].answer()[1] == expected
+
+
+# ---- what the documentation shows
+
+
+def test_the_programs_of_the_documentation_compile_and_its_excerpts_are_the_examples(capi_prefix: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    sources = {line.strip() for path in EXAMPLES.glob("*.cpp") for line in path.read_text(encoding="utf-8").splitlines()}
+    blocks = re.findall(r"^```(c|cpp)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    programs = [(kind, block) for kind, block in blocks if block.startswith("#include")]
+    assert len(programs) == 2
+    for kind, block in programs:
+        path = tmp_path / f"program.{kind}"
+        path.write_text(block)
+        compiler = ("cc", "-std=c99") if kind == "c" else ("c++", "-std=c++17")
+        run(*compiler, "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{capi_prefix / 'include'}", path)
+    excerpts = [line.strip() for _, block in blocks if not block.startswith("#include") for line in block.splitlines()]
+    assert len(excerpts) > 8
+    assert [line for line in excerpts if line not in sources] == []
