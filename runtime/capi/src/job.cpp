@@ -26,7 +26,7 @@ bool Job::progress(const sdr_progress &progress, bool &threw) {
         state_ = SDR_JOB_RUNNING;
         step_ = progress.step;
         steps_ = progress.steps;
-        if (freed_ || !callback_) return false;
+        if (freed_ || cancelled_ || !callback_) return false;
         callback = callback_;
         calling_ = true;
         caller_ = std::this_thread::get_id();
@@ -56,6 +56,11 @@ void Job::end(int32_t state) {
 void Job::done(Picture picture) {
     const std::lock_guard lock(mutex_);
     if (ended()) return;
+    if (cancelled_) {  // the picture came while the wish was on its way
+        failure_ = std::make_unique<const Failure>(SDR_CANCELLED, SDR_REASON_CANCELLED, "cancelled");
+        end(SDR_JOB_CANCELLED);
+        return;
+    }
     if (!freed_) picture_ = std::make_shared<const Picture>(std::move(picture));
     end(SDR_JOB_DONE);
 }

@@ -255,7 +255,9 @@ void Json::write(std::string &out) const {
         stream.imbue(std::locale::classic());
         stream.precision(17);
         stream << *real;
-        out += stream.str();
+        const std::string digits = stream.str();
+        out += digits;
+        if (digits.find_first_of(".e") == std::string::npos) out += ".0";
     } else if (const auto *string = std::get_if<std::string>(&value_)) {
         write_string(out, *string);
     } else if (const auto *array = std::get_if<Array>(&value_)) {

@@ -76,13 +76,12 @@ Json::Object open_options(const sdr_open_params &params) {
     if (params.memory_cap) options.emplace_back("memory", params.memory_cap);
     if (params.stream) options.emplace_back("stream", uint64_t{reinterpret_cast<uintptr_t>(params.stream)});
     options.emplace_back("queue", params.queue);
-    if (params.options)
-        for (const auto &[key, value] : object_of(params.options, "options").object()) {
-            static const char *const fields[] = {"backend", "device", "threads", "low_memory", "memory", "stream", "queue"};
-            for (const char *field : fields)
-                if (key == field) throw bad("options: \"" + key + "\" has a field of its own in sdr_open_params");
-            options.emplace_back(key, value);
-        }
+    const Json rare = params.options ? object_of(params.options, "options") : Json(Json::Object());
+    for (const auto &[key, value] : rare.object()) {
+        for (const char *field : {"backend", "device", "threads", "low_memory", "memory", "stream", "queue"})
+            if (key == field) throw bad("options: \"" + key + "\" has a field of its own in sdr_open_params");
+        options.emplace_back(key, value);
+    }
     return options;
 }
 

@@ -334,7 +334,8 @@ void Runtime::failed(const Json &event) {
         const std::lock_guard lock(mutex_);
         closing = closing_;
     }
-    const int32_t reason = code != SDR_CANCELLED ? SDR_REASON_NONE : closing ? SDR_REASON_CLOSED : SDR_REASON_CANCELLED;
+    const bool full = event["reason"].is_string() && event["reason"].string() == "queue_full";
+    const int32_t reason = full ? SDR_REASON_QUEUE_FULL : closing ? SDR_REASON_CLOSED : code == SDR_CANCELLED ? SDR_REASON_CANCELLED : SDR_REASON_NONE;
     if (const auto job = last_of(event)) job->failed(Failure(code, reason, message));
 }
 

@@ -28,7 +28,7 @@ if sys.path and sys.path[0] == "":
     del sys.path[0]
 try:
     import numpy
-    import sdruntime.service
+    from sdruntime.service import main
 except BaseException as error:
     import json, os, struct
     places = "".join(f"\n  - {place}" for place in sys.path)
@@ -36,8 +36,7 @@ except BaseException as error:
     body = json.dumps({"event": "refused", "code": 3, "reason": "no_runtime", "message": fault}).encode()
     os.write(int(sys.argv[1]), struct.pack("<IIQ", len(body), 0, 0) + body)
     sys.exit(3)
-import runpy
-runpy.run_module("sdruntime.service", run_name="__main__", alter_sys=True)
+sys.exit(main(sys.argv[1:]))
 )python";
 
 }  // namespace sdr

@@ -265,12 +265,13 @@ SDR_API sdr_status *sdr_job_poll(sdr_job *job, int32_t *state, int32_t *step, in
  * goes on; SDR_REASON_BAD_HANDLE where it is freed meanwhile; SDR_REASON_REENTERED from inside a callback, unless `timeout_ms` is 0. */
 SDR_API sdr_status *sdr_job_wait(sdr_job *job, int64_t timeout_ms);
 
-/* Ask that a job end at its next step. Returns at once; sdr_job_wait tells when it has ended, mostly with SDR_CANCELLED, but with the
- * picture where that was done sooner. A job that has ended, or is cancelled already: nothing, and NULL. Errors: SDR_USAGE. */
+/* Ask that a job end at its next step. Returns at once; sdr_job_wait tells when it has ended: with SDR_CANCELLED, or a failure that came
+ * sooner, but with no picture. Its progress callback is not called again. A job that has ended keeps its end, and one that is
+ * cancelled already is told nothing new: NULL in both cases. Errors: SDR_USAGE. */
 SDR_API sdr_status *sdr_job_cancel(sdr_job *job);
 
 /* Free a job and its picture. One that has not ended is cancelled. Waits for a progress callback of this job that runs on another
- * thread; after it returned, none is called. Views of the picture (sdr_job_rgb, sdr_job_png, texts of sdr_result) end here. */
+ * thread (but not from inside a callback); after it returned, none is called. Views of the picture (sdr_job_rgb, sdr_job_png, texts of sdr_result) end here. */
 SDR_API void sdr_job_free(sdr_job *job);
 
 /* ---- results ----------------------------------------------------------------------------------------------------------------- */

@@ -237,7 +237,7 @@ private:
     };
 
     void ended(sdr_status *status) {
-        if (status && watcher_) {
+        if (watcher_) {
             const std::lock_guard<std::mutex> lock(watcher_->mutex);
             if (watcher_->thrown) {
                 sdr_status_free(status);
