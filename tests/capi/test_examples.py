@@ -9,7 +9,6 @@ import re
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -125,11 +124,6 @@ class Client:
         self.file.close()
         self.socket.close()
 
-    def vanish(self) -> None:
-        """Leave with a reset: who writes to this connection now gets SIGPIPE."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.leave()
-
 
 class Running:
     def __init__(self, program: Path, *words: object) -> None:
@@ -202,6 +196,20 @@ def test_a_lone_client_gets_the_command_lines_picture_and_errors_in_between(serv
     assert running.terminate() == 0
 
 
+def test_a_client_that_leaves_while_it_is_written_to_raises_no_sigpipe(service: Service, expected: bytes) -> None:
+    running = service()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        other.connect(("127.0.0.1", running.port))
+        other.sendall(b"x\n" * 8000)  # far more answers than all buffers hold
+        other.shutdown(socket.SHUT_WR)
+        assert other.recv(5) == b"error"
+    client = running.client()
+    client.draw(7, 4)
+    assert client.answer()[1] == expected
+    assert running.terminate() == 0
+
+
 def test_several_clients_at_once(service: Service, expected: bytes, tmp_path: Path) -> None:
     clients = [(running := service()).client()] + [running.client() for _ in range(5)]
     for seed, client in enumerate(clients, start=5):
@@ -232,7 +240,7 @@ def test_a_client_that_leaves_a_full_queue_and_a_drain(service: Service, drawing
     assert two[refused].line()[0] == "busy"
     [waiting] = [client for each, client in two.items() if each is not refused]
 
-    drawing.pop(0).vanish()
+    drawing.pop(0).leave()
     assert waiting.answer()[0][0] == "done"
     assert not any("done" in client.at_hand() for client in drawing)
 

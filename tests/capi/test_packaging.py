@@ -140,6 +140,16 @@ def test_a_build_that_cannot_be_says_why(tmp_path: Path, variables: dict[str, st
     assert not (tmp_path / "lib").exists()
 
 
+def test_without_a_compiler_tests_fail_unless_told_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("SDRUNTIME_NO_COMPILER", "0")
+    with pytest.raises(pytest.fail.Exception, match="not on PATH: sudo apt-get install"):
+        require_compiler()
+    monkeypatch.setenv("SDRUNTIME_NO_COMPILER", "1")
+    with pytest.raises(pytest.skip.Exception, match="nothing is compiled"):
+        require_compiler()
+
+
 def test_capi_tells_where_things_are(capsys: pytest.CaptureFixture[str]) -> None:
     include = HEADER.parents[1]
     assert main(["capi", "--include", "--cflags", "--libs", "--version"]) == 0
