@@ -50,6 +50,8 @@ int32_t small(const Json &number) {
 
 double seconds(const Json &timings, const char *name) { return timings[name].is_null() ? 0 : timings[name].number(); }
 
+Failure ended_by_closing() { return Failure(SDR_CANCELLED, SDR_REASON_CLOSED, "the runtime was closed before the job ended"); }
+
 Failure closed() { return usage(SDR_REASON_CLOSED, "the runtime was closed"); }
 
 }  // namespace
@@ -185,7 +187,7 @@ void Runtime::close() {
         phase_ = Phase::CLOSED;
     }
     stop();
-    end_jobs(Failure(SDR_CANCELLED, SDR_REASON_CLOSED, "the runtime was closed before the job ended"));
+    end_jobs(ended_by_closing());
 }
 
 bool Runtime::on_event(Message &&message) noexcept {
@@ -249,7 +251,7 @@ void Runtime::on_end(const std::string &why) noexcept {
         phase_ = Phase::ENDED;
         changed_.notify_all();
     }
-    end_jobs(Failure(SDR_FAILED, SDR_REASON_WORKER_DIED, why + "; the next job starts a new one"));
+    end_jobs(closes() ? ended_by_closing() : Failure(SDR_FAILED, SDR_REASON_WORKER_DIED, why + "; the next job starts a new one"));
 }
 
 void Runtime::end_jobs(const Failure &failure) {
@@ -260,6 +262,11 @@ void Runtime::end_jobs(const Failure &failure) {
         waiting_.clear();
     }
     for (const auto &[unused, job] : jobs) job->failed(failure);
+}
+
+bool Runtime::closes() {
+    const std::lock_guard lock(mutex_);
+    return closing_;
 }
 
 // Null for a job that has ended.
@@ -322,21 +329,20 @@ void Runtime::done(const Json &event, const Blob &blob) {
     const size_t rows = 3 * static_cast<size_t>(picture.width) * static_cast<size_t>(picture.height);
     if (picture.rgb != rows || picture.png > blob.size() || blob.size() - picture.png != picture.rgb)
         throw JsonError("a picture of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(picture.png) + " in a blob of " + std::to_string(blob.size()));
-    if (const auto job = last_of(event)) job->done(std::move(picture));
+    const auto job = last_of(event);
+    if (job && closes())
+        job->failed(ended_by_closing());
+    else if (job)
+        job->done(std::move(picture));
 }
 
 void Runtime::failed(const Json &event) {
     const int32_t code = small(event["code"]);
     const std::string &message = event["message"].string();
     if (!code) throw JsonError("a failure of code 0");
-    bool closing;
-    {
-        const std::lock_guard lock(mutex_);
-        closing = closing_;
-    }
     const bool full = event["reason"].is_string() && event["reason"].string() == "queue_full";
-    const int32_t reason = full ? SDR_REASON_QUEUE_FULL : closing ? SDR_REASON_CLOSED : code == SDR_CANCELLED ? SDR_REASON_CANCELLED : SDR_REASON_NONE;
-    if (const auto job = last_of(event)) job->failed(Failure(code, reason, message));
+    const int32_t reason = full ? SDR_REASON_QUEUE_FULL : code == SDR_CANCELLED ? SDR_REASON_CANCELLED : SDR_REASON_NONE;
+    if (const auto job = last_of(event)) job->failed(closes() ? ended_by_closing() : Failure(code, reason, message));
 }
 
 void Runtime::log(int32_t level, const std::string &message) {

@@ -39,6 +39,7 @@ private:
     void start();
     void stop();
     void ready_for_jobs();
+    bool closes();
     void take_event(Message &&message);
     std::shared_ptr<Job> job_of(const Json &event);
     std::shared_ptr<Job> last_of(const Json &event);
