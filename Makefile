@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= demo
 TINY   := .cache/tiny-sd1
+PREFIX ?= /usr/local
 GPU_VENV   := .venv-gpu
 GPU_PYTHON := $(GPU_VENV)/bin/python
 GPU_INSTALL = $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check
@@ -14,6 +15,7 @@ GATE        = $(PYTHON) benchmarks/gpu/gate.py $(MAKE) --no-print-directory
 BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
 .PHONY: help demo engines test test-full check golden bench real-check clean
+.PHONY: capi install-capi
 .PHONY: gpu-test gpu-test-here gpu-bench gpu-bench-here gpu-report gpu-report-here
 .DEFAULT_GOAL := help
 
@@ -87,6 +89,16 @@ $(GPU_VENV)/.ready: constraints.txt pyproject.toml runtime/pyproject.toml
 	@for library in tensorrt tensorrt-rtx; do $(GPU_INSTALL) $$library || echo "== $$library: not for this platform"; done
 	@touch $@
 
+## make capi        the C library, built into build/capi; for C and C++ programs (docs/embedding.md)
+capi:
+	@command -v cmake >/dev/null || { echo "make capi needs CMake and a C++17 compiler: sudo apt-get install cmake g++" >&2; exit 3; }
+	@cmake -S runtime/capi -B build/capi $(ARGS)
+	@cmake --build build/capi --parallel
+
+## make install-capi  the same, installed with its headers: PREFIX=/usr/local where nothing else is said
+install-capi: capi
+	@cmake --install build/capi --prefix "$(abspath $(PREFIX))"
+
 ## make check       ruff and strict mypy
 check: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -111,5 +123,5 @@ real-check: $(READY)
 
 ## make clean       everything that make made
 clean:
-	rm -rf $(VENV) .venv-* demo engines/built $(TINY) .cache/gpu .cache/real-check .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build demo engines/built $(TINY) .cache/gpu .cache/real-check .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdruntime import __version__
+from sdruntime.capi import add_arguments, answers
 from sdruntime.check import build, verify
 from sdruntime.command import clear_progress, document, note, pairs, progress
 from sdruntime.errors import SdruntimeError, SettingError
@@ -119,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--threads", type=int, default=0, help="of the CPU (0: the library decides)")
     each = command("doctor", doctor, "what this machine can build and run, and what installs the rest", bundle=False)
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
+    add_arguments(command("capi", capi, "build the C library, whose sources are here, and tell a compiler of it", bundle=False))
     return top
 
 
@@ -291,6 +293,14 @@ def doctor(options: argparse.Namespace) -> None:
         print(line)
     for line in bundle_lines(bundle, machine) if bundle else ():
         print(line)
+
+
+def capi(options: argparse.Namespace) -> None:
+    found = answers(options)
+    if options.json:
+        document(**found)
+    else:
+        print("\n".join(found.values()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+/* Who may be freed or closed when, and several threads at once. */
+#include "harness.h"
+
+static void *close_it(void *runtime) {
+    sdr_status_free(sdr_runtime_close(runtime));
+    return NULL;
+}
+
+/* Until the runtime takes no more: what has not ended by then must end as cancelled. */
+static void wait_until_it_closes(sdr_runtime *runtime) {
+    const char *json;
+    sdr_status *status = NULL;
+    while (sdr_status_reason(status) != SDR_REASON_CLOSED) {
+        sdr_status_free(status);
+        status = sdr_runtime_describe(runtime, &json);
+    }
+    sdr_status_free(status);
+}
+
+static void closing_ends_jobs(void) {
+    sdr_runtime *runtime = open_runtime();
+    sdr_job_params params = job_params();
+    struct gate gate;
+    sdr_job *done = submit(runtime, &params), *runs, *waits, *none = NULL;
+    pthread_t thread;
+    const char *json;
+    unsigned long sum;
+    WORKS(sdr_job_wait(done, -1));
+    sum = sum_of(done);
+    runs = submit_gated(runtime, &gate, 200);
+    gate_wait(&gate);
+    waits = submit(runtime, &params);
+    pthread_create(&thread, NULL, close_it, runtime);
+    wait_until_it_closes(runtime);
+    gate_open(&gate);
+    pthread_join(thread, NULL);
+    FAILS(sdr_job_wait(runs, 0), SDR_CANCELLED, SDR_REASON_CLOSED);
+    FAILS(sdr_job_wait(waits, 0), SDR_CANCELLED, SDR_REASON_CLOSED);
+    FAILS(sdr_job_submit(runtime, &params, &none), SDR_USAGE, SDR_REASON_CLOSED);
+    FAILS(sdr_runtime_describe(runtime, &json), SDR_USAGE, SDR_REASON_CLOSED);
+    WORKS(sdr_runtime_close(runtime));
+    WORKS(sdr_job_cancel(runs));
+    sdr_runtime_free(runtime);
+    CHECK(sum_of(done) == sum);
+    WORKS(sdr_job_cancel(done));
+    sdr_job_free(done);
+    sdr_job_free(runs);
+    sdr_job_free(waits);
+}
+
+static void a_picture_outlives_its_runtime(void) {
+    sdr_runtime *runtime = open_runtime();
+    sdr_job_params params = job_params();
+    sdr_job *job;
+    const uint8_t *rows = NULL;
+    size_t stride = 0;
+    unsigned char first;
+    job = submit(runtime, &params);
+    WORKS(sdr_job_wait(job, -1));
+    WORKS(sdr_job_rgb(job, &rows, &stride));
+    first = rows[0];
+    sdr_runtime_free(runtime);
+    CHECK(rows[0] == first && sum_of(job) != 0);
+    sdr_job_free(job);
+}
+
+static void freeing_a_job_that_runs(void) {
+    sdr_runtime *runtime = open_runtime();
+    struct gate gate;
+    sdr_job *job = submit_gated(runtime, &gate, 200);
+    int calls;
+    gate_wait(&gate);
+    gate_open(&gate);
+    sdr_job_free(job);
+    calls = gate_calls(&gate);
+    FAILS(sdr_job_wait(job, -1), SDR_USAGE, SDR_REASON_BAD_HANDLE);
+    sdr_runtime_free(runtime);
+    CHECK(gate_calls(&gate) == calls);
+}
+
+static void *wait_for(void *job) { return sdr_job_wait(job, -1); }
+
+static void freeing_a_job_that_is_waited_for(void) {
+    sdr_runtime *runtime = open_runtime();
+    struct gate gate;
+    sdr_job *job = submit_gated(runtime, &gate, 200);
+    pthread_t thread;
+    void *status = NULL;
+    gate_wait(&gate);
+    pthread_create(&thread, NULL, wait_for, job);
+    gate_open(&gate);
+    sdr_job_free(job);
+    pthread_join(thread, &status);
+    FAILS((sdr_status *)status, SDR_USAGE, SDR_REASON_BAD_HANDLE);
+    sdr_runtime_free(runtime);
+}
+
+struct painter {
+    sdr_runtime *runtime;
+    uint64_t seed;
+    unsigned long sums[4];
+    int wrong;
+};
+
+static void *paint(void *user) {
+    struct painter *painter = user;
+    int k;
+    for (k = 0; k < 4; ++k) {
+        sdr_job_params params = job_params();
+        sdr_job *job = NULL;
+        params.seed = painter->seed;
+        params.steps = 2 + k;
+        painter->wrong += !works(sdr_job_submit(painter->runtime, &params, &job)) || !works(sdr_job_wait(job, -1));
+        painter->sums[k] = sum_of(job);
+        sdr_job_free(job);
+    }
+    return NULL;
+}
+
+static void threads(void) {
+    sdr_runtime *runtime = open_runtime();
+    struct painter painters[8];
+    pthread_t ids[8];
+    int k, j;
+    memset(painters, 0, sizeof painters);
+    for (k = 0; k < 8; ++k) {
+        painters[k].runtime = runtime;
+        painters[k].seed = (uint64_t)k;
+        pthread_create(&ids[k], NULL, paint, &painters[k]);
+    }
+    for (k = 0; k < 8; ++k) pthread_join(ids[k], NULL);
+    for (k = 0; k < 8; ++k) {
+        CHECK(painters[k].wrong == 0);
+        for (j = 0; j < 4; ++j) CHECK(painters[k].sums[j] != 0);
+        if (k) CHECK(painters[k].sums[0] != painters[0].sums[0]);
+    }
+    sdr_runtime_free(runtime);
+}
+
+static void closing_from_several_threads(void) {
+    int round, k;
+    for (round = 0; round < 3; ++round) {
+        sdr_runtime *runtime = open_runtime();
+        sdr_job_params params = job_params();
+        struct gate gate;
+        pthread_t ids[4];
+        sdr_job *jobs[6];
+        jobs[0] = submit_gated(runtime, &gate, 200);
+        for (k = 1; k < 6; ++k) jobs[k] = submit(runtime, &params);
+        gate_wait(&gate);
+        for (k = 0; k < 4; ++k) pthread_create(&ids[k], NULL, close_it, runtime);
+        wait_until_it_closes(runtime);
+        gate_open(&gate);
+        sdr_runtime_free(runtime);
+        for (k = 0; k < 4; ++k) pthread_join(ids[k], NULL);
+        for (k = 0; k < 6; ++k) {
+            FAILS(sdr_job_wait(jobs[k], 0), SDR_CANCELLED, SDR_REASON_CLOSED);
+            sdr_job_free(jobs[k]);
+        }
+    }
+}
+
+void lifetime_tests(void) {
+    RUN(closing_ends_jobs);
+    RUN(a_picture_outlives_its_runtime);
+    RUN(freeing_a_job_that_runs);
+    RUN(freeing_a_job_that_is_waited_for);
+    RUN(threads);
+    RUN(closing_from_several_threads);
+}

@@ -1,0 +1,290 @@
+"""The examples in C++, built out of tree against what is installed: what they draw, how they are cancelled, how they end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cplusplus import EXAMPLES, ROOT, environment, run
+
+from sdruntime.bundle import Bundle
+from sdruntime.image import read_png
+
+PROMPT = "the red cat and the sand"
+LONG = 400  # steps: many more than a test waits for
+Service = Callable[..., "Running"]
+
+
+@pytest.fixture(scope="module")
+def built(capi_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    run("cmake", "-S", EXAMPLES, "-B", folder, f"-DCMAKE_PREFIX_PATH={capi_prefix}", CXXFLAGS="-Werror")
+    run("cmake", "--build", folder, "--parallel")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(drawing_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The PNG of seed 7, 4 steps, by the command line."""
+    path = tmp_path_factory.mktemp("expected") / "7.png"
+    words = ("-m", "sdruntime", "generate", drawing_bundle, PROMPT, "--seed", "7", "--steps", "4", "-o", path)
+    run(sys.executable, *words)
+    assert read_png(path).std() >= 10
+    return path.read_bytes()
+
+
+# ---- generate
+
+
+def test_generate_draws_the_command_lines_picture(built: Path, drawing_bundle: Path, expected: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    assert run(built / "generate", drawing_bundle, PROMPT, path, "7", "4") == f"{path}\n"
+    assert path.read_bytes() == expected
+
+
+def test_generate_builds_with_pkg_config_too(capi_prefix: Path, drawing_bundle: Path, expected: bytes, tmp_path: Path) -> None:
+    flags = run("pkg-config", "--cflags", "--libs", "sdruntime", PKG_CONFIG_PATH=str(capi_prefix / "lib" / "pkgconfig")).split()
+    run("c++", "-std=c++17", EXAMPLES / "generate.cpp", *flags, "-o", tmp_path / "generate")
+    path = tmp_path / "picture.png"
+    run(tmp_path / "generate", drawing_bundle, PROMPT, path, "7", "4", LD_LIBRARY_PATH=str(capi_prefix / "lib"))
+    assert path.read_bytes() == expected
+
+
+def test_generate_ends_with_the_command_lines_exit_codes(built: Path, drawing_bundle: Path, tmp_path: Path) -> None:
+    assert run(built / "generate", code=2).startswith("usage: generate BUNDLE PROMPT FILE.png")
+    assert "not a bundle" in run(built / "generate", tmp_path, PROMPT, tmp_path / "picture.png", code=5)
+    assert "steps" in run(built / "generate", drawing_bundle, PROMPT, tmp_path / "picture.png", "7", "0", code=2)
+    assert "was not written" in run(
+        built / "generate", drawing_bundle, PROMPT, tmp_path / "none" / "picture.png", "7", "1", code=1
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_shows_a_bar_on_a_terminal_and_ctrl_c_cancels(built: Path, drawing_bundle: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = [built / "generate", drawing_bundle, PROMPT, tmp_path / "picture.png", "7", str(LONG)]
+    program = subprocess.Popen(words, stderr=theirs, env=environment())
+    os.close(theirs)
+    seen = b""
+    while f"[{'.' * 40}] 2 of {LONG + 1}".encode() not in seen:  # PNDM, the checkpoint's own, calls the model once more
+        seen += os.read(ours, 1024)
+    program.send_signal(signal.SIGINT)
+    assert program.wait(timeout=60) == 130
+    while select.select([ours], [], [], 0)[0]:
+        try:
+            seen += os.read(ours, 1024)
+        except OSError:  # the end of a terminal
+            break
+    os.close(ours)
+    assert b"generate: " in seen.split(b"\x1b[2K")[-1]
+    assert b"cancel" in seen.split(b"\x1b[2K")[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- service
+
+
+class Client:
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.file = self.socket.makefile("rb")
+
+    def draw(self, seed: int, steps: int) -> None:
+        self.socket.sendall(f"draw {seed} {steps} {PROMPT}\n".encode())
+
+    def line(self) -> list[str]:
+        """The next line, in words; none at the end of the connection."""
+        return self.file.readline().decode().split()
+
+    def answer(self) -> tuple[list[str], bytes]:
+        """The line after the lines of progress, and the picture."""
+        steps = [0]
+        while (words := self.line())[:1] == ["progress"]:
+            steps.append(int(words[1]))
+            assert steps[-1] > steps[-2]
+        return words, self.file.read(int(words[4])) if words[:1] == ["done"] else b""
+
+    def at_hand(self) -> str:
+        """The first words of what has come and was not read."""
+        found = self.socket.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT) + self.file.peek()
+        return found.decode(errors="replace")
+
+    def leave(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+class Running:
+    def __init__(self, program: Path, *words: object) -> None:
+        command = [str(program), *map(str, words)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+        assert self.process.stdout is not None
+        told = self.process.stdout.readline()
+        assert told.startswith("listening on 127.0.0.1:"), self.process.wait(timeout=60)
+        self.port = int(told.rpartition(":")[2])
+        self.clients: list[Client] = []
+
+    def client(self) -> Client:
+        self.clients.append(Client(self.port))
+        return self.clients[-1]
+
+    def refuses(self) -> bool:
+        with socket.socket() as other:
+            return other.connect_ex(("127.0.0.1", self.port)) == errno.ECONNREFUSED
+
+    def terminate(self) -> int:
+        self.process.terminate()
+        return self.process.wait(timeout=60)
+
+    def worker(self) -> int:
+        """The process with the engines in it."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        [child] = {int(child) for task in tasks for child in (task / "children").read_text().split()}
+        return child
+
+
+@pytest.fixture
+def service(built: Path, drawing_bundle: Path) -> Iterator[Service]:
+    """service(*words) starts one on a free port; killed at the end, if it still runs."""
+    started: list[Running] = []
+
+    def start(*words: object) -> Running:
+        started.append(Running(built / "service", drawing_bundle, 0, *words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        for client in each.clients:
+            client.leave()
+        each.process.kill()
+        each.process.wait()
+        each.process.stdout.close()  # type: ignore[union-attr]
+
+
+def picture(png: bytes, folder: Path) -> np.ndarray:
+    (folder / "picture.png").write_bytes(png)
+    return read_png(folder / "picture.png").astype(int)
+
+
+def test_a_lone_client_gets_the_command_lines_picture_and_errors_in_between(service: Service, expected: bytes) -> None:
+    running = service()
+    client = running.client()
+    for wrong in ("", "draw", "draw 7 x a cat", "draw 7 4", "paint 7 4 a cat"):
+        client.socket.sendall(wrong.encode() + b"\n")
+        assert client.line()[:2] == ["error", "2"]
+    client.draw(7, 0)
+    assert client.answer()[0][:2] == ["error", "2"]
+    client.draw(7, 4)
+    client.draw(7, 4)  # lines may be sent ahead
+    for _ in range(2):
+        words, png = client.answer()
+        assert words == ["done", "64", "64", "7", str(len(expected))]
+        assert png == expected
+    client.socket.sendall(b"draw 7 4 " + b"long " * 8000)
+    assert client.line()[:1] == ["bye"]
+    assert running.terminate() == 0
+
+
+def test_a_client_that_leaves_while_it_is_written_to_raises_no_sigpipe(service: Service, expected: bytes) -> None:
+    running = service()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        other.connect(("127.0.0.1", running.port))
+        other.sendall(b"x\n" * 8000)  # far more answers than all buffers hold
+        other.shutdown(socket.SHUT_WR)
+        assert other.recv(5) == b"error"
+    client = running.client()
+    client.draw(7, 4)
+    assert client.answer()[1] == expected
+    assert running.terminate() == 0
+
+
+def test_several_clients_at_once(service: Service, expected: bytes, tmp_path: Path) -> None:
+    clients = [(running := service()).client()] + [running.client() for _ in range(5)]
+    for seed, client in enumerate(clients, start=5):
+        client.draw(seed, 4)
+    pictures = {}
+    for client in clients:
+        words, png = client.answer()
+        pictures[int(words[3])] = picture(png, tmp_path)
+    assert sorted(pictures) == [5, 6, 7, 8, 9, 10]
+    # in company an engine's arithmetic differs a little
+    assert np.abs(pictures[7] - picture(expected, tmp_path)).mean() < 1
+    assert np.abs(pictures[7] - pictures[8]).mean() > 5
+
+
+def test_a_client_that_leaves_a_full_queue_and_a_drain(service: Service, drawing_bundle: Path) -> None:
+    """Pictures that are drawn together advance together: one that ends before them was not kept waiting by them."""
+    profiles = [each.profiles for each in Bundle.open(drawing_bundle).manifest.engines if each.component == "unet"]
+    room = max(profile["batch"][2] for each in profiles for profile in each) // 2  # pictures in one call, with guidance
+    running = service(room + 2, 1)
+    drawing = [running.client() for _ in range(room)]
+    for client in drawing:
+        client.draw(1, LONG)
+        assert client.line()[0] == "progress"
+    two = {client.socket: client for client in (running.client(), running.client())}
+    for client in two.values():
+        client.draw(7, 4)
+    [refused] = select.select(list(two), [], [], 60)[0]  # the other one waits for room
+    assert two[refused].line()[0] == "busy"
+    [waiting] = [client for each, client in two.items() if each is not refused]
+
+    drawing.pop(0).leave()
+    assert waiting.answer()[0][0] == "done"
+    assert not any("done" in client.at_hand() for client in drawing)
+
+    running.process.terminate()
+    while not running.refuses():
+        pass
+    assert not any("done" in client.at_hand() for client in drawing)
+    for client in drawing:
+        assert client.answer()[0][0] == "done"
+    for client in (*drawing, *two.values()):
+        assert client.line()[0] == "bye"
+        assert client.line() == []
+    assert running.process.wait(timeout=60) == 0
+
+
+def test_a_worker_that_is_killed_costs_its_pictures_only(service: Service, expected: bytes) -> None:
+    running = service()
+    clients = [running.client(), running.client()]
+    for client in clients:
+        client.draw(1, LONG)
+        assert client.line()[0] == "progress"
+    os.kill(running.worker(), signal.SIGKILL)
+    for client in clients:
+        words, _ = client.answer()
+        assert words[:2] == ["error", "1"]
+        assert "killed" in " ".join(words)
+    clients[1].draw(7, 4)
+    assert clients[1].answer()[1] == expected
+
+
+# ---- what the documentation shows
+
+
+def test_the_programs_of_the_documentation_compile_and_its_excerpts_are_the_examples(capi_prefix: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    sources = {line.strip() for path in EXAMPLES.glob("*.cpp") for line in path.read_text(encoding="utf-8").splitlines()}
+    blocks = re.findall(r"^```(c|cpp)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    programs = [(kind, block) for kind, block in blocks if block.startswith("#include")]
+    assert len(programs) == 2
+    for kind, block in programs:
+        path = tmp_path / f"program.{kind}"
+        path.write_text(block)
+        compiler = ("cc", "-std=c99") if kind == "c" else ("c++", "-std=c++17")
+        run(*compiler, "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{capi_prefix / 'include'}", path)
+    excerpts = [line.strip() for _, block in blocks if not block.startswith("#include") for line in block.splitlines()]
+    assert len(excerpts) > 8
+    assert [line for line in excerpts if line not in sources] == []
