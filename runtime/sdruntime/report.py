@@ -205,7 +205,8 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;margin:1rem 0;width:100%}
 th,td{padding:.25rem .6rem;text-align:left;border-bottom:1px solid #d8dee4}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#1a7f37}.fail{color:#cf222e;font-weight:600}.skip{color:#6e7781}
+td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.pass{color:#1a7f37}.fail{color:#cf222e;font-weight:600}.skip{color:#6e7781}
 figure{display:inline-block;margin:0 1rem 1rem 0}img{width:256px;image-rendering:pixelated;border:1px solid #d8dee4;display:block}
 figcaption{font-size:13px;color:#57606a}"""
 
