@@ -1,0 +1,90 @@
+"""The C library and its test programs, compiled by the machine's own compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CAPI = ROOT / "runtime" / "capi"
+INCLUDE = CAPI / "include"
+STAND_IN = HERE / "stand_in.py"
+WARNINGS = ("-Wall", "-Wextra", "-pedantic", "-Werror")
+SANITIZERS = {
+    "plain": ("-O1",),
+    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),  # not optimised: that compiles in half the time
+    "tsan": ("-fsanitize=thread",),
+}
+HANGS = 360  # seconds: a program that takes longer hangs
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, code: int | None = 0, **options: object) -> str:
+    """What a program printed; it must end with `code` (None: however it likes)."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANGS,
+        env=None if env is None else {**os.environ, **env},
+        **options,  # type: ignore[call-overload]
+    )
+    printed = f"{done.stdout}{done.stderr}"
+    assert code is None or done.returncode == code, f"{command[0]} ended with {done.returncode}\n{printed[-6000:]}"
+    return printed
+
+
+def compiler(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"no compiler {name} on this machine")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """One build of the library, and the programs that are linked with it."""
+
+    folder: Path
+    flags: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "libsdruntime.so"
+
+    def program(self, *sources: Path | str, name: str | None = None, flags: Iterable[str] = (), include: Path = INCLUDE) -> Path:
+        """Compiled as C99 or C++17 by the first source's name."""
+        paths = [HERE / source for source in sources]
+        first, standard = (("c++", "-std=c++17") if paths[0].suffix == ".cpp" else ("cc", "-std=c99"))
+        out = self.folder / (name or paths[0].stem)
+        if not out.exists():
+            link = (f"-L{self.folder}", "-lsdruntime", f"-Wl,-rpath,{self.folder}", "-ldl")
+            posix = ("-D_GNU_SOURCE", "-g", "-pthread")
+            command = (standard, *posix, *WARNINGS, *self.flags, f"-I{include}", *flags, *map(str, paths), "-o", str(out), *link)
+            run(compiler(first), *command)
+        return out
+
+
+def build_library(folder: Path, flags: Sequence[str]) -> Library:
+    objects = []
+
+    def compiled(source: Path) -> None:
+        out = folder / f"{source.stem}.o"
+        objects.append(str(out))
+        options = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *flags, f"-I{INCLUDE}")
+        run(compiler("c++"), *options, "-c", source, "-o", out)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, sorted((CAPI / "src").glob("*.cpp"))))
+    script = f"-Wl,--version-script={CAPI / 'src' / 'sdruntime.map'}"
+    link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *(() if "-O1" not in flags else ("-Wl,--no-undefined",)))
+    run(compiler("c++"), *link, *flags, *objects, "-ldl", "-o", folder / "libsdruntime.so")
+    return Library(folder=folder, flags=tuple(flags))
