@@ -1,13 +1,12 @@
-"""The CPU at full size: our backends beside the libraries on the plain export and beside torch, each run in a process of its own.
+"""A full-size SD1.5 on the CPU: our backends beside the libraries on the plain export and beside diffusers.
 
-    python benchmarks/cpu.py BUNDLE [--checkpoint FOLDER] [--size 256] [--rounds 2] [--calls 2] [--threads 2] [--output cpu.json]
+    python benchmarks/cpu.py FOLDER [--size 512] [--row NAME] [--column NAME] [--rounds 2] [--calls 2] [--output cpu.json]
 
-BUNDLE is fp32 and has engines of both backends for the size (benchmarks/gpu/checkpoint.py writes random full-size checkpoints):
-
-    sdruntime build BUNDLE --backend onnxruntime
-    sdruntime build BUNDLE --backend openvino --size 256x256
-
-The rows take turns, A B A B, so that drift cancels. On a busy machine the CPU seconds of a call say more than those of the clock.
+FOLDER is made where it is not there: a checkpoint of random weights (as benchmarks/gpu/checkpoint.py writes it), its fp32
+bundle, and a bundle a row with our engines in it (20 GB in all). Every number is of a process of its own, and the rows take
+turns, A B A B, so that drift strikes all alike; the least of the rounds counts. `whole` is a cold start: from the start of the
+process to the first denoised step of a guided picture, then a decoded picture, and the most memory until then. An output that
+is there already is added to.
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,131 +29,266 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from sdruntime.backends import backend
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, EngineOptions, Shared, shape_of
+from sdruntime.pipeline import Pipeline
+from sdruntime.request import Request
 from sdruntime.speed import processor
 
 Call = Callable[[dict[str, Array]], object]
 COMPONENTS = ("unet", "vae_decoder", "text_encoder")
-BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
+WHOLE = "whole"
+PROMPT = "a photograph of a lighthouse in a storm"
+BF16 = {"inference_precision": "bf16"}
+OURS: dict[str, tuple[str, dict[str, str]]] = {
+    "sdruntime, onnxruntime": ("onnxruntime", {}),
+    "sdruntime, openvino": ("openvino", {}),
+    "sdruntime, openvino in bf16": ("openvino", BF16),
+}
+TORCH = {"diffusers, eager fp32": "float32", "diffusers, eager bf16": "bfloat16", "diffusers, torch.compile fp32": "float32"}
 
 
-def ours(name: str, session: dict[str, str], bundle: Bundle, component: str, dims: dict[str, int], threads: int) -> Call:
-    engines = [each for each in bundle.manifest.engines if each.component == component and each.backend == name]
-    spec = next(each for each in engines if each.admits(**dims))
-    options = EngineOptions(threads=threads, session=session)
-    call: Call = backend(name, "engine").open_engine(bundle, spec, options, Shared())
+def our_bundle(options: argparse.Namespace, row: str) -> Path:
+    """A copy of the plain bundle (its files linked) with the engines of a row, made where it is not there."""
+    name, settings = OURS[row]
+    place: Path = options.folder / f"{row.replace(', ', '-').replace(' ', '-')}-{options.size}"
+    if not place.exists():
+        making = place.with_name(place.name + ".part")
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.copytree(options.folder / "bundle", making, copy_function=os.link)
+        shape = {"size": f"{options.size}x{options.size}", "batch": "1"} if name == "openvino" else {}
+        for _ in build_engines(making, Asked(backend=name, options=settings, **shape)):  # type: ignore[arg-type]
+            pass
+        making.rename(place)
+    return place
+
+
+def ours(row: str, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
+    bundle = Bundle.open(our_bundle(options, row))
+    spec = next(each for each in bundle.manifest.engines if each.component == component and each.admits(**dims))
+    call: Call = backend(OURS[row][0], "engine").open_engine(bundle, spec, EngineOptions(threads=options.threads), Shared())
     return call
 
 
-def plain_onnxruntime(bundle: Bundle, component: str, dims: dict[str, int], threads: int) -> Call:
+def plain_onnxruntime(options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
     ort = importlib.import_module("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    path = str(bundle.folder / bundle.manifest.components[component].onnx)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.log_severity_level = 3
+    path = str(options.folder / "bundle" / component / "model.onnx")
+    session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     return lambda feeds: session.run(None, feeds)
 
 
-def plain_openvino(bundle: Bundle, component: str, dims: dict[str, int], threads: int) -> Call:
+def plain_openvino(precision: str | None, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
+    """`precision` None: what OpenVINO takes by itself, bf16 where the CPU has it."""
     core = backend("openvino", "build").library().Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    path = str(bundle.folder / bundle.manifest.components[component].onnx)
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": options.threads}
+    settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+    path = str(options.folder / "bundle" / component / "model.onnx")
     request = core.compile_model(path, "CPU", settings).create_infer_request()
     return lambda feeds: request.infer(feeds)
 
 
-def diffusers(bundle: Bundle, component: str, dims: dict[str, int], threads: int, checkpoint: Path) -> Call:
+def diffusers(row: str, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
     import torch
-    from diffusers import UNet2DConditionModel
 
-    torch.set_num_threads(threads)
-    unet = UNet2DConditionModel.from_pretrained(str(checkpoint / "unet"), torch_dtype=torch.float32).eval()
+    pipe = _diffusers_pipeline(row, options)
+    kind = getattr(torch, TORCH[row])
+    modules = {"unet": pipe.unet, "vae_decoder": pipe.vae.decode, "text_encoder": pipe.text_encoder}
+    module = torch.compile(modules[component]) if "compile" in row else modules[component]
 
     def call(feeds: dict[str, Array]) -> object:
-        with torch.no_grad():
-            return unet(*(torch.from_numpy(feeds[name]) for name in ("sample", "timestep", "encoder_hidden_states")))
+        tensors = [torch.from_numpy(array) for array in feeds.values()]
+        with torch.inference_mode():
+            return module(*(each.to(kind) if each.is_floating_point() else each for each in tensors))
 
     return call
 
 
+def _diffusers_pipeline(row: str, options: argparse.Namespace) -> Any:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    torch.set_num_threads(options.threads)
+    return StableDiffusionPipeline.from_pretrained(
+        str(options.folder / "checkpoint"), torch_dtype=getattr(torch, TORCH[row]), safety_checker=None, local_files_only=True
+    )
+
+
 ROWS: dict[str, Callable[..., Call]] = {
-    "sdruntime, onnxruntime": functools.partial(ours, "onnxruntime", {}),
+    **{row: functools.partial(ours, row) for row in OURS},
     "onnxruntime on the plain export": plain_onnxruntime,
-    "sdruntime, openvino": functools.partial(ours, "openvino", {}),
-    "OpenVINO on the plain export": plain_openvino,
-    "sdruntime, openvino, bf16": functools.partial(ours, "openvino", BF16),
+    "OpenVINO on the plain export": functools.partial(plain_openvino, None),
+    "OpenVINO on the plain export, f32": functools.partial(plain_openvino, "f32"),
+    **{row: functools.partial(diffusers, row) for row in TORCH},
 }
-COLUMNS = ("call_s", "call_cpu_s", "open_s", "open_cpu_s", "anonymous_gb", "peak_rss_gb")
-DIFFUSERS = "diffusers, eager fp32"
+COLD = (*OURS, "diffusers, eager fp32", "diffusers, eager bf16")  # what draws whole pictures, without compiling for minutes
 
 
-def run_one(row: str, component: str, options: argparse.Namespace) -> dict[str, float]:
+def feeds_of(bundle: Bundle, component: str, options: argparse.Namespace) -> tuple[dict[str, int], dict[str, Array]]:
+    """Two rows of a UNet and of a text encoder (guidance), one of a decoder."""
+    factor, spec = bundle.manifest.model.vae_factor, bundle.manifest.components[component]
+    cells = options.size // factor
+    known = {"batch": 1 if component == "vae_decoder" else 2, "height": cells, "width": cells, "sequence": 77}
+    dims = {name: known[name] for name in spec.dimensions}
+    random = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        values = random.standard_normal(shape_of(tensor, dims, factor))
+        whole = tensor.dtype != "float32" or tensor.name == "timestep"
+        feeds[tensor.name] = (np.abs(100 * values) if whole else values).astype(tensor.dtype)
+    return dims, feeds
+
+
+class Memory:
+    """The most that this process had, of its own (looked at every 50 ms) and with what is mapped from files."""
+
+    def __init__(self) -> None:
+        self._own = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self._own = max(self._own, self._of("RssAnon"))
+            time.sleep(0.05)
+
+    def _of(self, key: str) -> float:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[key].split()[0]) / 1e6
+
+    def told(self) -> dict[str, float]:
+        return {"own_gb": self._own, "peak_gb": self._of("VmHWM")}
+
+
+def run_component(row: str, component: str, options: argparse.Namespace) -> dict[str, float]:
     """Open, then some calls; in this process."""
-    bundle = Bundle.open(options.bundle)
-    cells = options.size // bundle.manifest.model.vae_factor
-    known = {"batch": 2 if component != "vae_decoder" else 1, "height": cells, "width": cells, "sequence": 77}
-    dims = {name: known[name] for name in bundle.manifest.components[component].dimensions}
-    feeds = {}
-    for tensor in bundle.manifest.components[component].inputs:
-        values = np.random.default_rng(0).standard_normal(shape_of(tensor, dims, bundle.manifest.model.vae_factor))
-        feeds[tensor.name] = np.abs(100 * values).astype(tensor.dtype) if tensor.dtype != "float32" else values.astype(np.float32)
-    clock, cpu = time.perf_counter(), time.process_time()
-    at = (bundle, component, dims, options.threads)
-    call = diffusers(*at, options.checkpoint) if row == DIFFUSERS else ROWS[row](*at)
-    found = {"open_s": time.perf_counter() - clock, "open_cpu_s": time.process_time() - cpu}
-    clocks, cpus = [], []
+    memory = Memory()
+    dims, feeds = feeds_of(Bundle.open(options.folder / "bundle"), component, options)
+    begun = time.perf_counter()
+    call = ROWS[row](options, component, dims)
+    found = {"open_s": time.perf_counter() - begun}
+    clocks = []
     for _ in range(1 + options.calls):
-        clock, cpu = time.perf_counter(), time.process_time()
+        begun = time.perf_counter()
         call(feeds)
-        clocks.append(time.perf_counter() - clock)
-        cpus.append(time.process_time() - cpu)
-    found |= {"call_s": min(clocks[1:]), "call_cpu_s": min(cpus[1:])}
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.count(":") == 1)
-    kept = {"rss_gb": "VmRSS", "anonymous_gb": "RssAnon", "peak_rss_gb": "VmHWM"}
-    return found | {name: int(status[key].split()[0]) / 1e6 for name, key in kept.items()}
+        clocks.append(time.perf_counter() - begun)
+    return found | {"first_s": clocks[0], "call_s": min(clocks[1:])} | memory.told()
+
+
+def run_whole(row: str, options: argparse.Namespace) -> dict[str, float]:
+    """To the first denoised step, then to a picture of that one; in this process, which began at `options.begun`."""
+    memory = Memory()
+    if row in OURS:
+        engines = EngineOptions(threads=options.threads)
+        with Pipeline.open(our_bundle(options, row), backend=OURS[row][0], options=engines) as pipe:
+            loop = pipe.stream(Request(prompt=PROMPT, size=(options.size, options.size)))
+            next(iter(loop))
+            first = time.time() - options.begun
+            loop.close()
+            picture = loop.result.images[0]
+    else:
+        pipe, told = _diffusers_pipeline(row, options), []
+
+        def stop(pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            told.append(time.time() - options.begun)
+            pipe._interrupt = True
+            return kept
+
+        pipe.set_progress_bar_config(disable=True)
+        shown = pipe(
+            PROMPT,
+            num_inference_steps=20,
+            width=options.size,
+            height=options.size,
+            output_type="np",
+            callback_on_step_end=stop,
+        )
+        first, picture = told[0], shown.images[0]
+    if picture.shape != (options.size, options.size, 3):
+        raise SystemExit(f"{row}: a picture of {picture.shape}")
+    return {"first_step_s": first} | memory.told()
+
+
+def prepare(options: argparse.Namespace) -> None:
+    if not (options.folder / "checkpoint").exists():
+        from benchmarks.gpu.checkpoint import write_checkpoint
+
+        making = options.folder / "checkpoint.part"
+        shutil.rmtree(making, ignore_errors=True)
+        write_checkpoint(making, "sd15")
+        making.rename(options.folder / "checkpoint")
+    if not (options.folder / "bundle").exists():
+        command = ["build", options.folder / "checkpoint", "-o", options.folder / "bundle", "--precision", "fp32", "--no-verify"]
+        subprocess.run([sys.executable, "-m", "sdexport", *map(str, command)], check=True)
+    for row in options.rows:
+        if row in OURS:
+            our_bundle(options, row)
+
+
+def apart(row: str, column: str) -> dict[str, float]:
+    command = [sys.executable, *sys.argv, "--one", row, column, "--begun", str(time.time())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(column: str, found: dict[str, dict[str, float]]) -> str:
+    names = {
+        "open_s": "opening, s",
+        "first_s": "first call, s",
+        "call_s": "a call, s",
+        "first_step_s": "to the first step, s",
+        "own_gb": "own memory, most, GB",
+        "peak_gb": "peak with what is mapped, GB",
+    }
+    columns = [name for name in names if any(name in each for each in found.values())]
+    rows = [f"| {column} | {' | '.join(names[name] for name in columns)} |", "|---" * (1 + len(columns)) + "|"]
+    rows += [f"| {row} | {' | '.join(f'{each[name]:.2f}' for name in columns)} |" for row, each in found.items()]
+    return "\n".join(rows)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("bundle", type=Path)
-    arguments.add_argument("--checkpoint", type=Path, help="adds diffusers' own UNet")
-    for name, default in (("size", 256), ("rounds", 2), ("calls", 2), ("threads", 2)):
+    arguments.add_argument("folder", type=Path)
+    for name, default in (("size", 512), ("rounds", 2), ("calls", 2), ("threads", 2)):
         arguments.add_argument(f"--{name}", type=int, default=default)
-    arguments.add_argument("--component", action="append", dest="components", choices=COMPONENTS)
+    arguments.add_argument("--row", action="append", dest="rows", choices=list(ROWS))
+    arguments.add_argument("--column", action="append", dest="columns", choices=[*COMPONENTS, WHOLE])
     arguments.add_argument("--output", type=Path)
     arguments.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments.add_argument("--begun", type=float, help=argparse.SUPPRESS)
     options = arguments.parse_args()
+    options.rows = options.rows or list(ROWS)
     if options.one:
-        row, component = options.one
-        print(json.dumps(run_one(row, component, options)))
+        row, column = options.one
+        print(json.dumps(run_whole(row, options) if column == WHOLE else run_component(row, column, options)))
         return
-    result: dict[str, Any] = {
-        "processor": processor().split(" fpu ")[0],
-        "python": platform.python_version(),
-        **{name: getattr(options, name) for name in ("size", "rounds", "calls", "threads")},
-        "load": {"before": os.getloadavg()[0]},
-        "components": {},
-    }
-    for component in options.components or COMPONENTS:
-        rows = [*ROWS, *([DIFFUSERS] if options.checkpoint and component == "unet" else [])]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    prepare(options)
+    result: dict[str, Any] = {"sizes": {}}
+    if options.output and options.output.exists():
+        result = json.loads(options.output.read_text())
+    versions = {name: importlib.metadata.version(name) for name in ("numpy", "onnxruntime", "openvino", "torch", "diffusers")}
+    result |= {"processor": processor().split(" fpu ")[0], "python": platform.python_version(), "versions": versions}
+    of_size = result["sizes"].setdefault(str(options.size), {})
+    for column in options.columns or (*COMPONENTS, WHOLE):
         best: dict[str, dict[str, float]] = {}
+        before = os.getloadavg()[0]
         for _ in range(options.rounds):
-            for row in rows:
-                command = [sys.executable, *sys.argv, "--one", row, component]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found = json.loads(done.stdout.splitlines()[-1])
+            for row in options.rows:
+                if column == WHOLE and row not in COLD:
+                    continue
+                found = apart(row, column)
                 best[row] = {key: round(min(value, best.get(row, found)[key]), 3) for key, value in found.items()}
-                print(component, row, json.dumps(best[row]), file=sys.stderr, flush=True)
-        result["components"][component] = best
-        result["load"]["after"] = os.getloadavg()[0]
-        print(f"| {component} | call, s | call, CPU s | open, s | open, CPU s | own memory after, GB | peak, GB |")
-        print("|---" * 7 + "|")
-        for row, each in best.items():
-            parts = [each[key] for key in COLUMNS]
-            print(f"| {row} | {' | '.join(f'{part:.2f}' for part in parts)} |", flush=True)
+                print(column, row, json.dumps(best[row]), file=sys.stderr, flush=True)
+        settings = {name: getattr(options, name) for name in ("rounds", "calls", "threads")}
+        of_size[column] = {**settings, "load_before": before, "rows": of_size.get(column, {}).get("rows", {}) | best}
+        print(table(column, best), flush=True)
         if options.output:
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 

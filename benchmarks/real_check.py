@@ -22,9 +22,10 @@ from typing import Any
 
 from benchmarks.gpu import ROOT
 from sdexport.subject import machine_of
-from sdexport.timing import drawn, psnr, ssim, text_of
+from sdexport.timing import drawn, text_of
 from sdruntime.choose import Machine
 from sdruntime.pipeline import Pipeline
+from sdruntime.report import picture_psnr, ssim
 from sdruntime.request import Request
 
 SCHEMA = 1
@@ -79,7 +80,7 @@ class Check:
         checkpoint = locate(self.model, precision="fp32", allow_pickle=False).folder
         with contextlib.closing(Diffusers(checkpoint, device="cpu", precision="fp32")) as rival:
             theirs = [rival.draw(EAGER, [each])[0] for each in asked]
-        decibels = [psnr([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+        decibels = [round(picture_psnr(a, b), 2) for a, b in zip(ours, theirs, strict=True)]
         alike = [round(ssim(a, b), 5) for a, b in zip(ours, theirs, strict=True)]
         flat = min(float(each.std()) for each in ours)
         self.told |= {"psnr": decibels, "ssim": alike, "least_deviation": round(flat, 2)}

@@ -40,6 +40,7 @@ from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record, read_json, record_from_json
 from sdruntime.step import NAME as STEP
 from sdruntime.step import SLOTS, SOURCES, TARGETS
+from sdruntime.verify import held
 
 REFERENCE = "reference"  # a folder that is there while half precision is audited
 
@@ -265,7 +266,7 @@ def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, 
     """The engines that were asked for; returns the bytes written."""
     written = 0
     for asked in options.engines:
-        for event in build_engines(folder, asked):
+        for event in build_engines(folder, asked, check=held if options.verify else None):
             written += event.size
             yield EngineProgress(event=event)
     return written

@@ -85,7 +85,9 @@ def build(
     options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify)
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
-        model, options = found.model, dataclasses.replace(options_of(found, verify=not no_verify), audit=not no_audit)
+        options = options_of(found)
+        options = dataclasses.replace(options, audit=options.audit and not no_audit, verify=options.verify and not no_verify)
+        model = found.model
     assert model is not None
     built = _shown(events(model, output, options))
     if as_json:
@@ -102,7 +104,7 @@ def build(
         click.echo(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
         if built.checks:
             click.echo(f"{built.checks} checks against PyTorch passed")
-        elif not no_verify:
+        elif options.verify:
             why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
             click.echo(f"warning: nothing here could check the numbers ({why}): sdruntime verify on the device does", err=True)
 

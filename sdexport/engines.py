@@ -15,6 +15,7 @@ from sdexport.recipe import Recipe, read_recipe, recipe_file
 from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.manifest import Precision
+from sdruntime.verify import held
 
 FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
 
@@ -26,7 +27,9 @@ class Builder(Protocol):
         """Raise what can be refused before the work."""
         ...
 
-    def build(self, folder: Path, asked: Asked) -> Iterator[BuildEvent]: ...
+    def build(self, folder: Path, asked: Asked, *, verify: bool) -> Iterator[BuildEvent]:
+        """`verify`: hold each to the bundle's golden numbers before it is added."""
+        ...
 
 
 class Here:
@@ -35,8 +38,8 @@ class Here:
     def check(self, asked: Asked, precision: Precision) -> None:
         asked.resolve_library(precision)
 
-    def build(self, folder: Path, asked: Asked) -> Iterator[BuildEvent]:
-        return build_engines(folder, asked)
+    def build(self, folder: Path, asked: Asked, *, verify: bool) -> Iterator[BuildEvent]:
+        return build_engines(folder, asked, check=held if verify else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +72,14 @@ class Outcome:
                 self.failures.append(Failure(what=what, error=error))
 
 
-def options_of(recipe: Recipe, *, verify: bool = True) -> Options:
-    return Options(revision=recipe.revision, precision=recipe.precision, engines=recipe.engines, verify=verify)
+def options_of(recipe: Recipe) -> Options:
+    return Options(
+        revision=recipe.revision,
+        precision=recipe.precision,
+        engines=recipe.engines,
+        audit=recipe.audit,
+        verify=recipe.verify,
+    )
 
 
 def run_recipe(
@@ -110,7 +119,7 @@ def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> It
     outcome.exported = exported.written
     for asked in able:
         with outcome.keeping(_label(asked)):
-            for event in builder.build(bundle, asked):
+            for event in builder.build(bundle, asked, verify=recipe.verify):
                 yield EngineProgress(event=event)
                 kept = {"done": outcome.built, "present": outcome.present}.get(event.state)
                 if kept is not None:

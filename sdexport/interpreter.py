@@ -21,7 +21,15 @@ from typing import IO, Any
 import sdruntime
 from sdruntime.build import Asked, BuildEvent
 from sdruntime.bundle import Bundle
-from sdruntime.errors import DeviceMissing, EngineError, EnvironmentFault, LibraryMissing, SdruntimeError, SettingError
+from sdruntime.errors import (
+    DeviceMissing,
+    EngineError,
+    EnvironmentFault,
+    LibraryMissing,
+    SdruntimeError,
+    SettingError,
+    VerificationFailed,
+)
 from sdruntime.manifest import EngineSpec, Precision
 
 _ERRORS = {kind.exit_code: kind for kind in (SettingError, EnvironmentFault, EngineError)}
@@ -44,10 +52,11 @@ class Interpreter:
         if not library["targets"]:
             raise DeviceMissing(f"{self.python}: {asked.backend} {library['version']} builds on the GPU, and sees none here")
 
-    def build(self, folder: Path, asked: Asked) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: Asked, *, verify: bool) -> Iterator[BuildEvent]:
         """As `sdruntime.build.build_engines`; what it says is raised as the error that its exit code stands for."""
         before = Bundle.open(folder).manifest.engines
-        with self._running("build", str(folder.resolve()), "--json", *arguments(asked)) as (child, results):
+        unverified = () if verify else ("--no-verify",)
+        with self._running("build", str(folder.resolve()), "--json", *unverified, *arguments(asked)) as (child, results):
             assert child.stderr is not None
             notes = []
             for line in child.stderr:
@@ -102,6 +111,9 @@ class Interpreter:
         if code == 0:
             return
         begin = next((index for index, line in enumerate(notes) if line.startswith("error: ")), None)
+        if begin is not None and code == VerificationFailed.exit_code:
+            where, *faults = "\n".join(notes[begin:]).removeprefix("error: ").splitlines()
+            raise VerificationFailed(where.rpartition(": ")[0], [fault.removeprefix("  - ") for fault in faults])
         if begin is not None:
             raise _ERRORS.get(code, SdruntimeError)("\n".join(notes[begin:]).removeprefix("error: "))
         last = next((line.strip() for line in reversed(notes) if line.strip()), "it said nothing")

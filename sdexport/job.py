@@ -6,10 +6,10 @@ A job is data, so that a process of its own can be given it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sdexport.cache import load_trace, store_trace, trace_key
 from sdexport.checkpoint import Part, read_checkpoint
@@ -20,12 +20,15 @@ from sdruntime.bundle import disk_full_as_error
 from sdruntime.manifest import Precision
 from sdruntime.record import json_from_record
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
 PROBE = "probe"  # in place of a component: draw with the float32 bundle, to see what its components are fed
 AUDIT = "audit.json"
 
-StageName = Literal["trace", "kept trace", "probe", "audit", "precision", "weights", "done", "reference", "verify"]
+StageName = Literal["trace", "kept trace", "probe", "audit", "confirm", "precision", "weights", "done", "reference", "verify"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +90,6 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
     import onnx_ir as ir
 
     from sdexport import to_onnx
-    from sdexport.precision import apply_precision
-    from sdexport.weights import write_data
 
     if kept is None:
         # before the long work: do the weights fit?
@@ -97,16 +98,45 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
         store_trace(key, ir.to_proto(model).SerializeToString())
     else:
         model = ir.from_proto(onnx.load_from_string(kept))
-    reference = Path(job.reference) / component.name if job.reference else None
-    found = None
-    if reference is not None:
-        from sdexport.audit import audit, confirm
-        from sdexport.probe import load_feeds
+    if not job.reference:
+        size = yield from _written(model, component, stored, job, out, frozenset())
+        yield Stage(name="done", done=size, total=size)
+        return
+    from sdexport.audit import audit, confirm
+    from sdexport.errors import AuditError
+    from sdexport.probe import load_activations
 
-        yield Stage(name="audit")
-        found = audit(reference / MODEL, load_feeds(reference), job.precision, where=component.name)
+    reference, traced = Path(job.reference) / component.name, ir.to_proto(model)
+    seen, fault = load_activations(reference), None
+    yield Stage(name="audit")
+    for found in audit(reference / MODEL, seen, job.precision):
+        keep = frozenset(node.node for node in found.kept)
+        size = yield from _written(ir.from_proto(traced), component, stored, job, out, keep)
+        yield Stage(name="confirm")
+        try:
+            confirm(out / MODEL, seen.feeds, job.precision, where=component.name)
+        except AuditError as error:  # the next choice is wider
+            fault = error
+            yield Stage(name="audit")
+            continue
+        (out / AUDIT).write_text(json.dumps(json_from_record(found)), encoding="utf-8")
+        yield Stage(name="done", done=size, total=size)
+        return
+    assert fault is not None
+    raise fault
+
+
+def _written(
+    model: ir.Model, component: Component, stored: Mapping[str, StoredTensor], job: Job, out: Path, keep: frozenset[str]
+) -> Generator[Stage, None, int]:
+    """The graph in its precision, around the nodes of `keep`, and its weights. Returns the bytes that were read for them."""
+    import onnx
+
+    from sdexport import to_onnx
+    from sdexport.precision import apply_precision
+    from sdexport.weights import write_data
+
     yield Stage(name="precision")
-    keep = frozenset(node.node for node in found.kept) if found else frozenset[str]()
     precision_of = apply_precision(model, job.written, inputs=[spec.name for spec in component.inputs], keep=keep)
     to_onnx.check(model, where=component.name)
     weights = match_weights(to_onnx.weight_shapes(model, component), stored, where=component.name)
@@ -122,10 +152,7 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
     to_onnx.weights_attached(model, places, data=DATA)
     to_onnx.save(model, out / MODEL)
     onnx.checker.check_model(str(out / MODEL), full_check=True)
-    if found is not None and reference is not None:
-        confirm(out / MODEL, reference / MODEL, load_feeds(reference), job.precision, where=component.name)
-        (out / AUDIT).write_text(json.dumps(json_from_record(found)), encoding="utf-8")
-    yield Stage(name="done", done=done, total=total)
+    return done
 
 
 def unpickled(part: Part, path: Path) -> Mapping[str, StoredTensor]:

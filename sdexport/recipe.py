@@ -20,7 +20,7 @@ from sdruntime.shapes import Guidance, Shapes
 from sdruntime.step import NAME as STEP
 
 FOLDER = Path("engines")
-RECIPE = ("name", "description", "model", "revision", "precision", "engines")
+RECIPE = ("name", "description", "model", "revision", "precision", "audit", "verify", "engines")
 ENGINES = ("backend", "target", "size", "batch", "guidance", "options", "components")
 COMPONENT = ("size", "batch", "guidance", "options")
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", STEP)
@@ -33,7 +33,8 @@ _ANY_MODEL = ModelSpec(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a bundle is built and with which engines. `model`: a folder, from here, or a hub id; `revision`: of the latter."""
+    """How a bundle is built and with which engines. `model`: a folder, from here, or a hub id; `revision`: of the latter.
+    `audit`, `verify`: whether half precision is measured, and whether the bundle and its engines are held to golden numbers."""
 
     name: str
     model: str
@@ -41,6 +42,8 @@ class Recipe:
     description: str = ""
     revision: str | None = None
     precision: Precision = "fp32"
+    audit: bool = True
+    verify: bool = True
 
     def of(self, model: str) -> Recipe:
         """The same for another checkpoint. The revision was the former's."""
@@ -101,6 +104,8 @@ class _Reader:
             model=str(found) if is_path else model,
             revision=revision,
             precision=self.choice(document, (), "precision", get_args(Precision)) or "fp32",
+            audit=self.flag(document, (), "audit"),
+            verify=self.flag(document, (), "verify"),
             engines=self.engines(document),
         )
 
@@ -201,6 +206,13 @@ class _Reader:
         elif not isinstance(value, str) or not value:
             self.fault((*where, key), f"text belongs here, not {_shown(value)}")
         return value if isinstance(value, str) else None
+
+    def flag(self, table: Mapping[str, Any], where: Where, key: str) -> bool:
+        """True where nothing is said."""
+        value = table.get(key, True)
+        if not isinstance(value, bool):
+            self.fault((*where, key), f"true or false belongs here, not {_shown(value)}")
+        return value is True
 
     def choice(self, table: Mapping[str, Any], where: Where, key: str, choices: Collection[str]) -> Any:
         value = table.get(key)

@@ -13,46 +13,21 @@ from sdruntime.engine import Engine, shape_of
 from sdruntime.manifest import ComponentSpec, ModelSpec
 from sdruntime.picture import Result
 from sdruntime.pipeline import Pipeline
+from sdruntime.report import picture_psnr
 from sdruntime.request import Request
 
 Array = NDArray[Any]
 Draw = Callable[[int], list[Array]]  # a seed -> pictures, uint8 [H, W, 3]
 Turn = Callable[[int], Sequence[float]]  # a round -> the seconds of one call or of some; rounds below 0 warm up
-ALIKE = 120.0  # dB: what equal pictures count as, so that a number stands in the JSON
 WARM, LEAST, MOST = 2, 5, 40  # rounds
 _EVER = float("inf")
 SEQUENCE = 77  # tokens
 
 
 def psnr(one: Sequence[Array], other: Sequence[Array]) -> float:
-    """The lowest of pairs of uint8 pictures, in dB; ALIKE for equal ones."""
-    worst = ALIKE
-    for a, b in zip(one, other, strict=True):
-        error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)) if a.shape == b.shape else 255.0**2
-        worst = min(worst, 10 * float(np.log10(255.0**2 / error)) if error else ALIKE)
-    return round(worst, 2)
-
-
-def ssim(one: Array, other: Array) -> float:
-    """Of two uint8 pictures [H, W, 3] of one shape, on their luma, -1 to 1: Wang, Bovik, Sheikh and Simoncelli 2004, with their
-    Gaussian window (11 cells, sigma 1.5) and constants. Pictures below 11 cells a side are refused with ValueError."""
-    if one.shape != other.shape or min(one.shape[:2]) < 11:
-        raise ValueError(f"pictures of {one.shape} and {other.shape}: one shape of at least 11 x 11 belongs here")
-    x, y = (picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) for picture in (one, other))
-    mean_x, mean_y = _blurred(x), _blurred(y)
-    spread_x, spread_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
-    both = _blurred(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    ratio = (2 * mean_x * mean_y + c1) * (2 * both + c2) / ((mean_x**2 + mean_y**2 + c1) * (spread_x + spread_y + c2))
-    return float(ratio.mean())
-
-
-def _blurred(image: Array) -> Array:
-    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
-    window /= window.sum()
-    rows = np.lib.stride_tricks.sliding_window_view(image, 11, axis=0) @ window
-    blurred: Array = np.lib.stride_tricks.sliding_window_view(rows, 11, axis=1) @ window
-    return blurred
+    """The lowest of pairs of uint8 pictures, in dB: `sdruntime.report.picture_psnr`; 0 for pictures of two shapes."""
+    pairs = zip(one, other, strict=True)
+    return round(min(picture_psnr(a, b) if a.shape == b.shape else 0.0 for a, b in pairs), 2)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:

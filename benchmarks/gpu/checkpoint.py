@@ -65,8 +65,8 @@ _CLASSES = {
 }
 
 
-def write_checkpoint(folder: Path, model: str) -> Path:
-    """One of MODELS, weights in float16. Raises ImportError without torch, diffusers and transformers."""
+def write_checkpoint(folder: Path, model: str, dtype: str = "F16") -> Path:
+    """One of MODELS, weights in float16 or, "F32", float32. Raises ImportError without torch, diffusers and transformers."""
     xl, texts = model == "sdxl", _TEXTS[model]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in texts]
     folder.mkdir(parents=True)
@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, model: str) -> Path:
         write_tokenizer(folder / name, pad)
     end = len(json.loads((folder / "tokenizer" / "vocab.json").read_text())) - 1
     for name, module in _networks(model, end):
-        _write_network(folder / name, module, transformers=name.startswith("text"))
+        _write_network(folder / name, module, dtype, transformers=name.startswith("text"))
     _write(folder / "scheduler" / "scheduler_config.json", _SCHEDULERS[model] | _BETAS)
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
     index |= {name: _CLASSES[name] for name in (*texts, *tokenizers, "unet", "vae")}
@@ -113,7 +113,7 @@ def _networks(model: str, end: int) -> Iterator[tuple[str, Any]]:
         yield "unet", UNet2DConditionModel.from_config(_UNETS[model])
 
 
-def _write_network(folder: Path, module: Any, *, transformers: bool) -> None:
+def _write_network(folder: Path, module: Any, dtype: str, *, transformers: bool) -> None:
     folder.mkdir()
     module.config.to_json_file(str(folder / "config.json")) if transformers else module.save_config(str(folder))
     if transformers:  # the class that stands in the file is checked
@@ -121,16 +121,17 @@ def _write_network(folder: Path, module: Any, *, transformers: bool) -> None:
         _write(path, json.loads(path.read_text()) | {"architectures": [type(module).__name__]})
     name = "model" if transformers else "diffusion_pytorch_model"
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items() if not key.endswith("position_ids")}
-    write_weights(folder / f"{name}.safetensors", shapes)
+    write_weights(folder / f"{name}.safetensors", shapes, dtype)
 
 
-def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file of float16 random numbers that keep activations of about one: every tensor differs from the others."""
+def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> None:
+    """A safetensors file of random numbers that keep activations of about one: every tensor differs from the others."""
+    kind = np.dtype({"F16": np.float16, "F32": np.float32}[dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + kind.itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     first = 8 + len(text)
     with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -139,20 +140,20 @@ def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         os.ftruncate(file.fileno(), first + end)
 
         def fill(number: int, name: str) -> None:
-            data = _numbers(number, name, shapes[name]).tobytes()
+            data = _numbers(number, name, shapes[name]).astype(kind).tobytes()
             os.pwrite(file.fileno(), data, first + header[name]["data_offsets"][0])
 
         for done in [pool.submit(fill, number, name) for number, name in enumerate(shapes)]:
             done.result()
 
 
-def _numbers(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float16]]:
+def _numbers(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
     numbers = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     if len(shape) > 1:
         numbers *= 0.02 if "embedding" in name else 1 / math.sqrt(math.prod(shape[1:]))
     else:
         numbers = numbers * np.float32(0.1) + np.float32("norm" in name and name.endswith("weight"))
-    return numbers.astype(np.float16)
+    return numbers
 
 
 def _write(path: Path, document: Any) -> None:
@@ -161,4 +162,4 @@ def _write(path: Path, document: Any) -> None:
 
 
 if __name__ == "__main__":  # in a process of its own: torch's memory goes with it
-    write_checkpoint(Path(sys.argv[2]), sys.argv[1])
+    write_checkpoint(Path(sys.argv[2]), *sys.argv[1:2], *sys.argv[3:])

@@ -1,4 +1,4 @@
-"""The command line of sdruntime: the only file of the package that prints or picks an exit code."""
+"""The command line of sdruntime: it and `check` alone print (by `command`), and it picks the exit code."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import json
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdruntime import __version__
 from sdruntime.capi import add_arguments, answers
+from sdruntime.check import build, verify
+from sdruntime.command import clear_progress, document, note, pairs, progress
 from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
-    from sdruntime.build import Asked
     from sdruntime.bundle import Bundle
     from sdruntime.choose import Machine
 
-SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
 
 
@@ -73,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     each = command("build", build, "build engines from a bundle's ONNX, on and for this machine")
     each.add_argument("--backend", help="tensorrt, tensorrt-rtx, onnxruntime or openvino")
     each.add_argument("--stale", action="store_true", help="build again what an upgrade of a library left behind")
+    each.add_argument("--no-verify", action="store_true", help="do not hold the engines to the bundle's golden numbers")
     each.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu; the best of this machine where left out")
     each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
     each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
@@ -141,66 +141,6 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def pairs(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SettingError(f"--option {text!r}: KEY=VALUE is the form, such as {example}")
-        yield key, value
-
-
-def build(options: argparse.Namespace) -> None:
-    from sdruntime.build import build_engines, rebuild_stale
-
-    if options.stale == (options.backend is not None):
-        raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
-    asked = asked_of(options) if options.backend else None
-    done, begun = [], time.monotonic()
-    for event in build_engines(options.bundle, asked) if asked else rebuild_stale(options.bundle):
-        if event.state == "stage" and event.stage is not None:
-            progress(f"{event.component}: {event.stage.name}", event.stage.done, event.stage.total)
-            continue
-        clear_progress()
-        if event.state == "begin":
-            note(f"building {event.engine}")
-            continue
-        for text in event.notes:
-            note(f"warning: {text}")
-        done.append(
-            {
-                "component": event.component,
-                "engine": event.engine,
-                "state": event.state,
-                "bytes": event.size,
-                "seconds": round(event.seconds, 3),
-                "peak_memory": event.peak,
-                "notes": list(event.notes),
-            }
-        )
-        if not options.json:
-            what = "there already" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
-            print(f"{event.engine}: {what}")
-    if options.json:
-        document(engines=done, seconds=round(time.monotonic() - begun, 3))
-    elif options.stale and not done:
-        print("no engine is stale")
-
-
-def asked_of(options: argparse.Namespace) -> Asked:
-    from sdruntime.build import Asked
-
-    return Asked(
-        backend=options.backend,
-        target=options.target,
-        size=options.size,
-        batch=options.batch,
-        guidance=options.guidance,
-        components=tuple(options.components),
-        without=tuple(options.without),
-        options=dict(pairs(options.option, "optimization_level=5")),
-    )
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -325,26 +265,6 @@ def inspect(options: argparse.Namespace) -> None:
         print(line)
 
 
-def verify(options: argparse.Namespace) -> None:
-    from sdruntime.bundle import Bundle
-    from sdruntime.engine import EngineOptions
-    from sdruntime.errors import VerificationFailed
-    from sdruntime.report import write_page
-    from sdruntime.verify import report_of
-    from sdruntime.verify import verify as checks
-
-    bundle = Bundle.open(options.bundle)
-    report = report_of(bundle, checks(bundle, options=EngineOptions(device=options.device, threads=options.threads)))
-    if options.html:
-        write_page(report, options.html)
-    if options.json:
-        document(**report.document())
-    else:
-        print("\n".join(report.lines()))
-    if not report.passed:
-        raise VerificationFailed(bundle.folder, report.faults())
-
-
 def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
     from sdruntime.build import stale_engines
     from sdruntime.choose import misfit
@@ -381,26 +301,6 @@ def capi(options: argparse.Namespace) -> None:
         document(**found)
     else:
         print("\n".join(found.values()))
-
-
-def document(**fields: Any) -> None:
-    json.dump({"schema": SCHEMA, **fields}, sys.stdout, indent=1, allow_nan=False)
-    print()
-
-
-def note(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def progress(what: str, done: int, total: int) -> None:
-    """One line that is written over, where a person looks on."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{what} {done} of {total}" if total else f"\r\x1b[2K{what}", end="", file=sys.stderr, flush=True)
-
-
-def clear_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def _tell(job: Job, entry: _Entry) -> None:
 
 def _room(pipeline: Pipeline) -> int:
     """How many pictures with guidance one call of the UNet takes at most."""
-    chosen = next((spec for spec in pipeline.chosen if spec.component == "unet"), None) or pipeline.engine("unet").spec
+    chosen = next((spec for spec in pipeline.engines.chosen if spec.component == "unet"), None) or pipeline.engine("unet").spec
     alike = [
         spec
         for spec in (chosen, *pipeline.bundle.manifest.engines)

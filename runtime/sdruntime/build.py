@@ -91,11 +91,15 @@ class BuildEvent:
     notes: tuple[str, ...] = ()
 
 
-def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
+Check = Callable[[Bundle, EngineSpec], str]
+
+
+def build_engines(folder: Path | str, asked: Asked, *, check: Check | None = None) -> Iterator[BuildEvent]:
     """Build an engine of each component and add it to the bundle; one that is there already is left alone.
 
-    Stopped at any point, the bundle holds the engines that were done. Raises BundleError, SettingError, LibraryMissing,
-    DeviceMissing, OutOfSpace, and EngineError for a graph that the library cannot build.
+    `check` is given each engine in its bundle before it is added (`sdruntime.verify.held`): what it returns is a note, and where
+    it raises, the bundle stays as it was. Stopped at any point, the bundle holds the engines that were done. Raises BundleError,
+    SettingError, LibraryMissing, DeviceMissing, OutOfSpace, and EngineError for a graph that the library cannot build.
     """
     bundle = Bundle.open(folder)
     _sweep(bundle.folder)
@@ -116,7 +120,7 @@ def build_engines(folder: Path | str, asked: Asked) -> Iterator[BuildEvent]:
         if any((engine.version, *_identity(engine)) == wanted for engine in bundle.manifest.engines):
             yield BuildEvent(component=component, engine=stem, state="present")
         else:
-            bundle = yield from _add(bundle, request)
+            bundle = yield from _add(bundle, request, check)
 
 
 def stale_engines(bundle: Bundle) -> list[EngineSpec]:
@@ -130,7 +134,7 @@ def stale_engines(bundle: Bundle) -> list[EngineSpec]:
     return found
 
 
-def rebuild_stale(folder: Path | str) -> Iterator[BuildEvent]:
+def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator[BuildEvent]:
     """Build each stale engine again with this library, as it was asked for, and take the stale one out. Raises as above."""
     bundle = Bundle.open(folder)
     for engine in stale_engines(bundle):
@@ -148,11 +152,11 @@ def rebuild_stale(folder: Path | str) -> Iterator[BuildEvent]:
         )
         twin = any((each.version, *_identity(each)) == (here, *_identity(request)) for each in bundle.manifest.engines)
         if not twin:
-            bundle = yield from _add(bundle, request)
+            bundle = yield from _add(bundle, request, check)
         bundle = bundle.remove_engine(engine)
 
 
-def _add(bundle: Bundle, request: EngineRequest) -> Generator[BuildEvent, None, Bundle]:
+def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generator[BuildEvent, None, Bundle]:
     name = _free_name(request.stem, bundle)
     event = functools.partial(BuildEvent, component=request.component, engine=name)
     yield event(state="begin")
@@ -175,8 +179,13 @@ def _add(bundle: Bundle, request: EngineRequest) -> Generator[BuildEvent, None, 
             platform=built.platform,
             options=request.options,
         )
-        bundle = bundle.add_engine(engine, paths)
-    yield event(state="done", size=written, seconds=built.seconds, peak=built.peak, notes=built.notes)
+        notes = list(built.notes)
+        if check is None:
+            bundle = bundle.add_engine(engine, paths)
+        else:
+            yield event(state="stage", stage=Stage(name="verify"))
+            bundle = bundle.add_engine(engine, paths, check=lambda made: notes.append(check(made, engine)))
+    yield event(state="done", size=written, seconds=built.seconds, peak=built.peak, notes=tuple(filter(None, notes)))
     return bundle
 
 

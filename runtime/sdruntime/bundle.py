@@ -19,7 +19,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from sdruntime.record import json_from_text
 ENGINES = "engines"
 _KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
 _CHUNK = 1 << 24
+_PAUSE = 0.05  # seconds
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
@@ -102,10 +104,13 @@ class Bundle:
         save_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 
-    def add_engine(self, engine: EngineSpec, built: Mapping[str, Path]) -> Bundle:
+    def add_engine(
+        self, engine: EngineSpec, built: Mapping[str, Path], *, check: Callable[[Bundle], object] = lambda _: None
+    ) -> Bundle:
         """The bundle with `engine`, its files moved in from `built` (new path in the bundle -> built file on the same disk).
 
-        Killed at any point, the former bundle is still valid: files that no manifest lists are debris, and are removed here.
+        `check` is given that bundle before its manifest is written; where it raises, the former bundle stays. Killed at any
+        point, the former bundle is still valid: files that no manifest lists are debris, and are removed here.
         """
         (self.folder / ENGINES).mkdir(exist_ok=True)
         files = dict(self.manifest.files)
@@ -114,8 +119,15 @@ class Bundle:
                 raise BundleError(self.folder, [f"{path}: a new engine may not take the place of a listed file"])
             files[path] = file_spec(source)
             source.replace(self.folder / path)
+        engines = (*self.manifest.engines, engine)
+        try:
+            check(Bundle(self.folder, dataclasses.replace(self.manifest, engines=engines, files=files)))
+        except BaseException:
+            for path in built:
+                (self.folder / path).unlink()
+            raise
         _sync(self.folder / ENGINES)
-        return self._with_engines((*self.manifest.engines, engine), files)
+        return self._with_engines(engines, files)
 
     def remove_engine(self, engine: EngineSpec) -> Bundle:
         """The bundle without `engine`: its files go after the manifest has forgotten them."""
@@ -212,6 +224,28 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def giving_back(view: memoryview) -> Iterator[None]:
+    """While a library takes in a view that `Bundle.read` gave: its pages go back to the system again and again, so that they are
+    never all in memory beside what the library makes of them. Touched later, a byte is read from the file again. Where the system
+    has no such call, nothing."""
+    done = threading.Event()
+    giver = threading.Thread(target=_give_back, args=(view.obj, done), daemon=True)
+    giver.start()
+    try:
+        yield
+    finally:
+        done.set()
+        giver.join()
+
+
+def _give_back(mapped: object, done: threading.Event) -> None:
+    last = not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED")
+    while not last:
+        last = done.wait(_PAUSE)
+        mapped.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def _mapped(path: Path) -> memoryview:

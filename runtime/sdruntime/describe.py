@@ -100,7 +100,7 @@ def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
     """What was opened. Sizes in pixels, (width, height), the ranges of `engines` both ends included; null for a component that is
     opened at its first use."""
     manifest, model = pipe.bundle.manifest, pipe.model
-    chosen = {spec.component: spec for spec in pipe.chosen}
+    chosen = {spec.component: spec for spec in pipe.engines.chosen}
     factor = model.vae_factor
     return {
         "model": json_from_record(model),
@@ -120,7 +120,7 @@ def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
             "sdruntime": __version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            **{spec.backend: spec.version for spec in pipe.chosen},
+            **{spec.backend: spec.version for spec in pipe.engines.chosen},
         },
     }
 

@@ -77,7 +77,7 @@ class KeptNode:
     op: str
     reason: Literal["overflow", "takes", "constant", "loss"]
     largest: float  # magnitude of its output, of all activations that were looked at
-    cost: float | None = None  # relative error at the component's output where this node alone is rounded; None: not finite
+    cost: float | None = None  # error at the component's output where this node alone is rounded, of its range; None: not finite
     splits_attention: bool = False  # it lies between an attention's two products, and casts there keep it from being fused
 
 
@@ -86,8 +86,8 @@ class Audit:
     """What a component's half precision was measured to be: on real activations, against its own float32 graph.
 
     Every node's output, input and weight is rounded, and nothing is fused: an engine does no worse. `cosine` and `psnr` (dB, by
-    the range of the reference's output) are the worst of all outputs and activations, `all_cosine` and `all_psnr` the same with
-    every node in half precision (None: not finite).
+    the range of the reference's output) are the worst of all outputs, on some of the activations; `all_cosine` and `all_psnr` the
+    same with every node in half precision (None: not finite).
     """
 
     feeds: int  # sets of activations

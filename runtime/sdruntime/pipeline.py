@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import warnings
@@ -17,30 +16,24 @@ import numpy as np
 
 from sdruntime import latent
 from sdruntime.backends import BACKENDS
-from sdruntime.backends import backend as backend_module
 from sdruntime.bundle import Bundle
-from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
+from sdruntime.choose import AUTO
 from sdruntime.condition import Condition, Conditioner, cut_lines
-from sdruntime.cuda import Cuda
 from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
-from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
-from sdruntime.errors import EngineError, SdruntimeError, SettingError
+from sdruntime.engine import Array, Engine, EngineOptions
+from sdruntime.engines import Engines
+from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
-from sdruntime.manifest import EngineSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.picture import Picture, Result
-from sdruntime.plan import memory_plan
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
 from sdruntime.samplers import resolve
-from sdruntime.speed import cpu_speeds
 from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
-_STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 KEPT_TABLES = 64
-KEPT_CHOICES = 256
 Loop = Generator[None, None, None]  # of `denoise`
 
 
@@ -99,18 +92,12 @@ class Pipeline:
     def __init__(
         self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
     ) -> None:
-        self.bundle, self.model, self._given = bundle, bundle.manifest.model, given
-        self._backend, self.options = backend, options
-        self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
+        self.bundle, self.model = bundle, bundle.manifest.model
+        self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+        self.engines = Engines(bundle, backend=backend, options=options, given=given, busy=self._busy)
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
-        self._engines: dict[str, Engine] | None = None
-        self._choices: dict[tuple[Any, ...], EngineSpec] = {}
-        self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
-        self.shared = Shared()
-        # a bundle that cannot run here is told of before anything is opened
-        self.chosen = self._choose_all() if given is None else []
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
@@ -125,15 +112,8 @@ class Pipeline:
         return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
 
     def __enter__(self) -> Pipeline:
-        if self._backend == AUTO:
-            warn_if_slow(self.chosen, self._machine)
-            self._compare_speeds()
-        self._engines = {}
         try:
-            self._check_memory()
-            for spec in self.chosen:
-                if spec.target == CPU or not self.options.low_memory:
-                    self.engine(spec.component, rows=self._usual_rows(spec.component))
+            self.engines.open()
         except BaseException:
             self.close()
             raise
@@ -144,12 +124,9 @@ class Pipeline:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(self.shared.close)
-            for engine in (self._engines or {}).values():
-                stack.callback(engine.close)
+            stack.callback(self.engines.close)
             for loop in list(self._loops):
                 stack.callback(_abandon, loop)
-            self._engines = None
         self._conditioner.forget()
 
     @property
@@ -189,8 +166,8 @@ class Pipeline:
         shapes = [self.latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
         for _, height, width in set(shapes):
-            for component in ("unet", "vae_decoder") if self._given is None else ():
-                self._choose(component, 1, height=height, width=width)
+            for component in ("unet", "vae_decoder") if self.engines.given is None else ():
+                self.engines.choose(component, height=height, width=width)
         texts = [request.prompt for request in asked]
         texts += [request.negative or "" for request in asked if request.guided]
         conditions = self._conditioner.encode(texts, self.engine)
@@ -221,67 +198,10 @@ class Pipeline:
 
         Raises EngineError, SdruntimeError.
         """
-        if self._engines is None:
-            raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
-        if self._given is not None:
-            return self._given(component)
-        spec = self._choose(component, rows, **dims)
-        if spec.name in self._engines:
-            return self._engines[spec.name]
-        if self.options.low_memory and spec.target != CPU:
-            self._make_room(spec.component)
-        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self.options, self.shared)
-        self._engines[spec.name] = opened
-        return opened
+        return self.engines.engine(component, rows=rows, **dims)
 
-    def _choose_all(self) -> list[EngineSpec]:
-        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
-        the GPU."""
-        return [
-            choose_engine(self.bundle.manifest, name, self._machine, name=self._backend, rows=self._usual_rows(name))
-            for name in self.bundle.manifest.components
-            if name not in ("vae_encoder", STEP)
-        ]
-
-    def _usual_rows(self, component: str) -> int:
-        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
-        return 2 if component == "unet" and self._machine.speeds else 1
-
-    def _compare_speeds(self) -> None:
-        """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
-        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen):
-            speeds = cpu_speeds(self.bundle, self._machine, self.options)
-            if speeds:
-                self._machine = dataclasses.replace(self._machine, speeds=speeds)
-                self._choices.clear()
-                self.chosen = self._choose_all()
-
-    def _choose(self, component: str, rows: int, **dims: int) -> EngineSpec:
-        key = (component, rows, *dims.items())
-        if key not in self._choices:
-            if len(self._choices) >= KEPT_CHOICES:
-                self._choices.clear()
-            manifest, machine = self.bundle.manifest, self._machine
-            self._choices[key] = choose_engine(manifest, component, machine, name=self._backend, rows=rows, **dims)
-        return self._choices[key]
-
-    def _make_room(self, component: str) -> None:
-        """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
-        under_way = any(inspect.getgeneratorstate(loop) != inspect.GEN_CLOSED for loop in self._loops)
-        for name, engine in list((self._engines or {}).items()):
-            stage = _STAGES.get(engine.spec.component, engine.spec.component)
-            if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
-                engine.close()
-                del (self._engines or {})[name]
-
-    def _check_memory(self) -> None:
-        """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
-        plan = memory_plan(self.bundle.manifest, self.chosen)
-        if plan.parts:
-            with Cuda.open(self.options.device) as cuda:
-                free, name = cuda.free_memory(), cuda.device.name
-            options = self.options
-            plan.check(free, budget=options.memory, low_memory=options.low_memory, where=f"{self.model.name} on {name}")
+    def _busy(self) -> bool:
+        return any(inspect.getgeneratorstate(loop) != inspect.GEN_CLOSED for loop in self._loops)
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
@@ -294,21 +214,13 @@ class Pipeline:
         run ahead of the device.
         """
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
-        if self._given is None and BACKENDS[unet.spec.backend].loop and self._has_step(cells):
+        if self.engines.given is None and BACKENDS[unet.spec.backend].loop and self.engines.has(STEP, cells=cells):
             from sdruntime.loop import device_calls
 
-            whole = whole and self.options.whole_loop
+            whole = whole and self.engines.options.whole_loop
             if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):
                 return calls
         return self.steppers(jobs)
-
-    def _has_step(self, cells: int) -> bool:
-        """Whether the bundle has an engine of `step` for this machine and shape."""
-        try:
-            self._choose(STEP, 1, cells=cells)
-        except EngineError:
-            return False
-        return True
 
     def _unet_for(self, jobs: Sequence[Job]) -> Engine:
         (_, height, width), sequence = jobs[0].run.x.shape, len(jobs[0].condition.hidden)

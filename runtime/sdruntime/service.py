@@ -110,7 +110,7 @@ class Service:
         with contextlib.ExitStack() as stack, _RECORDING, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
             pipe = Pipeline.open(asked.bundle, backend=options.backend, options=engine_options)
-            strangers = {spec.backend for spec in pipe.chosen if not BACKENDS[spec.backend].loop}
+            strangers = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].loop}
             if options.stream and strangers:
                 raise SettingError(
                     f"stream: engines of {', '.join(sorted(strangers))} do not work on a CUDA stream of the caller's: build them "
@@ -267,7 +267,7 @@ def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: boo
     where = f"device_buffer of job {asked.job}"
     if apart:
         raise SettingError(f"{where}: a process of its own cannot reach the caller's device memory: open the bundle in process")
-    if all(spec.target == CPU for spec in pipe.chosen):
+    if all(spec.target == CPU for spec in pipe.engines.chosen):
         raise SettingError(f"{where}: the engines run on the CPU: leave it out and take the bytes of the picture")
     _, height, width = pipe.latent_shape(request)
     needed, given = 3 * height * width * pipe.model.vae_factor**2, asked.device_buffer_size or 0
@@ -279,7 +279,7 @@ def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:
     """On the stream that the engines work on, which is waited for; on the thread that draws."""
     from sdruntime.backends.trt.session import session
 
-    held = pipe.shared.get(("cuda", pipe.options.device), lambda: session(pipe.options))
+    held = pipe.engines.shared.get(("cuda", pipe.engines.options.device), lambda: session(pipe.engines.options))
     held.staging.upload(pointer, image)
 
 

@@ -14,8 +14,19 @@ from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, misfit
 from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
-from sdruntime.errors import LibraryMissing, NotFinite, SdruntimeError
-from sdruntime.golden import Case, Digest, Golden, Tolerance, digest_of, picture_key, read_golden, sample_of, tolerance_name
+from sdruntime.errors import LibraryMissing, NotFinite, SdruntimeError, VerificationFailed
+from sdruntime.golden import (
+    DOCUMENT,
+    Case,
+    Digest,
+    Golden,
+    Tolerance,
+    digest_of,
+    picture_key,
+    read_golden,
+    sample_of,
+    tolerance_name,
+)
 from sdruntime.guard import checked_rows
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.pipeline import Pipeline
@@ -55,6 +66,20 @@ def verify(
     for name in BACKENDS:
         if group := [engine for engine in bundle.manifest.engines if engine.backend == name and name != "fake"]:
             yield from work.pictures(name, name, group)
+
+
+def held(bundle: Bundle, engine: EngineSpec) -> str:
+    """Hold one engine to the golden numbers, for a build. Returns why it could not be run here; "" where it was, or where the
+    bundle has no golden numbers of it. Raises VerificationFailed."""
+    if DOCUMENT not in bundle.manifest.files or engine.backend == "fake" or engine.component == STEP:
+        return ""
+    golden, numbers = read_golden(bundle)
+    options = EngineOptions()
+    work = _Verification(bundle, golden, numbers, Machine.here(options.device, {engine.backend}), options, None)
+    checks = list(work.engine(engine))
+    if faults := [f"{each.title}: {each.reason}" for each in checks if each.status == "fail"]:
+        raise VerificationFailed(f"{bundle.folder}: engine {engine.name} is not added", faults)
+    return "; ".join(f"{engine.name} was not verified: {each.reason}" for each in checks if each.status == "skip")
 
 
 def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, reference: str = "") -> Report:

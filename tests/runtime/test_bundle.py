@@ -3,16 +3,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from sdruntime import bundle as bundle_module
 from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle, staging
+from sdruntime.bundle import Bundle, giving_back, staging
 from sdruntime.errors import BundleError, OutOfSpace
 from sdruntime.manifest import REVISION, load_manifest, save_manifest
 
@@ -212,3 +215,36 @@ def test_adding_an_engine_killed_at_any_step_leaves_a_valid_bundle(bundle: Bundl
     assert {path.name for path in (bundle.folder / "engines").iterdir()} == {
         engine.files[0].split("/")[1] for engine in after.manifest.engines
     }
+
+
+def test_a_view_that_is_given_back_keeps_its_bytes(bundle: Bundle) -> None:
+    before = threading.active_count()
+    for path in bundle.manifest.files:
+        view = bundle.read(path)
+        with giving_back(view):
+            for _ in range(3):
+                assert bytes(view) == (bundle.folder / path).read_bytes()
+                time.sleep(0.06)
+        assert bytes(view) == (bundle.folder / path).read_bytes()
+    with giving_back(memoryview(b"of no file")):
+        pass
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_view_that_is_given_back_is_not_held_in_memory(tmp_path: Path) -> None:
+    large = tmp_path / "large.bin"
+    large.write_bytes(os.urandom(1 << 26))
+
+    def mapped() -> int:
+        return int(
+            next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")).split()[1]
+        )
+
+    before = mapped()
+    view = bundle_module._mapped(large)
+    assert sum(view[:: mmap.PAGESIZE]) > 0
+    assert mapped() - before > 60_000
+    with giving_back(view):
+        pass
+    assert mapped() - before < 10_000

@@ -10,6 +10,7 @@ from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.condition import Condition
 from sdruntime.denoise import Call, Job, denoise
 from sdruntime.engine import Array
+from sdruntime.errors import SdruntimeError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.run import Run
@@ -129,3 +130,62 @@ def test_a_stopped_job_stays_as_it_is_and_the_others_go_on() -> None:
             kept = jobs[0].run.x.copy()
     np.testing.assert_array_equal(jobs[0].run.x, kept)
     assert [each.run.step for each in jobs] == [2, 9]
+
+
+class Spoilt(Unet):
+    """Call `number` goes wrong: one number of `row` is NaN, or the engine raises."""
+
+    def __init__(self, number: int, row: int | None = None) -> None:
+        super().__init__()
+        self.number, self.row = number, row
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        outputs = super().__call__(feeds)
+        if len(self.calls) == self.number:
+            if self.row is None:
+                raise SdruntimeError("the engine failed")
+            outputs["out_sample"][self.row, 0, 0, 0] = np.nan
+        return outputs
+
+
+@pytest.mark.parametrize(("row", "concerned"), [(None, [0, 1, 2]), (0, [1]), (1, [2]), (2, [0]), (3, [1]), (4, [2])])
+def test_an_error_is_that_of_the_jobs_that_it_concerns_and_the_others_go_on(row: int | None, concerned: list[int]) -> None:
+    jobs, alone = crowd(), crowd()
+    with pytest.raises(SdruntimeError, match="the engine failed" if row is None else "unet, step 2 of") as caught:
+        for _ in denoise(jobs, host(Spoilt(3, row))):  # the second step of the first shape
+            pass
+    assert [k for k, each in enumerate(jobs) if each.error is not None] == concerned
+    assert all(jobs[k].error is caught.value for k in concerned)
+    rest = [each for each in jobs if each.error is None]
+    for _ in denoise(rest, host(Unet())):
+        pass
+    for ours, reference in zip(jobs, alone, strict=True):
+        if ours.error is None:
+            for _ in denoise([reference], host(Unet())):
+                pass
+            np.testing.assert_array_equal(ours.run.x, reference.run.x)
+
+
+def test_jobs_whose_call_cannot_be_made_are_told_apart() -> None:
+    jobs = crowd()
+
+    def steppers(group: Sequence[Job]) -> list[Call]:
+        if group[0] is jobs[3]:
+            raise SdruntimeError("no engine")
+        return [Call(group, Unet)]
+
+    with pytest.raises(SdruntimeError, match="no engine"):
+        next(denoise(jobs, steppers))
+    assert [each.error is not None for each in jobs] == [False, False, False, True, True]
+
+
+def test_jobs_join_and_leave_a_live_set() -> None:
+    jobs = {each: k for k, each in enumerate(crowd()[:2])}
+    late, unet = crowd()[2], Unet()
+    for step, _ in enumerate(denoise(jobs, host(unet)), start=1):
+        if step == 2:
+            jobs[late] = 2
+        if step == 4:
+            jobs.pop(next(iter(jobs)))
+    assert [call["batch"] for call in unet.calls] == [3, 3, 5, 5, 4, 4, 4, 2, 2][: len(unet.calls)]
+    assert late.done

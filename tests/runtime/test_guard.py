@@ -50,8 +50,8 @@ def fake(pipe: Pipeline, component: str) -> FakeEngine:
 
 def plant(pipe: Pipeline, component: str, place: int, number: float, *, call: int = 0) -> None:
     engine = fake(pipe, component)
-    assert pipe._engines is not None
-    pipe._engines[engine.spec.name] = Planted(engine, engine.component.outputs[0].name, place, number, call=call)
+    assert pipe.engines.opened is not None
+    pipe.engines.opened[engine.spec.name] = Planted(engine, engine.component.outputs[0].name, place, number, call=call)
 
 
 def test_ten_thousand_single_numbers_are_caught(pipe: Pipeline) -> None:

@@ -122,6 +122,42 @@ def test_engines_are_run_and_those_that_cannot_be_are_told(copy: Path) -> None:
     assert [(each.engines, each.status) for each in report.pictures[2:]] == [("onnxruntime", "pass")] * 2
 
 
+def test_an_engine_that_fails_is_not_added(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ONNX is not that of the golden numbers any more; what was built of it before stays."""
+    asked = ["build", str(copy), "--backend", "onnxruntime", "--component"]
+    assert main([*asked, "text_encoder"]) == 0
+    former = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    scaled(copy, "unet", "conv_in.weight", 1.05)
+    changed = {"unet/model.onnx.data", "manifest.json"}
+    now = (copy / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert main([*asked, "unet"]) == 4
+    assert "engine unet-onnxruntime" in (said := capsys.readouterr().err)
+    assert "is not added: " in said
+    assert "of the largest value, over" in said
+    left = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert left.keys() == former.keys()
+    assert {path.relative_to(copy).as_posix() for path in left if left[path] != former[path]} == changed
+    assert (copy / "manifest.json").read_bytes() == now
+    assert main([*asked, "unet", "--no-verify"]) == 0
+    assert {engine.component for engine in Bundle.open(copy).manifest.engines} == {"text_encoder", "unet"}
+
+
+def test_an_engine_that_cannot_be_run_here_is_added_and_says_so(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sdruntime.verify.misfit", lambda engine, machine: "of another machine")
+    assert main(["build", str(copy), "--backend", "onnxruntime", "--component", "unet"]) == 0
+    assert "was not verified: of another machine" in capsys.readouterr().err
+    assert len(Bundle.open(copy).manifest.engines) == 1
+
+
+def test_an_engine_without_golden_numbers_to_be_held_to_is_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(FIXTURE, tmp_path / "bundle"))
+    assert main(["build", str(folder), "--backend", "onnxruntime", "--component", "unet"]) == 0
+    assert "verified" not in capsys.readouterr().err
+
+
 def test_nan_in_an_engine_is_a_failed_check(copy: Path) -> None:
     scaled(copy, "vae_decoder", "decoder.conv_out.weight", float("nan"))
     report = report_of(Bundle.open(copy), verify(copy))

@@ -16,9 +16,10 @@ from sdexport.audit import LIMITS, audit, confirm
 from sdexport.checkpoint import read_checkpoint
 from sdexport.components import components
 from sdexport.errors import AuditError, ExportError
-from sdexport.measure import Feed, Rounding, likeness, magnitudes
+from sdexport.measure import Activations, Feed, Measuring, likeness
 from sdexport.precision import apply_precision
-from sdruntime.manifest import Audit
+from sdexport.rounding import Rounding
+from sdruntime.manifest import Audit, Precision
 
 FLOAT = TensorProto.FLOAT
 Array = np.ndarray
@@ -41,22 +42,36 @@ def written(path: Path, nodes: list[Node], shape: list[int | str], **constants: 
 
 
 def feeds_of(*arrays: Array) -> list[Feed]:
-    return [Feed(label=f"prompt {index}", arrays={"x": array}) for index, array in enumerate(arrays)]
+    return [Feed(label=f"prompt {index}", arrays={"x": array}, outputs=()) for index, array in enumerate(arrays)]
+
+
+def activations(path: Path, feeds: list[Feed], where: str = "test") -> Activations:
+    measuring = Measuring(path, where=where)
+    for feed in feeds:
+        measuring.run(feed.arrays, label=feed.label)
+    return measuring.activations
+
+
+def audited(path: Path, feeds: list[Feed], precision: Precision, *, where: str) -> Audit:
+    return next(audit(path, activations(path, feeds, where), precision))
+
+
+def confirmed(half: Path, path: Path, feeds: list[Feed], precision: Precision, *, where: str) -> None:
+    confirm(half, activations(path, feeds).feeds, precision, where=where)
 
 
 def names(found: Audit, reason: str | None = None) -> set[str]:
     return {kept.node for kept in found.kept if reason in (None, kept.reason)}
 
 
-def mended(path: Path, found: Audit, feeds: list[Feed], precision: str = "fp16") -> bool:
+def mended(path: Path, found: Audit, feeds: list[Feed], precision: Precision = "fp16") -> bool:
     """Whether the limits hold with the kept nodes; asserts that they do not where any one of them is given up."""
-    with Rounding(path, precision) as rounding:  # type: ignore[arg-type]
-        kept = names(found)
-        results = {}
-        for without in (None, *sorted(kept)):
-            half = [name for name in rounding.names if name not in kept or name == without]
-            pairs = [(rounding.run(feed, ()), rounding.run(feed, half)) for feed in feeds]
-            results[without] = all(likeness(*pair).within(LIMITS[precision]) for pair in pairs)  # type: ignore[index]
+    rounding, kept = Rounding(path, precision), names(found)
+    results = {}
+    for without in (None, *sorted(kept)):
+        half = [name for name in rounding.names if name not in kept or name == without]
+        pairs = [(feed.outputs, rounding.run(feed, half)) for feed in activations(path, feeds).feeds]
+        results[without] = all(likeness(*pair).within(LIMITS[precision]) for pair in pairs)
     good = results.pop(None)
     assert not any(results.values()), f"not needed: {[name for name, holds in results.items() if holds]}"
     return good
@@ -98,13 +113,13 @@ def test_a_vae_with_a_block_that_overflows(sd1_bundle: Path, sd1_checkpoint: Pat
 
     path = scaled(sd1_bundle / "vae_decoder" / "model.onnx", tmp_path / "vae", change)
     decoder = next(each for each in components(read_checkpoint(sd1_checkpoint, name="tiny")) if each.name == "vae_decoder")
-    feeds = [Feed(label=str(seed), arrays=decoder.example_feeds(seed=seed)) for seed in (0, 1)]
-    found = audit(path, feeds, "fp16", where="vae_decoder")
+    feeds = [Feed(label=str(seed), arrays=decoder.example_feeds(seed=seed), outputs=()) for seed in (0, 1)]
+    found = audited(path, feeds, "fp16", where="vae_decoder")
     assert found.all_cosine is None, "not finite without the audit"
     assert {kept.op for kept in found.kept if kept.reason == "overflow"} <= {"Conv", "Add", "Reshape", "Mul"}
     assert len(found.kept) <= 8
     assert mended(path, found, feeds)
-    confirm(as_half(path, found), path, feeds, "fp16", where="vae_decoder")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="vae_decoder")
 
 
 ATTENTION: list[Node] = [
@@ -123,13 +138,13 @@ def test_attention_logits_as_large_as_sd21s(tmp_path: Path) -> None:
     wide = {"wq": 60 * np.eye(16, dtype=np.float32), "wk": 60 * np.eye(16, dtype=np.float32), "wv": normal(16, 16, seed=3)}
     path = written(tmp_path / "model.onnx", ATTENTION, ["batch", 8, 16], s=np.array(1e-4, np.float32), **wide)
     feeds = feeds_of(normal(1, 8, 16, scale=2.0), normal(1, 8, 16, seed=1, scale=2.0))
-    found = audit(path, feeds, "fp16", where="unet")
+    found = audited(path, feeds, "fp16", where="unet")
     assert names(found) == {"product", "scale"}, "the softmax and its product are in half precision"
     assert names(found, "overflow") == {"product"}
     assert all(kept.splits_attention for kept in found.kept)
     assert max(kept.largest for kept in found.kept) > 65504
     assert mended(path, found, feeds)
-    confirm(as_half(path, found), path, feeds, "fp16", where="unet")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="unet")
 
 
 WEIGHTS = {"wq": normal(16, 16), "wk": normal(16, 16, seed=1), "wv": normal(16, 16, seed=2)}
@@ -152,19 +167,19 @@ def test_a_mask_beyond_the_precision_becomes_its_lowest_and_stays_half(tmp_path:
     nodes += [("softmax", "Softmax", ["masked"], {"axis": -1}), ATTENTION[7]]
     path = written(tmp_path / "model.onnx", nodes, ["batch", 8, 16], s=np.array(0.25, np.float32), **WEIGHTS, **constants)
     feeds = feeds_of(normal(2, 8, 16, scale=0.3))
-    found = audit(path, feeds, "fp16", where="text_encoder")
+    found = audited(path, feeds, "fp16", where="text_encoder")
     assert found.kept == ()
-    confirm(as_half(path, found), path, feeds, "fp16", where="text_encoder")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="text_encoder")
 
 
 def test_a_large_negative_constant_that_is_no_mask_stays_in_float32(tmp_path: Path) -> None:
     nodes: list[Node] = [("far", "Add", ["x", "c"], {}), ("back", "Sub", ["far", "c"], {}), ("y", "Tanh", ["back"], {})]
     path = written(tmp_path / "model.onnx", nodes, ["batch", 4], c=np.array([-1e5], np.float32))
     feeds = feeds_of(normal(3, 4))
-    found = audit(path, feeds, "fp16", where="text_encoder")
+    found = audited(path, feeds, "fp16", where="text_encoder")
     assert names(found) == {"far", "back"}
     assert mended(path, found, feeds)
-    confirm(as_half(path, found), path, feeds, "fp16", where="text_encoder")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="text_encoder")
 
 
 LAYER_NORM: list[Node] = [
@@ -184,10 +199,10 @@ def test_a_layer_norm_whose_variance_underflows(tmp_path: Path) -> None:
         tmp_path / "model.onnx", LAYER_NORM, ["batch", 16], last=np.array([-1]), eps=np.array(6e-8, np.float32), w=normal(16, 16)
     )
     feeds = feeds_of(normal(4, 16, scale=1.5e-4), normal(4, 16, seed=1, scale=1.5e-4))
-    found = audit(path, feeds, "fp16", where="text_encoder")
+    found = audited(path, feeds, "fp16", where="text_encoder")
     assert names(found, "loss") == {"square", "variance", "stable", "deviation"}
     assert mended(path, found, feeds)
-    confirm(as_half(path, found), path, feeds, "fp16", where="text_encoder")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="text_encoder")
 
 
 def test_an_epsilon_that_becomes_zero_stays_in_float32(tmp_path: Path) -> None:
@@ -195,9 +210,9 @@ def test_an_epsilon_that_becomes_zero_stays_in_float32(tmp_path: Path) -> None:
         tmp_path / "model.onnx", LAYER_NORM, ["batch", 16], last=np.array([-1]), eps=np.array(1e-12, np.float32), w=normal(16, 16)
     )
     feeds = feeds_of(normal(4, 16))
-    found = audit(path, feeds, "fp16", where="text_encoder")
+    found = audited(path, feeds, "fp16", where="text_encoder")
     assert [(kept.node, kept.reason) for kept in found.kept] == [("stable", "constant")]
-    confirm(as_half(path, found), path, feeds, "fp16", where="text_encoder")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="text_encoder")
 
 
 def test_what_is_outside_an_attention_is_preferred(tmp_path: Path) -> None:
@@ -215,17 +230,15 @@ def test_what_is_outside_an_attention_is_preferred(tmp_path: Path) -> None:
     path = written(tmp_path / "model.onnx", nodes, ["batch", 8, 16], **constants)
     feeds = feeds_of(normal(2, 8, 16, scale=0.3))
     inside, outside = {"scale", "shifted", "softmax"}, {"far", "y"}
-    with Rounding(path, "fp16") as rounding:
-        found = {
-            name: likeness(
-                rounding.run(feeds[0], ()), rounding.run(feeds[0], [each for each in rounding.names if each not in kept])
-            )
-            for name, kept in {"none": set[str](), "inside": inside, "outside": outside}.items()
-        }
+    rounding = Rounding(path, "fp16")
+    found = {
+        name: likeness(rounding.run(feeds[0], ()), rounding.run(feeds[0], [each for each in rounding.names if each not in kept]))
+        for name, kept in {"none": set[str](), "inside": inside, "outside": outside}.items()
+    }
     assert not found["none"].within(LIMITS["fp16"])
     assert found["inside"].within(LIMITS["fp16"])
     assert found["inside"].psnr > found["outside"].psnr, "by the numbers alone it would be the attention"
-    chosen = audit(path, feeds, "fp16", where="unet")
+    chosen = audited(path, feeds, "fp16", where="unet")
     assert names(chosen) == outside
     assert not any(kept.splits_attention for kept in chosen.kept)
     assert mended(path, chosen, feeds)
@@ -242,11 +255,11 @@ def test_an_attention_that_must_be_split_is_told(tmp_path: Path) -> None:
     constants = WEIGHTS | {"s": np.array(0.25, np.float32), "shift": np.array([2048], np.float32)}
     path = written(tmp_path / "model.onnx", nodes, ["batch", 8, 16], **constants)
     feeds = feeds_of(normal(2, 8, 16, scale=0.3))
-    found = audit(path, feeds, "fp16", where="unet")
+    found = audited(path, feeds, "fp16", where="unet")
     assert names(found) == {"shifted", "softmax"}
     assert all(kept.splits_attention and kept.reason == "loss" for kept in found.kept)
     assert mended(path, found, feeds)
-    confirm(as_half(path, found), path, feeds, "fp16", where="unet")
+    confirmed(as_half(path, found), path, feeds, "fp16", where="unet")
 
 
 def test_numbers_that_are_not_finite_in_float32_are_told_by_node_and_prompt(tmp_path: Path) -> None:
@@ -254,30 +267,30 @@ def test_numbers_that_are_not_finite_in_float32_are_told_by_node_and_prompt(tmp_
     path = written(tmp_path / "model.onnx", nodes, ["batch", 4])
     feeds = feeds_of(np.ones((1, 4), np.float32), np.array([[1, 2, -3, 4]], np.float32))
     with pytest.raises(ExportError, match=r"unet: node root \(Sqrt\) gives NaN in float32 already, at prompt 1: .*weights"):
-        audit(path, feeds, "fp16", where="unet")
+        audited(path, feeds, "fp16", where="unet")
     nodes = [("large", "Exp", ["x"], {}), ("y", "Tanh", ["large"], {})]
     path = written(tmp_path / "other.onnx", nodes, ["batch", 4])
     with pytest.raises(ExportError, match=r"node large \(Exp\) gives infinity in float32 already, at prompt 0"):
-        audit(path, feeds_of(np.full((1, 4), 100, np.float32)), "bf16", where="unet")
+        audited(path, feeds_of(np.full((1, 4), 100, np.float32)), "bf16", where="unet")
 
 
 def test_a_graph_that_is_not_what_the_audit_promised_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "model.onnx", [("y", "Tanh", ["x"], {})], ["batch", 4])
     other = written(tmp_path / "other.onnx", [("y", "Sin", ["x"], {})], ["batch", 4])
     with pytest.raises(AuditError, match=r"unet: in fp16 cosine 0\.9\d+ and PSNR \d+\.\d dB .* 0\.9999 and 40 dB are the least"):
-        confirm(other, path, feeds_of(normal(2, 4)), "fp16", where="unet")
+        confirmed(other, path, feeds_of(normal(2, 4)), "fp16", where="unet")
 
 
 def test_a_component_that_cannot_bear_half_precision_stays_in_float32_and_says_so(tmp_path: Path) -> None:
     nodes: list[Node] = [("near", "Sub", ["x", "c"], {}), ("y", "Mul", ["near", "large"], {})]
     constants = {"c": np.array([1000], np.float32), "large": np.array([1000], np.float32)}
     path = written(tmp_path / "model.onnx", nodes, ["batch", 4], **constants)
-    found = audit(path, feeds_of(1000 + normal(2, 4, scale=0.01)), "fp16", where="unet")
+    found = audited(path, feeds_of(1000 + normal(2, 4, scale=0.01)), "fp16", where="unet")
     assert found.all_psnr is not None
     assert found.all_psnr < 20
     assert found.whole == (names(found) == {"near", "y"})
     assert names(found) == {"near"}, "the product takes what is small already"
-    found = audit(path, feeds_of(1000 + normal(2, 4, scale=100)), "fp16", where="unet")
+    found = audited(path, feeds_of(1000 + normal(2, 4, scale=100)), "fp16", where="unet")
     assert names(found) == {"y"}, "hundreds of thousands"
 
 
@@ -285,7 +298,7 @@ def test_bfloat16_has_the_range_and_its_own_limits(tmp_path: Path) -> None:
     wide = {"wq": 60 * np.eye(16, dtype=np.float32), "wk": 60 * np.eye(16, dtype=np.float32), "wv": normal(16, 16, seed=3)}
     path = written(tmp_path / "model.onnx", ATTENTION, ["batch", 8, 16], s=np.array(1e-5, np.float32), **wide)
     feeds = feeds_of(normal(1, 8, 16, scale=2.0))
-    found = audit(path, feeds, "bf16", where="unet")
+    found = audited(path, feeds, "bf16", where="unet")
     assert found.kept == ()
     assert found.largest > 65504
     assert 22 <= found.psnr < 70
@@ -293,16 +306,16 @@ def test_bfloat16_has_the_range_and_its_own_limits(tmp_path: Path) -> None:
 
 def test_the_same_audit_twice(sd1_bundle: Path, sd1_checkpoint: Path) -> None:
     unet = next(each for each in components(read_checkpoint(sd1_checkpoint, name="tiny")) if each.name == "unet")
-    feeds = [Feed(label="", arrays=unet.example_feeds())]
+    feeds = [Feed(label="", arrays=unet.example_feeds(), outputs=())]
     path = sd1_bundle / "unet" / "model.onnx"
-    assert audit(path, feeds, "fp16", where="unet") == audit(path, feeds, "fp16", where="unet")
+    assert audited(path, feeds, "fp16", where="unet") == audited(path, feeds, "fp16", where="unet")
     assert sorted(each.name for each in path.parent.iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
 
 
 def test_magnitudes_are_those_of_every_value(tmp_path: Path) -> None:
     path = written(tmp_path / "model.onnx", ATTENTION, ["batch", 8, 16], s=np.array(0.25, np.float32), **WEIGHTS)
     feeds = feeds_of(normal(2, 8, 16), normal(1, 8, 16, seed=5))
-    found = magnitudes(path, feeds, where="test")
+    found = activations(path, feeds).sizes
     model = onnx.load(path)
     for value in model.graph.value_info:
         if value.type.tensor_type.elem_type == FLOAT:
@@ -326,14 +339,15 @@ def test_memory_is_that_of_the_graph_not_of_all_its_values(tmp_path: Path) -> No
     code = f"""
 import numpy as np
 from pathlib import Path
-from sdexport.measure import Feed, Rounding, magnitudes
+from sdexport.measure import Feed, Measuring
+from sdexport.rounding import Rounding
 from sdruntime.process import peak_memory
 path = Path({str(path)!r})
-small, large = (Feed(label="", arrays={{"x": np.ones((rows, 4096), np.float32)}}) for rows in (1, 1024))
+small, large = (Feed(label="", arrays={{"x": np.ones((rows, 4096), np.float32)}}, outputs=()) for rows in (1, 1024))
 def both(feed):
-    magnitudes(path, [feed], where="")
-    with Rounding(path, "fp16") as rounding:
-        rounding.run(feed, rounding.names)
+    Measuring(path, where="").run(feed.arrays, label="")
+    rounding = Rounding(path, "fp16")
+    rounding.run(feed, rounding.names)
 both(small)
 before = peak_memory()
 both(large)

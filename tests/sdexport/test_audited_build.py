@@ -16,9 +16,11 @@ from sdexport_cli import run
 
 from sdexport.audit import LIMITS
 from sdexport.build import Built, Options, Progress, build
-from sdexport.errors import EnvironmentFault, ExportError
+from sdexport.errors import AuditError, EnvironmentFault, ExportError
+from sdexport.job import Job
+from sdexport.job import run as run_job
 from sdexport.measure import Likeness
-from sdexport.probe import PROMPTS, STEPS
+from sdexport.probe import PROMPTS, STEPS, probe
 from sdruntime.bundle import Bundle
 from sdruntime.manifest import Audit, load_manifest, save_manifest
 
@@ -124,6 +126,53 @@ def test_inspect_tells_the_nodes_the_reasons_and_the_numbers(sd1_checkpoint: Pat
     assert document["precision"] == "fp16"
     assert document["audits"]["vae_decoder"]["kept"][0]["reason"] == "overflow"
     assert document["audits"]["unet"]["kept"] == []
+
+
+@pytest.fixture
+def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> Job:
+    """The making of a VAE's encoder in fp16, beside its float32 twin that was probed."""
+    reference = Path(shutil.copytree(sd1_bundle, tmp_path / "reference"))
+    probe(reference)
+    (tmp_path / "out").mkdir()
+    return Job(
+        checkpoint=str(sd1_checkpoint),
+        component="vae_encoder",
+        precision="fp16",
+        allow_pickle=False,
+        out=str(tmp_path / "out"),
+        reference=str(reference),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the text encoder takes")
+@pytest.mark.parametrize("times", [0, 2, 100])
+def test_a_choice_whose_graph_does_not_hold_is_followed_by_wider_ones(
+    audited_job: Job, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where not even the whole component in float32 holds, that is told."""
+    kept: list[int] = []
+
+    def confirm(path: Path, *_: Any, **__: Any) -> None:
+        model = ir.load(path)
+        halves = [node for node in model.graph if node.op_type == "Conv" and node.outputs[0].dtype == ir.DataType.FLOAT16]
+        kept.append(-len(halves))
+        if len(kept) <= times:
+            raise AuditError("vae_encoder: too far away")
+
+    monkeypatch.setattr("sdexport.audit.confirm", confirm)
+    if times < 100:
+        *_, last = run_job(audited_job)
+        assert last.name == "done"
+        nodes = json.loads((Path(audited_job.out) / "audit.json").read_text())["kept"]
+        assert len(nodes) == {0: 0, 2: 2}[times]
+        assert {node["reason"] for node in nodes} <= {"loss"}
+        assert len(kept) == times + 1
+    else:
+        with pytest.raises(AuditError, match="too far away"):
+            list(run_job(audited_job))
+        assert len(kept) == 8, "the fewest, six that are wider, and the whole component"
+        assert kept[-1] == 0
+    assert kept == sorted(kept)
 
 
 def test_what_is_not_finite_in_float32_already_is_told(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from bundles import MODEL, make_bundle
 from sdexport_cli import run
@@ -190,14 +189,6 @@ def test_sizes_are_read() -> None:
     assert size_of("512x768") == (512, 768)
     with pytest.raises(SettingError):
         size_of("0x64")
-
-
-def test_ssim_knows_likeness() -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
-    assert timing.ssim(picture, picture) == pytest.approx(1)
-    assert timing.ssim(picture, 255 - picture) < 0
-    with pytest.raises(ValueError, match="one shape"):
-        timing.ssim(picture, picture[:8])
 
 
 def test_a_bundle_is_left_as_it_was(document: dict[str, Any], sd1_bundle: Path) -> None:

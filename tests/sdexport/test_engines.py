@@ -19,7 +19,8 @@ import sdruntime.backends.fake.build as fake
 from sdexport.interpreter import Interpreter, arguments
 from sdruntime.build import Asked
 from sdruntime.bundle import Bundle
-from sdruntime.errors import EngineError, EnvironmentFault, LibraryMissing
+from sdruntime.errors import EngineError, EnvironmentFault, LibraryMissing, SdruntimeError, VerificationFailed
+from sdruntime.manifest import EngineSpec
 
 ENGINES = '[[engines]]\nbackend = "fake"\nsize = "{size}"\n'
 
@@ -178,7 +179,8 @@ ASKED = Asked(
 
 @pytest.mark.parametrize("asked", [ASKED, Asked(backend="tensorrt")])
 def test_the_other_interpreter_is_asked_for_the_same(asked: Asked) -> None:
-    from sdruntime.__main__ import asked_of, parser
+    from sdruntime.__main__ import parser
+    from sdruntime.check import asked_of
 
     assert asked_of(parser().parse_args(["build", "BUNDLE", *arguments(asked)])) == asked
 
@@ -258,3 +260,33 @@ def test_make_engines_is_this_command(given: list[str], expected: list[str]) -> 
 
 def test_no_interpreter(place: Path) -> None:
     assert "--python /nowhere: cannot be started: No such file" in run("engines", "good", "--python", "/nowhere").stderr
+
+
+def test_a_recipe_that_verifies_adds_no_engine_that_fails(
+    place: Path, sd1_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(bundle: Bundle, engine: EngineSpec) -> str:
+        raise VerificationFailed(f"engine {engine.name} is not added", ["PSNR 12 dB, under 40"])
+
+    monkeypatch.setattr("sdexport.engines.held", failing)
+    failed = rows("good", code=4)["good"]
+    assert (failed["built"], failed["failed"][0]["exit_code"]) == ([], 4)
+    assert "PSNR 12 dB" in failed["failed"][0]["error"]
+    write("good", sd1_checkpoint, "verify = false\n" + ENGINES.format(size="64x64"))
+    assert built(rows("good")["good"]) == ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
+
+
+def test_another_interpreter_is_told_not_to_verify_and_its_failures_are_ours(place: Path, tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "if '--no-verify' in sys.argv: sys.exit('error: told so')\n"
+        "print('error: b: engine e is not added: 1 check failed\\n  - unet e: PSNR 12 dB', file=sys.stderr)\nsys.exit(4)\n"
+    )
+    script.chmod(0o755)
+    other, asked = Interpreter(python=str(script)), Asked(backend="fake")
+    with pytest.raises(VerificationFailed, match="engine e is not added: 1 check failed") as raised:
+        list(other.build(place / "engines/built/good", asked, verify=True))
+    assert raised.value.faults == ("unet e: PSNR 12 dB",)
+    with pytest.raises(SdruntimeError, match="told so"):
+        list(other.build(place / "engines/built/good", asked, verify=False))

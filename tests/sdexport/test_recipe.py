@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdexport import recipe as recipes
+from sdexport.engines import options_of
 from sdexport.errors import RecipeError
 from sdexport.recipe import Recipe, read_recipe, recipe_file
 from sdruntime.build import Asked
@@ -106,6 +107,18 @@ def test_a_recipe_is_data_that_the_build_takes_already(tmp_path: Path) -> None:
 def test_what_is_not_said_has_the_defaults_of_the_command_line(tmp_path: Path) -> None:
     found = read(tmp_path, HEAD + '[[engines]]\nbackend = "tensorrt"')
     assert found == Recipe(name="mine", model="owner/name", engines=(Asked(backend="tensorrt"),), precision="fp32")
+
+
+def test_a_recipe_may_leave_the_audit_and_the_verification_out(tmp_path: Path) -> None:
+    engines = '[[engines]]\nbackend = "fake"'
+    found = read(tmp_path, HEAD + "audit = false\nverify = false\n" + engines)
+    assert (found.audit, found.verify) == (False, False)
+    options = options_of(found)
+    assert (options.audit, options.verify) == (False, False)
+    found = read(tmp_path, HEAD + "audit = true\n" + engines)
+    assert (options_of(found).audit, options_of(found).verify) == (True, True)
+    told = faults(tmp_path, 'model = "owner/name"\naudit = "no"\n' + engines)
+    assert told == ['2: audit: true or false belongs here, not "no"']
 
 
 def test_a_path_is_meant_from_the_recipes_folder(tmp_path: Path) -> None:

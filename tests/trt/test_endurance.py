@@ -32,7 +32,7 @@ def held(here: Machine, pipe: Pipeline) -> Counter[str]:
         found["allocations"] += 1
     for thing in here.gpus.handles.values():
         found[type(thing).__name__] += 1
-    for engine in (pipe._engines or {}).values():
+    for engine in (pipe.engines.opened or {}).values():
         found["contexts"] += len(engine._plan.engine._behaviour.contexts)  # type: ignore[attr-defined]
         found["bindings"] += len(engine._bindings) + len(engine._apart)  # type: ignore[attr-defined]
     return found

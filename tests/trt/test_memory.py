@@ -55,7 +55,7 @@ def test_low_memory_holds_one_component_at_a_time_and_draws_the_same(here: Machi
                 peak = max(peak, device_bytes(here))
             pictures.append(stream.result.images[0])
             most.append(max(peak, device_bytes(here)))
-            held = {engine.spec.component for engine in (pipe._engines or {}).values()}
+            held = {engine.spec.component for engine in (pipe.engines.opened or {}).values()}
             assert held == ({"vae_decoder"} if low else {"text_encoder", "unet", "vae_decoder", "step"})
             again = pipe([PROMPT, "a cat"], steps=3, seed=1).images  # what was closed is opened again
             assert psnr(again[0], pictures[-1]) >= 60

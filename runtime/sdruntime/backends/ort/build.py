@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import devices
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
@@ -72,6 +73,8 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
             f"target {request.target}: ONNX Runtime {ort.__version__} could not load its {PROVIDERS[request.target]}, and "
             "printed why: it needs the CUDA and cuDNN that it was built for"
         )
+    if request.target == "cpu" and bundle.manifest.precision == "fp32":  # its kernel knows no other type
+        model.write_bytes(fuse_attention(memoryview(model.read_bytes())))
     files = (model, data) if data.exists() else (model,)
     seconds = time.monotonic() - begun
     return Built(files=files, version=ort.__version__, precision=bundle.manifest.precision, seconds=seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.external import ExternalTensor, external_tensors
-from sdruntime.bundle import Bundle
+from sdruntime.bundle import Bundle, giving_back
 from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
 from sdruntime.manifest import ComponentSpec, EngineSpec
@@ -89,14 +90,18 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         tensors = external_tensors(model)
     except ValueError as error:
         raise BundleError(bundle.folder, [f"{spec.files[0]}: {error}"]) from error
-    weights = _weights(bundle, spec, tensors)
+    mapped = {path.rsplit("/", 1)[-1]: bundle.read(path) for path in spec.files[1:]}
+    weights = _weights(bundle, spec, tensors, mapped)
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
     session_options.add_external_initializers(list(weights), values)
     providers: list[Any] = [PROVIDERS["cpu"]]
     if spec.target == "cuda":
         providers.insert(0, (PROVIDERS["cuda"], {"device_id": str(options.device)}))
     try:
-        session = ort.InferenceSession(bytes(model), session_options, providers=providers)
+        with contextlib.ExitStack() as stack:
+            for view in mapped.values():  # what the kernels have packed is not read again
+                stack.enter_context(giving_back(view))
+            session = ort.InferenceSession(bytes(model), session_options, providers=providers)
     except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
         raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
     if spec.target == "cuda" and PROVIDERS["cuda"] not in session.get_providers():
@@ -106,15 +111,15 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     return OrtEngine(spec, bundle.manifest.components[spec.component], session, values)
 
 
-def _weights(bundle: Bundle, spec: EngineSpec, tensors: list[ExternalTensor]) -> dict[str, Array]:
-    """The external tensors as arrays over the mapped, hashed files that the manifest lists for this engine."""
-    listed = {path.rsplit("/", 1)[-1]: path for path in spec.files[1:]}
-    unlisted = sorted({tensor.location for tensor in tensors} - listed.keys())
+def _weights(
+    bundle: Bundle, spec: EngineSpec, tensors: list[ExternalTensor], mapped: Mapping[str, memoryview]
+) -> dict[str, Array]:
+    """The external tensors as arrays over the mapped, hashed files, by name, that the manifest lists for this engine."""
+    unlisted = sorted({tensor.location for tensor in tensors} - mapped.keys())
     if unlisted:
         raise BundleError(
             bundle.folder, [f"{spec.files[0]}: refers to {name!r}, which the manifest does not list" for name in unlisted]
         )
-    mapped = {name: bundle.read(path) for name, path in listed.items()}
     arrays = {}
     for tensor in tensors:
         data = mapped[tensor.location][tensor.offset : tensor.offset + tensor.length]

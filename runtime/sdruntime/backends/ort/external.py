@@ -6,10 +6,11 @@ checked is what is run, and a path inside a model leads nowhere. The field numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from sdruntime.backends.ort.protobuf import fields, varints
 
 _DTYPES = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8"}  # TensorProto.DataType
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
@@ -31,9 +32,9 @@ class ExternalTensor:
 def external_tensors(model: memoryview) -> list[ExternalTensor]:
     """Every initialiser of the model's graph whose bytes are in another file. Raises ValueError for what is not a sound model."""
     found = []
-    for field, graph in _fields(model):
+    for field, graph in fields(model):
         if field == _MODEL_GRAPH and isinstance(graph, memoryview):
-            for part, tensor in _fields(graph):
+            for part, tensor in fields(graph):
                 if part == _GRAPH_INITIALIZER and isinstance(tensor, memoryview) and (read := _tensor(tensor)):
                     found.append(read)
     return found
@@ -42,15 +43,15 @@ def external_tensors(model: memoryview) -> list[ExternalTensor]:
 def _tensor(message: memoryview) -> ExternalTensor | None:
     dims: list[int] = []
     name, kind, entries = "", 0, {}
-    for field, value in _fields(message):
+    for field, value in fields(message):
         if field == _DIMS:
-            dims += _varints(value) if isinstance(value, memoryview) else [value]
+            dims += varints(value) if isinstance(value, memoryview) else [value]
         elif field == _DATA_TYPE and isinstance(value, int):
             kind = value
         elif field == _NAME and isinstance(value, memoryview):
             name = str(value, "utf-8")
         elif field == _EXTERNAL_DATA and isinstance(value, memoryview):
-            pair = {number: str(text, "utf-8") for number, text in _fields(value) if isinstance(text, memoryview)}
+            pair = {number: str(text, "utf-8") for number, text in fields(value) if isinstance(text, memoryview)}
             entries[pair.get(1, "")] = pair.get(2, "")
     if not entries:
         return None
@@ -69,44 +70,3 @@ def _tensor(message: memoryview) -> ExternalTensor | None:
         offset=int(entries.get("offset", 0)),
         length=length,
     )
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a protobuf message: an int for numbers, the bytes for everything that has a length."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        if key & 7 == 0:
-            value, at = _varint(message, at)
-            yield key >> 3, value
-            continue
-        if key & 7 == 2:
-            size, at = _varint(message, at)
-        elif key & 7 in (1, 5):
-            size = 8 if key & 7 == 1 else 4
-        else:
-            raise ValueError(f"not a protobuf message: wire type {key & 7} at byte {at}")
-        if at + size > len(message):
-            raise ValueError(f"cut short: {size} bytes are missing from byte {at}")
-        yield key >> 3, message[at : at + size]
-        at += size
-
-
-def _varints(packed: memoryview) -> list[int]:
-    values, at = [], 0
-    while at < len(packed):
-        value, at = _varint(packed, at)
-        values.append(value)
-    return values
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            break
-        byte, at = message[at], at + 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError(f"not a protobuf message: no number at byte {at}")

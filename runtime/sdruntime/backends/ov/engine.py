@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
-from sdruntime.bundle import Bundle
+from sdruntime.bundle import Bundle, giving_back
 from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError
 from sdruntime.manifest import ComponentSpec, EngineSpec
@@ -33,7 +33,8 @@ class Network:
             sizes = self._spec.profiles[profile]
             model = self._core.read_model(self._text, self._weights)
             model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.inputs})
-            self._requests[profile] = self._core.compile_model(model, DEVICE, dict(settings)).create_infer_request()
+            with giving_back(self._held):
+                self._requests[profile] = self._core.compile_model(model, DEVICE, dict(settings)).create_infer_request()
         return self._requests[profile]
 
     def _shape(self, dims: tuple[int | str, ...], sizes: Mapping[str, tuple[int, int, int]]) -> Any:

@@ -1,0 +1,143 @@
+"""Eight pictures through the queue against eight one after the other, and how long a newcomer waits.
+
+python benchmarks/batcher.py BUNDLE [--rounds 9] [--output batcher.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdruntime.batcher import Batcher, Progress
+from sdruntime.pipeline import Pipeline
+from sdruntime.request import Request
+
+JOBS, STEPS, GUIDANCE = 8, 20, 2.0
+SIZES = {(64, 64): 1, (128, 128): 3}  # and by how much fewer rounds
+RUNNING = (1, 2, 4, 8)
+SAMPLERS = ("dpmpp_2m", "euler_a", "unipc", "ddim", "pndm", "lcm", "deis", "dpmpp_2m_sde")
+ARRIVALS = 40
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def jobs(size: tuple[int, int]) -> list[Request]:
+    return [
+        Request(
+            prompt=f"a large {COLOURS[seed % len(COLOURS)]} circle on a black background",
+            seed=seed,
+            steps=STEPS,
+            sampler=SAMPLERS[seed],
+            guidance=GUIDANCE,
+            size=size,
+        )
+        for seed in range(JOBS)
+    ]
+
+
+def in_a_row(pipe: Pipeline, asked: list[Request]) -> float:
+    begun = time.perf_counter()
+    for each in asked:
+        pipe(each)
+    return time.perf_counter() - begun
+
+
+def together(pipe: Pipeline, asked: list[Request], running: int) -> float:
+    """From the first submission to the last picture."""
+    with Batcher(pipe, running=running) as batcher:
+        begun = time.perf_counter()
+        for drawing in [batcher.submit(each) for each in asked]:
+            drawing.result()
+        return time.perf_counter() - begun
+
+
+def throughput(pipe: Pipeline, size: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Each way in turn; the ratio is of each round's own pair, and the middle one of them is told."""
+    asked = jobs(size)
+    in_a_row(pipe, asked)
+    alone: list[float] = []
+    crowd: dict[int, list[float]] = {running: [] for running in RUNNING}
+    for _ in range(rounds):
+        alone.append(in_a_row(pipe, asked))
+        for running, times in crowd.items():
+            times.append(together(pipe, asked, running))
+    ratios = {running: [one / other for one, other in zip(alone, times, strict=True)] for running, times in crowd.items()}
+    return {
+        "size": list(size),
+        "rounds": rounds,
+        "in_a_row_s": statistics.median(alone),
+        "queue_s": {str(running): statistics.median(times) for running, times in crowd.items()},
+        "ratio": {str(running): statistics.median(each) for running, each in ratios.items()},
+        "ratio_range": {str(running): [min(each), max(each)] for running, each in ratios.items()},
+    }
+
+
+def waits(pipe: Pipeline) -> dict[str, Any]:
+    """Newcomers at random moments while four jobs run: steps of theirs that end between submission and joining, and seconds."""
+    chance = random.Random(0)
+    steps: list[int] = []
+    seconds: list[float] = []
+    done = [0]
+
+    def first(progress: Progress) -> None:
+        done[0] = progress.step
+
+    with Batcher(pipe) as batcher:
+        runners = [batcher.submit(Request(prompt="a circle", seed=k, steps=900), progress=None if k else first) for k in range(4)]
+        while done[0] < 5:
+            time.sleep(0.001)
+        for number in range(ARRIVALS):
+            time.sleep(chance.random() * 0.05)
+            joined: list[tuple[int, float]] = []
+
+            def tell(progress: Progress, joined: list[tuple[int, float]] = joined) -> None:
+                if progress.step == 0:
+                    joined.append((done[0], time.perf_counter()))
+
+            step, begun = done[0], time.perf_counter()
+            batcher.submit(Request(prompt=f"circle {number}", seed=1, steps=1), progress=tell).result()  # a text not seen before
+            steps.append(joined[0][0] - step)
+            seconds.append(joined[0][1] - begun)
+        for each in runners:
+            each.cancel()
+    return {
+        "arrivals": ARRIVALS,
+        "steps_most": max(steps),
+        "steps_mean": statistics.mean(steps),
+        "ms_median": 1e3 * statistics.median(seconds),
+        "ms_most": 1e3 * max(seconds),
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("bundle", type=Path)
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--output", type=Path)
+    options = arguments.parse_args()
+    with Pipeline.open(options.bundle, backend="onnxruntime") as pipe:
+        result = {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "processor": platform.processor() or platform.machine(),
+            "engine": pipe.engine("unet").spec.name,
+            "jobs": JOBS,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "throughput": [throughput(pipe, size, max(1, options.rounds // cost)) for size, cost in SIZES.items()],
+            "newcomer": waits(pipe),
+        }
+    print(json.dumps(result, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

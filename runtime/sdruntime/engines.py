@@ -1,0 +1,153 @@
+"""The engines of a bundle that a pipeline holds: chosen for this machine, opened, and closed to make room."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sdruntime.backends import backend as backend_module
+from sdruntime.bundle import Bundle
+from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
+from sdruntime.cuda import Cuda
+from sdruntime.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.errors import EngineError, SdruntimeError
+from sdruntime.manifest import EngineSpec
+from sdruntime.plan import memory_plan
+from sdruntime.speed import cpu_speeds
+from sdruntime.step import NAME as STEP
+
+KEPT_CHOICES = 256
+OPENERS = 2  # engines on the CPU that are opened at a time
+_STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
+
+
+class Engines:
+    """The best engine of each component for each shape, `chosen` when made, opened by `open` or when first asked for.
+
+    `given`: they are the caller's instead, who opens and closes them; it is asked for a component's before each use of it.
+    `busy` says whether jobs are on their way, whose UNet stays open. Raises EngineError where no engine fits this machine,
+    UnknownName for a backend.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str,
+        options: EngineOptions,
+        given: Callable[[str], Engine] | None,
+        busy: Callable[[], bool],
+    ) -> None:
+        self.bundle, self.options, self.given = bundle, options, given
+        self.shared = Shared()
+        self.opened: dict[str, Engine] | None = None
+        self._backend, self._busy = backend, busy
+        self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
+        self._choices: dict[tuple[Any, ...], EngineSpec] = {}
+        # a bundle that cannot run here is told of before anything is opened
+        self.chosen = self._choose_all() if given is None else []
+
+    def open(self) -> None:
+        """Open what was chosen. Raises what the backends raise, OutOfSpace before anything is loaded on a GPU without room."""
+        if self._backend == AUTO:
+            warn_if_slow(self.chosen, self._machine)
+            self._compare_speeds()
+        self.opened = {}
+        self._check_memory()
+        first = sorted(self.chosen, key=self._size_of, reverse=True)  # while few others take memory
+        with ThreadPoolExecutor(OPENERS) as pool:  # while one is hashed, its library takes in another one
+            list(pool.map(self._open_first, (spec for spec in first if spec.target == CPU)))
+        for spec in first if not self.options.low_memory else ():
+            self._open_first(spec)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.shared.close)
+            for engine in (self.opened or {}).values():
+                stack.callback(engine.close)
+            self.opened = None
+
+    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
+        """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
+
+        Raises EngineError, SdruntimeError.
+        """
+        if self.opened is None:
+            raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
+        if self.given is not None:
+            return self.given(component)
+        spec = self.choose(component, rows, **dims)
+        if spec.name in self.opened:
+            return self.opened[spec.name]
+        if self.options.low_memory and spec.target != CPU:
+            self._make_room(spec.component)
+        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self.options, self.shared)
+        self.opened[spec.name] = opened
+        return opened
+
+    def _choose_all(self) -> list[EngineSpec]:
+        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
+        the GPU."""
+        return [
+            choose_engine(self.bundle.manifest, name, self._machine, name=self._backend, rows=self._usual_rows(name))
+            for name in self.bundle.manifest.components
+            if name not in ("vae_encoder", STEP)
+        ]
+
+    def _open_first(self, spec: EngineSpec) -> None:
+        self.engine(spec.component, rows=self._usual_rows(spec.component))
+
+    def _size_of(self, spec: EngineSpec) -> int:
+        return sum(self.bundle.manifest.files[path].size for path in spec.files)
+
+    def _usual_rows(self, component: str) -> int:
+        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
+        return 2 if component == "unet" and self._machine.speeds else 1
+
+    def _compare_speeds(self) -> None:
+        """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
+        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen):
+            speeds = cpu_speeds(self.bundle, self._machine, self.options)
+            if speeds:
+                self._machine = dataclasses.replace(self._machine, speeds=speeds)
+                self._choices.clear()
+                self.chosen = self._choose_all()
+
+    def choose(self, component: str, rows: int = 1, **dims: int) -> EngineSpec:
+        """Which engine such a call would get. Raises EngineError."""
+        key = (component, rows, *dims.items())
+        if key not in self._choices:
+            if len(self._choices) >= KEPT_CHOICES:
+                self._choices.clear()
+            manifest, machine = self.bundle.manifest, self._machine
+            self._choices[key] = choose_engine(manifest, component, machine, name=self._backend, rows=rows, **dims)
+        return self._choices[key]
+
+    def _make_room(self, component: str) -> None:
+        """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
+        under_way = self._busy()
+        for name, engine in list((self.opened or {}).items()):
+            stage = _STAGES.get(engine.spec.component, engine.spec.component)
+            if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
+                engine.close()
+                del (self.opened or {})[name]
+
+    def _check_memory(self) -> None:
+        """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
+        plan = memory_plan(self.bundle.manifest, self.chosen)
+        if plan.parts:
+            with Cuda.open(self.options.device) as cuda:
+                free, name = cuda.free_memory(), cuda.device.name
+            options, where = self.options, f"{self.bundle.manifest.model.name} on {name}"
+            plan.check(free, budget=options.memory, low_memory=options.low_memory, where=where)
+
+    def has(self, component: str, **dims: int) -> bool:
+        """Whether the bundle has an engine of it for this machine and shape."""
+        try:
+            self.choose(component, **dims)
+        except EngineError:
+            return False
+        return True
