@@ -7,7 +7,6 @@ them from one session to the next, set SDEXPORT_CACHE to a folder. Tests read th
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,15 +124,3 @@ def sdxl_fp16_bundle(sdxl_checkpoint: Path, export: Export) -> Path:
 def capi_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C library, installed with its headers: what a program outside the tree is built against."""
     return cplusplus.install(tmp_path_factory.mktemp("capi") / "prefix")
-
-
-@pytest.fixture(scope="session")
-def drawing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed bundle with engines of ONNX Runtime: 64x64 pictures of random weights, at once."""
-    from sdruntime.build import Asked, build_engines
-
-    source = Path(__file__).parent / "runtime" / "fixture-bundle-1"
-    folder = Path(shutil.copytree(source, tmp_path_factory.mktemp("drawing") / "bundle"))
-    for _ in build_engines(folder, Asked(backend="onnxruntime")):
-        pass
-    return folder

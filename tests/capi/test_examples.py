@@ -35,10 +35,10 @@ def built(capi_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(drawing_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def expected(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The PNG of seed 7, 4 steps, by the command line."""
     path = tmp_path_factory.mktemp("expected") / "7.png"
-    words = ("-m", "sdruntime", "generate", drawing_bundle, PROMPT, "--seed", "7", "--steps", "4", "-o", path)
+    words = ("-m", "sdruntime", "generate", bundle, PROMPT, "--seed", "7", "--steps", "4", "-o", path)
     run(sys.executable, *words)
     assert read_png(path).std() >= 10
     return path.read_bytes()
@@ -47,33 +47,31 @@ def expected(drawing_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 # ---- generate
 
 
-def test_generate_draws_the_command_lines_picture(built: Path, drawing_bundle: Path, expected: bytes, tmp_path: Path) -> None:
+def test_generate_draws_the_command_lines_picture(built: Path, bundle: Path, expected: bytes, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    assert run(built / "generate", drawing_bundle, PROMPT, path, "7", "4") == f"{path}\n"
+    assert run(built / "generate", bundle, PROMPT, path, "7", "4") == f"{path}\n"
     assert path.read_bytes() == expected
 
 
-def test_generate_builds_with_pkg_config_too(capi_prefix: Path, drawing_bundle: Path, expected: bytes, tmp_path: Path) -> None:
+def test_generate_builds_with_pkg_config_too(capi_prefix: Path, bundle: Path, expected: bytes, tmp_path: Path) -> None:
     flags = run("pkg-config", "--cflags", "--libs", "sdruntime", PKG_CONFIG_PATH=str(capi_prefix / "lib" / "pkgconfig")).split()
     run("c++", "-std=c++17", EXAMPLES / "generate.cpp", *flags, "-o", tmp_path / "generate")
     path = tmp_path / "picture.png"
-    run(tmp_path / "generate", drawing_bundle, PROMPT, path, "7", "4", LD_LIBRARY_PATH=str(capi_prefix / "lib"))
+    run(tmp_path / "generate", bundle, PROMPT, path, "7", "4", LD_LIBRARY_PATH=str(capi_prefix / "lib"))
     assert path.read_bytes() == expected
 
 
-def test_generate_ends_with_the_command_lines_exit_codes(built: Path, drawing_bundle: Path, tmp_path: Path) -> None:
+def test_generate_ends_with_the_command_lines_exit_codes(built: Path, bundle: Path, tmp_path: Path) -> None:
     assert run(built / "generate", code=2).startswith("usage: generate BUNDLE PROMPT FILE.png")
     assert "not a bundle" in run(built / "generate", tmp_path, PROMPT, tmp_path / "picture.png", code=5)
-    assert "steps" in run(built / "generate", drawing_bundle, PROMPT, tmp_path / "picture.png", "7", "0", code=2)
-    assert "was not written" in run(
-        built / "generate", drawing_bundle, PROMPT, tmp_path / "none" / "picture.png", "7", "1", code=1
-    )
+    assert "steps" in run(built / "generate", bundle, PROMPT, tmp_path / "picture.png", "7", "0", code=2)
+    assert "was not written" in run(built / "generate", bundle, PROMPT, tmp_path / "none" / "picture.png", "7", "1", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_shows_a_bar_on_a_terminal_and_ctrl_c_cancels(built: Path, drawing_bundle: Path, tmp_path: Path) -> None:
+def test_generate_shows_a_bar_on_a_terminal_and_ctrl_c_cancels(built: Path, bundle: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    words = [built / "generate", drawing_bundle, PROMPT, tmp_path / "picture.png", "7", str(LONG)]
+    words = [built / "generate", bundle, PROMPT, tmp_path / "picture.png", "7", str(LONG)]
     program = subprocess.Popen(words, stderr=theirs, env=environment())
     os.close(theirs)
     seen = b""
@@ -155,12 +153,12 @@ class Running:
 
 
 @pytest.fixture
-def service(built: Path, drawing_bundle: Path) -> Iterator[Service]:
+def service(built: Path, bundle: Path) -> Iterator[Service]:
     """service(*words) starts one on a free port; killed at the end, if it still runs."""
     started: list[Running] = []
 
     def start(*words: object) -> Running:
-        started.append(Running(built / "service", drawing_bundle, 0, *words))
+        started.append(Running(built / "service", bundle, 0, *words))
         return started[-1]
 
     yield start
@@ -224,9 +222,9 @@ def test_several_clients_at_once(service: Service, expected: bytes, tmp_path: Pa
     assert np.abs(pictures[7] - pictures[8]).mean() > 5
 
 
-def test_a_client_that_leaves_a_full_queue_and_a_drain(service: Service, drawing_bundle: Path) -> None:
+def test_a_client_that_leaves_a_full_queue_and_a_drain(service: Service, bundle: Path) -> None:
     """Pictures that are drawn together advance together: one that ends before them was not kept waiting by them."""
-    profiles = [each.profiles for each in Bundle.open(drawing_bundle).manifest.engines if each.component == "unet"]
+    profiles = [each.profiles for each in Bundle.open(bundle).manifest.engines if each.component == "unet"]
     room = max(profile["batch"][2] for each in profiles for profile in each) // 2  # pictures in one call, with guidance
     running = service(room + 2, 1)
     drawing = [running.client() for _ in range(room)]

@@ -172,7 +172,7 @@ def test_a_static_library_links_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_wheel_of_the_sdist_is_enough_on_a_device(drawing_bundle: Path, tmp_path: Path) -> None:
+def test_the_wheel_of_the_sdist_is_enough_on_a_device(bundle: Path, tmp_path: Path) -> None:
     """A fresh environment with the wheel, the library built from it, and a program that draws by that library."""
     require_compiler()
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "SDRUNTIME_", "VIRTUAL_ENV"))}
@@ -199,11 +199,11 @@ def test_the_wheel_of_the_sdist_is_enough_on_a_device(drawing_bundle: Path, tmp_
     assert flags[0].startswith(f"-I{tmp_path / 'device'}")
     there("c++", "-std=c++17", EXAMPLES / "generate.cpp", *flags, "-o", tmp_path / "generate")
     clean["VIRTUAL_ENV"] = str(tmp_path / "device")
-    there(tmp_path / "generate", drawing_bundle, "the red cat", tmp_path / "by-c.png", "7", "4", "5")
+    there(tmp_path / "generate", bundle, "the red cat", tmp_path / "by-c.png", "7", "4", "5")
     there(
         bin / "sdruntime",
         "generate",
-        drawing_bundle,
+        bundle,
         "the red cat",
         "--seed",
         "7",
