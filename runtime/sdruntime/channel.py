@@ -43,6 +43,12 @@ class Channel:
 
     def receive(self) -> tuple[bytes, memoryview | None] | None:
         """The next message and its blob, or None where the other end is gone."""
+        try:
+            return self._receive()
+        except ConnectionResetError:  # it went with messages of ours unread
+            return None
+
+    def _receive(self) -> tuple[bytes, memoryview | None] | None:
         header, places = b"", []
         while len(header) < HEADER.size:
             part, found, _, _ = socket.recv_fds(self._socket, HEADER.size - len(header), 1, _CLOSED_IN_CHILDREN)

@@ -98,3 +98,9 @@ def test_the_other_end_being_gone_is_an_error_of_the_system(ends: Ends) -> None:
         with pytest.raises(BrokenPipeError):
             ends[0].send(b"{}", bytes(size))
     assert open_files() == before
+
+
+def test_an_end_that_goes_with_messages_unread_is_an_end(ends: Ends) -> None:
+    ends[0].send(b"{}")
+    ends[1].close()  # the kernel answers the next read with ECONNRESET
+    assert ends[0].receive() is None
