@@ -23,9 +23,9 @@ def test_it_has_the_published_size_and_is_read(model: str, tmp_path: Path, monke
 
     sizes: dict[str, float] = {}
 
-    def no_numbers(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    def no_numbers(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
         sizes[path.parent.name] = round(sum(map(math.prod, shapes.values())) / 1e6, 1)
-        real(path, {"a.weight": (4, 4)})
+        real(path, {"a.weight": (4, 4)}, dtype)
 
     real = checkpoint.write_weights
     monkeypatch.setattr(checkpoint, "write_weights", no_numbers)
