@@ -33,7 +33,11 @@ def test_the_picture_is_that_of_python_to_the_byte(host: Path, bundle: Path, tmp
 
 def environments() -> list[Path]:
     """Those that other tests have made beside the main one, each with NumPy, ONNX Runtime and another Python."""
-    return sorted(path for path in ROOT.glob(".venv*") if (path / "lib").is_dir() and next(path.glob("lib/*/site-packages/onnxruntime"), None))
+    return sorted(
+        path
+        for path in ROOT.glob(".venv*")
+        if (path / "lib").is_dir() and next(path.glob("lib/*/site-packages/onnxruntime"), None)
+    )
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
@@ -45,7 +49,16 @@ def test_one_binary_serves_every_python(host: Path, bundle: Path, tmp_path: Path
         versions.add(re.findall(r"version(?:_info)? = (3\.\d+)", config)[0])
         out = tmp_path / "rows"
         env = {"SDRUNTIME_PYTHON": ""}
-        run(host, f"isolation={isolation}", f"bundle={bundle}", "backend=onnxruntime", f"python={each}", f"out={out}", env=env, code=None)
+        run(
+            host,
+            f"isolation={isolation}",
+            f"bundle={bundle}",
+            "backend=onnxruntime",
+            f"python={each}",
+            f"out={out}",
+            env=env,
+            code=None,
+        )
         if "cpu-fp16" and out.exists():
             assert len(out.read_bytes()) == len(expected(bundle))
     assert versions
@@ -96,7 +109,13 @@ def test_without_a_python_all_that_was_searched_is_told(host: Path, bundle: Path
     if "open 0" in printed:
         pytest.skip("the loader finds a libpython without help on this machine")
     assert status(printed, "open") == (3, NO_PYTHON)
-    for place in ("sdr_open_params.python: not set", "SDRUNTIME_PYTHON: not set", "VIRTUAL_ENV: not set", "beside this library", "PATH: no python3"):
+    for place in (
+        "sdr_open_params.python: not set",
+        "SDRUNTIME_PYTHON: not set",
+        "VIRTUAL_ENV: not set",
+        "beside this library",
+        "PATH: no python3",
+    ):
         assert place in printed
     assert ("libpython3.12.so.1.0" in printed) == (isolation == "in-process")
     printed = run(host, f"isolation={isolation}", f"bundle={bundle}", env={"SDRUNTIME_PYTHON": "/nonexistent"}, code=1)
@@ -105,9 +124,13 @@ def test_without_a_python_all_that_was_searched_is_told(host: Path, bundle: Path
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_without_the_runtime_the_folders_that_were_searched_are_told(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
+def test_without_the_runtime_the_folders_that_were_searched_are_told(
+    host: Path, bundle: Path, tmp_path: Path, isolation: str
+) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
-    printed = run(host, f"isolation={isolation}", f"bundle={bundle}", f"python={tmp_path / 'bare'}", env={"PYTHONPATH": ""}, code=1)
+    printed = run(
+        host, f"isolation={isolation}", f"bundle={bundle}", f"python={tmp_path / 'bare'}", env={"PYTHONPATH": ""}, code=1
+    )
     assert status(printed, "open") == (3, NO_RUNTIME)
     assert "No module named 'numpy'" in printed
     assert str(tmp_path / "bare" / "lib") in printed

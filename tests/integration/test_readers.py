@@ -64,10 +64,17 @@ def test_the_thirty_lines_of_the_docs_draw_the_same_picture(shapes_checkpoint: P
 
 def test_the_python_of_the_readme_runs(shapes_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    pipeline, batcher = (
+        compile(code.replace('"sd15"', repr(str(shapes_bundle))), "README.md", "exec")
+        for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    )
     names: dict[str, Any] = {}
-    exec(compile(code.replace('"sd15"', repr(str(shapes_bundle))), "README.md", "exec"), names)
+    exec(pipeline, names)
     printed = capsys.readouterr().out.splitlines()
     assert printed[:4] == [f"{seed} (64, 64, 3)" for seed in (7, 8, 9, 10)]
     assert names["state"].step == 20
     np.testing.assert_array_equal(names["image"].shape, (64, 64, 3))
+    single = names["image"]
+    exec(batcher, names)
+    assert capsys.readouterr().out.splitlines() == [f"{step} of 20" for step in range(21)]
+    np.testing.assert_array_equal(names["image"], single)  # the same prompt, seed and settings
