@@ -63,7 +63,7 @@ class Library:
     def program(self, *sources: Path | str, name: str | None = None, flags: Iterable[str] = (), include: Path = INCLUDE) -> Path:
         """Compiled as C99 or C++17 by the first source's name."""
         paths = [HERE / source for source in sources]
-        first, standard = (("c++", "-std=c++17") if paths[0].suffix == ".cpp" else ("cc", "-std=c99"))
+        first, standard = ("c++", "-std=c++17") if paths[0].suffix == ".cpp" else ("cc", "-std=c99")
         out = self.folder / (name or paths[0].stem)
         if not out.exists():
             link = (f"-L{self.folder}", "-lsdruntime", f"-Wl,-rpath,{self.folder}", "-ldl")
@@ -85,6 +85,7 @@ def build_library(folder: Path, flags: Sequence[str]) -> Library:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, sorted((CAPI / "src").glob("*.cpp"))))
     script = f"-Wl,--version-script={CAPI / 'src' / 'sdruntime.map'}"
-    link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *(() if "-O1" not in flags else ("-Wl,--no-undefined",)))
+    complete = ("-Wl,--no-undefined",) if flags == SANITIZERS["plain"] else ()  # a sanitizer's own are in the program
+    link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *complete)
     run(compiler("c++"), *link, *flags, *objects, "-ldl", "-o", folder / "libsdruntime.so")
     return Library(folder=folder, flags=tuple(flags))

@@ -75,13 +75,16 @@ static int save(sdr_job *job, const char *path) {
 static sdr_runtime *opened(int isolation) {
     sdr_open_params params;
     sdr_runtime *runtime = NULL;
+    const char *json;
     sdr_open_params_init(&params, sizeof params);
     params.isolation = isolation;
     params.bundle = value("bundle", "");
     params.python = value("python", NULL);
     params.backend = value("backend", NULL);
     params.threads = 1;
-    return told("open", sdr_runtime_open(&params, &runtime)) ? NULL : runtime;
+    if (told("open", sdr_runtime_open(&params, &runtime)) || sdr_runtime_describe(runtime, &json)) return NULL;
+    printf("describe %s\n", json);
+    return runtime;
 }
 
 static int draw(sdr_runtime *runtime, int round) {
