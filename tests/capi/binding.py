@@ -73,9 +73,8 @@ class Library:
         if status is None:
             return
         handle = c_void_p(status)
-        fault = Failed(
-            self.c.sdr_status_code(handle), self.c.sdr_status_reason(handle), self.c.sdr_status_message(handle).decode()
-        )
+        message = self.c.sdr_status_message(handle).decode()
+        fault = Failed(self.c.sdr_status_code(handle), self.c.sdr_status_reason(handle), message)
         self.c.sdr_status_free(handle)
         raise fault
 

@@ -85,12 +85,7 @@ def build_library(folder: Path, flags: Sequence[str]) -> Library:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compiled, sorted((CAPI / "src").glob("*.cpp"))))
     script = f"-Wl,--version-script={CAPI / 'src' / 'sdruntime.map'}"
-    link = (
-        "-shared",
-        "-pthread",
-        "-Wl,-soname,libsdruntime.so",
-        script,
-        *(() if "-O1" not in flags else ("-Wl,--no-undefined",)),
-    )
+    complete = ("-Wl,--no-undefined",) if flags == SANITIZERS["plain"] else ()  # a sanitizer's own are in the program
+    link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *complete)
     run(compiler("c++"), *link, *flags, *objects, "-ldl", "-o", folder / "libsdruntime.so")
     return Library(folder=folder, flags=tuple(flags))

@@ -1,8 +1,8 @@
 /* A host that draws one picture after another and says what became of each, for tests that look at it from outside.
  *
- * host KEY=VALUE...: isolation, bundle, python, backend, prompt, seed, steps, jobs (at once), rounds, out (a file for the rows of the
- * last picture), fork (1: the parent opens, its child tries), child (1: a child opens in a process of its own), hold (1: "held" is
- * printed once jobs run, and they go on when a line is read). */
+ * host KEY=VALUE...: isolation (first), bundle, python, backend, prompt, seed, steps, size, jobs (at once), rounds (the first as asked,
+ * the others of three steps), out (a file for the rows of the last picture), fork (1: the parent opens, its child tries), hold (1:
+ * "held" is printed once jobs run, and they go on when a line is read), ignore (1: SIGCHLD), bare (1: no stdin, no stderr). */
 #include "sdruntime/sdruntime.h"
 
 #include <pthread.h>
@@ -75,13 +75,16 @@ static int save(sdr_job *job, const char *path) {
 static sdr_runtime *opened(int isolation) {
     sdr_open_params params;
     sdr_runtime *runtime = NULL;
+    const char *json;
     sdr_open_params_init(&params, sizeof params);
     params.isolation = isolation;
     params.bundle = value("bundle", "");
     params.python = value("python", NULL);
     params.backend = value("backend", NULL);
     params.threads = 1;
-    return told("open", sdr_runtime_open(&params, &runtime)) ? NULL : runtime;
+    if (told("open", sdr_runtime_open(&params, &runtime)) || sdr_runtime_describe(runtime, &json)) return NULL;
+    printf("describe %s\n", json);
+    return runtime;
 }
 
 static int draw(sdr_runtime *runtime, int round) {
@@ -92,14 +95,15 @@ static int draw(sdr_runtime *runtime, int round) {
         sdr_job_params_init(&params, sizeof params);
         params.prompt = round ? "a red cat" : value("prompt", "a red cat");
         params.seed = strtoull(value("seed", "7"), NULL, 10) + (uint64_t)k;
-        params.steps = atoi(value("steps", "3"));
+        params.steps = atoi(round ? "3" : value("steps", "3"));
+        params.width = params.height = atoi(value("size", "0"));
         params.sampler = "ddim";
         if (!round && value("hold", NULL)) params.progress = hold;
         failed |= told("submit", sdr_job_submit(runtime, &params, &made[k]));
     }
     if (!round && value("hold", NULL)) held();
     for (k = 0; k < jobs; ++k) failed |= told("job", sdr_job_wait(made[k], 60000));
-    if (value("out", NULL)) failed |= save(made[jobs - 1], value("out", NULL));
+    if (!failed && value("out", NULL)) failed |= save(made[jobs - 1], value("out", NULL));
     for (k = 0; k < jobs; ++k) sdr_job_free(made[k]);
     free(made);
     return failed;
@@ -132,7 +136,7 @@ int main(int argc, char **argv) {
     count = argc;
     words = argv;
     if (value("ignore", NULL)) signal(SIGCHLD, SIG_IGN);
-    if (value("bare", NULL)) close(0), close(1 + 1); /* no stdin, no stderr */
+    if (value("bare", NULL)) close(0), close(2);
     runtime = opened(isolation);
     if (!runtime) return 1;
     if (value("fork", NULL)) failed |= in_child(runtime, isolation);

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A worker that speaks the messages of sdruntime.service at once, with no engine behind them: for tests of the C library alone.
 
-It stands in for the interpreter, and takes the last argument for its descriptor. Jobs take turns, a step each. A prompt may ask for
-trouble: "kill", "segv", "exit", "nonsense", "huge" (a header that promises too much), "short" (a picture of the wrong size),
+It stands in for the interpreter, and takes the last argument for its descriptor. Jobs take turns, a step each. A prompt may ask
+for trouble: "kill", "segv", "exit", "nonsense", "huge" (a header that promises too much), "short" (a picture of the wrong size),
 "unsealed" (a memory file that could be cut short).
 """
 
@@ -17,6 +17,7 @@ import socket
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 HEADER = struct.Struct("<IIQ")
 SHARED = 1
@@ -145,7 +146,7 @@ def advance(link: Link, job: Job) -> bool:
 
 
 def opened(link: Link, message: dict) -> None:
-    if not os.path.exists(os.path.join(message["bundle"], "manifest.json")):
+    if not (Path(message["bundle"]) / "manifest.json").exists():
         link.send({"event": "refused", "code": 5, "message": f"{message['bundle']}: no manifest.json"})
         sys.exit(0)
     link.send({"event": "log", "level": "info", "message": f"opened {message['bundle']} as process {os.getpid()}"})

@@ -1,4 +1,4 @@
-"""One suite for every implementation of sdruntime.h: in this process, in a worker, and with a worker that stands in for the service."""
+"""One suite for every implementation of sdruntime.h: in this process, in a worker, and with a stand-in for the service."""
 
 from __future__ import annotations
 

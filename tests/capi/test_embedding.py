@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from capi.building import HERE, INCLUDE, ROOT, Library, compiler, run
+from capi.conftest import FIXTURE
+from environments import ENVIRONMENTS, Environment, python_of
 
 from sdruntime.pipeline import Pipeline
 
@@ -31,37 +35,44 @@ def test_the_picture_is_that_of_python_to_the_byte(host: Path, bundle: Path, tmp
     assert (tmp_path / "rows").read_bytes() == expected(bundle)
 
 
-def environments() -> list[Path]:
-    """Those that other tests have made beside the main one, each with NumPy, ONNX Runtime and another Python."""
-    return sorted(
-        path
-        for path in ROOT.glob(".venv*")
-        if (path / "lib").is_dir() and next(path.glob("lib/*/site-packages/onnxruntime"), None)
-    )
+OWN = Environment(python="own", pins=())
+
+
+@pytest.fixture(scope="module", params=[OWN, *ENVIRONMENTS], ids=lambda each: each.name)
+def environment(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, str], bytes]:
+    """Of one Python: its virtual environment, a bundle with engines of its own, its versions, and the rows it draws itself."""
+    python = Path(sys.executable) if request.param == OWN else python_of(request.param)
+    folder = tmp_path_factory.mktemp("environment")
+    there = {"PYTHONPATH": str(ROOT / "runtime") if request.param == OWN else ""}
+    bundle = Path(shutil.copytree(FIXTURE, folder / "bundle"))
+    run(python, "-m", "sdruntime", "build", bundle, "--backend", "onnxruntime", env=there)
+    program = f"""
+import json, platform
+import numpy, onnxruntime
+from sdruntime.pipeline import Pipeline
+with Pipeline.open({str(bundle)!r}) as pipe:
+    rows = pipe("a red cat", seed=7, steps=3, sampler="ddim").images[0].tobytes()
+open({str(folder / "rows")!r}, "wb").write(rows)
+print(json.dumps({{"python": platform.python_version(), "numpy": numpy.__version__, "onnxruntime": onnxruntime.__version__}}))
+"""
+    versions = json.loads(run(python, "-c", program, env=there))
+    return python.parents[1], bundle, versions, (folder / "rows").read_bytes()
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_one_binary_serves_every_python(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
-    found = [Path(sys.prefix), *environments()]
-    versions = set()
-    for each in found:
-        config = (each / "pyvenv.cfg").read_text() if (each / "pyvenv.cfg").exists() else "version = 3.0"
-        versions.add(re.findall(r"version(?:_info)? = (3\.\d+)", config)[0])
-        out = tmp_path / "rows"
-        env = {"SDRUNTIME_PYTHON": ""}
-        run(
-            host,
-            f"isolation={isolation}",
-            f"bundle={bundle}",
-            "backend=onnxruntime",
-            f"python={each}",
-            f"out={out}",
-            env=env,
-            code=None,
-        )
-        if "cpu-fp16" and out.exists():
-            assert len(out.read_bytes()) == len(expected(bundle))
-    assert versions
+def test_one_binary_serves_every_python(
+    host: Path, environment: tuple[Path, Path, dict[str, str], bytes], tmp_path: Path, isolation: str
+) -> None:
+    venv, bundle, versions, rows = environment
+    there = {"SDRUNTIME_PYTHON": "", "PYTHONPATH": str(ROOT / "runtime") if str(venv) == sys.prefix else ""}
+    asked = (f"isolation={isolation}", f"bundle={bundle}", f"python={venv}", f"out={tmp_path / 'rows'}")
+    printed = run(host, *asked, env=there)
+    [described] = re.findall(r"^describe (.*)$", printed, flags=re.MULTILINE)
+    assert json.loads(described)["versions"].items() >= versions.items(), versions
+    assert len(rows) == 64 * 64 * 3
+    assert (tmp_path / "rows").read_bytes() == rows
 
 
 def test_a_plugin_that_was_loaded_locally(library: Library, host: Path, bundle: Path, tmp_path: Path) -> None:
@@ -74,19 +85,25 @@ def test_a_plugin_that_was_loaded_locally(library: Library, host: Path, bundle: 
     assert (tmp_path / "rows").read_bytes() == expected(bundle)
 
 
+@pytest.mark.parametrize("isolation", [0, 1], ids=["in-process", "process"])
 @pytest.mark.parametrize("gil", [False, True], ids=["without the GIL", "with the GIL"])
-def test_a_host_that_is_python_already(library: Library, bundle: Path, gil: bool) -> None:
+def test_a_host_that_is_python_already(library: Library, bundle: Path, gil: bool, isolation: int) -> None:
+    """Its callbacks are Python, and so need the GIL while a call waits."""
     program = f"""
-import sys
-from capi.binding import Library
+import ctypes
+from capi.binding import PROGRESS, Library
 lib = Library({str(library.path)!r}, gil={gil})
-runtime = lib.open(bundle={str(bundle)!r}, threads=1)
-job = lib.submit(runtime, prompt="a red cat", seed=7, steps=3, sampler="ddim", png=1)
+steps = []
+callback = PROGRESS(lambda user, job, progress: steps.append(job) or 0)
+runtime = lib.open(bundle={str(bundle)!r}, threads=1, isolation={isolation})
+asked = dict(prompt="a red cat", seed=7, steps=3, sampler="ddim", png=1, progress=ctypes.cast(callback, ctypes.c_void_p))
+job = lib.submit(runtime, **asked)
 lib.wait(job)
+assert steps == [job.value] * 3
 rows = lib.rgb(job)
 assert lib.png(job)[:4] == b"\\x89PNG"
 lib.close(runtime)
-again = lib.open(bundle={str(bundle)!r}, threads=1)
+again = lib.open(bundle={str(bundle)!r}, threads=1, isolation={isolation})
 lib.close(again)
 import sdruntime.pipeline  # this interpreter's own
 with sdruntime.pipeline.Pipeline.open({str(bundle)!r}) as pipe:
@@ -94,7 +111,8 @@ with sdruntime.pipeline.Pipeline.open({str(bundle)!r}) as pipe:
 print("same")
 """
     path = f"{ROOT}:{ROOT / 'runtime'}:{ROOT / 'tests'}"
-    assert "same" in run(sys.executable, "-c", program, env={"PYTHONPATH": path, "SDRUNTIME_PYTHON": ""})
+    worker = sys.prefix if isolation else ""  # in process it is the host's own
+    assert "same" in run(sys.executable, "-c", program, env={"PYTHONPATH": path, "SDRUNTIME_PYTHON": worker})
 
 
 def status(printed: str, what: str) -> tuple[int, int]:
@@ -104,18 +122,13 @@ def status(printed: str, what: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
 def test_without_a_python_all_that_was_searched_is_told(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
-    env = {"SDRUNTIME_PYTHON": "", "PATH": str(tmp_path), "LD_LIBRARY_PATH": ""}
-    printed = run(host, f"isolation={isolation}", f"bundle={bundle}", env=env, code=None)
-    if "open 0" in printed:
-        pytest.skip("the loader finds a libpython without help on this machine")
+    for name in ("libpython3.so", *(f"libpython3.{minor}.so.1.0" for minor in range(8, 30))):
+        (tmp_path / name).write_text("what the loader finds first is no library")
+    env = {"SDRUNTIME_PYTHON": "", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    printed = run(host, f"isolation={isolation}", f"bundle={bundle}", env=env, code=1)
     assert status(printed, "open") == (3, NO_PYTHON)
-    for place in (
-        "sdr_open_params.python: not set",
-        "SDRUNTIME_PYTHON: not set",
-        "VIRTUAL_ENV: not set",
-        "beside this library",
-        "PATH: no python3",
-    ):
+    unset = [f"{name}: not set" for name in ("sdr_open_params.python", "SDRUNTIME_PYTHON", "VIRTUAL_ENV")]
+    for place in (*unset, "beside this library", "PATH: no python3"):
         assert place in printed
     assert ("libpython3.12.so.1.0" in printed) == (isolation == "in-process")
     printed = run(host, f"isolation={isolation}", f"bundle={bundle}", env={"SDRUNTIME_PYTHON": "/nonexistent"}, code=1)
@@ -124,16 +137,13 @@ def test_without_a_python_all_that_was_searched_is_told(host: Path, bundle: Path
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_without_the_runtime_the_folders_that_were_searched_are_told(
-    host: Path, bundle: Path, tmp_path: Path, isolation: str
-) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
-    printed = run(
-        host, f"isolation={isolation}", f"bundle={bundle}", f"python={tmp_path / 'bare'}", env={"PYTHONPATH": ""}, code=1
-    )
+def test_without_the_runtime_the_folders_searched_are_told(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    printed = run(host, f"isolation={isolation}", f"bundle={bundle}", f"python={bare}", env={"PYTHONPATH": ""}, code=1)
     assert status(printed, "open") == (3, NO_RUNTIME)
     assert "No module named 'numpy'" in printed
-    assert str(tmp_path / "bare" / "lib") in printed
+    assert str(bare / "lib") in printed
 
 
 def test_another_python_than_the_one_that_runs_is_refused(host: Path, library: Library, bundle: Path, tmp_path: Path) -> None:
@@ -170,8 +180,7 @@ def test_a_host_that_forks_has_a_worker_in_both(host: Path, bundle: Path) -> Non
     assert "children 0" in printed
 
 
-@pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_nothing_python_is_needed_to_load_the_library(library: Library, isolation: str) -> None:
+def test_nothing_python_is_needed_to_load_the_library(library: Library) -> None:
     needed = run("readelf", "-d", "--dyn-syms", library.path)
     assert "libpython" not in needed
     assert not re.findall(r"\bUND\s+_?Py\w+", needed)

@@ -27,14 +27,15 @@ bool load(PythonApi &api, void *handle, std::string &missing) {
     };
     missing.clear();
 #define SDR_LOAD(name, result, parameters) \
-    if (!get(api.name, #name)) missing = #name;
+    if (missing.empty() && !get(api.name, #name)) missing = #name;
     SDR_PYTHON_FUNCTIONS(SDR_LOAD)
 #undef SDR_LOAD
-    if (!get(api.none, "_Py_NoneStruct")) missing = "_Py_NoneStruct";
-    if (!get(api.runtime_error, "PyExc_RuntimeError")) missing = "PyExc_RuntimeError";
+    if (missing.empty() && !get(api.none, "_Py_NoneStruct")) missing = "_Py_NoneStruct";
+    if (missing.empty() && !get(api.runtime_error, "PyExc_RuntimeError")) missing = "PyExc_RuntimeError";
+    if (!missing.empty()) return false;
     get(api.set_program_name, "Py_SetProgramName");
     if (!get(api.current_thread, "PyThreadState_GetUnchecked")) get(api.current_thread, "_PyThreadState_UncheckedGet");
-    return missing.empty();
+    return true;
 }
 
 // The libpython that something in this process has loaded, perhaps where its symbols are not seen; "" for none.
@@ -118,6 +119,17 @@ const PythonApi *start_now(const std::string &given) {
 
 const PythonApi *PythonApi::started() { return the_api.load(); }
 
+const PythonApi *PythonApi::present() {
+    static std::atomic<const PythonApi *> the_host{nullptr};
+    if (const PythonApi *api = started()) return api;
+    if (const PythonApi *api = the_host.load()) return api;
+    auto api = std::make_unique<PythonApi>();
+    Search search;
+    if (!load_present(*api, search)) return nullptr;
+    const PythonApi *none = nullptr;
+    return the_host.compare_exchange_strong(none, api.get()) ? api.release() : none;
+}
+
 const PythonApi &PythonApi::start(const std::string &given) {
     static std::mutex mutex;
     if (const pid_t owner = the_pid.load(); owner && owner != getpid())
@@ -137,8 +149,9 @@ const PythonApi &PythonApi::start(const std::string &given) {
     return *the_api.load();
 }
 
-GilPause::GilPause() : api_(PythonApi::started()) {
-    if (!api_ || !api_->current_thread || the_pid.load() != getpid() || !api_->Py_IsInitialized()) return;
+GilPause::GilPause() : api_(PythonApi::present()) {
+    const pid_t owner = the_pid.load();
+    if (!api_ || !api_->current_thread || (owner && owner != getpid()) || !api_->Py_IsInitialized()) return;
     PyThreadState *own = api_->PyGILState_GetThisThreadState();
     if (own && api_->current_thread() == own) saved_ = api_->PyEval_SaveThread();
 }

@@ -73,6 +73,8 @@ struct PythonApi {
     static const PythonApi &start(const std::string &given);
     // The same where it was started, else nullptr.
     static const PythonApi *started();
+    // That of this process, whoever started it; nullptr for none.
+    static const PythonApi *present();
 };
 
 // Holds the GIL.

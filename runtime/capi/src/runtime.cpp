@@ -68,6 +68,7 @@ Runtime::Runtime(const sdr_open_params &params)
 Runtime::~Runtime() { stop(); }
 
 void Runtime::open() {
+    const GilPause pause;  // before every lock: who holds one never waits for the GIL
     const std::lock_guard one(starting_);
     start();
 }
@@ -79,7 +80,6 @@ void Runtime::start() {
         phase_ = Phase::STARTING;
         refused_.reset();
     }
-    const GilPause pause;
     try {
         auto transport = isolation_ == SDR_ISOLATION_PROCESS ? worker_transport(*this, python_) : in_process_transport(*this, python_);
         std::unique_lock lock(mutex_);
@@ -119,6 +119,7 @@ void Runtime::ready_for_jobs() {
         if (closing_) throw closed();
         if (phase_ == Phase::OPEN) return;
     }
+    const GilPause pause;
     const std::lock_guard one(starting_);
     {
         const std::lock_guard lock(mutex_);
