@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from cplusplus import require_compiler
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -43,10 +43,8 @@ def run(*command: str | Path, env: dict[str, str] | None = None, code: int | Non
 
 
 def compiler(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"no compiler {name} on this machine")
-    return found
+    require_compiler()
+    return str(shutil.which(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
