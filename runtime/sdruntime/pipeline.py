@@ -7,7 +7,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,7 +94,8 @@ class Pipeline:
     ) -> None:
         self.bundle, self.model = bundle, bundle.manifest.model
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
-        self.engines = Engines(bundle, backend=backend, options=options, given=given, busy=self._busy)
+        busy = functools.partial(_under_way, self._loops)  # not a method: no cycle keeps a pipeline that nobody holds
+        self.engines = Engines(bundle, backend=backend, options=options, given=given, busy=busy)
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
@@ -200,9 +201,6 @@ class Pipeline:
         """
         return self.engines.engine(component, rows=rows, **dims)
 
-    def _busy(self) -> bool:
-        return any(inspect.getgeneratorstate(loop) != inspect.GEN_CLOSED for loop in self._loops)
-
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """What advances jobs of one shape, on the host: one call of the UNet for all of them."""
         return [Call(jobs, lambda: self._unet_for(jobs))]
@@ -303,6 +301,10 @@ def encoded(asked: Sequence[Request], jobs: Sequence[Job]) -> list[tuple[str, Co
     negatives = [(request.negative or "", job.negative) for request, job in zip(asked, jobs, strict=True)]
     prompts = [(request.prompt, job.condition) for request, job in zip(asked, jobs, strict=True)]
     return prompts + [(text, condition) for text, condition in negatives if condition is not None]
+
+
+def _under_way(loops: Iterable[Loop]) -> bool:
+    return any(inspect.getgeneratorstate(loop) != inspect.GEN_CLOSED for loop in loops)
 
 
 def _abandon(loop: Loop) -> None:

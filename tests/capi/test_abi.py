@@ -1,0 +1,71 @@
+"""What programs compiled before rely on: where the fields of each struct lie, and that other headers than ours serve."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from capi.binding import HEADER, STRUCTS, fields
+from capi.building import HERE, INCLUDE, STAND_IN, Library, run
+
+FIRST = HERE / "abi1" / "sdruntime.h"
+GOLDEN = HERE / "abi.json"
+
+
+def layout(library: Library, include: Path, name: str, tmp_path: Path) -> dict[str, dict[str, int]]:
+    """Struct -> field -> offset in bytes, and "sizeof"; as the C compiler lays them out."""
+    lines = []
+    for struct in STRUCTS:
+        lines.append(f'printf("{struct} sizeof %zu\\n", sizeof({struct}));')
+        lines += [f'printf("{struct} {field} %zu\\n", offsetof({struct}, {field}));' for _, field in fields(struct)]
+    source = tmp_path / "layout.c"
+    body = "\n".join(lines)
+    source.write_text(f'#include <stdio.h>\n#include "sdruntime/sdruntime.h"\nint main(void) {{\n{body}\nreturn 0;\n}}\n')
+    found: dict[str, dict[str, int]] = {}
+    for line in run(library.program(source, name=name, include=include)).splitlines():
+        struct, field, number = line.split()
+        found.setdefault(struct, {})[field] = int(number)
+    return found
+
+
+def include_of(folder: Path, header: str) -> Path:
+    (folder / "sdruntime").mkdir()
+    (folder / "sdruntime" / "sdruntime.h").write_text(header)
+    return folder
+
+
+def test_sizes_and_offsets_are_the_golden_numbers(library: Library, tmp_path: Path) -> None:
+    """Of 64-bit machines. A new field goes to the end of its struct, and then into the file; no offset in it changes."""
+    assert layout(library, INCLUDE, "layout", tmp_path) == json.loads(GOLDEN.read_text())
+
+
+def test_the_structs_of_the_first_header_are_the_beginning_of_todays(library: Library, tmp_path: Path) -> None:
+    first = FIRST.read_text(encoding="utf-8")
+    for struct in STRUCTS:
+        [body] = re.findall(rf"typedef struct {struct} \{{(.*?)\}} {struct};", first, flags=re.DOTALL)
+        plain = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
+        then = re.findall(r"^\s*(.+?[ *])(\w+);", plain, flags=re.MULTILINE)
+        assert len(then) >= 7
+        assert fields(struct)[: len(then)] == then
+
+
+@pytest.mark.parametrize("which", ["first", "newer"])
+def test_a_program_of_another_header_runs(library: Library, empty_bundle: Path, tmp_path: Path, which: str) -> None:
+    if which == "first":
+        include, flags = include_of(tmp_path, FIRST.read_text(encoding="utf-8")), ()
+    else:
+        header, count = re.subn(r"^\} (sdr_\w+);", r"    uint64_t newer;\n} \1;", HEADER.read_text("utf-8"), flags=re.MULTILINE)
+        assert count == len(STRUCTS)
+        newer = re.sub(r"(#define SDR_ABI_MINOR) (\d+)", lambda found: f"{found[1]} {int(found[2]) + 1}", header)
+        include, flags = include_of(tmp_path, newer), ("-DNEWER",)
+    program = library.program("abi.c", name=f"abi-{which}", flags=flags, include=include)
+    assert run(program, empty_bundle, STAND_IN) == "0 faults\n"
+
+
+def test_a_host_compiled_with_the_first_header_draws(library: Library, empty_bundle: Path, tmp_path: Path) -> None:
+    include = include_of(tmp_path, FIRST.read_text(encoding="utf-8"))
+    host = library.program("host.c", name="host-first", include=include)
+    printed = run(host, "isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "jobs=4", "rounds=2")
+    assert printed.count("\njob 0 0") == 8

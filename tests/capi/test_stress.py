@@ -1,0 +1,52 @@
+"""1000 jobs from 8 threads, with cancels, wrong parameters, frees, closes and dying workers at random: none is lost or leaks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from capi.building import HERE, STAND_IN, run
+from capi.conftest import FIXTURE, Build
+
+from sdruntime.build import Asked, build_engines
+
+JOBS = 1000
+ENDS = ("done", "cancelled", "judged", "refused", "freed")
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",  # the allocator keeps less for each thread
+    "LSAN_OPTIONS": f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0",
+}
+
+
+@pytest.fixture(scope="module")
+def fast_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With engines that return at once."""
+    folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("stress") / "bundle"))
+    for _ in build_engines(folder, Asked(backend="fake")):
+        pass
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "isolation"),
+    [
+        ("plain", "in-process"),
+        ("plain", "process"),
+        ("asan", "in-process"),
+        ("asan", "process"),
+        ("tsan", "process"),  # in process it would judge Python's threads too, which it does not see
+    ],
+)
+def test_no_job_is_lost_and_nothing_leaks(build: Build, fast_bundle: Path, empty_bundle: Path, kind: str, isolation: str) -> None:
+    host = build(kind).program("stress.c")
+    where = (fast_bundle, "-", "fake") if isolation == "in-process" else (empty_bundle, STAND_IN, "-")
+    printed = run(host, isolation, *where, str(JOBS), env=ENVIRONMENT)
+    assert f"jobs {2 * JOBS} of {2 * JOBS}" in printed
+    assert " 0 faults, children 0" in printed
+    counts = dict(re.findall(r"^(\w+) (\d+)$", printed, flags=re.MULTILINE))
+    assert all(int(counts[name]) > 0 for name in ENDS), counts
+    [(resident, before, after)] = re.findall(r"^memory (\d+) (\d+) (\d+)$", printed, flags=re.MULTILINE)
+    if kind == "plain":  # sanitizers keep what is freed
+        assert int(after) - int(before) <= 0.02 * int(resident), printed
