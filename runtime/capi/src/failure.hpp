@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
+#include <exception>
 #include <string>
 #include <utility>
 
@@ -10,12 +10,18 @@
 
 namespace sdr {
 
-class Failure : public std::runtime_error {
+// Copies share nothing (those of std::runtime_error do: a string counted inside the standard library, which ThreadSanitizer cannot follow).
+class Failure : public std::exception {
 public:
-    Failure(int32_t code, int32_t reason, const std::string &message) : std::runtime_error(message), code(code), reason(reason) {}
+    Failure(int32_t code, int32_t reason, std::string message) : code(code), reason(reason), message_(std::move(message)) {}
+
+    const char *what() const noexcept override { return message_.c_str(); }
 
     int32_t code;
     int32_t reason;
+
+private:
+    std::string message_;
 };
 
 inline Failure usage(int32_t reason, const std::string &message) { return Failure(SDR_USAGE, reason, message); }
