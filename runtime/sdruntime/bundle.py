@@ -1,7 +1,7 @@
 """A bundle on disk: files that are checked before they are believed, and changes that happen wholly or not at all.
 
     staging(place)           a folder beside `place` that takes its name at the end, or goes without a trace
-    Bundle.open(folder)      manifest and sizes checked; `Bundle.read` checks the hash of what it hands out
+    Bundle.open(folder)      manifest and sizes checked; `Bundle.read` and `Bundle.lending` check the hash of what they hand out
     bundle.add_engine(...)   the engine's files, then the manifest, by one rename each
 
 A bundle's engines are code: the hashes tell a damaged file, not an evil one. Open bundles from people you trust.
@@ -20,7 +20,8 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,45 @@ class Bundle:
 
     def read(self, path: str) -> memoryview:
         """The bytes of a listed file, mapped and read-only, their hash already checked. Raises BundleError."""
-        spec = self.manifest.files.get(path)
-        if spec is None:
+        view = self._map(path)
+        self._check(path, hashlib.sha256(view).hexdigest())
+        return view
+
+    @contextlib.contextmanager
+    def lending(self, paths: Iterable[str]) -> Iterator[dict[str, memoryview]]:
+        """As `read`, for weights that a library takes in: their hashes are checked, on a thread, while the block runs, which ends
+        when that is done too. What was made of them is to be believed after the block, and their pages are given back meanwhile
+        (`giving_back`). Raises BundleError, in place of what went wrong in the block because of it."""
+        views = {path: self._map(path) for path in paths}
+        stopped = threading.Event()
+        with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+            hashes = {path: pool.submit(_hash, view, stopped) for path, view in views.items()}
+            for view in views.values():
+                stack.enter_context(giving_back(view))
+            try:
+                yield views
+            except Exception:
+                self._check_all(hashes)
+                raise
+            except BaseException:
+                stopped.set()
+                raise
+            self._check_all(hashes)
+
+    def _map(self, path: str) -> memoryview:
+        if path not in self.manifest.files:
             raise BundleError(self.folder, [f"{path}: not among the manifest's files"])
-        view = _mapped(self.folder / path)
-        found = hashlib.sha256(view).hexdigest()
-        if found != spec.sha256:
+        return _mapped(self.folder / path)
+
+    def _check(self, path: str, found: str) -> None:
+        if found != (spec := self.manifest.files[path]).sha256:
             raise BundleError(
                 self.folder, [f"{path}: changed since it was written ({_unlike(found, spec)}); restore it or export again"]
             )
-        return view
+
+    def _check_all(self, hashes: Mapping[str, Future[str]]) -> None:
+        for path, found in hashes.items():
+            self._check(path, found.result())
 
     def read_json(self, path: str) -> Any:
         """A listed JSON document. Raises BundleError."""
@@ -223,6 +253,14 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash(view: memoryview, stopped: threading.Event) -> str:
+    digest = hashlib.sha256()
+    for at in range(0, len(view), _CHUNK):
+        if not stopped.is_set():
+            digest.update(view[at : at + _CHUNK])
     return digest.hexdigest()
 
 

@@ -47,6 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def test_engines_upsample_in_fewer_products(folder: Path) -> None:
+    """The fixture is of fp16, so its weights are too."""
+    for engine in Bundle.open(folder).manifest.engines:
+        if engine.backend == "openvino" and engine.component in ("unet", "vae_decoder"):
+            text = (folder / engine.files[0]).read_text()
+            assert '"Interpolate"' not in text
+            assert '"DepthToSpace"' in text
+
+
 def psnr(ours: Array, theirs: Array) -> float:
     error = float(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdruntime.backends.ort.attention import fuse_attention
+from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import devices
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
@@ -64,8 +65,14 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_EMBEDDED))
     options.add_session_config_entry("session.disable_prepacking", "1")  # this session only saves
+    own = request.target == "cpu" and bundle.manifest.precision == "fp32"  # our forms of attention and of upsampling
+    onnx: str | bytes = str(bundle.folder / component.onnx)
+    if own:
+        onnx = split_upsampling(bundle.read(component.onnx))
+        folder_of_weights = str((bundle.folder / component.onnx).parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder_of_weights)
     try:
-        session = ort.InferenceSession(str(bundle.folder / component.onnx), options, providers=_providers(request.target))
+        session = ort.InferenceSession(onnx, options, providers=_providers(request.target))
     except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
         raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
     if PROVIDERS[request.target] not in session.get_providers():  # it goes on without one that does not load
@@ -73,7 +80,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
             f"target {request.target}: ONNX Runtime {ort.__version__} could not load its {PROVIDERS[request.target]}, and "
             "printed why: it needs the CUDA and cuDNN that it was built for"
         )
-    if request.target == "cpu" and bundle.manifest.precision == "fp32":  # its kernel knows no other type
+    if own:
         model.write_bytes(fuse_attention(memoryview(model.read_bytes())))
     files = (model, data) if data.exists() else (model,)
     seconds = time.monotonic() - begun

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.external import ExternalTensor, external_tensors
-from sdruntime.bundle import Bundle, giving_back
+from sdruntime.bundle import Bundle
 from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
 from sdruntime.manifest import ComponentSpec, EngineSpec
@@ -90,20 +89,17 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         tensors = external_tensors(model)
     except ValueError as error:
         raise BundleError(bundle.folder, [f"{spec.files[0]}: {error}"]) from error
-    mapped = {path.rsplit("/", 1)[-1]: bundle.read(path) for path in spec.files[1:]}
-    weights = _weights(bundle, spec, tensors, mapped)
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-    session_options.add_external_initializers(list(weights), values)
     providers: list[Any] = [PROVIDERS["cpu"]]
     if spec.target == "cuda":
         providers.insert(0, (PROVIDERS["cuda"], {"device_id": str(options.device)}))
-    try:
-        with contextlib.ExitStack() as stack:
-            for view in mapped.values():  # what the kernels have packed is not read again
-                stack.enter_context(giving_back(view))
+    with bundle.lending(spec.files[1:]) as lent:
+        weights = _weights(bundle, spec, tensors, {path.rsplit("/", 1)[-1]: view for path, view in lent.items()})
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        session_options.add_external_initializers(list(weights), values)
+        try:
             session = ort.InferenceSession(bytes(model), session_options, providers=providers)
-    except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
-        raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
+        except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+            raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
     if spec.target == "cuda" and PROVIDERS["cuda"] not in session.get_providers():
         raise DeviceMissing(
             f"engine {spec.name}: ONNX Runtime could not use CUDA device {options.device} (see `sdruntime doctor`)"

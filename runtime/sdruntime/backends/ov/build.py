@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.ov.subpixel import split_upsampling
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.errors import LibraryMissing, SdruntimeError, SettingError
@@ -86,7 +87,9 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     files = folder / f"{request.stem}.xml", folder / f"{request.stem}.bin"
     bf16 = read_options(request.options).get("inference_precision") == "bf16"
     try:
-        ov.save_model(ov.Core().read_model(str(bundle.folder / component.onnx)), str(files[0]), compress_to_fp16=bf16)
+        model = ov.Core().read_model(str(bundle.folder / component.onnx))
+        split_upsampling(ov, model)
+        ov.save_model(model, str(files[0]), compress_to_fp16=bf16)
     except RuntimeError as error:
         raise SdruntimeError(f"{component.onnx}: OpenVINO {version_of(ov)} cannot build it: {error}") from error
     return Built(

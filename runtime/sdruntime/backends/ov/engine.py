@@ -86,7 +86,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     Raises BundleError, EngineError, and DeviceMissing for a bf16 engine on a CPU without it.
     """
     ov = library()
-    model, weights = (bundle.read(path) for path in spec.files)
+    model = bundle.read(spec.files[0])
     precision = spec.options.get("inference_precision", "f32")
     if precision == "bf16" and not has_bf16(ov.Core()):
         raise DeviceMissing(
@@ -97,8 +97,10 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         settings["INFERENCE_NUM_THREADS"] = options.threads
     component = bundle.manifest.components[spec.component]
     try:
-        network = Network(ov, str(model, "utf-8"), weights, component, spec)
-        return OvEngine(spec, component, network, settings | dict(options.session))
+        with bundle.lending(spec.files[1:]) as lent:
+            (weights,) = lent.values()
+            network = Network(ov, str(model, "utf-8"), weights, component, spec)
+            return OvEngine(spec, component, network, settings | dict(options.session))
     except (RuntimeError, UnicodeDecodeError) as error:
         raise EngineError(f"engine {spec.name}: OpenVINO {version_of(ov)} cannot open it: {error}") from error
 
