@@ -48,6 +48,18 @@ int32_t small(const Json &number) {
     return static_cast<int32_t>(value);
 }
 
+// Of a "refused" or "failed"; keep equal to REASONS of sdruntime/service.py. Another name is of a newer service: no reason.
+int32_t reason_of(const Json &event) {
+    static const std::pair<const char *, int32_t> names[] = {{"no_runtime", SDR_REASON_NO_RUNTIME},
+                                                             {"queue_full", SDR_REASON_QUEUE_FULL},
+                                                             {"unsupported", SDR_REASON_UNSUPPORTED},
+                                                             {"buffer_too_small", SDR_REASON_BUFFER_TOO_SMALL},
+                                                             {"out_of_memory", SDR_REASON_OUT_OF_MEMORY}};
+    for (const auto &[name, number] : names)
+        if (event["reason"].is_string() && event["reason"].string() == name) return number;
+    return SDR_REASON_NONE;
+}
+
 double seconds(const Json &timings, const char *name) { return timings[name].is_null() ? 0 : timings[name].number(); }
 
 Failure ended_by_closing() { return Failure(SDR_CANCELLED, SDR_REASON_CLOSED, "the runtime was closed before the job ended"); }
@@ -225,9 +237,8 @@ void Runtime::take_event(Message &&message) {
         if (phase_ == Phase::STARTING) phase_ = Phase::OPEN;
         changed_.notify_all();
     } else if (name == "refused") {
-        const bool missing = event["reason"].is_string() && event["reason"].string() == "no_runtime";
         const std::lock_guard lock(mutex_);
-        refused_.emplace(small(event["code"]), missing ? SDR_REASON_NO_RUNTIME : SDR_REASON_NONE, event["message"].string());
+        refused_.emplace(small(event["code"]), reason_of(event), event["message"].string());
         phase_ = Phase::ENDED;
         changed_.notify_all();
     } else if (name == "closed") {
@@ -341,8 +352,7 @@ void Runtime::failed(const Json &event) {
     const int32_t code = small(event["code"]);
     const std::string &message = event["message"].string();
     if (!code) throw JsonError("a failure of code 0");
-    const bool full = event["reason"].is_string() && event["reason"].string() == "queue_full";
-    const int32_t reason = full ? SDR_REASON_QUEUE_FULL : code == SDR_CANCELLED ? SDR_REASON_CANCELLED : SDR_REASON_NONE;
+    const int32_t reason = code == SDR_CANCELLED ? SDR_REASON_CANCELLED : reason_of(event);
     if (const auto job = last_of(event)) job->failed(closes() ? ended_by_closing() : Failure(code, reason, message));
 }
 

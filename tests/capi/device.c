@@ -1,0 +1,98 @@
+/* A host with a GPU, which is the strict fake of the tests: the interpreter of the library puts its functions into `fake`.
+ *
+ * device WORD...: settings (KEY=VALUE, kept until they are set anew) and what to do with them, in order:
+ * isolation=process, bundle=, device=, memory=; stream (make one, to be used from now on), buffer=BYTES (of the GPU, likewise) and
+ * size=BYTES (what is said of it), some address where there is no fake, as with a worker; out=FILE (rows of the pictures; FILE.device: what is in the buffer); open, draw, close; tell (of
+ * the fake, a line of JSON); leave (free what this host has on the GPU). */
+#include "sdruntime/sdruntime.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct {
+    void *(*stream)(void);
+    void *(*allocate)(size_t size);
+    void (*read)(const void *from, void *to, size_t size);
+    void (*tell)(void);
+    void (*leave)(void);
+} fake;
+
+static sdr_open_params opening;
+static sdr_job_params drawing;
+static sdr_runtime *runtime;
+static const char *out = "";
+
+static int told(const char *what, sdr_status *status) {
+    int code = (int)sdr_status_code(status);
+    printf("%s %d %d %s\n", what, code, (int)sdr_status_reason(status), sdr_status_message(status));
+    sdr_status_free(status);
+    return code;
+}
+
+static void save(const char *end, const void *bytes, size_t size) {
+    char path[4096];
+    FILE *file;
+    snprintf(path, sizeof path, "%s%s", out, end);
+    file = fopen(path, "wb");
+    if (!file) abort();
+    fwrite(bytes, 1, size, file);
+    fclose(file);
+}
+
+static void draw(void) {
+    sdr_job *job = NULL;
+    const uint8_t *rows;
+    uint8_t *copy;
+    size_t stride, size;
+    if (told("submit", sdr_job_submit(runtime, &drawing, &job))) return;
+    if (!told("job", sdr_job_wait(job, 60000)) && !told("rgb", sdr_job_rgb(job, &rows, &stride))) {
+        size = stride * (size_t)drawing.height;
+        save("", rows, size);
+        if (drawing.device_buffer) {
+            copy = malloc(size);
+            fake.read(drawing.device_buffer, copy, size);
+            save(".device", copy, size);
+            free(copy);
+        }
+    }
+    sdr_job_free(job);
+}
+
+static const char *after(const char *word, const char *key) {
+    size_t size = strlen(key);
+    return strncmp(word, key, size) == 0 ? word + size : NULL;
+}
+
+static void act(const char *word) {
+    const char *value;
+    if ((value = after(word, "isolation="))) opening.isolation = strcmp(value, "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
+    else if ((value = after(word, "bundle="))) opening.bundle = value;
+    else if ((value = after(word, "device="))) opening.device = value;
+    else if ((value = after(word, "memory="))) opening.memory_cap = strtoull(value, NULL, 10);
+    else if ((value = after(word, "size="))) drawing.device_buffer_size = strtoull(value, NULL, 10);
+    else if ((value = after(word, "out="))) out = value;
+    else if ((value = after(word, "buffer="))) {
+        drawing.device_buffer_size = strtoull(value, NULL, 10);
+        drawing.device_buffer = fake.allocate ? fake.allocate((size_t)drawing.device_buffer_size) : &fake;
+    } else if (strcmp(word, "stream") == 0) opening.stream = fake.stream ? fake.stream() : &fake;
+    else if (strcmp(word, "open") == 0) told("open", sdr_runtime_open(&opening, &runtime));
+    else if (strcmp(word, "draw") == 0) draw();
+    else if (strcmp(word, "close") == 0) told("close", sdr_runtime_close(runtime)), sdr_runtime_free(runtime);
+    else if (strcmp(word, "tell") == 0) fflush(stdout), fake.tell();
+    else if (strcmp(word, "leave") == 0) fake.leave();
+    else abort();
+}
+
+int main(int argc, char **argv) {
+    int k;
+    sdr_open_params_init(&opening, sizeof opening);
+    sdr_job_params_init(&drawing, sizeof drawing);
+    drawing.prompt = "a cat";
+    drawing.steps = 3;
+    drawing.seed = 3;
+    drawing.width = 128;
+    drawing.height = 64;
+    for (k = 1; k < argc; ++k) act(argv[k]);
+    return 0;
+}
