@@ -5,6 +5,7 @@
 
 #include <cxxabi.h>
 
+#include "find_python.hpp"
 #include "in_process.hpp"
 #include "params.hpp"
 #include "python_api.hpp"
@@ -237,8 +238,9 @@ void Runtime::take_event(Message &&message) {
         if (phase_ == Phase::STARTING) phase_ = Phase::OPEN;
         changed_.notify_all();
     } else if (name == "refused") {
+        const int32_t reason = reason_of(event);
         const std::lock_guard lock(mutex_);
-        refused_.emplace(small(event["code"]), reason_of(event), event["message"].string());
+        refused_.emplace(small(event["code"]), reason, event["message"].string() + (reason == SDR_REASON_NO_RUNTIME ? NAME_A_PYTHON : ""));
         phase_ = Phase::ENDED;
         changed_.notify_all();
     } else if (name == "closed") {
