@@ -1,9 +1,14 @@
 /* A host with a GPU, which is the strict fake of the tests: the interpreter of the library puts its functions into `fake`.
  *
- * device WORD...: settings (KEY=VALUE, kept until they are set anew) and what to do with them, in order:
- * isolation=process, bundle=, device=, memory=; stream (make one, to be used from now on), buffer=BYTES (of the GPU, likewise) and
- * size=BYTES (what is said of it), some address where there is no fake, as with a worker; out=FILE (rows of the pictures; FILE.device: what is in the buffer); open, draw, close; tell (of
- * the fake, a line of JSON); leave (free what this host has on the GPU). */
+ * device WORD...: settings, kept until they are set anew, and what to do with them, in order.
+ *   isolation=process  bundle=  device=  memory=
+ *   stream            make one on the GPU and open with it; stream=NUMBER: with this
+ *   buffer=BYTES      allocate them on the GPU and draw to them too; size=BYTES: say that they are so many. (Where there is no fake,
+ *                     since the engines are in a worker, stream and buffer are some address.)
+ *   out=FILE          for the rows of pictures; FILE.device is what the buffer has
+ *   open  draw  close
+ *   tell              of the fake, a line of JSON
+ *   leave             free what this host has on the GPU */
 #include "sdruntime/sdruntime.h"
 
 #include <stdio.h>
@@ -70,6 +75,7 @@ static void act(const char *word) {
     else if ((value = after(word, "bundle="))) opening.bundle = value;
     else if ((value = after(word, "device="))) opening.device = value;
     else if ((value = after(word, "memory="))) opening.memory_cap = strtoull(value, NULL, 10);
+    else if ((value = after(word, "stream="))) opening.stream = (void *)(uintptr_t)strtoull(value, NULL, 10);
     else if ((value = after(word, "size="))) drawing.device_buffer_size = strtoull(value, NULL, 10);
     else if ((value = after(word, "out="))) out = value;
     else if ((value = after(word, "buffer="))) {

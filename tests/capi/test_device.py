@@ -110,6 +110,15 @@ def test_without_a_stream_of_the_caller_s_there_is_one_of_the_library_s(drive: D
     assert (left["left"], left["retained"]) == ([], [0])
 
 
+def test_the_default_streams_are_refused(drive: Drive) -> None:
+    said = drive("stream=1", "open", "stream=2", "open", "tell")
+    for number, found in enumerate(said["open"][1:], start=1):
+        assert found[0] == 2
+        assert found[2].startswith(f"stream {number} is a default stream")
+    [told] = said.told
+    assert (told["left"], told["retained"]) == ([], [0])
+
+
 def test_a_device_buffer_that_is_too_small_is_refused_with_both_sizes(drive: Drive) -> None:
     said = drive("open", f"buffer={BYTES}", f"size={BYTES - 1}", "draw", "size=0", "draw", f"size={BYTES}", "draw", "close")
     short, none, enough = said["job"]
