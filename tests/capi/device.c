@@ -7,6 +7,7 @@
  *                     since the engines are in a worker, stream and buffer are some address.)
  *   out=FILE          for the rows of pictures; FILE.device is what the buffer has
  *   open  draw  close
+ *   start  cancel  end   a long job: until its first step is done; as it says; how it ended
  *   tell              of the fake, a line of JSON
  *   leave             free what this host has on the GPU */
 #include "sdruntime/sdruntime.h"
@@ -26,6 +27,7 @@ struct {
 static sdr_open_params opening;
 static sdr_job_params drawing;
 static sdr_runtime *runtime;
+static sdr_job *started;
 static const char *out = "";
 
 static int told(const char *what, sdr_status *status) {
@@ -64,6 +66,19 @@ static void draw(void) {
     sdr_job_free(job);
 }
 
+static void start(void) {
+    sdr_job_params params = drawing;
+    int32_t step = 0;
+    params.steps = 999;
+    if (told("submit", sdr_job_submit(runtime, &params, &started))) return;
+    while (step < 1) sdr_job_poll(started, NULL, &step, NULL);
+}
+
+static void end(void) {
+    told("job", sdr_job_wait(started, 60000));
+    sdr_job_free(started);
+}
+
 static const char *after(const char *word, const char *key) {
     size_t size = strlen(key);
     return strncmp(word, key, size) == 0 ? word + size : NULL;
@@ -84,6 +99,9 @@ static void act(const char *word) {
     } else if (strcmp(word, "stream") == 0) opening.stream = fake.stream ? fake.stream() : &fake;
     else if (strcmp(word, "open") == 0) told("open", sdr_runtime_open(&opening, &runtime));
     else if (strcmp(word, "draw") == 0) draw();
+    else if (strcmp(word, "start") == 0) start();
+    else if (strcmp(word, "cancel") == 0) told("cancel", sdr_job_cancel(started));
+    else if (strcmp(word, "end") == 0) end();
     else if (strcmp(word, "close") == 0) told("close", sdr_runtime_close(runtime)), sdr_runtime_free(runtime);
     else if (strcmp(word, "tell") == 0) fflush(stdout), fake.tell();
     else if (strcmp(word, "leave") == 0) fake.leave();

@@ -76,6 +76,7 @@ class Host:
             "retained": here.driver.retained,
             "devices": sorted({each.device for each in gpus.memory.live() if each.device is not None}),
             "streams": sorted(worked_on),
+            "queued": len(gpus.queued()),
             "counts": gpus.counts,
         }
         os.write(1, f"tell {json.dumps(document)}\n".encode())
