@@ -362,6 +362,7 @@ void Runtime::log(int32_t level, const std::string &message) {
     if (!log_ || level < log_level_) return;
     try {
         const std::lock_guard one(logging_);
+        if (hushed_) return;
         const InCallback inside;
         log_(log_user_, level, message.c_str());
     } catch (abi::__forced_unwind &) {

@@ -131,7 +131,8 @@ enum {
 enum { SDR_LOG_DEBUG = 10, SDR_LOG_INFO = 20, SDR_LOG_WARNING = 30, SDR_LOG_ERROR = 40 };
 
 /* Called for each line of the log of one runtime, on a thread of the library, never two at a time for one runtime. `message` is
- * valid during the call. Not called after sdr_runtime_close or sdr_runtime_free returned. It must not call functions that wait
+ * valid during the call. Not called after sdr_runtime_close or sdr_runtime_free returned; but where that was inside a callback, a
+ * call that was under way on another thread may still be. It must not call functions that wait
  * (sdr_job_wait, sdr_runtime_open, sdr_runtime_close): they give it a status (SDR_REASON_REENTERED). An exception that it throws
  * is dropped. */
 typedef void (*sdr_log_callback)(void *user, int32_t level, const char *message);
