@@ -28,6 +28,7 @@ from sdruntime.errors import DeviceMissing, OutOfSpace, SdruntimeError, SettingE
 DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _NON_BLOCKING, _NO_TIMING = 1, 2  # CU_STREAM_NON_BLOCKING, CU_EVENT_DISABLE_TIMING
+_DEFAULT_STREAMS = (0, 1, 2)  # none, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _OUT_OF_MEMORY, _NOT_READY = 2, 600
 ALIGNMENT = 256  # bytes: what TensorRT asks of every address
@@ -255,8 +256,8 @@ class Stream:
     """An order of work on the device. `handle` may be a caller's own (`owned` false), which is not destroyed here."""
 
     def __init__(self, cuda: Cuda, handle: int, *, owned: bool) -> None:
-        if handle in (0, 1):  # CU_STREAM_LEGACY and its alias
-            raise CudaError("the legacy default stream makes all streams wait for each other: make a stream of its own")
+        if handle in _DEFAULT_STREAMS:
+            raise SettingError(f"stream {handle} is a default stream, which other streams or threads have a part in: make one")
         self.cuda, self.handle, self._owned = cuda, handle, owned
 
     def upload(self, target: int, source: Pinned, size: int) -> None:

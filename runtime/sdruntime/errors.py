@@ -5,7 +5,9 @@ SdruntimeError                 1   something failed
 ├── QueueFull                  1   too many pictures wait already
 ├── VerificationFailed         4   numbers are not those that the bundle promises; carries every fault
 ├── SettingError               2   a value that the caller gave: size, steps, sampler, prompt, scheduler setting
-│   └── UnknownName            2   a name that is not in a list; carries the near ones
+│   ├── UnknownName            2   a name that is not in a list; carries the near ones
+│   ├── Unsupported            2   not with these engines, or not from another process
+│   └── BufferTooSmall         2   the picture has more bytes than the caller's memory
 ├── EnvironmentFault           3   this machine lacks something
 │   ├── LibraryMissing         3   an engine library is not installed
 │   ├── DeviceMissing          3   no such GPU
@@ -71,6 +73,14 @@ class UnknownName(SettingError):
         self.near = tuple(by_folded[other] for other in found)
         hint = f"did you mean {', '.join(self.near)}?" if self.near else f"known: {', '.join(known)}"
         super().__init__(f"unknown {what} {name!r}: {hint}")
+
+
+class Unsupported(SettingError):
+    """What is asked for cannot be had from these engines, or from another process."""
+
+
+class BufferTooSmall(SettingError):
+    """The picture has more bytes than the memory that the caller gave for it."""
 
 
 class EnvironmentFault(SdruntimeError):

@@ -10,12 +10,12 @@ A message is a JSON object in UTF-8, with a blob of bytes where that is said. Fr
 To the host, each job's events in order and ended by one "done" or "failed":
 
     {"event": "ready", "describe": {...}}                       `describe.pipeline_document`
-    {"event": "refused", "code": N, "message": TEXT}
+    {"event": "refused", "code": N, "message": TEXT}            and "reason", where a host may want to act on it: `REASONS`
     {"event": "started", "job", "steps"}
     {"event": "progress", "job", "step", "steps", "preview": [C, h, w]}     blob: float32 latents; both only with "preview": true
     {"event": "done", "job", "width", "height", "seed", "sampler", "timings", "warnings", "rgb": BYTES, "png": BYTES}
                                                                 blob: RGB8 rows, then the PNG's bytes where it was asked for
-    {"event": "failed", "job", "code", "message"}               and "reason": "queue_full" or "closed", where that is why
+    {"event": "failed", "job", "code", "message"}               and "reason", the same or "closed"
     {"event": "log", "level": "warning" or "error", "message"}
     {"event": "closed"}
 
@@ -47,7 +47,7 @@ from sdruntime.channel import Channel
 from sdruntime.cuda import device_index
 from sdruntime.describe import pipeline_document
 from sdruntime.engine import CPU, Array, EngineOptions
-from sdruntime.errors import QueueFull, SdruntimeError, SettingError
+from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported
 from sdruntime.image import png_from_image
 from sdruntime.message import Cancel, Open, Submit, message_from_json
 from sdruntime.pipeline import Pipeline
@@ -55,6 +55,12 @@ from sdruntime.record import json_from_text
 from sdruntime.request import Request
 
 CANCELLED = 130
+REASONS: dict[type[BaseException], str] = {
+    QueueFull: "queue_full",
+    Unsupported: "unsupported",
+    BufferTooSmall: "buffer_too_small",
+    MemoryError: "out_of_memory",
+}  # keep equal to runtime/capi/src/runtime.cpp
 _RECORDING = threading.Lock()  # warnings are recorded for the whole process
 
 
@@ -97,7 +103,7 @@ class Service:
             if self._batcher is not None or self._closing:
                 raise SettingError("open: this service has opened a bundle already: one service, one bundle")
         if self._apart and options.stream:
-            raise SettingError("stream: a process of its own cannot reach the caller's CUDA stream: open the bundle in process")
+            raise Unsupported("stream: a process of its own cannot reach the caller's CUDA stream: open the bundle in process")
         engine_options = EngineOptions(
             device=device_index(options.device),
             threads=options.threads,
@@ -112,7 +118,7 @@ class Service:
             pipe = Pipeline.open(asked.bundle, backend=options.backend, options=engine_options)
             strangers = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].loop}
             if options.stream and strangers:
-                raise SettingError(
+                raise Unsupported(
                     f"stream: engines of {', '.join(sorted(strangers))} do not work on a CUDA stream of the caller's: build them "
                     "with --backend tensorrt"
                 )
@@ -218,11 +224,12 @@ class Service:
 
     def _fault(self, error: BaseException) -> dict[str, Any]:
         """Code and message, as the command line would end; the traceback of what nobody expected goes to the log."""
-        reason = {"reason": "queue_full"} if isinstance(error, QueueFull) else {"reason": "closed"} if self._closing else {}
+        known = next((reason for kind, reason in REASONS.items() if isinstance(error, kind)), "closed" if self._closing else "")
+        reason = {"reason": known} if known else {}
         if isinstance(error, CancelledError):
             return {"code": CANCELLED, "message": "cancelled", **reason}
         if isinstance(error, MemoryError):
-            return {"code": 3, "message": "out of memory: ask for a smaller size, or let fewer pictures run at a time"}
+            return {"code": 3, "message": "out of memory: ask for a smaller size, or let fewer pictures run at a time", **reason}
         if isinstance(error, SdruntimeError):
             return {"code": error.exit_code, "message": str(error), **reason}
         self._log("error", _traceback(error))
@@ -266,13 +273,13 @@ def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: boo
         return
     where = f"device_buffer of job {asked.job}"
     if apart:
-        raise SettingError(f"{where}: a process of its own cannot reach the caller's device memory: open the bundle in process")
+        raise Unsupported(f"{where}: a process of its own cannot reach the caller's device memory: open the bundle in process")
     if all(spec.target == CPU for spec in pipe.engines.chosen):
-        raise SettingError(f"{where}: the engines run on the CPU: leave it out and take the bytes of the picture")
+        raise Unsupported(f"{where}: the engines run on the CPU: leave it out and take the bytes of the picture")
     _, height, width = pipe.latent_shape(request)
     needed, given = 3 * height * width * pipe.model.vae_factor**2, asked.device_buffer_size or 0
     if asked.device_buffer < 1 or given < needed:
-        raise SettingError(f"{where}: {given:,} bytes at {asked.device_buffer:#x}, but the picture has {needed:,}")
+        raise BufferTooSmall(f"{where}: {given:,} bytes at {asked.device_buffer:#x}, but the picture has {needed:,}")
 
 
 def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:

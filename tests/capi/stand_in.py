@@ -177,6 +177,7 @@ def main() -> None:
                 if message["job"] in jobs:
                     jobs[message["job"]].cancelled = True
             elif message["op"] == "close":
+                link.send({"event": "log", "level": "info", "message": "closing"})
                 for job in jobs.values():
                     link.send({"event": "failed", "job": job.id, "code": 130, "message": "closed"})
                 link.send({"event": "closed"})

@@ -144,6 +144,7 @@ def test_without_the_runtime_the_folders_searched_are_told(host: Path, bundle: P
     assert status(printed, "open") == (3, NO_RUNTIME)
     assert "No module named 'numpy'" in printed
     assert str(bare / "lib") in printed
+    assert "as sdr_open_params.python or SDRUNTIME_PYTHON" in printed
 
 
 def test_another_python_than_the_one_that_runs_is_refused(host: Path, library: Library, bundle: Path, tmp_path: Path) -> None:

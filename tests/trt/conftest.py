@@ -75,18 +75,22 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def small_folder(surfaces: dict[str, Surface], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle made by hand, with engines of NEWEST for 64x64 to 192x192 and 1 to 8 rows. Tests never write to it."""
-    place = tmp_path_factory.mktemp("small")
-    small_bundle(place / "bare")
-    asked = {"size": "64x64:64x64:192x192", "batch": "1:1:4", "guidance": "any"}
-    with pytest.MonkeyPatch.context() as patch, machine_(surfaces[NEWEST]) as here:
-        patch.setenv("SDRUNTIME_CACHE", str(place / "cache"))
-        return with_engines(place / "bare", place / "bundle", here, components=DRAWN, **asked)
+    return small_with_engines(tmp_path_factory.mktemp("small"), surfaces[NEWEST])
 
 
 @pytest.fixture
 def here(machine: Callable[..., Machine], surfaces: dict[str, Surface]) -> Machine:
     """A machine with NEWEST."""
     return machine(surfaces[NEWEST])
+
+
+def small_with_engines(place: Path, surface: Surface) -> Path:
+    """The bundle made by hand, built under `place`."""
+    small_bundle(place / "bare")
+    asked = {"size": "64x64:64x64:192x192", "batch": "1:1:4", "guidance": "any"}
+    with pytest.MonkeyPatch.context() as patch, machine_(surface) as here:
+        patch.setenv("SDRUNTIME_CACHE", str(place / "cache"))
+        return with_engines(place / "bare", place / "bundle", here, components=DRAWN, **asked)
 
 
 def with_engines(bundle: Path, place: Path, machine: Machine, **asked: object) -> Path:

@@ -160,10 +160,12 @@ void sdr_runtime_free(sdr_runtime *runtime) {
     sdr_status *status = guarded([&] {
         auto last = freed(&Process::runtimes, runtime, "sdr_runtime_free");
         if (!last) return;
-        if (InCallback::here())
+        if (InCallback::here()) {
+            last->hush();
             quiet_thread([last = std::move(last)] { last->close(); }).detach();
-        else
+        } else {
             last->close();
+        }
     });
     sdr_status_free(status);
 }

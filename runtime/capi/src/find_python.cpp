@@ -128,8 +128,7 @@ fs::path beside_this_library() {
 Failure Search::failure(const std::string &what) const {
     std::string text = what + "; searched:";
     for (const std::string &line : lines_) text += "\n  - " + line;
-    text += "\ngive the folder of a virtual environment with sdruntime in it, as sdr_open_params.python or SDRUNTIME_PYTHON";
-    return Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON, text);
+    return Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON, text + NAME_A_PYTHON);
 }
 
 Python given_python(const std::string &given, Search &search) {

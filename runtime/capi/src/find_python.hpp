@@ -17,6 +17,8 @@ struct Python {
     bool empty() const { return interpreter.empty() && libraries.empty(); }
 };
 
+constexpr const char *NAME_A_PYTHON = "\ngive the folder of a virtual environment with sdruntime in it, as sdr_open_params.python or SDRUNTIME_PYTHON";
+
 // What was looked at, and what was found there, for the status.
 class Search {
 public:

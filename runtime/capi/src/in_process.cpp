@@ -4,6 +4,7 @@
 #include <mutex>
 #include <thread>
 
+#include "find_python.hpp"
 #include "handles.hpp"
 #include "outbox.hpp"
 #include "python_api.hpp"
@@ -169,7 +170,7 @@ private:
         api_.Py_IncRef(told.get());
         const Ref pair(api_, call(api_, api_.PyDict_GetItemString(names.get(), "start"), told.get(), site.release()));
         PyObject *handle = api_.PyTuple_GetItem(pair.get(), 0);
-        if (handle == api_.none) throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_RUNTIME, "no sdruntime for the interpreter: " + text(api_.PyTuple_GetItem(pair.get(), 1)));
+        if (handle == api_.none) throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_RUNTIME, "no sdruntime for the interpreter: " + text(api_.PyTuple_GetItem(pair.get(), 1)) + NAME_A_PYTHON);
         api_.Py_IncRef(handle);
         return handle;
     }

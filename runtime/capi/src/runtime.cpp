@@ -5,6 +5,7 @@
 
 #include <cxxabi.h>
 
+#include "find_python.hpp"
 #include "in_process.hpp"
 #include "params.hpp"
 #include "python_api.hpp"
@@ -46,6 +47,18 @@ int32_t small(const Json &number) {
     const int64_t value = number.integer();
     if (value < 0 || value > INT32_MAX) throw JsonError("a number out of range: " + std::to_string(value));
     return static_cast<int32_t>(value);
+}
+
+// Of a "refused" or "failed"; keep equal to REASONS of sdruntime/service.py. Another name is of a newer service: no reason.
+int32_t reason_of(const Json &event) {
+    static const std::pair<const char *, int32_t> names[] = {{"no_runtime", SDR_REASON_NO_RUNTIME},
+                                                             {"queue_full", SDR_REASON_QUEUE_FULL},
+                                                             {"unsupported", SDR_REASON_UNSUPPORTED},
+                                                             {"buffer_too_small", SDR_REASON_BUFFER_TOO_SMALL},
+                                                             {"out_of_memory", SDR_REASON_OUT_OF_MEMORY}};
+    for (const auto &[name, number] : names)
+        if (event["reason"].is_string() && event["reason"].string() == name) return number;
+    return SDR_REASON_NONE;
 }
 
 double seconds(const Json &timings, const char *name) { return timings[name].is_null() ? 0 : timings[name].number(); }
@@ -225,9 +238,9 @@ void Runtime::take_event(Message &&message) {
         if (phase_ == Phase::STARTING) phase_ = Phase::OPEN;
         changed_.notify_all();
     } else if (name == "refused") {
-        const bool missing = event["reason"].is_string() && event["reason"].string() == "no_runtime";
+        const int32_t reason = reason_of(event);
         const std::lock_guard lock(mutex_);
-        refused_.emplace(small(event["code"]), missing ? SDR_REASON_NO_RUNTIME : SDR_REASON_NONE, event["message"].string());
+        refused_.emplace(small(event["code"]), reason, event["message"].string() + (reason == SDR_REASON_NO_RUNTIME ? NAME_A_PYTHON : ""));
         phase_ = Phase::ENDED;
         changed_.notify_all();
     } else if (name == "closed") {
@@ -341,8 +354,7 @@ void Runtime::failed(const Json &event) {
     const int32_t code = small(event["code"]);
     const std::string &message = event["message"].string();
     if (!code) throw JsonError("a failure of code 0");
-    const bool full = event["reason"].is_string() && event["reason"].string() == "queue_full";
-    const int32_t reason = full ? SDR_REASON_QUEUE_FULL : code == SDR_CANCELLED ? SDR_REASON_CANCELLED : SDR_REASON_NONE;
+    const int32_t reason = code == SDR_CANCELLED ? SDR_REASON_CANCELLED : reason_of(event);
     if (const auto job = last_of(event)) job->failed(closes() ? ended_by_closing() : Failure(code, reason, message));
 }
 
@@ -350,6 +362,7 @@ void Runtime::log(int32_t level, const std::string &message) {
     if (!log_ || level < log_level_) return;
     try {
         const std::lock_guard one(logging_);
+        if (hushed_) return;
         const InCallback inside;
         log_(log_user_, level, message.c_str());
     } catch (abi::__forced_unwind &) {

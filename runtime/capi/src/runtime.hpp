@@ -2,6 +2,7 @@
 // the service.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <list>
 #include <memory>
@@ -29,6 +30,8 @@ public:
     uint64_t submit(const sdr_job_params &params);
     void cancel(Job &job);
     void close();
+    // No line of the log begins any more.
+    void hush() { hushed_ = true; }
 
     bool on_event(Message &&message) noexcept override;
     void on_end(const std::string &why) noexcept override;
@@ -56,6 +59,7 @@ private:
     void *const log_user_;
     const int32_t log_level_;
 
+    std::atomic<bool> hushed_{false};
     std::mutex logging_;   // one line at a time
     std::mutex starting_;  // one thread starts or stops the service; taken before mutex_
     std::mutex mutex_;

@@ -15,7 +15,7 @@ def start(emit, folder):
         from sdruntime.service import Service
     except BaseException as error:
         places = "".join(f"\n  - {place}" for place in sys.path)
-        return None, f"Python {sys.version.split()[0]}: {type(error).__name__}: {error}; searched:{places}"
+        return None, f"Python {sys.version.split()[0]} ({sys.prefix}): {type(error).__name__}: {error}; searched:{places}"
     def tell(message, blob=None):
         emit(message, b"" if blob is None else bytes(blob))
     return Service(tell).handle, ""

@@ -244,6 +244,42 @@ static void log_lines(void) {
     CHECK(lines.count == before);
 }
 
+struct leaving {
+    sdr_runtime *runtime;
+    struct lines *lines;
+    int before;
+};
+
+static int32_t free_the_runtime(void *user, sdr_job *job, const sdr_progress *progress) {
+    struct leaving *leaving = user;
+    (void)job;
+    if (progress->step > 1) return 0;
+    sdr_runtime_free(leaving->runtime);
+    pthread_mutex_lock(&leaving->lines->mutex);
+    leaving->before = leaving->lines->count;
+    pthread_mutex_unlock(&leaving->lines->mutex);
+    return 0;
+}
+
+static void a_callback_frees_the_runtime(void) {
+    sdr_open_params open = open_params();
+    sdr_job_params params = job_params();
+    struct lines lines = {PTHREAD_MUTEX_INITIALIZER, 0, 0, 0};
+    struct leaving leaving = {NULL, &lines, -1};
+    sdr_job *job;
+    open.log = count_line;
+    open.log_user = &lines;
+    open.log_level = SDR_LOG_DEBUG;
+    WORKS(sdr_runtime_open(&open, &leaving.runtime));
+    params.progress = free_the_runtime;
+    params.progress_user = &leaving;
+    params.steps = 500;
+    job = submit(leaving.runtime, &params);
+    FAILS(sdr_job_wait(job, -1), SDR_CANCELLED, SDR_REASON_CLOSED);
+    CHECK(lines.count == leaving.before);
+    sdr_job_free(job);
+}
+
 void callbacks_tests(void) {
     RUN(progress);
     RUN(the_callback_cancels);
@@ -252,4 +288,5 @@ void callbacks_tests(void) {
     RUN(calls_from_a_callback);
     RUN(a_callback_frees_its_job);
     RUN(log_lines);
+    RUN(a_callback_frees_the_runtime);
 }

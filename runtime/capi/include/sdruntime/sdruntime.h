@@ -91,7 +91,7 @@ enum {
     SDR_REASON_BAD_ARGUMENT = 2,     /* SDR_USAGE: NULL where a value belongs, out of range, options that are no JSON */
     SDR_REASON_BAD_STRUCT = 3,       /* SDR_USAGE: struct_size is 0, or too small, or what is set is newer than this library */
     SDR_REASON_BAD_TEXT = 4,         /* SDR_USAGE: not UTF-8 */
-    SDR_REASON_UNSUPPORTED = 5,      /* SDR_USAGE: not with this isolation, or not by this library */
+    SDR_REASON_UNSUPPORTED = 5,      /* SDR_USAGE: not with this isolation, these engines, or this library */
     SDR_REASON_REENTERED = 6,        /* SDR_USAGE: a call that waits, from inside a callback */
     SDR_REASON_CLOSED = 7,           /* SDR_USAGE: the runtime was closed */
     SDR_REASON_NOT_FINISHED = 8,     /* SDR_USAGE: the job has no picture yet */
@@ -131,7 +131,8 @@ enum {
 enum { SDR_LOG_DEBUG = 10, SDR_LOG_INFO = 20, SDR_LOG_WARNING = 30, SDR_LOG_ERROR = 40 };
 
 /* Called for each line of the log of one runtime, on a thread of the library, never two at a time for one runtime. `message` is
- * valid during the call. Not called after sdr_runtime_close or sdr_runtime_free returned. It must not call functions that wait
+ * valid during the call. Not called after sdr_runtime_close or sdr_runtime_free returned; but where that was inside a callback, a
+ * call that was under way on another thread may still be. It must not call functions that wait
  * (sdr_job_wait, sdr_runtime_open, sdr_runtime_close): they give it a status (SDR_REASON_REENTERED). An exception that it throws
  * is dropped. */
 typedef void (*sdr_log_callback)(void *user, int32_t level, const char *message);
@@ -241,8 +242,9 @@ typedef struct sdr_job_params {
     int32_t preview;                /* true: `progress` gets preview latents; a copy a step */
     int32_t reserved;               /* 0 */
     void *device_buffer;            /* device memory of the caller's on the engines' GPU, for the picture as RGB8 rows without gaps;
-                                       in process only, and read no sooner than sdr_job_wait told of the end. NULL: none */
-    uint64_t device_buffer_size;    /* its bytes, 3 * width * height at least */
+                                       in process only (SDR_REASON_UNSUPPORTED), and read no sooner than sdr_job_wait told of the
+                                       end. NULL: none */
+    uint64_t device_buffer_size;    /* its bytes, 3 * width * height at least, or sdr_job_wait gives SDR_REASON_BUFFER_TOO_SMALL */
 } sdr_job_params;
 
 /* Set every field to its default. `struct_size`: sizeof(sdr_job_params). NULL: nothing. */
@@ -271,7 +273,8 @@ SDR_API sdr_status *sdr_job_wait(sdr_job *job, int64_t timeout_ms);
 SDR_API sdr_status *sdr_job_cancel(sdr_job *job);
 
 /* Free a job and its picture. One that has not ended is cancelled. Waits for a progress callback of this job that runs on another
- * thread (but not from inside a callback); after it returned, none is called. Views of the picture (sdr_job_rgb, sdr_job_png, texts of sdr_result) end here. */
+ * thread (but not from inside a callback); after it returned, none is called. Views of the picture (sdr_job_rgb, sdr_job_png, texts
+ * of sdr_result) end here. */
 SDR_API void sdr_job_free(sdr_job *job);
 
 /* ---- results ----------------------------------------------------------------------------------------------------------------- */

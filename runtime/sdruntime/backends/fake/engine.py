@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -12,13 +13,15 @@ from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds, shape_of
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
+KEPT_CALLS = 1000
+
 
 class FakeEngine:
-    """Remembers its calls; the outputs are views of one array for each shape, and read-only."""
+    """Remembers its newest calls; the outputs are views of one array for each shape, and read-only."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, *, fill: float, factor: int) -> None:
         self.spec, self.component = spec, component
-        self.calls: list[dict[str, int]] = []
+        self.calls: deque[dict[str, int]] = deque(maxlen=KEPT_CALLS)
         self._fill, self._factor = fill, factor
         self._made: dict[tuple[int, ...], dict[str, Array]] = {}
 
