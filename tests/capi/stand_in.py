@@ -22,6 +22,7 @@ from pathlib import Path
 HEADER = struct.Struct("<IIQ")
 SHARED = 1
 CHANNELS, FACTOR, SIDE = 4, 8, 64
+CHOKES = 1 << 20  # a message of more bytes is left unread: it ends in the middle
 
 
 class Link:
@@ -47,6 +48,8 @@ class Link:
         if not first:
             sys.exit(0)
         size, flags, blob = HEADER.unpack(first + self.read(HEADER.size - len(first)))
+        if size > CHOKES:
+            os._exit(8)
         message = json.loads(self.read(size))
         if not flags & SHARED:
             return message, self.read(blob)
@@ -145,6 +148,14 @@ def advance(link: Link, job: Job) -> bool:
     return True
 
 
+def is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
 def opened(link: Link, message: dict) -> None:
     if not (Path(message["bundle"]) / "manifest.json").exists():
         link.send({"event": "refused", "code": 5, "message": f"{message['bundle']}: no manifest.json"})
@@ -156,6 +167,9 @@ def opened(link: Link, message: dict) -> None:
         "sizes": [SIDE, SIDE],
         "samplers": ["ddim", "euler"],
         "process": os.getpid(),
+        "descriptors": [number for number in range(256) if is_open(number)],
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "children": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
     }
     link.send({"event": "ready", "describe": describe | {"options": message["options"]}})
 

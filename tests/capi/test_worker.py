@@ -83,10 +83,3 @@ def test_a_large_picture_comes_as_a_memory_file(host: Path, empty_bundle: Path, 
     rows = (tmp_path / "rows").read_bytes()
     mark = [rows[k] ^ k for k in range(4)]
     assert rows == bytes(mark[k % 4] ^ k & 255 for k in range(3 * 512)) * 512
-
-
-@pytest.mark.parametrize("odd", ["ignore=1", "bare=1"])
-def test_hosts_that_ignore_their_children_or_have_no_stdin(host: Path, bundle: Path, odd: str) -> None:
-    printed = run(host, "isolation=process", f"bundle={bundle}", "jobs=2", "rounds=2", odd)
-    assert statuses(printed, "job") == [(0, 0)] * 4
-    assert "children 0" in printed

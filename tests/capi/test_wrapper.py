@@ -13,7 +13,10 @@ STANDARDS = {"c++17": 201703, "c++20": 202002, "c++23": 202100}  # the least tha
 
 
 def wrapper(library: Library, standard: str) -> Path:
-    if subprocess.run([compiler("c++"), f"-std={standard}", "-E", "-x", "c++", "/dev/null"], capture_output=True, check=False).returncode:
+    known = subprocess.run(
+        [compiler("c++"), f"-std={standard}", "-E", "-x", "c++", "/dev/null"], capture_output=True, check=False
+    )
+    if known.returncode:
         pytest.skip(f"this compiler knows no {standard}")
     unit = library.folder / "wrapper_unit.o"
     if not unit.exists():
