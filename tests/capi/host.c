@@ -208,6 +208,7 @@ int main(int argc, char **argv) {
     if (value("cycles", NULL)) failed |= cycles(isolation, atoi(value("cycles", "")));
     runtime = opened(isolation);
     if (!runtime) return 1;
+    if (value("bare", NULL)) printf("taken %d\n", (fcntl(0, F_GETFD) >= 0) + (fcntl(1, F_GETFD) >= 0) + (fcntl(2, F_GETFD) >= 0));
     if (value("away", NULL) && chdir(value("away", NULL))) return 1;
     if (value("fork", NULL)) failed |= in_child(runtime, isolation);
     for (round = 0; round < atoi(value("rounds", "1")); ++round) failed |= draw(runtime, round);

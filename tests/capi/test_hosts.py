@@ -44,6 +44,13 @@ def test_a_worker_begins_as_any_process(host: Path, empty_bundle: Path, odd: str
     assert (worker["descriptors"], worker["blocked"], worker["children"]) == ([0, 1, 2, 3], [], True)
 
 
+def test_the_three_usual_descriptors_are_left_to_the_host(host: Path, empty_bundle: Path) -> None:
+    """One that becomes a daemon later puts files of its own there."""
+    printed = run(host, "isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "bare=1")
+    assert "taken 0\n" in printed
+    assert statuses(printed, "job") == [(0, 0)]
+
+
 def test_a_worker_that_dies_in_the_middle_of_a_message(host: Path, empty_bundle: Path) -> None:
     """The host has the usual SIGPIPE, which ends a process that writes to one that is gone."""
     words = ("isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "jobs=2", "rounds=2", f"long={8 << 20}")

@@ -15,7 +15,7 @@
 // and assigned to, and any other use throws Error (SDR_REASON_BAD_HANDLE). A Job may outlive its Runtime.
 // Threads: as in sdruntime.h for the handles; moving or destroying an object while another thread uses that very object is the
 // caller's to prevent, as with any other. The text of sdruntime.h holds for all that is not said here.
-// It needs exceptions and no RTTI (-fno-rtti). Files compiled as C++17 and as C++20 may be linked together.
+// It needs exceptions, and no RTTI. Files compiled as C++17 and as C++20 may be linked together.
 #ifndef SDRUNTIME_HPP
 #define SDRUNTIME_HPP
 
