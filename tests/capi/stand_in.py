@@ -3,7 +3,7 @@
 
 It stands in for the interpreter, and takes the last argument for its descriptor. Jobs take turns, a step each. A prompt may ask
 for trouble: "kill", "segv", "exit", "nonsense", "huge" (a header that promises too much), "short" (a picture of the wrong size),
-"unsealed" (a memory file that could be cut short).
+"unsealed" (a memory file that could be cut short), "inline" (none for a large picture).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Link:
         with os.fdopen(files[0], "rb") as file:
             return message, file.read()
 
-    def send(self, message: dict, blob: bytes = b"", *, seal: bool = True) -> None:
+    def send(self, message: dict, blob: bytes = b"", *, seal: bool = True, inline: bool = False) -> None:
         body = json.dumps(message).encode()
-        if len(blob) < 1 << 16:
+        if inline or len(blob) < 1 << 16:
             self.socket.sendall(HEADER.pack(len(body), 0, len(blob)) + body + blob)
             return
         file = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -134,7 +134,7 @@ def advance(link: Link, job: Job) -> bool:
         told |= {"sampler": job.request.get("sampler", "ddim"), "warnings": [], "rgb": len(rows), "png": len(picture)}
         told["timings"] = {"queued": 0.0, "encode": 0.25, "denoise": 0.5, "decode": 0.125, "total": 1.0}
         blob = rows + picture
-        link.send(told, blob[:-1] if prompt == "short" else blob, seal=prompt != "unsealed")
+        link.send(told, blob[:-1] if prompt == "short" else blob, seal=prompt != "unsealed", inline=prompt == "inline")
         return False
     job.step += 1
     if job.step == 2:

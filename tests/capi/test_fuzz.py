@@ -74,27 +74,16 @@ SEEDS = [
 TOKENS = (
     "null true false NaN Infinity -Infinity -0 -0.0 01 +1 1. .5 1e 1e+ 1e5 1E-5 1e308 1e309 -1e400 1e-400 -1e-400 4.9e-324 0.1e1"
     " 18446744073709551615 18446744073709551616 -9223372036854775808 -9223372036854775809 123456789012345678901234567890 - //"
-    r' "" "\u0000" "\ud800" "\udc00" "\ud83d\ude00" "\uD83D\u0041" "\u12" "\x" "\/" "\b\f"'
+    r' "" "\u0000" "\ud800" "\udc00" "\ud83d\ude00" "\uD83D\u0041" "\ud83d\ue000" "\u12" "\x" "\/" "\b\f"'
     ' {} [] {"a":1,"a":2} [1,] {"a"} {"a":} {,} [,]'
 ).split()
 PIECES = [
     *(token.encode() for token in TOKENS),
     *(b"[" * depth + b"]" * depth for depth in (DEEPEST - 8, DEEPEST, DEEPEST + 1, DEEPEST + 2, 500)),
     *(b'{"a":' * depth + b"1" + b"}" * depth for depth in (DEEPEST, DEEPEST + 1)),
-    *(
-        b'"',
-        b"\\",
-        b"\0",
-        b"\x1f",
-        b"\x7f",
-        b" \t\r\n",
-        b"\x0b",
-        b"\xef\xbb\xbf",
-        b"\xff",
-        b"\xc0\x80",
-        b"\xed\xa0\x80",
-        b"\xf4\x90\x80\x80",
-    ),
+    *rb'" \ "\ "\u "\ud83 "\ud83d "\ud83d\ "\ud83d\ude0 tru - [ {"a" {"a":'.split(),
+    *(b"\0", b"\x1f", b"\x7f", b" \t\r\n", b"\x0b"),
+    *(b"\xef\xbb\xbf", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"),
     *("é€😀".encode(), b"9" * 400, b"0." + b"3" * 400, b"1" + b"0" * 5000),
 ]
 
@@ -102,7 +91,7 @@ PIECES = [
 def damaged(chance: random.Random, document: bytes) -> bytes:
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         at = chance.randrange(len(document) + 1)
-        end = min(len(document), at + chance.choice((0, 1, 1, 2, 5, 30)))
+        end = min(len(document), at + chance.choice((0, 1, 1, 2, 5, 30, len(document))))
         middle = chance.choice(
             (b"", bytes([chance.randrange(256)]), chance.choice(PIECES), chance.choice(PIECES), document[at:end] * 2)
         )

@@ -44,8 +44,9 @@ def test_the_header_keeps_its_promises_over_the_service(library: Library, bundle
     check(wrapper(library, "c++20"), "c++20", isolation, bundle, "-")
 
 
-def test_the_header_has_no_report_of_the_sanitizers(build: Build, empty_bundle: Path) -> None:
-    check(wrapper(build("asan"), "c++20"), "c++20", "process", empty_bundle, STAND_IN)
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_the_header_has_no_report_of_the_sanitizers(build: Build, empty_bundle: Path, kind: str) -> None:
+    check(wrapper(build(kind), "c++20"), "c++20", "process", empty_bundle, STAND_IN)
 
 
 def test_the_header_needs_no_rtti_and_leaves_no_macro(tmp_path: Path) -> None:
