@@ -6,7 +6,7 @@
  * and what is printed goes to a copy of 1), block (1: every signal), files (as many descriptors may be open at first: what opening gives
  * is printed, before it goes on without that limit), full (1: no more may be opened during the first round), image (the side of a start
  * image), long (bytes of the first round's prompts), cycles (runtimes that are opened, drawn with and freed before), away (a folder that
- * it changes to once the bundle is open). */
+ * it changes to once the bundle is open), stay (1: with a child of fork() that does nothing, once the bundle is open, for good). */
 #include "sdruntime/sdruntime.h"
 
 #include <dirent.h>
@@ -209,6 +209,11 @@ int main(int argc, char **argv) {
     runtime = opened(isolation);
     if (!runtime) return 1;
     if (value("bare", NULL)) printf("taken %d\n", (fcntl(0, F_GETFD) >= 0) + (fcntl(1, F_GETFD) >= 0) + (fcntl(2, F_GETFD) >= 0));
+    if (value("stay", NULL)) {
+        pid_t child = fork();
+        if (child) printf("child %d\n", (int)child), fflush(stdout);
+        for (;;) pause();
+    }
     if (value("away", NULL) && chdir(value("away", NULL))) return 1;
     if (value("fork", NULL)) failed |= in_child(runtime, isolation);
     for (round = 0; round < atoi(value("rounds", "1")); ++round) failed |= draw(runtime, round);

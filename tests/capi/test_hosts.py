@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +99,32 @@ def test_no_descriptor_is_left_after_twenty_runtimes(host: Path, bundle: Path, e
     assert statuses(printed, "job") == [(0, 0)] * (CYCLES + 1)
     before, after = descriptors(printed)
     assert after == before
+
+
+def state(process: int) -> str:
+    """One letter, as ps has it; Z, or nothing, for one that has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+def test_a_worker_goes_with_its_host_though_a_child_of_that_lives_on(host: Path, empty_bundle: Path) -> None:
+    words = ("isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "stay=1")
+    with subprocess.Popen([host, *words], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout
+        lines = [program.stdout.readline() for _ in range(3)]
+        worker = json.loads(lines[1].removeprefix("describe "))["process"]
+        child = int(lines[2].removeprefix("child "))
+        try:
+            program.kill()
+            deadline = time.monotonic() + 5
+            while state(worker) not in ("Z", "") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert state(worker) in ("Z", "")
+            assert state(child) == "S"
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)

@@ -1,9 +1,12 @@
 #include "descriptor.hpp"
 
+#include <algorithm>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -13,7 +16,38 @@
 namespace sdr {
 
 namespace {
+
 constexpr size_t NEEDED = 16;
+
+struct Numbers {
+    std::mutex mutex;
+    std::vector<int> all;
+};
+
+Numbers &not_in_children() {
+    static Numbers &numbers = *new Numbers;  // never freed: a process may fork while it ends
+    static const int registered = pthread_atfork([] { numbers.mutex.lock(); }, [] { numbers.mutex.unlock(); },
+                                                 [] {
+                                                     for (const int number : numbers.all) close(number);
+                                                     numbers.all.clear();
+                                                     numbers.mutex.unlock();
+                                                 });
+    static_cast<void>(registered);
+    return numbers;
+}
+
+}  // namespace
+
+NotInChildren::NotInChildren(int number) : number_(number) {
+    Numbers &numbers = not_in_children();
+    const std::lock_guard lock(numbers.mutex);
+    numbers.all.push_back(number);
+}
+
+NotInChildren::~NotInChildren() {
+    Numbers &numbers = not_in_children();
+    const std::lock_guard lock(numbers.mutex);
+    numbers.all.erase(std::remove(numbers.all.begin(), numbers.all.end(), number_), numbers.all.end());
 }
 
 Descriptor::~Descriptor() {

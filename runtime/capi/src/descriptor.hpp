@@ -23,6 +23,19 @@ private:
     int number_ = -1;
 };
 
+// As long as this lives, a child of fork() closes its copy of a descriptor as it begins: what the other end waits for must not hang on
+// how long some child lives.
+class NotInChildren {
+public:
+    explicit NotInChildren(int number);
+    ~NotInChildren();
+    NotInChildren(const NotInChildren &) = delete;
+    NotInChildren &operator=(const NotInChildren &) = delete;
+
+private:
+    const int number_;
+};
+
 // The same open file under a number of at least `first`. Empty, with errno, where there is none.
 Descriptor at_or_above(int first, Descriptor descriptor);
 

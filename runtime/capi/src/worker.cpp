@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include <dlfcn.h>
@@ -99,6 +100,7 @@ public:
         Descriptor ours(ends[0]), theirs = at_or_above(WORKER_END + 1, Descriptor(ends[1]));
         socket_ = at_or_above(WORKER_END + 1, std::move(ours));
         if (!socket_ || !theirs) fail("F_DUPFD_CLOEXEC", errno);
+        unshared_.emplace(socket_.get());
         pid_ = spawn(program, theirs.get());
 #ifdef SYS_pidfd_open
         process_ = at_or_above(WORKER_END + 1, Descriptor(static_cast<int>(syscall(SYS_pidfd_open, pid_, 0))));
@@ -166,6 +168,7 @@ private:
 
     Sink &sink_;
     Descriptor socket_, process_;
+    std::optional<NotInChildren> unshared_;  // the worker ends with this process
     pid_t pid_ = 0;
     std::string name_;
     std::mutex mutex_;

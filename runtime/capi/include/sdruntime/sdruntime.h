@@ -35,7 +35,8 @@
  * Numbers.   int32_t truths are 0 and not 0.
  * Fork.      isolation SDR_ISOLATION_IN_PROCESS: a child of fork() that does not exec gets a status (SDR_REASON_FORKED) from every
  *            function on handles of its parent, and must not open. SDR_ISOLATION_PROCESS: the parent may fork as it likes and
- *            the child may open runtimes of its own; handles of the parent give it the same status.
+ *            the child may open runtimes of its own; handles of the parent give it the same status. A worker ends with the
+ *            process that opened it, however long a child of that lives.
  *            In both, fork() while another thread is inside this library is as unsafe as with any C++ library.
  */
 #ifndef SDRUNTIME_H
