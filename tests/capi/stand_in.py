@@ -3,7 +3,7 @@
 
 It stands in for the interpreter, and takes the last argument for its descriptor. Jobs take turns, a step each. A prompt may ask
 for trouble: "kill", "segv", "exit", "nonsense", "huge" (a header that promises too much), "short" (a picture of the wrong size),
-"unsealed" (a memory file that could be cut short).
+"unsealed" (a memory file that could be cut short), "inline" (none for a large picture).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 HEADER = struct.Struct("<IIQ")
 SHARED = 1
 CHANNELS, FACTOR, SIDE = 4, 8, 64
+CHOKES = 1 << 20  # a message of more bytes is left unread: it ends in the middle
 
 
 class Link:
@@ -47,15 +48,17 @@ class Link:
         if not first:
             sys.exit(0)
         size, flags, blob = HEADER.unpack(first + self.read(HEADER.size - len(first)))
+        if size > CHOKES:
+            os._exit(8)
         message = json.loads(self.read(size))
         if not flags & SHARED:
             return message, self.read(blob)
         with os.fdopen(files[0], "rb") as file:
             return message, file.read()
 
-    def send(self, message: dict, blob: bytes = b"", *, seal: bool = True) -> None:
+    def send(self, message: dict, blob: bytes = b"", *, seal: bool = True, inline: bool = False) -> None:
         body = json.dumps(message).encode()
-        if len(blob) < 1 << 16:
+        if inline or len(blob) < 1 << 16:
             self.socket.sendall(HEADER.pack(len(body), 0, len(blob)) + body + blob)
             return
         file = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -131,7 +134,7 @@ def advance(link: Link, job: Job) -> bool:
         told |= {"sampler": job.request.get("sampler", "ddim"), "warnings": [], "rgb": len(rows), "png": len(picture)}
         told["timings"] = {"queued": 0.0, "encode": 0.25, "denoise": 0.5, "decode": 0.125, "total": 1.0}
         blob = rows + picture
-        link.send(told, blob[:-1] if prompt == "short" else blob, seal=prompt != "unsealed")
+        link.send(told, blob[:-1] if prompt == "short" else blob, seal=prompt != "unsealed", inline=prompt == "inline")
         return False
     job.step += 1
     if job.step == 2:
@@ -142,6 +145,14 @@ def advance(link: Link, job: Job) -> bool:
         told["preview"] = [CHANNELS, job.height // FACTOR, job.width // FACTOR]
         blob = struct.pack("<f", job.step) * (CHANNELS * (job.height // FACTOR) * (job.width // FACTOR))
     link.send(told, blob)
+    return True
+
+
+def is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
     return True
 
 
@@ -156,6 +167,9 @@ def opened(link: Link, message: dict) -> None:
         "sizes": [SIDE, SIDE],
         "samplers": ["ddim", "euler"],
         "process": os.getpid(),
+        "descriptors": [number for number in range(256) if is_open(number)],
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "children": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
     }
     link.send({"event": "ready", "describe": describe | {"options": message["options"]}})
 

@@ -75,18 +75,11 @@ def test_whatever_a_worker_does_each_job_gets_a_status(
     assert "children 0" in printed
 
 
-@pytest.mark.parametrize("prompt", ["sealed", "unsealed"])
+@pytest.mark.parametrize("prompt", ["sealed", "unsealed", "inline"])
 def test_a_large_picture_comes_as_a_memory_file(host: Path, empty_bundle: Path, tmp_path: Path, prompt: str) -> None:
-    """One that could be cut short while the host reads it is copied; the rows are the same."""
-    words = ("isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "size=512", f"prompt={prompt}")
+    """One that could be cut short meanwhile is copied, and a Python that has no memory files sends bytes: the same rows."""
+    words = ("isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "size=1024", f"prompt={prompt}")
     run(host, *words, f"out={tmp_path / 'rows'}")
     rows = (tmp_path / "rows").read_bytes()
     mark = [rows[k] ^ k for k in range(4)]
-    assert rows == bytes(mark[k % 4] ^ k & 255 for k in range(3 * 512)) * 512
-
-
-@pytest.mark.parametrize("odd", ["ignore=1", "bare=1"])
-def test_hosts_that_ignore_their_children_or_have_no_stdin(host: Path, bundle: Path, odd: str) -> None:
-    printed = run(host, "isolation=process", f"bundle={bundle}", "jobs=2", "rounds=2", odd)
-    assert statuses(printed, "job") == [(0, 0)] * 4
-    assert "children 0" in printed
+    assert rows == bytes(mark[k % 4] ^ k & 255 for k in range(3 * 1024)) * 1024

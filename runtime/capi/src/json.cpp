@@ -1,5 +1,6 @@
 #include "json.hpp"
 
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <locale>
@@ -42,6 +43,13 @@ void write_string(std::string &out, const std::string &text) {
 }
 
 [[noreturn]] void wrong_type(const char *wanted) { throw JsonError(std::string("JSON: ") + wanted + " belongs here"); }
+
+// What a variant holds, where it is a T.
+template <class T, class Variant>
+const T &held(const Variant &value, const char *wanted) {
+    if (const auto *found = std::get_if<T>(&value)) return *found;
+    wrong_type(wanted);
+}
 
 }  // namespace
 
@@ -134,12 +142,10 @@ private:
 
     uint32_t hex4() {
         uint32_t found = 0;
-        for (int k = 0; k < 4; ++k, ++at_) {
-            const char each = peek();
-            const int digit = each >= '0' && each <= '9' ? each - '0' : each >= 'a' && each <= 'f' ? each - 'a' + 10 : each >= 'A' && each <= 'F' ? each - 'A' + 10 : -1;
-            if (digit < 0) fail("four hexadecimal digits belong after \\u");
-            found = found << 4 | static_cast<uint32_t>(digit);
-        }
+        const std::string_view digits = text_.substr(at_, 4);
+        const char *end = digits.data() + digits.size();
+        if (digits.size() < 4 || std::from_chars(digits.data(), end, found, 16).ptr != end) fail("four hexadecimal digits belong after \\u");
+        at_ += 4;
         return found;
     }
 
@@ -183,7 +189,7 @@ private:
 
     Json number() {
         const size_t from = at_;
-        const bool negative = take('-');
+        take('-');
         if (!take('0')) digits();
         bool whole = true;
         if (take('.')) whole = false, digits();
@@ -192,28 +198,14 @@ private:
             if (!take('+')) take('-');
             digits();
         }
-        const std::string spelled(text_.substr(from, at_ - from));
-        if (whole) {
-            uint64_t found = 0;
-            bool fits = true;
-            for (const char each : spelled.substr(negative)) {
-                const auto digit = static_cast<uint64_t>(each - '0');
-                fits = fits && found <= (std::numeric_limits<uint64_t>::max() - digit) / 10;
-                found = found * 10 + digit;
-            }
-            constexpr uint64_t lowest = uint64_t{1} << 63;
-            if (fits && !negative) return Json(found);
-            if (fits && found <= lowest) return Json(found == lowest ? std::numeric_limits<int64_t>::min() : -static_cast<int64_t>(found));
-        }
-        std::istringstream stream(spelled);
+        const std::string_view spelled = text_.substr(from, at_ - from);
+        const auto fits = [spelled](auto &found) { return std::from_chars(spelled.data(), spelled.data() + spelled.size(), found).ec == std::errc(); };
+        if (int64_t found = 0; whole && fits(found)) return Json(found);
+        if (uint64_t found = 0; whole && fits(found)) return Json(found);
+        std::istringstream stream{std::string(spelled)};  // from_chars of a double is younger than compilers that must serve
         stream.imbue(std::locale::classic());
         double found = 0;
-        stream >> found;
-        if (!std::isfinite(found)) fail("a number out of range");  // what overflows reads as the largest double and fails
-        if (stream.fail()) {
-            if (std::abs(found) == std::numeric_limits<double>::max()) fail("a number out of range");
-            found = 0;  // below the smallest double
-        }
+        if (!(stream >> found)) fail("a number out of range");
         return Json(found);
     }
 
@@ -262,19 +254,20 @@ void Json::write(std::string &out) const {
         write_string(out, *string);
     } else if (const auto *array = std::get_if<Array>(&value_)) {
         out += '[';
-        for (size_t k = 0; k < array->size(); ++k) {
-            if (k) out += ',';
-            (*array)[k].write(out);
+        const char *comma = "";
+        for (const Json &each : *array) {
+            out += std::exchange(comma, ",");
+            each.write(out);
         }
         out += ']';
     } else {
         out += '{';
-        const auto &object = std::get<Object>(value_);
-        for (size_t k = 0; k < object.size(); ++k) {
-            if (k) out += ',';
-            write_string(out, object[k].first);
+        const char *comma = "";
+        for (const auto &[key, value] : std::get<Object>(value_)) {
+            out += std::exchange(comma, ",");
+            write_string(out, key);
             out += ':';
-            object[k].second.write(out);
+            value.write(out);
         }
         out += '}';
     }
@@ -288,25 +281,13 @@ const Json &Json::operator[](std::string_view key) const {
     return null;
 }
 
-const std::string &Json::string() const {
-    if (const auto *found = std::get_if<std::string>(&value_)) return *found;
-    wrong_type("a string");
-}
+const std::string &Json::string() const { return held<std::string>(value_, "a string"); }
 
-const Json::Array &Json::array() const {
-    if (const auto *found = std::get_if<Array>(&value_)) return *found;
-    wrong_type("an array");
-}
+const Json::Array &Json::array() const { return held<Array>(value_, "an array"); }
 
-const Json::Object &Json::object() const {
-    if (const auto *found = std::get_if<Object>(&value_)) return *found;
-    wrong_type("an object");
-}
+const Json::Object &Json::object() const { return held<Object>(value_, "an object"); }
 
-int64_t Json::integer() const {
-    if (const auto *found = std::get_if<int64_t>(&value_)) return *found;
-    wrong_type("a whole number below 2^63");
-}
+int64_t Json::integer() const { return held<int64_t>(value_, "a whole number below 2^63"); }
 
 uint64_t Json::natural() const {
     if (const auto *large = std::get_if<uint64_t>(&value_)) return *large;

@@ -5,6 +5,7 @@
 
 #include <cxxabi.h>
 
+#include "descriptor.hpp"
 #include "find_python.hpp"
 #include "in_process.hpp"
 #include "params.hpp"
@@ -30,10 +31,14 @@ sdr_open_params checked(sdr_open_params params) {
     return params;
 }
 
-// The bundle's path is made absolute: a worker that starts later must find it though the host has changed its folder.
+// Absolute, since a worker that starts later must find it though the host has changed its folder. "" stays.
+std::string absolute(const char *path, const char *field) {
+    const std::string found = text_of(path, field);
+    return found.empty() ? found : text_of(std::filesystem::absolute(found).string().c_str(), field);
+}
+
 std::string open_message(const sdr_open_params &params) {
-    const std::string bundle = std::filesystem::absolute(text_of(params.bundle, "bundle")).string();
-    return Json(Json::Object{{"op", "open"}, {"bundle", text_of(bundle.c_str(), "bundle")}, {"options", open_options(params)}}).text();
+    return Json(Json::Object{{"op", "open"}, {"bundle", absolute(params.bundle, "bundle")}, {"options", open_options(params)}}).text();
 }
 
 int32_t level_of(const Json &level) {
@@ -71,7 +76,7 @@ Failure closed() { return usage(SDR_REASON_CLOSED, "the runtime was closed"); }
 
 Runtime::Runtime(const sdr_open_params &params)
     : isolation_(checked(params).isolation),
-      python_(text_of(params.python, "python")),
+      python_(absolute(params.python, "python")),
       open_message_(open_message(checked(params))),
       queue_(checked(params).queue),
       log_(params.log),
@@ -94,6 +99,7 @@ void Runtime::start() {
         refused_.reset();
     }
     try {
+        require_descriptors();
         auto transport = isolation_ == SDR_ISOLATION_PROCESS ? worker_transport(*this, python_) : in_process_transport(*this, python_);
         std::unique_lock lock(mutex_);
         transport_ = std::move(transport);

@@ -1,5 +1,6 @@
 #include "socket.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -10,9 +11,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "descriptor.hpp"
+
 namespace sdr {
 
 namespace {
+
+constexpr size_t FIRST_PIECE = size_t{1} << 20;
 
 void put(uint8_t *at, uint64_t value, int bytes) {
     for (int k = 0; k < bytes; ++k) at[k] = static_cast<uint8_t>(value >> 8 * k);
@@ -83,12 +88,24 @@ bool receive_all(int socket, int process, void *data, size_t size, Descriptor *d
         if (done <= 0) return false;
         for (cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
             if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-            int number = -1;
-            std::memcpy(&number, CMSG_DATA(header), sizeof number);
-            Descriptor came(number);
-            if (descriptor) *descriptor = std::move(came);
+            for (size_t at = 0; CMSG_LEN(at + sizeof(int)) <= header->cmsg_len; at += sizeof(int)) {  // each is ours to close
+                int number = -1;
+                std::memcpy(&number, CMSG_DATA(header) + at, sizeof number);
+                Descriptor came(number);
+                if (descriptor) *descriptor = std::move(came);
+            }
         }
         got += static_cast<size_t>(done);
+    }
+    return true;
+}
+
+// The same for bytes whose number the other side tells: no more memory is taken than twice what has come.
+template <class Bytes>
+bool receive_growing(int socket, int process, Bytes &bytes, size_t size) {
+    for (size_t got = 0; got < size; got = bytes.size()) {
+        bytes.resize(std::min(size, std::max(2 * got, FIRST_PIECE)));
+        if (!receive_all(socket, process, &bytes[got], bytes.size() - got)) return false;
     }
     return true;
 }
@@ -110,8 +127,9 @@ Descriptor memory_file(const Blob &blob) {
 
 Blob from_memory_file(const Descriptor &file, size_t size) {
     struct stat about = {};
-    if (!file || fstat(file.get(), &about) != 0 || about.st_size < 0 || static_cast<size_t>(about.st_size) < size)
-        throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and did not come");
+    if (!file) throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and did not come: it was not sent, or this process may open no more files (ulimit -n)");
+    if (fstat(file.get(), &about) != 0 || about.st_size < 0 || static_cast<size_t>(about.st_size) < size)
+        throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and one of " + std::to_string(about.st_size) + " came");
     const int seals = fcntl(file.get(), F_GET_SEALS);
     if (seals >= 0 && seals & F_SEAL_SHRINK && size) {
         void *mapped = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.get(), 0);
@@ -130,10 +148,6 @@ Blob from_memory_file(const Descriptor &file, size_t size) {
 }
 
 }  // namespace
-
-Descriptor::~Descriptor() {
-    if (number_ >= 0) close(number_);
-}
 
 bool send_message(int socket, const Message &message) {
     const bool shared = message.blob.size() >= SHARED_FROM;
@@ -154,14 +168,14 @@ bool receive_message(int socket, int process, Message &message) {
     const auto flags = static_cast<uint32_t>(get(header + 4, 4));
     if (json > LARGEST_JSON || blob > LARGEST_BLOB || flags & ~IN_MEMORY_FILE)
         throw BadFrame("a header of " + std::to_string(json) + " bytes of JSON, a blob of " + std::to_string(blob) + ", flags " + std::to_string(flags));
-    message.json.resize(json);
-    if (!receive_all(socket, process, message.json.data(), json, &file)) return false;
+    message.json.clear();
+    if (!receive_growing(socket, process, message.json, json)) return false;
     if (flags & IN_MEMORY_FILE) {
         message.blob = from_memory_file(file, blob);
         return true;
     }
-    std::vector<uint8_t> bytes(blob);
-    if (!receive_all(socket, process, bytes.data(), blob)) return false;
+    std::vector<uint8_t> bytes;
+    if (!receive_growing(socket, process, bytes, blob)) return false;
     message.blob = Blob(std::move(bytes));
     return true;
 }

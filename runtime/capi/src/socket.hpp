@@ -11,24 +11,6 @@ namespace sdr {
 constexpr size_t HEADER = 16, LARGEST_JSON = size_t{64} << 20, LARGEST_BLOB = size_t{1} << 32, SHARED_FROM = size_t{64} << 10;
 constexpr uint32_t IN_MEMORY_FILE = 1;
 
-// A descriptor that is closed when this goes.
-class Descriptor {
-public:
-    Descriptor() = default;
-    explicit Descriptor(int number) : number_(number) {}
-    Descriptor(Descriptor &&other) noexcept : number_(std::exchange(other.number_, -1)) {}
-    Descriptor &operator=(Descriptor &&other) noexcept {
-        std::swap(number_, other.number_);
-        return *this;
-    }
-    ~Descriptor();
-    int get() const { return number_; }
-    explicit operator bool() const { return number_ >= 0; }
-
-private:
-    int number_ = -1;
-};
-
 // What came is no message.
 class BadFrame : public std::runtime_error {
 public:

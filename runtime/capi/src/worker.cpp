@@ -5,6 +5,8 @@
 #include <chrono>
 #include <csignal>
 #include <cstring>
+#include <mutex>
+#include <optional>
 #include <thread>
 
 #include <dlfcn.h>
@@ -15,6 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "descriptor.hpp"
 #include "find_python.hpp"
 #include "outbox.hpp"
 #include "service_source.hpp"
@@ -93,14 +96,14 @@ public:
         const std::string program = interpreter(python);
         int ends[2];
         if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) fail("socketpair", errno);
-        socket_ = Descriptor(ends[0]);
-        Descriptor theirs(ends[1]);
-        // above every number that the worker's own take, so that dup2 never meets the same number
-        const Descriptor high(fcntl(theirs.get(), F_DUPFD_CLOEXEC, 16));
-        if (!high) fail("F_DUPFD_CLOEXEC", errno);
-        pid_ = spawn(program, high.get());
+        // clear of the three that are the host's, and of the worker's number, which dup2 must not meet
+        Descriptor ours(ends[0]), theirs = at_or_above(WORKER_END + 1, Descriptor(ends[1]));
+        socket_ = at_or_above(WORKER_END + 1, std::move(ours));
+        if (!socket_ || !theirs) fail("F_DUPFD_CLOEXEC", errno);
+        unshared_.emplace(socket_.get());
+        pid_ = spawn(program, theirs.get());
 #ifdef SYS_pidfd_open
-        process_ = Descriptor(static_cast<int>(syscall(SYS_pidfd_open, pid_, 0)));
+        process_ = at_or_above(WORKER_END + 1, Descriptor(static_cast<int>(syscall(SYS_pidfd_open, pid_, 0))));
 #endif
         name_ = "the worker process " + std::to_string(pid_) + " (" + program + ")";
         reader_ = quiet_thread([this] { read(); });
@@ -123,7 +126,9 @@ private:
         try {
             for (Message message; outbox_.take(message); message = {})
                 if (!send_message(socket_.get(), message)) return;  // the reader learns of the end too
-        } catch (const std::exception &) {
+        } catch (const std::exception &error) {
+            const std::lock_guard lock(mutex_);
+            unsent_ = error.what();
             hang_up();
         }
     }
@@ -137,6 +142,10 @@ private:
             fault = std::string(" sent what is no message (") + error.what() + ")";
         }
         shutdown(socket_.get(), SHUT_RDWR);
+        {
+            const std::lock_guard lock(mutex_);
+            if (fault.empty() && !unsent_.empty()) fault = " could not be sent a message (" + unsent_ + ")";
+        }
         const std::string end = reap(!fault.empty());
         sink_.on_end(name_ + (fault.empty() ? " " + end : fault));
     }
@@ -159,8 +168,11 @@ private:
 
     Sink &sink_;
     Descriptor socket_, process_;
+    std::optional<NotInChildren> unshared_;  // the worker ends with this process
     pid_t pid_ = 0;
     std::string name_;
+    std::mutex mutex_;
+    std::string unsent_;  // why a message did not go out; under mutex_
     Outbox outbox_;
     std::thread reader_, sender_;
 };

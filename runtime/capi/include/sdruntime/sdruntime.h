@@ -35,7 +35,8 @@
  * Numbers.   int32_t truths are 0 and not 0.
  * Fork.      isolation SDR_ISOLATION_IN_PROCESS: a child of fork() that does not exec gets a status (SDR_REASON_FORKED) from every
  *            function on handles of its parent, and must not open. SDR_ISOLATION_PROCESS: the parent may fork as it likes and
- *            the child may open runtimes of its own; handles of the parent give it the same status.
+ *            the child may open runtimes of its own; handles of the parent give it the same status. A worker ends with the
+ *            process that opened it, however long a child of that lives.
  *            In both, fork() while another thread is inside this library is as unsafe as with any C++ library.
  */
 #ifndef SDRUNTIME_H
@@ -140,7 +141,7 @@ typedef void (*sdr_log_callback)(void *user, int32_t level, const char *message)
 typedef struct sdr_open_params {
     uint32_t struct_size;
     int32_t isolation;      /* SDR_ISOLATION_IN_PROCESS, which is the default, or SDR_ISOLATION_PROCESS */
-    const char *bundle;     /* the bundle's folder; must not be NULL */
+    const char *bundle;     /* the bundle's folder, from the current one where it is relative; must not be NULL */
     const char *backend;    /* "onnxruntime", "tensorrt", ...; NULL: the best engine that fits this machine */
     const char *device;     /* which GPU: an index "1", "cuda:1", or a UUID "GPU-..." or the beginning of one; NULL: the first */
     const char *python;     /* a virtual environment's folder, an interpreter, or a libpython; NULL: searched, see below */
@@ -171,8 +172,8 @@ SDR_API void sdr_open_params_init(sdr_open_params *params, size_t struct_size);
  * The first place that is there is used: one that is given and does not work is refused, not passed over.
  *
  * Errors: SDR_USAGE for a parameter; SDR_ENVIRONMENT with SDR_REASON_NO_PYTHON or _NO_RUNTIME and the list of what was searched,
- * or for a missing library, device or memory; SDR_BUNDLE for a bundle that is not there, damaged, or fits no engine of this
- * machine; SDR_FAILED with SDR_REASON_WORKER_DIED. */
+ * for a missing library, device or memory, or where fewer than 16 file descriptors are free; SDR_BUNDLE for a bundle that is not
+ * there, damaged, or fits no engine of this machine; SDR_FAILED with SDR_REASON_WORKER_DIED. */
 SDR_API sdr_status *sdr_runtime_open(const sdr_open_params *params, sdr_runtime **runtime);
 
 /* What was opened, as a JSON object: model, components (backend and engine of each), sizes, samplers, versions. Blocks on nothing.

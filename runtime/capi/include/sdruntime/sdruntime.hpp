@@ -11,9 +11,11 @@
 //     job.wait();
 //     sdruntime::Picture picture = job.picture();        // a view, as long as the job
 //
-// Every status becomes an Error. Runtime and Job own their handles and are moved, not copied; one that was moved from may only be
-// destroyed or assigned to. Threads: as in sdruntime.h for the handles; moving or destroying an object while another thread uses
-// that very object is the caller's to prevent, as with any other. The text of sdruntime.h holds for all that is not said here.
+// Every status becomes an Error. Runtime and Job own their handles and are moved, not copied; one that was moved from may be destroyed
+// and assigned to, and any other use throws Error (SDR_REASON_BAD_HANDLE). A Job may outlive its Runtime.
+// Threads: as in sdruntime.h for the handles; moving or destroying an object while another thread uses that very object is the
+// caller's to prevent, as with any other. The text of sdruntime.h holds for all that is not said here.
+// It needs exceptions, and no RTTI. Files compiled as C++17 and as C++20 may be linked together.
 #ifndef SDRUNTIME_HPP
 #define SDRUNTIME_HPP
 
@@ -33,23 +35,20 @@
 #if defined(__cpp_lib_jthread)
 #include <stop_token>
 #endif
-#if defined(__cpp_lib_span)
-#include <span>
-#endif
 #endif
 
 #include "sdruntime/sdruntime.h"
 
 namespace sdruntime {
 
-// What a status says.
-class Error : public std::runtime_error {
+// What a status says. Visible, so that it is caught as what it is across shared libraries.
+class SDR_API Error : public std::runtime_error {
 public:
     Error(int32_t code, int32_t reason, const std::string &message) : std::runtime_error(message), code_(code), reason_(reason) {}
 
-    int32_t code() const noexcept { return code_; }      // SDR_USAGE, SDR_BUNDLE, ...: an exit code
-    int32_t reason() const noexcept { return reason_; }  // SDR_REASON_...
-    bool cancelled() const noexcept { return code_ == SDR_CANCELLED; }
+    [[nodiscard]] int32_t code() const noexcept { return code_; }      // SDR_USAGE, SDR_BUNDLE, ...: an exit code
+    [[nodiscard]] int32_t reason() const noexcept { return reason_; }  // SDR_REASON_...
+    [[nodiscard]] bool cancelled() const noexcept { return code_ == SDR_CANCELLED; }
 
 private:
     int32_t code_, reason_;
@@ -62,22 +61,22 @@ inline void check(sdr_status *status) {
     throw Error(sdr_status_code(status), sdr_status_reason(status), sdr_status_message(status));
 }
 
-// Elements that something else owns.
+// Elements that something else owns: a contiguous range, which std::span<const T> takes.
 template <class T>
 class View {
 public:
+    using value_type = T;
+    using const_iterator = const T *;
+
     constexpr View() noexcept = default;
     constexpr View(const T *data, std::size_t size) noexcept : data_(data), size_(size) {}
 
-    constexpr const T *data() const noexcept { return data_; }
-    constexpr std::size_t size() const noexcept { return size_; }
-    constexpr bool empty() const noexcept { return size_ == 0; }
-    constexpr const T *begin() const noexcept { return data_; }
-    constexpr const T *end() const noexcept { return data_ + size_; }
-    constexpr const T &operator[](std::size_t k) const noexcept { return data_[k]; }
-#if defined(__cpp_lib_span)
-    constexpr operator std::span<const T>() const noexcept { return {data_, size_}; }
-#endif
+    [[nodiscard]] constexpr const T *data() const noexcept { return data_; }
+    [[nodiscard]] constexpr std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] constexpr bool empty() const noexcept { return size_ == 0; }
+    [[nodiscard]] constexpr const T *begin() const noexcept { return data_; }
+    [[nodiscard]] constexpr const T *end() const noexcept { return data_ + size_; }
+    [[nodiscard]] constexpr const T &operator[](std::size_t k) const noexcept { return data_[k]; }
 
 private:
     const T *data_ = nullptr;
@@ -87,11 +86,11 @@ private:
 // The structs of C with their defaults. Texts are the caller's until the call that takes them returned. What Runtime and Job take as
 // functions (`log`, `progress`) is not set here.
 struct OpenParams : sdr_open_params {
-    OpenParams() { sdr_open_params_init(this, sizeof(sdr_open_params)); }
+    OpenParams() noexcept { sdr_open_params_init(this, sizeof(sdr_open_params)); }
 };
 
 struct JobParams : sdr_job_params {
-    JobParams() { sdr_job_params_init(this, sizeof(sdr_job_params)); }
+    JobParams() noexcept { sdr_job_params_init(this, sizeof(sdr_job_params)); }
 };
 
 // How far a job is. `preview`: latents [channels][height][width], empty where JobParams::preview is not set; valid during the call.
@@ -103,25 +102,28 @@ struct Progress {
 
 struct State {
     int32_t state = SDR_JOB_QUEUED, step = 0, steps = 0;
-    bool ended() const noexcept { return state >= SDR_JOB_DONE; }
+    [[nodiscard]] bool ended() const noexcept { return state >= SDR_JOB_DONE; }
 };
 
-// RGB8 rows from the top, 3 * width bytes each, `stride` apart.
+// RGB8 rows from the top, 3 * width bytes each, `stride` apart: the job's own, not copied. `bytes` ends with the last row.
 struct Picture {
     int32_t width = 0, height = 0;
     std::size_t stride = 0;
     View<uint8_t> bytes;
-    View<uint8_t> row(int32_t y) const noexcept { return {bytes.data() + static_cast<std::size_t>(y) * stride, 3 * static_cast<std::size_t>(width)}; }
+    // `y` from 0 to height - 1, which is not checked.
+    [[nodiscard]] View<uint8_t> row(int32_t y) const noexcept { return {bytes.data() + static_cast<std::size_t>(y) * stride, 3 * static_cast<std::size_t>(width)}; }
 };
 
-// Called after each step, on a thread of the library; false cancels. What it throws cancels too, and Job::wait throws it again.
+// Called after each step, on a thread of the library; false cancels. What it throws cancels too, and Job::wait throws that again. It,
+// and what it holds, is destroyed with the Job: after its last call, except where the Job is destroyed by its own function.
 using ProgressFunction = std::function<bool(const Progress &)>;
 
-// Called for each line of a runtime's log, on a thread of the library. What it throws is dropped.
+// Called for each line of a runtime's log, on a thread of the library, never two at a time. What it throws is dropped.
 using LogFunction = std::function<void(int32_t level, const char *message)>;
 
-// One picture that was asked for. Destroying it cancels what has not ended.
-class Job {
+// One picture that was asked for. Destroying it cancels what has not ended, and waits for a progress function of its own that runs on
+// another thread. From inside a callback it does not wait: destroy there only the Job that is told of, or one without a function.
+class [[nodiscard]] Job {
 public:
     Job() noexcept = default;
     Job(Job &&other) noexcept : handle_(std::exchange(other.handle_, nullptr)), watcher_(std::move(other.watcher_)) {}
@@ -133,11 +135,12 @@ public:
     }
     ~Job() { sdr_job_free(handle_); }
 
-    // Until the picture is there. Throws Error otherwise (cancelled() where it was), or what the progress function threw.
+    // Until the picture is there. Throws Error otherwise (cancelled() where it was), or what the progress function threw; the same at
+    // each call. Functions that read the picture throw Error then.
     void wait() { ended(sdr_job_wait(handle_, -1)); }
 
     // The same within a time. False where that is over and the job goes on.
-    bool wait_for(std::chrono::milliseconds time) {
+    [[nodiscard]] bool wait_for(std::chrono::milliseconds time) {
         sdr_status *status = sdr_job_wait(handle_, time.count() < 0 ? 0 : time.count());
         if (sdr_status_reason(status) == SDR_REASON_TIMEOUT) {
             sdr_status_free(status);
@@ -148,23 +151,25 @@ public:
     }
 
 #if defined(__cpp_lib_jthread)
-    // The same; a stop that is asked for cancels the job.
+    // The same; a stop that is asked for, before or meanwhile, cancels the job. One after the end does nothing.
     void wait(std::stop_token token) {
         const std::stop_callback on_stop(std::move(token), [handle = handle_] { sdr_status_free(sdr_job_cancel(handle)); });
         wait();
     }
 #endif
 
-    State poll() const {
+    // Blocks on nothing.
+    [[nodiscard]] State poll() const {
         State found;
         check(sdr_job_poll(handle_, &found.state, &found.step, &found.steps));
         return found;
     }
 
+    // Ask that it end at its next step; wait tells when it has. One that has ended keeps its end.
     void cancel() { check(sdr_job_cancel(handle_)); }
 
     // Size, seed, seconds. Its texts are valid as long as the job.
-    sdr_result result() const {
+    [[nodiscard]] sdr_result result() const {
         sdr_result found;
         sdr_result_init(&found, sizeof found);
         check(sdr_job_result(handle_, &found));
@@ -172,19 +177,19 @@ public:
     }
 
     // Valid as long as the job.
-    Picture picture() const {
+    [[nodiscard]] Picture picture() const {
         const sdr_result found = result();
         Picture made;
         const uint8_t *rows = nullptr;
         check(sdr_job_rgb(handle_, &rows, &made.stride));
         made.width = found.width;
         made.height = found.height;
-        made.bytes = View<uint8_t>(rows, made.stride * static_cast<std::size_t>(found.height));
+        made.bytes = View<uint8_t>(rows, made.stride * static_cast<std::size_t>(found.height - 1) + 3 * static_cast<std::size_t>(found.width));
         return made;
     }
 
-    // The bytes that copy_to needs.
-    std::size_t copy_size(std::size_t stride = 0) const {
+    // The bytes that copy_to needs for rows `stride` bytes apart (0: 3 * width).
+    [[nodiscard]] std::size_t copy_size(std::size_t stride = 0) const {
         std::size_t needed = 0;
         check(sdr_job_copy_rgb(handle_, nullptr, 0, stride, &needed));
         return needed;
@@ -192,15 +197,16 @@ public:
 
     void copy_to(uint8_t *buffer, std::size_t size, std::size_t stride = 0) const { check(sdr_job_copy_rgb(handle_, buffer, size, stride, nullptr)); }
 
-    // Valid as long as the job.
-    View<uint8_t> png() const {
+    // Of a job that was submitted with JobParams::png. Valid as long as the job.
+    [[nodiscard]] View<uint8_t> png() const {
         const uint8_t *bytes = nullptr;
         std::size_t size = 0;
         check(sdr_job_png(handle_, &bytes, &size));
         return {bytes, size};
     }
 
-    sdr_job *get() const noexcept { return handle_; }
+    // The handle, still this object's; NULL where it was moved from.
+    [[nodiscard]] sdr_job *get() const noexcept { return handle_; }
     explicit operator bool() const noexcept { return handle_ != nullptr; }
 
 private:
@@ -224,10 +230,12 @@ private:
                                                                  static_cast<std::size_t>(now->preview_width));
             try {
                 return self->function(progress) ? 0 : 1;
-            } catch (const std::exception &) {
-                self->keep(std::current_exception());
+            } catch (...) {
+                std::exception_ptr exception = std::current_exception();
+                if (!exception) throw;  // none of C++: the thread is being ended
+                self->keep(std::move(exception));
             }
-            return 1;  // any other exception goes on to the library, which ends the job for it
+            return 1;
         }
 
         void keep(std::exception_ptr exception) {
@@ -252,9 +260,10 @@ private:
 };
 
 // An open bundle. Destroying it closes it, which blocks until all of its work has ended: not from inside a callback.
-class Runtime {
+class [[nodiscard]] Runtime {
 public:
     Runtime() noexcept = default;
+    // Blocks for seconds. Throws Error.
     explicit Runtime(const OpenParams &params, LogFunction log = {}) {
         sdr_open_params given = params;
         if (log) {
@@ -274,13 +283,14 @@ public:
     ~Runtime() { sdr_runtime_free(handle_); }
 
     // JSON, valid as long as the runtime.
-    const char *describe() const {
+    [[nodiscard]] const char *describe() const {
         const char *json = nullptr;
         check(sdr_runtime_describe(handle_, &json));
         return json;
     }
 
-    Job submit(const JobParams &params, ProgressFunction progress = {}) {
+    // Returns at once, but for a worker that died before. `progress` may be called before this returns. Throws Error.
+    [[nodiscard]] Job submit(const JobParams &params, ProgressFunction progress = {}) {
         sdr_job_params given = params;
         Job job;
         if (progress) {
@@ -293,9 +303,11 @@ public:
         return job;
     }
 
+    // End all work and wait for that; jobs that have ended keep their pictures. Throws Error.
     void close() { check(sdr_runtime_close(handle_)); }
 
-    sdr_runtime *get() const noexcept { return handle_; }
+    // The handle, still this object's; NULL where it was moved from.
+    [[nodiscard]] sdr_runtime *get() const noexcept { return handle_; }
     explicit operator bool() const noexcept { return handle_ != nullptr; }
 
 private:
