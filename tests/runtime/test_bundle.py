@@ -248,3 +248,58 @@ def test_a_view_that_is_given_back_is_not_held_in_memory(tmp_path: Path) -> None
     with giving_back(view):
         pass
     assert mapped() - before < 10_000
+
+
+def test_what_is_lent_is_what_read_gives(bundle: Bundle) -> None:
+    before = threading.active_count()
+    with bundle.lending(bundle.manifest.files) as lent:
+        taken = {path: bytes(view) for path, view in lent.items()}
+    assert taken == {path: bytes(bundle.read(path)) for path in bundle.manifest.files}
+    with bundle.lending([]) as lent:
+        assert lent == {}
+    assert threading.active_count() == before
+
+
+@pytest.fixture
+def changed(bundle: Bundle) -> str:
+    """A file that another of the same size has taken the place of."""
+    path = max(bundle.manifest.files, key=lambda path: bundle.manifest.files[path].size)
+    place = bundle.folder / path
+    place.write_bytes(bytes(place.stat().st_size))
+    return path
+
+
+def test_what_is_lent_and_was_changed_is_told_after_the_block(bundle: Bundle, changed: str) -> None:
+    reached = False
+    with pytest.raises(BundleError, match=f"{changed}: changed since it was written"), bundle.lending([changed]):
+        reached = True
+    assert reached
+
+
+def test_a_change_is_told_in_place_of_what_it_led_to(bundle: Bundle, changed: str) -> None:
+    with pytest.raises(BundleError, match=f"{changed}: changed since it was written"), bundle.lending([changed]):
+        raise RuntimeError("these weights make no sense")
+    sound = next(path for path in bundle.manifest.files if path != changed)
+    with pytest.raises(RuntimeError, match="another reason"), bundle.lending([sound]):
+        raise RuntimeError("another reason")
+    with pytest.raises(BundleError, match=r"unlisted\.bin: not among the manifest's files"), bundle.lending(["unlisted.bin"]):
+        pass
+
+
+def test_an_interrupt_does_not_wait_for_the_hash(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, interrupted = [], threading.Event()
+
+    class Digest:
+        def update(self, data: memoryview) -> None:
+            hashed.append(len(data))
+            interrupted.wait()
+
+        def hexdigest(self) -> str:
+            return ""
+
+    monkeypatch.setattr(bundle_module.hashlib, "sha256", Digest)
+    monkeypatch.setattr(bundle_module, "_CHUNK", 1)
+    threading.Timer(0.1, interrupted.set).start()
+    with pytest.raises(KeyboardInterrupt), bundle.lending([*bundle.manifest.files][:1]):
+        raise KeyboardInterrupt
+    assert len(hashed) <= 1
