@@ -18,6 +18,7 @@ from sdruntime.engines import Engines
 from sdruntime.image import image_from_png
 from sdruntime.pipeline import Pipeline
 
+LONG = {"steps": 999, "width": 2048, "height": 2048}  # seconds, also with engines that return at once
 ENDS = ("ready", "refused", "done", "failed", "closed")
 
 
@@ -109,7 +110,7 @@ def test_without_a_seed_a_random_one_is_told(host: Host, folder: Path) -> None:
 def test_cancelling(host: Host, folder: Path) -> None:
     host.open(folder, running=1)
     for job in (1, 2, 3):
-        host.submit(job, request={"steps": 999 if job < 3 else 3})
+        host.submit(job, request=LONG if job < 3 else None)
     host.wait("progress", job=1)
     for job in (2, 1, 1, 77):  # waiting, running, twice, unknown
         host.say("cancel", job=job)
@@ -125,7 +126,7 @@ def test_cancelling(host: Host, folder: Path) -> None:
 def test_a_full_queue(host: Host, folder: Path) -> None:
     host.open(folder, running=1, queue=2)
     for job in range(4):
-        host.submit(job, request={"steps": 999})
+        host.submit(job, request=LONG)
     failed = host.wait("failed", job=3)
     assert (failed["code"], failed["reason"]) == (1, "queue_full")
     assert "the queue holds 2 beside the 1 that run" in failed["message"]
@@ -243,7 +244,7 @@ def test_a_message_of_no_job_is_told_in_the_log(host: Host, message: bytes, text
 
 def test_a_number_that_is_taken_does_not_end_the_job_that_has_it(host: Host, folder: Path) -> None:
     host.open(folder)
-    host.submit(1, request={"steps": 300})
+    host.submit(1, request={"steps": 300, "width": 1024, "height": 1024})
     host.submit(1)
     assert "job 1 is under way already" in host.wait("log")["message"]
     assert host.wait("done", "failed", job=1)["event"] == "done"
