@@ -17,6 +17,7 @@ _SMALL = re.compile(
     r"model_index\.json|README\.md|scheduler/scheduler_config\.json|(text_encoder|text_encoder_2|unet|vae)/config\.json"
     r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json)"
 )
+_NOWHERE = "no such folder, and not a hub id (owner/name)"
 _WEIGHTS = {"text_encoder": "model", "text_encoder_2": "model"} | dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
 
 
@@ -38,7 +39,7 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: st
     if path.exists():
         return Located(folder=path, source=path.resolve().name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
-        raise CheckpointError(model, ["no such folder, and not a hub id (owner/name)"])
+        raise CheckpointError(model, [_NOWHERE])
     return _downloaded(model, precision, allow_pickle, revision)
 
 
@@ -74,6 +75,8 @@ def _downloaded(model: str, precision: Precision, allow_pickle: bool, revision: 
 
     try:
         info = hub.HfApi().model_info(model, revision=revision)
+    except errors.HFValidationError:  # "../x" or ".cache/x"
+        raise CheckpointError(model, [_NOWHERE]) from None
     except errors.GatedRepoError:
         fault = f"its owner asks you to accept a licence first, on https://huggingface.co/{model}; then set HF_TOKEN"
         raise CheckpointError(model, [fault]) from None

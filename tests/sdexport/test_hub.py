@@ -66,7 +66,10 @@ def test_a_folder_is_where_it_is(tmp_path: Path) -> None:
     assert (located.folder, located.source, located.revision) == (tmp_path, tmp_path.name, None)
 
 
-@pytest.mark.parametrize("model", ["no-such-folder", "a/b/c", "folder/model.safetensors", "own er/name", "/nowhere"])
+NOWHERE = ["no-such-folder", "a/b/c", "folder/model.safetensors", "own er/name", "/nowhere", "../x", ".cache/x"]
+
+
+@pytest.mark.parametrize("model", NOWHERE)
 def test_neither_folder_nor_id(model: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder, and not a hub id"):
         locate(model, precision="fp32", allow_pickle=False)
