@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bundles import with_fake_engines
 from capi.building import HERE, STAND_IN, run
 from capi.conftest import FIXTURE, Build
 
-from sdruntime.build import Asked, build_engines
+from sdruntime.bundle import Bundle
 
 JOBS = 1000
 ENDS = ("done", "cancelled", "judged", "refused", "freed")
@@ -23,10 +24,7 @@ ENVIRONMENT = {
 @pytest.fixture(scope="module")
 def fast_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With engines that return at once."""
-    folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("stress") / "bundle"))
-    for _ in build_engines(folder, Asked(backend="fake")):
-        pass
-    return folder
+    return with_fake_engines(Bundle.open(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("stress") / "bundle"))).folder
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,15 @@ class Network:
 
     def request(self, profile: int, settings: Mapping[str, Any]) -> Any:
         if profile not in self._requests:
-            sizes = self._spec.profiles[profile]
-            model = self._core.read_model(self._text, self._weights)
-            model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.inputs})
             with giving_back(self._held):
-                self._requests[profile] = self._core.compile_model(model, DEVICE, dict(settings)).create_infer_request()
+                self.compile(profile, settings)
         return self._requests[profile]
+
+    def compile(self, profile: int, settings: Mapping[str, Any]) -> None:
+        sizes = self._spec.profiles[profile]
+        model = self._core.read_model(self._text, self._weights)
+        model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.inputs})
+        self._requests[profile] = self._core.compile_model(model, DEVICE, dict(settings)).create_infer_request()
 
     def _shape(self, dims: tuple[int | str, ...], sizes: Mapping[str, tuple[int, int, int]]) -> Any:
         limits = [(sizes[dim][0], sizes[dim][2]) if isinstance(dim, str) else (dim, dim) for dim in dims]
@@ -49,7 +52,7 @@ class OvEngine:
         self.spec, self.component = spec, component
         self._network: Network | None = network
         self._settings = settings
-        network.request(0, settings)
+        network.compile(0, settings)  # from weights that are lent, and given back meanwhile
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         dims = check_feeds(self.component, self.spec, feeds)
