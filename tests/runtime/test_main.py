@@ -218,8 +218,8 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path:
     assert pipe.stderr == ""
 
     interrupted = (
-        "import os, signal, sys, sdruntime.__main__ as line\n"
-        "line.progress = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import os, signal, sys, sdruntime.__main__ as line, sdruntime.generate as drawing\n"
+        "drawing.progress = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(line.main(sys.argv[1:]))"
     )
     arguments = ["generate", str(ready), "x", "--backend", "fake", "-o", str(tmp_path / "out.png")]
