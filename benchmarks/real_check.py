@@ -27,6 +27,7 @@ from sdruntime.choose import Machine
 from sdruntime.pipeline import Pipeline
 from sdruntime.report import picture_psnr, ssim
 from sdruntime.request import Request
+from sdruntime.tolerance import TOLERANCES
 
 SCHEMA = 1
 ROWS = ROOT / "reports" / "real-check.jsonl"
@@ -34,7 +35,9 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- real-check: begin -->", "<!-- real-check: end -->"
 NOBODY = "Nobody has run it on real weights yet."
 # against diffusers in fp32: dB, and SSIM, at the least of the prompts
-FLOORS: Mapping[str, tuple[float, float]] = {"fp32": (40.0, 0.98), "fp16": (30.0, 0.95)}
+FLOORS: Mapping[str, tuple[float, float]] = {
+    name: (TOLERANCES[name].picture_psnr, TOLERANCES[name].ssim) for name in ("fp32", "fp16")
+}
 PROMPTS = (
     "a lighthouse in a storm, oil painting",
     "a red fox in snow, photograph",

@@ -23,13 +23,9 @@ from sdexport.precision import filler, free_nodes, logits, lowered, takes_half
 from sdexport.rounding import Rounding
 from sdexport.weights import Array, in_precision, largest
 from sdruntime.manifest import Audit, KeptNode, Precision
+from sdruntime.tolerance import TOLERANCES
 
 Reason = Literal["overflow", "takes", "constant", "loss"]
-# of each output against float32. bfloat16 has three bits fewer than float16: eight times the error
-LIMITS: Mapping[Precision, Likeness] = {
-    "fp16": Likeness(cosine=0.9999, psnr=40.0),
-    "bf16": Likeness(cosine=0.9936, psnr=22.0),
-}
 _HEADROOM = 0.5  # of the type's largest number: other prompts make other activations
 _JUDGED = 8  # sets of activations that errors are measured on, about
 _EACH = 128  # nodes whose cost is measured one by one; of more than these, blocks are measured first
@@ -48,7 +44,7 @@ def audit(path: Path, seen: Activations, precision: Precision) -> Iterator[Audit
     needed = _needed(graph, seen.sizes, precision)
     sizes = {str(node.name): max(seen.sizes.get(str(each.name), 0.0) for each in node.outputs) for node in graph}
     rounding = Rounding(path, precision)
-    search = _Search(rounding, seen.feeds, LIMITS[precision], cores(graph))
+    search = _Search(rounding, seen.feeds, limit(precision), cores(graph))
     everything = search.worst(frozenset())
     nodes = {str(node.name): node for node in graph}
     for kept in search.choices(frozenset(needed)):
@@ -79,6 +75,12 @@ def audit(path: Path, seen: Activations, precision: Precision) -> Iterator[Audit
         )
 
 
+def limit(precision: Precision) -> Likeness:
+    """The lower bounds that each output of a component in half precision must hold against float32."""
+    held = TOLERANCES[precision]
+    return Likeness(cosine=held.cosine, psnr=held.psnr)
+
+
 def judged(feeds: Sequence[Feed]) -> Sequence[Feed]:
     """Those that errors are measured on: with an odd stride they are of all steps, with and without the prompt."""
     return feeds[:: max(1, len(feeds) // _JUDGED) | 1]
@@ -95,7 +97,7 @@ def confirm(path: Path, feeds: Sequence[Feed], precision: Precision, *, where: s
     made, worst = session_of(path), SAME
     for feed in (feeds[0], feeds[-1])[: len(feeds)]:
         worst = worst.worse(likeness(feed.outputs, made.run(None, dict(feed.arrays))))
-    limits = LIMITS[precision]
+    limits = limit(precision)
     if not worst.within(limits):
         raise AuditError(
             f"{where}: in {precision} cosine {worst.cosine:.6f} and PSNR {worst.psnr:.1f} dB against float32, where "

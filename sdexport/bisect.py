@@ -21,8 +21,9 @@ from sdexport.process import run_apart
 from sdruntime.backends.ort.build import library
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array
-from sdruntime.golden import Case, Tolerance, read_golden
+from sdruntime.golden import Case, read_golden
 from sdruntime.report import Difference
+from sdruntime.tolerance import Tolerance
 from sdruntime.verify import component_faults
 
 AT_ONCE = 48  # marked outputs of a run

@@ -26,7 +26,6 @@ from sdruntime.bundle import Bundle, disk_full_as_error, sha256
 from sdruntime.engine import CPU, Array
 from sdruntime.errors import SdruntimeError
 from sdruntime.golden import (
-    TOLERANCES,
     Case,
     Golden,
     cases_of,
@@ -41,6 +40,7 @@ from sdruntime.manifest import ComponentSpec, EngineSpec, Manifest, Precision
 from sdruntime.pipeline import Pipeline
 from sdruntime.process import Message, serve
 from sdruntime.process import run_apart as messages_of
+from sdruntime.tolerance import TOLERANCES
 
 _ADVICE = "free some, build on a larger machine, or build with --no-verify"
 _OWN = "weights."  # as in sdexport.to_onnx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def test_the_lowest_versions_that_are_promised_are_those_that_are_tested() -> No
     assert pinned.keys() == promised.keys()
     assert f"torch=={pinned.pop('torch')}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert [name for name, pin in pinned.items() if not f"{pin}.".startswith(f"{promised[name]}.")] == []
+
+
+def test_the_generated_parts_of_the_documentation_are_what_the_code_says() -> None:
+    done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

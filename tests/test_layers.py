@@ -9,13 +9,98 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
-    "sdruntime": """errors record process cache manifest step bundle schedule path predict samplers table run noise guidance
-        tokenizer prompt image annotate engine guard plan cuda shapes backends choose speed engines build request picture
-        condition latent denoise loop pipeline batcher golden report verify jetson describe channel message service
-        capi command check generate __main__""".split(),
-    "sdexport": """errors toml recipe weights hub checkpoint tokenizer components modules to_onnx precision measure
-        rounding audit probe cache job process golden bisect verify step build interpreter engines describe timing
-        reference drawers contestant subject bench chart command check cli __main__""".split(),
+    "sdruntime": """
+        errors
+        record
+        process
+        cache
+        manifest
+        step
+        bundle
+        schedule
+        path
+        predict
+        samplers
+        table
+        run
+        noise
+        guidance
+        tokenizer
+        prompt
+        image
+        annotate
+        engine
+        tolerance
+        guard
+        plan
+        cuda
+        shapes
+        backends
+        choose
+        speed
+        engines
+        build
+        request
+        picture
+        condition
+        latent
+        denoise
+        loop
+        pipeline
+        batcher
+        golden
+        report
+        verify
+        jetson
+        describe
+        channel
+        message
+        service
+        capi
+        command
+        check
+        generate
+        __main__
+    """.split(),
+    "sdexport": """
+        errors
+        toml
+        recipe
+        weights
+        hub
+        checkpoint
+        tokenizer
+        components
+        modules
+        to_onnx
+        precision
+        measure
+        rounding
+        audit
+        probe
+        cache
+        job
+        process
+        golden
+        bisect
+        verify
+        step
+        build
+        interpreter
+        engines
+        describe
+        timing
+        reference
+        drawers
+        contestant
+        subject
+        bench
+        chart
+        command
+        check
+        cli
+        __main__
+    """.split(),
 }
 FOLDERS = {"sdruntime": ROOT / "runtime" / "sdruntime", "sdexport": ROOT / "sdexport"}
 

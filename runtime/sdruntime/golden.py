@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from sdruntime.bundle import Bundle
-from sdruntime.engine import CPU, Array
+from sdruntime.engine import Array
 from sdruntime.errors import BundleError
-from sdruntime.manifest import ComponentSpec, EngineSpec, Manifest
+from sdruntime.manifest import ComponentSpec, Manifest
 from sdruntime.noise import NoiseStream
 from sdruntime.record import json_from_record, record_from_json
 from sdruntime.request import Request
 from sdruntime.step import NAME as STEP
+from sdruntime.tolerance import TOLERANCES, Tolerance
 
 DOCUMENT, NUMBERS = "golden/golden.json", "golden/numbers.npz"
 FORMAT, REVISION = "sdexport-golden", 1
@@ -36,31 +36,6 @@ _LARGEST_VAE = 768 * 768  # pixels: a VAE in float32 takes gigabytes above
 _RANGES = {"timestep": 1000, "time_ids": 1024}  # inputs that are whole numbers, whatever their type
 _LARGEST_PICTURE = 256  # pixels of a side
 _PROMPTS = ("a photograph of a red cat in a green garden", "an old map of an island, and the sea around it, in ink")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """What an engine of a precision is held to.
-
-    For a component `relative` bounds the largest error, `digest` that of mean, deviation, least and largest number, both against
-    the output's largest magnitude, which is the peak of `psnr` too. For a picture: `picture_psnr` (uint8, peak 255) and `ssim`.
-    """
-
-    relative: float
-    psnr: float  # dB
-    cosine: float
-    digest: float
-    picture_psnr: float  # dB
-    ssim: float
-
-
-_HALF = Tolerance(relative=1.0, psnr=40.0, cosine=0.9999, digest=0.05, picture_psnr=30.0, ssim=0.95)
-TOLERANCES: Mapping[str, Tolerance] = {
-    "fp32": Tolerance(relative=1e-4, psnr=80.0, cosine=0.999999, digest=1e-4, picture_psnr=45.0, ssim=0.99),
-    "tf32": Tolerance(relative=1e-2, psnr=50.0, cosine=0.9999, digest=1e-2, picture_psnr=30.0, ssim=0.95),
-    "fp16": _HALF,
-    "bf16": _HALF,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,14 +127,6 @@ class Golden:
             raise ValueError(f"tolerances: {', '.join(missing)} missing")
         for name in ("reference", "tolerances"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-
-
-def tolerance_name(engine: EngineSpec) -> str:
-    """Which of the tolerances an engine is held to. On a GPU fp32 is TF32, with ten bits of mantissa, where NVIDIA's libraries
-    are not told otherwise (NVIDIA_TF32_OVERRIDE=0)."""
-    if engine.precision == "fp32" and engine.target != CPU and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
-        return "tf32"
-    return engine.precision
 
 
 def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, ...]:

@@ -20,12 +20,10 @@ from sdruntime.golden import (
     Case,
     Digest,
     Golden,
-    Tolerance,
     digest_of,
     picture_key,
     read_golden,
     sample_of,
-    tolerance_name,
 )
 from sdruntime.guard import checked_rows
 from sdruntime.manifest import EngineSpec, Manifest
@@ -33,6 +31,7 @@ from sdruntime.pipeline import Pipeline
 from sdruntime.process import Message, serve
 from sdruntime.report import Check, Difference, PictureCheck, Report, picture_psnr, ssim
 from sdruntime.step import NAME as STEP
+from sdruntime.tolerance import Tolerance, tolerance_name
 
 ONNX = "onnxruntime"
 ITS_ONNX = "its ONNX, ONNX Runtime"  # what a report calls the bundle's own ONNX

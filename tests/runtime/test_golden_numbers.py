@@ -15,7 +15,6 @@ from sdruntime.golden import (
     DOCUMENT,
     NUMBERS,
     SAMPLE,
-    TOLERANCES,
     Golden,
     cases_of,
     digest_of,
@@ -23,10 +22,10 @@ from sdruntime.golden import (
     picture_key,
     read_golden,
     sample_of,
-    tolerance_name,
     write_golden,
 )
-from sdruntime.manifest import EngineSpec, load_manifest, save_manifest
+from sdruntime.manifest import load_manifest, save_manifest
+from sdruntime.tolerance import TOLERANCES
 
 FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 
@@ -124,21 +123,3 @@ def test_another_format_a_missing_number_and_nonsense_are_told(proved: Bundle) -
     fewer = write_golden(Bundle(proved.folder, load_manifest(proved.folder)), golden, numbers)
     with pytest.raises(BundleError, match=r"unet\.small\.out_sample is missing"):
         read_golden(fewer)
-
-
-def test_fp32_on_a_gpu_is_held_to_tf32_unless_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = EngineSpec(
-        component="unet",
-        backend="tensorrt",
-        version="11",
-        target="sm90",
-        precision="fp32",
-        files=("engines/unet.plan",),
-        profiles=({"batch": (1, 1, 1)},),
-    )
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
-    assert tolerance_name(engine) == "tf32"
-    assert tolerance_name(dataclasses.replace(engine, target="cpu")) == "fp32"
-    assert tolerance_name(dataclasses.replace(engine, precision="fp16")) == "fp16"
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    assert tolerance_name(engine) == "fp32"

@@ -19,10 +19,11 @@ from sdruntime.bundle import Bundle, file_spec
 from sdruntime.choose import Machine
 from sdruntime.engine import EngineOptions, Library, Shared
 from sdruntime.errors import LibraryMissing
-from sdruntime.golden import TOLERANCES, Golden, cases_of, digest_of, drawings_of, picture_key, sample_of, write_golden
+from sdruntime.golden import Golden, cases_of, digest_of, drawings_of, picture_key, sample_of, write_golden
 from sdruntime.manifest import save_manifest
 from sdruntime.pipeline import Pipeline
 from sdruntime.report import EQUAL, Difference, page, picture_psnr, ssim
+from sdruntime.tolerance import TOLERANCES
 from sdruntime.verify import onnx_spec, report_of, verify
 
 ort = pytest.importorskip("onnxruntime")

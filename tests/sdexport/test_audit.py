@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sdexport.audit import LIMITS, audit, confirm
+from sdexport.audit import audit, confirm, limit
 from sdexport.checkpoint import read_checkpoint
 from sdexport.components import components
 from sdexport.errors import AuditError, ExportError
@@ -71,7 +71,7 @@ def mended(path: Path, found: Audit, feeds: list[Feed], precision: Precision = "
     for without in (None, *sorted(kept)):
         half = [name for name in rounding.names if name not in kept or name == without]
         pairs = [(feed.outputs, rounding.run(feed, half)) for feed in activations(path, feeds).feeds]
-        results[without] = all(likeness(*pair).within(LIMITS[precision]) for pair in pairs)
+        results[without] = all(likeness(*pair).within(limit(precision)) for pair in pairs)
     good = results.pop(None)
     assert not any(results.values()), f"not needed: {[name for name, holds in results.items() if holds]}"
     return good
@@ -235,8 +235,8 @@ def test_what_is_outside_an_attention_is_preferred(tmp_path: Path) -> None:
         name: likeness(rounding.run(feeds[0], ()), rounding.run(feeds[0], [each for each in rounding.names if each not in kept]))
         for name, kept in {"none": set[str](), "inside": inside, "outside": outside}.items()
     }
-    assert not found["none"].within(LIMITS["fp16"])
-    assert found["inside"].within(LIMITS["fp16"])
+    assert not found["none"].within(limit("fp16"))
+    assert found["inside"].within(limit("fp16"))
     assert found["inside"].psnr > found["outside"].psnr, "by the numbers alone it would be the attention"
     chosen = audited(path, feeds, "fp16", where="unet")
     assert names(chosen) == outside

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from sdexport_cli import run
 
-from sdexport.audit import LIMITS
+from sdexport.audit import limit
 from sdexport.build import Built, Options, Progress, build
 from sdexport.errors import AuditError, EnvironmentFault, ExportError
 from sdexport.job import Job
@@ -52,7 +52,7 @@ def test_every_component_is_within_the_limits(request: pytest.FixtureRequest, na
     encoders = {"text_encoder", "text_encoder_2"} if name.startswith("sdxl") else {"text_encoder"}
     assert set(found) == {"unet", "vae_decoder", "vae_encoder"} | encoders
     for audit in found.values():
-        assert Likeness(cosine=audit.cosine, psnr=audit.psnr).within(LIMITS[precision])  # type: ignore[index]
+        assert Likeness(cosine=audit.cosine, psnr=audit.psnr).within(limit(precision))  # type: ignore[index]
         assert audit.kept == (), "these tiny networks lose nothing that matters"
         assert not audit.whole
         assert audit.nodes > 30
@@ -65,7 +65,7 @@ def test_the_shapes_checkpoint_in_fp16(tmp_path: Path, trace_cache: Path) -> Non
     for _ in build(str(SHAPES), tmp_path / "shapes", Options(precision="fp16")):
         pass
     for audit in audits(tmp_path / "shapes").values():
-        assert Likeness(cosine=audit.cosine, psnr=audit.psnr).within(LIMITS["fp16"])
+        assert Likeness(cosine=audit.cosine, psnr=audit.psnr).within(limit("fp16"))
         assert not audit.whole
 
 
