@@ -17,6 +17,7 @@ from sdexport.errors import CheckpointError
 from sdexport.weights import StoredTensor, read_header
 from sdruntime.manifest import Family, ModelSpec, Precision, PredictionType
 from sdruntime.record import read_json
+from sdruntime.samplers import SAMPLERS
 
 _CLIP = ("transformers", "CLIPTextModel")
 _TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
@@ -37,14 +38,7 @@ _PARTS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
     },
 }
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
-SCHEDULERS = tuple(
-    f"{name}Scheduler"
-    for name in (
-        "DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete",
-        "EulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete",
-        "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep",
-    )
-)  # fmt: skip
+SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers}))  # what the runtime can sample with
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
 _WEIGHT_STEMS = {"text_encoder": "model", "text_encoder_2": "model"}  # diffusers' own networks: diffusion_pytorch_model
 _PICKLES = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}

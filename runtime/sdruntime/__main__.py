@@ -168,7 +168,13 @@ def samplers(options: argparse.Namespace) -> None:
     from sdruntime.samplers import SAMPLERS
 
     rows: list[dict[str, Any]] = [
-        {"name": name, "diffusers": each.diffusers, "a1111": list(each.a1111), "about": each.about}
+        {
+            "name": name,
+            "diffusers": each.diffusers,
+            "settings": dict(each.implied),
+            "a1111": list(each.a1111),
+            "about": each.about,
+        }
         for name, each in SAMPLERS.items()
     ]
     if options.json:
@@ -176,9 +182,11 @@ def samplers(options: argparse.Namespace) -> None:
         return
     for row in rows:
         print(f"{row['name']:<16}{row['about']}")
-        others = [*([row["diffusers"]] if row["diffusers"] else []), *row["a1111"]]
-        if others:
-            print(f"{'':16}also {', '.join(others)}")
+        if row["a1111"]:
+            print(f"{'':16}also {', '.join(row['a1111'])}")
+        if row["diffusers"]:
+            fixed = ", ".join(f"{key} {json.dumps(value)}" for key, value in row["settings"].items())
+            print(f"{'':16}diffusers: {row['diffusers']}{' with ' + fixed if fixed else ''}")
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.schedule import RATIO_SCHEDULES, Array, Curve, FlowCurve, Point, Settings, at_ratio, shifted
 
-TIME_SCHEDULES = ("simple", "sgm_uniform")
+TIME_SCHEDULES = ("simple", "sgm_uniform", "normal")
 SCHEDULES = (*RATIO_SCHEDULES, *TIME_SCHEDULES)
 
 
@@ -228,8 +228,10 @@ def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> t
     trained = len(curve.sigmas)
     if kind == "simple":  # every n-th trained level, as ComfyUI and A1111 name it
         times = trained - 1 - np.floor(np.arange(steps) * (trained / steps))
-    else:  # sgm_uniform: evenly in t, the end left out
+    elif kind == "sgm_uniform":  # evenly in t, the end left out
         times = np.linspace(trained - 1, 0, steps + 1)[:-1]
+    else:  # normal: evenly in t, timestep 0 included (k-diffusion's get_sigmas)
+        times = np.linspace(trained - 1, 0, steps)
     return times, np.exp(np.interp(times, np.arange(trained), curve.log_sigmas))
 
 

@@ -28,7 +28,7 @@ from sdruntime.noise import NoiseStream
 from sdruntime.picture import Picture, Result
 from sdruntime.request import Request, requests
 from sdruntime.run import Run
-from sdruntime.samplers import resolve
+from sdruntime.samplers import identified
 from sdruntime.step import NAME as STEP
 from sdruntime.table import Table, compile_table
 
@@ -132,8 +132,9 @@ class Pipeline:
 
     @property
     def sampler(self) -> str:
-        """The checkpoint's own sampler, by its name in the registry."""
-        return resolve(self._schedule["_class_name"])[0].name
+        """The checkpoint's own sampler: its name in the registry, or its diffusers class if no name says what the file sets."""
+        row, _ = identified(self._schedule)
+        return str(self._schedule["_class_name"]) if row is None else row.name
 
     def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
         """Draw. `settings` are those of `Request`, and `count`: pictures for each prompt. Picture k has the seed `seed` + k.

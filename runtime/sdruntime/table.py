@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sdruntime.errors import SettingError
 from sdruntime.path import Path
 from sdruntime.predict import clean_from_raw, input_scale
-from sdruntime.samplers import Sampler, resolve
+from sdruntime.samplers import Sampler, settled
 from sdruntime.schedule import Point
 
 Floats = NDArray[np.float64]
@@ -127,18 +127,7 @@ def compile_table(
     with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
     Raises SettingError, UnknownName.
     """
-    if not isinstance(config, Mapping):
-        raise SettingError(f"scheduler_config.json holds a {type(config).__name__}: it must be an object with keys")
-    name = sampler if sampler is not None else config.get("_class_name")
-    if not isinstance(name, str):
-        raise SettingError("scheduler_config.json has no _class_name: name a sampler")
-    found, implied = resolve(name)
-    given = {**implied, **options}
-    if schedule is not None:
-        given["schedule"] = schedule
-    if given.get("schedule") and not found.takes_schedule:
-        raise SettingError(f"schedule {given['schedule']!r}: {found.name} keeps to the trained timesteps and takes none")
-    settings = found.settings(config, given)
+    found, settings = settled(config, sampler=sampler, schedule=schedule, **options)
     trained = settings["num_train_timesteps"]
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
         raise SettingError(f"steps {steps!r}: it must be a whole number from 1 to num_train_timesteps {trained}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from solvers import STABLE, clean_by, smooth_path, solve
 
 from sdruntime.errors import SettingError, UnknownName
+from sdruntime.path import SCHEDULES
 from sdruntime.run import run
-from sdruntime.samplers import SAMPLERS, Sampler, resolve
+from sdruntime.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, identified, resolve
+from sdruntime.samplers.names import folded
 from sdruntime.schedule import Point, Space
 from sdruntime.table import compile_table
 
@@ -183,11 +186,79 @@ def test_every_row_has_its_names() -> None:
         ("PLMS", "plms", {"skip_prk_steps": True}),
         ("UniPCMultistepScheduler", "unipc", {}),
         ("flow_unipc", "flow_unipc", {"use_flow_sigmas": True}),
+        ("uni_pc", "unipc", {}),
+        ("dpm_2", "dpm2", {}),
+        ("dpm_2_ancestral", "dpm2_a", {}),
+        ("dpm++2m", "dpmpp_2m", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
+        ("k_euler_a", "euler_a", {}),
+        ("k_dpmpp_2s_a", "dpmpp_2s_a", {}),
+        ("euler_ancestral_normal", "euler_a", {"schedule": "normal"}),
+        ("Euler a Uniform", "euler_a", {"schedule": "normal"}),
+        ("DPMSolverMultistep", "dpmpp_2m", {}),
     ],
 )
 def test_names_that_users_know_resolve(name: str, sampler: str, implied: dict[str, Any]) -> None:
     found, fixed = resolve(name)
     assert (found.name, fixed) == (sampler, implied)
+
+
+def test_no_two_rows_have_one_name() -> None:
+    counts = Counter(name for row in SAMPLERS.values() for name in {folded(each) for each in (row.name, *row.a1111)})
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("Karras", "karras"), ("SGM Uniform", "sgm_uniform"), ("Normal", "normal"), ("Uniform", "normal"), ("BETA", "beta")],
+)
+def test_schedule_names_that_users_know_resolve(name: str, schedule: str) -> None:
+    tables = [compile_table(STABLE, steps=7, sampler="euler", schedule=each).to_json() for each in (name, schedule)]
+    assert tables[0] == tables[1]
+
+
+def test_an_unknown_schedule_comes_with_the_near_ones() -> None:
+    with pytest.raises(UnknownName, match="did you mean karras"):
+        compile_table(STABLE, steps=7, sampler="euler", schedule="Karas")
+
+
+def test_normal_is_what_k_diffusion_spaces() -> None:
+    table = compile_table(STABLE, steps=4, sampler="euler", schedule="normal")
+    assert table.t == pytest.approx([999, 666, 333, 0])
+
+
+MULTISTEP, SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "schedule"),
+    [
+        ({"_class_name": MULTISTEP}, "dpmpp_2m", None),
+        ({"_class_name": MULTISTEP, "use_karras_sigmas": True}, "dpmpp_2m", "karras"),
+        ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", None),
+        ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "dpmpp_2m_sde_heun", None),
+        ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde", None),
+        ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_order": 1}, None, None),
+        ({"_class_name": MULTISTEP, "use_flow_sigmas": True}, "flow_dpmpp_2m", None),
+        ({"_class_name": SINGLESTEP, "solver_order": 3}, "dpmpp_3s", None),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "plms", None),
+        ({"_class_name": "PNDMScheduler"}, "pndm", None),
+        ({"_class_name": "UniPCMultistepScheduler"}, "unipc", None),
+    ],
+)
+def test_a_class_that_samplers_share_is_told_by_its_settings(
+    config: dict[str, Any], sampler: str | None, schedule: str | None
+) -> None:
+    row, kind = identified({**STABLE, **config})
+    assert (row and row.name, kind) == (sampler, schedule)
+
+
+def test_a_named_sampler_is_identified_as_itself() -> None:
+    for name in SAMPLERS:
+        assert identified({**STABLE, "_class_name": "PNDMScheduler"}, sampler=name)[0] is SAMPLERS[name]
+
+
+def test_every_schedule_has_its_a1111_name() -> None:
+    assert set(A1111_SCHEDULES) == {None, *SCHEDULES}
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2n", "DPM++ 2M Karas", "EulerScheduler"])

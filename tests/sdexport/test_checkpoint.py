@@ -72,6 +72,10 @@ def spoil_scheduler(folder: Path) -> None:
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="KarrasVeScheduler")
 
 
+def name_scheduler_unknown_to_the_runtime(folder: Path) -> None:
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="IPNDMScheduler")
+
+
 def spoil_prediction(folder: Path) -> None:
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="score")
 
@@ -132,6 +136,7 @@ def stray_shard(folder: Path) -> None:
         (spoil_library, "model_index.json: text_encoder is ['os', 'system']"),
         (spoil_pipeline, "_class_name 'StableDiffusion3Pipeline'"),
         (spoil_scheduler, "_class_name 'KarrasVeScheduler'"),
+        (name_scheduler_unknown_to_the_runtime, "_class_name 'IPNDMScheduler' is not one of DDIMScheduler"),
         (spoil_prediction, "prediction_type 'score'"),
         (spoil_architecture, "text_encoder/config.json is of a T5EncoderModel"),
         (spoil_channels, "in_channels 9, but the VAE has 4"),

@@ -11,14 +11,13 @@ from sdruntime.path import consistency_grid, ddim_grid, ddpm_grid, flow_grid, pn
 from sdruntime.samplers.consistency import lcm, tcd
 from sdruntime.samplers.ddim import ddim, ddpm
 from sdruntime.samplers.deis import deis
-from sdruntime.samplers.dpm import dpm_multistep, dpm_singlestep
 from sdruntime.samplers.dpm_ancestral import dpmpp_2s_ancestral, dpmpp_sde
+from sdruntime.samplers.dpm_rows import DPM_ROWS
 from sdruntime.samplers.kdiffusion import dpm2, dpm2_ancestral, euler, euler_ancestral, heun, lms
 from sdruntime.samplers.keys import (
     BY_NAME,
     CLIP,
     CONSISTENCY,
-    DPM,
     FINAL,
     FLOW,
     FLOW_MATCH,
@@ -37,50 +36,6 @@ from sdruntime.samplers.protocol import Solver
 from sdruntime.samplers.sa import sa_solver
 from sdruntime.samplers.sampler import Sampler
 from sdruntime.samplers.unipc import unipc
-
-
-def _solver(order: int, algorithm: str) -> dict[str, Any]:
-    """What a name of the DPM-Solver family fixes; those that predict noise cannot step to sigma 0 and stop before."""
-    fixed: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm}
-    return fixed if algorithm.endswith("++") else {**fixed, "final_sigmas_type": "sigma_min"}
-
-
-def _multistep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sampler:
-    return Sampler(
-        name=name,
-        solve=dpm_multistep,
-        grid=partial(vp_grid, whole_cosine_times=False),
-        space="vp",
-        takes_schedule=True,
-        reads={**DPM, **LINSPACE, **ZERO_SNR, "use_lu_lambdas": False, "euler_at_final": False},
-        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
-        choices={
-            "solver_type": ("midpoint", "heun"),
-            "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
-        },
-        implied=_solver(solver_order, algorithm),
-        diffusers="DPMSolverMultistepScheduler",
-        **more,
-    )
-
-
-def _singlestep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sampler:
-    return Sampler(
-        name=name,
-        solve=dpm_singlestep,
-        grid=vp_grid,
-        space="vp",
-        takes_schedule=True,
-        reads={**DPM, "lower_order_final": False},
-        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final"),
-        choices={
-            "solver_type": ("midpoint", "heun"),
-            "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
-        },
-        implied=_solver(solver_order, algorithm),
-        diffusers="DPMSolverSinglestepScheduler",
-        **more,
-    )
 
 
 def _sigmas(name: str, solve: Callable[..., Solver], diffusers: str | None, **more: Any) -> Sampler:
@@ -229,32 +184,7 @@ ROWS = (
         a1111=("DPM++ SDE",),
         about="Stochastic DPM-Solver++, two model calls a step (k-diffusion)",
     ),
-    _multistep("dpmpp_2m", 2, "dpmsolver++", order=2, a1111=("DPM++ 2M",), about="DPM-Solver++(2M) (arXiv 2211.01095)"),
-    _multistep("dpmpp_1m", 1, "dpmsolver++", order=1, about="DPM-Solver++ of order 1, which is DDIM in lambda"),
-    _multistep("dpmpp_3m", 3, "dpmsolver++", order=2, about="DPM-Solver++(3M) (arXiv 2211.01095)"),
-    _multistep("dpm_1m", 1, "dpmsolver", order=1, about="DPM-Solver of order 1 (arXiv 2206.00927)"),
-    _multistep("dpm_2m", 2, "dpmsolver", order=2, about="DPM-Solver of order 2, multistep (arXiv 2206.00927)"),
-    _multistep("dpm_3m", 3, "dpmsolver", order=2, about="DPM-Solver of order 3, multistep (arXiv 2206.00927)"),
-    _multistep(
-        "dpmpp_2m_sde",
-        2,
-        "sde-dpmsolver++",
-        order=2,
-        a1111=("DPM++ 2M SDE",),
-        about="Stochastic DPM-Solver++(2M) (arXiv 2211.01095)",
-    ),
-    _multistep(
-        "dpmpp_3m_sde",
-        3,
-        "sde-dpmsolver++",
-        order=2,
-        a1111=("DPM++ 3M SDE",),
-        about="Stochastic DPM-Solver++(3M) (k-diffusion)",
-    ),
-    _singlestep("dpmpp_2s", 2, "dpmsolver++", order=2, about="DPM-Solver++(2S) (arXiv 2211.01095)"),
-    _singlestep("dpmpp_3s", 3, "dpmsolver++", order=3, about="DPM-Solver++(3S) (arXiv 2211.01095)"),
-    _singlestep("dpm_2s", 2, "dpmsolver", order=2, about="DPM-Solver-2 in steps of one call (arXiv 2206.00927)"),
-    _singlestep("dpm_3s", 3, "dpmsolver", order=3, about="DPM-Solver-3 in steps of one call (arXiv 2206.00927)"),
+    *DPM_ROWS,
     Sampler(
         name="unipc",
         solve=unipc,
