@@ -36,6 +36,7 @@ from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, EngineOptions, Shared, shape_of
 from sdruntime.pipeline import Pipeline
+from sdruntime.process import module_command
 from sdruntime.request import Request
 from sdruntime.speed import processor
 
@@ -224,7 +225,7 @@ def prepare(options: argparse.Namespace) -> None:
         making.rename(options.folder / "checkpoint")
     if not (options.folder / "bundle").exists():
         command = ["build", options.folder / "checkpoint", "-o", options.folder / "bundle", "--precision", "fp32", "--no-verify"]
-        subprocess.run([sys.executable, "-m", "sdexport", *map(str, command)], check=True)
+        subprocess.run(module_command("sdexport", *map(str, command)), check=True)
     for row in options.rows:
         if row in OURS:
             our_bundle(options, row)

@@ -24,12 +24,14 @@ from typing import Any
 
 from benchmarks.export_full_size import ROOT
 from benchmarks.gpu.checkpoint import MODELS
+from benchmarks.gpu.tasks import environment
 from sdexport.audit import judged
 from sdexport.build import Options, export
 from sdexport.job import AUDIT, MODEL, PROBE, Job, Stage
 from sdexport.measure import session_of
 from sdexport.probe import load_activations
 from sdexport.process import run_apart
+from sdruntime.process import module_command
 from sdruntime.report import Difference
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -65,8 +67,8 @@ def audited(model: str, component: str, folder: Path) -> dict[str, Any]:
     )
     seconds, peak = timed(job)
     audit = json.loads((out / AUDIT).read_text())
-    command = [sys.executable, "-m", "benchmarks.precision", "--compare", str(folder / f"{model}-fp32" / component), str(out)]
-    compared = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = module_command("benchmarks.precision", "--compare", str(folder / f"{model}-fp32" / component), str(out))
+    compared = subprocess.run(command, check=True, env=environment(), stdout=subprocess.PIPE, text=True)
     return {
         "seconds": {stage: seconds[stage] for stage in ("audit", "confirm")},
         "peak": peak,

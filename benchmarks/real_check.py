@@ -25,6 +25,7 @@ from sdexport.subject import machine_of
 from sdexport.timing import drawn, text_of
 from sdruntime.choose import Machine
 from sdruntime.pipeline import Pipeline
+from sdruntime.process import module_command
 from sdruntime.report import picture_psnr, ssim
 from sdruntime.request import Request
 from sdruntime.tolerance import TOLERANCES
@@ -92,7 +93,7 @@ class Check:
             raise ValueError(f"PSNR {min(decibels)} dB, SSIM {min(alike)}: at least {least_db} dB and {least_ssim} belong here")
 
     def _command(self, *arguments: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "sdexport", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = subprocess.run(module_command("sdexport", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if done.returncode:
             said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
             raise ValueError(f"sdexport {arguments[0]} ended with {done.returncode}: {said[-1] if said else 'it said nothing'}")

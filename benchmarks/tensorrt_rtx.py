@@ -27,9 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 def told(*command: str | Path, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
     """What a command prints as JSON, and the seconds that it took."""
+    from sdruntime.process import module_command
+
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)], env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
+        module_command(*map(str, command)), env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
     )
     document: dict[str, Any] = json.loads(done.stdout)
     return document, round(time.perf_counter() - begun, 1)

@@ -1,6 +1,6 @@
 """One contestant of a benchmark, in a process of its own: what it holds in memory is its own, and so is its cold start.
 
-The child is `python -m sdexport.contestant JOB`. It opens, draws a first picture and tells how long each part took; then it does
+The child runs this module with the job. It opens, draws a first picture and tells how long each part took; then it does
 what the parent asks, one JSON line for one JSON line, until its standard input ends.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from sdexport.drawers import BundleDrawer, TorchDrawer
 from sdexport.errors import BenchError
-from sdruntime.process import peak_memory
+from sdruntime.process import module_command, peak_memory
 
 Message = dict[str, Any]
 SHORT = 0.02  # seconds: calls below it are made three in a row, the first of them uncounted
@@ -40,7 +40,7 @@ class Contestant:
     def __init__(self, name: str, job: Mapping[str, Any]) -> None:
         self.name, self._notes = name, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._begun = time.monotonic()
-        command = [sys.executable, "-m", __name__, json.dumps({**job, "begun": self._begun})]
+        command = module_command(__name__, json.dumps({**job, "begun": self._begun}))
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._notes, text=True, encoding="utf-8"
         )

@@ -31,6 +31,7 @@ from sdruntime.errors import (
     VerificationFailed,
 )
 from sdruntime.manifest import EngineSpec, Precision
+from sdruntime.process import module_command
 
 _ERRORS = {kind.exit_code: kind for kind in (SettingError, EnvironmentFault, EngineError)}
 _TO_CLEAN_UP = 30  # seconds
@@ -82,7 +83,7 @@ class Interpreter:
             paths = [shown, *filter(None, [os.environ.get("PYTHONPATH")])]
             try:
                 child = subprocess.Popen(
-                    [self.python, "-m", "sdruntime", *command],
+                    module_command("sdruntime", *command, python=self.python),
                     stdin=subprocess.DEVNULL,
                     stdout=results,
                     stderr=subprocess.PIPE,

@@ -6,13 +6,13 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sdruntime.channel import Channel
+from sdruntime.process import module_command
 from sdruntime.service import Service
 
 WAIT = 60  # seconds after which a test is given up
@@ -70,7 +70,7 @@ class Worker(Host):
     def __init__(self) -> None:
         super().__init__()
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "sdruntime.service", str(theirs.fileno())]
+        command = module_command("sdruntime.service", str(theirs.fileno()))
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         self.socket, self.channel, self.ended = ours, Channel(ours), threading.Event()

@@ -28,6 +28,7 @@ from benchmarks.gpu.table import lines
 from sdexport import reference
 from sdruntime.bundle import Bundle
 from sdruntime.errors import BundleError
+from sdruntime.process import module_command
 
 SCHEMA = 1
 # guidance, and (steps, pictures of one call); each picture of the model's own size, by its own scheduler
@@ -166,19 +167,19 @@ class Bench:
             )
         if checkpoint is None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            checked(self.left, "-m", "benchmarks.gpu.checkpoint", model, str(kept))
+            checked(self.left, "benchmarks.gpu.checkpoint", model, str(kept))
             checkpoint = kept
         begun = time.monotonic()
         options = ("--precision", "fp16", "--no-verify", "--json")
-        checked(self.left, "-m", "sdexport", "build", str(checkpoint), "-o", str(bundle), *options)
+        checked(self.left, "sdexport", "build", str(checkpoint), "-o", str(bundle), *options)
         self.document["models"][model]["export_s"] = round(time.monotonic() - begun, 1)
         return bundle, checkpoint
 
 
-def checked(limit: float, *arguments: str) -> None:
-    """Run Python here, in the tree; its last words are the error's."""
+def checked(limit: float, module: str, *arguments: str) -> None:
+    """Run a module of the tree; its last words are the error's."""
     done = subprocess.run(
-        [sys.executable, *arguments],
+        module_command(module, *arguments),
         cwd=ROOT,
         env=tasks.environment(),
         capture_output=True,

@@ -31,6 +31,7 @@ from sdruntime.cuda import Cuda
 from sdruntime.engine import EngineOptions
 from sdruntime.manifest import EngineSpec
 from sdruntime.pipeline import Pipeline
+from sdruntime.process import module_command
 from sdruntime.request import Request
 from sdruntime.step import NAME as STEP
 
@@ -257,7 +258,7 @@ def guarded(task: str, job: Job, out: Path) -> str:
 
 
 def _in_a_child(task: str, job: Job, out: Path, log: Path, limit: float | None) -> str:
-    command = [sys.executable, "-m", "benchmarks.gpu.tasks", task, json.dumps(dict(job)), str(out)]
+    command = module_command("benchmarks.gpu.tasks", task, json.dumps(dict(job)), str(out))
     with log.open("wb") as said:
         try:
             code = subprocess.run(

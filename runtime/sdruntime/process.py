@@ -1,7 +1,7 @@
 """Work in a process of its own: its memory goes with it, and what kills it does not kill the caller.
 
-The child is `python -m MODULE`, whose main calls `serve`. It gets its job as JSON and writes its messages as JSON lines; an error
-travels back as its class and its text.
+The child runs a module (`module_command`) whose main calls `serve`. It gets its job as JSON and writes its messages as JSON
+lines; an error travels back as its class and its text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,25 @@ from typing import Any
 
 Message = dict[str, Any]
 
+# What `python -P -m` does, for Python 3.10 too: "" at the head of the path is the current folder. Keep equal to WORKER_SOURCE in
+# runtime/capi/src/service_source.hpp.
+_RUN_MODULE = """\
+import sys
+if sys.path and sys.path[0] == "":
+    del sys.path[0]
+del sys.argv[0]
+import runpy
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def module_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
+    """Return the command that runs `module` as `python -m` does, except that the current folder is never searched for modules.
+
+    A checkpoint or bundle may lie in the current folder, and a file `numpy.py` in it must not run.
+    """
+    return [python, "-c", _RUN_MODULE, module, *arguments]
+
 
 def run_apart(
     module: str, job: Mapping[str, Any], *, what: str, failed: type[Exception], killed: type[Exception], advice: str
@@ -30,9 +49,13 @@ def run_apart(
     it ended in another way. `what` names the work in those two.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as notes:
-        command = [sys.executable, "-m", module, json.dumps(job)]
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notes, text=True, encoding="utf-8"
+            module_command(module, json.dumps(job)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=notes,
+            text=True,
+            encoding="utf-8",
         )
         assert child.stdin is not None
         assert child.stdout is not None
