@@ -76,7 +76,7 @@ def ours(row: str, options: argparse.Namespace, component: str, dims: dict[str, 
 
 
 def plain_onnxruntime(options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
-    ort = importlib.import_module("onnxruntime")
+    ort = backend("onnxruntime", "build").library()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3

@@ -15,6 +15,8 @@ import cplusplus
 import pytest
 import tiny
 
+import sdruntime.backends.ort  # noqa: F401  the tests load ONNX Runtime themselves, too
+
 Export = Callable[..., Path]
 
 # A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; tests of Ctrl-C want the default.

@@ -55,9 +55,7 @@ def preload() -> None:
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     with contextlib.suppress(Exception):  # without them the provider says itself what it lacks
-        import onnxruntime
-
-        onnxruntime.preload_dlls()
+        backend("onnxruntime", "build").library().preload_dlls()
 
 
 def gpu(index: int = 0) -> dict[str, Any]:
