@@ -57,6 +57,7 @@ LAYERS = {
         message
         service
         capi
+        progress
         command
         check
         generate

@@ -15,49 +15,53 @@ from typing import TYPE_CHECKING, Any
 from sdruntime import __version__
 from sdruntime.capi import add_arguments, answers
 from sdruntime.check import build, verify
-from sdruntime.command import document, note
+from sdruntime.command import Failed, Parser, UsageError, code_of, document, failure, reason_of, wants_json
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.generate import generate, sampler_options
+from sdruntime.progress import progress_on
 
 if TYPE_CHECKING:
     from sdruntime.bundle import Bundle
     from sdruntime.choose import Machine
 
-INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 ok, 1 failed, 2 usage, 3 environment, 4 verification failed, 5 bundle or engine does not
     fit, 130 interrupted."""
-    options = parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], None] = options.run
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = wants_json(given)
     try:
-        with warnings.catch_warnings():
+        options = parser().parse_args(given)
+        with progress_on(quiet=options.quiet or options.json) as options.progress, warnings.catch_warnings():
             warnings.simplefilter("default")
-            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
-            run(options)
+            warnings.showwarning = lambda message, *_, **__: options.progress.note(f"warning: {message}")
+            options.run(options)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        note("interrupted")
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
         return 128 + signal.SIGPIPE
-    except SdruntimeError as error:
-        note(f"error: {error}")
-        return error.exit_code
-    except MemoryError:
-        note("error: out of memory: ask for a smaller size or count, or build engines for a smaller batch")
-        return 3
-    except OSError as error:
-        note(f"error: {error}")
-        return 1
+    except Failed as failed:
+        return fail(failed.error, as_json, **failed.fields)
+    except (KeyboardInterrupt, SdruntimeError, MemoryError, OSError) as error:
+        return fail(error, as_json)
     return 0
 
 
+def fail(error: BaseException, as_json: bool, **fields: Any) -> int:
+    """Tell of an error, for people and as the one document of --json; returns its exit code."""
+    if isinstance(error, UsageError):
+        print(error.usage, file=sys.stderr)
+    reason = reason_of(error)
+    print(reason if isinstance(error, KeyboardInterrupt) else f"error: {reason}", file=sys.stderr)
+    if as_json:
+        document(**fields, **failure(error))
+    return code_of(error)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="sdruntime", description="Stable Diffusion on the device: pictures from a bundle.")
+    top = Parser(prog="sdruntime", description="Stable Diffusion on the device: images from a bundle.")
     top.add_argument("--version", action="version", version=f"sdruntime {__version__}")
+    shared(top, False)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
@@ -67,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         each.set_defaults(run=run)
         if bundle:
             each.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that sdexport build wrote")
-        each.add_argument("--json", action="store_true", help="print one JSON document")
+        shared(each, argparse.SUPPRESS)  # which leaves what stood before the command
         return each
 
     each = command("build", build, "build engines from a bundle's ONNX, on and for this machine")
@@ -88,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png", help="several pictures: FILE-SEED.png")
     each.add_argument("--negative", metavar="PROMPT", help="what should not be there")
     each.add_argument("--image", type=Path, metavar="FILE.png", help="begin from this picture")
-    each.add_argument("--strength", type=float, default=0.8, help="how much of --image is redrawn, 0 to 1 (0.8)")
+    each.add_argument("--strength", type=float, help="how much of --image is changed, 0 to 1 (0.8)")
     each.add_argument("--steps", type=int, default=20, help="(20)")
     each.add_argument("--guidance", type=float, default=7.5, help="(7.5); 1 or less leaves the negative prompt out")
     each.add_argument("--rescale", type=float, default=0.0, help="guidance rescale, 0 to 1 (0)")
@@ -123,6 +127,12 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="tell of this bundle too")
     add_arguments(command("capi", capi, "build the C library, whose sources are here, and tell a compiler of it", bundle=False))
     return top
+
+
+def shared(each: argparse.ArgumentParser, default: object) -> None:
+    """What may stand before and after the command."""
+    each.add_argument("--json", action="store_true", default=default, help="print one JSON document, also of a failure")
+    each.add_argument("-q", "--quiet", action="store_true", default=default, help="show no progress")
 
 
 def sampling(each: argparse.ArgumentParser) -> None:

@@ -116,7 +116,7 @@ class Batcher:
     """
 
     def __init__(self, pipeline: Pipeline, *, queue: int = QUEUE, running: int | None = None) -> None:
-        self.queue, self.running = queue, _room(pipeline) if running is None else running
+        self.queue, self.running = queue, pipeline.engines.room if running is None else running
         for name, value in (("queue", self.queue), ("running", self.running)):
             if value < 1:
                 raise SettingError(f"{name} {value}: at least 1 picture")
@@ -290,14 +290,3 @@ def _tell(job: Job, entry: _Entry) -> None:
         entry.told = job.run.step
         latents = job.run.x.copy() if entry.preview else None
         entry.progress(Progress(step=job.run.step, steps=job.run.steps, latents=latents))
-
-
-def _room(pipeline: Pipeline) -> int:
-    """How many pictures with guidance one call of the UNet takes at most."""
-    chosen = next((spec for spec in pipeline.engines.chosen if spec.component == "unet"), None) or pipeline.engine("unet").spec
-    alike = [
-        spec
-        for spec in (chosen, *pipeline.bundle.manifest.engines)
-        if (spec.component, spec.backend, spec.target) == (chosen.component, chosen.backend, chosen.target)
-    ]
-    return max(1, max(profile["batch"][2] for spec in alike for profile in spec.profiles) // 2)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from sdruntime.command import clear_progress, document, note, pairs, progress
-from sdruntime.errors import SettingError
+from sdruntime.command import Failed, check_output, document, pairs
+from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
     from sdruntime.build import Asked
+    from sdruntime.bundle import Bundle
+    from sdruntime.progress import Progress
+    from sdruntime.report import Check, PictureCheck
 
 
 def build(options: argparse.Namespace) -> None:
@@ -22,31 +26,33 @@ def build(options: argparse.Namespace) -> None:
         raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
     asked = asked_of(options) if options.backend else None
     check = None if options.no_verify else held
-    done, begun = [], time.monotonic()
-    for event in build_engines(options.bundle, asked, check=check) if asked else rebuild_stale(options.bundle, check=check):
-        if event.state == "stage" and event.stage is not None:
-            progress(f"{event.component}: {event.stage.name}", event.stage.done, event.stage.total)
-            continue
-        clear_progress()
-        if event.state == "begin":
-            note(f"building {event.engine}")
-            continue
-        for text in event.notes:
-            note(f"warning: {text}")
-        done.append(
-            {
-                "component": event.component,
-                "engine": event.engine,
-                "state": event.state,
-                "bytes": event.size,
-                "seconds": round(event.seconds, 3),
-                "peak_memory": event.peak,
-                "notes": list(event.notes),
-            }
-        )
-        if not options.json:
-            what = "there already" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
-            print(f"{event.engine}: {what}")
+    shown, done, begun = options.progress, [], time.monotonic()
+    events = build_engines(options.bundle, asked, check=check) if asked else rebuild_stale(options.bundle, check=check)
+    try:
+        for event in events:
+            if event.state in ("begin", "stage"):
+                stage = event.stage
+                name, at, total = ("", 0, 0) if stage is None else (stage.name, stage.done, stage.total)
+                shown.show(f"build {event.engine}", name, done=at, total=total)
+                continue
+            for text in event.notes:
+                shown.note(f"warning: {text}")
+            done.append(
+                {
+                    "component": event.component,
+                    "engine": event.engine,
+                    "state": event.state,
+                    "bytes": event.size,
+                    "seconds": round(event.seconds, 3),
+                    "peak_memory": event.peak,
+                    "notes": list(event.notes),
+                }
+            )
+            if not options.json:
+                what = "already present" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
+                shown.print(f"{event.engine}: {what}")
+    except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
+        raise Failed(error, engines=done) from error
     if options.json:
         document(engines=done, seconds=round(time.monotonic() - begun, 3))
     elif options.stale and not done:
@@ -77,13 +83,28 @@ def verify(options: argparse.Namespace) -> None:
     from sdruntime.verify import report_of
     from sdruntime.verify import verify as checks
 
+    if options.html:
+        check_output(options.html, "--html")
     bundle = Bundle.open(options.bundle)
-    report = report_of(bundle, checks(bundle, options=EngineOptions(device=options.device, threads=options.threads)))
+    engine_options = EngineOptions(device=options.device, threads=options.threads)
+    report = report_of(bundle, watched(bundle, checks(bundle, options=engine_options), options.progress))
     if options.html:
         write_page(report, options.html)
+    if not options.json:
+        options.progress.print("\n".join(report.lines()))
+    if not report.passed:
+        raise Failed(VerificationFailed(bundle.folder, report.faults()), **report.document())
     if options.json:
         document(**report.document())
-    else:
-        print("\n".join(report.lines()))
-    if not report.passed:
-        raise VerificationFailed(bundle.folder, report.faults())
+
+
+def watched(bundle: Bundle, checks: Iterable[Check | PictureCheck], shown: Progress) -> Iterator[Check | PictureCheck]:
+    """The checks as they are done: progress names the engine that the last one was of."""
+    from sdruntime.verify import subjects
+
+    total, seen = subjects(bundle), set()
+    shown.show("verify", total=total)
+    for each in checks:
+        seen.add(each.subject)
+        shown.show("verify", each.subject, done=min(len(seen), total), total=total)
+        yield each

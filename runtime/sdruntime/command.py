@@ -1,23 +1,81 @@
-"""What the files of the command line share: documents, notes, the line of progress, KEY=VALUE."""
+"""What the commands share: their parser, documents, failures, KEY=VALUE, and the files that they write."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from sdruntime.errors import SettingError
+from sdruntime.errors import SettingError, UnknownName, plain, quoted
 
 SCHEMA = 1  # of every --json document
+INTERRUPTED = 130
 
 
-def pairs(texts: Sequence[str], example: str) -> Iterator[tuple[str, str]]:
+class UsageError(SettingError):
+    """Arguments that no command takes; `usage` says which it does."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class Failed(Exception):
+    """A command failed with `error`, and its --json document has these fields beside it."""
+
+    def __init__(self, error: BaseException, **fields: Any) -> None:
+        super().__init__(str(error))
+        self.error, self.fields = error, fields
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated option, and raises UsageError, with the near names of an unknown one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        for each in left:
+            if each.startswith("-") and each != "-":
+                try:
+                    raise UnknownName(f"option of {self.prog}", each.partition("=")[0], self._option_string_actions)
+                except UnknownName as error:
+                    self.error(str(error))
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.format_usage().rstrip())
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether --json stands among arguments that may be wrong otherwise."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in own
+
+
+def pairs(texts: Sequence[str], example: str, option: str = "--option") -> Iterator[tuple[str, str]]:
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise SettingError(f"--option {text!r}: KEY=VALUE is the form, such as {example}")
+        if not equals or not key:
+            raise SettingError(f"{option} {text!r}: KEY=VALUE is the form, such as {example}")
         yield key, value
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raises SettingError where no file can be written there: before the work whose result it takes."""
+    folder = path.parent
+    if path.is_dir():
+        raise SettingError(f"{option} {path}: this is a folder: name a file in it")
+    if not folder.is_dir():
+        fault = "is not a folder" if folder.exists() else "does not exist"
+        raise SettingError(f"{option} {path}: the folder {folder} {fault}: mkdir -p {quoted(folder)}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise SettingError(f"{option} {path}: no permission to write there")
 
 
 def document(**fields: Any) -> None:
@@ -25,16 +83,27 @@ def document(**fields: Any) -> None:
     print()
 
 
-def note(message: str) -> None:
-    print(message, file=sys.stderr)
+def failure(error: BaseException) -> dict[str, Any]:
+    """The fields of a --json document that tell of an error: its name, exit code and reason; `faults` where it has several."""
+    fields: dict[str, Any] = {"error": type(error).__name__, "code": code_of(error), "reason": reason_of(error)}
+    if faults := getattr(error, "faults", ()):
+        fields["faults"] = list(faults)
+    return fields
 
 
-def progress(what: str, done: int, total: int) -> None:
-    """One line that is written over, where a person looks on."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{what} {done} of {total}" if total else f"\r\x1b[2K{what}", end="", file=sys.stderr, flush=True)
+def code_of(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, MemoryError):
+        return 3
+    code = getattr(error, "exit_code", 1)  # also sdexport's errors
+    return code if isinstance(code, int) else 1
 
 
-def clear_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+def reason_of(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError):
+        return "out of memory: free some, or request a smaller size or count"
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None] if isinstance(error, OSError) else []
+    return ": ".join([*names, plain(error)])

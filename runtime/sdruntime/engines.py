@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from sdruntime.backends import backend as backend_module
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.cuda import Cuda
-from sdruntime.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.engine import CPU, Engine, EngineOptions, Shared, Stage
 from sdruntime.errors import EngineError, SdruntimeError
 from sdruntime.manifest import EngineSpec
 from sdruntime.plan import memory_plan
@@ -52,16 +52,38 @@ class Engines:
 
     def open(self) -> None:
         """Open what was chosen. Raises what the backends raise, OutOfSpace before anything is loaded on a GPU without room."""
+        for _ in self.opening():
+            pass
+
+    def opening(self) -> Iterator[Stage]:
+        """`open`, as a loop that the caller owns: a Stage for each engine that is loaded, in bytes of their files."""
         if self._backend == AUTO:
             warn_if_slow(self.chosen, self._machine)
-            self._compare_speeds()
+            if self._compares_speeds():
+                yield Stage(name="compare the speed of the engines for the CPU")
+                self._compare_speeds()
         self.opened = {}
         self._check_memory()
         first = sorted(self.chosen, key=self._size_of, reverse=True)  # while few others take memory
+        waiting = {spec.name: spec for spec in first if spec.target == CPU or not self.options.low_memory}
+        total, done = sum(map(self._size_of, waiting.values())), 0
+
+        def loading(count: int) -> Stage:
+            return Stage(name=", ".join(spec.component for spec in [*waiting.values()][:count]), done=done, total=total)
+
         with ThreadPoolExecutor(OPENERS) as pool:  # while one is hashed, its library takes in another one
-            list(pool.map(self._open_first, (spec for spec in first if spec.target == CPU)))
-        for spec in first if not self.options.low_memory else ():
+            opened = {pool.submit(self._open_first, spec): spec for spec in first if spec.target == CPU}
+            if opened:
+                yield loading(OPENERS)
+            for future in as_completed(opened):
+                future.result()
+                done += self._size_of(waiting.pop(opened[future].name))
+                if waiting:
+                    yield loading(OPENERS)
+        for spec in [*waiting.values()]:
+            yield loading(1)
             self._open_first(spec)
+            done += self._size_of(waiting.pop(spec.name))
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -88,6 +110,17 @@ class Engines:
         self.opened[spec.name] = opened
         return opened
 
+    @property
+    def room(self) -> int:
+        """How many images with guidance one call of the UNet takes at most."""
+        chosen = next((spec for spec in self.chosen if spec.component == "unet"), None) or self.engine("unet").spec
+        alike = [
+            spec
+            for spec in (chosen, *self.bundle.manifest.engines)
+            if (spec.component, spec.backend, spec.target) == (chosen.component, chosen.backend, chosen.target)
+        ]
+        return max(1, max(profile["batch"][2] for spec in alike for profile in spec.profiles) // 2)
+
     def _choose_all(self) -> list[EngineSpec]:
         """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
         the GPU."""
@@ -107,14 +140,16 @@ class Engines:
         """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
         return 2 if component == "unet" and self._machine.speeds else 1
 
+    def _compares_speeds(self) -> bool:
+        """Whether it is the CPU that generates, with speeds that are not known."""
+        return not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen)
+
     def _compare_speeds(self) -> None:
-        """Choose again with the measured speeds of the CPU's engines, where it is the CPU that draws."""
-        if not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen):
-            speeds = cpu_speeds(self.bundle, self._machine, self.options)
-            if speeds:
-                self._machine = dataclasses.replace(self._machine, speeds=speeds)
-                self._choices.clear()
-                self.chosen = self._choose_all()
+        """Choose again with the measured speeds of the CPU's engines."""
+        if speeds := cpu_speeds(self.bundle, self._machine, self.options):
+            self._machine = dataclasses.replace(self._machine, speeds=speeds)
+            self._choices.clear()
+            self.chosen = self._choose_all()
 
     def choose(self, component: str, rows: int = 1, **dims: int) -> EngineSpec:
         """Which engine such a call would get. Raises EngineError."""

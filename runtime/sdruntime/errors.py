@@ -21,6 +21,8 @@ A message says what was wrong, where, the numbers, and the command or the change
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -116,3 +118,17 @@ class EngineError(SdruntimeError):
     """No engine fits, or an engine cannot take the call."""
 
     exit_code = 5
+
+
+def plain(error: BaseException) -> str:
+    """What went wrong, for a message that names the file itself: neither an errno nor the text of Python's codecs."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not text in UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return str(error)
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as a shell takes it, for the commands in messages."""
+    return shlex.quote(os.fspath(path))

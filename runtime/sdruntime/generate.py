@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from sdruntime.command import clear_progress, document, note, pairs, progress
-from sdruntime.errors import SettingError
+from sdruntime.command import Failed, check_output, document, pairs
+from sdruntime.errors import SdruntimeError, SettingError
+
+if TYPE_CHECKING:
+    from sdruntime.engine import EngineOptions
+    from sdruntime.picture import Result
+    from sdruntime.pipeline import Pipeline
+    from sdruntime.progress import Progress
+    from sdruntime.request import Request
 
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -22,20 +31,17 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from sdruntime.engine import EngineOptions
     from sdruntime.image import read_png, write_png
     from sdruntime.pipeline import Pipeline
-    from sdruntime.shapes import parse_bytes, parse_size
+    from sdruntime.request import requests
+    from sdruntime.shapes import parse_size
 
     if options.output.suffix.lower() != ".png":
-        raise SettingError(f"--output {options.output}: pictures are written as .png")
-    if not options.output.parent.is_dir():
-        raise SettingError(
-            f"--output {options.output}: there is no folder {options.output.parent}: mkdir -p {options.output.parent}"
-        )
+        raise SettingError(f"--output {options.output}: images are written as .png")
+    check_output(options.output, "--output")
+    if options.strength is not None and options.image is None:
+        raise SettingError(f"--strength {options.strength:g} without --image: it says how much of that image is changed")
     settings = {
-        "count": options.count,
-        "seed": options.seed,
         "negative": options.negative,
         "steps": options.steps,
         "sampler": options.sampler,
@@ -44,33 +50,60 @@ def generate(options: argparse.Namespace) -> None:
         "rescale": options.rescale,
         "size": parse_size(options.size) if options.size else None,
         "image": read_png(options.image) if options.image else None,
-        "strength": options.strength,
         "options": sampler_options(options),
     }
-    engine_options = EngineOptions(
+    if options.strength is not None:
+        settings["strength"] = options.strength
+    asked = requests(options.prompt, count=options.count, seed=options.seed, **settings)
+    shown, written, warned = options.progress, [], []
+    pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
+    try:
+        with contextlib.closing(pipe):
+            for result in drawn(pipe, asked, shown):
+                for picture in result.pictures:
+                    path = options.output
+                    if len(asked) > 1:
+                        path = path.with_name(f"{path.stem}-{picture.request.seed}{path.suffix}")
+                    write_png(path, picture.image, text=picture.text())
+                    written.append(
+                        {"file": str(path), "seed": picture.request.seed, "prompt": picture.request.prompt, "cut": picture.cut}
+                    )
+                    if not options.json:
+                        shown.print(str(path))
+                for text in result.warnings:
+                    shown.note(f"warning: {text}")
+                    warned.append(text)
+    except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
+        raise Failed(error, pictures=written, warnings=warned) from error
+    if options.json:
+        document(pictures=written, warnings=warned)
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    from sdruntime.engine import EngineOptions
+    from sdruntime.shapes import parse_bytes
+
+    return EngineOptions(
         device=options.device,
         threads=options.threads,
         memory=parse_bytes(options.vram_budget) if options.vram_budget else None,
         low_memory=options.low_memory,
         measure=not options.no_measure,
-        session=dict(pairs(options.session, "engine_host_code=true")),
+        session=dict(pairs(options.session, "engine_host_code=true", "--session")),
     )
-    with Pipeline.open(options.bundle, backend=options.backend, options=engine_options) as pipe:
-        stream = pipe.stream(options.prompt, on_device=True, **settings)
+
+
+def drawn(pipe: Pipeline, asked: Sequence[Request], shown: Progress) -> Iterator[Result]:
+    """The images in groups that one call of the UNet takes, so that no more are in memory, whatever the count."""
+    for stage in pipe.opening():
+        shown.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
+    room = pipe.engines.room
+    groups = [asked[start : start + room] for start in range(0, len(asked), room)]
+    for index, group in enumerate(groups):
+        what = f"images {index * room + 1} to {index * room + len(group)} of {len(asked)}" if len(asked) > 1 else ""
+        shown.show("encode prompts", what)
+        stream = pipe.stream(group, on_device=True)
         for state in stream:
-            progress("step", state.step, state.steps)
-        clear_progress()
-        result = stream.result
-    written = []
-    for picture in result.pictures:
-        path = options.output
-        if len(result.pictures) > 1:
-            path = path.with_name(f"{path.stem}-{picture.request.seed}{path.suffix}")
-        write_png(path, picture.image, text=picture.text())
-        written.append({"file": str(path), "seed": picture.request.seed, "prompt": picture.request.prompt, "cut": picture.cut})
-        if not options.json:
-            print(path)
-    for text in result.warnings:
-        note(f"warning: {text}")
-    if options.json:
-        document(pictures=written, warnings=list(result.warnings))
+            shown.show("denoise", what, done=state.step, total=state.steps, unit="steps")
+        shown.show("decode", what)
+        yield stream.result

@@ -20,7 +20,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO
 from sdruntime.condition import Condition, Conditioner, cut_lines
 from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
-from sdruntime.engine import Array, Engine, EngineOptions
+from sdruntime.engine import Array, Engine, EngineOptions, Stage
 from sdruntime.engines import Engines
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
@@ -113,12 +113,17 @@ class Pipeline:
         return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
 
     def __enter__(self) -> Pipeline:
+        for _ in self.opening():
+            pass
+        return self
+
+    def opening(self) -> Iterator[Stage]:
+        """Open the engines, as a loop that the caller owns: what is being loaded, in bytes. Leave it to its end, then `close`."""
         try:
-            self.engines.open()
+            yield from self.engines.opening()
         except BaseException:
             self.close()
             raise
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()

@@ -65,6 +65,11 @@ class Check:
     def title(self) -> str:
         return " ".join(part for part in (self.component, self.engine, self.case, self.output) if part)
 
+    @property
+    def subject(self) -> str:
+        """The engine, without the case and the output."""
+        return f"{self.component} {self.engine}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PictureCheck:
@@ -82,6 +87,10 @@ class PictureCheck:
     @property
     def title(self) -> str:
         return f"pipeline {self.engines} {self.prompt!r}" if self.prompt else f"pipeline {self.engines}"
+
+    @property
+    def subject(self) -> str:
+        return f"pipeline {self.engines}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,14 @@ def verify(
             yield from work.pictures(name, name, group)
 
 
+def subjects(bundle: Bundle) -> int:
+    """How many engines and pipelines `verify` has something to say of."""
+    manifest = bundle.manifest
+    engines = [engine for engine in manifest.engines if engine.backend != "fake"]
+    components = sum(name != STEP for name in manifest.components) + sum(engine.component != STEP for engine in engines)
+    return components + 1 + len({engine.backend for engine in engines})
+
+
 def held(bundle: Bundle, engine: EngineSpec) -> str:
     """Hold one engine to the golden numbers, for a build. Returns why it could not be run here; "" where it was, or where the
     bundle has no golden numbers of it. Raises VerificationFailed."""

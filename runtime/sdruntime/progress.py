@@ -1,0 +1,241 @@
+"""Progress on standard error: one line that is redrawn on a terminal, time-stamped lines in a log, nothing where it is disabled.
+
+    with progress_on(sys.stderr) as shown:
+        shown.show("generate", "step", done=3, total=20)
+
+A long task without news of its own is shown again by a thread: the elapsed time on a terminal, a line now and then in a log.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TextIO
+
+REDRAW = 0.5  # seconds between two looks of a line on a terminal
+LOG_EVERY = 15.0  # seconds between two lines of one stage in a log
+NARROWEST_BAR, WIDEST_BAR = 8, 40
+_FULL, _EMPTY = "━", "─"
+_ASCII = {_FULL: "#", _EMPTY: "-", "…": "~"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What is being done: `done` of `total` in `unit` ("B" for bytes), a total of 0 where it is not known; since `begun`."""
+
+    task: str
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    begun: float = 0.0
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}: {self.stage}" if self.stage else self.task
+
+    def count(self) -> str:
+        if self.unit == "B":
+            return f"{_bytes(self.done)}/{_bytes(self.total)}"
+        return f"{self.done}/{self.total}"
+
+    def pace(self, now: float) -> list[str]:
+        """The rate and the time that is left, where they can be told."""
+        elapsed = now - self.begun
+        if not 0 < self.done < self.total or elapsed <= 0:
+            return []
+        rate = self.done / elapsed
+        told = f"{_bytes(rate)}/s" if self.unit == "B" else f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+        return [told, f"ETA {duration((self.total - self.done) / rate)}"]
+
+
+def terminal_line(stage: Stage, now: float, columns: int) -> str:
+    """`stage` in at most `columns` characters: the bar takes what the words leave; where they are long the rate goes first."""
+    words = [duration(now - stage.begun)]
+    bar = False
+    if stage.total:
+        bar = True
+        words = [stage.count(), *stage.pace(now), *words]
+    tail = "  ".join(words)
+    room = columns - len(tail) - 2
+    while len(words) > 1 and room < len(stage.title) + (NARROWEST_BAR + 2 if bar else 0):
+        if bar and len(words) <= 2:
+            bar = False
+        else:
+            del words[min(1, len(words) - 2)]
+        tail = "  ".join(words)
+        room = columns - len(tail) - 2
+    title = stage.title
+    if room < len(title) or room < 1:
+        title = title[: max(room - 1, 0)] + "…"
+    if not bar:
+        return f"{title}  {tail}"[:columns]
+    width = min(WIDEST_BAR, room - len(title) - 2)
+    full = width * min(stage.done, stage.total) // stage.total
+    return f"{title}  {_FULL * full}{_EMPTY * (width - full)}  {tail}"
+
+
+def log_line(stage: Stage, now: float, when: float) -> str:
+    """`stage` as a line of a log: `when` is the time of day, in seconds since the epoch."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+    parts = [f"{stage.count()}", *stage.pace(now)] if stage.total else []
+    if now >= stage.begun + 1:
+        parts.append(f"after {duration(now - stage.begun)}")
+    return f"{stamp} {stage.title}" + (f": {', '.join(parts)}" if parts else "")
+
+
+def duration(seconds: float) -> str:
+    minutes, left = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+class Progress:
+    """Shows nothing: for `--quiet`, `--json`, and as the base of what does. `note` and `print` are said all the same."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream, self.clock = stream, clock
+
+    def show(self, task: str, stage: str = "", *, done: int = 0, total: int = 0, unit: str = "") -> None:
+        """What is being done now. The same task and stage again is an advance of it."""
+
+    def clear(self) -> None:
+        """Nothing of the progress is left on the line."""
+
+    def note(self, message: str) -> None:
+        """A line for people, on standard error."""
+        self.clear()
+        print(message, file=self.stream, flush=True)
+
+    def print(self, text: str) -> None:
+        """A line of the command's result, on standard output."""
+        self.clear()
+        print(text, flush=True)
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _Shown(Progress):
+    """Keeps the stage that is being done, and a thread that ticks."""
+
+    every: float
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stream, clock)
+        self._lock, self._done = threading.RLock(), threading.Event()
+        self._stage: Stage | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> _Shown:
+        self._thread = threading.Thread(target=self._run, name="sdruntime-progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            self.clear()
+            self._stage = None
+
+    def show(self, task: str, stage: str = "", *, done: int = 0, total: int = 0, unit: str = "") -> None:
+        with self._lock:
+            now, former = self.clock(), self._stage
+            same = former is not None and (former.task, former.stage, former.total) == (task, stage, total)
+            begun = former.begun if former is not None and same else now
+            self._stage = Stage(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
+            self.draw(self._stage, now, new=not same)
+
+    def tick(self) -> None:
+        with self._lock:
+            if self._stage is not None:
+                self.draw(self._stage, self.clock(), new=False)
+
+    def draw(self, stage: Stage, now: float, *, new: bool) -> None:
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        while not self._done.wait(self.every):
+            self.tick()
+
+
+class Line(_Shown):
+    """One line of a terminal, as wide as that."""
+
+    every = REDRAW
+
+    def draw(self, stage: Stage, now: float, *, new: bool) -> None:
+        text = terminal_line(stage, now, max(columns_of(self.stream) - 1, 1))
+        if not _can_write(self.stream):
+            text = "".join(_ASCII.get(letter, letter) for letter in text)
+        print(f"\r\x1b[2K{text}", end="", file=self.stream, flush=True)
+
+    def clear(self) -> None:
+        with self._lock:
+            if self._stage is not None:
+                print("\r\x1b[2K", end="", file=self.stream, flush=True)
+
+
+class Log(_Shown):
+    """Lines with time stamps: one where a stage begins, and another one every `LOG_EVERY` seconds while it lasts."""
+
+    every = LOG_EVERY / 5
+
+    def __init__(
+        self, stream: TextIO, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__(stream, clock)
+        self._wall, self._last = wall, 0.0
+
+    def draw(self, stage: Stage, now: float, *, new: bool) -> None:
+        if new or now - self._last >= LOG_EVERY:
+            self._last = now
+            print(log_line(stage, now, self._wall()), file=self.stream, flush=True)
+
+
+def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Progress:
+    """What shows progress on `stream`, standard error if None: a line on a terminal, a log elsewhere, nothing where `quiet`."""
+    stream = sys.stderr if stream is None else stream
+    if quiet:
+        return Progress(stream)
+    return Line(stream) if is_terminal(stream) else Log(stream)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def columns_of(stream: TextIO) -> int:
+    """The width of the terminal now: it may be resized meanwhile."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _can_write(stream: TextIO) -> bool:
+    try:
+        (_FULL + _EMPTY + "…").encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
