@@ -31,6 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sdruntime import processor
 from sdruntime.backends import backend
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
@@ -38,7 +39,6 @@ from sdruntime.engine import Array, EngineOptions, Shared, shape_of
 from sdruntime.pipeline import Pipeline
 from sdruntime.process import module_command
 from sdruntime.request import Request
-from sdruntime.speed import processor
 
 Call = Callable[[dict[str, Array]], object]
 COMPONENTS = ("unet", "vae_decoder", "text_encoder")
@@ -275,7 +275,7 @@ def main() -> None:
     if options.output and options.output.exists():
         result = json.loads(options.output.read_text())
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "onnxruntime", "openvino", "torch", "diffusers")}
-    result |= {"processor": processor().split(" fpu ")[0], "python": platform.python_version(), "versions": versions}
+    result |= {"processor": f"{processor.name()} x{processor.cores()}", "python": platform.python_version(), "versions": versions}
     of_size = result["sizes"].setdefault(str(options.size), {})
     for column in options.columns or (*COMPONENTS, WHOLE):
         best: dict[str, dict[str, float]] = {}

@@ -31,8 +31,8 @@ from sdexport.job import AUDIT, MODEL, PROBE, Job, Stage
 from sdexport.measure import session_of
 from sdexport.probe import load_activations
 from sdexport.process import run_apart
+from sdruntime.metrics import Difference
 from sdruntime.process import module_command
-from sdruntime.report import Difference
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 

@@ -24,9 +24,9 @@ from benchmarks.gpu import ROOT
 from sdexport.subject import machine_of
 from sdexport.timing import drawn, text_of
 from sdruntime.choose import Machine
+from sdruntime.metrics import picture_psnr, ssim
 from sdruntime.pipeline import Pipeline
 from sdruntime.process import module_command
-from sdruntime.report import picture_psnr, ssim
 from sdruntime.request import Request
 from sdruntime.tolerance import TOLERANCES
 

@@ -22,7 +22,7 @@ from sdruntime.backends.ort.build import library
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array
 from sdruntime.golden import Case, read_golden
-from sdruntime.report import Difference
+from sdruntime.metrics import Difference
 from sdruntime.tolerance import Tolerance
 from sdruntime.verify import component_faults
 

@@ -30,7 +30,7 @@ def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool,
     from sdexport.verify import first_nodes, reference_checkpoint, verify_against
     from sdruntime.bundle import Bundle
     from sdruntime.errors import VerificationFailed
-    from sdruntime.report import write_page
+    from sdruntime.page import write_page
     from sdruntime.verify import report_of
     from sdruntime.verify import verify as checks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdruntime import processor
 from sdruntime.backends import BACKENDS
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, choose_engine
@@ -88,20 +88,11 @@ def draws_unguided(bundle: Bundle) -> bool:
 
 def machine_of(machine: Machine) -> dict[str, Any]:
     """The processor and GPUs by name, and how busy it was (`load`: processes that ran or waited, in the last minute)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "processor": _processor(),
-        "cores": cores,
+        "processor": processor.name(),
+        "cores": processor.cores(),
         "gpus": [device.name for device in machine.devices],
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

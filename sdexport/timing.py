@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from sdruntime.engine import Engine, shape_of
 from sdruntime.manifest import ComponentSpec, ModelSpec
+from sdruntime.metrics import picture_psnr
 from sdruntime.picture import Result
 from sdruntime.pipeline import Pipeline
-from sdruntime.report import picture_psnr
 from sdruntime.request import Request
 
 Array = NDArray[Any]
@@ -25,7 +25,7 @@ SEQUENCE = 77  # tokens
 
 
 def psnr(one: Sequence[Array], other: Sequence[Array]) -> float:
-    """The lowest of pairs of uint8 pictures, in dB: `sdruntime.report.picture_psnr`; 0 for pictures of two shapes."""
+    """The lowest of pairs of uint8 pictures, in dB: `sdruntime.metrics.picture_psnr`; 0 for pictures of two shapes."""
     pairs = zip(one, other, strict=True)
     return round(min(picture_psnr(a, b) if a.shape == b.shape else 0.0 for a, b in pairs), 2)
 

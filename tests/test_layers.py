@@ -14,6 +14,7 @@ LAYERS = {
         record
         process
         cache
+        processor
         manifest
         step
         bundle
@@ -49,7 +50,9 @@ LAYERS = {
         pipeline
         batcher
         golden
+        metrics
         report
+        page
         verify
         jetson
         describe

@@ -79,7 +79,7 @@ def verify(options: argparse.Namespace) -> None:
     from sdruntime.bundle import Bundle
     from sdruntime.engine import EngineOptions
     from sdruntime.errors import VerificationFailed
-    from sdruntime.report import write_page
+    from sdruntime.page import write_page
     from sdruntime.verify import report_of
     from sdruntime.verify import verify as checks
 

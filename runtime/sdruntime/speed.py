@@ -9,17 +9,15 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sdruntime import processor
 from sdruntime.backends import backend
 from sdruntime.bundle import Bundle
 from sdruntime.cache import read_cached, write_cached
@@ -146,7 +144,7 @@ def _kept_under(
 ) -> str:
     paths = [*manifest.components[UNET].files, *(path for engine in engines.values() for path in engine.files)]
     key: list[Any] = [
-        processor(),
+        processor.fingerprint(),
         sorted((engine.backend, machine.libraries[engine.backend].version) for engine in engines.values()),
         sorted(manifest.files[path].sha256 for path in paths),
         sorted(engines),
@@ -154,16 +152,3 @@ def _kept_under(
         threads,
     ]
     return f"cpu/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-
-
-def processor() -> str:
-    """The processor's model and features, and how many of its cores this process may use."""
-    told: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            told.setdefault(key.strip(), value.strip())
-    known = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # the last three on ARM
-    model = " ".join(told[key] for key in known if key in told) or platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model} x{cores}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sdruntime import processor
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, misfit
@@ -27,9 +30,10 @@ from sdruntime.golden import (
 )
 from sdruntime.guard import checked_rows
 from sdruntime.manifest import EngineSpec, Manifest
+from sdruntime.metrics import Difference, picture_psnr, ssim
 from sdruntime.pipeline import Pipeline
 from sdruntime.process import Message, serve
-from sdruntime.report import Check, Difference, PictureCheck, Report, picture_psnr, ssim
+from sdruntime.report import Check, PictureCheck, Report
 from sdruntime.step import NAME as STEP
 from sdruntime.tolerance import Tolerance, tolerance_name
 
@@ -90,16 +94,28 @@ def held(bundle: Bundle, engine: EngineSpec) -> str:
 
 
 def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, reference: str = "") -> Report:
+    """The report of these checks, with the limits that were applied, the time and the machine."""
     found = list(found)
-    made = read_golden(bundle)[0].reference
-    told = reference or f"its golden numbers ({', '.join(f'{name} {version}' for name, version in made.items())})"
+    golden = read_golden(bundle)[0]
+    versions = ", ".join(f"{name} {version}" for name, version in golden.reference.items())
+    checks = tuple(each for each in found if isinstance(each, Check))
+    here = Machine.here(names={ONNX, *(engine.backend for engine in bundle.manifest.engines if engine.backend != "fake")})
+    applied = dict.fromkeys(each.tolerance for each in checks if each.difference is not None) or [bundle.manifest.precision]
     return Report(
         bundle=bundle.folder.name,
         model=bundle.manifest.model.name,
         precision=bundle.manifest.precision,
-        reference=told,
-        checks=tuple(each for each in found if isinstance(each, Check)),
+        reference=reference or f"its reference outputs ({versions})",
+        checks=checks,
         pictures=tuple(each for each in found if isinstance(each, PictureCheck)),
+        limits={name: golden.tolerances[name] for name in applied},
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        machine={
+            "processor": processor.name(),
+            **{f"gpu {index}": device.name for index, device in enumerate(here.devices)},
+            "system": f"{platform.system()} {platform.machine()}",
+            **{name: f"{name} {library.version}" for name, library in here.libraries.items() if library.version},
+        },
     )
 
 
@@ -142,7 +158,9 @@ class _Verification:
         return misfit(engine, self.machine)
 
     def engine(self, spec: EngineSpec) -> Iterator[Check]:
-        check = functools.partial(Check, component=spec.component, engine=label(spec), precision=spec.precision)
+        check = functools.partial(
+            Check, component=spec.component, engine=label(spec), precision=spec.precision, tolerance=tolerance_name(spec)
+        )
         if why_not := self.misfit(spec):
             yield check(status="skip", reason=why_not)
             return
@@ -249,6 +267,7 @@ def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference |
         component=spec.component,
         engine=label(spec),
         precision=spec.precision,
+        tolerance=tolerance_name(spec),
         case=case.name,
         output=output,
         status="fail" if faults else "pass",

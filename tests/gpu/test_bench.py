@@ -17,7 +17,7 @@ from sdexport import timing
 from sdexport.reference import COMPILED, EAGER
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.errors import EngineError
-from sdruntime.report import EQUAL
+from sdruntime.metrics import EQUAL
 
 pytest.importorskip("diffusers", reason="the rival")
 CASES = {"sd15": (2.0, ((4, 1), (3, 4)))}

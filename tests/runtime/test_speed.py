@@ -96,7 +96,7 @@ def test_it_is_measured_once_for_each_processor_and_number_of_threads(
     assert "onnxruntime 2 s" in "\n".join(bundle_lines(both, HERE))
     assert bundle_document(both, HERE)["cpu_seconds"] == expected
     cpu_speeds(both, HERE, EngineOptions(threads=1))
-    monkeypatch.setattr(speed, "processor", lambda: "another x4")
+    monkeypatch.setattr(speed.processor, "fingerprint", lambda: "another x4")
     assert bundle_document(both, HERE)["cpu_seconds"] is None
     cpu_speeds(both, HERE, EngineOptions())
     assert len(asked) == 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdruntime.manifest import EngineSpec
-from sdruntime.report import Difference
+from sdruntime.metrics import Difference
 from sdruntime.tolerance import TOLERANCES, tolerance_name
 from sdruntime.verify import component_faults
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -21,8 +22,9 @@ from sdruntime.engine import EngineOptions, Library, Shared
 from sdruntime.errors import LibraryMissing
 from sdruntime.golden import Golden, cases_of, digest_of, drawings_of, picture_key, sample_of, write_golden
 from sdruntime.manifest import save_manifest
+from sdruntime.metrics import EQUAL, Difference, picture_psnr, ssim
+from sdruntime.page import page
 from sdruntime.pipeline import Pipeline
-from sdruntime.report import EQUAL, Difference, page, picture_psnr, ssim
 from sdruntime.tolerance import TOLERANCES
 from sdruntime.verify import onnx_spec, report_of, verify
 
@@ -96,7 +98,8 @@ def test_a_layer_changed_by_one_percent_fails_with_code_4(copy: Path, capsys: py
     assert Bundle.open(copy).changed_files() == [], "the hashes tell nothing"
     assert main(["verify", str(copy)]) == 4
     printed = capsys.readouterr()
-    assert "FAIL: " in printed.out
+    assert re.search(r"out_sample .* FAIL\n    \S.*(of the largest|dB, under)", printed.out), "the reason stands under its row"
+    assert max(map(len, printed.out.splitlines())) <= 80
     failed = [line for line in printed.err.splitlines() if line.startswith("  - ")]
     assert failed
     assert all(line.startswith("  - unet its ONNX, ONNX Runtime") for line in failed)
@@ -186,6 +189,10 @@ class Seen(HTMLParser):
         self.images: list[str] = []
         self.rows = 0
         self.outside: list[str] = []
+        self.words: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.words += [data.strip()] if data.strip() else []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = dict(attrs)
@@ -202,9 +209,23 @@ def test_the_page_holds_everything_itself(copy: Path, tmp_path: Path, capsys: py
     assert seen.outside == []
     assert len(seen.images) == 6, "reference, drawn and difference of two pictures"
     assert all(each.startswith("data:image/png;base64,iVBORw0KGgo") for each in seen.images)
-    assert seen.rows == 1 + 9 + 1 + 2
+    assert seen.rows == (1 + 1) + (1 + 4 + 9) + (1 + 1 + 2), "limits, outputs by engine, images"
+    words = " ".join(seen.words)
+    assert "70 0.999999 0.001 45 0.99" in words, "the limits of fp16 in this bundle"
+    assert re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ on \S.*onnxruntime \d", words), "when and on what it was measured"
     capsys.readouterr()
     assert main(["verify", str(copy), "--html", str(tmp_path / "nowhere" / "report.html")]) == 2
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_is_wider_than_the_terminal(copy: Path, width: int) -> None:
+    """A reason and a prompt of any length are wrapped or shortened; so is a row's engine."""
+    report = report_of(Bundle.open(copy), verify(copy))
+    long = dataclasses.replace(report.checks[0], status="fail", reason="largest error " * 20, engine="unet-" + "x" * 40)
+    image = dataclasses.replace(report.pictures[0], prompt="a very long prompt " * 20)
+    lines = list(dataclasses.replace(report, checks=(long, *report.checks), pictures=(image,)).lines(width))
+    assert max(map(len, lines)) <= width
+    assert any("FAIL" in line for line in lines)
 
 
 def test_names_in_the_page_are_escaped(copy: Path) -> None:

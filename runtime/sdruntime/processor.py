@@ -1,0 +1,36 @@
+"""The processor of this machine: its name for a person, its fingerprint for a cache, and its usable cores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+
+
+def name() -> str:
+    """Return the processor's model, such as "AMD EPYC 7763 64-Core Processor"."""
+    return _described().get("model name") or platform.processor() or platform.machine()
+
+
+def fingerprint() -> str:
+    """Return the processor's model, its features and its usable cores: results measured on one do not hold on another."""
+    known = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # the last three on ARM
+    described = _described()
+    model = " ".join(described[key] for key in known if key in described) or platform.processor() or platform.machine()
+    return f"{model} x{cores()}"
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _described() -> dict[str, str]:
+    """The fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields
