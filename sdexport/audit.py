@@ -21,7 +21,8 @@ from sdexport.errors import AuditError
 from sdexport.measure import NOTHING, SAME, Activations, Feed, Likeness, likeness, session_of
 from sdexport.precision import filler, free_nodes, logits, lowered, takes_half
 from sdexport.rounding import Rounding
-from sdexport.weights import Array, in_precision, largest
+from sdexport.stored import Array
+from sdexport.weights import in_precision, largest
 from sdruntime.manifest import Audit, KeptNode, Precision
 from sdruntime.tolerance import TOLERANCES
 

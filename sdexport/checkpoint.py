@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from sdexport.errors import CheckpointError
-from sdexport.weights import StoredTensor, read_header
+from sdexport.stored import StoredTensor, is_regular, merged, read_header
+from sdexport.weight_files import WeightFile, chosen, expected
 from sdruntime.manifest import Family, ModelSpec, Precision, PredictionType
 from sdruntime.record import read_json
 from sdruntime.samplers import SAMPLERS
@@ -40,8 +41,6 @@ _PARTS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers}))  # what the runtime can sample with
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
-_WEIGHT_STEMS = {"text_encoder": "model", "text_encoder_2": "model"}  # diffusers' own networks: diffusion_pytorch_model
-_PICKLES = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "unet": ("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
     "vae": ("latent_channels", "block_out_channels"),
@@ -49,8 +48,6 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": ("hidden_size", "vocab_size", "projection_dim"),
 }
 _UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds")
-
-Variant = Literal["", "fp16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +86,7 @@ class _Reader:
     """One reading of a folder; faults gather in `faults`."""
 
     def __init__(self, folder: Path, precision: Precision, allow_pickle: bool) -> None:
-        self.folder, self.allow_pickle = folder, allow_pickle
-        self.variants: tuple[Variant, ...] = ("fp16", "") if precision == "fp16" else ("", "fp16")
+        self.folder, self.precision, self.allow_pickle = folder, precision, allow_pickle
         self.faults: list[str] = []
 
     def read(self, name: str) -> Checkpoint:
@@ -150,51 +146,59 @@ class _Reader:
         for found in (config.get("_class_name", kind), *(config.get("architectures") or ())):
             if found != kind:
                 self.faults.append(f"{name}/config.json is of a {found}, not of a {kind}")
-        stem = _WEIGHT_STEMS.get(name, "diffusion_pytorch_model")
-        for variant in self.variants:
-            files = self._weight_files(name, stem, variant)
-            if files:
-                return Part(config=config, files=tuple(files), weights=self._headers(files))
-        pickles = sorted((self.folder / name).glob(f"{_PICKLES[stem]}*.bin"))
-        if not pickles:
-            self.faults.append(f"{name}/{stem}.safetensors is missing")
-        elif not self.allow_pickle:
+        files, pickled = self._weight_files(name)
+        return Part(config=config, files=files, weights={} if pickled else self._weights(name, files), pickled=pickled)
+
+    def _weight_files(self, name: str) -> tuple[tuple[Path, ...], bool]:
+        """The files that diffusers would open: the weights, or the shards that an index names; and whether they are pickles."""
+        folder = self.folder / name
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        file = chosen(name, there, self.precision)
+        if file is None:
+            others = sorted(path for path in there if path.endswith((".safetensors", ".bin")))
+            beside = f": {', '.join(others[:8])} are there, but none of them is what diffusers opens" if others else ""
+            self.faults.append(f"{name}/{expected(name)} is missing{beside}")
+            return (), False
+        if file.pickled and not self.allow_pickle:
             self.faults.append(
-                f"{name}/{pickles[0].name} is a pickle, which can run code when it is read: "
+                f"{name}/{file.name} is a pickle, which can run code when it is read: "
                 "use a checkpoint with safetensors, or trust this one with --allow-pickle"
             )
-        full = [path for path in pickles if ".fp16." not in path.name] or pickles
-        return Part(config=config, files=tuple(full), weights={}, pickled=True)
+            return (), True
+        files = self._shards(name, file) if file.index else (folder / file.name,)
+        strange = [path for path in files if not is_regular(path)]
+        self.faults.extend(
+            f"{name}/{path.name} {'is not a regular file' if path.exists() else 'is missing'}"
+            + (f", a shard named by {file.name}" if file.index else "")
+            for path in strange
+        )
+        return tuple(path for path in files if path not in strange), file.pickled
 
-    def _weight_files(self, name: str, stem: str, variant: Variant) -> list[Path]:
-        """The safetensors files of a variant: one file, or those that an index of shards names. Missing ones are faults."""
-        dot = f".{variant}" if variant else ""
-        whole = self.folder / name / f"{stem}{dot}.safetensors"
-        if whole.is_file():
-            return [whole]
-        listed = f"{name}/{stem}.safetensors.index{dot}.json"
-        if not (self.folder / listed).is_file():
-            return []
-        places = self._json(listed).get("weight_map")
+    def _shards(self, name: str, index: WeightFile) -> tuple[Path, ...]:
+        listed = f"{name}/{index.name}"
+        before, places = len(self.faults), self._json(listed).get("weight_map")
         if not isinstance(places, dict) or not places:
-            self.faults.append(f"{listed}: weight_map is missing")
-            return [self.folder / listed]
+            if len(self.faults) == before:
+                self.faults.append(f"{listed}: weight_map is missing")
+            return ()
         shards = sorted({str(shard) for shard in places.values()})
-        plain = [shard for shard in shards if re.fullmatch(r"[\w.-]+\.safetensors", shard)]
-        self.faults.extend(f"{listed}: names a strange file {shard!r}" for shard in shards if shard not in plain)
-        paths = [self.folder / name / shard for shard in plain]
-        self.faults.extend(f"{name}/{path.name} is missing, a shard named by {listed}" for path in paths if not path.is_file())
-        return [path for path in paths if path.is_file()] or [self.folder / listed]
+        ending = "bin" if index.pickled else "safetensors"
+        plain = [shard for shard in shards if re.fullmatch(rf"[\w.-]+\.{ending}", shard)]
+        self.faults.extend(f"{listed}: names a strange file {shard!r:.60}" for shard in shards if shard not in plain)
+        return tuple(self.folder / name / shard for shard in plain)
 
-    def _headers(self, files: list[Path]) -> Mapping[str, StoredTensor]:
-        found: dict[str, StoredTensor] = {}
+    def _weights(self, name: str, files: tuple[Path, ...]) -> Mapping[str, StoredTensor]:
+        headers = []
         for path in files:
-            if path.suffix == ".safetensors":
-                try:
-                    found |= read_header(path)
-                except (OSError, ValueError) as error:
-                    self.faults.append(f"{path.relative_to(self.folder)}: {error}")
-        return MappingProxyType(found)
+            try:
+                headers.append((path, read_header(path)))
+            except (OSError, ValueError) as error:
+                self.faults.append(f"{path.relative_to(self.folder)}: {error}")
+        try:
+            return MappingProxyType(merged(headers))
+        except ValueError as error:
+            self.faults.append(f"{name}: {error}")
+            return {}
 
     def _check_tokenizers(self, names: tuple[str, ...]) -> None:
         for name in names:

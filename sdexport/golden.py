@@ -20,7 +20,7 @@ from sdexport.cache import versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
-from sdexport.job import unpickled
+from sdexport.unpickle import unpickled
 from sdexport.weights import match_weights
 from sdruntime.bundle import Bundle, disk_full_as_error, sha256
 from sdruntime.engine import CPU, Array
@@ -191,7 +191,7 @@ def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
         module = WRAPPERS[component.wrapper](component.config).eval()
     state = module.state_dict()
     part = checkpoint.parts[component.part]
-    stored = unpickled(part, scratch) if part.pickled else part.weights
+    stored = unpickled(part.files, scratch) if part.pickled else part.weights
     found = match_weights(
         {name.removeprefix(_OWN): tuple(each.shape) for name, each in state.items()}, stored, where=component.name
     )

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdexport.errors import CheckpointError, EnvironmentFault
+from sdexport.weight_files import PARTS, chosen, shards_of
 from sdruntime.manifest import Precision
 
 _SMALL = re.compile(
     r"model_index\.json|README\.md|scheduler/scheduler_config\.json|(text_encoder|text_encoder_2|unet|vae)/config\.json"
-    r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json)"
+    r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json)"
 )
 _NOWHERE = "no such folder, and not a hub id (owner/name)"
-_WEIGHTS = {"text_encoder": "model", "text_encoder_2": "model"} | dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,24 +49,12 @@ def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bo
     fp16 takes the fp16 variant where there is one; the other precisions take the full weights, if there are any.
     """
     needed = [name for name in names if _SMALL.fullmatch(name)]
-    for part, stem in _WEIGHTS.items():
-        sets = [_weight_set(names, part, stem, variant) for variant in (("fp16", "") if precision == "fp16" else ("", "fp16"))]
-        found = next((each for each in sets if each), [])
-        if not found and allow_pickle:
-            found = [name for name in names if re.fullmatch(rf"{part}/(pytorch_model|{stem})(-\d+-of-\d+)?\.bin", name)]
-        needed += found
+    for part in PARTS:
+        there = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        file = chosen(part, there, precision, pickles=allow_pickle)
+        if file is not None:
+            needed += [f"{part}/{name}" for name in (file.name, *(shards_of(file, there) if file.index else ()))]
     return sorted(needed)
-
-
-def _weight_set(names: Sequence[str], part: str, stem: str, variant: str) -> list[str]:
-    dot = f".{variant}" if variant else ""
-    whole = f"{part}/{stem}{dot}.safetensors"
-    if whole in names:
-        return [whole]
-    shards = rf"{part}/{stem}{re.escape(dot)}-\d+-of-\d+\.safetensors"
-    index = f"{part}/{stem}.safetensors.index{dot}.json"
-    found = [name for name in names if re.fullmatch(shards, name)]
-    return [*found, index] if found and index in names else []
 
 
 def _downloaded(model: str, precision: Precision, allow_pickle: bool, revision: str | None) -> Located:

@@ -9,13 +9,14 @@ import json
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sdexport.cache import load_trace, store_trace, trace_key
-from sdexport.checkpoint import Part, read_checkpoint
+from sdexport.checkpoint import read_checkpoint
 from sdexport.components import Component, components
-from sdexport.errors import EnvironmentFault
-from sdexport.weights import StoredTensor, match_weights, read_header
+from sdexport.stored import StoredTensor
+from sdexport.unpickle import unpickled
+from sdexport.weights import match_weights
 from sdruntime.bundle import disk_full_as_error
 from sdruntime.manifest import Precision
 from sdruntime.record import json_from_record
@@ -77,7 +78,7 @@ def run(job: Job) -> Iterator[Stage]:
         component = next(component for component in components(checkpoint) if component.name == job.component)
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
-        stored = unpickled(part, loose) if part.pickled else part.weights
+        stored = unpickled(part.files, loose) if part.pickled else part.weights
         yield from _made(component, stored, job, out)
         loose.unlink(missing_ok=True)
 
@@ -153,17 +154,3 @@ def _written(
     to_onnx.save(model, out / MODEL)
     onnx.checker.check_model(str(out / MODEL), full_check=True)
     return done
-
-
-def unpickled(part: Part, path: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of a pickled part, by way of a safetensors file. torch before 2.6 runs code even from `weights_only` loads."""
-    import safetensors.torch
-    import torch
-
-    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 6):
-        raise EnvironmentFault(f"torch {torch.__version__} runs code from pickled weights: pip install 'torch>=2.6'")
-    tensors: dict[str, Any] = {}
-    for file in part.files:
-        tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    safetensors.torch.save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
-    return read_header(path)

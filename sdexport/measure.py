@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from sdexport.errors import EnvironmentFault, ExportError
 from sdexport.precision import logits
-from sdexport.weights import Array
+from sdexport.stored import Array
 from sdruntime.metrics import EQUAL, Difference
 
 _SAME_NUMBERS = ("Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")

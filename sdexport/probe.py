@@ -18,7 +18,7 @@ import numpy as np
 
 from sdexport.errors import EnvironmentFault
 from sdexport.measure import MISSING, Activations, Feed, Measuring
-from sdexport.weights import Array
+from sdexport.stored import Array
 from sdruntime import latent
 from sdruntime.bundle import Bundle
 from sdruntime.manifest import EngineSpec

@@ -1,30 +1,20 @@
-"""Weights as they lie on disk: safetensors headers read and checked, tensors read one by one, data files written one by one.
+"""The weights of a module: found among the stored tensors, brought to a precision and written to a data file, one by one.
 
-No more than one tensor is ever in memory. See the safetensors format: eight bytes of header length (little endian), the header
-as JSON {name: {dtype, shape, data_offsets}}, then the data.
+No more than one tensor is ever in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdexport.errors import ExportError, PrecisionError
+from sdexport.stored import Array, StoredTensor
 from sdruntime.manifest import Precision
-
-Array = NDArray[Any]
-
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_LONGEST_HEADER = 100_000_000
 
 # old and new names of one weight: transformers 5 dropped a prefix, diffusers 0.18 renamed the attention of the VAE
 _OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -35,55 +25,6 @@ _LARGE, _PAGE, _LINE = (
     4096,
     64,
 )  # data over a megabyte begins on a page, so that it can be mapped; the rest on a cache line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """Where a tensor lies: `size` bytes from `offset` of `file`."""
-
-    file: Path
-    dtype: str  # as safetensors names it
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-    def read(self) -> Array:
-        """The numbers, in the type that they are stored in (bfloat16 as ml_dtypes has it)."""
-        import ml_dtypes
-
-        kind = np.dtype(ml_dtypes.bfloat16) if self.dtype == "BF16" else np.dtype(_FLOATS[self.dtype])
-        numbers = np.empty(self.shape, kind)
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            if self.size and file.readinto(numbers.reshape(-1).view(np.uint8).data) != self.size:
-                raise ExportError(f"{self.file}: became shorter while it was read")
-        return numbers
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises ValueError for a file that is cut off, padded or not of that format."""
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(_LONGEST_HEADER, total - 8):
-            raise ValueError(f"not a whole safetensors file ({total:,} bytes)")
-        try:
-            header = json.loads(file.read(length))
-            found = {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the safetensors header is damaged ({error})") from None
-    end = max((tensor.offset + tensor.size for tensor in found.values()), default=8 + length)
-    if end != total:
-        raise ValueError(f"{total:,} bytes, but its header promises {end:,}: cut off, or damaged; download it again")
-    return found
-
-
-def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> StoredTensor:
-    first, last = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    if last - first != math.prod(shape) * _WIDTHS[entry["dtype"]] or first < 0:
-        raise ValueError("a tensor's size is not that of its shape")
-    return StoredTensor(file=path, dtype=entry["dtype"], shape=shape, offset=start + first, size=last - first)
 
 
 def match_weights(
@@ -100,8 +41,10 @@ def match_weights(
             faults.append(f"{name} is missing")
         elif tensor.shape != shape:
             faults.append(f"{name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
-        elif tensor.dtype not in _FLOATS:
-            faults.append(f"{name} is stored as {tensor.dtype}: quantised weights cannot be exported")
+        elif not tensor.readable:
+            faults.append(
+                f"{name} is stored as {tensor.dtype}: quantised weights are not supported; use a checkpoint in float16 or float32"
+            )
         else:
             matched[name] = tensor
     if faults:

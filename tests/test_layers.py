@@ -70,7 +70,10 @@ LAYERS = {
         errors
         toml
         recipe
+        stored
+        weight_files
         weights
+        unpickle
         hub
         checkpoint
         tokenizer

@@ -16,7 +16,7 @@ from sdexport import to_onnx
 from sdexport.checkpoint import read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import ExportError
-from sdexport.weights import read_header
+from sdexport.stored import read_header
 
 TOLERANCE = 1e-4  # of the reference's largest value
 KINDS = ("sd1", "sd2_v", "sdxl")

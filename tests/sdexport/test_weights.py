@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from sdexport.errors import ExportError, PrecisionError
-from sdexport.weights import in_precision, match_weights, read_header, write_data
+from sdexport.stored import LONGEST_HEADER, MOST_TENSORS, read_header, with_scales
+from sdexport.weights import in_precision, match_weights, write_data
 
 
 @pytest.fixture
@@ -125,3 +126,104 @@ def test_rounding_is_to_the_nearest() -> None:
     np.testing.assert_allclose(half.astype(np.float32), numbers, rtol=2**-11, atol=2**-25)
     brain, _ = in_precision(numbers, "bf16")
     np.testing.assert_allclose(brain.astype(np.float32), numbers, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_name"), [("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")], ids=["e4m3", "e5m2"]
+)
+def test_every_float8_value_is_read_as_torch_reads_it(tmp_path: Path, dtype: str, torch_name: str) -> None:
+    torch = pytest.importorskip("torch")
+    codes = np.arange(256, dtype=np.uint8)
+    header = {"x": {"dtype": dtype, "shape": [256], "data_offsets": [0, 256]}}
+    values = read_header(raw(tmp_path / "w.safetensors", header, codes.tobytes()))["x"].read()
+    expected = torch.from_numpy(codes.copy()).view(getattr(torch, torch_name)).to(torch.float32).numpy()
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values.view(np.uint32) & 0x7FC00000, expected.view(np.uint32) & 0x7FC00000)
+    np.testing.assert_array_equal(values, expected)
+
+
+def eight_bits(folder: Path, **companions: tuple[str, list[int], bytes]) -> Path:
+    """A float8 weight `x.weight` of [1, 2, -1.5] beside other tensors (dtype, shape, data)."""
+    entries = {"x.weight": ("F8_E4M3", [3], np.array([1, 2, -1.5], ml_dtypes.float8_e4m3fn).tobytes()), **companions}
+    header, data = {}, b""
+    for name, (dtype, shape, part) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(part)]}
+        data += part
+    return raw(folder / "w.safetensors", header, data)
+
+
+HALF = np.array(0.5, np.float32).tobytes()
+
+
+@pytest.mark.parametrize("shape", [[], [1], [1, 1]])
+def test_a_scale_weight_multiplies_its_float8_weight(tmp_path: Path, shape: list[int]) -> None:
+    path = eight_bits(
+        tmp_path,
+        **{"x.scale_weight": ("F32", shape, HALF), "x.scale_input": ("F32", shape, HALF), "scaled_fp8": ("F8_E4M3", [0], b"")},
+    )
+    matched = match_weights({"x.weight": (3,)}, with_scales(read_header(path)), where="test")
+    np.testing.assert_array_equal(matched["x.weight"].read(), np.array([0.5, 1, -0.75], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "companion"),
+    [
+        ("x.scale_weight", ("F32", [2], HALF * 2)),
+        ("x.scale_weight", ("U8", [], b"\1")),
+        ("y.scale_weight", ("F32", [], HALF)),
+        ("x.weight_scale", ("F32", [], HALF)),
+        ("x.weight_scale_inv", ("F32", [1], HALF)),
+    ],
+)
+def test_a_scale_of_another_layout_is_refused_by_name(tmp_path: Path, name: str, companion: tuple[str, list[int], bytes]) -> None:
+    path = eight_bits(tmp_path, **{name: companion})
+    with pytest.raises(ValueError, match=rf"{name}.*supported"):
+        with_scales(read_header(path))
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8", "F8_E8M0", "F8_E4M3FNUZ"])
+def test_a_quantised_file_is_whole_and_not_supported(tmp_path: Path, dtype: str) -> None:
+    path = raw(tmp_path / "w.safetensors", {"x": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}, b"\0" * 4)
+    with pytest.raises(ExportError, match=f"x is stored as {dtype}: quantised weights are not supported"):
+        match_weights({"x": (4,)}, read_header(path), where="unet")
+
+
+def entry(first: object, last: object, shape: object = (1,), dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ({"x": entry(0, 4), "y": entry(0, 4)}, "y: overlaps"),
+        ({"x": entry(0, 4), "y": entry(2, 6)}, "y: overlaps"),
+        ({"x": entry(0, 4), "y": entry(8, 12)}, "y: leaves a gap"),
+        ({"x": entry(4, 8)}, "x: leaves a gap"),
+        (b'{"x": 1, "x": 2}', "'x' stands twice"),
+        ({"x": entry(0.0, 4.0)}, "data_offsets"),
+        ({"x": entry(0, 4, [1.0])}, "shape"),
+        ({"x": entry(0, 4, [float("inf")])}, "shape"),
+        ({"x": entry(0, 4, [True])}, "shape"),
+        ({"x": entry(0, 4, [-1, -1])}, "shape"),
+        ({"x": entry(0, 4, [1] * 9)}, "shape"),
+        ({"x": entry(0, 0, [1 << 60, 0])}, "shape"),
+        ({"x": entry(0, 4, "1")}, "shape"),
+        ({"x": entry(0, 4, [1], ["F32"])}, "dtype"),
+        ({"x": entry(0, 4) | {"more": 1}}, "belong there"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"x":' * 100_000, "nested too deeply"),
+        (b'{"x": {"dtype": "F32", "shape": [' + b"1" * 5000 + b'], "data_offsets": [0, 4]}}', "damaged"),
+    ],
+)
+def test_a_hostile_header_is_told(tmp_path: Path, header: object, named: str) -> None:
+    with pytest.raises(ValueError, match=f"damaged.*{named}|{named}"):
+        read_header(raw(tmp_path / "w.safetensors", header, b"\0" * 12))
+
+
+def test_more_tensors_than_any_network_has_are_not_read(tmp_path: Path) -> None:
+    header = {f"x{k}": entry(0, 0, [0]) for k in range(MOST_TENSORS + 1)}
+    with pytest.raises(ValueError, match="50,001 tensors, more than the 50,000 that are read"):
+        read_header(raw(tmp_path / "w.safetensors", header))
+    path = raw(tmp_path / "long.safetensors", b" " * (LONGEST_HEADER + 1))
+    with pytest.raises(ValueError, match="more than the 16,777,216 that are read"):
+        read_header(path)
