@@ -10,6 +10,7 @@ from typing import Any
 
 from sdruntime.engine import Array
 from sdruntime.errors import SettingError
+from sdruntime.samplers.keys import check_options
 
 LARGEST_SEED = 2**64 - 1
 
@@ -49,6 +50,7 @@ class Request:
             raise SettingError(f"rescale {self.rescale} is outside 0 to 1")
         if not 0 < self.strength <= 1:
             raise SettingError(f"strength {self.strength} is outside 0 (excluded) to 1")
+        check_options(self.options)
         if self.image is not None and (self.image.dtype != "uint8" or self.image.ndim != 3 or self.image.shape[2] != 3):
             raise SettingError(f"image: uint8 [height, width, 3] belongs here, not {self.image.dtype} {list(self.image.shape)}")
 

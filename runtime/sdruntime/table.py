@@ -24,6 +24,7 @@ from sdruntime.schedule import Point
 
 Floats = NDArray[np.float64]
 FORMAT, REVISION = "sdruntime.table", 1
+MOST_STEPS = 1000  # a table of them takes 4 MB at most and half a second; its cost grows with their square
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,14 +124,18 @@ def compile_table(
 ) -> Table:
     """The table of a checkpoint's scheduler_config.json (parsed), or of another sampler with from_config semantics.
 
-    `steps` is diffusers' num_inference_steps, 1 to num_train_timesteps. `strength` in (0, 1] makes it image to image,
-    with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
+    `steps` is diffusers' num_inference_steps, 1 to num_train_timesteps or MOST_STEPS. `strength` in (0, 1] makes it image to
+    image, with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
     Raises SettingError, UnknownName.
     """
     found, settings = settled(config, sampler=sampler, schedule=schedule, **options)
     trained = settings["num_train_timesteps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
-        raise SettingError(f"steps {steps!r}: it must be a whole number from 1 to num_train_timesteps {trained}")
+    most = min(trained, MOST_STEPS)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+        raise SettingError(
+            f"steps {steps!r:.40}: it must be a whole number from 1 to {most} "
+            f"(num_train_timesteps {trained}, and never more than {MOST_STEPS})"
+        )
     prediction = settings["prediction_type"]
     if prediction == "flow_prediction" and found.space != "flow" and not settings.get("use_flow_sigmas"):
         raise SettingError(
@@ -209,7 +214,8 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
 def backwards(row: Floats) -> Floats:
     """A row read from its newest column, as far as it holds anything."""
     used = np.flatnonzero(row)
-    return row[used[0] :][::-1].copy() if len(used) else row[:0]
+    held: Floats = row[int(used[0]) if len(used) else len(row) :][::-1].copy()  # a view would keep the whole vector
+    return held
 
 
 def padded(rows: list[Floats]) -> Floats:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdruntime.errors import SettingError, UnknownName
+
 # What the diffusers classes read, with their defaults. Keys that only filter pictures (clip_sample, thresholding) have
 # false here whatever the class says: they count where a file writes them true.
 TRAINED: Mapping[str, Any] = {
@@ -54,3 +56,29 @@ CONSISTENCY: Mapping[str, Any] = {
 }
 FLOW_MATCH: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "prediction_type": "flow_prediction"}
 FLOW_ONLY: Mapping[str, tuple[str, ...]] = {"prediction_type": ("flow_prediction",)}
+
+# How the model was trained: its file alone says so. A request may set every other key that its sampler reads, which are OPTIONS.
+TRAINING = frozenset({*TRAINED, *ZERO_SNR})
+OPTIONS = frozenset({
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "eta", "variance_type"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+    *("sigma_min", "sigma_max", "final_sigmas_type", "lambda_min_clipped"),
+    *("flow_shift", "shift", "shift_terminal"),
+    *("order", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
+    *("predict_x0", "disable_corrector", "predictor_order", "corrector_order"),
+    *("original_inference_steps", "timestep_scaling"),
+    # what no table expresses: a request may set the one value that is possible where the file has another
+    *("thresholding", "clip_sample", "use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"),
+    *("interpolation_type", "timestep_type", "solver_p"),
+})  # fmt: skip
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise SettingError for an option that a request may not set, UnknownName for a name that no sampler knows."""
+    for key in options:
+        if not isinstance(key, str):
+            raise SettingError(f"option {key!r}: its name must be text")
+        if key in TRAINING:
+            raise SettingError(f"option {key}: the model was trained with the value in its scheduler_config.json; leave it out")
+        if key not in OPTIONS:
+            raise UnknownName("sampler option", key, OPTIONS)

@@ -35,10 +35,11 @@ def unipc(
         stay_above_zero(path, "predict_x0", predict_x0)
     past: deque[tuple[float, X]] = deque(maxlen=solver_order + 1)
     before: tuple[Step, int] | None = None
+    disabled = frozenset(disable_corrector)
     for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
         x, m = yield x, s
         past.appendleft((s.lam, m if predict_x0 else noise_of(x, m, s)))
-        if before is not None and path.total - left - 1 not in disable_corrector:
+        if before is not None and path.total - left - 1 not in disabled:
             step, order = before
             earlier = [*past][1 : order + 1]
             x = x + step.bent(earlier, now=past[0][1]) - step.bent(earlier)

@@ -1,0 +1,90 @@
+"""What a request may set, and what its table may cost: one client must not take the memory that all of them share."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.request import Request
+from sdruntime.samplers import SAMPLERS
+from sdruntime.samplers.keys import OPTIONS, TRAINING
+from sdruntime.table import MOST_STEPS, compile_table
+
+CONFIG = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 100_000,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_train_timesteps", 20_000),
+        ("beta_start", 0.001),
+        ("beta_end", 0.02),
+        ("beta_schedule", "linear"),
+        ("trained_betas", [0.1] * 1000),
+        ("prediction_type", "sample"),
+        ("rescale_betas_zero_snr", True),
+    ],
+)
+def test_a_request_cannot_change_how_the_model_was_trained(key: str, value: object) -> None:
+    with pytest.raises(SettingError, match=f"option {key}: .*scheduler_config.json"):
+        Request(prompt="a cat", options={key: value})
+
+
+@pytest.mark.parametrize("key", ["config", "steps", "sampler", "schedule", "strength", "self", "etha", "_class_name"])
+def test_other_names_are_not_options(key: str) -> None:
+    with pytest.raises(UnknownName, match=f"sampler option '{key}'"):
+        Request(prompt="a cat", options={key: 1})
+
+
+def test_names_are_text() -> None:
+    with pytest.raises(SettingError, match="option 3: its name must be text"):
+        Request(prompt="a cat", options={3: 1, "eta": 1})  # type: ignore[dict-item]
+
+
+def test_every_key_of_every_sampler_is_an_option_or_of_the_training() -> None:
+    keys = {key for sampler in SAMPLERS.values() for key in sampler.reads}
+    assert not OPTIONS & TRAINING
+    assert keys - {"schedule"} == OPTIONS | TRAINING
+
+
+@pytest.mark.parametrize("steps", [MOST_STEPS + 1, 20_000, 10**30])
+def test_steps_have_a_limit_whatever_the_model_was_trained_on(steps: int) -> None:
+    with pytest.raises(SettingError, match="whole number from 1 to 1000"):
+        compile_table(CONFIG, steps=steps)
+
+
+def test_a_shorter_training_is_the_limit() -> None:
+    with pytest.raises(SettingError, match="from 1 to 500"):
+        compile_table(CONFIG | {"num_train_timesteps": 500}, steps=501)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_sde", "heun", "pndm", "lms"])
+def test_the_largest_table_takes_few_bytes(sampler: str) -> None:
+    """10,000 steps took 4.6 GB: each row without noise kept its whole vector of 6 numbers a step."""
+    tracemalloc.start()
+    try:
+        compile_table(CONFIG | {"num_train_timesteps": 1000}, steps=MOST_STEPS, sampler=sampler)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6
+
+
+def test_a_list_as_an_option_is_looked_up_once() -> None:
+    class Counting(list[int]):
+        looks = 0
+
+        def __contains__(self, item: object) -> bool:
+            Counting.looks += 1
+            return super().__contains__(item)
+
+    compile_table(CONFIG | {"num_train_timesteps": 1000}, steps=20, sampler="unipc", disable_corrector=Counting([0]))
+    assert Counting.looks == 0
