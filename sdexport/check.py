@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdexport.command import as_json, document, reported
+from sdexport.command import shared, with_progress
+from sdruntime.command import Failed, check_output, document
 
 if TYPE_CHECKING:
     from sdexport.bench import Measuring
+    from sdruntime.progress import Progress
 
 
 @click.command()
@@ -21,14 +23,21 @@ if TYPE_CHECKING:
 @click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
-@as_json
-@reported
-def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool) -> None:
+@shared
+@with_progress
+def verify(
+    bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool, shown: Progress
+) -> None:
     """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
     if bisects and against is None:
         raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
+    if allow_pickle and against is None:
+        raise click.UsageError("--allow-pickle is for the weights of a checkpoint: name it with --against")
+    if html is not None:
+        check_output(html, "--html")
     from sdexport.verify import first_nodes, reference_checkpoint, verify_against
     from sdruntime.bundle import Bundle
+    from sdruntime.check import watched
     from sdruntime.errors import VerificationFailed
     from sdruntime.page import write_page
     from sdruntime.verify import report_of
@@ -36,20 +45,23 @@ def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool,
 
     opened = Bundle.open(bundle)
     if against is None:
-        report = report_of(opened, checks(opened))
+        report = report_of(opened, watched(opened, checks(opened), shown))
     else:
+        shown.show("read the checkpoint")
         checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
-        report = report_of(opened, verify_against(opened, checkpoint), reference=f"{against} in PyTorch")
+        checked = watched(opened, verify_against(opened, checkpoint), shown)
+        report = report_of(opened, checked, reference=f"{against} in PyTorch")
         if bisects:
+            shown.show("bisect")
             report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
     if html is not None:
         write_page(report, html)
+    if not as_json:
+        shown.print("\n".join(report.lines()))
+    if not report.passed:
+        raise Failed(VerificationFailed(bundle, report.faults()), **report.document())
     if as_json:
         document(**report.document())
-    else:
-        click.echo("\n".join(report.lines()))
-    if not report.passed:
-        raise VerificationFailed(bundle, report.faults())
 
 
 @click.command()
@@ -65,10 +77,15 @@ def verify(bundle: Path, against: str | None, bisects: bool, allow_pickle: bool,
 @click.option("--seconds", default=10.0, show_default=True, help="For each contestant in each column, about.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the tables to this file.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Also draw the ratios, as SVG, to this file.")
-@as_json
-@reported
-def bench(bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, **options: Any) -> None:
+@shared
+@with_progress
+def bench(
+    bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, shown: Progress, **options: Any
+) -> None:
     """Measure a bundle beside what you would otherwise run: components, whole pictures, memory, cold start."""
+    for path, option in ((markdown, "--markdown"), (picture, "--picture")):
+        if path is not None:
+            check_output(path, option)
     from sdexport.bench import Settings, size_of
     from sdexport.bench import bench as events
     from sdexport.chart import markdown as lines
@@ -77,26 +94,20 @@ def bench(bundle: Path, size: str | None, markdown: Path | None, picture: Path |
     settings = Settings(
         size=size_of(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
     )
-    found = _measured(events(bundle, settings, **options))
+    found = _measured(events(bundle, settings, **options), shown)
     if markdown:
         markdown.write_text("\n".join(lines(found)) + "\n", encoding="utf-8")
     if picture:
         picture.write_text(svg(found), encoding="utf-8")
     for warning in found["warnings"]:
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+        shown.note(f"warning: {warning}")
+    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
 
 
-def _measured(events: Iterable[Measuring | dict[str, Any]]) -> dict[str, Any]:
-    """Follow a benchmark on standard error, with rich; returns its document."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    with Bars(TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
-        for event in events:
-            if isinstance(event, dict):
-                return event
-            progress.update(task, description=event.what, completed=event.done, total=event.total or None)
+def _measured(events: Iterable[Measuring | dict[str, Any]], shown: Progress) -> dict[str, Any]:
+    """Show a benchmark; returns its document."""
+    for event in events:
+        if isinstance(event, dict):
+            return event
+        shown.show("bench", event.what, done=event.done, total=event.total)
     raise AssertionError("a benchmark tells its end")

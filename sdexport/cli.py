@@ -16,19 +16,22 @@ import click
 
 from sdexport import __version__
 from sdexport.check import bench, verify
-from sdexport.command import as_json, code_of, document, reported, told
+from sdexport.command import Commands, shared, with_progress
+from sdruntime.command import Failed, code_of, document, reason_of
 
 if TYPE_CHECKING:
     from sdexport.build import EngineProgress, Progress
     from sdexport.engines import Failure, Outcome
+    from sdruntime.progress import Progress as Shown
 
 WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
 End = TypeVar("End")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sdexport")
-def main() -> None:
+@shared
+def main(**_: Any) -> None:
     """Stable Diffusion out of PyTorch: a diffusers checkpoint becomes a bundle that sdruntime runs."""
 
 
@@ -51,8 +54,8 @@ main.add_command(bench)
 @click.option("--no-audit", is_flag=True, help="Half precision without measuring what must stay float32: quicker, and unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
 @click.option("--no-verify", is_flag=True, help="Neither make golden numbers nor hold the bundle to them.")
-@as_json
-@reported
+@shared
+@with_progress
 def build(
     model: str | None,
     output: Path,
@@ -67,6 +70,7 @@ def build(
     allow_pickle: bool,
     no_verify: bool,
     as_json: bool,
+    shown: Shown,
 ) -> None:
     """Export MODEL, a diffusers folder or a hub id, to a bundle."""
     if recipe is not None:
@@ -89,7 +93,7 @@ def build(
         options = dataclasses.replace(options, audit=options.audit and not no_audit, verify=options.verify and not no_verify)
         model = found.model
     assert model is not None
-    built = _shown(events(model, output, options))
+    built = _followed(events(model, output, options), shown)
     if as_json:
         document(
             bundle=str(built.folder),
@@ -99,14 +103,14 @@ def build(
             peak_memory=built.peak,
         )
     elif built.up_to_date:
-        click.echo(f"{built.folder} is up to date")
+        shown.print(f"{built.folder} is up to date")
     else:
-        click.echo(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
+        shown.print(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
         if built.checks:
-            click.echo(f"{built.checks} checks against PyTorch passed")
+            shown.print(f"{built.checks} checks against PyTorch passed")
         elif options.verify:
             why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
-            click.echo(f"warning: nothing here could check the numbers ({why}): sdruntime verify on the device does", err=True)
+            shown.note(f"warning: nothing here could check the numbers ({why}): sdruntime verify on the device does")
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:
@@ -129,9 +133,9 @@ def _refuse_beside_a_recipe(context: click.Context) -> None:
     help="Where the bundles go: a folder for each recipe.",
 )
 @click.option("--python", help="Build the engines with this interpreter: it has the engine library and numpy, and no torch.")
-@as_json
-@reported
-def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool) -> None:
+@shared
+@with_progress
+def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool, shown: Shown) -> None:
     """Build the bundle and the engines of each RECIPE: a path, or a name of engines/; all of engines/ where none is named.
 
     What is there already stays, and what fails does not stop the rest.
@@ -148,18 +152,30 @@ def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: s
     builder = Interpreter(python=python) if python else None
     outcomes: list[Outcome] = []
     for name in names:
-        click.echo(f"== {name}", err=True)
+        shown.clear()
+        if not as_json:
+            shown.note(f"== {name}")
         taken = [outcome.bundle for outcome in outcomes]
-        outcomes.append(_shown(run_recipe(name, output, model=model, builder=builder, taken=taken)))
+        outcomes.append(_followed(run_recipe(name, output, model=model, builder=builder, taken=taken), shown))
         for failure in outcomes[-1].failures:
-            click.echo(f"error: {_failed(failure)}", err=True)
+            shown.note(f"error: {_failed(failure)}")
+    shown.close()
+    errors = [failure.error for outcome in outcomes for failure in outcome.failures]
+    worst = min(errors, key=_rank, default=None)
     if as_json:
-        document(recipes=[_outcome(outcome) for outcome in outcomes])
-    else:
-        _table(outcomes)
-    codes = {code_of(failure.error) for outcome in outcomes for failure in outcome.failures}
-    if codes:
-        sys.exit(min(codes, key=lambda code: WORST_FIRST.index(code) if code in WORST_FIRST else len(WORST_FIRST)))
+        found = [_outcome(outcome) for outcome in outcomes]
+        if worst is not None:
+            raise Failed(worst, recipes=found)
+        document(recipes=found)
+        return
+    _table(outcomes)
+    if worst is not None:
+        sys.exit(code_of(worst))
+
+
+def _rank(error: Exception) -> int:
+    code = code_of(error)
+    return WORST_FIRST.index(code) if code in WORST_FIRST else len(WORST_FIRST)
 
 
 def _table(outcomes: Sequence[Outcome]) -> None:
@@ -183,7 +199,7 @@ def _table(outcomes: Sequence[Outcome]) -> None:
 
 
 def _failed(failure: Failure) -> str:
-    return f"{failure.what}: {told(failure.error)}" if failure.what else told(failure.error)
+    return f"{failure.what}: {reason_of(failure.error)}" if failure.what else reason_of(failure.error)
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
@@ -194,47 +210,37 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "built": [{"engine": event.engine, "bytes": event.size, "seconds": event.seconds} for event in outcome.built],
         "present": [event.engine for event in outcome.present],
         "failed": [
-            {"engines": failure.what, "error": told(failure.error), "exit_code": code_of(failure.error)}
+            {"engines": failure.what, "error": reason_of(failure.error), "exit_code": code_of(failure.error)}
             for failure in outcome.failures
         ],
         "seconds": round(outcome.seconds, 3),
     }
 
 
-def _shown(events: Iterable[Progress | EngineProgress | End]) -> End:
-    """Follow a build on standard error, with rich; returns its end, the first event that is no step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
+def _followed(events: Iterable[Progress | EngineProgress | End], shown: Shown) -> End:
+    """Show a build; returns its end, the first event that is no step."""
     from sdexport.build import EngineProgress, Progress
 
-    columns = (TextColumn("{task.description:<16}"), TextColumn("{task.fields[stage]:<10}"), BarColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, Any] = {}
-        for event in events:
-            stage: str
-            if isinstance(event, Progress):
-                name, stage, done, total = event.component, event.stage.name, event.stage.done, event.stage.total
-            elif not isinstance(event, EngineProgress):
-                return event
+    for event in events:
+        if isinstance(event, Progress):
+            stage = event.stage
+            shown.show(event.component, stage.name, done=stage.done, total=stage.total, unit="B")
+        elif isinstance(event, EngineProgress):
+            each = event.event
+            if each.stage is None:
+                shown.show(each.engine, each.state)
             else:
-                name, stage = event.event.engine, event.event.state
-                done, total = (0, 0) if stage in ("begin", "stage") else (1, 1)
-                if event.event.stage is not None:
-                    stage, done, total = event.event.stage.name, event.event.stage.done, event.event.stage.total
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, stage=stage, total=None)
-            progress.update(tasks[name], stage=stage, completed=done, total=total or None)
+                shown.show(each.engine, each.stage.name, done=each.stage.done, total=each.stage.total)
+        else:
+            return event
     raise AssertionError("a build tells its end")
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--precision", is_flag=True, help="Tell which nodes stay in float32 beside half precision, why, and the numbers.")
-@as_json
-@reported
-def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
+@shared
+def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
     """Tell what a bundle holds, and whether every byte of it is as it was written."""
     from sdruntime.bundle import Bundle
     from sdruntime.errors import BundleError
@@ -273,9 +279,8 @@ def inspect(bundle: Path, precision: bool, as_json: bool) -> None:
 
 
 @main.command()
-@as_json
-@reported
-def doctor(as_json: bool) -> None:
+@shared
+def doctor(as_json: bool, quiet: bool) -> None:
     """Tell what this machine can export, and which engines it can build; for what is missing, the line that installs it."""
     import platform
 

@@ -103,6 +103,7 @@ LAYERS = {
         subject
         bench
         chart
+        progress
         command
         check
         cli
