@@ -191,7 +191,7 @@ def run_whole(row: str, options: argparse.Namespace) -> dict[str, float]:
             next(iter(loop))
             first = time.time() - options.begun
             loop.close()
-            picture = loop.result.images[0]
+            picture = loop.result.pixels[0]
     else:
         pipe, told = _diffusers_pipeline(row, options), []
 

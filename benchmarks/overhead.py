@@ -62,13 +62,13 @@ def main() -> None:
         schedule = Bundle.open(bundle).read_json(SCHEDULER)
         with Pipeline.open(bundle, backend="fake") as pipe:
             whole = median_seconds(lambda: pipe("a prompt", sampler="dpmpp_2m", size=SIZE, steps=STEPS, seed=0))
-            picture = pipe("a prompt", size=SIZE, seed=0).pictures[0]
+            picture = pipe("a prompt", size=SIZE, seed=0).images[0]
             result = {
                 "python": platform.python_version(),
                 "numpy": np.__version__,
                 "processor": platform.processor() or platform.machine(),
                 "picture_ms": 1e3 * whole,
-                "png_ms": 1e3 * median_seconds(lambda: write_png(Path(folder) / "out.png", picture.image, text=picture.text())),
+                "png_ms": 1e3 * median_seconds(lambda: write_png(Path(folder) / "out.png", picture.pixels, text=picture.text())),
                 "step_us": {sampler: 1e6 * steps_alone(pipe, sampler) for sampler in SAMPLERS},
                 "table_ms": {
                     sampler: 1e3 * median_seconds(lambda sampler=sampler: compile_table(schedule, steps=50, sampler=sampler))  # type: ignore[misc]

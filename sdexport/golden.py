@@ -150,7 +150,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
 
         yield "pictures"
         with Pipeline.over(bundle, engine) as pipe:
-            images = pipe([drawing.request for drawing in drawings]).images
+            images = pipe([drawing.request for drawing in drawings]).pixels
         numbers |= {picture_key(index): image for index, image in enumerate(images)}
         for name in reference.names:
             if name not in answered:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sdruntime.engine import Engine, shape_of
 from sdruntime.manifest import ComponentSpec, ModelSpec
 from sdruntime.metrics import picture_psnr
-from sdruntime.picture import Result
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
+from sdruntime.result import Result
 
 Array = NDArray[Any]
 Draw = Callable[[int], list[Array]]  # a seed -> pictures, uint8 [H, W, 3]
@@ -149,9 +149,9 @@ def call_dims(
 def drawn(pipe: Pipeline, asked: list[Request], *, on_device: bool) -> list[Array]:
     """Whole pictures, from the prompt on."""
     if on_device:
-        return pipe(asked).images
+        return pipe(asked).pixels
     stream = pipe.stream(asked)
     for _ in stream:
         pass
     result: Result = stream.result
-    return result.images
+    return result.pixels

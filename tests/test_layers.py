@@ -42,7 +42,7 @@ LAYERS = {
         engines
         build
         request
-        picture
+        result
         condition
         latent
         denoise

@@ -41,7 +41,7 @@ def bundle_drawer(folder: Path, steps: int, guidance: float) -> Drawer:
 
     def pictures(captions: list[str], seed: int) -> list[draw.Picture]:
         with Pipeline.open(folder) as pipe:
-            return list(pipe(captions, seed=seed, steps=steps, guidance=guidance).images)
+            return list(pipe(captions, seed=seed, steps=steps, guidance=guidance).pixels)
 
     return pictures
 

@@ -54,7 +54,7 @@ def main() -> None:
     with Pipeline.open(given.bundle) as pipe:
         result = pipe(captions, seed=given.seed, steps=given.steps, guidance=given.guidance)
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(list(result.images), captions).save(given.output)
+    sheet(list(result.pixels), captions).save(given.output)
     print(given.output)
 
 

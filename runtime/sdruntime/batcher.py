@@ -32,9 +32,9 @@ from sdruntime.condition import cut_lines
 from sdruntime.denoise import Job, check_latents
 from sdruntime.engine import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
-from sdruntime.picture import Picture, Result
 from sdruntime.pipeline import Pipeline, encoded
 from sdruntime.request import Request
+from sdruntime.result import Image, Result
 
 QUEUE = 64
 
@@ -60,7 +60,7 @@ class Timings:
     total: float = 0.0
 
 
-class Drawing(concurrent.futures.Future[Picture]):
+class Drawing(concurrent.futures.Future[Image]):
     """A picture to come: a Future of the standard library that can be cancelled while it runs. Every method may be called from
     any thread. `timings`, and `warnings` (lines for a person), are complete once it is done."""
 
@@ -82,7 +82,7 @@ class Drawing(concurrent.futures.Future[Picture]):
         """Whether it is done, at the latest after `timeout` seconds; raises nothing of what it ended with."""
         return bool(concurrent.futures.wait([self], timeout).done)
 
-    def _end(self, picture: Picture | None, error: BaseException | None) -> None:
+    def _end(self, picture: Image | None, error: BaseException | None) -> None:
         """Neither: cancelled."""
         if error is not None:
             self.set_exception(error)
@@ -196,7 +196,7 @@ class Batcher:
             self._end(entry)
         return True
 
-    def _end(self, entry: _Entry, picture: Picture | None = None, error: BaseException | None = None) -> None:
+    def _end(self, entry: _Entry, picture: Image | None = None, error: BaseException | None = None) -> None:
         with self._changed:
             del self._held[entry.drawing]
             cancelled = entry.cancelled
@@ -269,12 +269,12 @@ class Batcher:
                 self._jobs.pop(job, None)
             self._end(entry, picture, error)
 
-    def _decoded(self, job: Job, entry: _Entry) -> Picture:
+    def _decoded(self, job: Job, entry: _Entry) -> Image:
         begun = time.monotonic()
         entry.drawing.timings.denoise = begun - entry.joined
         check_latents(job)
-        [picture] = self._pipe.pictures([entry.request], [job])
-        entry.drawing.warnings += Result(pictures=(picture,)).warnings
+        [picture] = self._pipe.images([entry.request], [job])
+        entry.drawing.warnings += Result(images=(picture,)).warnings
         entry.drawing.timings.decode = time.monotonic() - begun
         return picture
 

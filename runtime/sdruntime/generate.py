@@ -13,10 +13,10 @@ from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
     from sdruntime.engine import EngineOptions
-    from sdruntime.picture import Result
     from sdruntime.pipeline import Pipeline
     from sdruntime.progress import Progress
     from sdruntime.request import Request
+    from sdruntime.result import Result
 
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from sdruntime.image import read_png, write_png
+    from sdruntime.image import read_png
     from sdruntime.pipeline import Pipeline
     from sdruntime.request import requests
     from sdruntime.shapes import parse_size
@@ -60,14 +60,12 @@ def generate(options: argparse.Namespace) -> None:
     try:
         with contextlib.closing(pipe):
             for result in drawn(pipe, asked, shown):
-                for picture in result.pictures:
+                for image in result.images:
                     path = options.output
                     if len(asked) > 1:
-                        path = path.with_name(f"{path.stem}-{picture.request.seed}{path.suffix}")
-                    write_png(path, picture.image, text=picture.text())
-                    written.append(
-                        {"file": str(path), "seed": picture.request.seed, "prompt": picture.request.prompt, "cut": picture.cut}
-                    )
+                        path = path.with_name(f"{path.stem}-{image.seed}{path.suffix}")
+                    image.save(path)
+                    written.append({"file": str(path), "seed": image.seed, "prompt": image.request.prompt, "cut": image.cut})
                     if not options.json:
                         shown.print(str(path))
                 for text in result.warnings:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sdruntime.bundle import disk_full_as_error
 from sdruntime.errors import SdruntimeError, SettingError
 
-Image = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 MAX_SIDE = 4096  # pixels of a PNG that is read
 _MAX_FILE = 1 << 27  # bytes
@@ -38,7 +38,7 @@ _MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <?xpacket end="r"?>"""
 
 
-def to_uint8(decoded: NDArray[np.float32]) -> Image:
+def to_uint8(decoded: NDArray[np.float32]) -> Pixels:
     """The decoder's float32 [.., 3, H, W] in [-1, 1] as uint8 [.., H, W, 3]: clipped, and rounded as diffusers does.
 
     Raises SdruntimeError where a number is not finite.
@@ -56,7 +56,7 @@ def to_uint8(decoded: NDArray[np.float32]) -> Image:
     return image
 
 
-def from_uint8(image: Image) -> NDArray[np.float32]:
+def from_uint8(image: Pixels) -> NDArray[np.float32]:
     """uint8 [.., H, W, 3] as the encoder's float32 [.., 3, H, W] in [-1, 1], to the bit what diffusers makes of it."""
     scaled = np.moveaxis(image, -1, -3).astype(np.float32, order="C")
     scaled /= np.float32(255)
@@ -101,7 +101,7 @@ def png_text(parameters: str) -> dict[str, str]:
     return {"parameters": parameters, _XMP: _MACHINE_MADE}
 
 
-def write_png(path: Path | str, image: Image, text: Mapping[str, str] | None = None) -> None:
+def write_png(path: Path | str, image: Pixels, text: Mapping[str, str] | None = None) -> None:
     """Write `image` under a temporary name beside `path`, then rename: `path` is wholly new or as it was.
 
     Raises SettingError (what `png_from_image` refuses, a folder that cannot be written) and OutOfSpace.
@@ -118,7 +118,7 @@ def write_png(path: Path | str, image: Image, text: Mapping[str, str] | None = N
         staged.unlink(missing_ok=True)
 
 
-def read_png(path: Path | str) -> Image:
+def read_png(path: Path | str) -> Pixels:
     """`image_from_png` of a file. Raises SettingError, naming the file."""
     try:
         with Path(path).open("rb") as file:
@@ -130,7 +130,7 @@ def read_png(path: Path | str) -> Image:
         raise SettingError(f"{path}: {error}") from None
 
 
-def png_from_image(image: Image, text: Mapping[str, str] | None = None) -> bytes:
+def png_from_image(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:
     """A PNG file of uint8 [H, W, 3] with `text` as tEXt, or as iTXt where it is not Latin-1. Raises SettingError."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise SettingError(f"a picture is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
@@ -157,7 +157,7 @@ def _text_chunk(key: str, value: str) -> bytes:
     return _chunk(b"iTXt", name + b"\0\0\0\0\0" + value.encode(errors="replace"))
 
 
-def _deflated(image: Image) -> bytes:
+def _deflated(image: Pixels) -> bytes:
     """The pixels, every row by the Paeth filter; run lengths and Huffman codes pack what that leaves as well as a slow search."""
     height, width, channels = image.shape
     pack = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
@@ -187,7 +187,7 @@ def _paeth(left: NDArray[np.int16], up: NDArray[np.int16], corner: NDArray[np.in
     return np.where((from_left <= from_up) & (from_left <= from_corner), left, nearest)
 
 
-def image_from_png(data: bytes) -> Image:
+def image_from_png(data: bytes) -> Pixels:
     """uint8 [H, W, 3] of a PNG with 8 bits a channel, not interlaced, at most 4096×4096; alpha is dropped, grey repeated.
 
     Raises SettingError for every other file, and for a damaged one.
@@ -198,7 +198,7 @@ def image_from_png(data: bytes) -> Image:
         raise SettingError(f"{error}; a PNG of 8 bits a channel, without interlacing, belongs here") from None
 
 
-def _image_from_png(data: bytes) -> Image:
+def _image_from_png(data: bytes) -> Pixels:
     if not data.startswith(_SIGNATURE):
         raise ValueError("not a PNG")
     if len(data) > _MAX_FILE:
@@ -265,7 +265,7 @@ def _inflated(packed: bytes, size: int) -> bytes:
     return data
 
 
-def _unfiltered(rows: Image, filters: Image) -> Image:
+def _unfiltered(rows: Pixels, filters: Pixels) -> Pixels:
     """Undo each row's filter (0 to 4: none, left, up, mean, Paeth) for [H, W, channels].
 
     A pixel needs the one to its left and those above, so all pixels of an anti-diagonal are independent, and they lie at equal

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.engine import Array
-from sdruntime.image import Image
+from sdruntime.image import Pixels
 
 EQUAL = 200.0  # dB: the PSNR of two arrays that are the same
 _WINDOW = 8  # pixels of a side
@@ -39,12 +39,12 @@ class Difference:
         )
 
 
-def picture_psnr(ours: Image, reference: Image) -> float:
+def picture_psnr(ours: Pixels, reference: Pixels) -> float:
     """In dB, of uint8 pictures, with 255 as the peak; EQUAL at most."""
     return _decibels(255.0, float(np.mean((ours.astype(np.float64) - reference) ** 2)))
 
 
-def ssim(ours: Image, reference: Image) -> float:
+def ssim(ours: Pixels, reference: Pixels) -> float:
     """Mean structural similarity of two uint8 pictures [H, W, 3], over all windows of 8×8 pixels of every channel.
 
     Wang, Bovik, Sheikh, Simoncelli 2004, equation 13, with K1 = 0.01, K2 = 0.03 and uniform windows, as in their section III-B.

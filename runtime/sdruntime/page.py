@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sdruntime.errors import SettingError
-from sdruntime.image import Image, png_from_image
+from sdruntime.image import Pixels, png_from_image
 from sdruntime.report import PictureCheck, Report, Status, check_cells, image_cells, limit_name, verdict
 from sdruntime.tolerance import Tolerance
 
@@ -113,7 +113,7 @@ def _figures(check: PictureCheck) -> str:
     assert check.drawn is not None
     assert check.stored is not None
     apart = np.abs(check.drawn.astype(np.int16) - check.stored) * _AMPLIFIED
-    images: Mapping[str, Image] = {
+    images: Mapping[str, Pixels] = {
         "reference": check.stored,
         check.engines: check.drawn,
         f"difference, {_AMPLIFIED} times": np.minimum(apart, 255).astype(np.uint8),

@@ -25,8 +25,8 @@ from sdruntime.engines import Engines
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
 from sdruntime.noise import NoiseStream
-from sdruntime.picture import Picture, Result
 from sdruntime.request import Request, requests
+from sdruntime.result import Image, Result
 from sdruntime.run import Run
 from sdruntime.samplers import identified
 from sdruntime.step import NAME as STEP
@@ -77,7 +77,7 @@ class Stream:
     @functools.cached_property
     def result(self) -> Result:
         self.close()
-        return Result(pictures=tuple(self._pipe.pictures(self._asked, self.jobs)))
+        return Result(images=tuple(self._pipe.images(self._asked, self.jobs)))
 
 
 class Pipeline:
@@ -186,18 +186,18 @@ class Pipeline:
         self._loops.add(loop)
         return loop
 
-    def pictures(self, asked: Sequence[Request], jobs: Sequence[Job]) -> list[Picture]:
-        """The pictures of jobs as they are now, decoded in as few calls as their shapes allow. Raises NotFinite."""
+    def images(self, asked: Sequence[Request], jobs: Sequence[Job]) -> list[Image]:
+        """The images of jobs as they are now, decoded in as few calls as their shapes allow. Raises NotFinite."""
         decoded = self.decode([job.run.x for job in jobs], lambda k: after(jobs[k]))
         return [
-            Picture(
-                image=to_uint8(image),
+            Image(
+                pixels=to_uint8(decoded_image),
                 request=request,
                 model=self.model.name,
                 sampler=request.sampler or self.sampler,
                 cut=job.condition.cut,
             )
-            for image, request, job in zip(decoded, asked, jobs, strict=True)
+            for decoded_image, request, job in zip(decoded, asked, jobs, strict=True)
         ]
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:

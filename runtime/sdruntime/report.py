@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sdruntime.image import Image
+from sdruntime.image import Pixels
 from sdruntime.metrics import EQUAL, Difference
 from sdruntime.tolerance import Tolerance
 
@@ -52,8 +52,8 @@ class PictureCheck:
     psnr: float | None = None
     ssim: float | None = None
     reason: str = ""
-    drawn: Image | None = None
-    stored: Image | None = None
+    drawn: Pixels | None = None
+    stored: Pixels | None = None
 
     @property
     def title(self) -> str:

@@ -197,27 +197,27 @@ class Service:
             self._jobs.pop(asked.job, None)
             pipe = self._pipe
         try:
-            picture = drawing.result()
+            image = drawing.result()
             if asked.device_buffer is not None and pipe is not None:
-                _copy_to_device(pipe, picture.image, asked.device_buffer)
-            png = png_from_image(picture.image, picture.text()) if asked.png else b""
+                _copy_to_device(pipe, image.pixels, asked.device_buffer)
+            png = png_from_image(image.pixels, image.text()) if asked.png else b""
         except BaseException as error:
             self._failed(asked.job, error)
             return
-        height, width = picture.image.shape[:2]
+        height, width = image.shape[:2]
         done = {
             "event": "done",
             "job": asked.job,
             "width": width,
             "height": height,
-            "seed": picture.seed,
-            "sampler": picture.sampler,
+            "seed": image.seed,
+            "sampler": image.sampler,
             "timings": dataclasses.asdict(drawing.timings),
             "warnings": drawing.warnings,
-            "rgb": picture.image.nbytes,
+            "rgb": image.pixels.nbytes,
             "png": len(png),
         }
-        self._tell(done, picture.image if not png else np.frombuffer(picture.image.tobytes() + png, np.uint8))
+        self._tell(done, image.pixels if not png else np.frombuffer(image.pixels.tobytes() + png, np.uint8))
 
     def _failed(self, job: int, error: BaseException) -> None:
         self._tell({"event": "failed", "job": job, **self._fault(error)})

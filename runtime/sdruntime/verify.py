@@ -209,7 +209,7 @@ class _Verification:
         manifest = dataclasses.replace(self.bundle.manifest, engines=tuple(usable))
         try:
             with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=name, options=self.options) as pipe:
-                images = pipe([drawing.request for drawing in self.golden.drawings]).images
+                images = pipe([drawing.request for drawing in self.golden.drawings]).pixels
         except SdruntimeError as error:
             yield PictureCheck(engines=title, status="fail", reason=str(error))
             return

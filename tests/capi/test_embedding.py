@@ -26,7 +26,7 @@ def host(library: Library) -> Path:
 
 def expected(bundle: Path, seed: int = 7) -> bytes:
     with Pipeline.open(bundle) as pipe:
-        return pipe("a red cat", seed=seed, steps=3, sampler="ddim").images[0].tobytes()
+        return pipe("a red cat", seed=seed, steps=3, sampler="ddim").pixels[0].tobytes()
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
@@ -53,7 +53,7 @@ import json, platform
 import numpy, onnxruntime
 from sdruntime.pipeline import Pipeline
 with Pipeline.open({str(bundle)!r}) as pipe:
-    rows = pipe("a red cat", seed=7, steps=3, sampler="ddim").images[0].tobytes()
+    rows = pipe("a red cat", seed=7, steps=3, sampler="ddim").pixels[0].tobytes()
 open({str(folder / "rows")!r}, "wb").write(rows)
 print(json.dumps({{"python": platform.python_version(), "numpy": numpy.__version__, "onnxruntime": onnxruntime.__version__}}))
 """
@@ -107,7 +107,7 @@ again = lib.open(bundle={str(bundle)!r}, threads=1, isolation={isolation})
 lib.close(again)
 import sdruntime.pipeline  # this interpreter's own
 with sdruntime.pipeline.Pipeline.open({str(bundle)!r}) as pipe:
-    assert rows == pipe("a red cat", seed=7, steps=3, sampler="ddim").images[0].tobytes()
+    assert rows == pipe("a red cat", seed=7, steps=3, sampler="ddim").pixels[0].tobytes()
 print("same")
 """
     path = f"{ROOT}:{ROOT / 'runtime'}:{ROOT / 'tests'}"

@@ -37,11 +37,11 @@ def test_alone_to_the_byte_and_in_company_to_one_level(shapes_bundle: Path) -> N
     """Measured on 64 such jobs: 52 equal to the byte, the others off by one of 255 levels in 0.008 % of their bytes at most."""
     asked = requests(24)
     with Pipeline.open(shapes_bundle, backend="onnxruntime") as pipe:
-        alone = [pipe(request).images[0] for request in asked]
+        alone = [pipe(request).pixels[0] for request in asked]
         with Batcher(pipe) as batcher:
             for request, reference in zip(asked[:6], alone[:6], strict=True):
-                np.testing.assert_array_equal(batcher.submit(request).result(WAIT).image, reference)
-            crowd = [drawing.result(WAIT).image for drawing in [batcher.submit(request) for request in asked]]
+                np.testing.assert_array_equal(batcher.submit(request).result(WAIT).pixels, reference)
+            crowd = [drawing.result(WAIT).pixels for drawing in [batcher.submit(request) for request in asked]]
     for ours, reference in zip(crowd, alone, strict=True):
         assert reference.std() >= 10
         assert np.abs(ours.astype(int) - reference).max() <= 2

@@ -63,7 +63,7 @@ def ours(pipe: Pipeline, prompt: str, **settings: Any) -> tuple[Array, Array]:
     for _ in stream:
         pass
     (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
-    return stream.result.images[0], decoded
+    return stream.result.pixels[0], decoded
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -45,8 +45,8 @@ def test_picture_k_of_seed_s_is_picture_0_of_seed_s_plus_k(shapes_bundle: Path) 
         many = pipe("a circle", seed=10, count=5, **settings)
         again = pipe("a circle", seed=12, **settings)
     assert many.seeds == [10, 11, 12, 13, 14]
-    np.testing.assert_array_equal(many.images[2], again.images[0])
-    assert len({image.tobytes() for image in many.images}) == 5
+    np.testing.assert_array_equal(many.pixels[2], again.pixels[0])
+    assert len({image.tobytes() for image in many.pixels}) == 5
 
 
 def test_a_stream_can_be_watched_edited_and_stopped(shapes_bundle: Path) -> None:
@@ -58,14 +58,14 @@ def test_a_stream_can_be_watched_edited_and_stopped(shapes_bundle: Path) -> None
         for state in edited:
             if state.step == 3:
                 state.jobs[0].run.x[:] = 0
-        assert psnr(edited.result.images[0], whole.result.images[0]) < 40
+        assert psnr(edited.result.pixels[0], whole.result.pixels[0]) < 40
 
         left = pipe.stream("a circle", seed=1, steps=6, sampler="ddim")
         for state in left:
             if state.step == 2:
                 break
         assert left.jobs[0].run.step == 2
-        assert left.result.images[0].shape == whole.result.images[0].shape
+        assert left.result.pixels[0].shape == whole.result.pixels[0].shape
 
         two = pipe.stream(["a circle", "a square"], seed=1, steps=6, sampler="ddim")
         for state in two:

@@ -222,6 +222,6 @@ def test_the_very_graph_of_the_engine_gives_the_fp32_picture(request: pytest.Fix
         for _ in build_engines(bundle, Asked(backend="onnxruntime")):
             pass
         with Pipeline.open(bundle) as pipe:
-            pictures.append(pipe(PROMPT, steps=20, seed=3).images[0])
+            pictures.append(pipe(PROMPT, steps=20, seed=3).pixels[0])
     assert np.std(pictures[1]) >= 10
     assert psnr(*pictures) >= 30

@@ -55,24 +55,24 @@ def batcher(pipe: Pipeline) -> Iterator[Batcher]:
 
 
 def test_a_lone_job_draws_the_pipeline_s_picture_to_the_byte(parts: Parts, pipe: Pipeline) -> None:
-    alone = [pipe(request).pictures[0] for request in crowd()]
+    alone = [pipe(request).images[0] for request in crowd()]
     with Batcher(pipe) as batcher:
         for request, reference in zip(crowd(), alone, strict=True):
             drawing = batcher.submit(request)
             picture = drawing.result(WAIT)
-            np.testing.assert_array_equal(picture.image, reference.image)
-            assert picture.image.std() > 1
+            np.testing.assert_array_equal(picture.pixels, reference.pixels)
+            assert picture.pixels.std() > 1
             assert picture.text() == reference.text()
             assert drawing.warnings == []
 
 
 def test_jobs_in_company_draw_what_they_draw_alone_where_rows_do_not_meet(parts: Parts, pipe: Pipeline) -> None:
-    alone = [pipe(request).images[0] for request in crowd()]
+    alone = [pipe(request).pixels[0] for request in crowd()]
     with Batcher(pipe) as batcher:
         held: list[Drawing] = []
         parts.at_call(len(parts.unet.calls) + 1, lambda: held.extend(map(batcher.submit, crowd()[1:])))
         first = batcher.submit(crowd()[0])
-        pictures = [first.result(WAIT).image, *(each.result(WAIT).image for each in held)]
+        pictures = [first.result(WAIT).pixels, *(each.result(WAIT).pixels for each in held)]
     for ours, reference in zip(pictures, alone, strict=True):
         np.testing.assert_array_equal(ours, reference)
 
@@ -151,7 +151,7 @@ def test_a_cancelled_job_ends_at_the_next_boundary_and_the_others_go_on(parts: P
 
     parts.unet.before = act
     drawing = batcher.submit(asked(1, steps=5))
-    assert drawing.result(WAIT).image.std() > 1
+    assert drawing.result(WAIT).pixels.std() > 1
     with pytest.raises(CancelledError):
         late[0].result(WAIT)
     assert running == [True, True, True, False]
@@ -189,14 +189,14 @@ def test_a_wrong_setting_ends_its_job_alone(
 ) -> None:
     held: list[Drawing] = []
     parts.at_call(1, lambda: held.append(batcher.submit(asked(2, **wrong))))
-    assert batcher.submit(asked(1)).result(WAIT).image.std() > 1
+    assert batcher.submit(asked(1)).result(WAIT).pixels.std() > 1
     with pytest.raises(kind, match=text):
         held[0].result(WAIT)
     assert parts.unet.rows == [2] * 4
 
 
 def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Parts, pipe: Pipeline) -> None:
-    alone = [pipe(asked(k, steps=5)).images[0] for k in (1, 3)]
+    alone = [pipe(asked(k, steps=5)).pixels[0] for k in (1, 3)]
     parts.unet.calls.clear()
 
     def spoil(outputs: dict[str, Array]) -> None:
@@ -208,10 +208,10 @@ def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Pa
         parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=5)) for k in (2, 3)))
         parts.unet.after = spoil
         first = batcher.submit(asked(1, steps=5))
-        np.testing.assert_array_equal(first.result(WAIT).image, alone[0])
+        np.testing.assert_array_equal(first.result(WAIT).pixels, alone[0])
         with pytest.raises(NotFinite, match=r"unet, step 2 of 5, sampler ddim: 1 of 256 numbers"):
             held[0].result(WAIT)
-        np.testing.assert_array_equal(held[1].result(WAIT).image, alone[1])
+        np.testing.assert_array_equal(held[1].result(WAIT).pixels, alone[1])
     assert parts.unet.rows == [2, 6, 6, 4, 4, 4, 2]
 
 
@@ -227,10 +227,10 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
     engine.before = fail
     held: list[Drawing] = []
     parts.at_call(1, lambda: held.append(batcher.submit(asked(2))))
-    assert batcher.submit(asked(1)).result(WAIT).image.std() > 1
+    assert batcher.submit(asked(1)).result(WAIT).pixels.std() > 1
     with pytest.raises(SdruntimeError, match="the engine failed"):
         held[0].result(WAIT)
-    assert batcher.submit(asked(3)).result(WAIT).image.std() > 1
+    assert batcher.submit(asked(3)).result(WAIT).pixels.std() > 1
 
 
 def test_an_engine_that_fails_ends_the_jobs_of_that_call(parts: Parts, batcher: Batcher) -> None:
@@ -243,11 +243,11 @@ def test_an_engine_that_fails_ends_the_jobs_of_that_call(parts: Parts, batcher: 
             raise SdruntimeError("the engine failed")
 
     parts.unet.after = fail
-    assert batcher.submit(asked(1, steps=3)).result(WAIT).image.std() > 1  # its last step is that round's
+    assert batcher.submit(asked(1, steps=3)).result(WAIT).pixels.std() > 1  # its last step is that round's
     with pytest.raises(SdruntimeError, match="the engine failed"):
         held[0].result(WAIT)
-    assert held[1].result(WAIT).image.std() > 1
-    assert batcher.submit(asked(4, size=(128, 64))).result(WAIT).image.std() > 1
+    assert held[1].result(WAIT).pixels.std() > 1
+    assert batcher.submit(asked(4, size=(128, 64))).result(WAIT).pixels.std() > 1
 
 
 def test_what_progress_raises_ends_its_job_alone(batcher: Batcher) -> None:
@@ -258,7 +258,7 @@ def test_what_progress_raises_ends_its_job_alone(batcher: Batcher) -> None:
     bad, good = batcher.submit(asked(1), progress=fail), batcher.submit(asked(2))
     with pytest.raises(RuntimeError, match="no terminal"):
         bad.result(WAIT)
-    assert good.result(WAIT).image.std() > 1
+    assert good.result(WAIT).pixels.std() > 1
 
 
 def test_a_preview_is_a_copy_of_the_latents(batcher: Batcher) -> None:
@@ -269,7 +269,7 @@ def test_a_preview_is_a_copy_of_the_latents(batcher: Batcher) -> None:
         told.append(Progress(step=at.step, steps=at.steps, latents=at.latents.copy()))
         at.latents[:] = np.nan  # nobody else's
 
-    assert batcher.submit(asked(steps=3), progress=progress, preview=True).result(WAIT).image.std() > 1
+    assert batcher.submit(asked(steps=3), progress=progress, preview=True).result(WAIT).pixels.std() > 1
     assert [(at.step, at.steps) for at in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert len({at.latents.tobytes() for at in told if at.latents is not None}) == 4
     plain: list[Progress] = []
@@ -287,7 +287,7 @@ def test_timings_and_warnings(parts: Parts, batcher: Batcher) -> None:
     assert min(parts_of_it) > 0
     assert sum(parts_of_it) <= drawing.timings.total
     assert len(drawing.warnings) == 3
-    assert "picture 0 (seed 3) is one colour all over" in drawing.warnings[-1]
+    assert "image 0 (seed 3) is one colour all over" in drawing.warnings[-1]
     assert "of 'word word" in drawing.warnings[0]
 
 
@@ -304,7 +304,7 @@ def test_closing_cancels_what_is_not_done_and_takes_nothing_more(parts: Parts, p
     with pytest.raises(SdruntimeError, match="the batcher is not open"):
         batcher.submit(asked())
     batcher.close()
-    assert pipe(asked()).images[0].std() > 1  # the pipeline is free again
+    assert pipe(asked()).pixels[0].std() > 1  # the pipeline is free again
 
 
 def test_a_callback_may_close(pipe: Pipeline) -> None:
@@ -339,7 +339,7 @@ def test_asyncio_can_wait_for_a_drawing_and_cancel_it(batcher: Batcher) -> None:
         long = asyncio.wrap_future(inner := batcher.submit(asked(2, steps=900)))
         long.cancel()
         await asyncio.sleep(0)  # lets the loop hand it on
-        return done.image, inner.wait(WAIT) and inner.cancelled()
+        return done.pixels, inner.wait(WAIT) and inner.cancelled()
 
     image, cancelled = asyncio.run(both())
     assert image.std() > 1
@@ -349,7 +349,7 @@ def test_asyncio_can_wait_for_a_drawing_and_cancel_it(batcher: Batcher) -> None:
 def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipeline) -> None:
     """Each job ends, with its own picture, cancelled, or with its own fault; and nothing of them stays."""
     requests = {seed: asked(seed, steps=1 + seed % 7, size=(64, 64 + 64 * (seed % 2))) for seed in range(24)}
-    alone = {seed: pipe(request).images[0] for seed, request in requests.items()}
+    alone = {seed: pipe(request).pixels[0] for seed, request in requests.items()}
     threads = threading.active_count()
     gc.collect()
     jobs = sum(type(each) in (Job, Drawing) for each in gc.get_objects())
@@ -367,7 +367,7 @@ def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipel
                 drawing.wait(chance.random() * 0.005)
                 drawing.cancel()
             try:
-                np.testing.assert_array_equal(drawing.result(WAIT).image, alone[seed])
+                np.testing.assert_array_equal(drawing.result(WAIT).pixels, alone[seed])
                 ends["done"] += 1
             except CancelledError:
                 ends["cancelled"] += 1

@@ -80,9 +80,9 @@ def test_json_before_and_after_the_command_is_the_same(ready: Path, capsys: pyte
 def test_what_was_written_before_a_failure_is_in_the_document(
     ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sdruntime.image as image
+    import sdruntime.result as result
 
-    write, calls = image.write_png, []
+    write, calls = result.write_png, []
 
     def interrupted(path: Path, *arguments: Any, **more: Any) -> None:
         calls.append(path)
@@ -90,7 +90,7 @@ def test_what_was_written_before_a_failure_is_in_the_document(
             raise KeyboardInterrupt
         write(path, *arguments, **more)
 
-    monkeypatch.setattr(image, "write_png", interrupted)
+    monkeypatch.setattr(result, "write_png", interrupted)
     out = tmp_path / "out.png"
     code = main(["generate", str(ready), "a", "b", "--seed", "1", "--backend", "fake", "--steps", "1", "-o", str(out), "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -44,7 +44,7 @@ def test_it_draws_the_stored_picture(ready: Path) -> None:
     expected = np.load(GOLDEN)["image"]
     assert expected.std() >= 10
     with Pipeline.open(ready) as pipe:
-        image = pipe("the red cat and the sand", **ASKED).images[0]
+        image = pipe("the red cat and the sand", **ASKED).pixels[0]
     error = np.abs(image.astype(int) - expected.astype(int))
     assert error.mean() < 0.5  # of 255: engines round fp16 each in their own way
     assert error.max() <= 8
@@ -54,7 +54,7 @@ def test_image_to_image_begins_from_the_picture(ready: Path) -> None:
     expected = np.load(GOLDEN)["image"]
     with Pipeline.open(ready) as pipe:
         near, far = (
-            pipe("a cat", image=expected, strength=strength, **{**ASKED, "steps": 20, "size": None}).images[0].astype(int)
+            pipe("a cat", image=expected, strength=strength, **{**ASKED, "steps": 20, "size": None}).pixels[0].astype(int)
             for strength in (0.05, 1.0)
         )
     assert np.abs(near - expected).mean() < np.abs(far - expected).mean()

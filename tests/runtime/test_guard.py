@@ -153,6 +153,6 @@ def test_half_precision_is_told_what_to_build(pipe: Pipeline) -> None:
 def test_a_picture_of_one_colour_is_a_warning_of_the_result(pipe: Pipeline) -> None:
     result = pipe("a prompt", steps=2, size=(64, 64), seed=9, count=2)
     assert len(result.warnings) == 2
-    assert result.warnings[0].startswith("picture 0 (seed 9) is one colour all over, [128, 128, 128]")
-    result.pictures[1].image[3, 3] = 1
+    assert result.warnings[0].startswith("image 0 (seed 9) is one colour all over, [128, 128, 128]")
+    result.images[1].pixels[3, 3] = 1
     assert len(result.warnings) == 1

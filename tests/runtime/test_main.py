@@ -43,7 +43,7 @@ def test_generate_writes_a_png_that_says_how_it_was_made(ready: Path, tmp_path: 
     )
     printed = capsys.readouterr()
     assert (code, printed.out) == (0, f"{out}\n")
-    assert "\nwarning: picture 0 (seed 7) is one colour all over" in printed.err, "as the fake's are"
+    assert "\nwarning: image 0 (seed 7) is one colour all over" in printed.err, "as the fake's are"
     assert read_png(out).shape == (64, 128, 3)
     data = out.read_bytes()
     assert b"parameters\0a prompt\nNegative prompt: fog\nSteps: 2, Sampler: DPM++ 2M Karras, CFG scale: 5" in data

@@ -98,7 +98,7 @@ def pictures(folder: Path) -> dict[str, Array]:
     drawn = {}
     for backend in ("onnxruntime", "openvino"):
         with Pipeline.open(folder, backend=backend) as pipe:
-            drawn[backend] = pipe(PROMPT, **ASKED).images[0]
+            drawn[backend] = pipe(PROMPT, **ASKED).pixels[0]
     assert drawn["onnxruntime"].std() >= 10
     return drawn
 
@@ -118,7 +118,7 @@ def test_in_fp32_both_compute_the_same(sd1_bundle: Path, tmp_path: Path) -> None
     drawn = []
     for backend in ("openvino", "onnxruntime"):
         with Pipeline.open(folder, backend=backend) as pipe:
-            drawn.append(pipe(PROMPT, **ASKED).images[0])
+            drawn.append(pipe(PROMPT, **ASKED).pixels[0])
     assert drawn[1].std() >= 10
     assert psnr(*drawn) >= 60
 
@@ -132,7 +132,7 @@ def test_bf16_where_the_cpu_has_it_and_the_option_asks(pictures: dict[str, Array
     bundle = build(folder, "openvino", options=BF16)
     assert {engine.precision for engine in bundle.manifest.engines} == {"bf16"}
     with Pipeline.open(folder, backend="openvino") as pipe:
-        picture = pipe(PROMPT, **ASKED).images[0]
+        picture = pipe(PROMPT, **ASKED).pixels[0]
     assert 30 <= psnr(picture, pictures["openvino"]) < float("inf")
 
 
@@ -150,8 +150,8 @@ def test_jobs_at_different_steps_and_rows_beyond_the_engine_draw_what_they_draw_
         Request(prompt="a cat", seed=3, steps=4, sampler="ddim", guidance=1.0, size=(64, 64)),
     ]
     with Pipeline.open(folder, backend="openvino") as pipe:
-        together = pipe(asked).images
-        alone = [pipe(each).images[0] for each in asked]
+        together = pipe(asked).pixels
+        alone = [pipe(each).pixels[0] for each in asked]
     for ours, theirs in zip(together, alone, strict=True):
         assert theirs.std() >= 10
         assert psnr(ours, theirs) >= 60
@@ -164,7 +164,7 @@ def test_ranges_and_several_profiles(tmp_path: Path) -> None:
     pictures = []
     for backend in ("onnxruntime", "openvino"):
         with Pipeline.open(folder, backend=backend) as pipe:
-            pictures.append([pipe("a cat", **(ASKED | {"size": size})).images[0] for size in ((128, 64), (64, 64), (128, 128))])
+            pictures.append([pipe("a cat", **(ASKED | {"size": size})).pixels[0] for size in ((128, 64), (64, 64), (128, 128))])
     for ours, theirs in zip(*pictures, strict=True):
         assert psnr(ours, theirs) >= 45
     with Pipeline.open(folder, backend="openvino") as pipe, pytest.raises(EngineError, match="--size 64x128"):

@@ -75,12 +75,12 @@ def test_a_job_s_events_in_order_and_its_picture(host: Host, folder: Path) -> No
     assert latents[0].std() > 0
     assert not np.array_equal(latents[0], latents[1])
     with Pipeline.open(folder, backend="fake") as pipe:
-        picture = pipe("a cat", steps=3, size=(64, 64), **request).pictures[0]
+        picture = pipe("a cat", steps=3, size=(64, 64), **request).images[0]
     assert (done["width"], done["height"], done["seed"], done["sampler"]) == (64, 64, 2**64 - 1, "euler_a")
     assert (done["rgb"], done["rgb"] + done["png"]) == (64 * 64 * 3, len(done["blob"]))
-    assert done["blob"][: done["rgb"]] == picture.image.tobytes()
+    assert done["blob"][: done["rgb"]] == picture.pixels.tobytes()
     png = done["blob"][done["rgb"] :]
-    np.testing.assert_array_equal(image_from_png(png), picture.image)
+    np.testing.assert_array_equal(image_from_png(png), picture.pixels)
     assert b"Seed: 18446744073709551615" in png
     assert done["timings"].keys() == {"queued", "encode", "denoise", "decode", "total"}
     assert done["timings"]["total"] > 0
@@ -94,9 +94,9 @@ def test_a_large_picture_from_a_large_picture(host: Host, folder: Path) -> None:
     host.submit(1, image.tobytes(), image=[192, 256], request={"width": None, "height": None, "strength": 0.7})
     done = host.wait("done", "failed", job=1)
     with Pipeline.open(folder, backend="fake") as pipe:
-        picture = pipe("a cat", steps=3, seed=1, image=image, strength=0.7).pictures[0]
+        picture = pipe("a cat", steps=3, seed=1, image=image, strength=0.7).images[0]
     assert (done["width"], done["height"], done["png"]) == (192, 256, 0)
-    assert done["blob"] == picture.image.tobytes()
+    assert done["blob"] == picture.pixels.tobytes()
     assert host.of(1) == ["started", "progress", "progress", "done"]
 
 
@@ -254,7 +254,7 @@ def test_a_number_that_is_taken_does_not_end_the_job_that_has_it(host: Host, fol
 
 def test_what_nobody_expected_is_told_with_its_traceback(inside: Host, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside.open(folder)
-    monkeypatch.setattr(Pipeline, "pictures", lambda *_: [][1])
+    monkeypatch.setattr(Pipeline, "images", lambda *_: [][1])
     inside.submit(1)
     failed = inside.wait("failed", job=1)
     assert (failed["code"], failed["message"]) == (1, "IndexError: list index out of range")

@@ -52,7 +52,7 @@ def drawn(pipe: Pipeline, *, on_device: bool) -> None:
     stream = pipe.stream("a cat", steps=3, size=(64, 64), seed=1, on_device=on_device)
     for _ in stream:
         pass
-    assert stream.result.images[0].shape == (64, 64, 3)
+    assert stream.result.pixels[0].shape == (64, 64, 3)
 
 
 def test_ranges_of_the_numpy_loop(here: Machine, small_folder: Path, profiler: Profiler) -> None:

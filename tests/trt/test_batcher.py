@@ -49,7 +49,7 @@ def pipe(small_folder: Path, here: Machine) -> Iterator[Pipeline]:
 
 
 def test_jobs_join_and_leave_a_loop_on_the_device(pipe: Pipeline, here: Machine) -> None:
-    alone = [pipe(request).images[0] for request in crowd()]
+    alone = [pipe(request).pixels[0] for request in crowd()]
     before = here.gpus.counts["launches"]
     late: list[Drawing] = []
 
@@ -64,14 +64,14 @@ def test_jobs_join_and_leave_a_loop_on_the_device(pipe: Pipeline, here: Machine)
     assert here.gpus.counts["launches"] > before
     for ours, reference in zip(pictures, alone, strict=True):
         assert reference.std() >= 1
-        assert psnr(ours.image, reference) >= 50
+        assert psnr(ours.pixels, reference) >= 50
 
 
 def test_a_lone_job_draws_the_pipeline_s_picture_to_the_byte(pipe: Pipeline, here: Machine) -> None:
     with Batcher(pipe) as batcher:
-        drawn = [batcher.submit(request).result(WAIT).image for request in crowd()]
+        drawn = [batcher.submit(request).result(WAIT).pixels for request in crowd()]
     for ours, request in zip(drawn, crowd(), strict=True):
-        np.testing.assert_array_equal(ours, pipe(request).images[0])
+        np.testing.assert_array_equal(ours, pipe(request).pixels[0])
 
 
 def test_a_step_that_is_told_is_done_on_the_device(pipe: Pipeline, here: Machine) -> None:
@@ -90,7 +90,7 @@ def test_a_step_that_is_told_is_done_on_the_device(pipe: Pipeline, here: Machine
 
 
 def test_numbers_that_are_not_finite_end_their_job_alone(pipe: Pipeline) -> None:
-    alone = pipe(asked(1)).images[0]
+    alone = pipe(asked(1)).pixels[0]
     bad: list[Drawing] = []
 
     def join(at: Progress) -> None:
@@ -104,12 +104,12 @@ def test_numbers_that_are_not_finite_end_their_job_alone(pipe: Pipeline) -> None
         picture = batcher.submit(asked(1), progress=join).result(WAIT)
         with pytest.raises(NotFinite, match=r"unet, after step 5 of 5, sampler dpmpp_2m: the latents are not finite"):
             bad[0].result(WAIT)
-    assert psnr(picture.image, alone) >= 50
+    assert psnr(picture.pixels, alone) >= 50
 
 
 def test_jobs_in_low_memory(small_folder: Path, here: Machine, pipe: Pipeline) -> None:
     """Components go and come between the steps, but the UNet stays while jobs are on their way."""
-    alone = [pipe(asked(k)).images[0] for k in (1, 2)]
+    alone = [pipe(asked(k)).pixels[0] for k in (1, 2)]
     pipe.close()
     late: list[Drawing] = []
     with Pipeline.open(small_folder, options=EngineOptions(low_memory=True)) as low, Batcher(low) as batcher:
@@ -118,8 +118,8 @@ def test_jobs_in_low_memory(small_folder: Path, here: Machine, pipe: Pipeline) -
             if at.step == 2:
                 late.append(batcher.submit(asked(2)))
 
-        first = batcher.submit(asked(1), progress=join).result(WAIT).image
-        second = late[0].result(WAIT).image
+        first = batcher.submit(asked(1), progress=join).result(WAIT).pixels
+        second = late[0].result(WAIT).pixels
     assert psnr(first, alone[0]) >= 50
     assert psnr(second, alone[1]) >= 50
 

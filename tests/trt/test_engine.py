@@ -26,7 +26,7 @@ def test_the_picture_is_the_ort_backends(
     pictures = []
     for backend in (here.backend, "onnxruntime"):
         with Pipeline.open(folder, backend=backend) as pipe:
-            pictures.append(pipe([PROMPT, "a cat"], count=2, seed=7, steps=4).images)
+            pictures.append(pipe([PROMPT, "a cat"], count=2, seed=7, steps=4).pixels)
     for ours, reference in zip(*pictures, strict=True):
         assert reference.std() >= 10
         assert psnr(ours, reference) >= 60

@@ -46,7 +46,7 @@ def draw(pipe: Pipeline, *, on_device: bool) -> list[np.ndarray]:
     stream = pipe.stream(REQUESTS, on_device=on_device)
     for _ in stream:
         pass
-    return stream.result.images
+    return stream.result.pixels
 
 
 def whole(folder: Path, here: Machine, *, on_device: bool) -> list[np.ndarray]:
@@ -197,9 +197,9 @@ def test_a_device_that_breaks_down_in_a_whole_loop(here: Machine, small_folder: 
     prompts, once = ["a cat", "a dog"], {"steps": 4, "seed": 1, "size": (64, 64), "sampler": "dpmpp_2m"}
     options = EngineOptions(whole_loop=True)
     with Pipeline.open(small_folder, options=options) as pipe:
-        reference = pipe(prompts, **once).images
+        reference = pipe(prompts, **once).pixels
         before = Counter(here.gpus.counts)
-        assert same(pipe(prompts, **once).images, reference)
+        assert same(pipe(prompts, **once).pixels, reference)
         counted = here.gpus.counts - before
     assert counted["launches"] == 1
     for name in sorted(_GRAPHS & set(counted)):
@@ -213,7 +213,7 @@ def test_a_device_that_breaks_down_in_a_whole_loop(here: Machine, small_folder: 
                     with pytest.raises(CudaError, match=rf"^{name} failed on device 0: {ERRORS[code][0]}"):
                         pipe(prompts, **once)
                     if code == 1:
-                        assert same(pipe(prompts, **once).images, reference)
+                        assert same(pipe(prompts, **once).pixels, reference)
                 here.gpus.broken = 0
                 assert_nothing_left(here)
 

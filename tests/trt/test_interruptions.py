@@ -31,7 +31,7 @@ def drawn(stream: Stream, at: int | None = None) -> list[np.ndarray]:
     for state in stream:
         if state.step == at:
             raise KeyboardInterrupt
-    return stream.result.images
+    return stream.result.pixels
 
 
 def same(ours: list[np.ndarray], reference: list[np.ndarray]) -> bool:

@@ -106,9 +106,9 @@ def test_the_host_waits_for_no_step(pipe: Pipeline, here: Machine) -> None:
 
 def test_the_whole_loop_can_be_one_graph(folder: Path, here: Machine) -> None:
     with Pipeline.open(folder, backend=here.backend, options=EngineOptions(whole_loop=True)) as pipe:
-        warm = pipe(PROMPT, steps=6, seed=1, sampler="dpmpp_2m").images[0]
+        warm = pipe(PROMPT, steps=6, seed=1, sampler="dpmpp_2m").pixels[0]
         launches, captures = here.gpus.counts["launches"], here.gpus.counts["cuStreamBeginCapture_v2"]
-        pictures = [pipe(PROMPT, steps=6, seed=seed, sampler="dpmpp_2m").images[0] for seed in (1, 2, 1)]
+        pictures = [pipe(PROMPT, steps=6, seed=seed, sampler="dpmpp_2m").pixels[0] for seed in (1, 2, 1)]
         assert here.gpus.counts["launches"] - launches == 3  # one a picture
         assert here.gpus.counts["cuStreamBeginCapture_v2"] - captures == 1
         reference = latents(pipe, Request(prompt=PROMPT, seed=1, steps=6, sampler="dpmpp_2m"), on_device=False)
@@ -127,7 +127,7 @@ def test_a_whole_loop_waits_until_all_jobs_end_together(small_folder: Path, here
     pictures = []
     for whole in (False, True):
         with Pipeline.open(small_folder, options=EngineOptions(whole_loop=whole)) as pipe:
-            pictures.append([pipe(requests).images for _ in range(2)][-1])
+            pictures.append([pipe(requests).pixels for _ in range(2)][-1])
     for ours, reference in zip(*pictures, strict=True):
         assert (ours == reference).all()
 
@@ -135,12 +135,12 @@ def test_a_whole_loop_waits_until_all_jobs_end_together(small_folder: Path, here
 def test_half_precision_gives_the_same_picture(here: Machine, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
     folder = with_engines(sd1_fp16_bundle, tmp_path / "bundle", here)
     with Pipeline.open(folder, backend=here.backend) as pipe:
-        ours = pipe(PROMPT, steps=20, seed=3).images[0]
+        ours = pipe(PROMPT, steps=20, seed=3).pixels[0]
         assert here.gpus.counts["launches"] > 0
         stream = pipe.stream(PROMPT, steps=20, seed=3)
         for _ in stream:
             pass
-        reference = stream.result.images[0]
+        reference = stream.result.pixels[0]
     assert reference.std() >= 10
     assert psnr(ours, reference) >= 50
 
@@ -151,7 +151,7 @@ def test_a_stop_takes_effect_within_a_step(pipe: Pipeline, here: Machine) -> Non
     for state in stream:
         if state.step == 5:
             break
-    image = stream.result.images[0]
+    image = stream.result.pixels[0]
     assert image.shape == (64, 64, 3)
     assert stream.jobs[0].run.step == 5
     assert here.gpus.counts["executions"] + here.gpus.counts["launches"] - before < 10

@@ -37,7 +37,7 @@ def test_the_plan_is_what_is_taken(here: Machine, folder: Path) -> None:
         stream = pipe.stream(PROMPT, steps=2, seed=1)
         for _ in stream:
             pass
-        assert stream.result.images[0].std() >= 10
+        assert stream.result.pixels[0].std() >= 10
         taken = device_bytes(here)
     assert device_bytes(here) == 0
     assert 0.9 * plan.total <= taken <= 1.02 * plan.total + (1 << 16)  # buffers end on whole blocks of 256 bytes
@@ -53,11 +53,11 @@ def test_low_memory_holds_one_component_at_a_time_and_draws_the_same(here: Machi
             peak = 0
             for _ in stream:
                 peak = max(peak, device_bytes(here))
-            pictures.append(stream.result.images[0])
+            pictures.append(stream.result.pixels[0])
             most.append(max(peak, device_bytes(here)))
             held = {engine.spec.component for engine in (pipe.engines.opened or {}).values()}
             assert held == ({"vae_decoder"} if low else {"text_encoder", "unet", "vae_decoder", "step"})
-            again = pipe([PROMPT, "a cat"], steps=3, seed=1).images  # what was closed is opened again
+            again = pipe([PROMPT, "a cat"], steps=3, seed=1).pixels  # what was closed is opened again
             assert psnr(again[0], pictures[-1]) >= 60
     assert psnr(*pictures) == float("inf")
     assert most[1] < most[0]
@@ -70,7 +70,7 @@ def test_a_unet_is_kept_while_its_jobs_are_on_their_way(here: Machine, folder: P
         for state in stream:
             preview = pipe.decode([state.jobs[0].run.x])[0]
             assert preview.shape == (3, 64, 64)
-        assert stream.result.images[0].std() >= 10
+        assert stream.result.pixels[0].std() >= 10
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(

@@ -23,7 +23,7 @@ def test_a_pipeline_goes_from_thread_to_thread(
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         pipe = one.submit(Pipeline.open(folder, backend=here.backend).__enter__).result()
         pictures = [
-            thread.submit(lambda: pipe("a cat in the red", seed=5, steps=3).images[0]).result() for thread in (other, one, other)
+            thread.submit(lambda: pipe("a cat in the red", seed=5, steps=3).pixels[0]).result() for thread in (other, one, other)
         ]
         other.submit(pipe.close).result()
     assert pictures[0].std() >= 10

@@ -1,0 +1,106 @@
+"""Generated images, and what is known of how they were made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdruntime.engine import Array
+from sdruntime.image import parameters, png_text, write_png
+from sdruntime.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Image:
+    """One generated image. `pixels`: uint8 [height, width, 3]. NumPy's functions accept the image itself, too.
+
+    `sampler`: the requested one, or the checkpoint's. `cut`: the part of the prompt that did not fit the text encoder.
+    """
+
+    pixels: Array
+    request: Request
+    model: str
+    sampler: str
+    cut: str = ""
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        return f"<Image {width}x{height}, seed {self.seed}, {short(self.request.prompt)}>"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.array(self.pixels, dtype) if copy else np.asarray(self.pixels, dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, 3)"""
+        return self.pixels.shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as Pillow has it."""
+        return self.shape[1], self.shape[0]
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed
+
+    @property
+    def flat(self) -> bool:
+        """Whether all of its pixels are one colour: black, most often."""
+        return bool((self.pixels == self.pixels[0, 0]).all())
+
+    def save(self, path: Path | str) -> None:
+        """Write a PNG that says how the image was made. An existing file is replaced. Raises SettingError, OutOfSpace."""
+        write_png(path, self.pixels, self.text())
+
+    def text(self) -> dict[str, str]:
+        """The text keys for a PNG: the settings as other tools read them, and the mark of a machine-made image."""
+        request = self.request
+        return png_text(
+            parameters(
+                prompt=request.prompt,
+                negative=request.negative or "",
+                steps=request.steps,
+                sampler=" ".join(name for name in (self.sampler, request.schedule) if name),
+                guidance=request.guidance,
+                seed=request.seed,
+                size=self.size,
+                model=self.model,
+                strength=None if request.image is None else request.strength,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Generated images, in the order of their requests."""
+
+    images: tuple[Image, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for each image that is one colour all over."""
+        return tuple(
+            f"image {k} (seed {each.seed}) is one colour all over, {each.pixels[0, 0].tolist()}: `sdruntime verify BUNDLE` "
+            "checks whether the engines are sound"
+            for k, each in enumerate(self.images)
+            if each.flat
+        )
+
+    @property
+    def pixels(self) -> list[Array]:
+        """uint8 [height, width, 3] each."""
+        return [image.pixels for image in self.images]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [image.seed for image in self.images]
+
+
+def short(text: str, width: int = 40) -> str:
+    """`text` in quotes, on one line of at most `width` characters."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= width else f"{quoted[: width - 2]}…{quoted[-1]}"
