@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdexport.errors import BenchError
 from sdexport.hub import locate
 from sdexport.subject import bare, chosen, costs, draws_unguided, machine_of, parts
 from sdexport.timing import Turn, call_dims, in_turn, psnr, summary
+from sdruntime import processor
 from sdruntime.backends import BACKENDS
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
@@ -32,6 +34,8 @@ from sdruntime.request import Request
 
 SCHEMA = 1
 STARTS = 3  # cold starts of each contestant, where they are quick
+ENOUGH = 3  # rounds that a time must be the median of, to be compared with another
+LISTEN = 0.5  # seconds for which the machine is watched before anything is measured
 WHOLE = "end to end"
 PROMPT = "a photograph of a lighthouse in a storm"
 Summary = dict[str, Any]
@@ -39,21 +43,21 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is drawn, and for about how many `seconds` each contestant is measured in each column. `size`: (width, height) in
-    pixels, the model's own where None. Raises SettingError."""
+    """What is generated, and how many `seconds` the whole benchmark may take, without building engines. `size`: (width, height)
+    in pixels, the model's own where None. Raises SettingError."""
 
     steps: int = 20
     batch: int = 1
     size: tuple[int, int] | None = None
     guidance: float = 7.5
-    seconds: float = 10.0
+    seconds: float = 120.0
     prompt: str = PROMPT
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("seconds", 0)):
-            if getattr(self, name) < least:
-                raise SettingError(f"{name} {getattr(self, name)}: at least {least}")
+        for name in ("steps", "batch", "seconds"):
+            if not getattr(self, name) >= 1:
+                raise SettingError(f"{name} {getattr(self, name)}: must be at least 1")
 
     def request(self, size: tuple[int, int]) -> Request:
         return Request(prompt=self.prompt, seed=self.seed, steps=self.steps, guidance=self.guidance, size=size)
@@ -109,7 +113,7 @@ def bench(
     manifest = bundle.manifest
     size = settings.size or manifest.model.default_size[::-1]
     settings.request(size)
-    machine = Machine.here()
+    machine, busy = Machine.here(), processor.busy(LISTEN)
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         built: dict[str, dict[str, float]] = {}
@@ -133,7 +137,7 @@ def bench(
             if entry.name in unbuilt:
                 entry.told["error"] = unbuilt[entry.name]
         yield from _measure(entries, manifest, settings, size, stack)
-        yield _document(bundle, machine, settings, size, entries)
+        yield _document(bundle, machine, settings, size, entries, busy)
 
 
 def _build(folder: Path, name: str, settings: Settings, size: tuple[int, int]) -> Generator[Measuring, None, dict[str, float]]:
@@ -204,12 +208,14 @@ def _measure(
     size: tuple[int, int],
     stack: contextlib.ExitStack,
 ) -> Iterator[Measuring]:
-    """Fill what is `told` of each entry."""
+    """Fill what is `told` of each entry, within `settings.seconds`: what is left is shared by the columns that are left."""
     columns = [*parts(manifest), WHOLE, "outside"]
     total = len(columns) + 1
+    deadline = time.monotonic() + settings.seconds
     yield Measuring(what="cold start", done=0, total=total)
     able = [entry for entry in entries if "error" not in entry.told]
-    opened = cold_starts({entry.name: _starter(entry) for entry in able}, stack, seconds=settings.seconds)
+    starters = {entry.name: _starter(entry, deadline) for entry in able}
+    opened = cold_starts(starters, stack, seconds=settings.seconds / len(starters) / (total + 1))
     for entry in able:
         found = opened[entry.name]
         if isinstance(found, str):
@@ -235,8 +241,8 @@ def _measure(
             component = manifest.components[column]
             dims = call_dims(column, component, manifest.model, size, batch=settings.batch, guided=guided)
             turns = {name: _turn(each, "call", component=column, dims=dims) for name, each in running.items()}
-        # a slow one gets fewer rounds, and `n` tells
-        taken = in_turn(turns, seconds=settings.seconds, limit=3 * settings.seconds)
+        share = max(deadline - time.monotonic(), 0.0) / (total - done)
+        taken = in_turn(turns, seconds=share / len(turns), until=time.monotonic() + share)
         for entry in able:
             if entry.name in taken:
                 _keep(entry, column, taken[entry.name])
@@ -253,8 +259,8 @@ def _keep(entry: Entry, column: str, taken: list[float] | str) -> None:
         entry.told.setdefault("components", {})[column] = found
 
 
-def _starter(entry: Entry) -> Callable[[], Contestant]:
-    return lambda: Contestant(entry.name, entry.job)
+def _starter(entry: Entry, deadline: float) -> Callable[[], Contestant]:
+    return lambda: Contestant(entry.name, entry.job, deadline=deadline)
 
 
 def _turn(contestant: Contestant, do: str, **arguments: Any) -> Turn:
@@ -289,11 +295,12 @@ def cold_starts(starters: Mapping[str, Callable[[], Any]], stack: contextlib.Exi
 
 
 def ratios(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each column (a component, or end to end): how many times as long as the quickest each contestant takes."""
+    """For each column (a component, or end to end): how many times as long as the quickest each contestant takes. A time of fewer
+    than `ENOUGH` rounds has no ratio."""
     columns: dict[str, dict[str, float]] = {}
     for name, told in entries.items():
         for column, found in {**told.get("components", {}), WHOLE: told.get("end_to_end", {})}.items():
-            if "p50_ms" in found:
+            if found.get("n", 0) >= ENOUGH:
                 columns.setdefault(column, {})[name] = found["p50_ms"]
     return {
         column: {name: round(time / min(times.values()), 3) for name, time in times.items()} for column, times in columns.items()
@@ -301,7 +308,7 @@ def ratios(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, floa
 
 
 def _document(
-    bundle: Bundle, machine: Machine, settings: Settings, size: tuple[int, int], entries: Sequence[Entry]
+    bundle: Bundle, machine: Machine, settings: Settings, size: tuple[int, int], entries: Sequence[Entry], busy: float | None
 ) -> dict[str, Any]:
     manifest = bundle.manifest
     for entry in entries:
@@ -330,7 +337,7 @@ def _document(
     return {
         "schema": SCHEMA,
         "bundle": {"name": manifest.model.name, "family": manifest.model.family, "precision": manifest.precision},
-        "machine": machine_of(machine),
+        "machine": machine_of(machine) | {"busy": busy},
         "versions": {"sdexport": __version__, "python": platform.python_version()},
         "settings": {
             "steps": settings.steps,

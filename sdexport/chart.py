@@ -6,22 +6,28 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from sdexport.bench import WHOLE
+
 COLOURS = ("#2c7fb8", "#d95f0e", "#31a354", "#756bb1", "#c51b8a", "#8c6d31", "#636363")
 WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 900, 190, 190, 22, 6, 102  # pixels
+BUSY = 0.1  # of all cores: above it times are not reliable
 CUT = 8.0  # a ratio beyond it has a bar that is cut there, so that the others stay legible
 
 
 def markdown(document: Mapping[str, Any]) -> Iterator[str]:
     """Line by line: what was measured and where, times with their ratio to the best, memory and start, what failed."""
     told: Mapping[str, Any] = document["contestants"]
+    if warning := busy_warning(document):
+        yield from (f"**Warning: {warning}.**", "")
     yield f"### {_title(document)}"
     yield ""
     yield f"{_machine(document)}; {_versions(document)}"
     ran = {name: each for name, each in told.items() if "error" not in each}
     yield from ("", f"| | {' | '.join(ran)} |", "|---|" + "---:|" * len(ran))
-    for column, times in document["ratios"].items():
+    for column in columns_of(document):
+        times = document["ratios"].get(column, {})
         cells = [_time(_column(each, column), times.get(name)) for name, each in ran.items()]
-        yield f"| {column}: p50, p95, ratio to the best | {' | '.join(cells)} |"
+        yield f"| {column}: p50 (least to p95), rounds, ratio to the best | {' | '.join(cells)} |"
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "host outside the UNet, ms a step": lambda each: _number(each.get("host_outside_unet_per_step", {}).get("p50_ms")),
         "cold start to the first picture, s": lambda each: f"{each['cold']['whole_s']:.2f}",
@@ -62,7 +68,7 @@ def svg(document: Mapping[str, Any]) -> str:
         for name, ratio in times.items():
             length = min(ratio, CUT) * unit
             found = _column(document["contestants"][name], column)
-            label = f"{ratio:.2f} ×  ({_number(found['p50_ms'])} ms)"
+            label = f"{ratio:.2f} ×  ({_number(found['p50_ms'])} ms, n {found['n']})"
             about = f"data-component={quoteattr(column)} data-contestant={quoteattr(name)}"
             size = f'x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colours[name]}"'
             parts.append(f'<rect class="bar" {about} {size}/>')
@@ -77,12 +83,14 @@ def svg(document: Mapping[str, Any]) -> str:
         y += 14
     head = [_text(16, 28, _title(document), "title"), _text(16, 50, _machine(document), "about")]
     head.append(_text(16, 68, _versions(document), "about"))
+    if warning := busy_warning(document):
+        head.append(_text(16, 12, f"Warning: {warning}.", "warning"))
     scale = f"time as a ratio to the best of each group (dashed: 1.00), cut at {CUT:g}; shorter is better"
     head.append(_text(16, 86, scale, "about"))
     style = (
         "text{font-family:sans-serif;font-size:13px;fill:#222}.title{font-size:17px;font-weight:bold}.about{font-size:12px;fill:#555}"
         ".group{font-weight:bold}.name{text-anchor:end}.best{stroke:#222;stroke-dasharray:3 3}"
-        ".cut{stroke:#fff;stroke-width:4}"
+        ".cut{stroke:#fff;stroke-width:4}.warning{font-size:12px;fill:#b00;font-weight:bold}"
     )
     body = "\n".join([f'<rect width="{WIDTH}" height="{y}" fill="#fff"/>', *head, *parts])
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">'
@@ -91,6 +99,20 @@ def svg(document: Mapping[str, Any]) -> str:
 
 def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def busy_warning(document: Mapping[str, Any]) -> str:
+    """Why the times are not to be trusted, where the machine was busy before the benchmark began; else nothing."""
+    busy = document["machine"]["busy"]
+    if busy is None or busy <= BUSY:
+        return ""
+    return f"other processes used {busy:.0%} of this machine before the benchmark began: these times are not reliable"
+
+
+def columns_of(document: Mapping[str, Any]) -> list[str]:
+    """The components that were measured, and the whole."""
+    components = [name for each in document["contestants"].values() for name in each.get("components", {})]
+    return [*dict.fromkeys(components), WHOLE]
 
 
 def _title(document: Mapping[str, Any]) -> str:
@@ -108,7 +130,8 @@ def _machine(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     load = "" if machine["load"] is None else f", load {machine['load']:g} at the end"
-    return f"{machine['processor']}, {machine['cores']} cores, {gpus}{load}"
+    busy = "" if machine["busy"] is None else f", {machine['busy']:.0%} busy at the start"
+    return f"{machine['processor']}, {machine['cores']} cores, {gpus}{busy}{load}"
 
 
 def _versions(document: Mapping[str, Any]) -> str:
@@ -119,16 +142,15 @@ def _versions(document: Mapping[str, Any]) -> str:
 
 
 def _column(told: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = (
-        told.get("end_to_end", {}) if column == "end to end" else told.get("components", {}).get(column, {})
-    )
+    found: Mapping[str, Any] = told.get("end_to_end", {}) if column == WHOLE else told.get("components", {}).get(column, {})
     return found
 
 
 def _time(found: Mapping[str, Any], ratio: float | None) -> str:
     if "p50_ms" not in found:
         return ""
-    return f"{_number(found['p50_ms'])}, {_number(found['p95_ms'])} ms, {ratio:.2f} ×"
+    compared = "" if ratio is None else f", {ratio:.2f} ×"
+    return f"{_number(found['p50_ms'])} ({_number(found['min_ms'])} to {_number(found['p95_ms'])}) ms, n {found['n']}{compared}"
 
 
 def _number(milliseconds: float | None) -> str:

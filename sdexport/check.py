@@ -74,7 +74,7 @@ def verify(
 @click.option("--batch", default=1, show_default=True, help="Pictures of one call.")
 @click.option("--size", help="WxH in pixels; the model's own if not given.")
 @click.option("--guidance", default=7.5, show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="For each contestant in each column, about.")
+@click.option("--seconds", default=120.0, show_default=True, help="Time limit of the whole run, without building engines.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the tables to this file.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Also draw the ratios, as SVG, to this file.")
 @shared
@@ -88,8 +88,8 @@ def bench(
             check_output(path, option)
     from sdexport.bench import Settings, size_of
     from sdexport.bench import bench as events
+    from sdexport.chart import busy_warning, svg
     from sdexport.chart import markdown as lines
-    from sdexport.chart import svg
 
     settings = Settings(
         size=size_of(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
@@ -99,9 +99,10 @@ def bench(
         markdown.write_text("\n".join(lines(found)) + "\n", encoding="utf-8")
     if picture:
         picture.write_text(svg(found), encoding="utf-8")
-    for warning in found["warnings"]:
+    for warning in filter(None, (busy_warning(found), *found["warnings"])):
         shown.note(f"warning: {warning}")
-    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "
+".join(lines(found)))
 
 
 def _measured(events: Iterable[Measuring | dict[str, Any]], shown: Progress) -> dict[str, Any]:

@@ -34,10 +34,11 @@ class Contestant:
     """The parent's end. Making it starts the child, `opened` waits for its first picture; leaving the context ends it.
 
     `job`: kind ("bundle", or one of `TORCH`), bundle, backend, checkpoint, request (the fields of a Request), batch, pictures (a
-    file for the first ones).
+    file for the first ones). `deadline`, on time.monotonic's clock: what has not answered by then is killed.
     """
 
-    def __init__(self, name: str, job: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, job: Mapping[str, Any], *, deadline: float) -> None:
+        self._deadline, self._late = deadline, False
         self.name, self._notes = name, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._begun = time.monotonic()
         command = module_command(__name__, json.dumps({**job, "begun": self._begun}))
@@ -62,7 +63,14 @@ class Contestant:
 
     def _read(self) -> Message:
         assert self._child.stdout is not None
-        line = self._child.stdout.readline()
+        watchdog = threading.Timer(max(self._deadline - time.monotonic(), 0.0), self._expire)
+        watchdog.start()
+        try:
+            line = self._child.stdout.readline()
+        finally:
+            watchdog.cancel()
+        if self._late:
+            raise BenchError(f"{self.name}: no answer within the time for the whole benchmark: give it more --seconds")
         if not line.endswith("\n"):
             code = self._child.wait()
             self._notes.seek(0)
@@ -73,6 +81,10 @@ class Contestant:
         if "error" in told:
             raise BenchError(f"{self.name}: {told['error']}")
         return told
+
+    def _expire(self) -> None:
+        self._late = True
+        self._child.kill()
 
     def close(self) -> None:
         self._child.kill()

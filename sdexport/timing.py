@@ -31,11 +31,12 @@ def psnr(one: Sequence[Array], other: Sequence[Array]) -> float:
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Milliseconds: median, 95th percentile, least; and of how many."""
+    """Milliseconds: median, 95th percentile, least, largest; and of how many."""
     milliseconds = 1e3 * np.asarray(seconds)
     middle, high = np.percentile(milliseconds, [50, 95])
     return {"p50_ms": round(float(middle), 4), "p95_ms": round(float(high), 4), "min_ms": round(float(milliseconds.min()), 4)} | {
-        "n": len(seconds)
+        "max_ms": round(float(milliseconds.max()), 4),
+        "n": len(seconds),
     }
 
 
@@ -51,21 +52,19 @@ def repeated(call: Callable[[], object], *, seconds: float) -> dict[str, Any]:
     return summary(taken)
 
 
-def in_turn(
-    entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER, limit: float = _EVER
-) -> dict[str, list[float] | str]:
+def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER) -> dict[str, list[float] | str]:
     """Contestants in turn, A B C A B C, so that a change of the machine strikes all alike: the times of each, or what it raised.
 
-    Each gets LEAST to MOST rounds after WARM ones, and about `seconds`; no round begins after `until` (of time.monotonic) for one
-    that has a time, nor once its own rounds took `limit` seconds. One that raised is not called again.
+    Each gets LEAST to MOST rounds after WARM ones, and about `seconds`. One that has a time begins no round that would end after
+    `until` (of time.monotonic), judged by its last one. One that raised is not called again.
     """
     taken: dict[str, list[float]] = {name: [] for name in entries}
     failed: dict[str, str] = {}
-    spent = dict.fromkeys(entries, 0.0)
+    last = dict.fromkeys(entries, 0.0)
     for round_ in range(-WARM, MOST):
         for name, turn in entries.items():
             enough = round_ >= LEAST and sum(taken[name]) > seconds
-            late = (time.monotonic() > until or spent[name] > limit) and (taken[name] or -WARM < round_ < 0)
+            late = time.monotonic() + last[name] > until and (taken[name] or -WARM < round_ < 0)
             if name in failed or enough or late:
                 continue
             begun = time.monotonic()
@@ -74,7 +73,7 @@ def in_turn(
             except Exception as error:  # recorded, and the others go on
                 failed[name] = text_of(error)
                 continue
-            spent[name] += time.monotonic() - begun
+            last[name] = time.monotonic() - begun
             if round_ >= 0:
                 taken[name] += times
     return {name: failed.get(name, times) for name, times in taken.items()}

@@ -1,10 +1,11 @@
-"""The processor of this machine: its name for a person, its fingerprint for a cache, and its usable cores."""
+"""The processor of this machine: its name for a person, its fingerprint for a cache, its usable cores, its load."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import time
 from pathlib import Path
 
 
@@ -24,6 +25,28 @@ def fingerprint() -> str:
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy(seconds: float) -> float | None:
+    """Watch the machine for so long, doing nothing, and return how much of all its cores others used, 0 to 1; None where the
+    system does not tell (/proc/stat)."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None:
+        return None
+    idle, total = (end - begin for begin, end in zip(before, after, strict=True))
+    return round(1 - idle / total, 3) if total > 0 else None
+
+
+def _ticks() -> tuple[int, int] | None:
+    """The idle and the whole time of all cores since the start of the system, in clock ticks (proc(5))."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return None
+    user, nice, system, idle, iowait, irq, softirq, steal = map(int, first.split()[1:9])
+    return idle + iowait, user + nice + system + idle + iowait + irq + softirq + steal
 
 
 def _described() -> dict[str, str]:

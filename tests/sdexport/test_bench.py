@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from bundles import MODEL, make_bundle
 from sdexport_cli import run
 
 from sdexport import bench as module
-from sdexport import timing
+from sdexport import contestant, timing
 from sdexport.bench import cold_starts, ratios, size_of
 from sdexport.chart import markdown, svg
 from sdexport.errors import BenchError
@@ -43,7 +46,9 @@ def document(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         patch.setattr(module, "STARTS", 1)
         patch.setattr(timing, "WARM", 1)
         patch.setattr(timing, "LEAST", 3)
-        arguments = ["--backend", "onnxruntime", "--against", "fake", "--against", "tensorrt", "--steps", "2", "--seconds", "0"]
+        patch.setattr(timing, "MOST", 4)
+        patch.setattr(module.processor, "busy", lambda seconds: 0.42)
+        arguments = ["--backend", "onnxruntime", "--against", "fake", "--against", "tensorrt", "--steps", "2", "--seconds", "60"]
         files = ["--markdown", place / "out.md", "--picture", place / "out.svg"]
         result = run("bench", bundle, *arguments, *files, "--json")
     assert result.exit_code == 0, result.stderr
@@ -54,7 +59,7 @@ def document(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def test_the_document_says_what_where_and_how(document: dict[str, Any]) -> None:
     assert document["schema"] == 1
-    assert document["machine"].keys() >= {"processor", "cores", "gpus", "system", "load"}
+    assert document["machine"].keys() >= {"processor", "cores", "gpus", "system", "load", "busy"}
     assert document["versions"].keys() >= {"sdexport", "python"}
     assert document["settings"].keys() >= {"steps", "batch", "size", "guidance", "seconds", "prompt", "seed", "sampler"}
     assert list(document["contestants"]) == ["onnxruntime", "fake", "tensorrt"]
@@ -67,8 +72,8 @@ def test_numbers_stand_in_sane_relations(document: dict[str, Any]) -> None:
         told = document["contestants"][name]
         assert told["components"].keys() == {"text_encoder", "unet", "vae_decoder"}
         for found in [*told["components"].values(), told["end_to_end"], told["host_outside_unet_per_step"]]:
-            assert 0 < found["min_ms"] <= found["p50_ms"] <= found["p95_ms"]
-            assert found["n"] >= 1
+            assert 0 < found["min_ms"] <= found["p50_ms"] <= found["p95_ms"] <= found["max_ms"]
+            assert found["n"] >= 3
         whole = sum(told["cold"][part] for part in PARTS)
         assert 0.5 * told["cold"]["whole_s"] <= whole <= 1.01 * told["cold"]["whole_s"]
         assert all(told["cold"][part] > 0 for part in PARTS)
@@ -93,6 +98,12 @@ def test_the_tables_hold_every_column_and_every_failure(document: dict[str, Any]
     for column in (*document["ratios"], "cold start", "peak memory", "host outside"):
         assert f"| {column}" in text
     assert "tensorrt did not run" in text
+    cells = re.findall(r"[\d.,]+ \([\d.,]+ to [\d.,]+\) ms, n \d+, \d+\.\d\d ×", text)
+    assert len(cells) == 4 * 2, "every cell has its spread and its count"
+    assert text.startswith("**Warning: other processes used 42% of this machine"), "a busy machine is named in the first line"
+    quiet = document | {"machine": document["machine"] | {"busy": 0.01}}
+    assert next(iter(markdown(quiet))).startswith("### ")
+    assert "Warning" not in svg(quiet)
     assert "building them" not in text
     assert list(markdown(document)) == text.splitlines()
     assert svg(document) == document["files"]["svg"]
@@ -120,6 +131,37 @@ def test_contestants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(order) == "abab"
 
 
+def test_no_round_begins_that_would_end_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: 2 rounds to warm up and 5 that count would take 70 seconds, and there are 45."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+
+    def turn(round_: int) -> list[float]:
+        now[0] += 10.0
+        return [10.0]
+
+    assert timing.in_turn({"a": turn}, seconds=100, until=45) == {"a": [10.0, 10.0]}
+    assert now[0] == 40.0
+    now[0] = 0.0
+    assert timing.in_turn({"a": turn}, seconds=100, until=5) == {"a": [10.0]}, "one round to warm up, one that counts"
+
+
+def test_a_contestant_that_never_answers_is_ended_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestant, "module_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(3600)"])
+    with contestant.Contestant("sleeper", {}, deadline=time.monotonic() + 0.1) as sleeper:
+        with pytest.raises(BenchError, match=r"sleeper: no answer within the time .* --seconds"):
+            sleeper.opened()
+        with pytest.raises(BenchError, match="no answer within the time"):
+            sleeper.ask("draw")
+
+
+def test_the_busy_part_of_the_machine_is_read_from_its_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([(1000, 2000), (1150, 2200), None, None])
+    monkeypatch.setattr(module.processor, "_ticks", lambda: next(ticks))
+    assert module.processor.busy(0) == 0.25
+    assert module.processor.busy(0) is None
+
+
 def test_of_several_cold_starts_the_middle_one_is_told() -> None:
     class Stub:
         wholes = iter((3.0, 1.0, 2.0))
@@ -143,8 +185,11 @@ def test_of_several_cold_starts_the_middle_one_is_told() -> None:
 
 
 def test_ratios_are_to_the_quickest() -> None:
-    told = {"a": {"components": {"unet": {"p50_ms": 3.0}}, "end_to_end": {"p50_ms": 5.0}}, "b": {"end_to_end": {"p50_ms": 4.0}}}
-    assert ratios(told) == {"unet": {"a": 1.0}, "end to end": {"a": 1.25, "b": 1.0}}
+    told = {
+        "a": {"components": {"unet": {"p50_ms": 3.0, "n": 5}}, "end_to_end": {"p50_ms": 5.0, "n": 3}},
+        "b": {"components": {"unet": {"p50_ms": 0.1, "n": 1}}, "end_to_end": {"p50_ms": 4.0, "n": 3}},
+    }
+    assert ratios(told) == {"unet": {"a": 1.0}, "end to end": {"a": 1.25, "b": 1.0}}, "a time of one round is compared with none"
 
 
 def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
@@ -174,7 +219,8 @@ def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
     [
         (["--against", "tensorflow"], 2, "unknown rival 'tensorflow'"),
         (["--size", "64"], 2, "WIDTHxHEIGHT"),
-        (["--steps", "0"], 2, "steps 0: at least 1"),
+        (["--steps", "0"], 2, "steps 0: must be at least 1"),
+        (["--seconds", "nan"], 2, "seconds nan: must be at least 1"),
         ([], 5, "no engine of text_encoder fits this machine"),
     ],
 )
