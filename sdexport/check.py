@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 
 from sdexport.command import shared, with_progress
 from sdruntime.command import Failed, check_output, document
+from sdruntime.progress import columns_of
 
 if TYPE_CHECKING:
     from sdexport.bench import Measuring
@@ -57,7 +59,7 @@ def verify(
     if html is not None:
         write_page(report, html)
     if not as_json:
-        shown.print("\n".join(report.lines()))
+        shown.print("\n".join(report.lines(columns_of(sys.stdout))))
     if not report.passed:
         raise Failed(VerificationFailed(bundle, report.faults()), **report.document())
     if as_json:
@@ -101,8 +103,7 @@ def bench(
         picture.write_text(svg(found), encoding="utf-8")
     for warning in filter(None, (busy_warning(found), *found["warnings"])):
         shown.note(f"warning: {warning}")
-    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "
-".join(lines(found)))
+    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
 
 
 def _measured(events: Iterable[Measuring | dict[str, Any]], shown: Progress) -> dict[str, Any]:

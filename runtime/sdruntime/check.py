@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from sdruntime.command import Failed, check_output, document, pairs
 from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.progress import columns_of
 
 if TYPE_CHECKING:
     from sdruntime.build import Asked
@@ -91,7 +93,7 @@ def verify(options: argparse.Namespace) -> None:
     if options.html:
         write_page(report, options.html)
     if not options.json:
-        options.progress.print("\n".join(report.lines()))
+        options.progress.print("\n".join(report.lines(columns_of(sys.stdout))))
     if not report.passed:
         raise Failed(VerificationFailed(bundle.folder, report.faults()), **report.document())
     if options.json:
