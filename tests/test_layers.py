@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "sdruntime": """
         errors
+        files
+        lending
         record
         process
         cache

@@ -14,19 +14,17 @@ import ctypes
 import dataclasses
 import errno
 import hashlib
-import mmap
 import os
 import shutil
-import stat
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdruntime.errors import BundleError, OutOfSpace
+from sdruntime.files import FileFault, Folder, hash_of, read_all
+from sdruntime.lending import giving_back, hashing, mapped, watching
 from sdruntime.manifest import (
     NAME,
     ComponentSpec,
@@ -35,76 +33,112 @@ from sdruntime.manifest import (
     Manifest,
     ModelSpec,
     Precision,
-    load_manifest,
+    opened_folder,
+    read_manifest,
     save_manifest,
 )
 from sdruntime.record import json_from_text
 
 ENGINES = "engines"
 _KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
-_CHUNK = 1 << 24
-_PAUSE = 0.05  # seconds
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A folder and its manifest. Made by `Bundle.open`, which checks that every listed file is there, regular and of its size."""
+    """A folder and its manifest. `Bundle.open` checks that every listed file is present, regular and of its size.
+
+    The folder is opened once, as `opened`: another bundle that takes its name later is not seen.
+    """
 
     folder: Path
     manifest: Manifest
+    opened: Folder = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # opened where it is not given
+
+    def __post_init__(self) -> None:
+        if self.opened is None:
+            object.__setattr__(self, "opened", opened_folder(self.folder))
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
         """Raises BundleError with every fault of the manifest and of the listed files."""
         folder = Path(folder)
-        manifest = load_manifest(folder)
-        faults = [fault for path, spec in manifest.files.items() if (fault := _file_fault(folder, path, spec))]
+        opened = opened_folder(folder)
+        manifest = read_manifest(opened)
+        faults = [fault for path, spec in manifest.files.items() if (fault := _file_fault(opened, path, spec))]
         if faults:
             raise BundleError(folder, faults)
-        return cls(folder, manifest)
+        return cls(folder, manifest, opened)
 
     def read(self, path: str) -> memoryview:
-        """The bytes of a listed file, mapped and read-only, their hash already checked. Raises BundleError."""
-        view = self._map(path)
-        self._check(path, hashlib.sha256(view).hexdigest())
-        return view
+        """Return the bytes of a listed file, in memory of this process, after checking their hash. Raises BundleError."""
+        with self._opened([path]) as files:
+            data = read_all(files[path], self.manifest.files[path].size)
+        self._verify(path, hashlib.sha256(data).hexdigest())
+        return memoryview(data)
 
     @contextlib.contextmanager
-    def lending(self, paths: Iterable[str]) -> Iterator[dict[str, memoryview]]:
-        """As `read`, for weights that a library takes in: their hashes are checked, on a thread, while the block runs, which ends
-        when that is done too. What was made of them is to be believed after the block, and their pages are given back meanwhile
-        (`giving_back`). Raises BundleError, in place of what went wrong in the block because of it."""
-        views = {path: self._map(path) for path in paths}
-        stopped = threading.Event()
-        with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
-            hashes = {path: pool.submit(_hash, view, stopped) for path, view in views.items()}
-            for view in views.values():
+    def lending(self, paths: Iterable[str], *, verified: bool = False) -> Iterator[dict[str, memoryview]]:
+        """Yield maps of large files, by path, for a library that takes them in while the block runs.
+
+        Their hashes are checked meanwhile, or before the block where `verified`; their pages are given back meanwhile
+        (`giving_back`). What was made of them is to be believed after the block, and must not refer to them then. Raises
+        BundleError, in place of what went wrong in the block because of it, where a hash is wrong or a file was written to.
+        """
+        with self._watched(paths) as files, contextlib.ExitStack() as stack:
+            if verified:
+                for path, descriptor in files.items():
+                    self._verify(path, hash_of(descriptor))
+            else:
+                stack.enter_context(hashing(files, self._verify))
+            views = {path: mapped(descriptor) for path, descriptor in files.items()}
+            for view in () if verified else views.values():
                 stack.enter_context(giving_back(view))
-            try:
-                yield views
-            except Exception:
-                self._check_all(hashes)
-                raise
-            except BaseException:
-                stopped.set()
-                raise
-            self._check_all(hashes)
+            yield views
 
-    def _map(self, path: str) -> memoryview:
-        if path not in self.manifest.files:
-            raise BundleError(self.folder, [f"{path}: not among the manifest's files"])
-        return _mapped(self.folder / path)
+    @contextlib.contextmanager
+    def lending_names(self, paths: Iterable[str]) -> Iterator[None]:
+        """While the block runs, a library may open these files by their names: their hashes are checked before the block.
 
-    def _check(self, path: str, found: str) -> None:
+        Raises BundleError as `lending` does, and where a name did not lead to the file that was hashed.
+        """
+        with self._watched(paths) as files:
+            for path, descriptor in files.items():
+                self._verify(path, hash_of(descriptor))
+            yield
+            for path, descriptor in files.items():
+                if not _leads_to(self.folder / path, descriptor):
+                    raise self._changed([path])
+
+    @contextlib.contextmanager
+    def _watched(self, paths: Iterable[str]) -> Iterator[dict[str, int]]:
+        with self._opened(paths) as files, watching(files, self._changed):
+            yield files
+
+    @contextlib.contextmanager
+    def _opened(self, paths: Iterable[str]) -> Iterator[dict[str, int]]:
+        """Yield descriptors of listed files, of the sizes that the manifest says. Raises BundleError."""
+        with contextlib.ExitStack() as stack:
+            files = {}
+            for path in paths:
+                if path not in self.manifest.files:
+                    raise BundleError(self.folder, [f"{path}: not among the manifest's files"])
+                try:
+                    files[path] = stack.enter_context(self.opened.open(path))
+                except FileFault as error:
+                    raise BundleError(self.folder, [str(error)]) from error
+                if fault := _size_fault(path, os.fstat(files[path]), self.manifest.files[path]):
+                    raise BundleError(self.folder, [fault])
+            yield files
+
+    def _verify(self, path: str, found: str) -> None:
         if found != (spec := self.manifest.files[path]).sha256:
             raise BundleError(
                 self.folder, [f"{path}: changed since it was written ({_unlike(found, spec)}); restore it or export again"]
             )
 
-    def _check_all(self, hashes: Mapping[str, Future[str]]) -> None:
-        for path, found in hashes.items():
-            self._check(path, found.result())
+    def _changed(self, paths: list[str]) -> BundleError:
+        return BundleError(self.folder, [f"{path}: changed while it was read; retry when its writer is done" for path in paths])
 
     def read_json(self, path: str) -> Any:
         """A listed JSON document. Raises BundleError."""
@@ -115,11 +149,16 @@ class Bundle:
 
     def changed_files(self) -> list[str]:
         """A fault for each listed file whose hash is not the manifest's: the whole bundle is read."""
-        return [
-            f"{path}: changed ({_unlike(found, spec)})"
-            for path, spec in self.manifest.files.items()
-            if (found := sha256(self.folder / path)) != spec.sha256
-        ]
+        faults = []
+        for path, spec in self.manifest.files.items():
+            try:
+                with self.opened.open(path) as descriptor:
+                    found = hash_of(descriptor)
+            except FileFault as error:
+                faults.append(str(error))
+            else:
+                faults += [f"{path}: changed ({_unlike(found, spec)})"] if found != spec.sha256 else []
+        return faults
 
     def with_files(self, files: Mapping[str, bytes]) -> Bundle:
         """A bundle that is still staged, with these files as well, each in a folder of the bundle."""
@@ -249,66 +288,28 @@ def file_spec(path: Path) -> FileSpec:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hash_of(file.fileno())
 
 
-def _hash(view: memoryview, stopped: threading.Event) -> str:
-    digest = hashlib.sha256()
-    for at in range(0, len(view), _CHUNK):
-        if not stopped.is_set():
-            digest.update(view[at : at + _CHUNK])
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def giving_back(view: memoryview) -> Iterator[None]:
-    """While a library takes in a view that `Bundle.read` gave: its pages go back to the system again and again, so that they are
-    never all in memory beside what the library makes of them. Touched later, a byte is read from the file again. Where the system
-    has no such call, nothing."""
-    done = threading.Event()
-    giver = threading.Thread(target=_give_back, args=(view.obj, done), daemon=True)
-    giver.start()
-    try:
-        yield
-    finally:
-        done.set()
-        giver.join()
-
-
-def _give_back(mapped: object, done: threading.Event) -> None:
-    last = not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED")
-    while not last:
-        last = done.wait(_PAUSE)
-        mapped.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-
-
-def _mapped(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _file_fault(folder: Path, path: str, spec: FileSpec) -> str | None:
+def _file_fault(opened: Folder, path: str, spec: FileSpec) -> str | None:
     if not path.endswith(_KNOWN_ENDINGS):
         return f"{path}: a file of unknown kind (known: {' '.join(_KNOWN_ENDINGS)})"
-    # no part of the way may be a link: nothing outside the folder is ever read
-    for part in [*reversed((folder / path).relative_to(folder).parents)][1:]:
-        if (folder / part).is_symlink():
-            return f"{path}: {part} is a link"
     try:
-        status = (folder / path).lstat()
+        return _size_fault(path, opened.status(path), spec)
+    except FileFault as error:
+        return str(error)
+
+
+def _size_fault(path: str, status: os.stat_result, spec: FileSpec) -> str | None:
+    return None if status.st_size == spec.size else f"{path}: {status.st_size:,} bytes, but the manifest says {spec.size:,}"
+
+
+def _leads_to(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
     except OSError:
-        return f"{path}: missing"
-    if not stat.S_ISREG(status.st_mode):
-        return f"{path}: not a regular file"
-    if status.st_size != spec.size:
-        return f"{path}: {status.st_size:,} bytes, but the manifest says {spec.size:,}"
-    return None
+        return False
 
 
 def _unlike(found: str, spec: FileSpec) -> str:

@@ -11,7 +11,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, Engine
 from sdruntime.guard import checked_rows
 from sdruntime.prompt import batch, tokenize
-from sdruntime.tokenizer import Tokenizer
+from sdruntime.tokenizer import FILES, Tokenizer
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 KEPT = 64  # encoded texts: 15 MiB of them for SD1, 40 for SDXL
@@ -53,10 +53,10 @@ class Conditioner:
         found = {}
         for encoder, folder in TOKENIZERS.items():
             if encoder in bundle.manifest.components:
-                for path in bundle.manifest.files:
-                    if path.startswith(f"{folder}/"):
-                        bundle.read(path)  # its hash
-                found[encoder] = Tokenizer.open(bundle.folder / folder)
+                # a file that the manifest does not list is not there
+                listed = [name for name in FILES if f"{folder}/{name}" in bundle.manifest.files]
+                files = {name: bundle.read(f"{folder}/{name}") for name in listed}
+                found[encoder] = Tokenizer.from_files(files, where=bundle.folder / folder)
         return cls(found)
 
     def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:

@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from sdruntime.errors import BundleError
-from sdruntime.record import json_from_record, read_json, record_from_json
+from sdruntime.files import FileFault, FileMissing, Folder
+from sdruntime.record import json_from_record, json_from_text, record_from_json
 
 NAME = "manifest.json"
 FORMAT = "sdexport-bundle"
@@ -260,14 +261,27 @@ class Manifest:
                     yield f"engine {engine.name}: ranges for {named or 'nothing'}, but {engine.component} has {asked}"
 
 
+def opened_folder(folder: Path) -> Folder:
+    """Open the folder of a bundle. Raises BundleError."""
+    try:
+        return Folder(folder)
+    except FileFault as error:
+        raise BundleError(folder / NAME, [f"not a bundle: {error} (sdexport build writes one)"]) from error
+
+
 def load_manifest(folder: Path) -> Manifest:
     """Read `folder`/manifest.json. Raises BundleError with every fault, or with the one that keeps it from being read at all."""
-    path = folder / NAME
+    return read_manifest(opened_folder(folder))
+
+
+def read_manifest(files: Folder) -> Manifest:
+    """As `load_manifest`, of a folder that is open."""
+    path = files.path / NAME
     try:
-        document = read_json(path)
-    except FileNotFoundError:
+        document = json_from_text(files.read(NAME).decode())
+    except FileMissing:
         raise BundleError(path, ["no such file: not a bundle (sdexport build writes one)"]) from None
-    except (OSError, ValueError) as error:
+    except (FileFault, ValueError) as error:
         raise BundleError(path, [f"not readable: {error}"]) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(path, [f"format: {FORMAT!r} belongs here: not the manifest of a bundle"])

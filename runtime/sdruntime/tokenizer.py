@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sdruntime.errors import BundleError, SettingError
-from sdruntime.record import read_json
+from sdruntime.files import FileFault, FileMissing, Folder
+from sdruntime.record import json_from_text
 
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 LONGEST = 64 * 1024  # bytes of UTF-8 in a text
 CONTEXT = 77  # positions of CLIP's text encoder
 _END_OF_WORD = "</w>"
@@ -78,7 +80,26 @@ class Tokenizer:
 
         Raises BundleError with every fault.
         """
-        return _tokenizer_from_folder(Path(folder))
+        files, faults = {}, []
+        try:
+            opened = Folder(folder)
+        except FileFault as error:
+            raise BundleError(folder, [str(error)]) from error
+        for name in FILES:
+            try:
+                files[name] = opened.read(name)
+            except FileMissing:
+                continue
+            except FileFault as error:
+                faults.append(f"{name}: not readable: {error}")
+        if faults:
+            raise BundleError(folder, faults)
+        return cls.from_files(files, where=Path(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes | memoryview], *, where: PurePath) -> Tokenizer:
+        """As `open`, from what is in the files, by name. Raises BundleError with every fault; `where` is named in it."""
+        return _tokenizer_from_files(files, where)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without start and end. Raises SettingError for more than 64 KiB of UTF-8, or a lone surrogate."""
@@ -180,33 +201,45 @@ _SYMBOLS = _byte_symbols()
 _BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
 
 
-def _tokenizer_from_folder(folder: Path) -> Tokenizer:
+def _tokenizer_from_files(files: Mapping[str, bytes | memoryview], where: PurePath) -> Tokenizer:
     faults: list[str] = []
-    vocab = _vocab(_document(folder, "vocab.json", faults), faults)
-    merges = _merges(folder / "merges.txt", vocab, faults)
-    config = _document(folder, "tokenizer_config.json", faults)
-    named = _document(folder, "special_tokens_map.json", faults) if (folder / "special_tokens_map.json").exists() else {}
+    vocab = _vocab(_document(files, "vocab.json", faults), faults)
+    merges = _merges(_text(files, "merges.txt", faults), vocab, faults)
+    config = _document(files, "tokenizer_config.json", faults)
+    named = _document(files, "special_tokens_map.json", faults) if "special_tokens_map.json" in files else {}
     specials, tasks = _specials(config, named, vocab, faults)
     length = config.get("model_max_length", CONTEXT)
     if not isinstance(length, int) or length < 3:
         faults.append(f"tokenizer_config.json: model_max_length {length!r} is not a whole number above 2")
     if faults:
-        raise BundleError(folder, faults)
+        raise BundleError(where, faults)
     return Tokenizer(vocab=vocab, merges=merges, specials=specials, length=min(length, CONTEXT), **tasks)
 
 
-def _document(folder: Path, name: str, faults: list[str]) -> dict[str, Any]:
-    try:
-        document = read_json(folder / name)
-    except FileNotFoundError:
+def _text(files: Mapping[str, bytes | memoryview], name: str, faults: list[str]) -> str | None:
+    if name not in files:
         faults.append(f"{name}: missing")
-    except (OSError, ValueError) as error:
+        return None
+    try:
+        return str(files[name], "utf-8")
+    except UnicodeDecodeError as error:
         faults.append(f"{name}: not readable: {error}")
-    else:
-        if isinstance(document, dict):
-            return document
+        return None
+
+
+def _document(files: Mapping[str, bytes | memoryview], name: str, faults: list[str]) -> dict[str, Any]:
+    text = _text(files, name, faults)
+    if text is None:
+        return {}
+    try:
+        document = json_from_text(text)
+    except ValueError as error:
+        faults.append(f"{name}: not readable: {error}")
+        return {}
+    if not isinstance(document, dict):
         faults.append(f"{name}: an object belongs here")
-    return {}
+        return {}
+    return document
 
 
 def _vocab(document: dict[str, Any], faults: list[str]) -> dict[str, int]:
@@ -221,16 +254,9 @@ def _vocab(document: dict[str, Any], faults: list[str]) -> dict[str, int]:
     return document
 
 
-def _merges(path: Path, vocab: dict[str, int], faults: list[str]) -> dict[tuple[int, int], tuple[int, int]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        faults.append(f"{path.name}: missing")
-        return {}
-    except (OSError, ValueError) as error:
-        faults.append(f"{path.name}: not readable: {error}")
-        return {}
+def _merges(text: str | None, vocab: dict[str, int], faults: list[str]) -> dict[tuple[int, int], tuple[int, int]]:
     merges, wrong = {}, []
+    lines = (text or "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#version"):
             continue
@@ -240,9 +266,9 @@ def _merges(path: Path, vocab: dict[str, int], faults: list[str]) -> dict[tuple[
         except KeyError:
             missing = [name for name in (left, right, left + right) if name not in vocab]
             if not left or not right or " " in right:
-                wrong.append(f"{path.name}: line {number}: two symbols belong here, not {line[:40]!r}")
+                wrong.append(f"merges.txt: line {number}: two symbols belong here, not {line[:40]!r}")
             elif vocab:
-                wrong.append(f"{path.name}: line {number}: not in vocab.json: {', '.join(map(repr, missing))}")
+                wrong.append(f"merges.txt: line {number}: not in vocab.json: {', '.join(map(repr, missing))}")
     faults += _few(wrong)
     return merges
 

@@ -3,19 +3,16 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import mmap
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from sdruntime import bundle as bundle_module
 from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle, giving_back, staging
+from sdruntime.bundle import Bundle, staging
 from sdruntime.errors import BundleError, OutOfSpace
 from sdruntime.manifest import REVISION, load_manifest, save_manifest
 
@@ -215,96 +212,3 @@ def test_adding_an_engine_killed_at_any_step_leaves_a_valid_bundle(bundle: Bundl
     assert {path.name for path in (bundle.folder / "engines").iterdir()} == {
         engine.files[0].split("/")[1] for engine in after.manifest.engines
     }
-
-
-def test_a_view_that_is_given_back_keeps_its_bytes(bundle: Bundle) -> None:
-    before = threading.active_count()
-    for path in bundle.manifest.files:
-        view = bundle.read(path)
-        with giving_back(view):
-            for _ in range(3):
-                assert bytes(view) == (bundle.folder / path).read_bytes()
-                time.sleep(0.06)
-        assert bytes(view) == (bundle.folder / path).read_bytes()
-    with giving_back(memoryview(b"of no file")):
-        pass
-    assert threading.active_count() == before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_view_that_is_given_back_is_not_held_in_memory(tmp_path: Path) -> None:
-    large = tmp_path / "large.bin"
-    large.write_bytes(os.urandom(1 << 26))
-
-    def mapped() -> int:
-        return int(
-            next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")).split()[1]
-        )
-
-    before = mapped()
-    view = bundle_module._mapped(large)
-    assert sum(view[:: mmap.PAGESIZE]) > 0
-    assert mapped() - before > 60_000
-    with giving_back(view):
-        pass
-    assert mapped() - before < 10_000
-
-
-def test_what_is_lent_is_what_read_gives(bundle: Bundle) -> None:
-    before = threading.active_count()
-    with bundle.lending(bundle.manifest.files) as lent:
-        taken = {path: bytes(view) for path, view in lent.items()}
-    assert taken == {path: bytes(bundle.read(path)) for path in bundle.manifest.files}
-    with bundle.lending([]) as lent:
-        assert lent == {}
-    assert threading.active_count() == before
-
-
-@pytest.fixture
-def changed(bundle: Bundle) -> str:
-    """A file that another of the same size has taken the place of."""
-    path = max(bundle.manifest.files, key=lambda path: bundle.manifest.files[path].size)
-    place = bundle.folder / path
-    place.write_bytes(bytes(place.stat().st_size))
-    return path
-
-
-def test_what_is_lent_and_was_changed_is_told_after_the_block(bundle: Bundle, changed: str) -> None:
-    reached = False
-    with pytest.raises(BundleError, match=f"{changed}: changed since it was written"), bundle.lending([changed]):
-        reached = True
-    assert reached
-
-
-def test_a_change_is_told_in_place_of_what_it_led_to(bundle: Bundle, changed: str) -> None:
-    with pytest.raises(BundleError, match=f"{changed}: changed since it was written"), bundle.lending([changed]):
-        raise RuntimeError("these weights make no sense")
-    sound = next(path for path in bundle.manifest.files if path != changed)
-    with pytest.raises(RuntimeError, match="another reason"), bundle.lending([sound]):
-        raise RuntimeError("another reason")
-    with pytest.raises(BundleError, match=r"unlisted\.bin: not among the manifest's files"), bundle.lending(["unlisted.bin"]):
-        pass
-
-
-def test_an_interrupt_does_not_wait_for_the_hash(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, interrupted = [], threading.Event()
-    path = max(bundle.manifest.files, key=lambda path: bundle.manifest.files[path].size)
-
-    class Digest:
-        def update(self, data: memoryview) -> None:
-            hashed.append(len(data))
-            interrupted.wait()
-            time.sleep(0.001)  # the block's end comes before that of the file
-
-        def hexdigest(self) -> str:
-            return ""
-
-    def interrupt() -> None:
-        interrupted.set()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bundle_module.hashlib, "sha256", Digest)
-    monkeypatch.setattr(bundle_module, "_CHUNK", 1)
-    with pytest.raises(KeyboardInterrupt), bundle.lending([path]):
-        interrupt()
-    assert len(hashed) < bundle.manifest.files[path].size

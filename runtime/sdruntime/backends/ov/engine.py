@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
-from sdruntime.bundle import Bundle, giving_back
+from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError
+from sdruntime.lending import giving_back
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 

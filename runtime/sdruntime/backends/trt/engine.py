@@ -152,7 +152,7 @@ def here(name: str) -> Library:
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> TrtEngine:
-    """Deserialise a plan from the very memory that was hashed, which is given back at once.
+    """Deserialise a plan from the file that was hashed, which is given back at once.
 
     Raises BundleError for a changed plan, DeviceMissing, OutOfSpace, EngineError for what TensorRT refuses.
     """
@@ -168,11 +168,11 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
                 "session option engine_host_code=true"
             )
         runtime.engine_host_code_allowed = True
-    view = bundle.read(spec.files[0])
-    engine = runtime.deserialize_cuda_engine(view)
-    size = len(view)
-    view.release()
+    with bundle.lending(spec.files[:1], verified=True) as lent:
+        engine = runtime.deserialize_cuda_engine(lent[spec.files[0]])
+        del lent
     if engine is None:
+        size = bundle.manifest.files[spec.files[0]].size
         raise _refusal(bundle, spec, held, size, f"{spec.backend} {trt.__version__}", log.reasons())
     plan = Plan(trt, log, runtime, engine, _cache_name(trt, bundle, spec, held))
     del engine  # an error's traceback keeps what it sees alive, and with this the weights
@@ -212,12 +212,11 @@ def _cache_name(trt: Any, bundle: Bundle, spec: EngineSpec, held: Session) -> st
 def _refit(trt: Any, log: Any, plan: Plan, bundle: Bundle, spec: EngineSpec) -> None:
     """Put the weights of the bundle's ONNX into a plan that was stripped of them."""
     component = bundle.manifest.components[spec.component]
-    for path in component.files:
-        bundle.read(path)  # its hash
     refitter = trt.Refitter(plan.engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
-    if not parser.refit_from_file(str(bundle.folder / component.onnx)) or not refitter.refit_cuda_engine():
-        raise EngineError(f"engine {spec.name}: its weights could not be put in from {component.onnx}: {log.reasons()}")
+    with bundle.lending_names(component.files):
+        if not parser.refit_from_file(str(bundle.folder / component.onnx)) or not refitter.refit_cuda_engine():
+            raise EngineError(f"engine {spec.name}: its weights could not be put in from {component.onnx}: {log.reasons()}")
 
 
 def _stream_weights(plan: Plan, held: Session, options: EngineOptions) -> None:
