@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sdexport.card import read_card
 from sdexport.errors import CheckpointError
 from sdexport.stored import StoredTensor, is_regular, merged, read_header
 from sdexport.weight_files import WeightFile, chosen, expected
@@ -235,7 +236,7 @@ class _Reader:
 
     def _model(self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any]) -> ModelSpec:
         unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
-        xl = "text_encoder_2" in parts
+        xl, card = "text_encoder_2" in parts, read_card(self.folder)
         # OpenCLIP's encoder, which SD2 brought, has the plain GELU; CLIP's own the quick one
         family: Family = "sdxl" if xl else "sd2" if text.get("hidden_act") == "gelu" else "sd1"
         try:
@@ -253,7 +254,8 @@ class _Reader:
                 default_size=(sides[0] * factor, sides[1] * factor),
                 pad_token=pad_token(self.folder / "tokenizer"),
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
-                license=_license(self.folder),
+                license=card.license,
+                prompts=card.prompts,
             )
         except (ValueError, TypeError) as error:
             raise CheckpointError(self.folder, [f"the configs do not fit together: {error}"]) from error
@@ -269,15 +271,3 @@ def pad_token(folder: Path) -> str:
         if token is not None:
             return str(token["content"] if isinstance(token, dict) else token)
     return "<|endoftext|>"
-
-
-def _license(folder: Path) -> str:
-    """The licence's id on the model's card (the YAML block at the head of README.md)."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return "unknown"
-    head = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    fields = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([\w.+-]+)", head.group(1), re.MULTILINE)) if head else {}
-    name = fields.get("license", "unknown")
-    return str(fields.get("license_name", name) if name == "other" else name)

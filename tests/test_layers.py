@@ -77,6 +77,7 @@ LAYERS = {
         weights
         unpickle
         hub
+        card
         checkpoint
         tokenizer
         components

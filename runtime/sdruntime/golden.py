@@ -155,12 +155,13 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
 
 
 def drawings_of(manifest: Manifest) -> tuple[Drawing, ...]:
-    """The pictures of a bundle's golden numbers: two prompts, of at most 256 pixels a side where the model can draw so small."""
+    """The images of a bundle's golden numbers: two prompts, the model's own examples first, at most 256 pixels a side where the
+    model can generate so small."""
     model = manifest.model
     height, width = (_small_side(side, model.size_multiple) for side in model.default_size)
     return tuple(
         Drawing(prompt=prompt, negative="a blurred text", seed=7 + k, steps=6, guidance=5.0, size=(width, height))
-        for k, prompt in enumerate(_PROMPTS)
+        for k, prompt in enumerate((*model.prompts, *_PROMPTS)[: len(_PROMPTS)])
     )
 
 

@@ -208,6 +208,7 @@ class ModelSpec:
     pad_token: str = "<|endoftext|>"
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
     license: str = "unknown"  # an SPDX identifier, or the id on the model's card
+    prompts: tuple[str, ...] = ()  # examples of the model's card: what it was made to generate
 
     def __post_init__(self) -> None:
         for name in ("scaling_factor", "latent_channels", "vae_factor", "size_multiple"):

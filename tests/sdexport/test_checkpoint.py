@@ -185,6 +185,33 @@ def test_fp16_prefers_its_variant_and_fp32_the_full_weights(folder: Path) -> Non
     assert chosen == {"fp32": whole, "fp16": "diffusion_pytorch_model.fp16.safetensors", "bf16": whole}
 
 
+def test_the_example_prompts_of_the_card(folder: Path) -> None:
+    examples = "- text: 'a fox: in snow'\n- text: two\n    words\n- src: image.png\n- text: ''\n- text: 5\n"
+    (folder / "README.md").write_text(f"---\nlicense: mit\nwidget:\n{examples}---\n# A model\n")
+    model = read_checkpoint(folder, name="tiny").model
+    assert (model.prompts, model.license) == (("a fox: in snow", "two words"), "mit")
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "---",
+        "---\n- a\n---\n",
+        "---\nlicense: [\n---\n",
+        "---\n" + "[" * 5000 + "\n---\n",
+        "\n" * 3_000_000,
+        "---\nwidget: 3\n---\n",
+        "---\nlicense: !!python/object/apply:os.getcwd []\n---\n",
+    ],
+    ids=range(8),
+)
+def test_a_card_that_says_nothing_is_no_fault(folder: Path, card: str) -> None:
+    (folder / "README.md").write_text(card)
+    model = read_checkpoint(folder, name="tiny").model
+    assert (model.prompts, model.license) == ((), "unknown")
+
+
 def test_a_licence_of_its_own_name(folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: stabilityai-community\n---\n")
     assert read_checkpoint(folder, name="tiny").model.license == "stabilityai-community"
