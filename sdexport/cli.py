@@ -228,7 +228,7 @@ def _followed(events: Iterable[Progress | EngineProgress | End], shown: Shown) -
         elif isinstance(event, EngineProgress):
             each = event.event
             if each.stage is None:
-                shown.show(each.engine, each.state)
+                shown.show(each.engine, "" if each.state == "begin" else each.state)
             else:
                 shown.show(each.engine, each.stage.name, done=each.stage.done, total=each.stage.total)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sdruntime.progress import Log, Progress, Stage, is_terminal
+from sdruntime.progress import Log, Progress, Stage, bar, is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -77,19 +77,37 @@ class Rows(Progress):
 
 
 def _bars(stream: TextIO) -> Bars:
-    from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
     from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
     from rich.table import Column
+    from rich.text import Text
+
+    class Bar(ProgressColumn):
+        """As in sdruntime: what is left is another character, not the same one in another colour."""
+
+        def render(self, task: Task) -> Any:
+            return Cells(task.percentage / 100)
+
+    class Cells:
+        def __init__(self, fraction: float) -> None:
+            self.fraction = fraction
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            yield Text(bar(self.fraction, options.max_width))
+
+        def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+            return Measurement(1, options.max_width)
 
     def text(field: str, ratio: int) -> TextColumn:
         return TextColumn(f"{{{field}}}", markup=False, table_column=Column(ratio=ratio, no_wrap=True, overflow="ellipsis"))
 
     return Bars(
         SpinnerColumn(finished_text=" "),
-        text("task.description", 5),
+        text("task.description", 6),
         text("task.fields[stage]", 3),
-        BarColumn(bar_width=None, table_column=Column(ratio=4)),
+        Bar(table_column=Column(ratio=4)),
         text("task.fields[numbers]", 5),
         TimeElapsedColumn(),
         console=Console(file=stream),

@@ -101,6 +101,7 @@ def drawn(pipe: Pipeline, asked: Sequence[Request], shown: Progress) -> Iterator
         what = f"images {index * room + 1} to {index * room + len(group)} of {len(asked)}" if len(asked) > 1 else ""
         shown.show("encode prompts", what)
         stream = pipe.stream(group, on_device=True)
+        shown.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")
         for state in stream:
             shown.show("denoise", what, done=state.step, total=state.steps, unit="steps")
         shown.show("decode", what)

@@ -57,15 +57,14 @@ class Stage:
 def terminal_line(stage: Stage, now: float, columns: int) -> str:
     """`stage` in at most `columns` characters: the bar takes what the words leave; where they are long the rate goes first."""
     words = [duration(now - stage.begun)]
-    bar = False
-    if stage.total:
-        bar = True
+    barred = stage.total > 0
+    if barred:
         words = [stage.count(), *stage.pace(now), *words]
     tail = "  ".join(words)
     room = columns - len(tail) - 2
-    while len(words) > 1 and room < len(stage.title) + (NARROWEST_BAR + 2 if bar else 0):
-        if bar and len(words) <= 2:
-            bar = False
+    while len(words) > 1 and room < len(stage.title) + (NARROWEST_BAR + 2 if barred else 0):
+        if barred and len(words) <= 2:
+            barred = False
         else:
             del words[min(1, len(words) - 2)]
         tail = "  ".join(words)
@@ -73,11 +72,16 @@ def terminal_line(stage: Stage, now: float, columns: int) -> str:
     title = stage.title
     if room < len(title) or room < 1:
         title = title[: max(room - 1, 0)] + "…"
-    if not bar:
+    if not barred:
         return f"{title}  {tail}"[:columns]
     width = min(WIDEST_BAR, room - len(title) - 2)
-    full = width * min(stage.done, stage.total) // stage.total
-    return f"{title}  {_FULL * full}{_EMPTY * (width - full)}  {tail}"
+    return f"{title}  {bar(stage.done / stage.total, width)}  {tail}"
+
+
+def bar(fraction: float, width: int) -> str:
+    """`width` characters, the full ones first: full only where all is done."""
+    full = int(width * min(max(fraction, 0.0), 1.0))
+    return _FULL * full + _EMPTY * (width - full)
 
 
 def log_line(stage: Stage, now: float, when: float) -> str:
