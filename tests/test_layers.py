@@ -44,6 +44,7 @@ LAYERS = {
         engines
         build
         request
+        metadata
         result
         condition
         latent

@@ -56,6 +56,8 @@ def generate(options: argparse.Namespace) -> None:
         settings["strength"] = options.strength
     asked = requests(options.prompt, count=options.count, seed=options.seed, **settings)
     shown, written, warned = options.progress, [], []
+    if options.seed is None:
+        shown.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
     pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
     try:
         with contextlib.closing(pipe):

@@ -3,12 +3,10 @@
 to_uint8, from_uint8                [.., 3, H, W] in [-1, 1]  <->  uint8 [.., H, W, 3]
 write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG (W3C PNG, third edition)
 read_png, image_from_png            PNG with 8 bits a channel -> uint8 [H, W, 3]
-parameters, png_text                the settings as AUTOMATIC1111's web UI writes them, and the mark of a machine-made picture
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import struct
 import zlib
@@ -29,13 +27,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey and alpha, RGB and alpha
 _PALETTE, _PAETH = 3, 4
 _STRIP = 64  # rows that are filtered at a time: as many as stay in the cache
-_XMP = "XML:com.adobe.xmp"
-_MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
- Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
-</rdf:RDF></x:xmpmeta>
-<?xpacket end="r"?>"""
+XMP = "XML:com.adobe.xmp"  # the PNG key of an XMP packet
 
 
 def to_uint8(decoded: NDArray[np.float32]) -> Pixels:
@@ -63,42 +55,6 @@ def from_uint8(image: Pixels) -> NDArray[np.float32]:
     scaled *= np.float32(2)
     scaled -= np.float32(1)
     return scaled
-
-
-def parameters(
-    *,
-    prompt: str,
-    negative: str = "",
-    steps: int,
-    sampler: str,
-    guidance: float,
-    seed: int,
-    size: tuple[int, int],
-    model: str,
-    strength: float | None = None,
-) -> str:
-    """What AUTOMATIC1111's web UI writes under the PNG key `parameters`, and many tools read. `size`: width, height in pixels."""
-    settings = {
-        "Steps": steps,
-        "Sampler": sampler,
-        "CFG scale": f"{guidance:g}",
-        "Seed": seed,
-        "Size": f"{size[0]}x{size[1]}",
-        "Model": model,
-    }
-    if strength is not None:
-        settings["Denoising strength"] = f"{strength:g}"
-    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())])
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
-
-
-def png_text(parameters: str) -> dict[str, str]:
-    """PNG text keys: the settings, and XMP that says machine-made (IPTC digital source type trainedAlgorithmicMedia)."""
-    return {"parameters": parameters, _XMP: _MACHINE_MADE}
 
 
 def write_png(path: Path | str, image: Pixels, text: Mapping[str, str] | None = None) -> None:
@@ -150,7 +106,7 @@ def _text_chunk(key: str, value: str) -> bytes:
         raise SettingError(f"PNG text {key!r}: a key has 1 to 79 ASCII letters, and neither key nor text holds a NUL")
     name = key.encode()
     try:
-        if key != _XMP:  # which its standard wants in an iTXt
+        if key != XMP:  # which its standard wants in an iTXt
             return _chunk(b"tEXt", name + b"\0" + value.encode("latin-1"))
     except UnicodeEncodeError:
         pass

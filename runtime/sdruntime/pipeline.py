@@ -24,6 +24,7 @@ from sdruntime.engine import Array, Engine, EngineOptions, Stage
 from sdruntime.engines import Engines
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
+from sdruntime.metadata import Origin
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests
 from sdruntime.result import Image, Result
@@ -193,12 +194,16 @@ class Pipeline:
             Image(
                 pixels=to_uint8(decoded_image),
                 request=request,
-                model=self.model.name,
                 sampler=request.sampler or self.sampler,
+                origin=self._origin(request, job),
                 cut=job.condition.cut,
             )
             for decoded_image, request, job in zip(decoded, asked, jobs, strict=True)
         ]
+
+    def _origin(self, request: Request, job: Job) -> Origin:
+        unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
+        return Origin.of(request, self._schedule, self.model.name, unet)
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
@@ -227,9 +232,12 @@ class Pipeline:
         return self.steppers(jobs)
 
     def _unet_for(self, jobs: Sequence[Job]) -> Engine:
+        return self.engine("unet", **self._unet_dims(jobs))
+
+    def _unet_dims(self, jobs: Sequence[Job]) -> dict[str, int]:
         (_, height, width), sequence = jobs[0].run.x.shape, len(jobs[0].condition.hidden)
         rows = sum(1 if job.negative is None else 2 for job in jobs)
-        return self.engine("unet", rows=rows, height=height, width=width, sequence=sequence)
+        return {"rows": rows, "height": height, "width": width, "sequence": sequence}
 
     def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "picture {}".format) -> list[Array]:
         """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sdruntime.engine import Array
-from sdruntime.image import parameters, png_text, write_png
+from sdruntime.image import write_png
+from sdruntime.metadata import Origin, parameters, png_text
 from sdruntime.request import Request
 
 
@@ -22,8 +23,8 @@ class Image:
 
     pixels: Array
     request: Request
-    model: str
     sampler: str
+    origin: Origin
     cut: str = ""
 
     def __repr__(self) -> str:
@@ -57,21 +58,8 @@ class Image:
         write_png(path, self.pixels, self.text())
 
     def text(self) -> dict[str, str]:
-        """The text keys for a PNG: the settings as other tools read them, and the mark of a machine-made image."""
-        request = self.request
-        return png_text(
-            parameters(
-                prompt=request.prompt,
-                negative=request.negative or "",
-                steps=request.steps,
-                sampler=" ".join(name for name in (self.sampler, request.schedule) if name),
-                guidance=request.guidance,
-                seed=request.seed,
-                size=self.size,
-                model=self.model,
-                strength=None if request.image is None else request.strength,
-            )
-        )
+        """The text keys for a PNG: the settings as other programs read them, and the mark of a machine-made image."""
+        return png_text(parameters(self.request, self.size, self.origin))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

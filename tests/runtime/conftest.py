@@ -1,14 +1,28 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle
 
+from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
+
+FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A sound bundle made by hand, with no engine."""
     return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture bundle of random weights, with ONNX Runtime's engines: small, and its images are not flat."""
+    pytest.importorskip("onnxruntime")
+    folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("fixture") / "bundle"))
+    for _ in build_engines(folder, Asked(backend="onnxruntime")):
+        pass
+    return folder

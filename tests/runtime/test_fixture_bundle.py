@@ -11,24 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.pipeline import Pipeline
-
-pytest.importorskip("onnxruntime")
 
 HERE = Path(__file__).resolve().parent
 FIXTURE = HERE / "fixture-bundle-1"
 GOLDEN = HERE.parent / "golden" / "fixture-bundle-1.npz"
 ASKED = {"seed": 7, "steps": 4, "sampler": "dpmpp_2m", "size": (64, 64), "guidance": 5.0}
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("fixture") / "bundle"))
-    for _ in build_engines(folder, Asked(backend="onnxruntime")):
-        pass
-    return folder
 
 
 def test_it_opens_whole() -> None:
@@ -40,19 +29,19 @@ def test_it_opens_whole() -> None:
     assert list(bundle.manifest.components) == ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
 
 
-def test_it_draws_the_stored_picture(ready: Path) -> None:
+def test_it_draws_the_stored_picture(small_bundle: Path) -> None:
     expected = np.load(GOLDEN)["image"]
     assert expected.std() >= 10
-    with Pipeline.open(ready) as pipe:
+    with Pipeline.open(small_bundle) as pipe:
         image = pipe("the red cat and the sand", **ASKED).pixels[0]
     error = np.abs(image.astype(int) - expected.astype(int))
     assert error.mean() < 0.5  # of 255: engines round fp16 each in their own way
     assert error.max() <= 8
 
 
-def test_image_to_image_begins_from_the_picture(ready: Path) -> None:
+def test_image_to_image_begins_from_the_picture(small_bundle: Path) -> None:
     expected = np.load(GOLDEN)["image"]
-    with Pipeline.open(ready) as pipe:
+    with Pipeline.open(small_bundle) as pipe:
         near, far = (
             pipe("a cat", image=expected, strength=strength, **{**ASKED, "steps": 20, "size": None}).pixels[0].astype(int)
             for strength in (0.05, 1.0)
@@ -60,11 +49,11 @@ def test_image_to_image_begins_from_the_picture(ready: Path) -> None:
     assert np.abs(near - expected).mean() < np.abs(far - expected).mean()
 
 
-def test_the_engines_open_from_memory_that_was_hashed(ready: Path, tmp_path: Path) -> None:
+def test_the_engines_open_from_memory_that_was_hashed(small_bundle: Path, tmp_path: Path) -> None:
     """No path in an engine is followed: its data file is found by the manifest, and checked, or the engine is refused."""
     from sdruntime.errors import BundleError
 
-    folder = Path(shutil.copytree(ready, tmp_path / "bundle"))
+    folder = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
     data = next((folder / "engines").glob("unet-*.onnx.data"))
     changed = bytearray(data.read_bytes())
     changed[len(changed) // 2] ^= 1

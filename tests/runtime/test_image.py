@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError
-from sdruntime.image import from_uint8, image_from_png, parameters, png_from_image, png_text, read_png, to_uint8, write_png
+from sdruntime.image import from_uint8, image_from_png, png_from_image, read_png, to_uint8, write_png
+from sdruntime.metadata import png_text
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -268,16 +269,3 @@ def test_a_write_that_fails_leaves_what_was_there(number, kind, tmp_path, monkey
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SettingError, match=r"absent/a\.png: cannot be written: No such file"):
         write_png(tmp_path / "absent" / "a.png", noise(2, 2, 3))
-
-
-def test_parameters_are_written_as_the_web_ui_writes_them():
-    common = {"steps": 20, "sampler": "DPM++ 2M Karras", "guidance": 7.5, "seed": 7, "size": (512, 768), "model": "v1-5"}
-    assert parameters(prompt="a cat", negative="dog, blurry", **common) == (
-        "a cat\nNegative prompt: dog, blurry\n"
-        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 7, Size: 512x768, Model: v1-5"
-    )
-    odd = parameters(prompt="", **common | {"model": 'a "b", c: d', "guidance": 7.0}, strength=0.6)
-    assert odd == (
-        "\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 7, Size: 512x768, "
-        'Model: "a \\"b\\", c: d", Denoising strength: 0.6'
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,14 +47,23 @@ def test_generate_writes_a_png_that_says_how_it_was_made(ready: Path, tmp_path: 
     assert "\nwarning: image 0 (seed 7) is one colour all over" in printed.err, "as the fake's are"
     assert read_png(out).shape == (64, 128, 3)
     data = out.read_bytes()
-    assert b"parameters\0a prompt\nNegative prompt: fog\nSteps: 2, Sampler: DPM++ 2M Karras, CFG scale: 5" in data
+    assert b"parameters\0a prompt\nNegative prompt: fog\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5" in data
     assert b"Seed: 7, Size: 128x64" in data
     assert b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" in data
 
 
 def test_a_picture_names_the_checkpoints_own_sampler(ready: Path, tmp_path: Path) -> None:
     assert generate(ready, "-o", tmp_path / "out.png") == 0
-    assert b"Sampler: ddim," in (tmp_path / "out.png").read_bytes()
+    assert b"Sampler: DDIM, Schedule type: Automatic," in (tmp_path / "out.png").read_bytes()
+
+
+def test_a_random_seed_is_printed(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(ready, "-o", tmp_path / "out.png") == 0
+    seed = re.search(rb"Seed: (\d+)", (tmp_path / "out.png").read_bytes())
+    assert seed is not None
+    assert f"--seed {seed[1].decode()} " in capsys.readouterr().err
+    assert generate(ready, "-o", tmp_path / "out.png", "--seed", 7) == 0
+    assert "seed 7 (random)" not in capsys.readouterr().err
 
 
 def test_several_pictures_are_named_by_their_seeds(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

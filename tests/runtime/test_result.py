@@ -9,13 +9,16 @@ import PIL.Image
 import pytest
 
 from sdruntime.image import read_png
+from sdruntime.metadata import Origin
 from sdruntime.request import Request
 from sdruntime.result import Image, Result
+
+ORIGIN = Origin(model="shapes", sampler="DDIM")
 
 
 def image(seed: int = 7, prompt: str = "a red fox in snow") -> Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    return Image(pixels=pixels, request=Request(prompt=prompt, seed=seed), model="shapes", sampler="ddim")
+    return Image(pixels=pixels, request=Request(prompt=prompt, seed=seed), sampler="ddim", origin=ORIGIN)
 
 
 def test_numpy_takes_an_image_as_it_is() -> None:

@@ -5,7 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from sdruntime.image import from_uint8, image_from_png, png_from_image, png_text, read_png, to_uint8, write_png
+from sdruntime.image import from_uint8, image_from_png, png_from_image, read_png, to_uint8, write_png
+from sdruntime.metadata import png_text
 
 torch = pytest.importorskip("torch")
 pillow = pytest.importorskip("PIL.Image")
