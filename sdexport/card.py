@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdruntime.document import open_regular
+
 _LONGEST = 1 << 16  # bytes of a README that are read
 _PROMPTS = 8  # example prompts that are kept
 _LETTERS = 500  # of a prompt
@@ -21,11 +23,11 @@ class Card:
 
 def read_card(folder: Path) -> Card:
     """Return what the card in `folder` says; a missing or unreadable one says nothing."""
-    path = folder / "README.md"
-    if not path.is_file():
+    try:
+        with open_regular(folder / "README.md") as file:
+            text = file.read(_LONGEST).decode("utf-8", errors="replace")
+    except (OSError, ValueError):
         return Card()
-    with path.open("rb") as file:
-        text = file.read(_LONGEST).decode("utf-8", errors="replace")
     if not text.startswith("---"):
         return Card()
     from huggingface_hub import ModelCard

@@ -269,5 +269,5 @@ def pad_token(folder: Path) -> str:
         except (OSError, ValueError, AttributeError):
             continue
         if token is not None:
-            return str(token["content"] if isinstance(token, dict) else token)
+            return str(token.get("content") if isinstance(token, dict) else token)
     return "<|endoftext|>"

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+from sdruntime.errors import lines_of
+
 
 class SdexportError(Exception):
     """Base of every error that sdexport raises on purpose."""
@@ -77,4 +79,4 @@ class AuditError(ExportError):
 
 def _listed(where: object, faults: tuple[str, ...]) -> str:
     count = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}"
-    return f"{where}: {count}\n" + "\n".join(f"  - {fault}" for fault in faults)
+    return f"{where}: {count}\n{lines_of(faults)}"

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.errors import RecipeError
+from sdruntime.document import read_document
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+LARGEST = 1 << 20  # bytes of a recipe
 Where = tuple[str | int, ...]  # ("engines", 0, "batch", 1) is engines[0].batch[1]
 
 _GAP = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -28,11 +30,13 @@ _SCALAR = re.compile(r"[^,\]}#\n]+")
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[Where, int]]:
     """The document in `path`, and `lines_of` it. Raises RecipeError, with line and column for what is not TOML."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_document(path, most=LARGEST).decode().replace("\r\n", "\n")
     except OSError as error:
         raise RecipeError(path, [f"{path}: not readable: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         raise RecipeError(path, [f"{path}: not UTF-8, from byte {error.start} on"]) from error
+    except ValueError as error:
+        raise RecipeError(path, [f"{path}: not readable: {error}"]) from error
     try:
         return tomllib.loads(text), lines_of(text)
     except tomllib.TOMLDecodeError as error:

@@ -13,6 +13,7 @@ LAYERS = {
         errors
         files
         lending
+        document
         record
         process
         cache
@@ -27,6 +28,7 @@ LAYERS = {
         table
         run
         noise
+        npz
         guidance
         tokenizer
         prompt

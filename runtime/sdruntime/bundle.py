@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdruntime.document import LARGEST
 from sdruntime.errors import BundleError, OutOfSpace
 from sdruntime.files import FileFault, Folder, hash_of, read_all
 from sdruntime.lending import giving_back, hashing, mapped, watching
@@ -70,8 +71,11 @@ class Bundle:
             raise BundleError(folder, faults)
         return cls(folder, manifest, opened)
 
-    def read(self, path: str) -> memoryview:
-        """Return the bytes of a listed file, in memory of this process, after checking their hash. Raises BundleError."""
+    def read(self, path: str, *, most: int | None = None) -> memoryview:
+        """Return the bytes of a listed file, in memory of this process, after checking their hash. Raises BundleError, also for
+        more than `most` bytes."""
+        if most is not None and path in self.manifest.files and (size := self.manifest.files[path].size) > most:
+            raise BundleError(self.folder, [f"{path}: {size:,} bytes; at most {most:,} are read"])
         with self._opened([path]) as files:
             data = read_all(files[path], self.manifest.files[path].size)
         self._verify(path, hashlib.sha256(data).hexdigest())
@@ -143,7 +147,7 @@ class Bundle:
     def read_json(self, path: str) -> Any:
         """A listed JSON document. Raises BundleError."""
         try:
-            return json_from_text(str(self.read(path), encoding="utf-8"))
+            return json_from_text(str(self.read(path, most=LARGEST), encoding="utf-8"))
         except ValueError as error:
             raise BundleError(self.folder, [f"{path}: not readable: {error}"]) from error
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sdruntime.bundle import Bundle
+from sdruntime.document import LARGEST
 from sdruntime.engine import Array, Engine
 from sdruntime.guard import checked_rows
 from sdruntime.prompt import batch, tokenize
@@ -55,7 +56,7 @@ class Conditioner:
             if encoder in bundle.manifest.components:
                 # a file that the manifest does not list is not there
                 listed = [name for name in FILES if f"{folder}/{name}" in bundle.manifest.files]
-                files = {name: bundle.read(f"{folder}/{name}") for name in listed}
+                files = {name: bundle.read(f"{folder}/{name}", most=LARGEST) for name in listed}
                 found[encoder] = Tokenizer.from_files(files, where=bundle.folder / folder)
         return cls(found)
 

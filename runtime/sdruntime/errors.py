@@ -23,8 +23,18 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
+
+_MOST_LINES, _LONGEST_LINE = 100, 1000
+
+
+def lines_of(faults: Sequence[str]) -> str:
+    """Return the faults as an error's text lists them: a damaged document may have a hundred thousand, or a very long one."""
+    shown = [fault if len(fault) <= _LONGEST_LINE else f"{fault[:_LONGEST_LINE]}…" for fault in faults[:_MOST_LINES]]
+    if len(faults) > _MOST_LINES:
+        shown.append(f"… and {len(faults) - _MOST_LINES:,} more")
+    return "\n".join(f"  - {fault}" for fault in shown)
 
 
 class SdruntimeError(Exception):
@@ -56,7 +66,7 @@ class VerificationFailed(SdruntimeError):
     def __init__(self, where: object, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)
         count = f"{len(self.faults)} check{'s' if len(self.faults) != 1 else ''} failed"
-        super().__init__(f"{where}: {count}\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+        super().__init__(f"{where}: {count}\n{lines_of(self.faults)}")
 
 
 class SettingError(SdruntimeError, ValueError):
@@ -71,10 +81,10 @@ class UnknownName(SettingError):
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         known = sorted(set(known))
         by_folded = {other.casefold(): other for other in known}
-        found = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5)
+        found = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5) if len(name) < 200 else []
         self.near = tuple(by_folded[other] for other in found)
         hint = f"did you mean {', '.join(self.near)}?" if self.near else f"known: {', '.join(known)}"
-        super().__init__(f"unknown {what} {name!r}: {hint}")
+        super().__init__(f"unknown {what} {name!r:.200}: {hint}")
 
 
 class Unsupported(SettingError):
@@ -111,7 +121,7 @@ class BundleError(SdruntimeError):
     def __init__(self, where: object, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        super().__init__(f"{where}: {count}\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+        super().__init__(f"{where}: {count}\n{lines_of(self.faults)}")
 
 
 class EngineError(SdruntimeError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from sdruntime.engine import Array
 from sdruntime.errors import BundleError
 from sdruntime.manifest import ComponentSpec, Manifest
 from sdruntime.noise import NoiseStream
+from sdruntime.npz import LARGEST, read_npz
 from sdruntime.record import json_from_record, record_from_json
 from sdruntime.request import Request
 from sdruntime.step import NAME as STEP
@@ -213,9 +213,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     numbers: dict[str, Array] = {}
     if not faults:
         try:
-            with np.load(io.BytesIO(bundle.read(NUMBERS)), allow_pickle=False) as packed:
-                numbers = {name: packed[name] for name in packed.files}
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            numbers = read_npz(bundle.read(NUMBERS, most=LARGEST))
+        except ValueError as error:
             raise BundleError(bundle.folder, [f"{NUMBERS}: not readable: {error}"]) from error
         faults = list(_faults(golden, numbers, bundle.manifest))
     if faults:

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from sdruntime.document import LARGEST
 from sdruntime.errors import BundleError
 from sdruntime.files import FileFault, FileMissing, Folder
-from sdruntime.record import json_from_record, json_from_text, record_from_json
+from sdruntime.record import json_from_record, json_from_text, record_from_json, twins
 
 NAME = "manifest.json"
 FORMAT = "sdexport-bundle"
@@ -279,7 +280,7 @@ def read_manifest(files: Folder) -> Manifest:
     """As `load_manifest`, of a folder that is open."""
     path = files.path / NAME
     try:
-        document = json_from_text(files.read(NAME).decode())
+        document = json_from_text(files.read(NAME, most=LARGEST).decode())
     except FileMissing:
         raise BundleError(path, ["no such file: not a bundle (sdexport build writes one)"]) from None
     except (FileFault, ValueError) as error:
@@ -325,6 +326,5 @@ def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
 
 
 def _refuse_twins(what: str, names: list[str]) -> None:
-    twins = sorted({name for name in names if names.count(name) > 1})
-    if twins:
-        raise ValueError(f"{what} named twice: {', '.join(twins)}")
+    if found := sorted(twins(names)):
+        raise ValueError(f"{what} named twice: {', '.join(found)}")

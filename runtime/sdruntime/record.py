@@ -12,18 +12,25 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sdruntime.document import LARGEST, read_document
+
+DEEPEST = 64  # objects and lists within each other. A manifest has 6
+_LONG = re.compile("[0-9]{309}")  # digits of what may be beyond float64
+_COMPARED = 20  # unknown keys that are compared with the known ones: each takes a while
 _WRONG = object()
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _hints = functools.cache(get_type_hints)
 
 
 def json_from_text(text: str) -> Any:
-    """Parse JSON; a key that stands twice, NaN and a number beyond float64 raise ValueError.
+    """Parse JSON. Raises ValueError for a key that stands twice, NaN, a number beyond float64, and nesting deeper than DEEPEST.
 
     Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every DPM-Solver's config.
     """
@@ -36,25 +43,58 @@ def json_from_text(text: str) -> Any:
     def number(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            raise ValueError(f"{digits} is beyond float64")
+            raise ValueError(f"{digits:.40} is beyond float64")
         return value
+
+    def whole(digits: str) -> int:
+        number(digits)
+        return int(digits)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) < len(items):
-            keys = [key for key, _ in items]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+            raise ValueError(f"the key {twins(key for key, _ in items)[0]!r:.200} stands twice")
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
+        value = json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+            parse_int=whole if _LONG.search(text) else None,
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _depth_exceeds(value, DEEPEST):
+        raise ValueError(f"nested too deeply: more than {DEEPEST} objects and lists within each other")
+    return value
 
 
-def read_json(path: Path) -> Any:
-    """The document in `path`, by the rules of `json_from_text`. Raises OSError, or ValueError (not UTF-8, too)."""
-    return json_from_text(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *, most: int = LARGEST) -> Any:
+    """Return the document in `path`, by the rules of `json_from_text`. Raises OSError, or ValueError: what is not UTF-8, has more
+    than `most` bytes, or is not a regular file."""
+    return json_from_text(read_document(path, most=most).decode())
+
+
+def twins(names: Iterable[str]) -> list[str]:
+    """Return the names that stand more than once, in the order in which they first do."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def json_from_record(value: Any) -> Any:
@@ -95,6 +135,8 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     # bool is an int in Python, and an int is a good float in JSON
     accepted = (int, float) if kind is float else kind
     if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)) and value not in (math.inf, -math.inf):
+        if kind is int and not -(2**63) <= value < 2**64:
+            return _fault(faults, where, f"a whole number of 64 bits belongs here, not {_shown(value)}")
         return kind(value)
     return _fault(faults, where, f"{_SCALARS[kind]} belongs here, not {_shown(value)}")
 
@@ -104,8 +146,8 @@ def _read_record(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return _fault(faults, where, f"an object belongs here, not {_shown(value)}")
     before, hints, prefix = len(faults), _hints(kind), f"{where}." if where else ""
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in sorted(value.keys() - fields.keys()):
-        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.6)
+    for number, key in enumerate(sorted(value.keys() - fields.keys())):
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.6) if number < _COMPARED and len(key) < 100 else []
         _fault(faults, prefix + key, f"unknown key; did you mean {', '.join(near)}?" if near else "unknown key")
     read = {}
     for name, field in fields.items():
@@ -152,5 +194,5 @@ def _shown(value: Any) -> str:
 
 
 def _fault(faults: list[str], where: str, what: str) -> Any:
-    faults.append(f"{where or 'the document'}: {what}")
+    faults.append(f"{where or 'the document':.400}: {what}")
     return _WRONG

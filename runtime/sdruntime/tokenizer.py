@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
+from sdruntime.document import LARGEST
 from sdruntime.errors import BundleError, SettingError
 from sdruntime.files import FileFault, FileMissing, Folder
 from sdruntime.record import json_from_text
@@ -87,7 +88,7 @@ class Tokenizer:
             raise BundleError(folder, [str(error)]) from error
         for name in FILES:
             try:
-                files[name] = opened.read(name)
+                files[name] = opened.read(name, most=LARGEST)
             except FileMissing:
                 continue
             except FileFault as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,42 @@ def test_a_card_that_says_nothing_is_no_fault(folder: Path, card: str) -> None:
 def test_a_licence_of_its_own_name(folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: stabilityai-community\n---\n")
     assert read_checkpoint(folder, name="tiny").model.license == "stabilityai-community"
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\n# license: no\ntags:\n- license: b\nlicense: 'cc0-1.0'\n--- \nlicense: mit\n", "cc0-1.0"),
+        ("\n---\nlicense: mit\n---\n", "unknown"),
+        ("---\nlicense: mit\n", "unknown"),
+        ("---\n" + "\n" * 2_000_000 + "license: mit\n---\n", "unknown"),  # a regular expression took 25 s for a tenth of it
+        ("---\nlicense:" + " " * 2_000_000 + "mit\n---\n", "unknown"),
+    ],
+    ids=range(6),
+)
+def test_the_licence_is_looked_for_in_the_head_of_the_card(folder: Path, card: str, found: str) -> None:
+    (folder / "README.md").write_bytes(card.encode())
+    assert read_checkpoint(folder, name="tiny").model.license == found
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("special", ["fifo", "device"])
+def test_pipes_and_devices_of_a_checkpoint_are_not_opened(folder: Path, name: str, special: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if special == "fifo":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    signal.alarm(60)  # opening one waits for ever, reading the other never ends
+    try:
+        if name == "README.md":
+            assert read_checkpoint(folder, name="tiny").model.license == "unknown"
+        else:
+            with pytest.raises(CheckpointError, match=f"{name} is not readable: a (FIFO|device), not a regular file"):
+                read_checkpoint(folder, name="tiny")
+    finally:
+        signal.alarm(0)
 
 
 def test_pad_tokens_are_read_as_each_tokenizer_writes_them(folder: Path) -> None:
