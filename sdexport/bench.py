@@ -119,7 +119,7 @@ def bench(
         built: dict[str, dict[str, float]] = {}
         unbuilt: dict[str, str] = {}
         if rebuild:
-            own = chosen(manifest, AUTO, machine, size)[0].backend if backend == AUTO else backend
+            own = chosen(bundle, AUTO, machine, size)[0].backend if backend == AUTO else backend
             backend, scratch = own, bare(folder, place / "bundle")
             for name in dict.fromkeys([own, *(each for each in against if each in BACKENDS)]):
                 try:
@@ -169,7 +169,7 @@ def _entries(
 ) -> list[Entry]:
     """The bundle's own engines first."""
     manifest = bundle.manifest
-    own = chosen(manifest, backend, machine, size)
+    own = chosen(bundle, backend, machine, size)
     request = settings.request(size)
     asked = {name: getattr(request, name) for name in ("prompt", "seed", "steps", "guidance", "size")}
     common = {"bundle": str(bundle.folder), "request": asked, "batch": settings.batch}
@@ -182,7 +182,7 @@ def _entries(
         elif name != entries[0].name:
             entry = Entry(name=name, job={**common, "kind": "bundle", "backend": name})
             try:
-                entry.specs = chosen(manifest, name, machine, size)
+                entry.specs = chosen(bundle, name, machine, size)
             except EngineError as error:
                 entry.told["error"] = str(error)
             entries.append(entry)
@@ -324,7 +324,7 @@ def _document(
         entry.told["versions"] = versions
     told = {entry.name: entry.told for entry in entries}
     warnings = costs(
-        manifest,
+        bundle,
         entries[0].specs,
         machine,
         guidance=settings.guidance,

@@ -15,6 +15,7 @@ from sdruntime.backends import BACKENDS
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, choose_engine
 from sdruntime.engine import CPU
+from sdruntime.errors import quoted
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.pipeline import SCHEDULER
 from sdruntime.step import NAME as STEP
@@ -30,18 +31,18 @@ def bare(bundle: Path, place: Path) -> Path:
     return copy.folder
 
 
-def chosen(manifest: Manifest, name: str, machine: Machine, size: tuple[int, int]) -> list[EngineSpec]:
+def chosen(bundle: Bundle, name: str, machine: Machine, size: tuple[int, int]) -> list[EngineSpec]:
     """The engines that a pipeline of this backend opens for such pictures. Raises EngineError, UnknownName."""
-    width, height = (side // manifest.model.vae_factor for side in size)
+    width, height = (side // bundle.manifest.model.vae_factor for side in size)
     return [
         choose_engine(
-            manifest,
+            bundle,
             part,
             machine,
             name=name,
             **({} if part.startswith("text") else {"height": height, "width": width}),
         )
-        for part in parts(manifest)
+        for part in parts(bundle.manifest)
     ]
 
 
@@ -50,16 +51,18 @@ def parts(manifest: Manifest) -> list[str]:
 
 
 def costs(
-    manifest: Manifest, specs: Sequence[EngineSpec], machine: Machine, *, guidance: float, batch: int, unguided: bool
+    bundle: Bundle, specs: Sequence[EngineSpec], machine: Machine, *, guidance: float, batch: int, unguided: bool
 ) -> list[str]:
     """What of the options costs speed, a line each, with what would be quicker."""
-    found = []
+    found, build = [], f"sdruntime build {quoted(bundle.folder)} --backend onnxruntime"
     on_gpu, on_cpu = [spec for spec in specs if spec.target != CPU], [spec for spec in specs if spec.target == CPU]
     if guidance > 1 and unguided:
-        found.append(f"guidance {guidance:g} doubles the UNet's rows, and {manifest.model.name} draws without: --guidance 1")
+        found.append(
+            f"guidance {guidance:g} doubles the UNet's rows, and {bundle.manifest.model.name} draws without: --guidance 1"
+        )
     if on_cpu and machine.devices:
         names = ", ".join(spec.component for spec in on_cpu)
-        found.append(f"{names} on the CPU although {machine.devices[0].name} is here: sdruntime build BUNDLE --target cuda")
+        found.append(f"{names} on the CPU although {machine.devices[0].name} is here: {build} --target cuda")
     if slow := [spec.component for spec in on_gpu if spec.precision == "fp32"]:
         found.append(f"{', '.join(slow)} in fp32 on a GPU: sdexport build MODEL --precision fp16 takes about half the time")
     if slow := [spec.component for spec in on_cpu if spec.precision == "fp16"]:
@@ -71,7 +74,7 @@ def costs(
         most = max(profile["batch"][2] if "batch" in profile else rows for profile in spec.profiles)
         if spec.component == "unet" and most < rows:
             found.append(
-                f"unet takes {most} rows and a step has {rows}, so it is called {-(-rows // most)} times: build --batch {batch}"
+                f"unet takes {most} rows and a step has {rows}, so it is called {-(-rows // most)} times: {build} --batch {batch}"
             )
     return found
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sdruntime.backends import BACKENDS, backend
+from sdruntime.bundle import Bundle
 from sdruntime.cuda import Device, check_device, devices
 from sdruntime.engine import AMPERE_UP, CPU, PLATFORM, Library
-from sdruntime.errors import EngineError
-from sdruntime.manifest import EngineSpec, Manifest
+from sdruntime.errors import EngineError, EnvironmentFault, SettingError, quoted
+from sdruntime.manifest import EngineSpec, Manifest, Precision
+from sdruntime.shapes import dims_in_pixels, shapes_in_pixels
 
 AUTO = "auto"
 CPU_OR_CUDA = ("cpu", "cuda")  # targets that are no compute capability
@@ -48,8 +51,8 @@ def kind(engine: EngineSpec) -> str:
     return " ".join([engine.backend, *(f"{key}={value}" for key, value in sorted(engine.options.items()))])
 
 
-def misfit(engine: EngineSpec, machine: Machine, **dims: int) -> str | None:
-    """Why `engine` cannot run here, or at these dimensions; None where it can."""
+def misfit(engine: EngineSpec, machine: Machine) -> str | None:
+    """Why `engine` cannot run here; None where it can."""
     library = machine.libraries.get(engine.backend)
     if library is None:
         return f"this sdruntime knows no backend {engine.backend!r}"
@@ -59,12 +62,7 @@ def misfit(engine: EngineSpec, machine: Machine, **dims: int) -> str | None:
         return f"built with {engine.backend} {engine.version}, here is {library.version}"
     if engine.platform not in ("", PLATFORM):
         return f"built on {engine.platform}, here is {PLATFORM}"
-    if why_not := _wrong_device(engine, machine, library):
-        return why_not
-    if not engine.admits(**dims):
-        asked = ", ".join(f"{name} {size}" for name, size in dims.items())
-        return f"built for {engine.shapes}; asked is {asked}"
-    return None
+    return _wrong_device(engine, machine, library)
 
 
 def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str | None:
@@ -95,7 +93,7 @@ def fits_version(engine: EngineSpec, here: str) -> bool:
 
 
 def choose_engine(
-    manifest: Manifest, component: str, machine: Machine, *, name: str = AUTO, rows: int = 1, **dims: int
+    bundle: Bundle, component: str, machine: Machine, *, name: str = AUTO, rows: int = 1, **dims: int
 ) -> EngineSpec:
     """The best engine of `component` for this machine: a GPU's before the CPU's, then, on the CPU, the quickest where
     `machine.speeds` tell, then by backend in the order of BACKENDS.
@@ -107,39 +105,73 @@ def choose_engine(
     """
     if name != AUTO:
         backend(name, "engine")
-    found, reasons = [], []
-    for engine in manifest.engines:
-        if engine.component == component and (engine.backend == name or (name == AUTO and engine.backend != "fake")):
-            why_not = misfit(engine, machine, **dims)
-            if why_not is None:
-                found.append(engine)
-            else:
-                reasons.append(f"{engine.name}: {why_not}")
+    model, reasons = bundle.manifest.model, []
+    found: list[EngineSpec] = []
+    others: list[EngineSpec] = []
+    for engine in bundle.manifest.engines:
+        if engine.component != component or (engine.backend == "fake" and name != "fake"):
+            continue
+        why_not = misfit(engine, machine)
+        if why_not is None and not engine.admits(**dims):
+            why_not = f"built for {shapes_in_pixels(engine, model)}; requested is {dims_in_pixels(component, model, dims)}"
+        if why_not is not None:
+            reasons += [f"{engine.name}: {why_not}"] if name in (AUTO, engine.backend) else []
+        else:
+            (found if name in (AUTO, engine.backend) else others).append(engine)
     if not found:
-        against = "".join(f"\n  - {reason}" for reason in reasons) or " (the bundle has none)"
-        command = f"sdruntime build BUNDLE --backend {_advised(name, machine)}{_size(manifest, component, dims)}"
-        raise EngineError(f"no engine of {component} fits this machine:{against}\nbuild one: {command}")
+        of = "engine" if name == AUTO else f"{name} engine"
+        against = "".join(f"\n  - {reason}" for reason in reasons) or f" (the bundle has no {of} of it)"
+        advice = _advice(bundle, component, machine, name, dims, fitting=[engine.backend for engine in others])
+        raise EngineError(f"no {of} of {component} fits this machine:{against}\n{advice}")
     return min(found, key=lambda engine: (*_preference(engine, machine, rows, dims), *_waste(engine, rows, dims)))
 
 
-def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine) -> None:
-    """A RuntimeWarning where a CUDA device stands by while the CPU does the work."""
+def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine, folder: Path) -> None:
+    """A RuntimeWarning where a CUDA device stands by while the CPU does the work. `folder`: the bundle's."""
     slow = sorted({engine.component for engine in engines if engine.target == "cpu" and engine.backend != "fake"})
     if slow and machine.devices:
         warnings.warn(
             f"{', '.join(slow)} will run on the CPU although {machine.devices[0].name} is here: no engine of the bundle fits "
-            'that; pip install "sdruntime[onnxruntime-gpu]" and sdruntime build BUNDLE --backend onnxruntime --target cuda',
+            f'that; pip install "sdruntime[onnxruntime-gpu]" and sdruntime build {quoted(folder)} --backend onnxruntime '
+            "--target cuda",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
-def _advised(name: str, machine: Machine) -> str:
-    """A backend whose engines this machine can run: the one that was asked for, or the best whose library is here."""
-    if name != AUTO and (machine.devices or not BACKENDS[name].loop):
-        return name
-    here = [each for each, library in machine.libraries.items() if library.version is not None and BACKENDS[each].loop]
-    return here[0] if here and machine.devices else "onnxruntime"
+def _advice(
+    bundle: Bundle, component: str, machine: Machine, name: str, dims: Mapping[str, int], *, fitting: Sequence[str]
+) -> str:
+    """What mends it: the command that builds an engine which can run here, or another backend, whose engines are `fitting`."""
+    other = f"leave --backend out: the bundle's {fitting[0]} engine fits" if fitting else ""
+    why_not = {}
+    for each in [name] if name != AUTO else [each for each in BACKENDS if each != "fake"]:
+        why_not[each] = _cannot_build(each, machine, bundle.manifest.precision)
+        if why_not[each] is None:
+            size = _size(bundle.manifest, component, dims)
+            command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {each}{size}"
+            return f"{command}, or {other}" if other else command
+    if name != AUTO:
+        return f"{name} cannot be used here: {why_not[name]}\n" + (
+            other or _advice(bundle, component, machine, AUTO, dims, fitting=())
+        )
+    return "no engine library can be used here:" + "".join(f"\n  - {each}: {reason}" for each, reason in why_not.items())
+
+
+def _cannot_build(name: str, machine: Machine, precision: Precision) -> str | None:
+    """Why no engine of this backend can be built for this machine."""
+    if BACKENDS[name].loop and not machine.devices:
+        return "it needs an NVIDIA GPU, and this machine has none"
+    library: Library = machine.libraries.get(name) or backend(name, "engine").here(name)
+    if library.version is None:
+        return library.missing
+    try:
+        backend(name, "build").resolve_target(name, None, precision, {})
+    except SettingError as error:  # for a precision; what is missing, the library said
+        return str(error)
+    except EnvironmentFault:
+        pass
+    return None
 
 
 def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:

@@ -13,13 +13,14 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, misfit
 from sdruntime.cuda import Cuda, available_memory
 from sdruntime.engine import CPU
-from sdruntime.errors import SdruntimeError
+from sdruntime.errors import SdruntimeError, quoted
 from sdruntime.jetson import jetson
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.pipeline import Pipeline
 from sdruntime.plan import MemoryPlan, memory_plan
 from sdruntime.record import json_from_record
 from sdruntime.samplers import SAMPLERS
+from sdruntime.shapes import dims_in_pixels, shapes_in_pixels
 from sdruntime.speed import Race
 
 
@@ -141,13 +142,13 @@ def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
         for engine in manifest.engines:
             if engine.component == name:
                 yield f"  {engine.name}: {misfit(engine, machine) or 'fits this machine'}"
-                yield f"    {engine.shapes}"
+                yield f"    {shapes_in_pixels(engine, model)}"
     if not manifest.engines:
-        yield f"no engines yet: sdruntime build {bundle.folder} --backend onnxruntime"
+        yield f"no engines yet: sdruntime build {quoted(bundle.folder)} --backend onnxruntime"
     if timed := _timed(bundle, machine):
         dims, seconds = timed
         ranked = ", ".join(f"{name} {each:.3g} s" for name, each in sorted(seconds.items(), key=lambda pair: pair[1]))
-        yield f"a UNet call on this CPU ({', '.join(f'{name} {size}' for name, size in dims.items())}): {ranked}"
+        yield f"a UNet call on this CPU ({dims_in_pixels('unet', model, dims)}): {ranked}"
     for name, plan in _plans(manifest).items():
         yield f"memory on the GPU, {name}:"
         yield from (f"  {line}" for line in plan.lines())

@@ -58,7 +58,7 @@ class Engines:
     def opening(self) -> Iterator[Stage]:
         """`open`, as a loop that the caller owns: a Stage for each engine that is loaded, in bytes of their files."""
         if self._backend == AUTO:
-            warn_if_slow(self.chosen, self._machine)
+            warn_if_slow(self.chosen, self._machine, self.bundle.folder)
             if self._compares_speeds():
                 yield Stage(name="compare the speed of the engines for the CPU")
                 self._compare_speeds()
@@ -125,7 +125,7 @@ class Engines:
         """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
         the GPU."""
         return [
-            choose_engine(self.bundle.manifest, name, self._machine, name=self._backend, rows=self._usual_rows(name))
+            choose_engine(self.bundle, name, self._machine, name=self._backend, rows=self._usual_rows(name))
             for name in self.bundle.manifest.components
             if name not in ("vae_encoder", STEP)
         ]
@@ -157,8 +157,7 @@ class Engines:
         if key not in self._choices:
             if len(self._choices) >= KEPT_CHOICES:
                 self._choices.clear()
-            manifest, machine = self.bundle.manifest, self._machine
-            self._choices[key] = choose_engine(manifest, component, machine, name=self._backend, rows=rows, **dims)
+            self._choices[key] = choose_engine(self.bundle, component, self._machine, name=self._backend, rows=rows, **dims)
         return self._choices[key]
 
     def _make_room(self, component: str) -> None:

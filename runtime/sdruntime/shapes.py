@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from sdruntime.errors import SettingError
-from sdruntime.manifest import Manifest, ModelSpec, Profile
+from sdruntime.manifest import EngineSpec, Manifest, ModelSpec, Profile
 from sdruntime.step import NAME as STEP
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Shapes:
             triples += [("width", (low[0], opt[0], high[0])), ("height", (low[1], opt[1], high[1]))]
         for name, (least, best, most) in triples:
             if not 1 <= least <= best <= most:
-                raise SettingError(f"{name}: min, opt and max are {(least, best, most)}, but they must rise from 1")
+                raise SettingError(f"{name} {least}:{best}:{most}: MIN, OPT and MAX must rise from 1")
 
     @classmethod
     def parse(
@@ -103,6 +104,33 @@ class Shapes:
         batches = ["-".join(dict.fromkeys((str(low), str(high)))) for low, _, high in self.batches]
         label = "+".join(dict.fromkeys(sizes)) + "-b" + "+".join(dict.fromkeys(batches))
         return label if len(label) <= 80 else f"{len(self.sizes)}sizes-{len(self.batches)}batches"
+
+
+def shapes_in_pixels(engine: EngineSpec, model: ModelSpec) -> str:
+    """For a person: what each profile of an engine takes, its sizes in pixels of the image."""
+    return " or ".join(
+        ", ".join(_range(name, low, high) for name, (low, high) in _sides_first(engine.component, model, profile).items())
+        for profile in ({name: (low, high) for name, (low, _, high) in each.items()} for each in engine.profiles)
+    )
+
+
+def dims_in_pixels(component: str, model: ModelSpec, dims: Mapping[str, int]) -> str:
+    """For a person: the dimensions of a call, its size in pixels of the image."""
+    found = _sides_first(component, model, {name: (size, size) for name, size in dims.items()})
+    return ", ".join(_range(name, low, high) for name, (low, high) in found.items())
+
+
+def _sides_first(component: str, model: ModelSpec, ranges: Mapping[str, tuple[int, int]]) -> dict[str, tuple[object, object]]:
+    """Width and height as one size, under the name ""; the other ranges as they are."""
+    if not {"width", "height"} <= ranges.keys():
+        return dict(ranges)
+    factor = 1 if component == "vae_encoder" else model.vae_factor
+    low, high = (f"{factor * width}x{factor * height}" for width, height in zip(ranges["width"], ranges["height"], strict=True))
+    return {"": (low, high)} | {name: pair for name, pair in ranges.items() if name not in ("width", "height")}
+
+
+def _range(name: str, low: object, high: object) -> str:
+    return f"{name} {low}".strip() if low == high else f"{name} {low} to {high}".strip()
 
 
 def parse_size(text: str) -> Size:

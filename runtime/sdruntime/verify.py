@@ -34,6 +34,7 @@ from sdruntime.metrics import Difference, picture_psnr, ssim
 from sdruntime.pipeline import Pipeline
 from sdruntime.process import Message, serve
 from sdruntime.report import Check, PictureCheck, Report
+from sdruntime.shapes import dims_in_pixels, shapes_in_pixels
 from sdruntime.step import NAME as STEP
 from sdruntime.tolerance import Tolerance, tolerance_name
 
@@ -167,8 +168,10 @@ class _Verification:
         cases = [case for case in self.golden.cases if case.component == spec.component]
         fitting = [case for case in cases if spec.admits(**{name: size for name, size in case.dims.items() if name != "batch"})]
         if not fitting:
-            sizes = " or ".join(", ".join(f"{name} {size}" for name, size in case.dims.items()) for case in cases)
-            yield check(status="skip", reason=f"built for {spec.shapes}; the golden numbers are of {sizes}")
+            model = self.bundle.manifest.model
+            sizes = " or ".join(dims_in_pixels(spec.component, model, case.dims) for case in cases)
+            built = shapes_in_pixels(spec, model)
+            yield check(status="skip", reason=f"built for {built}; the golden numbers are of {sizes}")
             return
         shared = Shared()
         try:

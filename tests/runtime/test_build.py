@@ -114,11 +114,11 @@ def test_all_components_but_those_left_out(bundle: Bundle) -> None:
 def test_cuda_comes_before_the_cpu_and_the_fake_only_by_name(bundle: Bundle) -> None:
     both = with_engines(built(bundle), ort("cpu"), ort("cuda"))
     on_gpu = Machine(libraries={"onnxruntime": ORT_CUDA, **FAKE}, devices=(GPU,))
-    assert choose_engine(both.manifest, "unet", on_gpu).target == "cuda"
-    assert choose_engine(both.manifest, "unet", Machine(libraries={"onnxruntime": ORT_CUDA, **FAKE})).target == "cpu"
-    with pytest.raises(EngineError, match="the bundle has none"):
-        choose_engine(built(bundle).manifest, "unet", on_gpu)
-    assert choose_engine(built(bundle).manifest, "unet", on_gpu, name="fake").backend == "fake"
+    assert choose_engine(both, "unet", on_gpu).target == "cuda"
+    assert choose_engine(both, "unet", Machine(libraries={"onnxruntime": ORT_CUDA, **FAKE})).target == "cpu"
+    with pytest.raises(EngineError, match="the bundle has no engine of it"):
+        choose_engine(built(bundle), "unet", on_gpu)
+    assert choose_engine(built(bundle), "unet", on_gpu, name="fake").backend == "fake"
 
 
 @pytest.mark.parametrize(("rows", "chosen"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 16), (16, 16), (40, 16)])
@@ -129,20 +129,20 @@ def test_among_engines_that_are_alike_the_rows_decide(bundle: Bundle, rows: int,
         for size in (16, 2, 4)
     ]
     here = Machine(libraries={"onnxruntime": ORT_CPU})
-    engine = choose_engine(with_engines(bundle, *several).manifest, "unet", here, rows=rows, height=64, width=64)
+    engine = choose_engine(with_engines(bundle, *several), "unet", here, rows=rows, height=64, width=64)
     assert engine.profiles[0]["batch"][0] == chosen
 
 
 def test_the_error_says_why_each_engine_does_not_fit_and_what_to_do(bundle: Bundle) -> None:
     crowd = with_engines(bundle, ort("cpu", "1.20.1"), ort("cuda"), ort("cpu"))
     with pytest.raises(EngineError) as caught:
-        choose_engine(crowd.manifest, "unet", Machine(libraries={"onnxruntime": ORT_CPU}), height=4, width=64)
+        choose_engine(crowd, "unet", Machine(libraries={"onnxruntime": ORT_CPU}), height=4, width=64)
     assert caught.value.exit_code == 5
     lines = str(caught.value).splitlines()
     assert lines[1].endswith("built with onnxruntime 1.20.1, here is 1.32.0")
     assert lines[2].endswith("built for cuda, here is cpu")
-    assert lines[3].endswith("asked is height 4, width 64")
-    assert lines[4] == "build one: sdruntime build BUNDLE --backend onnxruntime --size 512x32"
+    assert lines[3].endswith("built for 64x64 to 2048x2048, batch 1 to 16, sequence 77; requested is 512x32")
+    assert lines[4] == f"build one: sdruntime build {bundle.folder} --backend onnxruntime --size 512x32"
 
 
 def test_a_patch_release_of_the_library_fits_and_a_missing_library_says_how_to_install_it() -> None:
@@ -152,10 +152,13 @@ def test_a_patch_release_of_the_library_fits_and_a_missing_library_says_how_to_i
 
 
 def test_the_cpu_beside_a_gpu_is_warned_of() -> None:
-    with pytest.warns(RuntimeWarning, match=r"unet will run on the CPU although a GPU is here.*--target cuda"):
-        warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}, devices=(GPU,)))
-    warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}))
-    warn_if_slow([ort("cuda")], Machine(libraries={"onnxruntime": ORT_CUDA}, devices=(GPU,)))
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"unet will run on the CPU although a GPU is here.*build 'a bundle' --backend onnxruntime --target cuda",
+    ):
+        warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}, devices=(GPU,)), Path("a bundle"))
+    warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}), Path("a bundle"))
+    warn_if_slow([ort("cuda")], Machine(libraries={"onnxruntime": ORT_CUDA}, devices=(GPU,)), Path("a bundle"))
 
 
 def test_every_backend_has_the_same_two_files() -> None:
@@ -165,3 +168,46 @@ def test_every_backend_has_the_same_two_files() -> None:
         assert callable(backend(name, "build").build_engine)
         assert callable(backend(name, "engine").open_engine)
         assert isinstance(backend(name, "engine").here(name), Library)
+
+
+def test_a_backend_that_cannot_run_here_is_named_with_what_fits(bundle: Bundle) -> None:
+    here = Machine(libraries={"onnxruntime": ORT_CPU})
+    with pytest.raises(EngineError) as caught:
+        choose_engine(with_engines(bundle, ort("cpu")), "unet", here, name="tensorrt")
+    assert str(caught.value).splitlines() == [
+        "no tensorrt engine of unet fits this machine: (the bundle has no tensorrt engine of it)",
+        "tensorrt cannot be used here: it needs an NVIDIA GPU, and this machine has none",
+        "leave --backend out: the bundle's onnxruntime engine fits",
+    ]
+    with pytest.raises(EngineError) as caught:
+        choose_engine(bundle, "unet", here, name="tensorrt")
+    assert str(caught.value).splitlines()[-1] == f"build one: sdruntime build {bundle.folder} --backend onnxruntime"
+
+
+def test_the_command_that_a_hint_names_mends_it(bundle: Bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Also with a path that a shell would split."""
+    import shlex
+    import shutil
+
+    from sdruntime.__main__ import main
+
+    folder = shutil.copytree(built(bundle, size="64x64").folder, tmp_path / "it's a bundle")
+    generate = [
+        "generate",
+        str(folder),
+        "x",
+        "--backend",
+        "fake",
+        "--steps",
+        "1",
+        "--size",
+        "128x64",
+        "-o",
+        str(tmp_path / "x.png"),
+    ]
+    assert main(generate) == 5
+    hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("build one: "))
+    program, *arguments = shlex.split(hint.removeprefix("build one: "))
+    assert program == "sdruntime"
+    assert main(arguments) == 0
+    assert main(generate) == 0

@@ -232,7 +232,7 @@ def test_its_absence_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, folder:
     with pytest.raises(LibraryMissing, match=r"pip install \"sdruntime\[openvino\]\""):
         build(folder, "openvino")
     machine = Machine.here(names=("onnxruntime", "openvino"))
-    assert choose_engine(Bundle.open(folder).manifest, "unet", machine).backend == "onnxruntime"
+    assert choose_engine(Bundle.open(folder), "unet", machine).backend == "onnxruntime"
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [("onnxruntime", "openvino"), ("openvino", "onnxruntime")])

@@ -68,22 +68,22 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Race]:
 
 def test_the_measured_speed_decides_on_a_cpu_and_onnx_runtime_where_there_is_none(both: Bundle) -> None:
     measured = dataclasses.replace(HERE, speeds=SPEEDS)
-    assert choose_engine(both.manifest, "unet", HERE, rows=2, **SIZES).backend == "onnxruntime"
-    assert choose_engine(both.manifest, "unet", measured, rows=2, **SIZES).backend == "openvino"
-    assert choose_engine(both.manifest, "unet", measured, rows=2, height=32, width=64).backend == "onnxruntime"
-    assert choose_engine(both.manifest, "unet", measured, rows=2, name="onnxruntime", **SIZES).backend == "onnxruntime"
+    assert choose_engine(both, "unet", HERE, rows=2, **SIZES).backend == "onnxruntime"
+    assert choose_engine(both, "unet", measured, rows=2, **SIZES).backend == "openvino"
+    assert choose_engine(both, "unet", measured, rows=2, height=32, width=64).backend == "onnxruntime"
+    assert choose_engine(both, "unet", measured, rows=2, name="onnxruntime", **SIZES).backend == "onnxruntime"
 
 
 @pytest.mark.parametrize(("rows", "chosen"), [(1, "onnxruntime"), (2, "openvino"), (3, "openvino"), (4, "openvino")])
 def test_rows_that_are_computed_for_nothing_count(both: Bundle, rows: int, chosen: str) -> None:
     measured = dataclasses.replace(HERE, speeds={"onnxruntime": 2.0, "openvino": 1.4})
-    assert choose_engine(both.manifest, "unet", measured, rows=rows, **SIZES).backend == chosen
+    assert choose_engine(both, "unet", measured, rows=rows, **SIZES).backend == chosen
 
 
 def test_a_gpu_goes_before_the_quickest_cpu(bundle: Bundle) -> None:
     here = Machine(libraries=LIBRARIES, devices=(Device(name="a GPU", capability=(9, 0), memory=1 << 36),), speeds=SPEEDS)
     three = with_engines(bundle, unet("openvino"), unet("onnxruntime", target="cuda"), unet("onnxruntime"))
-    assert choose_engine(three.manifest, "unet", here, **SIZES).target == "cuda"
+    assert choose_engine(three, "unet", here, **SIZES).target == "cuda"
 
 
 def test_it_is_measured_once_for_each_processor_and_number_of_threads(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import MODEL, make_bundle
+from bundles import make_bundle
 from sdexport_cli import run
 
 from sdexport import bench as module
@@ -193,7 +193,7 @@ def test_ratios_are_to_the_quickest() -> None:
 
 
 def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
-    manifest = dataclasses.replace(make_bundle(tmp_path / "bundle").manifest, model=MODEL)
+    bundle = make_bundle(tmp_path / "bundle")
     gpu = Device(name="A GPU", capability=(8, 6), memory=1 << 30, integrated=False, driver="12.8")  # type: ignore[call-arg]
     here = Machine(libraries={}, devices=(gpu,))
     spec = EngineSpec(
@@ -206,12 +206,12 @@ def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
         profiles=({"batch": (1, 2, 2), "height": (8, 64, 64)},),
     )
     on_cpu = dataclasses.replace(spec, component="vae_decoder", backend="onnxruntime", target="cpu")
-    found = costs(manifest, [spec, on_cpu], here, guidance=7.5, batch=2, unguided=True)
+    found = costs(bundle, [spec, on_cpu], here, guidance=7.5, batch=2, unguided=True)
     for said in ("draws without", "vae_decoder on the CPU although A GPU", "unet in fp32 on a GPU", "range of shapes", "2 times"):
         assert sum(said in line for line in found) == 1
     assert all("\n" not in line for line in found)
     static = dataclasses.replace(spec, precision="fp16", profiles=({"batch": (2, 2, 2), "height": (64, 64, 64)},))
-    assert costs(manifest, [static], here, guidance=7.5, batch=1, unguided=False) == []
+    assert costs(bundle, [static], here, guidance=7.5, batch=1, unguided=False) == []
 
 
 @pytest.mark.parametrize(
