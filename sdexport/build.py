@@ -32,12 +32,13 @@ from sdexport.step import write_step
 from sdexport.tokenizer import write_tokenizer
 from sdexport.verify import Proof, verified_apart
 from sdruntime.build import Asked, BuildEvent, build_engines
-from sdruntime.bundle import Bundle, sha256, staging, write_bundle
+from sdruntime.bundle import Bundle, opening, sha256, write_bundle
 from sdruntime.errors import BundleError
 from sdruntime.golden import DOCUMENT
 from sdruntime.manifest import Audit, ComponentSpec, Precision
 from sdruntime.process import peak_memory
 from sdruntime.record import json_from_record, read_json, record_from_json
+from sdruntime.staging import check_place, staging
 from sdruntime.step import NAME as STEP
 from sdruntime.step import SLOTS, SOURCES, TARGETS
 from sdruntime.verify import held
@@ -118,9 +119,9 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
 
     Raises as `build` does.
     """
-    if out.exists() and not (out.is_dir() and ((out / "manifest.json").exists() or not any(out.iterdir()))):
-        raise BundleError(out, ["there is something here that is no bundle: choose another place"])
+    check_place(out)
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
+    _refuse_overlap(out, located.folder)
     name = located.source.rsplit("/", 1)[-1]
     checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
     table = components(checkpoint)
@@ -154,6 +155,13 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
     return Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory(), checks=proof.checks)
 
 
+def _refuse_overlap(out: Path, checkpoint: Path) -> None:
+    """Raise BundleError if the bundle would be the checkpoint, or one would lie in the other."""
+    ours, theirs = out.resolve(), checkpoint.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise BundleError(out, [f"this place and the checkpoint ({checkpoint}) overlap: choose another place"])
+
+
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
     """The hash of everything that the ONNX and the files beside it follow from."""
     names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
@@ -175,13 +183,16 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
 
 def _is_current(out: Path, inputs: str, *, verified: bool) -> bool:
     """Whether `out` is a whole bundle made of the same inputs, its bytes as they were written; with golden numbers, if asked."""
+
+    def current(bundle: Bundle) -> bool:
+        if verified and DOCUMENT not in bundle.manifest.files:
+            return False
+        return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
+
     try:
-        bundle = Bundle.open(out)
+        return opening(out, current)
     except BundleError:
         return False
-    if verified and DOCUMENT not in bundle.manifest.files:
-        return False
-    return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
 
 
 def _reference(

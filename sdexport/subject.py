@@ -13,6 +13,7 @@ from typing import Any
 from sdruntime import processor
 from sdruntime.backends import BACKENDS
 from sdruntime.bundle import Bundle
+from sdruntime.change import remove_engine
 from sdruntime.choose import Machine, choose_engine
 from sdruntime.engine import CPU
 from sdruntime.errors import quoted
@@ -27,7 +28,7 @@ def bare(bundle: Path, place: Path) -> Path:
     """A copy without engines."""
     copy = Bundle.open(Path(shutil.copytree(bundle, place)))
     for engine in copy.manifest.engines:
-        copy = copy.remove_engine(engine)
+        copy = remove_engine(copy, engine)
     return copy.folder
 
 

@@ -72,6 +72,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def make_bundle(folder: Path) -> Bundle:
     """Write a bundle with no engine into `folder`, which must not exist."""
     folder.mkdir()

@@ -14,13 +14,18 @@ LAYERS = {
         files
         lending
         document
+        owner
+        durable
         record
         process
         cache
         processor
         manifest
         step
+        lock
         bundle
+        change
+        staging
         schedule
         path
         predict

@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +12,13 @@ from typing import Any, Literal
 
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import ENGINES, Bundle, disk_full_as_error
+from sdruntime.change import add_engine, building, remove_engine, tidy
 from sdruntime.choose import fits_version
 from sdruntime.engine import EngineRequest, Stage
 from sdruntime.errors import LibraryMissing, UnknownName
 from sdruntime.manifest import EngineSpec, ModelSpec, Precision
 from sdruntime.shapes import Guidance, Shapes
 from sdruntime.step import NAME as STEP
-
-_SCRATCH = ".building-"  # and the builder's process: folders that a build works in, inside the bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +97,7 @@ def build_engines(folder: Path | str, asked: Asked, *, check: Check | None = Non
     SettingError, LibraryMissing, DeviceMissing, OutOfSpace, and EngineError for a graph that the library cannot build.
     """
     bundle = Bundle.open(folder)
-    _sweep(bundle.folder)
+    tidy(bundle.folder)
     manifest = bundle.manifest
     shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
     wanted_here = [name for name in manifest.components if name != STEP or BACKENDS[asked.backend].loop]
@@ -137,6 +132,7 @@ def stale_engines(bundle: Bundle) -> list[EngineSpec]:
 def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator[BuildEvent]:
     """Build each stale engine again with this library, as it was asked for, and take the stale one out. Raises as above."""
     bundle = Bundle.open(folder)
+    tidy(bundle.folder)
     for engine in stale_engines(bundle):
         here = backend(engine.backend, "engine").here(engine.backend).version
         target = backend(engine.backend, "build").resolve_target(
@@ -153,18 +149,16 @@ def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator
         twin = any((each.version, *_identity(each)) == (here, *_identity(request)) for each in bundle.manifest.engines)
         if not twin:
             bundle = yield from _add(bundle, request, check)
-        bundle = bundle.remove_engine(engine)
+        bundle = remove_engine(bundle, engine)
 
 
 def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generator[BuildEvent, None, Bundle]:
-    name = _free_name(request.stem, bundle)
-    event = functools.partial(BuildEvent, component=request.component, engine=name)
-    yield event(state="begin")
-    prefix = f"{_SCRATCH}{os.getpid()}-"
-    with disk_full_as_error(bundle.folder), tempfile.TemporaryDirectory(prefix=prefix, dir=bundle.folder) as scratch:
-        building = backend(request.backend, "build").build_engine(bundle, _named(request, name), Path(scratch))
-        with contextlib.closing(building):
-            built = yield from _stages(building, event)
+    with disk_full_as_error(bundle.folder), building(bundle.folder, request.stem) as (name, scratch):
+        event = functools.partial(BuildEvent, component=request.component, engine=name)
+        yield event(state="begin")
+        work = backend(request.backend, "build").build_engine(bundle, dataclasses.replace(request, stem=name), scratch)
+        with contextlib.closing(work):
+            built = yield from _stages(work, event)
         paths = {f"{ENGINES}/{path.name}": path for path in built.files}
         written = sum(path.stat().st_size for path in built.files)
         engine = EngineSpec(
@@ -180,21 +174,20 @@ def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generat
             options=request.options,
         )
         notes = list(built.notes)
-        if check is None:
-            bundle = bundle.add_engine(engine, paths)
-        else:
+        if check is not None:
             yield event(state="stage", stage=Stage(name="verify"))
-            bundle = bundle.add_engine(engine, paths, check=lambda made: notes.append(check(made, engine)))
-    yield event(state="done", size=written, seconds=built.seconds, peak=built.peak, notes=tuple(filter(None, notes)))
+        bundle, added = add_engine(
+            bundle,
+            engine,
+            paths,
+            check=check and (lambda made: notes.append(check(made, engine))),
+            present=lambda other: (other.version, *_identity(other)) == (engine.version, *_identity(engine)),
+        )
+    if added:
+        yield event(state="done", size=written, seconds=built.seconds, peak=built.peak, notes=tuple(filter(None, notes)))
+    else:
+        yield event(state="present", notes=("another build added it meanwhile",))
     return bundle
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what builds left that were killed."""
-    for path in folder.glob(f"{_SCRATCH}*"):
-        owner = path.name.removeprefix(_SCRATCH).split("-")[0]
-        if not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _stages(building: Generator[Stage, None, Any], event: Callable[..., BuildEvent]) -> Generator[BuildEvent, None, Any]:
@@ -204,16 +197,6 @@ def _stages(building: Generator[Stage, None, Any], event: Callable[..., BuildEve
         except StopIteration as end:
             return end.value
         yield event(state="stage", stage=stage)
-
-
-def _named(request: EngineRequest, stem: str) -> EngineRequest:
-    return dataclasses.replace(request, stem=stem)
-
-
-def _free_name(name: str, bundle: Bundle) -> str:
-    """`name`, numbered where another engine (of the same limits, tuned for another size) has it already."""
-    taken = {engine.name for engine in bundle.manifest.engines}
-    return next(free for number in itertools.count(1) if (free := name if number == 1 else f"{name}-{number}") not in taken)
 
 
 def _identity(engine: EngineSpec | EngineRequest) -> tuple[Any, ...]:

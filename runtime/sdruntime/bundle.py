@@ -1,8 +1,10 @@
-"""A bundle on disk: files that are checked before they are believed, and changes that happen wholly or not at all.
+"""A bundle on disk: files that are checked before they are believed.
 
-    staging(place)           a folder beside `place` that takes its name at the end, or goes without a trace
     Bundle.open(folder)      manifest and sizes checked; `Bundle.read` and `Bundle.lending` check the hash of what they hand out
-    bundle.add_engine(...)   the engine's files, then the manifest, by one rename each
+    opening(folder, use)     the same, again if the bundle changed while it was being used
+    write_bundle(folder)     the manifest of files that are written; sdruntime.staging puts them in place
+
+Engines are added and removed by sdruntime.change.
 
 A bundle's engines are code: the hashes tell a damaged file, not an evil one. Open bundles from people you trust.
 """
@@ -10,26 +12,24 @@ A bundle's engines are code: the hashes tell a damaged file, not an evil one. Op
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdruntime.document import LARGEST
+from sdruntime.durable import sync_folder
 from sdruntime.errors import BundleError, OutOfSpace
-from sdruntime.files import FileFault, Folder, hash_of, read_all
+from sdruntime.files import FileFault, Folder, hash_of, leads_to, read_all
 from sdruntime.lending import giving_back, hashing, mapped, watching
 from sdruntime.manifest import (
     NAME,
     ComponentSpec,
-    EngineSpec,
     FileSpec,
     Manifest,
     ModelSpec,
@@ -40,9 +40,10 @@ from sdruntime.manifest import (
 )
 from sdruntime.record import json_from_text
 
+T = TypeVar("T")
 ENGINES = "engines"
-_KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
+_OPENED = 100  # times that a bundle is opened again because it changed meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,13 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
-        """Raises BundleError with every fault of the manifest and of the listed files."""
-        folder = Path(folder)
-        opened = opened_folder(folder)
-        manifest = read_manifest(opened)
-        faults = [fault for path, spec in manifest.files.items() if (fault := _file_fault(opened, path, spec))]
-        if faults:
-            raise BundleError(folder, faults)
-        return cls(folder, manifest, opened)
+        """Raises BundleError with every fault of the manifest and of the listed files. A bundle that changes meanwhile is read
+        again."""
+        return opening(folder, lambda bundle: bundle)
+
+    def superseded(self) -> bool:
+        """Whether the bundle on disk is not the one that was opened any more: some of its files may be gone."""
+        return not self.opened.in_place() or read_manifest(self.opened) != self.manifest
 
     def read(self, path: str, *, most: int | None = None) -> memoryview:
         """Return the bytes of a listed file, in memory of this process, after checking their hash. Raises BundleError, also for
@@ -111,7 +111,7 @@ class Bundle:
                 self._verify(path, hash_of(descriptor))
             yield
             for path, descriptor in files.items():
-                if not _leads_to(self.folder / path, descriptor):
+                if not leads_to(self.folder / path, descriptor):
                     raise self._changed([path])
 
     @contextlib.contextmanager
@@ -172,69 +172,29 @@ class Bundle:
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(data)
             listed[path] = file_spec(place)
-            _sync(place.parent)
+            sync_folder(place.parent)
         manifest = dataclasses.replace(self.manifest, files=dict(sorted(listed.items())))
         save_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 
-    def add_engine(
-        self, engine: EngineSpec, built: Mapping[str, Path], *, check: Callable[[Bundle], object] = lambda _: None
-    ) -> Bundle:
-        """The bundle with `engine`, its files moved in from `built` (new path in the bundle -> built file on the same disk).
 
-        `check` is given that bundle before its manifest is written; where it raises, the former bundle stays. Killed at any
-        point, the former bundle is still valid: files that no manifest lists are debris, and are removed here.
-        """
-        (self.folder / ENGINES).mkdir(exist_ok=True)
-        files = dict(self.manifest.files)
-        for path, source in built.items():
-            if path in files:
-                raise BundleError(self.folder, [f"{path}: a new engine may not take the place of a listed file"])
-            files[path] = file_spec(source)
-            source.replace(self.folder / path)
-        engines = (*self.manifest.engines, engine)
-        try:
-            check(Bundle(self.folder, dataclasses.replace(self.manifest, engines=engines, files=files)))
-        except BaseException:
-            for path in built:
-                (self.folder / path).unlink()
-            raise
-        _sync(self.folder / ENGINES)
-        return self._with_engines(engines, files)
+def opening(folder: Path | str, use: Callable[[Bundle], T]) -> T:
+    """`use` of the bundle in `folder`. If it fails and the bundle has been changed meanwhile, the bundle is opened again.
 
-    def remove_engine(self, engine: EngineSpec) -> Bundle:
-        """The bundle without `engine`: its files go after the manifest has forgotten them."""
-        files = {path: spec for path, spec in self.manifest.files.items() if path not in engine.files}
-        return self._with_engines(tuple(each for each in self.manifest.engines if each.name != engine.name), files)
-
-    def _with_engines(self, engines: tuple[EngineSpec, ...], files: Mapping[str, FileSpec]) -> Bundle:
-        manifest = dataclasses.replace(self.manifest, engines=engines, files=files)
-        save_manifest(self.folder, manifest)
-        for found in (self.folder / ENGINES).iterdir():
-            if found.is_file() and f"{ENGINES}/{found.name}" not in files:
-                found.unlink()
-        return Bundle(self.folder, manifest)
-
-
-@contextlib.contextmanager
-def staging(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place` that becomes `place` at the end of the block; what stood there is removed after that.
-
-    On an error or Ctrl-C the folder goes and `place` is as it was. Raises OutOfSpace when the disk is full.
+    Raises BundleError with every fault of the manifest and of the listed files, and what `use` raises.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{place.name}.staged-", dir=place.parent))
-    try:
-        with disk_full_as_error(place.parent):
-            yield staged
-            staged.chmod(0o755)
-        if place.exists():
-            _exchange(staged, place)
-        else:
-            staged.rename(place)
-        _sync(place.parent)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    folder = Path(folder)
+    for _ in range(_OPENED):
+        opened, bundle = opened_folder(folder), None
+        try:
+            bundle = Bundle(folder, read_manifest(opened), opened)
+            if faults := [fault for path, spec in bundle.manifest.files.items() if (fault := _file_fault(opened, path, spec))]:
+                raise BundleError(folder, faults)
+            return use(bundle)
+        except Exception:  # libraries raise their own where a file is missing
+            if opened.in_place() and (bundle is None or not bundle.superseded()):
+                raise
+    raise BundleError(folder, [f"changed {_OPENED} times while it was being opened: try again when its builds are done"])
 
 
 @contextlib.contextmanager
@@ -247,21 +207,6 @@ def disk_full_as_error(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise OutOfSpace(f"{folder}: the disk is full ({free:,} bytes are free): free some space, or write elsewhere") from error
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step where the system can (Linux, renameat2), else in the two that leave the shortest gap."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is not None and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
-        return
-    aside = new.with_name(new.name + ".former")
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
-    aside.rename(new)
 
 
 def write_bundle(
@@ -297,8 +242,8 @@ def sha256(path: Path) -> str:
 
 
 def _file_fault(opened: Folder, path: str, spec: FileSpec) -> str | None:
-    if not path.endswith(_KNOWN_ENDINGS):
-        return f"{path}: a file of unknown kind (known: {' '.join(_KNOWN_ENDINGS)})"
+    if not path.endswith(KNOWN_ENDINGS):
+        return f"{path}: a file of unknown kind (known: {' '.join(KNOWN_ENDINGS)})"
     try:
         return _size_fault(path, opened.status(path), spec)
     except FileFault as error:
@@ -309,20 +254,5 @@ def _size_fault(path: str, status: os.stat_result, spec: FileSpec) -> str | None
     return None if status.st_size == spec.size else f"{path}: {status.st_size:,} bytes, but the manifest says {spec.size:,}"
 
 
-def _leads_to(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except OSError:
-        return False
-
-
 def _unlike(found: str, spec: FileSpec) -> str:
     return f"sha256 {found[:12]}…, but the manifest says {spec.sha256[:12]}…"
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -69,6 +69,10 @@ class Folder:
             except OSError as error:
                 raise FileFault(f"{path}: {os.strerror(error.errno or 0)}") from error
 
+    def in_place(self) -> bool:
+        """Whether the path still leads to this folder."""
+        return leads_to(self.path, self._descriptor)
+
     @contextlib.contextmanager
     def _parent(self, path: str) -> Iterator[tuple[int, str]]:
         """Yield the descriptor of the folder that holds `path`, and the last part of `path`."""
@@ -92,6 +96,14 @@ def _regular(path: str, status: os.stat_result) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise FileFault(f"{path}: not a regular file")
     return status
+
+
+def leads_to(path: Path, descriptor: int) -> bool:
+    """Whether `path` is that of an open file or folder."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def read_all(descriptor: int, size: int) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from sdruntime.document import LARGEST
+from sdruntime.durable import replace_file
 from sdruntime.errors import BundleError
 from sdruntime.files import FileFault, FileMissing, Folder
 from sdruntime.record import json_from_record, json_from_text, record_from_json, twins
@@ -223,7 +223,8 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a bundle says of itself. `precision` is that of every `<component>/model.onnx`."""
+    """Everything that a bundle says of itself. `precision` is that of every `<component>/model.onnx`.
+    `generation` grows with each change: a reader that meets a missing file sees by it whether the bundle changed meanwhile."""
 
     model: ModelSpec
     precision: Precision
@@ -233,6 +234,7 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     revision: int = REVISION
+    generation: int = 0
 
     def __post_init__(self) -> None:
         faults = list(self._faults())
@@ -278,6 +280,20 @@ def load_manifest(folder: Path) -> Manifest:
 
 def read_manifest(files: Folder) -> Manifest:
     """As `load_manifest`, of a folder that is open."""
+    path, document = files.path / NAME, manifest_document(files)
+    faults: list[str] = []
+    manifest = record_from_json(Manifest, document, where="", faults=faults)
+    if faults:
+        raise BundleError(path, faults)
+    assert isinstance(manifest, Manifest)
+    return manifest
+
+
+def manifest_document(files: Folder) -> dict[str, Any]:
+    """Return the document in manifest.json: that of a bundle of our format and revision, but not checked further.
+
+    Raises BundleError.
+    """
     path = files.path / NAME
     try:
         document = json_from_text(files.read(NAME, most=LARGEST).decode())
@@ -290,29 +306,14 @@ def read_manifest(files: Folder) -> Manifest:
     if document.get("revision") != REVISION:
         fault = f"revision {document.get('revision')!r}, but this sdruntime reads revision {REVISION}"
         raise BundleError(path, [f"{fault}: upgrade sdruntime, or export again with the sdexport that goes with it"])
-    faults: list[str] = []
-    manifest = record_from_json(Manifest, document, where="", faults=faults)
-    if faults:
-        raise BundleError(path, faults)
-    assert isinstance(manifest, Manifest)
-    return manifest
+    return document
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder`/manifest.json through a synced file beside it and one rename: the former stays until then."""
+    """Write `folder`/manifest.json by one rename: the existing one stays until then, also in a power cut."""
     document = json_from_record(manifest)
     head = {key: document.pop(key) for key in ("format", "revision")}
-    staged = folder / f".{NAME}.{os.getpid()}"
-    try:
-        with staged.open("w", encoding="utf-8") as file:
-            json.dump(head | document, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(folder / NAME)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+    replace_file(folder / NAME, (json.dumps(head | document, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str]:

@@ -19,6 +19,7 @@ from integration.test_environments import ROOT, run
 
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
+from sdruntime.change import remove_engine
 from sdruntime.pipeline import Pipeline
 
 RTX = "1.7.1.116"
@@ -44,7 +45,7 @@ def bare(bundle: Path, place: Path) -> Path:
     """A copy without the engines that other tests have put in."""
     copy = Bundle.open(shutil.copytree(bundle, place))
     for engine in copy.manifest.engines:
-        copy = copy.remove_engine(engine)
+        copy = remove_engine(copy, engine)
     return copy.folder
 
 

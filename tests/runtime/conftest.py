@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,10 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in build_engines(folder, Asked(backend="onnxruntime")):
         pass
     return folder
+
+
+@pytest.fixture
+def dead_token() -> str:
+    """The token of a process that has ended."""
+    code = "from sdruntime.owner import Owner; print(Owner.here().token())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

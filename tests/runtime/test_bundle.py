@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from bundles import tree
 
-from sdruntime import bundle as bundle_module
 from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle, staging
-from sdruntime.errors import BundleError, OutOfSpace
+from sdruntime.bundle import Bundle
+from sdruntime.errors import BundleError
 from sdruntime.manifest import REVISION, load_manifest, save_manifest
 
 
@@ -28,10 +24,6 @@ def faults(folder: Path) -> tuple[str, ...]:
         Bundle.open(folder)
     assert caught.value.exit_code == 5
     return caught.value.faults
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_manifest_survives_being_written_and_read(bundle: Bundle) -> None:
@@ -134,81 +126,3 @@ def test_an_engine_of_no_component_or_with_other_dimensions_is_refused(bundle: B
         dataclasses.replace(
             load_manifest(bundle.folder), engines=(dataclasses.replace(engine, profiles=({"batch": (1, 1, 1)},)),)
         )
-
-
-def test_staging_takes_its_place_at_the_end(tmp_path: Path) -> None:
-    place = tmp_path / "deep" / "place"
-    for content in ("first", "second"):
-        with staging(place) as folder:
-            (folder / "file").write_text(content)
-            assert not place.exists() or (place / "file").read_text() == "first"
-        assert (place / "file").read_text() == content
-    assert [path.name for path in place.parent.iterdir()] == ["place"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
-def test_a_failed_staging_leaves_the_former_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
-    place = tmp_path / "place"
-    with staging(place) as folder:
-        (folder / "file").write_text("former")
-    with pytest.raises(type(error)), staging(place) as folder:  # noqa: PT012
-        (folder / "file").write_text("half")
-        raise error
-    assert tree(tmp_path) == {"place/file": b"former"}
-
-
-def test_two_folders_are_swapped_where_the_system_has_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module.ctypes, "CDLL", lambda *_, **__: object())
-    for content in ("first", "second"):
-        with staging(tmp_path / "place") as folder:
-            (folder / "file").write_text(content)
-    assert tree(tmp_path) == {"place/file": b"second"}
-
-
-def test_a_full_disk_is_told_with_its_free_bytes(tmp_path: Path) -> None:
-    with pytest.raises(OutOfSpace, match=r"the disk is full \([\d,]+ bytes are free\)") as caught, staging(tmp_path / "place"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert caught.value.exit_code == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from sdruntime import bundle
-from sdruntime.build import Asked, build_engines
-
-number = int(sys.argv[2])
-def stop_after(count, function):
-    def counted(*args, **kwargs):
-        nonlocal count
-        count -= 1
-        if count < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return counted
-# every step that touches the bundle counts down, and the process is killed at step `number`
-counting = stop_after(number, lambda: None)
-steps = [(bundle, "file_spec"), (bundle, "_sync"), (bundle, "save_manifest"), (Path, "replace"), (Path, "unlink"), (os, "fsync")]
-for owner, name in steps:
-    original = getattr(owner, name)
-    setattr(owner, name, lambda *args, original=original, **kwargs: (counting(), original(*args, **kwargs))[1])
-for _ in build_engines(sys.argv[1], Asked(backend="fake")):
-    pass
-"""
-
-
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 6, 7, 9, 12])
-def test_adding_an_engine_killed_at_any_step_leaves_a_valid_bundle(bundle: Bundle, step: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(bundle.folder), str(step)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -9, done.stderr
-    found = Bundle.open(bundle.folder)
-    assert found.changed_files() == []
-    events = [event.state for event in build_engines(bundle.folder, Asked(backend="fake"))]
-    assert events.count("done") + events.count("present") == 4
-    after = Bundle.open(bundle.folder)
-    assert {path.name for path in (bundle.folder / "engines").iterdir()} == {
-        engine.files[0].split("/")[1] for engine in after.manifest.engines
-    }
