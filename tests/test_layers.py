@@ -38,6 +38,7 @@ LAYERS = {
         tokenizer
         prompt
         image
+        imagefile
         annotate
         engine
         tolerance

@@ -33,7 +33,7 @@ from sdruntime.denoise import Job, check_latents
 from sdruntime.engine import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline import Pipeline, encoded
-from sdruntime.request import Request
+from sdruntime.request import Request, requests
 from sdruntime.result import Image, Result
 
 QUEUE = 64
@@ -138,20 +138,23 @@ class Batcher:
 
     def submit(
         self,
-        request: Request,
+        request: Request | str,
         *,
         progress: Callable[[Progress], object] | None = None,
         preview: bool = False,
         done: Callable[[Drawing], object] | None = None,
     ) -> Drawing:
-        """Put a picture into the queue; it never waits. What is wrong with its settings or its numbers is the drawing's
-        exception, as is what an engine raises in a call that the job has a row of.
+        """Put a request into the queue, or a prompt with the default settings and a random seed; it never waits.
+
+        What is wrong with its settings or its numbers is the drawing's exception, as is what an engine raises in a call that the
+        job has a row of.
 
         `progress` is called when the job joins and after each of its steps, `done` at its end, both on the thread that draws (or,
         for a job that never ran, on the one that cancels or closes), which waits for them: be quick. What `progress` raises ends
         the job. `preview`: with the latents, which on a GPU waits for a copy.
         Raises QueueFull, and SdruntimeError where the batcher is not open.
         """
+        [request] = requests(request)
         drawing = Drawing(self)
         if done is not None:
             drawing.add_done_callback(done)  # type: ignore[arg-type]

@@ -61,6 +61,10 @@ class Bundle:
         if self.opened is None:
             object.__setattr__(self, "opened", opened_folder(self.folder))
 
+    def __repr__(self) -> str:
+        model, precision, engines = self.manifest.model, self.manifest.precision, len(self.manifest.engines)
+        return f"<Bundle {os.fspath(self.folder)!r}: {model.name} ({model.family}, {precision}), {engines} engines>"
+
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
         """Raises BundleError with every fault of the manifest and of the listed files. A bundle that changes meanwhile is read

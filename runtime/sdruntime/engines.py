@@ -44,6 +44,7 @@ class Engines:
         self.bundle, self.options, self.given = bundle, options, given
         self.shared = Shared()
         self.opened: dict[str, Engine] | None = None
+        self.closed = False
         self._backend, self._busy = backend, busy
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
@@ -55,8 +56,23 @@ class Engines:
         for _ in self.opening():
             pass
 
+    def ready(self) -> dict[str, Engine]:
+        """The engines that are open, after `open` if this is the first use. Raises SdruntimeError after `close`."""
+        if self.opened is None:
+            if self.closed:
+                raise SdruntimeError("the pipeline is closed: open the bundle again with Pipeline.open(...)")
+            try:
+                self.open()
+            except BaseException:
+                self.close()
+                self.closed = False  # another try may find more memory
+                raise
+        assert self.opened is not None
+        return self.opened
+
     def opening(self) -> Iterator[Stage]:
         """`open`, as a loop that the caller owns: a Stage for each engine that is loaded, in bytes of their files."""
+        self.closed = False
         if self._backend == AUTO:
             warn_if_slow(self.chosen, self._machine, self.bundle.folder)
             if self._compares_speeds():
@@ -90,24 +106,23 @@ class Engines:
             stack.callback(self.shared.close)
             for engine in (self.opened or {}).values():
                 stack.callback(engine.close)
-            self.opened = None
+            self.opened, self.closed = None, True
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
 
         Raises EngineError, SdruntimeError.
         """
-        if self.opened is None:
-            raise SdruntimeError("the pipeline is not open: use it inside `with Pipeline.open(...) as pipe:`")
+        engines = self.ready()
         if self.given is not None:
             return self.given(component)
         spec = self.choose(component, rows, **dims)
-        if spec.name in self.opened:
-            return self.opened[spec.name]
+        if spec.name in engines:
+            return engines[spec.name]
         if self.options.low_memory and spec.target != CPU:
             self._make_room(spec.component)
         opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self.options, self.shared)
-        self.opened[spec.name] = opened
+        engines[spec.name] = opened
         return opened
 
     @property

@@ -31,7 +31,6 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from sdruntime.image import read_png
     from sdruntime.pipeline import Pipeline
     from sdruntime.request import requests
     from sdruntime.shapes import parse_size
@@ -39,6 +38,8 @@ def generate(options: argparse.Namespace) -> None:
     if options.output.suffix.lower() != ".png":
         raise SettingError(f"--output {options.output}: images are written as .png")
     check_output(options.output, "--output")
+    if options.fit is not None and options.image is None:
+        raise SettingError(f"--fit {options.fit} without --image: it says how that image is brought to the size")
     if options.strength is not None and options.image is None:
         raise SettingError(f"--strength {options.strength:g} without --image: it says how much of that image is changed")
     settings = {
@@ -49,7 +50,8 @@ def generate(options: argparse.Namespace) -> None:
         "guidance": options.guidance,
         "rescale": options.rescale,
         "size": parse_size(options.size) if options.size else None,
-        "image": read_png(options.image) if options.image else None,
+        "image": options.image,
+        "fit": options.fit,
         "options": sampler_options(options),
     }
     if options.strength is not None:

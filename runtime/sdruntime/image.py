@@ -2,13 +2,14 @@
 
 to_uint8, from_uint8                [.., 3, H, W] in [-1, 1]  <->  uint8 [.., H, W, 3]
 write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG (W3C PNG, third edition)
-read_png, image_from_png            PNG with 8 bits a channel -> uint8 [H, W, 3]
+image_from_png                      PNG with 8 bits a channel -> uint8 [H, W, 3]; files: `sdruntime.imagefile`
 """
 
 from __future__ import annotations
 
 import secrets
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,12 +23,19 @@ from sdruntime.errors import SdruntimeError, SettingError
 Pixels = NDArray[np.uint8]
 
 MAX_SIDE = 4096  # pixels of a PNG that is read
-_MAX_FILE = 1 << 27  # bytes
+MAX_FILE = 1 << 27  # bytes
+MAX_CHUNKS = 1 << 16  # of a PNG: encoders write one for every 8 KiB of pixels, or for every row
+TRANSPARENT = "it has transparent parts: the colours that they hide are taken, as diffusers does; flatten it to choose others"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey and alpha, RGB and alpha
 _PALETTE, _PAETH = 3, 4
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # an EXIF tag, and its value for an image that lies as it is stored
 _STRIP = 64  # rows that are filtered at a time: as many as stay in the cache
 XMP = "XML:com.adobe.xmp"  # the PNG key of an XMP packet
+
+
+class OtherImage(SettingError):
+    """A sound PNG of a kind that is not read here: the message names it."""
 
 
 def to_uint8(decoded: NDArray[np.float32]) -> Pixels:
@@ -72,18 +80,6 @@ def write_png(path: Path | str, image: Pixels, text: Mapping[str, str] | None = 
         raise SettingError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         staged.unlink(missing_ok=True)
-
-
-def read_png(path: Path | str) -> Pixels:
-    """`image_from_png` of a file. Raises SettingError, naming the file."""
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(_MAX_FILE + 1)
-        return image_from_png(data)
-    except OSError as error:
-        raise SettingError(f"{path}: cannot be read: {error.strerror}") from error
-    except SettingError as error:
-        raise SettingError(f"{path}: {error}") from None
 
 
 def png_from_image(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:
@@ -144,38 +140,44 @@ def _paeth(left: NDArray[np.int16], up: NDArray[np.int16], corner: NDArray[np.in
 
 
 def image_from_png(data: bytes) -> Pixels:
-    """uint8 [H, W, 3] of a PNG with 8 bits a channel, not interlaced, at most 4096×4096; alpha is dropped, grey repeated.
+    """uint8 [H, W, 3] of a PNG with 8 bits a channel, not interlaced, at most 4096×4096; grey is repeated.
 
-    Raises SettingError for every other file, and for a damaged one.
+    Alpha is dropped, with a warning where it is not opaque. Raises SettingError for a damaged file, OtherImage for other kinds.
     """
     try:
         return _image_from_png(data)
+    except OtherImage:
+        raise
     except (ValueError, zlib.error) as error:
-        raise SettingError(f"{error}; a PNG of 8 bits a channel, without interlacing, belongs here") from None
+        raise SettingError(f"{error}; a sound PNG belongs here") from None
 
 
 def _image_from_png(data: bytes) -> Pixels:
     if not data.startswith(_SIGNATURE):
         raise ValueError("not a PNG")
-    if len(data) > _MAX_FILE:
-        raise ValueError(f"over {_MAX_FILE:,} bytes")
-    header, palette, packed = b"", b"", []
+    if len(data) > MAX_FILE:
+        raise ValueError(f"over {MAX_FILE:,} bytes")
+    packed: list[memoryview] = []
+    single: dict[bytes, bytes] = {}
     for kind, content in _chunks(data):
-        if (kind == b"IHDR") == bool(header):
+        if (kind == b"IHDR") == (b"IHDR" in single):
             raise ValueError("not one IHDR at the start")
-        if kind == b"IHDR":
-            header = bytes(content)
-            width, height, colour = _checked_header(header)
-        elif kind == b"PLTE":
-            palette = bytes(content)
-        elif kind == b"IDAT":
+        if kind == b"IDAT":
             packed.append(content)
+        elif kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf"):
+            single[kind] = bytes(content)
         elif not kind[0] & 0x20 and kind != b"IEND":
             raise ValueError(f"a critical chunk {kind!r} that no standard names")
+    width, height, colour = _checked_header(single[b"IHDR"])
+    if _orientation(single.get(b"eXIf", b"")) != _UPRIGHT:
+        raise OtherImage("an EXIF orientation")
     channels = _CHANNELS[colour]
     rows = np.frombuffer(_inflated(b"".join(packed), height * (1 + width * channels)), np.uint8).reshape(height, -1)
     pixels = _unfiltered(rows[:, 1:].reshape(height, width, channels), rows[:, 0])
+    if b"tRNS" in single or (channels in (2, 4) and pixels[..., -1].min() < 255):
+        warnings.warn(TRANSPARENT, UserWarning, stacklevel=3)
     if colour == _PALETTE:
+        palette = single.get(b"PLTE", b"")
         colours = np.frombuffer(palette, np.uint8).reshape(-1, 3) if len(palette) % 3 == 0 else np.empty((0, 3), np.uint8)
         if pixels.max() >= len(colours):
             raise ValueError(f"a pixel of colour {pixels.max()}, but the palette has {len(colours)}")
@@ -183,10 +185,28 @@ def _image_from_png(data: bytes) -> Pixels:
     return np.ascontiguousarray(np.broadcast_to(pixels[..., :1], (height, width, 3)) if channels < 3 else pixels[..., :3])
 
 
+def _orientation(exif: bytes) -> int:
+    """The orientation that an eXIf chunk (TIFF) gives, 1 to 8; upright where it gives none."""
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    try:
+        (first,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, first)
+        for place in range(first + 2, first + 2 + 12 * count, 12):
+            tag, value = struct.unpack_from(f"{order}H6xH", exif, place)
+            if tag == _ORIENTATION:
+                return int(value)
+    except struct.error:
+        pass  # no EXIF, or a damaged one
+    return _UPRIGHT
+
+
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     place, view = len(_SIGNATURE), memoryview(data)
-    kind = b""
+    kind, count = b"", 0
     while kind != b"IEND":
+        count += 1
+        if count > MAX_CHUNKS:
+            raise ValueError(f"more than {MAX_CHUNKS:,} chunks")
         head = view[place : place + 8]
         size, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"")
         end = place + 8 + size
@@ -203,12 +223,18 @@ def _checked_header(header: bytes) -> tuple[int, int, int]:
     if len(header) != 13:
         raise ValueError(f"an IHDR of {len(header)} bytes")
     width, height, depth, colour, compression, filters, interlace = struct.unpack(">2I5B", header)
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise ValueError(f"{width}×{height} pixels: 1 to {MAX_SIDE} a side are taken")
-    if depth != 8 or colour not in _CHANNELS:
-        raise ValueError(f"{depth} bits of colour type {colour}")
-    if (compression, filters, interlace) != (0, 0, 0):
-        raise ValueError("interlaced" if interlace == 1 else "an unknown way of packing")
+    known = depth in (1, 2, 4, 8, 16) and colour in _CHANNELS and (compression, filters) == (0, 0) and interlace in (0, 1)
+    if width < 1 or height < 1 or not known:
+        raise ValueError(
+            f"a header that no PNG has: {width}×{height} pixels, {depth} bits of colour type {colour}, "
+            f"methods {compression}, {filters} and {interlace}"
+        )
+    if width > MAX_SIDE or height > MAX_SIDE:
+        raise OtherImage(f"{width}×{height} pixels, over {MAX_SIDE} a side")
+    if depth != 8:
+        raise OtherImage(f"{depth} bits a channel")
+    if interlace:
+        raise OtherImage("interlaced rows")
     return width, height, colour
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from sdruntime import __version__
 from sdruntime.engine import Array
 from sdruntime.image import XMP
+from sdruntime.imagefile import Fit
 from sdruntime.manifest import EngineSpec
 from sdruntime.request import Request
 from sdruntime.samplers import A1111_SCHEDULES, identified, settled
@@ -27,6 +28,7 @@ AUTOMATIC = "Automatic"
 OWN_TIMESTEPS = ("DDIM", "PLMS", "UniPC")
 # Its schedule type with the levels of each timestep_spacing. A wrong one would be another image, for "Automatic" often is Karras.
 SPACINGS: Mapping[str, str] = {"linspace": A1111_SCHEDULES[None] or "", "leading": "DDIM", "trailing": "Simple"}
+RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
@@ -80,8 +82,9 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Seed": request.seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": origin.model,
-        "Denoising strength": None if request.image is None else request.strength,
-        "Init image hash": None if request.image is None else image_hash(request.image),
+        "Denoising strength": None if request.pixels is None else request.strength,
+        "Init image hash": None if request.pixels is None else image_hash(request.pixels),
+        "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,
         "CFG Rescale": request.rescale or None,
         "RNG": RNG,

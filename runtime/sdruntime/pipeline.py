@@ -24,6 +24,7 @@ from sdruntime.engine import Array, Engine, EngineOptions, Stage
 from sdruntime.engines import Engines
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
+from sdruntime.imagefile import fitted
 from sdruntime.metadata import Origin
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests
@@ -35,6 +36,7 @@ from sdruntime.table import Table, compile_table
 
 SCHEDULER = "scheduler/scheduler_config.json"
 KEPT_TABLES = 64
+FITTING = 'resize it, or pass fit "resize" or "crop" (--fit)'
 Loop = Generator[None, None, None]  # of `denoise`
 
 
@@ -82,10 +84,12 @@ class Stream:
 
 
 class Pipeline:
-    """A bundle, ready to draw. `open` reads and chooses; entering the context opens the engines, leaving it releases them.
+    """A bundle, ready to generate images.
+
+    `open` reads it and chooses engines; the first use, or entering the context, opens them; `close` or leaving it releases them.
 
         with Pipeline.open("bundle") as pipe:
-            picture = pipe("a small red circle on the left on a blue background", seed=7).images[0]
+            pipe("a small red circle on the left on a blue background", seed=7).images[0].save("circle.png")
 
     `options` say how engines are opened (device, threads, the library's own settings).
     """
@@ -112,6 +116,11 @@ class Pipeline:
     def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
         """A pipeline over engines that the caller opens and closes: `given` is asked for a component's before each use of it."""
         return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
+
+    def __repr__(self) -> str:
+        backends = ", ".join(sorted({f"{spec.backend} {spec.target}" for spec in self.engines.chosen}))
+        state = "closed" if self.engines.closed else "not opened yet" if self.engines.opened is None else "open"
+        return f"<Pipeline of {self.bundle!r}, {backends or 'engines of the caller'}, {state}>"
 
     def __enter__(self) -> Pipeline:
         for _ in self.opening():
@@ -173,6 +182,7 @@ class Pipeline:
         """
         shapes = [self.latent_shape(request) for request in asked]
         tables = [self._table(request) for request in asked]
+        self.engines.ready()
         for _, height, width in set(shapes):
             for component in ("unet", "vae_decoder") if self.engines.given is None else ():
                 self.engines.choose(component, height=height, width=width)
@@ -254,22 +264,22 @@ class Pipeline:
         return [decoded[k] for k in range(len(latents))]
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
-        """(channels, height, width) of what is drawn for it. Raises SettingError for a size that the model cannot have."""
+        """(channels, height, width) of the latents of a request. Raises SettingError for a size that the model cannot have."""
         width, height = request.size or self.model.default_size[::-1]
-        if request.image is not None:
-            height, width = request.image.shape[:2]
+        if request.pixels is not None and request.fit is None:
+            height, width = request.pixels.shape[:2]
             if request.size not in (None, (width, height)):
-                raise SettingError(
-                    f"size {request.size} beside an image of {width}x{height}: resize the image, or leave the size out"
-                )
+                raise SettingError(f"the image is {width}x{height}, the size {request.size[0]}x{request.size[1]}: {FITTING}")
         multiple, factor = self.model.size_multiple, self.model.vae_factor
         if width < 1 or height < 1 or width % multiple or height % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-            raise SettingError(f"size {width}x{height}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}")
+            what = f"the image is {width}x{height}" if request.pixels is not None else f"size {width}x{height}"
+            way = f"; {FITTING}" if request.pixels is not None else ""
+            raise SettingError(f"{what}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{way}")
         return self.model.latent_channels, height // factor, width // factor
 
     def _table(self, request: Request) -> Table:
-        strength = request.strength if request.image is not None else None
+        strength = request.strength if request.pixels is not None else None
         options = repr(sorted(request.options.items()))
         key = (request.steps, request.sampler, request.schedule, strength, options)
         if key not in self._tables:
@@ -287,11 +297,13 @@ class Pipeline:
 
     def _job(self, request: Request, shape: tuple[int, int, int], table: Table, conditions: Mapping[str, Condition]) -> Job:
         noise = NoiseStream(request.seed)
-        if request.image is None:
+        if request.pixels is None:
             first = table.start[1] * noise.normal(shape)
         else:
-            pixels = from_uint8(request.image)[None]
-            encoder = self.engine("vae_encoder", height=pixels.shape[2], width=pixels.shape[3])
+            height, width = (side * self.model.vae_factor for side in shape[1:])
+            start = fitted(request.pixels, (width, height), request.fit) if request.fit else request.pixels
+            pixels = from_uint8(start)[None]
+            encoder = self.engine("vae_encoder", height=height, width=width)
             clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model)[0]
             first = table.start[0] * clean + table.start[1] * noise.normal(shape)
         condition = conditions[request.prompt]

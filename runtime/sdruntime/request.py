@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sdruntime.engine import Array
-from sdruntime.errors import SettingError
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.imagefile import FITS, Fit, ImageLike, pixels_from
 from sdruntime.samplers.keys import check_options
 
 LARGEST_SEED = 2**64 - 1
+# What diffusers' pipelines call what is a setting here.
+DIFFUSERS: Mapping[str, str] = {
+    "num_inference_steps": "steps=…",
+    "guidance_scale": "guidance=…",
+    "guidance_rescale": "rescale=…",
+    "negative_prompt": "negative=…",
+    "num_images_per_prompt": "count=…",
+    "generator": "seed=…: image k has seed + k, and the noise of torch's CPU generator",
+    "height": "size=(width, height)",
+    "width": "size=(width, height)",
+    "eta": 'options={"eta": …}',
+    "scheduler": "sampler=…",
+    "output_type": "image.pixels for an array, image.save(path) for a file",
+    "callback_on_step_end": "a loop over pipe.stream(…)",
+}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Request:
     """One picture. Raises SettingError for a value out of range.
 
     `negative` None: no negative prompt. `size` None: the model's own, (width, height) in pixels. `sampler` None: the
-    checkpoint's. `image` (uint8 [H, W, 3]) and `strength` (0 to 1]: image to image. `options`: the sampler's own settings,
-    such as eta. `guidance` of 1 or less leaves the negative prompt out. `rescale` 0 to 1: Lin et al. 2023, section 3.4.
+    checkpoint's. `image` and `strength` (0 to 1]: image to image; a path, an array uint8 [H, W, 3], an Image or a Pillow image,
+    whose pixels are in `pixels`. `fit`: how an image of another size is brought to `size`, "resize" or "crop"; None refuses it.
+    `options`: the sampler's own settings, such as eta. `guidance` of 1 or less disables the negative prompt. `rescale` 0 to 1:
+    Lin et al. 2023, section 3.4.
     """
 
     prompt: str
@@ -33,7 +51,8 @@ class Request:
     guidance: float = 7.5
     rescale: float = 0.0
     size: tuple[int, int] | None = None
-    image: Array | None = None
+    image: ImageLike | None = None
+    fit: Fit | None = None
     strength: float = 0.8
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,8 +70,27 @@ class Request:
         if not 0 < self.strength <= 1:
             raise SettingError(f"strength {self.strength} is outside 0 (excluded) to 1")
         check_options(self.options)
-        if self.image is not None and (self.image.dtype != "uint8" or self.image.ndim != 3 or self.image.shape[2] != 3):
-            raise SettingError(f"image: uint8 [height, width, 3] belongs here, not {self.image.dtype} {list(self.image.shape)}")
+        if self.fit is not None and self.fit not in FITS:
+            raise UnknownName("fit", str(self.fit), FITS)
+        if self.image is not None:
+            object.__setattr__(self, "image", pixels_from(self.image))
+
+    def __repr__(self) -> str:
+        """One line: the prompt, the seed, and what is not the default."""
+        parts = [short(self.prompt), f"seed {self.seed}"]
+        if self.pixels is not None:
+            parts.append("image {1}x{0}".format(*self.pixels.shape))
+        for each in fields(self):
+            value, default = getattr(self, each.name), {} if each.name == "options" else each.default
+            if each.name not in ("prompt", "seed", "image") and value != default:
+                parts.append(f"{each.name} {short(value)}")
+        return f"<Request {', '.join(parts)}>"
+
+    @property
+    def pixels(self) -> Array | None:
+        """Of the image to begin from: uint8 [H, W, 3]."""
+        found: Array | None = self.image
+        return found
 
     @property
     def guided(self) -> bool:
@@ -71,6 +109,7 @@ def requests(
         raise SettingError("no prompt was given")
     if count < 1:
         raise SettingError(f"count {count}: at least 1 picture a prompt")
+    check_names(settings)
     seed = secrets.randbelow(2**32) if seed is None else seed
     made: list[Request] = []
     for each in prompts:
@@ -80,3 +119,19 @@ def requests(
         for _ in range(count):
             made.append(Request(prompt=each, seed=seed + len(made), **settings))
     return made
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """Raises UnknownName for a setting that no request has, with its name here where it is one of diffusers'."""
+    known = [field.name for field in fields(Request) if field.name != "prompt"]
+    for name in settings:
+        if name in DIFFUSERS:
+            raise SettingError(f"unknown setting {name!r}: write {DIFFUSERS[name]}")
+        if name not in known:
+            raise UnknownName("setting", name, ["count", *known])
+
+
+def short(value: object, width: int = 40) -> str:
+    """The repr of `value`, at most `width` characters of it."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 2]}…{text[-1]}"

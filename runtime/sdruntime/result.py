@@ -11,7 +11,7 @@ import numpy as np
 from sdruntime.engine import Array
 from sdruntime.image import write_png
 from sdruntime.metadata import Origin, parameters, png_text
-from sdruntime.request import Request
+from sdruntime.request import Request, short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -62,11 +62,14 @@ class Image:
         return png_text(parameters(self.request, self.size, self.origin))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Result:
     """Generated images, in the order of their requests."""
 
     images: tuple[Image, ...]
+
+    def __repr__(self) -> str:
+        return f"<Result of {len(self.images)} images, seeds {short(self.seeds)[1:-1]}>"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -86,9 +89,3 @@ class Result:
     @property
     def seeds(self) -> list[int]:
         return [image.seed for image in self.images]
-
-
-def short(text: str, width: int = 40) -> str:
-    """`text` in quotes, on one line of at most `width` characters."""
-    quoted = repr(text)
-    return quoted if len(quoted) <= width else f"{quoted[: width - 2]}…{quoted[-1]}"

@@ -19,7 +19,7 @@ import pytest
 from cplusplus import EXAMPLES, ROOT, environment, run
 
 from sdruntime.bundle import Bundle
-from sdruntime.image import read_png
+from sdruntime.imagefile import read_image
 
 PROMPT = "the red cat and the sand"
 LONG = 400  # steps: many more than a test waits for
@@ -40,7 +40,7 @@ def expected(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("expected") / "7.png"
     words = ("-m", "sdruntime", "generate", bundle, PROMPT, "--seed", "7", "--steps", "4", "-o", path)
     run(sys.executable, *words)
-    assert read_png(path).std() >= 10
+    assert read_image(path).std() >= 10
     return path.read_bytes()
 
 
@@ -172,7 +172,7 @@ def service(built: Path, bundle: Path) -> Iterator[Service]:
 
 def picture(png: bytes, folder: Path) -> np.ndarray:
     (folder / "picture.png").write_bytes(png)
-    return read_png(folder / "picture.png").astype(int)
+    return read_image(folder / "picture.png").astype(int)
 
 
 def test_a_lone_client_gets_the_command_lines_picture_and_errors_in_between(service: Service, expected: bytes) -> None:

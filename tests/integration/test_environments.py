@@ -15,7 +15,7 @@ import pytest
 from environments import ENVIRONMENTS, INSTALL, ROOT, interpreter, python_of, run
 from integration.reference import psnr
 
-from sdruntime.image import read_png
+from sdruntime.imagefile import read_image
 
 
 @pytest.fixture(scope="module", params=ENVIRONMENTS, ids=lambda each: each.name)
@@ -43,7 +43,7 @@ def test_it_draws_the_same_picture(python: Path, shapes_bundle: Path, tmp_path: 
     for each, folder in ((python, bundle), (Path(sys.executable), shapes_bundle)):
         path = tmp_path / f"{len(pictures)}.png"
         run(each, "-m", "sdruntime", "generate", folder, prompt, "--seed", "7", "-o", path)
-        pictures.append(read_png(path))
+        pictures.append(read_image(path))
     assert pictures[1].std() >= 10
     assert psnr(*pictures) >= 50
 

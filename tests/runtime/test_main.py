@@ -16,7 +16,8 @@ from bundles import SCHEDULER
 from sdruntime.__main__ import main
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
-from sdruntime.image import read_png, write_png
+from sdruntime.image import write_png
+from sdruntime.imagefile import read_image
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_generate_writes_a_png_that_says_how_it_was_made(ready: Path, tmp_path: 
     printed = capsys.readouterr()
     assert (code, printed.out) == (0, f"{out}\n")
     assert "\nwarning: image 0 (seed 7) is one colour all over" in printed.err, "as the fake's are"
-    assert read_png(out).shape == (64, 128, 3)
+    assert read_image(out).shape == (64, 128, 3)
     data = out.read_bytes()
     assert b"parameters\0a prompt\nNegative prompt: fog\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5" in data
     assert b"Seed: 7, Size: 128x64" in data
@@ -103,7 +104,7 @@ def test_several_pictures_are_named_by_their_seeds(ready: Path, tmp_path: Path, 
 def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Path) -> None:
     write_png(tmp_path / "in.png", np.zeros((64, 128, 3), np.uint8), text={})
     assert generate(ready, "-o", tmp_path / "out.png", "--image", tmp_path / "in.png", "--strength", 0.5) == 0
-    assert read_png(tmp_path / "out.png").shape == (64, 128, 3)
+    assert read_image(tmp_path / "out.png").shape == (64, 128, 3)
 
 
 @pytest.mark.parametrize(

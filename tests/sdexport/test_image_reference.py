@@ -5,7 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from sdruntime.image import from_uint8, image_from_png, png_from_image, read_png, to_uint8, write_png
+from sdruntime.image import from_uint8, image_from_png, png_from_image, to_uint8, write_png
+from sdruntime.imagefile import read_image
 from sdruntime.metadata import png_text
 
 torch = pytest.importorskip("torch")
@@ -58,7 +59,7 @@ def test_pillow_reads_what_is_written(image, tmp_path):
 def test_what_pillow_writes_is_read(mode, image, tmp_path):
     picture = pillow.fromarray(image).quantize(200) if mode == "P" else pillow.fromarray(image).convert(mode)
     picture.save(tmp_path / "a.png")
-    assert np.array_equal(read_png(tmp_path / "a.png"), np.asarray(picture.convert("RGB")))
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.asarray(picture.convert("RGB")))
 
 
 def test_a_picture_is_no_larger_than_pillow_s_by_much():
