@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from sdruntime.engine import Array
 from sdruntime.errors import LibraryMissing, SettingError, plain
 from sdruntime.image import MAX_FILE, TRANSPARENT, OtherImage, Pixels, image_from_png
 
@@ -82,7 +81,7 @@ def fitted(pixels: Pixels, size: tuple[int, int], fit: Fit) -> Pixels:
     if (wide, high) != whole:
         left, top = wide // 2 - whole[0] // 2, high // 2 - whole[1] // 2
         image = image.crop((left, top, left + whole[0], top + whole[1]))
-    found: Array = np.asarray(image)
+    found: Pixels = np.asarray(image)
     return found
 
 
@@ -132,11 +131,11 @@ def _rgb(image: Any) -> Pixels:
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        high: Array = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        high: Pixels = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         return np.repeat(high[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             warnings.warn(TRANSPARENT, UserWarning, stacklevel=2)
-    pixels: Array = np.asarray(image.convert("RGB"))
+    pixels: Pixels = np.asarray(image.convert("RGB"))
     return pixels

@@ -110,6 +110,8 @@ def requests(
     if count < 1:
         raise SettingError(f"count {count}: at least 1 picture a prompt")
     check_names(settings)
+    if settings.get("image") is not None:
+        settings["image"] = pixels_from(settings["image"])  # a file is read once, whatever the count
     seed = secrets.randbelow(2**32) if seed is None else seed
     made: list[Request] = []
     for each in prompts:

@@ -233,7 +233,7 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path:
         "shown.Progress.show = shown._Shown.show = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(line.main(sys.argv[1:]))"
     )
-    arguments = ["generate", str(ready), "x", "--backend", "fake", "-o", str(tmp_path / "out.png")]
+    arguments = ["generate", str(ready), "x", "--seed", "1", "--backend", "fake", "-o", str(tmp_path / "out.png")]
     done = subprocess.run([sys.executable, "-c", interrupted, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert not list(tmp_path.glob("*.png"))

@@ -13,6 +13,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.engine import EngineOptions
 from sdruntime.engines import Engines
 from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError, UnknownName
+from sdruntime.image import write_png
 from sdruntime.imagefile import fitted
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import DIFFUSERS, Request, requests
@@ -88,6 +89,12 @@ def test_diffusers_names_are_answered_with_ours(ready: Bundle, name: str) -> Non
     wanted = DIFFUSERS[name].partition("=")[0]
     assert wanted in ("count", *Request.__slots__) or "pipe.stream" in wanted or "image.pixels" in wanted
     assert DIFFUSERS[name] in str(caught.value)
+
+
+def test_a_start_image_is_read_once_for_all_of_its_requests(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    asked = requests(["a", "b"], count=3, image=tmp_path / "a.png")
+    assert all(request.pixels is asked[0].pixels for request in asked)
 
 
 def test_an_unknown_setting_has_near_names() -> None:
