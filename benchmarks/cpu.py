@@ -135,7 +135,12 @@ def feeds_of(bundle: Bundle, component: str, options: argparse.Namespace) -> tup
     """Two rows of a UNet and of a text encoder (guidance), one of a decoder."""
     factor, spec = bundle.manifest.model.vae_factor, bundle.manifest.components[component]
     cells = options.size // factor
-    known = {"batch": 1 if component == "vae_decoder" else 2, "height": cells, "width": cells, "sequence": 77}
+    known = {
+        "batch": 1 if component == "vae_decoder" else 2,
+        "height": cells,
+        "width": cells,
+        "sequence": bundle.manifest.text_length,
+    }
     dims = {name: known[name] for name in spec.dimensions}
     random = np.random.default_rng(0)
     feeds: dict[str, Array] = {}

@@ -239,7 +239,7 @@ def _measure(
             turns = {name: _turn(each, "draw" if column == WHOLE else "outside") for name, each in running.items()}
         else:
             component = manifest.components[column]
-            dims = call_dims(column, component, manifest.model, size, batch=settings.batch, guided=guided)
+            dims = call_dims(column, component, manifest, size, batch=settings.batch, guided=guided)
             turns = {name: _turn(each, "call", component=column, dims=dims) for name, each in running.items()}
         share = max(deadline - time.monotonic(), 0.0) / (total - done)
         taken = in_turn(turns, seconds=share / len(turns), until=time.monotonic() + share)

@@ -21,7 +21,6 @@ from typing import Any
 from sdexport.cache import digest_of, trace_key, versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
-from sdexport.errors import CheckpointError
 from sdexport.golden import GoldenJob
 from sdexport.golden import run_apart as golden_apart
 from sdexport.hub import Located, locate
@@ -29,7 +28,6 @@ from sdexport.job import AUDIT, DATA, MODEL, PROBE, Job, Stage
 from sdexport.probe import check_environment
 from sdexport.process import run_apart
 from sdexport.step import write_step
-from sdexport.tokenizer import write_tokenizer
 from sdexport.verify import Proof, verified_apart
 from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.bundle import Bundle, opening, sha256, write_bundle
@@ -166,7 +164,6 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
     """The hash of everything that the ONNX and the files beside it follow from."""
     names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
     files = [checkpoint.folder / name for name in names]
-    files += [path for name in checkpoint.tokenizers for path in sorted((checkpoint.folder / name).iterdir()) if path.is_file()]
     files += [path for part in checkpoint.parts.values() for path in part.files]
     return digest_of(
         {
@@ -175,6 +172,7 @@ def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options
             "audit": options.audited,
             "step": [SLOTS, SOURCES, TARGETS],
             "traces": [trace_key(component) for component in table],
+            "tokenizers": {name: dict(tokenizer.files) for name, tokenizer in checkpoint.tokenizers.items()},
             "versions": versions(),
             "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},
         }
@@ -240,7 +238,7 @@ def _export(
                 yield Progress(component=component.name, index=index, count=len(table), stage=stage)
             else:
                 peak = max(peak, stage)
-        shutil.copyfile(checkpoint.folder / component.part / "config.json", folder / component.name / "config.json")
+        (folder / component.name / "config.json").write_text(json.dumps(dict(component.config), indent=2) + "\n")
         if reference is not None:
             shutil.rmtree(reference / component.name)  # half of a large model's disk, before the next one is written
     return peak
@@ -284,11 +282,8 @@ def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, 
 
 
 def _write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:
-    for name in checkpoint.tokenizers:
-        try:
-            write_tokenizer(checkpoint.folder / name, folder / name)
-        except ValueError as error:
-            raise CheckpointError(checkpoint.folder, [f"{name}: {error}"]) from error
+    for name, tokenizer in checkpoint.tokenizers.items():
+        tokenizer.write(folder / name, length=checkpoint.text_length)
     (folder / "scheduler").mkdir()
     shutil.copyfile(checkpoint.folder / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json")
     (folder / "model_index.json").write_text(json.dumps(_model_index(checkpoint, table), indent=1) + "\n")

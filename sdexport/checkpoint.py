@@ -16,8 +16,11 @@ from typing import Any
 from sdexport.card import read_card
 from sdexport.errors import CheckpointError
 from sdexport.stored import StoredTensor, is_regular, merged, read_header
+from sdexport.tokenizer import NAMES as TOKENIZER_FILES
+from sdexport.tokenizer import StoredTokenizer, read_tokenizer
+from sdexport.tree import read_own
 from sdexport.weight_files import WeightFile, chosen, expected
-from sdruntime.manifest import Family, ModelSpec, Precision, PredictionType
+from sdruntime.manifest import LONGEST_TEXT, Family, ModelSpec, Precision, PredictionType
 from sdruntime.record import read_json
 from sdruntime.samplers import SAMPLERS
 
@@ -39,6 +42,7 @@ _PARTS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
         "vae": (("diffusers", "AutoencoderKL"),),
     },
 }
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers}))  # what the runtime can sample with
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -68,7 +72,8 @@ class Checkpoint:
     folder: Path
     model: ModelSpec
     parts: Mapping[str, Part]
-    tokenizers: tuple[str, ...]
+    tokenizers: Mapping[str, StoredTokenizer]
+    text_length: int  # tokens of a text, start, end and padding among them
     index: Mapping[str, Any]
     scheduler: Mapping[str, Any]
 
@@ -104,17 +109,20 @@ class _Reader:
         parts = {part: self._part(part, asked[part][0][1]) for part in asked if part in _NETWORKS}
         scheduler = self._json("scheduler/scheduler_config.json")
         self._check_scheduler(scheduler)
-        tokenizers = tuple(part for part in asked if part.startswith("tokenizer"))
-        self._check_tokenizers(tokenizers)
+        found = {part: self._tokenizer(part) for part in asked if part.startswith("tokenizer")}
+        tokenizers = {part: tokenizer for part, tokenizer in found.items() if tokenizer is not None}
         self._stop_at_faults()
         self._check_configs(parts)
         self._stop_at_faults()
-        model = self._model(name, index, parts, scheduler)
+        length = self._text_length(parts, tokenizers)
+        self._stop_at_faults()
+        model = self._model(name, index, parts, scheduler, tokenizers["tokenizer"].pad_token)
         return Checkpoint(
             folder=self.folder,
             model=model,
             parts=MappingProxyType(parts),
-            tokenizers=tokenizers,
+            tokenizers=MappingProxyType(tokenizers),
+            text_length=length,
             index=MappingProxyType(index),
             scheduler=MappingProxyType(scheduler),
         )
@@ -201,12 +209,47 @@ class _Reader:
             self.faults.append(f"{name}: {error}")
             return {}
 
-    def _check_tokenizers(self, names: tuple[str, ...]) -> None:
-        for name in names:
-            folder = self.folder / name
-            classic = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-            if not classic and not (folder / "tokenizer.json").is_file():
-                self.faults.append(f"{name}/ has neither vocab.json and merges.txt nor tokenizer.json")
+    def _tokenizer(self, name: str) -> StoredTokenizer | None:
+        files, before = {}, len(self.faults)
+        for file in TOKENIZER_FILES:
+            try:
+                data = read_own(self.folder / name / file, self.folder)
+            except (OSError, ValueError) as error:
+                self.faults.append(f"{name}/{file}: {error}")
+                continue
+            if data is not None:
+                files[file] = data
+        if len(self.faults) == before:
+            try:
+                return read_tokenizer(files)
+            except ValueError as error:
+                self.faults.append(f"{name}/: {error}")
+        return None
+
+    def _text_length(self, parts: Mapping[str, Part], tokenizers: Mapping[str, StoredTokenizer]) -> int:
+        """The tokens that every text encoder takes: the limit of its tokenizer, or else all of its positions."""
+        lengths = {}
+        for encoder, (name, tokenizer) in zip(
+            (part for part in parts if part in _TEXT_ENCODERS), tokenizers.items(), strict=True
+        ):
+            config = parts[encoder].config
+            positions, (largest, token) = config.get("max_position_embeddings", 77), tokenizer.largest
+            lengths[name] = tokenizer.limit or positions
+            if type(positions) is not int or not lengths[name] <= positions <= LONGEST_TEXT:
+                self.faults.append(
+                    f"{name}: model_max_length {lengths[name]}, but {encoder} has max_position_embeddings {positions!r:.40}: "
+                    "set model_max_length in tokenizer_config.json to what the encoder was trained for"
+                )
+            if type(config["vocab_size"]) is not int or largest >= config["vocab_size"]:
+                self.faults.append(
+                    f"{name}: the token {token!r:.60} has the id {largest}, but {encoder}/config.json has vocab_size "
+                    f"{config['vocab_size']!r:.40}: remove the token, or resize the encoder's embeddings"
+                )
+        if len(set(lengths.values())) > 1:
+            self.faults.append(
+                f"{' and '.join(f'{name} takes {length}' for name, length in lengths.items())} tokens: they must agree"
+            )
+        return next(iter(lengths.values()))
 
     def _check_scheduler(self, scheduler: Mapping[str, Any]) -> None:
         path = "scheduler/scheduler_config.json"
@@ -234,7 +277,9 @@ class _Reader:
                 "inpainting and depth checkpoints are not supported yet"
             )
 
-    def _model(self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any]) -> ModelSpec:
+    def _model(
+        self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any], pad_token: str
+    ) -> ModelSpec:
         unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
         xl, card = "text_encoder_2" in parts, read_card(self.folder)
         # OpenCLIP's encoder, which SD2 brought, has the plain GELU; CLIP's own the quick one
@@ -252,22 +297,10 @@ class _Reader:
                 vae_factor=factor,
                 size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
                 default_size=(sides[0] * factor, sides[1] * factor),
-                pad_token=pad_token(self.folder / "tokenizer"),
+                pad_token=pad_token,
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
                 license=card.license,
                 prompts=card.prompts,
             )
         except (ValueError, TypeError) as error:
             raise CheckpointError(self.folder, [f"the configs do not fit together: {error}"]) from error
-
-
-def pad_token(folder: Path) -> str:
-    """The token that a tokenizer's folder pads with: CLIP's end token where its files do not say."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            token = read_json(folder / name).get("pad_token")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if token is not None:
-            return str(token.get("content") if isinstance(token, dict) else token)
-    return "<|endoftext|>"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sdexport.checkpoint import Checkpoint
 from sdruntime.manifest import TensorSpec
 
-TOKENS = 77
+_EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Component:
 
     def example_feeds(self, *, seed: int = 0, **sizes: int) -> dict[str, NDArray[Any]]:
         """Random inputs of plausible range. `sizes` sets named dimensions; the others are small and legal."""
-        chosen = {"batch": 2, "sequence": TOKENS}
+        chosen = {"batch": 2, "sequence": _EXAMPLE_TEXT}
         chosen |= {side: 2 * multiple for side, multiple in self.multiples.items()} | sizes
         random = np.random.default_rng(seed)
         feeds: dict[str, NDArray[Any]] = {}
@@ -56,24 +56,25 @@ def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
+    length = checkpoint.text_length
     if checkpoint.model.family != "sdxl":
         config = checkpoint.parts["text_encoder"].config
-        last = _float("last_hidden_state", "batch", TOKENS, config["hidden_size"])
-        return (_text_encoder("text_encoder", "TextEncoder", config, (last,)),)
+        last = _float("last_hidden_state", "batch", length, config["hidden_size"])
+        return (_text_encoder("text_encoder", "TextEncoder", config, length, (last,)),)
     first, second = (checkpoint.parts[part].config for part in ("text_encoder", "text_encoder_2"))
     pooled = _float("text_embeds", "batch", second["projection_dim"])
     return (
-        _text_encoder("text_encoder", "PenultimateTextEncoder", first, (_hidden(first),)),
-        _text_encoder("text_encoder_2", "PooledTextEncoder", second, (_hidden(second), pooled)),
+        _text_encoder("text_encoder", "PenultimateTextEncoder", first, length, (_hidden(first, length),)),
+        _text_encoder("text_encoder_2", "PooledTextEncoder", second, length, (_hidden(second, length), pooled)),
     )
 
 
-def _hidden(config: Mapping[str, Any]) -> TensorSpec:
-    return _float("hidden_states", "batch", TOKENS, config["hidden_size"])
+def _hidden(config: Mapping[str, Any], length: int) -> TensorSpec:
+    return _float("hidden_states", "batch", length, config["hidden_size"])
 
 
-def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], outputs: tuple[TensorSpec, ...]) -> Component:
-    ids = TensorSpec(name="input_ids", dtype="int32", shape=("batch", TOKENS))
+def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], length: int, outputs: tuple[TensorSpec, ...]) -> Component:
+    ids = TensorSpec(name="input_ids", dtype="int32", shape=("batch", length))
     return Component(name=name, part=name, wrapper=wrapper, config=config, inputs=(ids,), outputs=outputs, multiples={})
 
 

@@ -19,7 +19,7 @@ _LOGVAR = (-30.0, 20.0)
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B,77] -> last_hidden_state [B,77,D], its last layer normalised: what SD1 and SD2 condition on."""
+    """input_ids [B,S] -> last_hidden_state [B,S,D], its last layer normalised: what SD1 and SD2 condition on."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class TextEncoder(nn.Module):
 
 
 class PenultimateTextEncoder(nn.Module):
-    """input_ids [B,77] -> hidden_states [B,77,D] before the last layer: the first encoder of SDXL."""
+    """input_ids [B,S] -> hidden_states [B,S,D] before the last layer: the first encoder of SDXL."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class PenultimateTextEncoder(nn.Module):
 
 
 class PooledTextEncoder(nn.Module):
-    """input_ids [B,77] -> hidden_states [B,77,D] before the last layer, text_embeds [B,P]: the second encoder of SDXL."""
+    """input_ids [B,S] -> hidden_states [B,S,D] before the last layer, text_embeds [B,P]: the second encoder of SDXL."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdexport.errors import ExportError
+from sdruntime.document import open_regular
 from sdruntime.record import json_from_text
 
 Array = NDArray[Any]
@@ -73,8 +75,8 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file. Raises ValueError for a file that is cut off, damaged, or not of that format."""
-    with path.open("rb") as file:
-        total = path.stat().st_size
+    with open_regular(path) as file:
+        total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if total < 8 or length > total - 8:
             raise ValueError(f"not a whole safetensors file ({total:,} bytes)")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.engine import Engine, shape_of
-from sdruntime.manifest import ComponentSpec, ModelSpec
+from sdruntime.manifest import ComponentSpec, Manifest
 from sdruntime.metrics import picture_psnr
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
@@ -21,7 +21,6 @@ Draw = Callable[[int], list[Array]]  # a seed -> pictures, uint8 [H, W, 3]
 Turn = Callable[[int], Sequence[float]]  # a round -> the seconds of one call or of some; rounds below 0 warm up
 WARM, LEAST, MOST = 2, 5, 40  # rounds
 _EVER = float("inf")
-SEQUENCE = 77  # tokens
 
 
 def psnr(one: Sequence[Array], other: Sequence[Array]) -> float:
@@ -132,16 +131,16 @@ def feeds_of(component: ComponentSpec, dims: Mapping[str, int], factor: int) -> 
 def dims_of(engine: Engine, pipe: Pipeline, *, batch: int, guided: bool) -> dict[str, int]:
     """The dimensions of a call of this component for `batch` pictures of the model's own size."""
     size = pipe.model.default_size[::-1]
-    return call_dims(engine.spec.component, engine.component, pipe.model, size, batch=batch, guided=guided)
+    return call_dims(engine.spec.component, engine.component, pipe.bundle.manifest, size, batch=batch, guided=guided)
 
 
 def call_dims(
-    name: str, component: ComponentSpec, model: ModelSpec, size: tuple[int, int], *, batch: int, guided: bool
+    name: str, component: ComponentSpec, manifest: Manifest, size: tuple[int, int], *, batch: int, guided: bool
 ) -> dict[str, int]:
     """The dimensions of a call of the component `name` for `batch` pictures of one prompt. `size`: (width, height) in pixels."""
-    width, height = (side // model.vae_factor for side in size)
+    width, height = (side // manifest.model.vae_factor for side in size)
     rows = {"unet": batch * (1 + guided)}.get(name, (1 + guided) if name.startswith("text_encoder") else batch)
-    known = {"batch": rows, "height": height, "width": width, "sequence": SEQUENCE}
+    known = {"batch": rows, "height": height, "width": width, "sequence": manifest.text_length}
     return {dim: known[dim] for dim in component.dimensions}
 
 

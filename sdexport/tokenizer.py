@@ -1,48 +1,253 @@
-"""A CLIP tokenizer as its four classic files, also where a checkpoint has tokenizer.json only (as transformers 5 writes it)."""
+"""A checkpoint's CLIP tokenizer, read as transformers' CLIPTokenizer reads it, and written as the four files of a bundle.
+
+Of what lies in the folder tokenizer.json goes over vocab.json and merges.txt. Tokens are added from tokenizer_config.json
+(`added_tokens_decoder`), or else from added_tokens.json and tokenizer.json; then those that have a task (bos, eos, pad …). A
+token that the vocabulary lacks gets the next free number, in the order of the numbers that the files give.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdexport.checkpoint import pad_token
-from sdruntime.record import read_json
+from sdruntime.added import SPACES
+from sdruntime.errors import BundleError
+from sdruntime.manifest import LONGEST_TEXT
+from sdruntime.record import json_from_text
+from sdruntime.tokenizer import FILES, Tokenizer, normal
 
-TOKENS = 77
-_ENDS = ("<|startoftext|>", "<|endoftext|>")
+NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# the tasks that transformers knows, in its order, and what CLIPTokenizer takes where the files do not say
+_TASKS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "sep_token": "", "pad_token": _END}
+_TASKS |= {"cls_token": "", "mask_token": ""}
+_KEPT = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_UNLIMITED = 10**20  # transformers' model_max_length of a tokenizer that knows no limit is larger
+# settings of tokenizer_config.json that change the ids of a text, and the one value of each that is followed
+_SETTINGS = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
+_SETTINGS |= dict.fromkeys(("vocab", "merges", "fast_tokenizer_files", "gguf_file", "tokenizer_object"))
+
+Fields = dict[str, Any]
 
 
-def write_tokenizer(source: Path, folder: Path) -> None:
-    """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json from the tokenizer in `source`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTokenizer:
+    """`files`: the four files of a bundle, by name. `tokenizer`: what they are; `limit`: the length that the checkpoint names."""
 
-    Raises ValueError when tokenizer.json holds no byte-pair vocabulary.
-    """
-    folder.mkdir()
-    if (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copyfile(source / name, folder / name)
+    files: Mapping[str, str]
+    tokenizer: Tokenizer
+    pad_token: str
+    limit: int | None
+
+    @property
+    def largest(self) -> tuple[int, str]:
+        """The largest id and its token: an encoder's table must hold it."""
+        ids = {number: token for token, number in self.tokenizer.vocab.items()} | {
+            each.id: each.text for each in self.tokenizer.added
+        }
+        return max(ids.items())
+
+    def write(self, folder: Path, *, length: int) -> None:
+        """Write the files into a new folder, for an encoder of `length` tokens."""
+        folder.mkdir()
+        config = json.loads(self.files["tokenizer_config.json"]) | {"model_max_length": length}
+        for name, text in (dict(self.files) | {"tokenizer_config.json": _json(config)}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_tokenizer(files: Mapping[str, bytes]) -> StoredTokenizer:
+    """From those of NAMES that a checkpoint has. Raises ValueError with what is wrong with them."""
+    texts = {name: _text(name, data) for name, data in files.items()}
+    config, whole = _object(texts, "tokenizer_config.json"), _object(texts, "tokenizer.json")
+    decoded = "added_tokens_decoder" in config
+    if not decoded:
+        config |= _object(texts, "special_tokens_map.json", special=True)
+    for key, value in _SETTINGS.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"tokenizer_config.json: {key} {config[key]!r:.40} is not supported")
+    if whole:
+        vocab, merges = _model(whole)
+    elif "vocab.json" in texts and "merges.txt" in texts:
+        vocab = _object(texts, "vocab.json")
+        merges = [line.removesuffix("\r") for line in texts["merges.txt"].split("\n") if line.strip("\r")]
     else:
-        _split(read_json(source / "tokenizer.json"), folder)
-    special = {"bos_token": _ENDS[0], "eos_token": _ENDS[1], "unk_token": _ENDS[1], "pad_token": pad_token(source)}
-    _write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, "add_prefix_space": False}
-    _write_json(folder / "tokenizer_config.json", settings | special)
+        raise ValueError("has neither vocab.json and merges.txt nor tokenizer.json")
+    tasks = _tasks(config)
+    added = _added(config, tasks, _numbered(config["added_tokens_decoder"]) if decoded else _loose(texts, whole, tasks, config))
+    numbered, complete = {}, dict(vocab)
+    for content, fields in added.items():
+        number = complete.setdefault(
+            content, len(complete)
+        )  # the number that the files give is not looked at, as in transformers
+        numbered[str(number)] = fields
+    names = {name: tasks[name]["content"] for name in _KEPT}
+    settings = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "add_prefix_space": False} | names
+    settings["added_tokens_decoder"] = numbered
+    if len(numbered) != len(added):
+        raise ValueError("an added token has the id of another: the vocabulary has gaps, or twins")
+    limit = _limit(config)
+    documents = {
+        "vocab.json": _json(complete),
+        "merges.txt": "\n".join(["#version: 0.2", *(merge for merge in merges if not merge.startswith("#version"))]) + "\n",
+        "tokenizer_config.json": _json(settings),
+        "special_tokens_map.json": _json(names),
+    }
+    assert documents.keys() == set(FILES)
+    try:
+        encoded = {name: text.encode() for name, text in documents.items()}
+        tokenizer = Tokenizer.from_files(encoded, where=Path(), length=limit or 77)
+    except BundleError as error:
+        raise ValueError("; ".join(error.faults)) from None
+    except UnicodeEncodeError:
+        raise ValueError("a token is not valid Unicode") from None
+    _check_texts(tokenizer)
+    return StoredTokenizer(files=documents, tokenizer=tokenizer, pad_token=names["pad_token"], limit=limit)
 
 
-def _split(document: Any, folder: Path) -> None:
-    """vocab.json and merges.txt out of tokenizer.json, whose merges are "a b" or ["a", "b"], by its age."""
-    model: Mapping[str, Any] = document.get("model", {}) if isinstance(document, dict) else {}
-    if model.get("type") != "BPE":
-        raise ValueError(f"tokenizer.json is of the type {model.get('type')!r}, not BPE")
-    vocabulary = dict(model["vocab"])
-    vocabulary |= {token["content"]: token["id"] for token in document.get("added_tokens", ())}
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    _write_json(folder / "vocab.json", dict(sorted(vocabulary.items(), key=lambda item: item[1])))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not readable: {error}") from None
 
 
-def _write_json(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def _object(texts: Mapping[str, str], name: str, *, special: bool = False) -> Fields:
+    """The document, empty where there is none. `special`: each token in it is one."""
+    if name not in texts:
+        return {}
+    try:
+        document = json_from_text(texts[name])
+    except ValueError as error:
+        raise ValueError(f"{name} is not readable: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    if special:
+        return {key: value | {"special": True} if isinstance(value, dict) else value for key, value in document.items()}
+    return document
+
+
+def _model(whole: Fields) -> tuple[Fields, list[str]]:
+    """The vocabulary and the merges of tokenizer.json, which are "a b" or ["a", "b"], by its age."""
+    model = whole.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise ValueError(f"tokenizer.json is of the type {kind!r:.40}, not BPE")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError("tokenizer.json: a model with vocab and merges belongs there")
+    found = []
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if (
+            not isinstance(parts, list)
+            or len(parts) != 2
+            or not all(isinstance(part, str) and _is_symbol(part) for part in parts)
+        ):
+            raise ValueError(f"tokenizer.json: merges: two symbols belong there, not {merge!r:.60}")
+        found.append(" ".join(parts))
+    return vocab, found
+
+
+def _is_symbol(text: str) -> bool:
+    return bool(text) and " " not in text and "\n" not in text
+
+
+def _token(value: Any, where: str) -> Fields:
+    """The fields of an AddedToken, as transformers makes it from a string or from an object."""
+    if isinstance(value, str):
+        value = {"content": value, "special": True}
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        raise ValueError(f"{where:.60}: a token belongs there, not {value!r:.60}")
+    special = value.get("special", False)
+    fields = {flag: value.get(flag, flag == "normalized" and not special) for flag in _FLAGS}
+    strange = [flag for flag in fields if not isinstance(fields[flag], bool)]
+    strange += [key for key in value if key not in (*_FLAGS, "content", "__type", "id")]
+    if strange:
+        raise ValueError(f"{where:.60}: {strange[0]:.40} is not what a token has")
+    return {"content": value["content"]} | fields
+
+
+def _tasks(config: Fields) -> dict[str, Fields]:
+    """The token of each task, those of the model's own (`*_token`) after transformers'."""
+    values = {task: config.get(task) or default for task, default in _TASKS.items()}
+    values |= {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    more = config.get("extra_special_tokens")
+    values |= more if isinstance(more, dict) else {}
+    return {task: _token(value, task) for task, value in values.items() if value}
+
+
+def _extra(config: Fields) -> list[Fields]:
+    tokens = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(tokens, dict):
+        return []
+    if not isinstance(tokens, list):
+        raise ValueError(f"extra_special_tokens: a list of tokens belongs there, not {tokens!r:.60}")
+    return [_token(token, "extra_special_tokens") for token in tokens]
+
+
+def _numbered(decoder: Any) -> dict[int, Fields]:
+    """Index -> token, from added_tokens_decoder."""
+    if not isinstance(decoder, dict) or not all(_is_number(key) for key in decoder):
+        raise ValueError("tokenizer_config.json: added_tokens_decoder: tokens by their numbers belong there")
+    return {int(key): _token(value, f"added_tokens_decoder.{key}") for key, value in decoder.items()}
+
+
+def _loose(texts: Mapping[str, str], whole: Fields, tasks: Mapping[str, Fields], config: Fields) -> dict[int, Fields]:
+    """Index -> token, from added_tokens.json and tokenizer.json."""
+    special = {token["content"] for token in (*tasks.values(), *_extra(config))}
+    found: dict[int, Fields] = {}
+    for content, index in _object(texts, "added_tokens.json").items():
+        if type(index) is not int:
+            raise ValueError(f"added_tokens.json: {content!r:.60}: a number belongs there, not {index!r:.40}")
+        found[index] = _token({"content": content, "special": content in special}, "added_tokens.json")
+    tokens = whole.get("added_tokens", [])
+    for token in tokens if isinstance(tokens, list) else [None]:
+        if not isinstance(token, dict) or type(token.get("id")) is not int:
+            raise ValueError(f"tokenizer.json: added_tokens: a token with an id belongs there, not {token!r:.60}")
+        found[token["id"]] = _token(token, "tokenizer.json: added_tokens")
+    return found
+
+
+def _added(config: Fields, tasks: Mapping[str, Fields], numbered: Mapping[int, Fields]) -> dict[str, Fields]:
+    """The tokens by their text, in the order in which they get numbers. Of several of one text the last says how it is found."""
+    listed = [token for _, token in sorted(numbered.items())]
+    known = {token["content"] for token in listed}
+    named = {token["content"] for token in tasks.values()}
+    added: dict[str, Fields] = {}
+    for token in (*listed, *(each for each in (*tasks.values(), *_extra(config)) if each["content"] not in known)):
+        if token["content"]:
+            added[token["content"]] = token | {"special": token["special"] or token["content"] in named}
+    return added
+
+
+def _limit(config: Fields) -> int | None:
+    limit = config.get("model_max_length", config.get("max_len"))
+    if limit is None or (type(limit) in (int, float) and limit > _UNLIMITED):
+        return None
+    if type(limit) is not int or not 2 < limit <= LONGEST_TEXT:
+        raise ValueError(
+            f"tokenizer_config.json: model_max_length {limit!r:.40} is not a whole number from 3 to {LONGEST_TEXT:,}"
+        )
+    return limit
+
+
+def _check_texts(tokenizer: Tokenizer) -> None:
+    """Refuse tokens on which the reference panics or decides by a hash: white space alone, and two that differ in case alone."""
+    found: dict[str, str] = {}
+    for token in tokenizer.added:
+        if SPACES.fullmatch(token.text):
+            raise ValueError(f"the added token {token.text!r} is white space alone")
+        if token.normalized and found.setdefault(normal(token.text), token.text) != token.text:
+            raise ValueError(f"the added tokens {found[normal(token.text)]!r} and {token.text!r} differ in case alone")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False, indent=1) + "\n"

@@ -35,6 +35,7 @@ LAYERS = {
         noise
         npz
         guidance
+        added
         tokenizer
         prompt
         image
@@ -87,8 +88,9 @@ LAYERS = {
         unpickle
         hub
         card
-        checkpoint
+        tree
         tokenizer
+        checkpoint
         components
         modules
         to_onnx

@@ -36,7 +36,9 @@ class Condition:
 def cut_lines(encoded: Iterable[tuple[str, Condition]]) -> list[str]:
     """For a person: a line for each text that did not fit."""
     lines = [
-        f"the text encoder takes 77 tokens; of {text[:40]!r}… this was cut: {each.cut!r}" for text, each in encoded if each.cut
+        f"the text encoder takes {len(each.hidden)} tokens; of {text[:40]!r}… this was cut: {each.cut!r}"
+        for text, each in encoded
+        if each.cut
     ]
     return list(dict.fromkeys(lines))
 
@@ -57,7 +59,7 @@ class Conditioner:
                 # a file that the manifest does not list is not there
                 listed = [name for name in FILES if f"{folder}/{name}" in bundle.manifest.files]
                 files = {name: bundle.read(f"{folder}/{name}", most=LARGEST) for name in listed}
-                found[encoder] = Tokenizer.from_files(files, where=bundle.folder / folder)
+                found[encoder] = Tokenizer.from_files(files, where=bundle.folder / folder, length=bundle.manifest.text_length)
         return cls(found)
 
     def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:

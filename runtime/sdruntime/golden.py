@@ -148,7 +148,7 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
             if name == "own" and (not sized or (component.startswith("vae") and height * width > _LARGEST_VAE)):
                 continue
             unit = 1 if component == "vae_encoder" else model.vae_factor
-            every = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": 77}
+            every = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": manifest.text_length}
             dims = {dim: every[dim] for dim in spec.dimensions}
             made.append(Case(component=component, name=name, seed=1000 + len(made), dims=dims, below=below))
     return tuple(made)

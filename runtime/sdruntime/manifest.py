@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,8 @@ Family = Literal["sd1", "sd2", "sdxl"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Dtype = Literal["float32", "int32", "int64"]
 Profile = Mapping[str, tuple[int, int, int]]
+
+LONGEST_TEXT = 4096  # tokens
 
 _SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
@@ -243,6 +245,11 @@ class Manifest:
         for name in ("components", "files", "provenance"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text as the text encoder takes it, start, end and padding among them: the width of its input_ids."""
+        return next(_text_lengths(self.components))[1]
+
     def _faults(self) -> Iterable[str]:
         for path in (*self.components, *self.files):
             try:
@@ -250,6 +257,7 @@ class Manifest:
             except ValueError as error:
                 yield str(error)
         yield from _missing_components(self.components)
+        yield from _unclear_texts(self.components)
         listed = [(f"component {name}", (*spec.files, spec.config)) for name, spec in self.components.items()]
         listed += [(f"engine {engine.name}", engine.files) for engine in self.engines]
         for owner, paths in listed:
@@ -320,6 +328,23 @@ def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str
     for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         if name not in components:
             yield f"components: {name} is missing"
+
+
+def _text_lengths(components: Mapping[str, ComponentSpec]) -> Iterator[tuple[str, int]]:
+    """Of each text encoder its name and the tokens that it takes, 0 where its inputs do not say."""
+    for name, spec in components.items():
+        if name.startswith("text_encoder"):
+            shape = next((tensor.shape for tensor in spec.inputs if tensor.name == "input_ids"), ())
+            yield name, shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
+
+
+def _unclear_texts(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
+    found = dict(_text_lengths(components))
+    for name, length in found.items():
+        if not 2 < length <= LONGEST_TEXT:
+            yield f"component {name}: input_ids takes {length or 'no fixed number of'} tokens, not 3 to {LONGEST_TEXT:,}"
+    if len(set(found.values())) > 1:
+        yield f"text encoders of different lengths: {', '.join(f'{name} takes {length}' for name, length in found.items())}"
 
 
 def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:

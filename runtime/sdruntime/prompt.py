@@ -13,7 +13,8 @@ from sdruntime.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenizedPrompt:
-    """`ids`: int32 [77]; `used`: how many of them are the text's own; `cut`: the end of the text that did not fit, "" if all did.
+    """`ids`: int32 [S], as long as the tokenizer makes them; `used`: how many of them are the text's own; `cut`: the end of the
+    text that did not fit, "" if all did.
 
     `cut` is written as the tokenizer sees it, in lower case.
     """
@@ -26,7 +27,7 @@ class TokenizedPrompt:
 
 def tokenize(tokenizer: Tokenizer, text: str) -> TokenizedPrompt:
     """One prompt, cut and padded to the tokenizer's length as diffusers does. Raises SettingError for a text over 64 KiB."""
-    found = tokenizer.encode(text)
+    found = tokenizer.encode(tokenizer.expand(text))
     room = tokenizer.length - 2
     ids = np.full(tokenizer.length, tokenizer.pad, np.int32)
     row = [tokenizer.start, *found[:room], tokenizer.end]
@@ -36,5 +37,5 @@ def tokenize(tokenizer: Tokenizer, text: str) -> TokenizedPrompt:
 
 
 def batch(prompts: Sequence[TokenizedPrompt]) -> NDArray[np.int32]:
-    """The text encoder's input_ids, int32 [B,77]."""
+    """The text encoder's input_ids, int32 [B,S]."""
     return np.stack([prompt.ids for prompt in prompts])

@@ -17,7 +17,6 @@ Size = tuple[int, int]  # pixels: width, height
 Guidance = Literal["on", "off", "any"]
 MOST_IMAGES = 8
 LARGEST = 4  # times the default side
-TOKENS = 77
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -84,7 +83,7 @@ class Shapes:
                 "batch": batch,
                 "width": tuple(each[0] // scale for each in size),
                 "height": tuple(each[1] // scale for each in size),
-                "sequence": (TOKENS, TOKENS, TOKENS),
+                "sequence": (manifest.text_length,) * 3,
                 "jobs": batch,
                 "cells": tuple(channels * (each[0] // scale) * (each[1] // scale) for each in size),
             }

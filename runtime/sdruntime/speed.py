@@ -30,7 +30,7 @@ from sdruntime.manifest import EngineSpec, Manifest
 UNET = "unet"
 ROUNDS = 3
 BUDGET = 5.0  # seconds after which no further round is begun
-_ROWS, _SEQUENCE, _TIMESTEP = 2, 77, 500.0
+_ROWS, _TIMESTEP = 2, 500.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ def _sizes(manifest: Manifest, engines: Iterable[EngineSpec]) -> Iterable[dict[s
         height, width = (side // part for side in model.default_size)
         if height % model.size_multiple == width % model.size_multiple == 0:
             cells = {"height": height // model.vae_factor, "width": width // model.vae_factor}
-            known = {"batch": _ROWS, "sequence": _SEQUENCE, **cells}
+            known = {"batch": _ROWS, "sequence": manifest.text_length, **cells}
             yield {name: known[name] for name in named if name in known}
     for engine in engines:
         for profile in engine.profiles:

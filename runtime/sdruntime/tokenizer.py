@@ -1,12 +1,13 @@
 """CLIP's byte-pair tokenizer (Radford et al. 2021; Sennrich et al. 2016) in pure Python, from the files of a checkpoint.
 
-Text goes the way of transformers' CLIPTokenizer, id for id: special tokens are taken out; the rest is put into NFC, white space
+Text goes the way of transformers' CLIPTokenizer, id for id: added tokens are taken out; the rest is put into NFC, white space
 made single spaces, lower-cased, cut into words by CLIP's pattern; the UTF-8 bytes of each word are merged pair by pair, best rank
 first. What differs is the Unicode version alone: this uses Python's tables. As there, a text is never "fixed" (no ftfy).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,14 +17,18 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
+from sdruntime.added import LONGEST as LONGEST_TOKEN
+from sdruntime.added import MOST, SPACES, AddedToken, Finder, Found, expanded
 from sdruntime.document import LARGEST
 from sdruntime.errors import BundleError, SettingError
 from sdruntime.files import FileFault, FileMissing, Folder
+from sdruntime.manifest import LONGEST_TEXT
 from sdruntime.record import json_from_text
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 LONGEST = 64 * 1024  # bytes of UTF-8 in a text
-CONTEXT = 77  # positions of CLIP's text encoder
+CONTEXT = 77  # positions of CLIP's own text encoder
+_LARGEST_ID = 1 << 30
 _END_OF_WORD = "</w>"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # field of Tokenizer -> name in the files, and what CLIPTokenizer takes without it
@@ -34,20 +39,9 @@ _TASKS = {
     "pad": ("pad_token", _END),
 }
 
-# White space as Unicode has it. Python's own \s holds U+001C-1F as well.
-_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 # CLIP's word pattern, over a shadow of the text: `re` knows no \p{L}, so é, ² and § stand there for all letters, numbers and
 # the rest beyond ASCII
 _WORDS = re.compile(r"<\|(?:start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[A-Za-zé]+|[0-9²]|[^ A-Za-zé0-9²]+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecialToken:
-    """A token that is found in the text as it stands and never cut. `normalized`: looked for in the lower-cased text."""
-
-    text: str
-    id: int
-    normalized: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,27 +53,33 @@ class Tokenizer:
 
     vocab: Mapping[str, int] = field(repr=False)
     merges: Mapping[tuple[int, int], tuple[int, int]] = field(repr=False)
-    specials: tuple[SpecialToken, ...]
+    added: tuple[AddedToken, ...]
     start: int
     end: int
     pad: int  # SD 1 pads with the end token, SD 2 with "!"
     unknown: int
     length: int = CONTEXT
+    _names: Mapping[int, str] = field(init=False, repr=False)
+    _finders: tuple[Finder, Finder] = field(init=False, repr=False)  # in a text as it is, in a normal one
     _inside: tuple[int, ...] = field(init=False, repr=False)  # byte -> id, within a word
     _last: tuple[int, ...] = field(init=False, repr=False)  # byte -> id, at the end of a word
 
     def __post_init__(self) -> None:
-        if not 2 < self.length <= CONTEXT:
-            raise ValueError(f"length {self.length}: 3 to {CONTEXT} belongs here")
+        if not 2 < self.length <= LONGEST_TEXT:
+            raise ValueError(f"length {self.length}: 3 to {LONGEST_TEXT:,} belongs here")
+        names = {number: token for token, number in self.vocab.items()} | {token.id: token.text for token in self.added}
+        normalized, plain = ([token for token in self.added if token.normalized is kind] for kind in (True, False))
+        object.__setattr__(self, "_names", names)
+        object.__setattr__(self, "_finders", (Finder(plain, str), Finder(normalized, normal)))
         symbols = [_SYMBOLS[byte] for byte in range(256)]
         object.__setattr__(self, "_inside", tuple(self.vocab.get(symbol, self.unknown) for symbol in symbols))
         object.__setattr__(self, "_last", tuple(self.vocab.get(symbol + _END_OF_WORD, self.unknown) for symbol in symbols))
 
     @classmethod
-    def open(cls, folder: Path | str) -> Tokenizer:
+    def open(cls, folder: Path | str, *, length: int | None = None) -> Tokenizer:
         """From vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json (which may be absent).
 
-        Raises BundleError with every fault.
+        `length`: tokens that the encoder takes; where None, the config's model_max_length. Raises BundleError with every fault.
         """
         files, faults = {}, []
         try:
@@ -95,12 +95,12 @@ class Tokenizer:
                 faults.append(f"{name}: not readable: {error}")
         if faults:
             raise BundleError(folder, faults)
-        return cls.from_files(files, where=Path(folder))
+        return cls.from_files(files, where=Path(folder), length=length)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes | memoryview], *, where: PurePath) -> Tokenizer:
+    def from_files(cls, files: Mapping[str, bytes | memoryview], *, where: PurePath, length: int | None = None) -> Tokenizer:
         """As `open`, from what is in the files, by name. Raises BundleError with every fault; `where` is named in it."""
-        return _tokenizer_from_files(files, where)
+        return _tokenizer_from_files(files, where, length)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without start and end. Raises SettingError for more than 64 KiB of UTF-8, or a lone surrogate."""
@@ -110,24 +110,31 @@ class Tokenizer:
             raise SettingError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
         if size > LONGEST:
             raise SettingError(f"a text of {size:,} bytes: at most {LONGEST:,} (64 KiB of UTF-8) are taken; shorten it")
-        ids: list[int] = []
-        for part in _parts(text, [token for token in self.specials if not token.normalized]):
-            if isinstance(part, SpecialToken):
-                ids.append(part.id)
-                continue
-            for piece in _parts(_normal(part), [token for token in self.specials if token.normalized]):
-                if isinstance(piece, SpecialToken):
-                    ids.append(piece.id)
+        return [number for number, _ in self._tokens(text)]
+
+    def expand(self, text: str) -> str:
+        """`text` with the further vectors of its added tokens written out ("<cat>" -> "<cat> <cat>_1"), as diffusers does."""
+        return expanded(text, self.added, lambda text: (name for _, name in self._tokens(text)))
+
+    def _tokens(self, text: str) -> Iterator[tuple[int, str]]:
+        """The id of each token and its name: of an added one the characters that it stood for."""
+        plain, normalized = self._finders
+        for part in plain.split(text):
+            for piece in normalized.split(normal(part)) if isinstance(part, str) else (part,):
+                if isinstance(piece, Found):
+                    yield piece.token.id, piece.text
                 else:
                     for word in _words(piece):
-                        ids += self._merged(word.encode())
-        return ids
+                        yield from ((number, self._names[number]) for number in self._merged(word.encode()))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, lower-cased and spaced as the tokenizer sees it; bytes that are no UTF-8 show as U+FFFD."""
-        names = {number: token for token, number in self.vocab.items()} | {token.id: token.text + " " for token in self.specials}
-        text = "".join(names[number] for number in ids).replace(_END_OF_WORD, " ")
-        return bytes(_BYTES.get(symbol, 0x20) for symbol in text).decode(errors="replace").strip()
+        added = {token.id: token.text.encode() + b" " for token in self.added}
+        parts = (added[number] if number in added else self._bytes(number) for number in ids)
+        return b"".join(parts).decode(errors="replace").strip()
+
+    def _bytes(self, number: int) -> bytes:
+        return bytes(_BYTES.get(symbol, 0x20) for symbol in self._names[number].replace(_END_OF_WORD, " "))
 
     def _merged(self, word: bytes) -> list[int]:
         """Merge the lowest rank first, the leftmost of equals: a heap of pairs over a linked list, n log n for n bytes."""
@@ -156,20 +163,10 @@ class Tokenizer:
         return [number for number in ids if number != gone]
 
 
-def _normal(text: str) -> str:
+def normal(text: str) -> str:
+    """A text as it is cut into words: NFC, single spaces, lower case."""
     # each character on its own, as the reference does: Python would make the Σ that ends a word a ς
-    return _SPACES.sub(" ", unicodedata.normalize("NFC", text)).replace("Σ", "σ").lower()
-
-
-def _parts(text: str, tokens: list[SpecialToken]) -> Iterator[str | SpecialToken]:
-    """`text` cut at its special tokens, the leftmost and of these the longest first."""
-    if not tokens:
-        yield text
-        return
-    by_text = {_normal(token.text) if token.normalized else token.text: token for token in tokens}
-    pattern = "|".join(re.escape(found) for found in sorted(by_text, key=len, reverse=True))
-    for part in re.split(f"({pattern})", text):
-        yield by_text.get(part, part)
+    return SPACES.sub(" ", unicodedata.normalize("NFC", text)).replace("Σ", "σ").lower()
 
 
 def _words(text: str) -> Iterator[str]:
@@ -202,19 +199,22 @@ _SYMBOLS = _byte_symbols()
 _BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
 
 
-def _tokenizer_from_files(files: Mapping[str, bytes | memoryview], where: PurePath) -> Tokenizer:
+def _tokenizer_from_files(files: Mapping[str, bytes | memoryview], where: PurePath, length: int | None) -> Tokenizer:
     faults: list[str] = []
     vocab = _vocab(_document(files, "vocab.json", faults), faults)
     merges = _merges(_text(files, "merges.txt", faults), vocab, faults)
     config = _document(files, "tokenizer_config.json", faults)
     named = _document(files, "special_tokens_map.json", faults) if "special_tokens_map.json" in files else {}
-    specials, tasks = _specials(config, named, vocab, faults)
-    length = config.get("model_max_length", CONTEXT)
-    if not isinstance(length, int) or length < 3:
-        faults.append(f"tokenizer_config.json: model_max_length {length!r} is not a whole number above 2")
+    added, tasks = _added(config, named, vocab, faults)
+    if length is None:
+        length = config.get("model_max_length", CONTEXT)
+        if type(length) is not int or length < 3:
+            faults.append(f"tokenizer_config.json: model_max_length {length!r:.40} is not a whole number above 2")
+        elif length > LONGEST_TEXT:  # as a tokenizer says that knows of no encoder
+            length = CONTEXT
     if faults:
         raise BundleError(where, faults)
-    return Tokenizer(vocab=vocab, merges=merges, specials=specials, length=min(length, CONTEXT), **tasks)
+    return Tokenizer(vocab=vocab, merges=merges, added=added, length=length, **tasks)
 
 
 def _text(files: Mapping[str, bytes | memoryview], name: str, faults: list[str]) -> str | None:
@@ -245,14 +245,16 @@ def _document(files: Mapping[str, bytes | memoryview], name: str, faults: list[s
 
 def _vocab(document: dict[str, Any], faults: list[str]) -> dict[str, int]:
     by_id: dict[int, str] = {}
-    wrong = []
+    wrong, vocab = [], dict.fromkeys(document, -1)
     for token, number in document.items():
-        if type(number) is not int or number < 0:
-            wrong.append(f"vocab.json: {token!r}: its id {number!r} is not a whole number from 0 on")
-        elif by_id.setdefault(number, token) != token:
-            wrong.append(f"vocab.json: {token!r} has the id of {by_id[number]!r}")
+        if type(number) is not int or not 0 <= number < _LARGEST_ID:
+            wrong.append(f"vocab.json: {token!r:.60}: its id {number!r:.40} is not a whole number from 0 on")
+            continue
+        vocab[token] = number
+        if by_id.setdefault(number, token) != token:
+            wrong.append(f"vocab.json: {token!r:.60} has the id of {by_id[number]!r:.60}")
     faults += _few(wrong)
-    return document
+    return vocab
 
 
 def _merges(text: str | None, vocab: dict[str, int], faults: list[str]) -> dict[tuple[int, int], tuple[int, int]]:
@@ -269,44 +271,54 @@ def _merges(text: str | None, vocab: dict[str, int], faults: list[str]) -> dict[
             if not left or not right or " " in right:
                 wrong.append(f"merges.txt: line {number}: two symbols belong here, not {line[:40]!r}")
             elif vocab:
-                wrong.append(f"merges.txt: line {number}: not in vocab.json: {', '.join(map(repr, missing))}")
+                wrong.append(f"merges.txt: line {number}: not in vocab.json: {', '.join(map(repr, missing)):.200}")
     faults += _few(wrong)
     return merges
 
 
-def _specials(
+def _added(
     config: dict[str, Any], named: dict[str, Any], vocab: dict[str, int], faults: list[str]
-) -> tuple[tuple[SpecialToken, ...], dict[str, int]]:
-    """The special tokens, and the id of each task. `named` goes over the config, unless that has an added_tokens_decoder."""
+) -> tuple[tuple[AddedToken, ...], dict[str, int]]:
+    """The added tokens, and the id of each task. `named` goes over the config, unless that has an added_tokens_decoder."""
     decoder = config.get("added_tokens_decoder")
-    found: dict[str, SpecialToken] = {}
+    found: dict[str, AddedToken] = {}
     for key, value in decoder.items() if isinstance(decoder, dict) else ():
-        text, normalized = _special_text(value, f"added_tokens_decoder.{key}", faults)
-        number = vocab.get(text, int(key) if key.isdecimal() else -1)
-        found[text] = SpecialToken(text=text, id=number, normalized=normalized)
+        where = f"added_tokens_decoder.{key}"
+        token = _token(value, where, faults)
+        number = vocab.get(token.text, int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else -1)
+        if number < 0:
+            faults.append(f"{where:.60}: an id belongs there")
+        found[token.text] = dataclasses.replace(token, id=number)
     settled, tasks = set(found), {}
     tokens = config if decoder is not None else config | named
     for task, (name, default) in _TASKS.items():
-        text, normalized = _special_text(tokens.get(name) or default, name, faults)
-        if text not in settled:  # of several tasks of one token the last says how it is looked for, as in the reference
-            if vocab and text not in vocab:
-                faults.append(f"vocab.json: no {text!r}, which is the {name}")
-            found[text] = SpecialToken(text=text, id=vocab.get(text, -1), normalized=normalized)
-        tasks[task] = found[text].id
+        token = _token(tokens.get(name) or default, name, faults)
+        if token.text not in settled:  # of several tasks of one token the last says how it is looked for, as in the reference
+            if vocab and token.text not in vocab:
+                faults.append(f"vocab.json: no {token.text!r}, which is the {name}")
+            found[token.text] = dataclasses.replace(token, id=vocab.get(token.text, -1))
+        tasks[task] = found[token.text].id
+    if len(found) > MOST:
+        faults.append(f"{len(found):,} added tokens, more than the {MOST:,} that are read")
     return tuple(found.values()), tasks
 
 
-def _special_text(value: Any, where: str, faults: list[str]) -> tuple[str, bool]:
-    """Text of a special token, and whether it is looked for in the normalised text: a string, or the fields of an AddedToken."""
+def _token(value: Any, where: str, faults: list[str]) -> AddedToken:
+    """A token without its id: a string, or the fields of an AddedToken."""
     fields = {"content": value} if isinstance(value, str) else value
     text = fields.get("content") if isinstance(fields, dict) else None
-    if not isinstance(text, str) or not text:
-        faults.append(f"{where}: a token belongs here, not {value!r:.60}")
-        return _END, False
-    wrong = [name for name in ("lstrip", "rstrip", "single_word") if fields.get(name)]
-    if wrong:
-        faults.append(f"{where}: {', '.join(wrong)} true is not supported")
-    return text, bool(fields.get("normalized", False))
+    if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TOKEN or not _is_unicode(text):
+        faults.append(f"{where:.60}: a token belongs here, not {value!r:.60}")
+        return AddedToken(text=_END, id=-1)
+    flags = {name: fields.get(name, False) for name in ("normalized", "single_word", "lstrip", "rstrip")}
+    faults += [
+        f"{where:.60}: {name} {flag!r:.20} is not true or false" for name, flag in flags.items() if not isinstance(flag, bool)
+    ]
+    return AddedToken(text=text, id=-1, **{name: flag is True for name, flag in flags.items()})
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _few(faults: list[str]) -> list[str]:

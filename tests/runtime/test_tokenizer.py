@@ -6,6 +6,7 @@ import pytest
 from clip_files import KINDS, golden_ids, write_kind
 
 from sdruntime.errors import BundleError, SettingError
+from sdruntime.prompt import tokenize
 from sdruntime.tokenizer import LONGEST, Tokenizer
 
 IDS = golden_ids()
@@ -64,6 +65,37 @@ def test_an_added_token_has_the_id_that_the_config_gives(folder):
     assert tokenizer.encode("a <my-cat>!") == [*tokenizer.encode("a"), 9000, *tokenizer.encode("!")]
 
 
+def added(folder, **flags):
+    """A tokenizer with `<Cat>` and `<Cat>_1` added, with these flags, and a function text -> the names of its tokens."""
+    tokens = {str(9000 + k): {"content": text, **flags} for k, text in enumerate(("<Cat>", "<Cat>_1"))}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=tokens)
+    tokenizer = Tokenizer.open(folder)
+    return tokenizer, lambda text: [name for _, name in tokenizer._tokens(text)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "names"),
+    [
+        ({}, "a<Cat>a <cat>", ["<Cat>"]),
+        ({"normalized": True}, "a<CAT>a <cat>", ["<cat>", "<cat>"]),
+        ({}, "<Cat>_1<Cat>_", ["<Cat>_1", "<Cat>"]),
+        ({"single_word": True}, "<Cat> a<Cat> -<Cat>-", ["<Cat>", "<Cat>"]),
+        ({"lstrip": True}, "a \t<Cat>  a", [" \t<Cat>"]),
+        ({"rstrip": True}, "a <Cat>  a", ["<Cat>  "]),
+    ],
+)
+def test_an_added_token_is_found_by_its_flags(folder, flags, text, names):
+    found = added(folder, **flags)[1](text)
+    assert [name for name in found if name.strip().lower().startswith("<cat>")] == names
+
+
+def test_further_vectors_of_a_token_are_written_out(folder):
+    tokenizer, _ = added(folder)
+    assert tokenizer.expand("a <Cat>, <Cat>!") == "a <Cat> <Cat>_1, <Cat> <Cat>_1!"
+    assert tokenizer.expand("a cat") == "a cat"
+    assert tokenize(tokenizer, "<Cat>").ids[1:4].tolist() == [9000, 9001, tokenizer.end]
+
+
 def test_decode_is_the_text_as_the_tokenizer_sees_it(folder):
     tokenizer = Tokenizer.open(folder)
     text = "A  RED\ncircle, café 赤い 4k <|endoftext|> x"
@@ -85,9 +117,7 @@ class Counted(dict):
 def test_a_long_word_is_merged_in_linear_many_steps(folder, word):
     opened = Tokenizer.open(folder)
     merges = Counted(opened.merges)
-    tokenizer = Tokenizer(
-        vocab=opened.vocab, merges=merges, specials=opened.specials, start=0, end=0, pad=0, unknown=opened.unknown
-    )
+    tokenizer = Tokenizer(vocab=opened.vocab, merges=merges, added=opened.added, start=0, end=0, pad=0, unknown=opened.unknown)
     for size in (2000, 64000):
         merges.asked = 0
         text = (word * size)[: size // len(word.encode())]
@@ -125,7 +155,7 @@ def test_every_fault_is_named_at_once(folder):
     with (folder / "merges.txt").open("a", encoding="utf-8") as file:
         file.write("one two three\nq zzz\n")
     edit(folder / "tokenizer_config.json", model_max_length="long")
-    edit(folder / "special_tokens_map.json", pad_token={"content": "!", "lstrip": True}, unk_token=7)
+    edit(folder / "special_tokens_map.json", pad_token={"content": "!", "lstrip": "yes"}, unk_token=7)
     found = "\n".join(faults(folder))
     for fault in (
         "vocab.json: 'a': its id 'one' is not a whole number from 0 on",
@@ -135,7 +165,7 @@ def test_every_fault_is_named_at_once(folder):
         "merges.txt: line 303: not in vocab.json: 'zzz', 'qzzz'",
         "model_max_length 'long'",
         "vocab.json: no '<|startoftext|>', which is the bos_token",
-        "pad_token: lstrip true is not supported",
+        "pad_token: lstrip 'yes' is not true or false",
         "unk_token: a token belongs here, not 7",
     ):
         assert fault in found
@@ -164,8 +194,11 @@ def test_a_file_of_rubbish_is_not_fifty_thousand_faults(folder):
     assert found[-1] == "... and 49,990 more like these"
 
 
-def test_a_length_that_the_encoder_lacks_is_77_and_one_without_room_is_a_fault(folder):
+def test_a_length_without_a_limit_is_clips_and_one_without_room_is_a_fault(folder):
     edit(folder / "tokenizer_config.json", model_max_length=10**30)
     assert Tokenizer.open(folder).length == 77
+    edit(folder / "tokenizer_config.json", model_max_length=248)
+    assert Tokenizer.open(folder).length == 248
+    assert Tokenizer.open(folder, length=5).length == 5
     edit(folder / "tokenizer_config.json", model_max_length=2)
     assert faults(folder) == ("tokenizer_config.json: model_max_length 2 is not a whole number above 2",)

@@ -55,7 +55,7 @@ def test_what_the_pipeline_must_know(kind: str, expected: dict[str, Any], reques
     checkpoint = read_checkpoint(request.getfixturevalue(f"{kind}_checkpoint"), name="tiny")
     assert {name: getattr(checkpoint.model, name) for name in expected} == expected
     assert checkpoint.model.license == "cc0-1.0"
-    assert checkpoint.tokenizers == (("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",))
+    assert tuple(checkpoint.tokenizers) == (("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",))
 
 
 def spoil_class(folder: Path) -> None:
@@ -146,7 +146,7 @@ def stray_shard(folder: Path) -> None:
         (spoil_json, "vae/config.json is not readable: NaN"),
         (drop_config, "unet/config.json is missing"),
         (drop_weights, "vae/diffusion_pytorch_model.safetensors is missing"),
-        (drop_tokenizer, "tokenizer/ has neither"),
+        (drop_tokenizer, "tokenizer/: has neither"),
         (cut_weights, "unet/diffusion_pytorch_model.safetensors: "),
         (pickle_weights, "--allow-pickle"),
         (drop_shard, "unet/b.safetensors is missing"),
