@@ -14,7 +14,7 @@ GATE        = $(PYTHON) benchmarks/gpu/gate.py $(MAKE) --no-print-directory
 # PYTHON=… of `make engines` is an interpreter for the engines; the environment is made with python3 then
 BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
-.PHONY: help demo engines test test-full check golden bench real-check clean
+.PHONY: help demo engines test test-quick test-full check golden bench real-check clean
 .PHONY: capi install-capi
 .PHONY: gpu-test gpu-test-here gpu-bench gpu-bench-here gpu-report gpu-report-here
 .DEFAULT_GOAL := help
@@ -53,6 +53,11 @@ $(TINY): | $(READY)
 test: $(READY)
 	@echo "== tests"
 	@$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+
+## make test-quick  the runtime's own tests, without what compiles or exports: under two minutes
+test-quick: $(READY)
+	@echo "== tests of the runtime"
+	@$(BIN)/python -m pytest -q -m "not full and not gpu" tests/runtime tests/test_house.py tests/test_layers.py $(ARGS)
 
 ## make test-full   the test suite and its wide matrices
 test-full: $(READY)
