@@ -23,7 +23,7 @@ from sdexport.hub import locate
 from sdexport.subject import bare, chosen, costs, draws_unguided, machine_of, parts
 from sdexport.timing import Turn, call_dims, in_turn, psnr, summary
 from sdruntime import processor
-from sdruntime.backends import BACKENDS
+from sdruntime.backends import BACKENDS, OFFERED
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine
@@ -108,7 +108,7 @@ def bench(
     """
     for name in against:
         if name not in TORCH and name not in BACKENDS:
-            raise UnknownName("rival", name, [*TORCH, *BACKENDS])
+            raise UnknownName("rival", name, [*TORCH, *OFFERED])
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     size = settings.size or manifest.model.default_size[::-1]

@@ -6,6 +6,7 @@ model_index.json names, GHSA-4prv-5hj7-c2xr). Everything that is wrong with a fo
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from sdexport.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.tokenizer import StoredTokenizer, read_tokenizer
 from sdexport.tree import read_own
 from sdexport.weight_files import WeightFile, chosen, expected
-from sdruntime.manifest import LONGEST_TEXT, Family, ModelSpec, Precision, PredictionType
+from sdruntime.errors import BundleError, plain, quoted
+from sdruntime.manifest import LONGEST_TEXT, NAME, Family, ModelSpec, Precision, PredictionType, load_manifest
 from sdruntime.record import read_json
 from sdruntime.samplers import SAMPLERS
 
@@ -96,6 +98,7 @@ class _Reader:
         self.faults: list[str] = []
 
     def read(self, name: str) -> Checkpoint:
+        self._refuse_a_bundle()
         index = self._json("model_index.json")
         self._stop_at_faults()
         asked = _PARTS.get(str(index.get("_class_name")))
@@ -127,6 +130,14 @@ class _Reader:
             scheduler=MappingProxyType(scheduler),
         )
 
+    def _refuse_a_bundle(self) -> None:
+        """A bundle has a model_index.json too."""
+        if (self.folder / NAME).is_file():
+            with contextlib.suppress(BundleError):
+                load_manifest(self.folder)
+                advice = f"sdruntime build {quoted(self.folder)} --backend onnxruntime adds engines to it"
+                raise CheckpointError(self.folder, [f"a bundle already, not a checkpoint: {advice}"])
+
     def _stop_at_faults(self) -> None:
         if self.faults:
             raise CheckpointError(self.folder, self.faults)
@@ -137,7 +148,7 @@ class _Reader:
         except FileNotFoundError:
             self.faults.append(f"{path} is missing")
         except (OSError, ValueError) as error:
-            self.faults.append(f"{path} is not readable: {error}")
+            self.faults.append(f"{path} is not readable: {plain(error)}")
         else:
             if isinstance(document, dict):
                 return document
@@ -202,7 +213,7 @@ class _Reader:
             try:
                 headers.append((path, read_header(path)))
             except (OSError, ValueError) as error:
-                self.faults.append(f"{path.relative_to(self.folder)}: {error}")
+                self.faults.append(f"{path.relative_to(self.folder)}: {plain(error)}")
         try:
             return MappingProxyType(merged(headers))
         except ValueError as error:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from sdexport.errors import RecipeError
 from sdexport.toml import Where, read_toml
-from sdruntime.backends import BACKENDS, backend
+from sdruntime.backends import BACKENDS, OFFERED, backend
 from sdruntime.build import Asked
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.manifest import ModelSpec, Precision
@@ -122,7 +122,7 @@ class _Reader:
             return []
         name = self.text(table, where, "backend", needed=True) or ""
         if name and name not in BACKENDS:
-            self.fault((*where, "backend"), UnknownName("backend", name, BACKENDS))
+            self.fault((*where, "backend"), UnknownName("backend", name, OFFERED))
         targets = [target for at, target in self.items(table, where, "target", str, "text") if self.is_target(at, target)]
         shapes, options = self.shapes(table, where), self.options(table, where, name)
         apart = self.components(table, where, name)

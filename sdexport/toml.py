@@ -12,6 +12,7 @@ from typing import Any
 
 from sdexport.errors import RecipeError
 from sdruntime.document import read_document
+from sdruntime.errors import plain
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,7 +37,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[Where, int]]:
     except UnicodeDecodeError as error:
         raise RecipeError(path, [f"{path}: not UTF-8, from byte {error.start} on"]) from error
     except ValueError as error:
-        raise RecipeError(path, [f"{path}: not readable: {error}"]) from error
+        raise RecipeError(path, [f"{path}: not readable: {plain(error)}"]) from error
     try:
         return tomllib.loads(text), lines_of(text)
     except tomllib.TOMLDecodeError as error:

@@ -16,7 +16,7 @@ from sdruntime import __version__
 from sdruntime.capi import add_arguments, answers
 from sdruntime.check import build, verify
 from sdruntime.command import Failed, Parser, UsageError, code_of, document, failure, reason_of, wants_json
-from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.errors import SdruntimeError, SettingError, plain
 from sdruntime.generate import generate, sampler_options
 from sdruntime.progress import progress_on
 
@@ -155,7 +155,7 @@ def table(options: argparse.Namespace) -> None:
         try:
             config = read_json(options.config)
         except (OSError, ValueError) as error:
-            raise SettingError(f"--config {options.config}: {error}") from error
+            raise SettingError(f"--config {options.config}: {plain(error)}") from error
     else:
         config = Bundle.open(options.bundle).read_json("scheduler/scheduler_config.json")
     made = compile_table(

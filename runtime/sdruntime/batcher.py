@@ -277,7 +277,7 @@ class Batcher:
         entry.drawing.timings.denoise = begun - entry.joined
         check_latents(job)
         [picture] = self._pipe.images([entry.request], [job])
-        entry.drawing.warnings += Result(images=(picture,)).warnings
+        entry.drawing.warnings += Result(images=(picture,), folder=self._pipe.bundle.folder).warnings
         entry.drawing.timings.decode = time.monotonic() - begun
         return picture
 

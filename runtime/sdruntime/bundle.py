@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from sdruntime.document import LARGEST
 from sdruntime.durable import sync_folder
-from sdruntime.errors import BundleError, OutOfSpace
+from sdruntime.errors import BundleError, OutOfSpace, plain
 from sdruntime.files import FileFault, Folder, hash_of, leads_to, read_all
 from sdruntime.lending import giving_back, hashing, mapped, watching
 from sdruntime.manifest import (
@@ -153,7 +153,7 @@ class Bundle:
         try:
             return json_from_text(str(self.read(path, most=LARGEST), encoding="utf-8"))
         except ValueError as error:
-            raise BundleError(self.folder, [f"{path}: not readable: {error}"]) from error
+            raise BundleError(self.folder, [f"{path}: not readable: {plain(error)}"]) from error
 
     def changed_files(self) -> list[str]:
         """A fault for each listed file whose hash is not the manifest's: the whole bundle is read."""

@@ -8,6 +8,8 @@ import secrets
 import warnings
 from pathlib import Path
 
+from sdruntime.errors import plain
+
 
 def cache_folder() -> Path:
     """$SDRUNTIME_CACHE, or sdruntime in $XDG_CACHE_HOME, or in ~/.cache. It need not exist."""
@@ -31,7 +33,9 @@ def write_cached(name: str, data: bytes | memoryview) -> None:
         staged.write_bytes(data)
         staged.replace(path)
     except OSError as error:
-        warnings.warn(f"{path} could not be kept: {error}; SDRUNTIME_CACHE names another folder", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{path} could not be kept: {plain(error)}; SDRUNTIME_CACHE names another folder", RuntimeWarning, stacklevel=2
+        )
     finally:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)

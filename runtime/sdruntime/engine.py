@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -146,13 +146,22 @@ class Library:
     missing: str = ""  # for a person: what is missing, and the line that installs it
 
 
+# name: (how its text is read, what belongs there)
+BackendOptions = Mapping[str, tuple[Callable[[str], Any], str]]
+
+
+def unknown_option(library: str, option: str, known: BackendOptions) -> UnknownName:
+    """The error for an option of a backend that it does not have: it lists those that it has."""
+    return UnknownName(f"option of {library}", option, known, forms={name: form for name, (_, form) in known.items()})
+
+
 def check_names(
-    library: str, target: str | None, targets: Sequence[str], options: Mapping[str, str], *, known: Iterable[str]
+    library: str, target: str | None, targets: Sequence[str], options: Mapping[str, str], *, known: BackendOptions
 ) -> str:
     """`target`, the first of `targets` where it is None. Raises DeviceMissing for another, UnknownName for an unknown option."""
     for option in options:
         if option not in known:
-            raise UnknownName(f"option of {library}", option, known)
+            raise unknown_option(library, option, known)
     if target is not None and target not in targets:
         raise DeviceMissing(f"target {target!r}: {library} has {', '.join(targets)} on this machine")
     return target or targets[0]

@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 _MOST_LINES, _LONGEST_LINE = 100, 1000
@@ -76,15 +76,16 @@ class SettingError(SdruntimeError, ValueError):
 
 
 class UnknownName(SettingError):
-    """`name` is not one of `known`; `near` holds the names that look like it."""
+    """`name` is not one of `known`; `near` holds the names that look like it. `forms`: what belongs there, by name."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, what: str, name: str, known: Iterable[str], *, forms: Mapping[str, str] | None = None) -> None:
         known = sorted(set(known))
         by_folded = {other.casefold(): other for other in known}
         found = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5) if len(name) < 200 else []
         self.near = tuple(by_folded[other] for other in found)
-        hint = f"did you mean {', '.join(self.near)}?" if self.near else f"known: {', '.join(known)}"
-        super().__init__(f"unknown {what} {name!r:.200}: {hint}")
+        hint = f"did you mean {', '.join(self.near)}?" if self.near else f"known: {', '.join(known) or 'none'}"
+        listed = "".join(f"\n  - {each}: {form}" for each, form in (forms or {}).items())
+        super().__init__(f"unknown {what} {name!r:.200}: {hint}{listed}")
 
 
 class Unsupported(SettingError):

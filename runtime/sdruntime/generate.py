@@ -58,7 +58,7 @@ def generate(options: argparse.Namespace) -> None:
         settings["strength"] = options.strength
     asked = requests(options.prompt, count=options.count, seed=options.seed, **settings)
     shown, written, warned = options.progress, [], []
-    if options.seed is None and not options.json:
+    if options.seed is None and not (options.json or options.quiet):  # it is in the document, and in the images
         shown.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
     pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
     try:

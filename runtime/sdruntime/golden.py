@@ -20,7 +20,7 @@ import numpy as np
 
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array
-from sdruntime.errors import BundleError
+from sdruntime.errors import BundleError, plain
 from sdruntime.manifest import ComponentSpec, Manifest
 from sdruntime.noise import NoiseStream
 from sdruntime.npz import LARGEST, read_npz
@@ -215,7 +215,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
         try:
             numbers = read_npz(bundle.read(NUMBERS, most=LARGEST))
         except ValueError as error:
-            raise BundleError(bundle.folder, [f"{NUMBERS}: not readable: {error}"]) from error
+            raise BundleError(bundle.folder, [f"{NUMBERS}: not readable: {plain(error)}"]) from error
         faults = list(_faults(golden, numbers, bundle.manifest))
     if faults:
         raise BundleError(bundle.folder, faults)

@@ -53,5 +53,5 @@ def advice(precision: Precision | None = None) -> str:
     if precision is None:
         return f"where the engine is fp16, {advice('fp16')}; {advice('fp32')}"
     if precision == "fp32":
-        return "in fp32 that is no overflow: `sdruntime verify BUNDLE` tells whether the engine is sound"
+        return "in fp32 that is no overflow: `sdruntime verify` on this bundle checks whether the engine is sound"
     return f"{precision} overflowed: build the bundle with --precision {'bf16 or fp32' if precision == 'fp16' else 'fp32'}"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from sdruntime.document import LARGEST
 from sdruntime.durable import replace_file
-from sdruntime.errors import BundleError
+from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.files import FileFault, FileMissing, Folder
 from sdruntime.record import json_from_record, json_from_text, record_from_json, twins
 
@@ -306,15 +306,25 @@ def manifest_document(files: Folder) -> dict[str, Any]:
     try:
         document = json_from_text(files.read(NAME, most=LARGEST).decode())
     except FileMissing:
-        raise BundleError(path, ["no such file: not a bundle (sdexport build writes one)"]) from None
+        raise BundleError(path, [_no_manifest(files)]) from None
     except (FileFault, ValueError) as error:
-        raise BundleError(path, [f"not readable: {error}"]) from error
+        raise BundleError(path, [f"not readable: {plain(error)}"]) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(path, [f"format: {FORMAT!r} belongs here: not the manifest of a bundle"])
     if document.get("revision") != REVISION:
         fault = f"revision {document.get('revision')!r}, but this sdruntime reads revision {REVISION}"
         raise BundleError(path, [f"{fault}: upgrade sdruntime, or export again with the sdexport that goes with it"])
     return document
+
+
+def _no_manifest(files: Folder) -> str:
+    """What a folder without a manifest is."""
+    try:
+        files.status("model_index.json")
+    except FileFault:
+        return "no such file: not a bundle (sdexport build writes one)"
+    command = f"sdexport build {quoted(files.path)} -o {quoted(f'{files.path}-bundle')}"
+    return f"no such file: {files.path} is a checkpoint, not a bundle: {command}"
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:

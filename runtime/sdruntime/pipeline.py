@@ -80,7 +80,7 @@ class Stream:
     @functools.cached_property
     def result(self) -> Result:
         self.close()
-        return Result(images=tuple(self._pipe.images(self._asked, self.jobs)))
+        return Result(images=tuple(self._pipe.images(self._asked, self.jobs)), folder=self._pipe.bundle.folder)
 
 
 class Pipeline:

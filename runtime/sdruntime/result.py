@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdruntime.engine import Array
+from sdruntime.errors import quoted
 from sdruntime.image import write_png
 from sdruntime.metadata import Origin, parameters, png_text
 from sdruntime.request import Request, short
@@ -67,6 +68,7 @@ class Result:
     """Generated images, in the order of their requests."""
 
     images: tuple[Image, ...]
+    folder: Path | None = field(default=None, repr=False)  # of the bundle, for the commands that a warning names
 
     def __repr__(self) -> str:
         return f"<Result of {len(self.images)} images, seeds {short(self.seeds)[1:-1]}>"
@@ -74,8 +76,9 @@ class Result:
     @property
     def warnings(self) -> tuple[str, ...]:
         """A line for each image that is one colour all over."""
+        command = "sdruntime verify" if self.folder is None else f"sdruntime verify {quoted(self.folder)}"
         return tuple(
-            f"image {k} (seed {each.seed}) is one colour all over, {each.pixels[0, 0].tolist()}: `sdruntime verify BUNDLE` "
+            f"image {k} (seed {each.seed}) is one colour all over, {each.pixels[0, 0].tolist()}: `{command}` "
             "checks whether the engines are sound"
             for k, each in enumerate(self.images)
             if each.flat

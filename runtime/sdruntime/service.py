@@ -47,7 +47,7 @@ from sdruntime.channel import Channel
 from sdruntime.cuda import device_index
 from sdruntime.describe import pipeline_document
 from sdruntime.engine import CPU, Array, EngineOptions
-from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported
+from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
 from sdruntime.image import png_from_image
 from sdruntime.message import Cancel, Open, Submit, message_from_json
 from sdruntime.pipeline import Pipeline
@@ -179,7 +179,7 @@ class Service:
         elif op == "submit" and type(job) is int and known:
             self._failed(job, error)
         else:
-            self._log("error", f"a message was refused: {error}")
+            self._log("error", f"a message was refused: {plain(error)}")
 
     # -- events
 
@@ -247,7 +247,7 @@ def _document(message: bytes) -> Any:
     try:
         return json_from_text(bytes(message).decode())
     except ValueError as error:
-        raise SettingError(f"no JSON in UTF-8: {error}") from error
+        raise SettingError(f"no JSON in UTF-8: {plain(error)}") from error
 
 
 def _traceback(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from sdruntime.added import LONGEST as LONGEST_TOKEN
 from sdruntime.added import MOST, SPACES, AddedToken, Finder, Found, expanded
 from sdruntime.document import LARGEST
-from sdruntime.errors import BundleError, SettingError
+from sdruntime.errors import BundleError, SettingError, plain
 from sdruntime.files import FileFault, FileMissing, Folder
 from sdruntime.manifest import LONGEST_TEXT
 from sdruntime.record import json_from_text
@@ -92,7 +92,7 @@ class Tokenizer:
             except FileMissing:
                 continue
             except FileFault as error:
-                faults.append(f"{name}: not readable: {error}")
+                faults.append(f"{name}: not readable: {plain(error)}")
         if faults:
             raise BundleError(folder, faults)
         return cls.from_files(files, where=Path(folder), length=length)
@@ -224,7 +224,7 @@ def _text(files: Mapping[str, bytes | memoryview], name: str, faults: list[str])
     try:
         return str(files[name], "utf-8")
     except UnicodeDecodeError as error:
-        faults.append(f"{name}: not readable: {error}")
+        faults.append(f"{name}: not readable: {plain(error)}")
         return None
 
 
@@ -235,7 +235,7 @@ def _document(files: Mapping[str, bytes | memoryview], name: str, faults: list[s
     try:
         document = json_from_text(text)
     except ValueError as error:
-        faults.append(f"{name}: not readable: {error}")
+        faults.append(f"{name}: not readable: {plain(error)}")
         return {}
     if not isinstance(document, dict):
         faults.append(f"{name}: an object belongs here")

@@ -173,7 +173,7 @@ target = "sm86"
 11: engines[0].batch[2]: a number or text such as '1:4' belongs here, not true
 16: engines[1].target[1]: unknown target 'ampere'
 17: engines[1].size[1]: size '512': WIDTHxHEIGHT in pixels is the form
-17: engines[1].size[2]: width: min, opt and max are (512, 512, 256), but they must rise
+17: engines[1].size[2]: width 512:512:256: MIN, OPT and MAX must rise
 18: engines[1].options.level: unknown key 'level': known: optimization_level
 18: engines[1].options.optimization_level: 9: 0 (quickest build) to 5
 18: engines[1].options.strip: text, a whole number, true or false belongs here, not 1.5
@@ -181,7 +181,7 @@ target = "sm86"
 19: engines[1].guidance: 'on' or 'off' or 'any' belongs here, not true
 21: engines[1].components.unt: unknown key 'unt': did you mean unet?
 22: engines[1].components.vae_encoder: false (no engine of it) or a table belongs here, not true
-24: engines[1].components.vae_decoder.batch: batch: min, opt and max are (0, 0, 0), but they must rise from 1
+24: engines[1].components.vae_decoder.batch: batch 0:0:0: MIN, OPT and MAX must rise from 1
 25: engines[1].components.vae_decoder.target: unknown key 'target': known: batch, guidance, options, size
 """.splitlines()
     assert len(told) == len(expected)

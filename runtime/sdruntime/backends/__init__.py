@@ -29,9 +29,11 @@ BACKENDS = {
     "fake": Backend(folder="fake"),
 }
 
+OFFERED = tuple(name for name in BACKENDS if name != "fake")  # to users: the fake is for tests
+
 
 def backend(name: str, part: str) -> ModuleType:
     """The module `part` ("build" or "engine") of the backend `name`. Raises UnknownName."""
     if name not in BACKENDS:
-        raise UnknownName("backend", name, BACKENDS)
+        raise UnknownName("backend", name, OFFERED)
     return importlib.import_module(f"sdruntime.backends.{BACKENDS[name].folder}.{part}")

@@ -10,6 +10,7 @@ from typing import Any
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.path import SCHEDULES, Path
 from sdruntime.predict import PREDICTIONS
+from sdruntime.samplers.keys import OPTIONS
 from sdruntime.samplers.protocol import Solver
 from sdruntime.schedule import Settings, Space
 
@@ -50,7 +51,7 @@ class Sampler:
         """
         unknown = [key for key in given if key not in self.reads]
         if unknown:
-            raise UnknownName(f"option of {self.name}", unknown[0], self.reads)
+            raise self._refused(unknown[0])
         written = {key: config[key] for key in self.reads if config.get(key) is not None}
         written = {key: value for key, value in written.items() if not self._of_another_class(key, value)}
         settings = {**self.reads, **written, **given}
@@ -58,6 +59,17 @@ class Sampler:
             if value != self.reads[key]:
                 self._check(key, value)
         return settings
+
+    def _refused(self, key: str) -> SettingError:
+        """The error for an option that this sampler does not have: other samplers may."""
+        own = sorted(OPTIONS.intersection(self.reads))
+        if key not in OPTIONS:
+            return UnknownName(f"option of {self.name}", key, own)
+        from sdruntime.samplers import SAMPLERS
+
+        others = [name for name, row in SAMPLERS.items() if key in row.reads]
+        with_it = f"; samplers with it: {', '.join(others)}" if others else ""
+        return SettingError(f"option {key}: {self.name} has no such option (it has: {', '.join(own) or 'none'}){with_it}")
 
     def _of_another_class(self, key: str, value: Any) -> bool:
         """A solver_type or algorithm_type that a sibling wrote: from_config passes over those."""

@@ -16,7 +16,7 @@ from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import devices
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
-from sdruntime.errors import DeviceMissing, LibraryMissing, SdruntimeError
+from sdruntime.errors import DeviceMissing, LibraryMissing, SdruntimeError, SettingError
 from sdruntime.manifest import Precision
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
@@ -44,10 +44,15 @@ def resolve_target(name: str, target: str | None, precision: Precision, options:
     """Raises LibraryMissing, DeviceMissing for a target that this ONNX Runtime was not built with, UnknownName."""
     ort = library()
     try:
-        return check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
+        found = check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
     except DeviceMissing as error:
         mend = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU is here"
         raise DeviceMissing(f"{error}: {mend}") from None
+    if precision == "bf16" and found == "cpu":
+        raise SettingError(
+            f"{name} {ort.__version__} does not compute bf16 on a CPU: use --backend openvino, or export with --precision fp32"
+        )
+    return found
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:

@@ -12,7 +12,7 @@ import numpy as np
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
-from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError
+from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, quoted
 from sdruntime.lending import giving_back
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
@@ -94,7 +94,8 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     precision = spec.options.get("inference_precision", "f32")
     if precision == "bf16" and not has_bf16(ov.Core()):
         raise DeviceMissing(
-            f"engine {spec.name}: it computes in bf16, which this CPU does not: sdruntime build BUNDLE --backend openvino"
+            f"engine {spec.name}: it computes in bf16, which this CPU does not: "
+            f"sdruntime build {quoted(bundle.folder)} --backend openvino"
         )
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if options.threads:

@@ -12,7 +12,7 @@ from typing import Any
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import Cuda, Device, available_memory, devices
-from sdruntime.engine import AMPERE_UP, PLATFORM, Built, EngineRequest, Stage
+from sdruntime.engine import AMPERE_UP, PLATFORM, Built, EngineRequest, Stage, unknown_option
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
 from sdruntime.manifest import Precision
 from sdruntime.process import run_apart
@@ -85,8 +85,8 @@ def _ahead(trt: Any, target: str | None, here: Sequence[Device]) -> str:
 def _of_this_gpu(target: str | None, here: Sequence[Device]) -> str:
     if not here:
         raise DeviceMissing(
-            "TensorRT builds on the GPU that the engine is for, and none is here: build on the device "
-            "(sdruntime build BUNDLE --backend tensorrt), or ahead with --backend tensorrt-rtx --target sm86"
+            "TensorRT builds on the GPU that the engine is for, and none is here: copy the bundle to the device and build there, "
+            "or build ahead with --backend tensorrt-rtx --target sm86"
         )
     if target == AMPERE_UP and here[0].capability < (8, 0):
         raise DeviceMissing(f"target {AMPERE_UP}: {here[0].name} is {here[0].target}, and an Ampere GPU or later must build it")
@@ -102,7 +102,7 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
     read = {}
     for key, text in options.items():
         if key not in OPTIONS:
-            raise UnknownName(f"option of {name}", key, OPTIONS)
+            raise unknown_option(name, key, OPTIONS)
         parse, form = OPTIONS[key]
         read[key] = parse(text)
         if read[key] is None:
