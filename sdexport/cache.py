@@ -10,12 +10,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sdexport.components import Component
+from sdruntime.durable import replace_file
 from sdruntime.record import json_from_record
 
 _LIBRARIES = ("sdexport", "sdruntime", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -76,14 +76,7 @@ def store_trace(key: str, graph: bytes) -> None:
     """Keep a graph, by one rename."""
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(graph).digest() + graph)
-        Path(staged).replace(path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
+    replace_file(path, hashlib.sha256(graph).digest() + graph)
 
 
 def _path(key: str) -> Path:

@@ -92,15 +92,16 @@ def bench(
     from sdexport.bench import bench as events
     from sdexport.chart import busy_warning, svg
     from sdexport.chart import markdown as lines
+    from sdruntime.durable import replace_file
 
     settings = Settings(
         size=size_of(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
     )
     found = _measured(events(bundle, settings, **options), shown)
     if markdown:
-        markdown.write_text("\n".join(lines(found)) + "\n", encoding="utf-8")
+        replace_file(markdown, ("\n".join(lines(found)) + "\n").encode())
     if picture:
-        picture.write_text(svg(found), encoding="utf-8")
+        replace_file(picture, svg(found).encode())
     for warning in filter(None, (busy_warning(found), *found["warnings"])):
         shown.note(f"warning: {warning}")
     shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))

@@ -201,14 +201,12 @@ def samplers(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from sdruntime.bundle import Bundle
+    from sdruntime.bundle import Bundle, opening
     from sdruntime.choose import Machine
     from sdruntime.describe import bundle_document, bundle_lines
-    from sdruntime.errors import BundleError
 
-    bundle, machine = Bundle.open(options.bundle), Machine.here()
-    if options.check and (faults := bundle.changed_files()):
-        raise BundleError(bundle.folder, faults)
+    bundle = opening(options.bundle, Bundle.checked) if options.check else Bundle.open(options.bundle)
+    machine = Machine.here()
     if options.stale:
         inspect_stale(bundle, machine, as_json=options.json)
         return

@@ -168,6 +168,12 @@ class Bundle:
                 faults += [f"{path}: changed ({_unlike(found, spec)})"] if found != spec.sha256 else []
         return faults
 
+    def checked(self) -> Bundle:
+        """This bundle, after checking the hash of every listed file. Raises BundleError."""
+        if faults := self.changed_files():
+            raise BundleError(self.folder, faults)
+        return self
+
     def with_files(self, files: Mapping[str, bytes]) -> Bundle:
         """A bundle that is still staged, with these files as well, each in a folder of the bundle."""
         listed = dict(self.manifest.files)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import warnings
 from pathlib import Path
 
+from sdruntime.durable import replace_file
 from sdruntime.errors import plain
 
 
@@ -27,15 +27,10 @@ def read_cached(name: str) -> bytes | None:
 def write_cached(name: str, data: bytes | memoryview) -> None:
     """Keep `data` under `name`, by one rename: two processes may write at once. A folder that cannot be written is a warning."""
     path = cache_folder() / name
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
-        staged.replace(path)
+        replace_file(path, data)
     except OSError as error:
         warnings.warn(
             f"{path} could not be kept: {plain(error)}; SDRUNTIME_CACHE names another folder", RuntimeWarning, stacklevel=2
         )
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,10 +27,11 @@ from sdruntime.files import leads_to
 from sdruntime.lock import NAME as LOCK
 from sdruntime.lock import locked
 from sdruntime.manifest import NAME, EngineSpec, Manifest, load_manifest, save_manifest
-from sdruntime.owner import in_use, is_token, names_in, owned_folder, sweep
+from sdruntime.owner import Owner, in_use, names_in, owned_folder, remove_tree, started, sweep
 
 SCRATCH = ".building-"
 _TEMPORARY = (SCRATCH, f"{LOCK}.", temporary_prefix(NAME))  # prefixes of the temporary files and folders of a bundle
+_EARLIER = re.compile(r"\.manifest\.json\.(\d+)|\.building-(\d+)-[a-z0-9_]{8}")  # as first versions named them
 
 
 def change_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
@@ -151,6 +153,9 @@ def remove_leftovers(folder: Path, manifest: Manifest) -> None:
     held. Files that are not named like an engine of this bundle stay."""
     for prefix in _TEMPORARY:
         sweep(folder, prefix)
+    for name in names_in(folder):
+        if (found := _EARLIER.fullmatch(name)) and started(int(found[1] or found[2])) is None:
+            remove_tree(folder / name)
     claimed = _claimed(folder)
     with _engines_folder(folder) as handle:
         for name in names_in(handle) if handle is not None else ():
@@ -164,7 +169,8 @@ def remove_leftovers(folder: Path, manifest: Manifest) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether a name in a bundle's folder is that of its lock or of a temporary file or folder."""
-    return name == LOCK or any(name.startswith(each) and is_token(name.removeprefix(each)) for each in _TEMPORARY)
+    owned = any(name.startswith(each) and Owner.parse(name.removeprefix(each)) for each in _TEMPORARY)
+    return name == LOCK or owned or _EARLIER.fullmatch(name) is not None
 
 
 def engine_like(name: str, components: Mapping[str, object]) -> bool:

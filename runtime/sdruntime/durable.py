@@ -14,7 +14,10 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # file systems without i
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to a temporary file beside `path`, then rename it: `path` has the old content or the new, also after a power
-    cut. Leftovers of killed writers of `path` are removed. Raises OSError."""
+    cut. Leftovers of killed writers of `path` are removed. A device or a pipe is written to. Raises OSError."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     prefix = temporary_prefix(path.name)
     sweep(path.parent, prefix)
     staged = path.with_name(f"{prefix}{Owner.here().token()}")

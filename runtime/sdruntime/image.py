@@ -7,7 +7,6 @@ image_from_png                      PNG with 8 bits a channel -> uint8 [H, W, 3]
 
 from __future__ import annotations
 
-import secrets
 import struct
 import warnings
 import zlib
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.bundle import disk_full_as_error
+from sdruntime.durable import replace_file
 from sdruntime.errors import SdruntimeError, SettingError
 
 Pixels = NDArray[np.uint8]
@@ -66,20 +66,16 @@ def from_uint8(image: Pixels) -> NDArray[np.float32]:
 
 
 def write_png(path: Path | str, image: Pixels, text: Mapping[str, str] | None = None) -> None:
-    """Write `image` under a temporary name beside `path`, then rename: `path` is wholly new or as it was.
+    """Write `image` to `path`, which is wholly new or as it was, whatever happens.
 
     Raises SettingError (what `png_from_image` refuses, a folder that cannot be written) and OutOfSpace.
     """
     path, data = Path(path), png_from_image(image, text)
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with disk_full_as_error(path.parent):
-            staged.write_bytes(data)
-            staged.replace(path)
+            replace_file(path, data)
     except OSError as error:
         raise SettingError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def png_from_image(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:

@@ -95,7 +95,10 @@ def _take(folder: int, *, alone: bool) -> str | None:
     owner = Owner.here()
     for other in _holders(folder):
         found = Owner.parse(other)
-        if found is None or not (found.gone() or (alone and found.boot == owner.boot)):
+        gone = found and found.gone()
+        if gone is None and alone and found and found.boot == owner.boot:  # in another container
+            gone = True
+        if not gone:
             return None
         _remove(f"{NAME}/{other}", folder)
     token = owner.token()

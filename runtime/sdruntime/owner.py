@@ -26,8 +26,6 @@ from pathlib import Path
 from sdruntime.files import leads_to
 
 _TOKEN = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})-(\d+)-([0-9a-f]{8})-[0-9a-f]{8}")
-_PID_ONLY = re.compile(r"(\d+)(-\w+)?")  # the first versions' temporary files
-_RANDOM = re.compile(r"[a-z0-9_]{8}")  # and folders
 _DAY = 86_400  # seconds
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -44,7 +42,7 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
-        return cls(os.getpid(), _start(os.getpid()) or 0, *_system())
+        return cls(os.getpid(), started(os.getpid()) or 0, *_system())
 
     @classmethod
     def parse(cls, token: str) -> Owner | None:
@@ -63,7 +61,7 @@ class Owner:
             return True if self.host == host else None  # this host has been restarted since
         if self.space != space:
             return None
-        return _start(self.pid) != self.start
+        return started(self.pid) != self.start
 
 
 @contextlib.contextmanager
@@ -103,16 +101,14 @@ def in_use(parent: Path, prefix: str) -> list[Path]:
 def abandoned(path: Path, token: str) -> bool:
     """Whether the owner of `path` is gone. One that cannot be known counts as gone after a day without a change. False for a name
     that is not a token."""
-    if not is_token(token):
-        return False
     owner = Owner.parse(token)
-    if owner is None and (found := _PID_ONLY.fullmatch(token)):
-        return _start(int(found[1])) is None
-    if owner is not None and (gone := owner.gone()) is not None:
+    if owner is None:
+        return False
+    if (gone := owner.gone()) is not None:
         return gone
     try:
         status = path.lstat()
-        if owner is not None and owner.boot == Owner.here().boot and path.is_dir():  # same kernel: its locks tell
+        if owner.boot == Owner.here().boot and path.is_dir():  # same kernel: its locks tell
             handle = os.open(path, _FOLDER)
             try:
                 taken = hold(handle)
@@ -123,11 +119,6 @@ def abandoned(path: Path, token: str) -> bool:
     except OSError:
         return False
     return time.time() - status.st_mtime > _DAY
-
-
-def is_token(text: str) -> bool:
-    """Whether `text` is a token, or what earlier versions put in its place."""
-    return any(each.fullmatch(text) for each in (_TOKEN, _PID_ONLY, _RANDOM))
 
 
 def remove_tree(path: Path) -> None:
@@ -175,7 +166,7 @@ def _named(parent: Path, prefix: str) -> list[Path]:
         return []
 
 
-def _start(pid: int) -> int | None:
+def started(pid: int) -> int | None:
     """When a process started, in clock ticks after the boot (0 if unknown); None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

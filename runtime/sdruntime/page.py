@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdruntime.durable import replace_file
 from sdruntime.errors import SettingError
 from sdruntime.image import Pixels, png_from_image
 from sdruntime.report import PictureCheck, Report, Status, check_cells, image_cells, limit_name, verdict
@@ -74,7 +75,7 @@ def page(report: Report) -> str:
 def write_page(report: Report, path: Path) -> None:
     """`page`, written to `path`. Raises SettingError where that cannot be."""
     try:
-        path.write_text(page(report), encoding="utf-8")
+        replace_file(path, page(report).encode())
     except OSError as error:
         raise SettingError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdruntime import latent
 from sdruntime.backends import BACKENDS
-from sdruntime.bundle import Bundle
+from sdruntime.bundle import Bundle, opening
 from sdruntime.choose import AUTO
 from sdruntime.condition import Condition, Conditioner, cut_lines
 from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
@@ -37,6 +37,7 @@ from sdruntime.table import Table, compile_table
 SCHEDULER = "scheduler/scheduler_config.json"
 KEPT_TABLES = 64
 FITTING = 'resize it, or pass fit "resize" or "crop" (--fit)'
+_REOPENED = 100  # times that engines are opened again because the bundle changed meanwhile
 Loop = Generator[None, None, None]  # of `denoise`
 
 
@@ -97,20 +98,31 @@ class Pipeline:
     def __init__(
         self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
     ) -> None:
-        self.bundle, self.model = bundle, bundle.manifest.model
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
         busy = functools.partial(_under_way, self._loops)  # not a method: no cycle keeps a pipeline that nobody holds
-        self.engines = Engines(bundle, backend=backend, options=options, given=given, busy=busy)
+        self._engines_of = functools.partial(Engines, backend=backend, options=options, given=given, busy=busy)
+        self._follows = False
+        self._take(bundle)
+
+    def _take(self, bundle: Bundle) -> None:
+        self.bundle, self.model = bundle, bundle.manifest.model
+        self.engines = self._engines_of(bundle)
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
         self._tables: dict[tuple[Any, ...], Table] = {}
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
-        """Raises BundleError for a damaged bundle, EngineError where no engine fits this machine, UnknownName for a backend."""
-        if not isinstance(bundle, Bundle):
-            bundle = Bundle.open(bundle)
-        return cls(bundle, backend=backend, options=options or EngineOptions())
+        """Raises BundleError for a damaged bundle, EngineError where no engine fits this machine, UnknownName for a backend.
+
+        A bundle that is given by its path may be changed by others until its engines are open: it is opened again then.
+        """
+        make = functools.partial(cls, backend=backend, options=options or EngineOptions())
+        if isinstance(bundle, Bundle):
+            return make(bundle)
+        pipe = opening(bundle, make)
+        pipe._follows = True
+        return pipe
 
     @classmethod
     def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
@@ -130,7 +142,15 @@ class Pipeline:
     def opening(self) -> Iterator[Stage]:
         """Open the engines, as a loop that the caller owns: what is being loaded, in bytes. Leave it to its end, then `close`."""
         try:
-            yield from self.engines.opening()
+            for tries in range(_REOPENED, -1, -1):
+                try:
+                    yield from self.engines.opening()
+                    return
+                except Exception:  # libraries raise their own where an engine's file is gone
+                    if not (self._follows and tries and self.bundle.superseded()):
+                        raise
+                    self.engines.close()
+                    opening(self.bundle.folder, self._take)
         except BaseException:
             self.close()
             raise

@@ -19,6 +19,7 @@ from sdruntime.build import Asked
 from sdruntime.bundle import Bundle
 from sdruntime.errors import BundleError, OutOfSpace, SdruntimeError, SettingError, UnknownName
 
+SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes" / "checkpoint"
 KINDS = ("sd1", "sd2_v", "sdxl")
 
 
@@ -151,6 +152,23 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(sd1_checkpoint: Path, tmp_pa
     with pytest.raises(BundleError, match="no bundle: choose another place"):
         built(sd1_checkpoint, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_export_never_replaces_its_checkpoint(tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(SHAPES, tmp_path / "checkpoint")
+    (tmp_path / "way").symlink_to(checkpoint)
+    before = contents(tmp_path)
+    for out in (checkpoint / "bundle", checkpoint / "unet" / "deep" / "bundle", tmp_path / "way" / "bundle"):
+        with pytest.raises(BundleError, match=r"this place and the checkpoint .* overlap: choose another place"):
+            built(checkpoint, out)
+    (checkpoint / "manifest.json").write_text('{"name": "some web app"}')
+    for out in (checkpoint, tmp_path):
+        with pytest.raises(BundleError, match="no bundle: choose another place"):
+            built(checkpoint, out)
+    with pytest.raises(BundleError, match="a symbolic link is never replaced"):
+        built(checkpoint, tmp_path / "way")
+    (checkpoint / "manifest.json").unlink()
+    assert contents(tmp_path) == before
 
 
 def test_weights_that_fp16_cannot_hold_stop_a_build_without_an_audit(

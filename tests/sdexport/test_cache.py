@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,15 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("SDEXPORT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "sdexport"
+
+
+def test_a_trace_has_the_mode_that_the_umask_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDEXPORT_CACHE", str(tmp_path))
+    before = os.umask(0o027)
+    try:
+        store_trace("0" * 64, b"a graph")
+    finally:
+        os.umask(before)
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert load_trace("0" * 64) == b"a graph"
