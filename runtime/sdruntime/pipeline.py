@@ -147,13 +147,28 @@ class Pipeline:
                     yield from self.engines.opening()
                     return
                 except Exception:  # libraries raise their own where an engine's file is gone
-                    if not (self._follows and tries and self.bundle.superseded()):
+                    if not tries or not self._follow():
                         raise
-                    self.engines.close()
-                    opening(self.bundle.folder, self._take)
         except BaseException:
             self.close()
             raise
+
+    def _open_at_first_use(self) -> None:
+        for tries in range(_REOPENED, -1, -1):
+            try:
+                self.engines.ready()
+                return
+            except Exception:
+                if not tries or self.engines.closed or not self._follow():
+                    raise
+
+    def _follow(self) -> bool:
+        """Take the bundle as it is now, if it was given by its path and has changed since."""
+        if not self._follows or not self.bundle.superseded():
+            return False
+        self.engines.close()
+        opening(self.bundle.folder, self._take)
+        return True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
@@ -240,6 +255,7 @@ class Pipeline:
 
         Raises EngineError, SdruntimeError.
         """
+        self._open_at_first_use()
         return self.engines.engine(component, rows=rows, **dims)
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:

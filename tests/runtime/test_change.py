@@ -14,7 +14,7 @@ from bundles import make_bundle, tree, with_fake_engines
 
 from sdruntime import backends
 from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
+from sdruntime.bundle import Bundle, opening
 from sdruntime.change import add_engine, building, remove_engine
 from sdruntime.errors import BundleError
 from sdruntime.manifest import EngineSpec, load_manifest
@@ -212,3 +212,41 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
     assert len(paths) > 40
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {0o777 & ~mask}
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("entered", [True, False])
+def test_a_pipeline_opens_the_engines_of_the_bundle_as_it_is_then(bundle: Bundle, entered: bool) -> None:
+    """Between its opening and that of its engines, another process rebuilds one of them."""
+    from sdruntime.pipeline import Pipeline
+
+    (first,) = (each for each in with_fake_engines(bundle).manifest.engines if each.component == "unet")
+    pipe = Pipeline.open(bundle.folder, backend="fake")
+    fixed = Pipeline.open(Bundle.open(bundle.folder), backend="fake")
+    build(bundle.folder, Asked(backend="fake", size="64x64,512x512", components=("unet",)))
+    remove_engine(bundle, first)
+    if entered:
+        pipe.__enter__()
+    else:
+        pipe.engine("unet", rows=2, height=64, width=64)
+    assert len(pipe.bundle.manifest.engines) == 4
+    assert first not in pipe.bundle.manifest.engines
+    pipe.close()
+    with pytest.raises(BundleError, match="missing"):  # this bundle is the caller's choice
+        fixed.__enter__()
+
+
+def test_a_bundle_that_changes_while_it_is_opened_is_read_again(bundle: Bundle) -> None:
+    first = with_fake_engines(bundle).manifest.engines[0]
+    seen = []
+
+    def use(opened: Bundle) -> int:
+        seen.append(opened.manifest.generation)
+        if len(seen) == 1:
+            remove_engine(opened, first)
+        return len(opened.read(first.files[0]) if first in opened.manifest.engines else b"")
+
+    assert opening(bundle.folder, use) == 0
+    assert seen == [4, 5]
+    (bundle.folder / "unet" / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"unet/model\.onnx: missing"):
+        opening(bundle.folder, use)
