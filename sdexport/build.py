@@ -82,13 +82,15 @@ class EngineProgress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes. `checks`:
-    how many outputs and pictures were held to their numbers."""
+    how many outputs and pictures were held to their numbers. `changes`: a line for each setting of the checkpoint that diffusers'
+    pipeline changes when it opens it, as it is changed in the bundle."""
 
     folder: Path
     up_to_date: bool
     written: int
     peak: int
     checks: int = 0
+    changes: tuple[str, ...] = ()
 
 
 Event = Progress | EngineProgress | Built
@@ -127,7 +129,7 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
         asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
     inputs = _inputs(checkpoint, table, options)
     if _is_current(out, inputs, verified=options.verify):
-        return Built(folder=out, up_to_date=True, written=0, peak=peak_memory())
+        return Built(folder=out, up_to_date=True, written=0, peak=peak_memory(), changes=checkpoint.changes)
     if options.audited:
         check_environment()
     with staging(out) as folder:
@@ -144,13 +146,15 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
             model=checkpoint.model,
             precision=options.precision,
             components=_component_specs(table, audits) | {STEP: step},
-            provenance=_provenance(located, options, inputs),
+            provenance=_provenance(located, checkpoint, options, inputs),
         )
         if options.verify:
             proof = yield from _proved(checkpoint, options, folder, len(table))
             peak = max(peak, proof.peak)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Built(folder=out, up_to_date=False, written=written, peak=peak + peak_memory(), checks=proof.checks)
+    return Built(
+        folder=out, up_to_date=False, written=written, peak=peak + peak_memory(), checks=proof.checks, changes=checkpoint.changes
+    )
 
 
 def _refuse_overlap(out: Path, checkpoint: Path) -> None:
@@ -285,7 +289,7 @@ def _write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path
     for name, tokenizer in checkpoint.tokenizers.items():
         tokenizer.write(folder / name, length=checkpoint.text_length)
     (folder / "scheduler").mkdir()
-    shutil.copyfile(checkpoint.folder / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json")
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(checkpoint.scheduler), indent=1) + "\n")
     (folder / "model_index.json").write_text(json.dumps(_model_index(checkpoint, table), indent=1) + "\n")
 
 
@@ -317,7 +321,7 @@ def _component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) ->
     }
 
 
-def _provenance(located: Located, options: Options, inputs: str) -> dict[str, Any]:
+def _provenance(located: Located, checkpoint: Checkpoint, options: Options, inputs: str) -> dict[str, Any]:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     made = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
     provenance = {
@@ -325,6 +329,7 @@ def _provenance(located: Located, options: Options, inputs: str) -> dict[str, An
         "revision": located.revision,
         "created": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "options": json_from_record(options),
+        "changes": list(checkpoint.changes) or None,  # what diffusers' pipeline changes of the settings when it opens them
         "versions": versions(),
         "inputs": inputs,
     }

@@ -19,7 +19,8 @@ from sdruntime.durable import replace_file
 from sdruntime.record import json_from_record
 
 _LIBRARIES = ("sdexport", "sdruntime", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
-_IDLE = ("torch_dtype", "dtype", "transformers_version", "architectures")  # and what begins with "_": says nothing of the network
+# of the pipeline, not of the network, as is what begins with "_"
+_IDLE = ("sample_size", "scaling_factor", "latents_mean", "latents_std", "use_attention_mask")
 _TRACERS = ("components.py", "modules.py", "to_onnx.py")
 _DIGEST = 32
 

@@ -15,7 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from sdexport.card import read_card
+from sdexport.configs import default_size, misfits, read_config
 from sdexport.errors import CheckpointError
+from sdexport.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet
 from sdexport.stored import StoredTensor, is_regular, merged, read_header
 from sdexport.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.tokenizer import StoredTokenizer, read_tokenizer
@@ -24,7 +26,6 @@ from sdexport.weight_files import WeightFile, chosen, expected
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.manifest import LONGEST_TEXT, NAME, Family, ModelSpec, Precision, PredictionType, load_manifest
 from sdruntime.record import read_json
-from sdruntime.samplers import SAMPLERS
 
 _CLIP = ("transformers", "CLIPTextModel")
 _TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
@@ -46,20 +47,13 @@ _PARTS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
 }
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
-SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers}))  # what the runtime can sample with
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
-_NEEDED: Mapping[str, tuple[str, ...]] = {
-    "unet": ("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
-    "vae": ("latent_channels", "block_out_channels"),
-    "text_encoder": ("hidden_size", "vocab_size"),
-    "text_encoder_2": ("hidden_size", "vocab_size", "projection_dim"),
-}
-_UNSUPPORTED = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A network of the checkpoint: its config.json, and where each of its weights lies (or the pickles that hold them)."""
+    """A network of the checkpoint: the settings of its config.json, and where each of its weights lies (or the pickles that hold
+    them)."""
 
     config: Mapping[str, Any]
     files: tuple[Path, ...]
@@ -69,7 +63,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Made by `read_checkpoint`."""
+    """Made by `read_checkpoint`. `scheduler`: its settings as diffusers' pipeline has them once it is open; `changes`: a line for
+    each setting that it changes on opening."""
 
     folder: Path
     model: ModelSpec
@@ -78,6 +73,7 @@ class Checkpoint:
     text_length: int  # tokens of a text, start, end and padding among them
     index: Mapping[str, Any]
     scheduler: Mapping[str, Any]
+    changes: tuple[str, ...] = ()
 
 
 def read_checkpoint(folder: Path, *, name: str, precision: Precision = "fp32", allow_pickle: bool = False) -> Checkpoint:
@@ -96,6 +92,7 @@ class _Reader:
     def __init__(self, folder: Path, precision: Precision, allow_pickle: bool) -> None:
         self.folder, self.precision, self.allow_pickle = folder, precision, allow_pickle
         self.faults: list[str] = []
+        self.changes: list[str] = []
 
     def read(self, name: str) -> Checkpoint:
         self._refuse_a_bundle()
@@ -108,14 +105,13 @@ class _Reader:
             raise CheckpointError(self.folder, self.faults)
         for part, classes in asked.items():
             self._check_class(index, part, classes)
-        self._check_class(index, "scheduler", tuple(("diffusers", scheduler) for scheduler in SCHEDULERS))
-        parts = {part: self._part(part, asked[part][0][1]) for part in asked if part in _NETWORKS}
-        scheduler = self._json("scheduler/scheduler_config.json")
-        self._check_scheduler(scheduler)
+        check_index(index, self.faults)
+        parts = {part: self._part(part, asked[part][0][1], index["_class_name"]) for part in asked if part in _NETWORKS}
+        scheduler = self._scheduler(index)
         found = {part: self._tokenizer(part) for part in asked if part.startswith("tokenizer")}
         tokenizers = {part: tokenizer for part, tokenizer in found.items() if tokenizer is not None}
         self._stop_at_faults()
-        self._check_configs(parts)
+        self.faults.extend(misfits({part: each.config for part, each in parts.items()}, two_encoders="text_encoder_2" in parts))
         self._stop_at_faults()
         length = self._text_length(parts, tokenizers)
         self._stop_at_faults()
@@ -128,6 +124,7 @@ class _Reader:
             text_length=length,
             index=MappingProxyType(index),
             scheduler=MappingProxyType(scheduler),
+            changes=tuple(self.changes),
         )
 
     def _refuse_a_bundle(self) -> None:
@@ -161,11 +158,12 @@ class _Reader:
             names = ", ".join(".".join(pair) for pair in known)
             self.faults.append(f"model_index.json: {name} is {found!r}, not one of {names}")
 
-    def _part(self, name: str, kind: str) -> Part:
-        config = self._json(f"{name}/config.json")
-        for found in (config.get("_class_name", kind), *(config.get("architectures") or ())):
-            if found != kind:
-                self.faults.append(f"{name}/config.json is of a {found}, not of a {kind}")
+    def _part(self, name: str, kind: str, pipeline: str) -> Part:
+        written: Mapping[str, Any] = self._json(f"{name}/config.json")
+        if name == "unet":
+            written, changes = opened_unet(pipeline, written)
+            self.changes.extend(changes)
+        config = read_config(kind, written, f"{name}/config.json", self.faults) if written else {}
         files, pickled = self._weight_files(name)
         return Part(config=config, files=files, weights={} if pickled else self._weights(name, files), pickled=pickled)
 
@@ -262,31 +260,26 @@ class _Reader:
             )
         return next(iter(lengths.values()))
 
-    def _check_scheduler(self, scheduler: Mapping[str, Any]) -> None:
-        path = "scheduler/scheduler_config.json"
-        if scheduler and scheduler.get("_class_name") not in SCHEDULERS:
-            self.faults.append(f"{path}: _class_name {scheduler.get('_class_name')!r} is not one of {', '.join(SCHEDULERS)}")
-        prediction = scheduler.get("prediction_type", "epsilon")
+    def _scheduler(self, index: Mapping[str, Any]) -> dict[str, Any]:
+        found, path = index.get("scheduler"), "scheduler/scheduler_config.json"
+        if isinstance(found, list) and len(found) == 2 and found[1] in FLOW_SCHEDULERS:
+            self.faults.append(
+                f"model_index.json: scheduler is {found[1]}, which {index['_class_name']} cannot run: no image of diffusers "
+                "says what is right; for a flow model name UniPCMultistepScheduler there, and in its config use_flow_sigmas true "
+                "and prediction_type flow_prediction"
+            )
+            return {}
+        self._check_class(index, "scheduler", tuple(("diffusers", scheduler) for scheduler in SCHEDULERS))
+        written = self._json(path)
+        if not written or not isinstance(found, list) or found[-1] not in SCHEDULERS:
+            return {}
+        prediction = written.get("prediction_type", "epsilon")
         if prediction not in _PREDICTIONS:
             self.faults.append(f"{path}: prediction_type {prediction!r} is not one of {', '.join(_PREDICTIONS)}")
-
-    def _check_configs(self, parts: Mapping[str, Part]) -> None:
-        for name, part in parts.items():
-            self.faults.extend(f"{name}/config.json: {key} is missing" for key in _NEEDED[name] if key not in part.config)
-        if self.faults:
-            return
-        unet, vae = parts["unet"].config, parts["vae"].config
-        for key in _UNSUPPORTED:
-            if unet.get(key) is not None:
-                self.faults.append(f"unet/config.json: {key} {unet[key]!r} is not supported")
-        added, known = unet.get("addition_embed_type"), "text_time" if "text_encoder_2" in parts else None
-        if added != known:
-            self.faults.append(f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {known!r}")
-        if unet["in_channels"] != vae["latent_channels"]:
-            self.faults.append(
-                f"unet/config.json: in_channels {unet['in_channels']}, but the VAE has {vae['latent_channels']}: "
-                "inpainting and depth checkpoints are not supported yet"
-            )
+            return {}
+        scheduler, changes = opened_scheduler(index["_class_name"], found[-1], written, self.faults)
+        self.changes.extend(changes)
+        return scheduler
 
     def _model(
         self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any], pad_token: str
@@ -294,20 +287,23 @@ class _Reader:
         unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
         xl, card = "text_encoder_2" in parts, read_card(self.folder)
         # OpenCLIP's encoder, which SD2 brought, has the plain GELU; CLIP's own the quick one
-        family: Family = "sdxl" if xl else "sd2" if text.get("hidden_act") == "gelu" else "sd1"
+        family: Family = "sdxl" if xl else "sd2" if text["hidden_act"] == "gelu" else "sd1"
         try:
             factor = 2 ** (len(vae["block_out_channels"]) - 1)
-            sides = unet["sample_size"] if isinstance(unet["sample_size"], list) else [unet["sample_size"]] * 2
+            mean, std = (vae[key] or () for key in ("latents_mean", "latents_std"))
+            # StableDiffusionXLPipeline follows them, and where it has both; StableDiffusionPipeline passes over them
+            normed = xl and mean and std
             return ModelSpec(
                 name=name,
                 family=family,
-                prediction_type=scheduler.get("prediction_type", "epsilon"),
-                scaling_factor=float(vae.get("scaling_factor", 0.18215)),
-                shift_factor=float(vae.get("shift_factor") or 0.0),
+                prediction_type=scheduler.get("prediction_type") or "epsilon",
+                scaling_factor=float(vae["scaling_factor"]),
+                latents_mean=tuple(map(float, mean)) if normed else (),
+                latents_std=tuple(map(float, std)) if normed else (),
                 latent_channels=vae["latent_channels"],
                 vae_factor=factor,
                 size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
-                default_size=(sides[0] * factor, sides[1] * factor),
+                default_size=default_size(unet, factor),
                 pad_token=pad_token,
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
                 license=card.license,

@@ -101,8 +101,12 @@ def build(
             written=built.written,
             checks=built.checks,
             peak_memory=built.peak,
+            changes=list(built.changes),
         )
-    elif built.up_to_date:
+        return
+    for line in built.changes:
+        shown.note(f"note: {line}")
+    if built.up_to_date:
         shown.print(f"{built.folder} is up to date")
     else:
         shown.print(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")

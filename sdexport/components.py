@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdexport.checkpoint import Checkpoint
+from sdexport.configs import text_width
 from sdruntime.manifest import TensorSpec
 
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
@@ -83,7 +84,7 @@ def _unet(checkpoint: Checkpoint) -> Component:
     inputs = [
         _float("sample", "batch", config["in_channels"], "height", "width"),
         _float("timestep", "batch"),
-        _float("encoder_hidden_states", "batch", "sequence", config["cross_attention_dim"]),
+        _float("encoder_hidden_states", "batch", "sequence", text_width(config)),
     ]
     if model.family == "sdxl":
         width = checkpoint.parts["text_encoder_2"].config["projection_dim"]

@@ -89,6 +89,8 @@ LAYERS = {
         hub
         card
         tree
+        configs
+        opening
         tokenizer
         checkpoint
         components

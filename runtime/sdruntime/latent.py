@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,9 +16,10 @@ def decode(latents: Array, engine: Engine, model: ModelSpec, during: Callable[[i
 
     Raises NotFinite.
     """
-    cells = latents / np.float32(model.scaling_factor)
-    if model.shift_factor:
-        cells += np.float32(model.shift_factor)
+    if model.latents_std:  # in this order, as diffusers' StableDiffusionXLPipeline has it
+        cells = latents * _channels(model.latents_std) / np.float32(model.scaling_factor) + _channels(model.latents_mean)
+    else:
+        cells = latents / np.float32(model.scaling_factor) + np.float32(model.shift_factor)
     return checked_rows(engine, {"latent_sample": np.ascontiguousarray(cells, np.float32)}, during)["sample"]
 
 
@@ -31,9 +32,15 @@ def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec) -> A
     posterior = checked_rows(engine, feeds, lambda row: "the picture to begin from")
     deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
     drawn: Array = posterior["latent_mean"] + deviation * noise
-    drawn -= np.float32(model.shift_factor)
-    drawn *= np.float32(model.scaling_factor)
+    if model.latents_std:  # as diffusers' StableDiffusionXLImg2ImgPipeline has it
+        drawn = (drawn - _channels(model.latents_mean)) * np.float32(model.scaling_factor) / _channels(model.latents_std)
+    else:
+        drawn = (drawn - np.float32(model.shift_factor)) * np.float32(model.scaling_factor)
     return drawn
+
+
+def _channels(values: Sequence[float]) -> Array:
+    return np.array(values, np.float32)[:, None, None]
 
 
 def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:

@@ -204,6 +204,8 @@ class ModelSpec:
     prediction_type: PredictionType
     scaling_factor: float  # latents = (posterior - shift_factor) * scaling_factor
     shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()  # of each channel; with latents_std: latents = (posterior - mean) * scaling_factor / std
+    latents_std: tuple[float, ...] = ()
     latent_channels: int = 4
     vae_factor: int = 8  # pixels a latent cell
     size_multiple: int = 64  # pixels: the VAE's factor times what the UNet halves
@@ -217,6 +219,11 @@ class ModelSpec:
         for name in ("scaling_factor", "latent_channels", "vae_factor", "size_multiple"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) not in (0, self.latent_channels):
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {self.latent_channels} latent channels")
+        if bool(self.latents_mean) != bool(self.latents_std) or any(each <= 0 for each in self.latents_std):
+            raise ValueError("latents_mean and latents_std belong together, and latents_std is positive")
         if self.size_multiple % self.vae_factor:
             raise ValueError(f"size_multiple {self.size_multiple} is not a multiple of vae_factor {self.vae_factor}")
         if any(side < 1 or side % self.size_multiple for side in self.default_size):

@@ -71,11 +71,11 @@ def spoil_pipeline(folder: Path) -> None:
 
 
 def spoil_scheduler(folder: Path) -> None:
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="KarrasVeScheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "KarrasVeScheduler"])
 
 
 def name_scheduler_unknown_to_the_runtime(folder: Path) -> None:
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="IPNDMScheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", "IPNDMScheduler"])
 
 
 def spoil_prediction(folder: Path) -> None:
@@ -137,8 +137,8 @@ def stray_shard(folder: Path) -> None:
         (spoil_class, "model_index.json: unet is ['diffusers', 'FluxTransformer2DModel']"),
         (spoil_library, "model_index.json: text_encoder is ['os', 'system']"),
         (spoil_pipeline, "_class_name 'StableDiffusion3Pipeline'"),
-        (spoil_scheduler, "_class_name 'KarrasVeScheduler'"),
-        (name_scheduler_unknown_to_the_runtime, "_class_name 'IPNDMScheduler' is not one of DDIMScheduler"),
+        (spoil_scheduler, "scheduler is ['diffusers', 'KarrasVeScheduler']"),
+        (name_scheduler_unknown_to_the_runtime, "'IPNDMScheduler'], not one of diffusers.DDIMScheduler"),
         (spoil_prediction, "prediction_type 'score'"),
         (spoil_architecture, "text_encoder/config.json is of a T5EncoderModel"),
         (spoil_channels, "in_channels 9, but the VAE has 4"),

@@ -285,7 +285,7 @@ ROWS = (
         grid=partial(consistency_grid, to_clean=False),
         space="vp",
         order=0,
-        reads={**CONSISTENCY, "eta": 0.3},
+        reads={**CONSISTENCY, "eta": 0.0},
         options=("eta",),
         diffusers="TCDScheduler",
         about="Trajectory consistency distillation (arXiv 2402.19159)",

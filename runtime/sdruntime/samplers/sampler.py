@@ -14,6 +14,10 @@ from sdruntime.samplers.keys import OPTIONS
 from sdruntime.samplers.protocol import Solver
 from sdruntime.schedule import Settings, Space
 
+# keys of a scheduler_config.json that are not of the file but defaults of its class: diffusers' from_config does not hand them on
+# to another class
+DEFAULTED = "_use_default_values"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
@@ -52,7 +56,9 @@ class Sampler:
         unknown = [key for key in given if key not in self.reads]
         if unknown:
             raise self._refused(unknown[0])
-        written = {key: config[key] for key in self.reads if config.get(key) is not None}
+        other = self.diffusers != config.get("_class_name")
+        unwritten = config.get(DEFAULTED, ()) if other else ()
+        written = {key: config[key] for key in self.reads if config.get(key) is not None and key not in unwritten}
         written = {key: value for key, value in written.items() if not self._of_another_class(key, value)}
         settings = {**self.reads, **written, **given}
         for key, value in settings.items():
