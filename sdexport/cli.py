@@ -79,6 +79,8 @@ def build(
         raise click.UsageError("--target, --size, --batch and --guidance are of engines: name a --backend too")
     if model is None and recipe is None:
         raise click.UsageError("name a MODEL, or a --recipe")
+    if no_audit and recipe is None and precision == "fp32":
+        shown.note("warning: --no-audit has no effect: fp32 is not audited")
     from sdexport.build import Options
     from sdexport.build import build as events
     from sdexport.engines import options_of

@@ -33,7 +33,7 @@ from sdruntime.denoise import Job, check_latents
 from sdruntime.engine import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline import Pipeline, encoded
-from sdruntime.request import Request, requests
+from sdruntime.request import Request, requests, unused_lines
 from sdruntime.result import Image, Result
 
 QUEUE = 64
@@ -248,6 +248,7 @@ class Batcher:
                 [job] = self._pipe.jobs([entry.request])
                 entry.joined = time.monotonic()
                 entry.drawing.timings.encode = entry.joined - begun
+                entry.drawing.warnings += unused_lines([entry.request])
                 entry.drawing.warnings += cut_lines(encoded([entry.request], [job]))
                 _tell(job, entry)
             except BaseException as error:

@@ -26,6 +26,10 @@ def build(options: argparse.Namespace) -> None:
 
     if options.stale == (options.backend is not None):
         raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
+    if options.stale:
+        refuse_beside_stale(options)
+    if options.components and options.without:
+        raise SettingError("build: give --component or --without, and not both")
     asked = asked_of(options) if options.backend else None
     check = None if options.no_verify else held
     shown, done, begun = options.progress, [], time.monotonic()
@@ -59,6 +63,14 @@ def build(options: argparse.Namespace) -> None:
         document(engines=done, seconds=round(time.monotonic() - begun, 3))
     elif options.stale and not done:
         print("no engine is stale")
+
+
+def refuse_beside_stale(options: argparse.Namespace) -> None:
+    """Stale engines are built again as they were requested: what says otherwise would be ignored."""
+    names = {"components": "--component"}
+    for name in ("target", "size", "batch", "guidance", "components", "without", "option"):
+        if getattr(options, name):
+            raise SettingError(f"{names.get(name, f'--{name}')} beside --stale: those engines are built again as they were")
 
 
 def asked_of(options: argparse.Namespace) -> Asked:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sdruntime.errors import DeviceMissing, EngineError, UnknownName
+from sdruntime.errors import DeviceMissing, EngineError, SettingError, UnknownName
 from sdruntime.manifest import ComponentSpec, EngineSpec, Precision, Profile, TensorSpec
 
 Array = NDArray[Any]
@@ -84,7 +84,9 @@ class AroundEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine is opened. `threads` 0: the library decides. `session`: the library's own settings, by its own names.
+    """How an engine is opened. Raises SettingError for a negative number.
+
+    `threads` 0: the library decides. `session`: the library's own settings, by its own names.
 
     `stream`: the handle of a CUDA stream of the caller's to work on, in place of one of its own.
     """
@@ -97,6 +99,12 @@ class EngineOptions:
     stream: int = 0
     measure: bool = True  # "auto" may time the CPU's engines, the first time that it has several to choose from
     session: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("device", "threads", "memory"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SettingError(f"{name} {value}: a number from 0 belongs here")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -192,6 +193,11 @@ class Engines:
                 free, name = cuda.free_memory(), cuda.device.name
             options, where = self.options, f"{self.bundle.manifest.model.name} on {name}"
             plan.check(free, budget=options.memory, low_memory=options.low_memory, where=where)
+            return
+        unused = {"--vram-budget": self.options.memory is not None, "--low-memory": self.options.low_memory}
+        if given := [name for name, is_given in unused.items() if is_given]:
+            text = f"{' and '.join(given)}: no engine that was chosen runs on a GPU, whose memory this is about"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def has(self, component: str, **dims: int) -> bool:
         """Whether the bundle has an engine of it for this machine and shape."""

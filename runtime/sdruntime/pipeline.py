@@ -27,7 +27,7 @@ from sdruntime.image import from_uint8, to_uint8
 from sdruntime.imagefile import fitted
 from sdruntime.metadata import Origin
 from sdruntime.noise import NoiseStream
-from sdruntime.request import Request, requests
+from sdruntime.request import Request, requests, unused_lines
 from sdruntime.result import Image, Result
 from sdruntime.run import Run
 from sdruntime.samplers import identified
@@ -206,7 +206,7 @@ class Pipeline:
         """
         asked = requests(prompt, **settings)
         jobs = self.jobs(asked)
-        for line in cut_lines(encoded(asked, jobs)):
+        for line in (*unused_lines(asked), *cut_lines(encoded(asked, jobs))):
             warnings.warn(line, UserWarning, stacklevel=3)
         return Stream(self, asked, jobs, on_device=on_device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,8 @@ from sdruntime.imagefile import FITS, Fit, ImageLike, pixels_from
 from sdruntime.samplers.keys import check_options
 
 LARGEST_SEED = 2**64 - 1
+LARGEST_GUIDANCE = 100  # models are used with 1 to 30
+MOST_IMAGES = 10_000  # of one call
 # What diffusers' pipelines call what is a setting here.
 DIFFUSERS: Mapping[str, str] = {
     "num_inference_steps": "steps=…",
@@ -63,8 +64,8 @@ class Request:
                 raise SettingError(f"{name}: text belongs here, not {type(text).__name__}")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise SettingError(f"seed {self.seed} is outside 0 to {LARGEST_SEED}")
-        if not math.isfinite(self.guidance):
-            raise SettingError(f"guidance {self.guidance} is not a finite number")
+        if not 0 <= self.guidance <= LARGEST_GUIDANCE:  # NaN is not either
+            raise SettingError(f"guidance {self.guidance!r:.30} is outside 0 to {LARGEST_GUIDANCE}")
         if not 0 <= self.rescale <= 1:
             raise SettingError(f"rescale {self.rescale} is outside 0 to 1")
         if not 0 < self.strength <= 1:
@@ -97,6 +98,15 @@ class Request:
         return self.guidance > 1
 
 
+def unused_lines(asked: Sequence[Request]) -> list[str]:
+    """A line for each setting of the requests that has no effect."""
+    unguided = [each for each in asked if not each.guided]
+    found = [("the negative prompt", each) for each in unguided if each.negative]
+    found += [(f"rescale {each.rescale:g}", each) for each in unguided if each.rescale]
+    lines = [f"{what} has no effect at guidance {each.guidance:g}: it takes a guidance over 1" for what, each in found]
+    return list(dict.fromkeys(lines))
+
+
 def requests(
     prompt: str | Request | Sequence[str | Request], *, count: int = 1, seed: int | None = None, **settings: Any
 ) -> list[Request]:
@@ -107,8 +117,9 @@ def requests(
     prompts = [prompt] if isinstance(prompt, str | Request) else list(prompt)
     if not prompts:
         raise SettingError("no prompt was given")
-    if count < 1:
-        raise SettingError(f"count {count}: at least 1 picture a prompt")
+    if not 1 <= count * len(prompts) <= MOST_IMAGES:
+        limit = f"from 1 to {MOST_IMAGES:,} images in one call; the next call goes on with another seed"
+        raise SettingError(f"count {count} of {len(prompts)} prompt{'s' if len(prompts) != 1 else ''}: {limit}")
     check_names(settings)
     if settings.get("image") is not None:
         settings["image"] = pixels_from(settings["image"])  # a file is read once, whatever the count

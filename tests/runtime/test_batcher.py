@@ -181,7 +181,7 @@ def test_progress_can_cancel(parts: Parts, batcher: Batcher) -> None:
         ({"size": (60, 64)}, SettingError, "size 60x64: both sides must be multiples of 64"),
         ({"sampler": "eular"}, UnknownName, "euler"),
         ({"steps": 0}, SettingError, "steps 0"),
-        ({"options": {"predict_x0": True}}, UnknownName, "option of ddim"),
+        ({"options": {"predict_x0": True}}, SettingError, "option predict_x0: ddim has no such option"),
     ],
 )
 def test_a_wrong_setting_ends_its_job_alone(

@@ -114,3 +114,79 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
     for quiet in ("--json", "--quiet"):
         assert main([*command, quiet]) == 0
         assert [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--strength", "0.5"], "--strength 0.5 without --image"),
+        (["--threads", "-1"], "threads -1: a number from 0"),
+        (["--device", "-1"], "device -1: a number from 0"),
+        (["--guidance", "-5"], "guidance -5.0 is outside 0 to 100"),
+        (["--guidance", "1e9"], "guidance 1000000000.0 is outside 0 to 100"),
+        (["--count", "1000000000"], "count 1000000000 of 1 prompt: from 1 to 10,000 images in one call"),
+        (["--session", "x"], "--session 'x': KEY=VALUE"),
+    ],
+)
+def test_what_would_be_ignored_or_never_ends_is_refused(
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    out = tmp_path / "out.png"
+    assert main(["generate", str(ready), "x", "--backend", "fake", "--seed", "1", "-o", str(out), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--vram-budget", "1K"], "--vram-budget: no engine that was chosen runs on a GPU"),
+        (["--low-memory", "--vram-budget", "1K"], "--vram-budget and --low-memory: no engine"),
+        (["--negative", "fog", "--guidance", "1"], "the negative prompt has no effect at guidance 1: it takes a guidance over 1"),
+        (["--rescale", "0.5", "--guidance", "0"], "rescale 0.5 has no effect at guidance 0"),
+    ],
+)
+def test_what_has_no_effect_is_told_in_a_line(
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    command = ["generate", str(ready), "x", "--backend", "fake", "--steps", "1", "-q", "-o", str(tmp_path / "out.png")]
+    assert main([*command, *arguments]) == 0
+    assert capsys.readouterr().err.count(f"warning: {told}") == 1
+    assert main(command) == 0
+    assert told not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--size", "64x64"], ["--option", "a=1"], ["--component", "unet"], ["--target", "cpu"]])
+def test_what_stale_would_ignore_is_refused(ready: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    assert main(["build", str(ready), "--stale", *more]) == 2
+    assert f"{more[0]} beside --stale" in capsys.readouterr().err
+    assert main(["build", str(ready), "--backend", "fake", "--component", "unet", "--without", "unet"]) == 2
+
+
+def test_a_session_setting_that_onnxruntime_does_not_know_is_told(bundle: Bundle) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    import warnings
+
+    from sdruntime.backends.ort.session import warn_of_unknown
+
+    with pytest.warns(RuntimeWarning, match="does not seem to have it.*did you mean session.disable_prepacking"):
+        warn_of_unknown(ort, ["session.disable_prepakcing"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unknown(ort, ["session.disable_prepacking", "session.intra_op.allow_spinning"])
+
+
+def test_a_large_count_is_generated_in_groups_of_one_call(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdruntime.pipeline import Pipeline
+
+    sizes, stream = [], Pipeline.stream
+
+    def watched(self: Pipeline, asked: Any, **settings: Any) -> Any:
+        sizes.append(len(asked))
+        return stream(self, asked, **settings)
+
+    monkeypatch.setattr(Pipeline, "stream", watched)
+    command = ["generate", str(ready), "x", "--backend", "fake", "--steps", "1", "--size", "64x64", "--count", "20"]
+    assert main([*command, "--seed", "3", "-q", "-o", str(tmp_path / "out.png")]) == 0
+    assert sizes == [8, 8, 4]
+    assert len(list(tmp_path.glob("out-*.png"))) == 20

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.external import ExternalTensor, external_tensors
+from sdruntime.backends.ort.session import warn_of_unknown
 from sdruntime.bundle import Bundle
 from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
@@ -83,6 +84,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
         # of the mapped weights only what the kernels pack is copied; releases that do not know the key copy them all
         session_options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+    warn_of_unknown(ort, options.session)
     for key, value in options.session.items():
         session_options.add_session_config_entry(key, value)
     try:

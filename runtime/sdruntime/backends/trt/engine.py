@@ -16,10 +16,11 @@ from sdruntime.bundle import Bundle
 from sdruntime.cache import read_cached, write_cached
 from sdruntime.cuda import devices
 from sdruntime.engine import AMPERE_UP, Array, EngineOptions, Library, Shared, check_feeds
-from sdruntime.errors import BundleError, EngineError, LibraryMissing, OutOfSpace, SdruntimeError, SettingError
+from sdruntime.errors import BundleError, EngineError, LibraryMissing, OutOfSpace, SdruntimeError, SettingError, UnknownName
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
+SESSION = ("engine_host_code",)  # settings of a session
 _DTYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
 _OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "could not be allocated")  # how the library says that memory ran out
 _MARGIN = 256 << 20  # bytes of a device that weight streaming leaves for everything else
@@ -157,6 +158,9 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     Raises BundleError for a changed plan, DeviceMissing, OutOfSpace, EngineError for what TensorRT refuses.
     """
     trt, component = library(spec.backend), bundle.manifest.components[spec.component]
+    for key in options.session:
+        if key not in SESSION:
+            raise UnknownName(f"session setting of {spec.backend}", key, SESSION)
     held = shared.get(("cuda", options.device), lambda: session(options))
     held.cuda.use()
     log = messages(trt)

@@ -1,0 +1,42 @@
+"""Session settings by ONNX Runtime's own names, which takes any name and ignores those that it does not know."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import mmap
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_NAMES = re.compile(rb"(?:session|optimization|ep|mlas|memory)\.[a-zA-Z0-9_.]{3,100}")
+
+
+def warn_of_unknown(ort: Any, names: Iterable[str]) -> None:
+    """A RuntimeWarning for each name that does not stand in the library: there is no list to ask it for."""
+    known = _known(_library_file()) if names else frozenset()
+    for name in names:
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            hint = f": did you mean {', '.join(near)}?" if near else ""
+            text = f"session setting {name!r}: ONNX Runtime {ort.__version__} does not seem to have it, and ignores what it lacks"
+            warnings.warn(f"{text}{hint}", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def _known(path: Path | None) -> frozenset[str]:
+    """The names that stand in the library's file."""
+    if path is None:
+        return frozenset()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return frozenset(str(found, "ascii") for found in _NAMES.findall(data))
+
+
+def _library_file() -> Path | None:
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as binding
+    except ImportError:
+        return None
+    return Path(binding.__file__)
