@@ -153,7 +153,7 @@ def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator
 
 
 def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generator[BuildEvent, None, Bundle]:
-    with disk_full_as_error(bundle.folder), building(bundle.folder, request.stem) as (name, scratch):
+    with disk_full_as_error(bundle.folder), building(bundle, request.stem) as (name, scratch):
         event = functools.partial(BuildEvent, component=request.component, engine=name)
         yield event(state="begin")
         work = backend(request.backend, "build").build_engine(bundle, dataclasses.replace(request, stem=name), scratch)

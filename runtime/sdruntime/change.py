@@ -1,6 +1,6 @@
 """Changes to a bundle that others use at the same time: engines in, engines out.
 
-    building(folder, stem)   a name that is free, and a folder to build the engine in; the lock is not held meanwhile
+    building(bundle, stem)   a name that is free, and a folder to build the engine in; the lock is not held meanwhile
     add_engine(...)          the built files and then the manifest, under the lock
     remove_engine(...)       the manifest and then the files, under the lock
 
@@ -23,7 +23,6 @@ from pathlib import Path
 from sdruntime.bundle import ENGINES, KNOWN_ENDINGS, Bundle, file_spec
 from sdruntime.durable import sync_folder, temporary_prefix
 from sdruntime.errors import BundleError
-from sdruntime.files import leads_to
 from sdruntime.lock import NAME as LOCK
 from sdruntime.lock import locked
 from sdruntime.manifest import NAME, EngineSpec, Manifest, load_manifest, save_manifest
@@ -50,7 +49,7 @@ def change_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bun
                 save_manifest(folder, after)
                 break
         remove_leftovers(folder, after)
-    return Bundle(folder, after)
+        return Bundle(folder, after)
 
 
 def tidy(folder: Path) -> None:
@@ -64,31 +63,29 @@ def tidy(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def building(folder: Path, stem: str) -> Iterator[tuple[str, Path]]:
+def building(bundle: Bundle, stem: str) -> Iterator[tuple[str, Path]]:
     """A name for an engine, and an empty folder on the bundle's disk to build it in, which is removed at the end of the block.
 
-    The name is `stem`, numbered if another engine has it or is being built under it. Raises BundleError also in place of what
-    goes wrong because the bundle was replaced by another export meanwhile.
+    The name is `stem`, numbered if another engine has it or is being built under it. Raises BundleError if another export has
+    replaced the bundle, also in place of what goes wrong because of that.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    folder = bundle.folder
     try:
         with contextlib.ExitStack() as stack:
             with locked(folder):
-                manifest = load_manifest(folder)
+                manifest = _current(bundle)
                 remove_leftovers(folder, manifest)
                 name = _free_name(stem, folder, manifest)
                 place = stack.enter_context(owned_folder(folder, SCRATCH)) / name
                 place.mkdir()
             yield name, place
     except BaseException as error:
-        if leads_to(folder, handle):
+        if bundle.opened.in_place():
             with contextlib.suppress(BundleError, OSError), locked(folder):  # else the next change does it
                 remove_leftovers(folder, load_manifest(folder))
         elif isinstance(error, Exception):
-            raise BundleError(folder, [f"replaced while an engine of it was being built: build {stem} again"]) from error
+            raise _replaced(bundle) from error
         raise
-    finally:
-        os.close(handle)
 
 
 def add_engine(
@@ -115,19 +112,17 @@ def add_engine(
             raise BundleError(bundle.folder, [f"{engine.component} was exported anew meanwhile: build its engine again"])
         return dataclasses.replace(manifest, engines=(*manifest.engines, engine), files={**manifest.files, **specs})
 
+    def adopt(manifest: Manifest) -> Manifest:
+        if not bundle.opened.in_place():
+            raise _replaced(bundle)
+        return with_engine(manifest)
+
     with locked(bundle.folder):
-        manifest = load_manifest(bundle.folder)
+        manifest = _current(bundle)
         possible = with_engine(manifest)
         if possible is manifest:
             return Bundle(bundle.folder, manifest), False
         _place(bundle.folder, built)
-        placed = bundle.folder.stat().st_ino
-
-    def adopt(manifest: Manifest) -> Manifest:
-        if bundle.folder.stat().st_ino != placed:
-            raise BundleError(bundle.folder, [f"replaced while engine {engine.name} was being checked: build it again"])
-        return with_engine(manifest)
-
     if check is not None:
         check(Bundle(bundle.folder, possible))
     changed = change_manifest(bundle.folder, adopt)
@@ -176,6 +171,17 @@ def is_temporary(name: str) -> bool:
 def engine_like(name: str, components: Mapping[str, object]) -> bool:
     """Whether a file of `engines` is named as builds name theirs: COMPONENT-…, with a known ending."""
     return name.endswith(KNOWN_ENDINGS) and name.startswith(tuple(f"{each}-" for each in components))
+
+
+def _current(bundle: Bundle) -> Manifest:
+    """The manifest on disk. Raises BundleError if another bundle has taken the place of `bundle`."""
+    if not bundle.opened.in_place():
+        raise _replaced(bundle)
+    return load_manifest(bundle.folder)
+
+
+def _replaced(bundle: Bundle) -> BundleError:
+    return BundleError(bundle.folder, ["replaced by another export while an engine of it was being built: build it again"])
 
 
 def _place(folder: Path, built: Mapping[str, Path]) -> None:

@@ -83,7 +83,7 @@ def test_what_killed_builds_left_is_removed_and_what_living_ones_use_is_not(bund
 
 def test_an_engine_file_that_a_living_build_has_placed_is_left_alone(bundle: Bundle) -> None:
     """Another builder's change comes between the file and the manifest."""
-    with building(bundle.folder, "unet-mine") as (name, scratch):
+    with building(bundle, "unet-mine") as (name, scratch):
         (scratch / f"{name}.json").write_text("{}")
 
         def neighbour(made: Bundle) -> None:
@@ -101,11 +101,11 @@ def test_an_engine_file_that_a_living_build_has_placed_is_left_alone(bundle: Bun
 
 
 def test_two_builds_of_one_name_get_two(bundle: Bundle) -> None:
-    with building(bundle.folder, "unet-mine") as (first, _), building(bundle.folder, "unet-mine") as (second, _):
+    with building(bundle, "unet-mine") as (first, _), building(bundle, "unet-mine") as (second, _):
         assert (first, second) == ("unet-mine", "unet-mine-2")
     (bundle.folder / "engines").mkdir()
     (bundle.folder / "engines" / "unet-mine.txt.notes").write_text("mine")
-    with building(bundle.folder, "unet-mine") as (name, _):
+    with building(bundle, "unet-mine") as (name, _):
         assert name == "unet-mine-2", "a file of that name is there"
 
 
@@ -145,7 +145,7 @@ def test_an_engine_of_a_bundle_that_was_exported_anew_is_not_added(
     if when == "building":
         monkeypatch.setattr(fake, "build_engine", replacing)
     check = (lambda *_: replace() or "") if when == "checking" else None
-    with pytest.raises(BundleError, match="replaced while an engine of it was being built"):
+    with pytest.raises(BundleError, match="replaced by another export while an engine"):
         list(build_engines(bundle.folder, UNET, check=check))
     assert load_manifest(bundle.folder).engines == ()
     assert not [path for path in bundle.folder.iterdir() if path.name.startswith(".")]
@@ -156,7 +156,7 @@ def test_an_engine_of_other_weights_is_not_added(bundle: Bundle) -> None:
     older = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, files=files))
     with (  # noqa: PT012
         pytest.raises(BundleError, match="unet was exported anew"),
-        building(bundle.folder, "unet-x") as (name, scratch),
+        building(bundle, "unet-x") as (name, scratch),
     ):
         (scratch / "unet-x.json").write_text("{}")
         add_engine(older, engine(name), {"engines/unet-x.json": scratch / "unet-x.json"})
