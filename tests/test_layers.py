@@ -74,6 +74,7 @@ LAYERS = {
         capi
         progress
         command
+        outputs
         check
         generate
         __main__

@@ -89,7 +89,12 @@ def parser() -> argparse.ArgumentParser:
 
     each = command("generate", generate, "make pictures")
     each.add_argument("prompt", nargs="+", metavar="PROMPT")
-    each.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png", help="several pictures: FILE-SEED.png")
+    where = (
+        "a .png, .jpg or .webp file; a folder; a pattern: 'out-{seed}.png', with {index} and {prompt} too; - for standard output"
+    )
+    each.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
+    each.add_argument("--overwrite", action="store_true", help="replace existing files")
+    each.add_argument("--grid", action="store_true", help="write all images as one sheet")
     each.add_argument("--negative", metavar="PROMPT", help="what should not be there")
     each.add_argument("--image", type=Path, metavar="FILE", help="begin from this image: PNG, JPEG, WebP or BMP")
     each.add_argument("--fit", choices=["resize", "crop"], help="bring --image to the size (an image of another size is refused)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from sdruntime.owner import Owner, sweep
@@ -14,10 +15,28 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # file systems without i
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to a temporary file beside `path`, then rename it: `path` has the old content or the new, also after a power
-    cut. Leftovers of killed writers of `path` are removed. A device or a pipe is written to. Raises OSError."""
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
+    cut. Leftovers of killed writers of `path` are removed. Raises OSError."""
+    _write_file(path, data, lambda staged: staged.replace(path))
+
+
+def create_file(path: Path, data: bytes | memoryview) -> None:
+    """As `replace_file`, where no file may have the name yet, nor get it meanwhile. Raises FileExistsError, OSError."""
+
+    def give_name(staged: Path) -> None:
+        try:
+            path.hardlink_to(staged)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            path.touch(exist_ok=False)
+            staged.replace(path)
+        else:
+            staged.unlink()
+
+    _write_file(path, data, give_name)
+
+
+def _write_file(path: Path, data: bytes | memoryview, give_name: Callable[[Path], object]) -> None:
     prefix = temporary_prefix(path.name)
     sweep(path.parent, prefix)
     staged = path.with_name(f"{prefix}{Owner.here().token()}")
@@ -26,7 +45,7 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        staged.replace(path)
+        give_name(staged)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdruntime.command import Failed, check_output, document, pairs
+from sdruntime.command import Failed, document, pairs
 from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from sdruntime.pipeline import Pipeline
     from sdruntime.progress import Progress
     from sdruntime.request import Request
-    from sdruntime.result import Result
+    from sdruntime.result import Image, Result
 
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -31,13 +33,12 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> None:
+    from sdruntime import outputs
+    from sdruntime.image import png_from_image
     from sdruntime.pipeline import Pipeline
     from sdruntime.request import requests
     from sdruntime.shapes import parse_size
 
-    if options.output.suffix.lower() != ".png":
-        raise SettingError(f"--output {options.output}: images are written as .png")
-    check_output(options.output, "--output")
     if options.fit is not None and options.image is None:
         raise SettingError(f"--fit {options.fit} without --image: it says how that image is brought to the size")
     if options.strength is not None and options.image is None:
@@ -57,24 +58,43 @@ def generate(options: argparse.Namespace) -> None:
     if options.strength is not None:
         settings["strength"] = options.strength
     asked = requests(options.prompt, count=options.count, seed=options.seed, **settings)
-    shown, written, warned = options.progress, [], []
+    if options.output == str(outputs.STDOUT) and (options.json or sys.stdout.isatty()):
+        other = "--json: both write to standard output" if options.json else "a terminal: redirect it, or name a file"
+        raise SettingError(f"--output - with {other}")
+    outputs.check_sheet(len(asked) if options.grid else 1)
+    places = outputs.paths(options.output, asked[:1] if options.grid else asked, overwrite=options.overwrite)
+    shown: Progress = options.progress
+    written: list[dict[str, Any]] = []
+    warned: list[str] = []
     if options.seed is None and not (options.json or options.quiet):  # it is in the document, and in the images
         shown.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
+
+    def write(path: Path, image: Image, *parts: Image) -> None:
+        """`parts` are the images that `image` shows."""
+        if path == outputs.STDOUT:
+            sys.stdout.buffer.write(png_from_image(image.pixels, image.text()))
+        else:
+            image.save(path, overwrite=options.overwrite)
+            if not options.json:
+                shown.print(str(path))
+        written.extend({"file": str(path), "seed": each.seed, "prompt": each.request.prompt, "cut": each.cut} for each in parts)
+
     pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
     try:
         with contextlib.closing(pipe):
+            images: list[Image] = []  # of a sheet
+            remaining = iter(places)
             for result in drawn(pipe, asked, shown):
-                for image in result.images:
-                    path = options.output
-                    if len(asked) > 1:
-                        path = path.with_name(f"{path.stem}-{image.seed}{path.suffix}")
-                    image.save(path)
-                    written.append({"file": str(path), "seed": image.seed, "prompt": image.request.prompt, "cut": image.cut})
-                    if not options.json:
-                        shown.print(str(path))
+                if options.grid:
+                    images += result.images
+                else:
+                    for image in result.images:
+                        write(next(remaining), image, image)
                 for text in result.warnings:
                     shown.note(f"warning: {text}")
                     warned.append(text)
+            if options.grid:
+                write(next(remaining), outputs.sheet(images), *images)
     except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
         raise Failed(error, pictures=written, warnings=warned) from error
     if options.json:

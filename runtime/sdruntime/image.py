@@ -1,6 +1,7 @@
 """Pictures: float arrays of the VAE to and from uint8, and PNG files, by NumPy and zlib alone.
 
 to_uint8, from_uint8                [.., 3, H, W] in [-1, 1]  <->  uint8 [.., H, W, 3]
+write_file                          bytes -> a file that is wholly there
 write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG (W3C PNG, third edition)
 image_from_png                      PNG with 8 bits a channel -> uint8 [H, W, 3]; files: `sdruntime.imagefile`
 """
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.bundle import disk_full_as_error
-from sdruntime.durable import replace_file
-from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.durable import create_file, replace_file
+from sdruntime.errors import SdruntimeError, SettingError, plain
 
 Pixels = NDArray[np.uint8]
 
@@ -66,16 +67,23 @@ def from_uint8(image: Pixels) -> NDArray[np.float32]:
 
 
 def write_png(path: Path | str, image: Pixels, text: Mapping[str, str] | None = None) -> None:
-    """Write `image` to `path`, which is wholly new or as it was, whatever happens.
+    """`write_file` of a PNG. Raises SettingError (what `png_from_image` refuses, too) and OutOfSpace."""
+    write_file(path, png_from_image(image, text))
 
-    Raises SettingError (what `png_from_image` refuses, a folder that cannot be written) and OutOfSpace.
+
+def write_file(path: Path | str, data: bytes, *, overwrite: bool = True) -> None:
+    """Write `data` to `path`, which is wholly new or as it was, whatever happens.
+
+    Raises SettingError for a folder that cannot be written, and for an existing file without `overwrite`; OutOfSpace.
     """
-    path, data = Path(path), png_from_image(image, text)
+    path = Path(path)
     try:
         with disk_full_as_error(path.parent):
-            replace_file(path, data)
+            (replace_file if overwrite else create_file)(path, data)
+    except FileExistsError:
+        raise SettingError(f"{path}: this file exists") from None
     except OSError as error:
-        raise SettingError(f"{path}: cannot be written: {error.strerror}") from error
+        raise SettingError(f"{path}: cannot be written: {plain(error)}") from error
 
 
 def png_from_image(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""Images from outside: files in any common format, and images of other libraries, as pixels uint8 [H, W, 3].
+"""Image files of the common formats, and images of other libraries, from and to pixels uint8 [H, W, 3].
 
 A PNG with 8 bits a channel is read by `sdruntime.image`; other PNGs, JPEG, WebP and BMP by Pillow (the extra `images`), as
 diffusers' `load_image` reads them: turned upright by their EXIF orientation, then converted to RGB.
@@ -11,19 +11,23 @@ import os
 import stat
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from sdruntime.errors import LibraryMissing, SettingError, plain
-from sdruntime.image import MAX_FILE, TRANSPARENT, OtherImage, Pixels, image_from_png
+from sdruntime.image import MAX_FILE, TRANSPARENT, XMP, OtherImage, Pixels, image_from_png, png_from_image, write_file
 
 ImageLike: TypeAlias = Any  # a path, an array uint8 [H, W, 3] or what has one (`__array__`), or a Pillow image
 Fit = Literal["resize", "crop"]
 FITS: tuple[Fit, ...] = ("resize", "crop")
 MAX_PIXELS = 1 << 26  # of an image that Pillow reads
+ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of what is written
+SAVED: Mapping[str, Mapping[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 INSTALL = 'pip install "sdruntime[images]"'
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _MAGIC = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF", "BMP": b"BM"}
 
 
@@ -62,6 +66,45 @@ def pixels_from(image: ImageLike) -> Pixels:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise SettingError(f"image: uint8 [height, width, 3] belongs here, not {pixels.dtype} {list(pixels.shape)}")
     return pixels
+
+
+def check_ending(path: Path, where: str) -> None:
+    """Raises SettingError for a name of no format that images are written in, LibraryMissing for one that needs Pillow."""
+    if _format(path, where) != "PNG":
+        try:
+            pillow()
+        except LibraryMissing as error:
+            raise LibraryMissing(f"{where} {path}: {error}") from error
+
+
+def _format(path: Path, where: str) -> str:
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise SettingError(f"{where} {path}: the name of an image ends in {', '.join(ENDINGS)}, that of a folder in /".lstrip())
+    return ENDINGS[ending]
+
+
+def write_image(path: Path | str, pixels: Pixels, text: Mapping[str, str], *, overwrite: bool = True) -> None:
+    """Write a PNG, JPEG or WebP file, as its name ends, with `text` as AUTOMATIC1111 keeps it there.
+
+    `text` has the keys of `metadata.png_text`; outside PNG the parameters are the EXIF UserComment. Raises SettingError, also for
+    an existing file without `overwrite`; OutOfSpace; LibraryMissing.
+    """
+    path = Path(path)
+    kind = _format(path, "")
+    data = png_from_image(pixels, text) if kind == "PNG" else _bytes_by_pillow(path, pixels, kind, text)
+    write_file(path, data, overwrite=overwrite)
+
+
+def _bytes_by_pillow(path: Path, pixels: Pixels, kind: str, text: Mapping[str, str]) -> bytes:
+    module, out = pillow(), io.BytesIO()
+    exif = module.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text["parameters"].encode("utf-16-be", errors="replace")
+    try:
+        module.fromarray(pixels).save(out, kind, exif=exif, xmp=text[XMP].encode(), **SAVED[kind])
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path}: cannot be written as {kind} ({error}): write a .png") from error
+    return out.getvalue()
 
 
 def fitted(pixels: Pixels, size: tuple[int, int], fit: Fit) -> Pixels:

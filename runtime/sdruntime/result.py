@@ -10,7 +10,7 @@ import numpy as np
 
 from sdruntime.engine import Array
 from sdruntime.errors import quoted
-from sdruntime.image import write_png
+from sdruntime.imagefile import write_image
 from sdruntime.metadata import Origin, parameters, png_text
 from sdruntime.request import Request, short
 
@@ -54,9 +54,12 @@ class Image:
         """Whether all of its pixels are one colour: black, most often."""
         return bool((self.pixels == self.pixels[0, 0]).all())
 
-    def save(self, path: Path | str) -> None:
-        """Write a PNG that says how the image was made. An existing file is replaced. Raises SettingError, OutOfSpace."""
-        write_png(path, self.pixels, self.text())
+    def save(self, path: Path | str, *, overwrite: bool = True) -> None:
+        """Write a .png that says how the image was made, or a .jpg or .webp (with Pillow).
+
+        Raises SettingError, also for an existing file without `overwrite`; OutOfSpace; LibraryMissing.
+        """
+        write_image(path, self.pixels, self.text(), overwrite=overwrite)
 
     def text(self) -> dict[str, str]:
         """The text keys for a PNG: the settings as other programs read them, and the mark of a machine-made image."""

@@ -140,4 +140,4 @@ def compare(checkpoint: Path, prompt: str, bundle: Path) -> None:
             pass
         (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
         assert not stream.result.warnings  # nothing was cut
-        assert_same_picture(stream.result.images[0], theirs, decoded, theirs_float)
+        assert_same_picture(stream.result.pixels[0], theirs, decoded, theirs_float)

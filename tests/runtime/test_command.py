@@ -82,7 +82,7 @@ def test_what_was_written_before_a_failure_is_in_the_document(
 ) -> None:
     import sdruntime.result as result
 
-    write, calls = result.write_png, []
+    write, calls = result.write_image, []
 
     def interrupted(path: Path, *arguments: Any, **more: Any) -> None:
         calls.append(path)
@@ -90,7 +90,7 @@ def test_what_was_written_before_a_failure_is_in_the_document(
             raise KeyboardInterrupt
         write(path, *arguments, **more)
 
-    monkeypatch.setattr(result, "write_png", interrupted)
+    monkeypatch.setattr(result, "write_image", interrupted)
     out = tmp_path / "out.png"
     code = main(["generate", str(ready), "a", "b", "--seed", "1", "--backend", "fake", "--steps", "1", "-o", str(out), "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -108,7 +108,20 @@ def test_an_abbreviated_flag_is_refused_with_its_full_name(arguments: list[str],
 def test_with_quiet_or_json_standard_error_has_no_progress(
     ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["generate", str(ready), "x", "--backend", "fake", "--steps", "2", "--seed", "1", "-o", str(tmp_path / "out.png")]
+    command = [
+        "generate",
+        str(ready),
+        "x",
+        "--backend",
+        "fake",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "-o",
+        str(tmp_path / "out.png"),
+        "--overwrite",
+    ]
     assert main(command) == 0
     assert "denoise: 0/2" in capsys.readouterr().err
     for quiet in ("--json", "--quiet"):

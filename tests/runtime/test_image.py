@@ -295,5 +295,5 @@ def test_a_write_that_fails_leaves_what_was_there(number, kind, tmp_path, monkey
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SettingError, match=r"absent/a\.png: cannot be written: No such file"):
+    with pytest.raises(SettingError, match=r"absent/a\.png: cannot be written: no such file"):
         write_png(tmp_path / "absent" / "a.png", noise(2, 2, 3))

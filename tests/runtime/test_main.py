@@ -63,7 +63,7 @@ def test_a_random_seed_is_printed(ready: Path, tmp_path: Path, capsys: pytest.Ca
     seed = re.search(rb"Seed: (\d+)", (tmp_path / "out.png").read_bytes())
     assert seed is not None
     assert f"--seed {seed[1].decode()} " in capsys.readouterr().err
-    assert generate(ready, "-o", tmp_path / "out.png", "--seed", 7) == 0
+    assert generate(ready, "-o", tmp_path / "out-7.png", "--seed", 7) == 0
     assert "seed 7 (random)" not in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--backend", "onnxrt"], 2, "did you mean onnxruntime"),
         (["--backend", "onnxruntime"], 5, "bundle --backend onnxruntime"),
         (["--image", "nowhere.png"], 2, "nowhere.png"),
-        (["-o", "out.jpg"], 2, "written as .png"),
+        (["-o", "out.gif"], 2, "the name of an image ends in .png, .jpg"),
         (["-o", "no/where/out.png"], 2, "the folder no/where does not exist: mkdir -p no/where"),
     ],
 )
