@@ -242,7 +242,7 @@ def _export(
                 yield Progress(component=component.name, index=index, count=len(table), stage=stage)
             else:
                 peak = max(peak, stage)
-        (folder / component.name / "config.json").write_text(json.dumps(dict(component.config), indent=2) + "\n")
+        (folder / component.name / "config.json").write_text(json.dumps(_described(component.config), indent=2) + "\n")
         if reference is not None:
             shutil.rmtree(reference / component.name)  # half of a large model's disk, before the next one is written
     return peak
@@ -283,6 +283,12 @@ def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, 
             written += event.size
             yield EngineProgress(event=event)
     return written
+
+
+def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config without what makes a library that opens it run other code (`_attn_implementation`, `auto_map`, …)."""
+    known = ("_class_name", "_diffusers_version")
+    return {key: value for key, value in config.items() if key in known or not (key.startswith("_") or key == "auto_map")}
 
 
 def _write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:

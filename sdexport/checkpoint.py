@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sdexport.bounds import check_depth
 from sdexport.card import read_card
 from sdexport.configs import default_size, misfits, read_config
 from sdexport.errors import CheckpointError
@@ -113,6 +114,9 @@ class _Reader:
         self._stop_at_faults()
         self.faults.extend(misfits({part: each.config for part, each in parts.items()}, two_encoders="text_encoder_2" in parts))
         self._stop_at_faults()
+        for part, found_part in parts.items():
+            if not found_part.pickled:  # of pickles the names are known when they are read
+                check_depth(part, found_part.config, found_part.weights, self.faults)
         length = self._text_length(parts, tokenizers)
         self._stop_at_faults()
         model = self._model(name, index, parts, scheduler, tokenizers["tokenizer"].pad_token)

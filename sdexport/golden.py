@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sdexport.bounds import at_most
 from sdexport.cache import digest_of as hash_of
 from sdexport.cache import versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
@@ -187,11 +188,11 @@ def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
 
     from sdexport.modules import WRAPPERS
 
-    with torch.device("meta"):
-        module = WRAPPERS[component.wrapper](component.config).eval()
-    state = module.state_dict()
     part = checkpoint.parts[component.part]
     stored = unpickled(part.files, scratch) if part.pickled else part.weights
+    with torch.device("meta"), at_most(len(stored), where=component.name):
+        module = WRAPPERS[component.wrapper](component.config).eval()
+    state = module.state_dict()
     found = match_weights(
         {name.removeprefix(_OWN): tuple(each.shape) for name, each in state.items()}, stored, where=component.name
     )

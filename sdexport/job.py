@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sdexport.bounds import at_most
 from sdexport.cache import load_trace, store_trace, trace_key
 from sdexport.checkpoint import read_checkpoint
 from sdexport.components import Component, components
@@ -94,7 +95,9 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
 
     if kept is None:
         # before the long work: do the weights fit?
-        match_weights(to_onnx.module_shapes(component), stored, where=component.name)
+        with at_most(len(stored), where=component.name):
+            shapes = to_onnx.module_shapes(component)
+        match_weights(shapes, stored, where=component.name)
         model = to_onnx.onnx_from_component(component)
         store_trace(key, ir.to_proto(model).SerializeToString())
     else:

@@ -14,6 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+_TEXT_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 # the posterior's logarithm of variance is kept in this range by diffusers' DiagonalGaussianDistribution
 _LOGVAR = (-30.0, 20.0)
 
@@ -62,7 +66,7 @@ class Unet(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.weights = UNet2DConditionModel.from_config(dict(config))
+        self.weights = UNet2DConditionModel.from_config(_architecture(config))
 
     def forward(
         self,
@@ -82,7 +86,7 @@ class VaeDecoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        vae = AutoencoderKL.from_config(dict(config))
+        vae = AutoencoderKL.from_config(_architecture(config))
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ class VaeEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        vae = AutoencoderKL.from_config(dict(config))
+        vae = AutoencoderKL.from_config(_architecture(config))
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,8 +118,14 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 }
 
 
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's own settings, without those that diffusers keeps for itself."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def _text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
-    known = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "architectures")}
+    # keys of transformers itself stay out: they choose the code that runs (_attn_implementation) and the form of what it returns
+    known = {key: value for key, value in config.items() if key in _TEXT_KEYS}
     # written out, attention is MatMul, scale, mask, Softmax, MatMul: what engines know to fuse
     return CLIPTextConfig(**(known | {"attn_implementation": "eager"}))
 

@@ -71,6 +71,8 @@ def _module(component: Component) -> Any:
 
     try:
         return WRAPPERS[component.wrapper](component.config).eval()
+    except ExportError:
+        raise
     except Exception as error:  # diffusers and transformers raise what they like for a config that they cannot build
         raise ExportError(f"{component.name}: no network can be made of {component.part}/config.json: {_cause(error)}") from error
 

@@ -92,6 +92,7 @@ LAYERS = {
         tree
         configs
         opening
+        bounds
         tokenizer
         checkpoint
         components
