@@ -46,7 +46,7 @@ def test_layers_without_weights_are_refused_before_anything_is_made(folder: Path
     edit(folder / part / "config.json", **changes)
     with pytest.raises(CheckpointError, match=rf"{part}/config.json: ") as caught:
         read_checkpoint(folder, name="tiny")
-    assert len(str(caught.value)) < 1000
+    assert len(str(caught.value)) < 3000
 
 
 @pytest.mark.parametrize(
