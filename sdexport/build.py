@@ -235,6 +235,7 @@ def _export(
             allow_pickle=options.allow_pickle,
             out=str(folder / component.name),
             full=full,
+            first=index == 0,
             reference=str(reference or ""),
         )
         for stage in run_apart(job):

@@ -6,15 +6,16 @@ A job is data, so that a process of its own can be given it.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sdexport.bounds import at_most
 from sdexport.cache import load_trace, store_trace, trace_key
-from sdexport.checkpoint import read_checkpoint
+from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
+from sdexport.errors import ExportError
 from sdexport.stored import StoredTensor
 from sdexport.unpickle import unpickled
 from sdexport.weights import match_weights
@@ -30,7 +31,9 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 PROBE = "probe"  # in place of a component: draw with the float32 bundle, to see what its components are fed
 AUDIT = "audit.json"
 
-StageName = Literal["trace", "kept trace", "probe", "audit", "confirm", "precision", "weights", "done", "reference", "verify"]
+StageName = Literal[
+    "check", "trace", "kept trace", "probe", "audit", "confirm", "precision", "weights", "done", "reference", "verify"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,7 @@ class Job:
     allow_pickle: bool
     out: str
     full: bool = False
+    first: bool = False  # of an export: the weights of all components are checked before anything is made
     reference: str = ""
 
     @property
@@ -76,12 +80,46 @@ def run(job: Job) -> Iterator[Stage]:
         checkpoint = read_checkpoint(
             Path(job.checkpoint), name=job.component, precision=job.precision, allow_pickle=job.allow_pickle
         )
-        component = next(component for component in components(checkpoint) if component.name == job.component)
+        table = components(checkpoint)
+        component = next(component for component in table if component.name == job.component)
+        if job.first:
+            yield Stage(name="check")
+            check_weights(checkpoint, table)
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
         stored = unpickled(part.files, loose) if part.pickled else part.weights
         yield from _made(component, stored, job, out)
         loose.unlink(missing_ok=True)
+
+
+def check_weights(checkpoint: Checkpoint, table: Sequence[Component]) -> None:
+    """Raise ExportError where weights do not fit the configs, for all components at once.
+
+    Pickled weights have no headers: the job of their component checks them.
+    """
+    faults = []
+    for component in table:
+        part = checkpoint.parts[component.part]
+        if not part.pickled:
+            try:
+                match_weights(_shapes(component), part.weights, where=component.name)
+            except ExportError as error:
+                faults.append(str(error))
+    if faults:
+        raise ExportError("\n".join(faults))
+
+
+def _shapes(component: Component) -> Mapping[str, tuple[int, ...]]:
+    """What a component's weights are called and their shapes, of the trace that was kept, else of its module."""
+    from sdexport import to_onnx
+
+    kept = load_trace(trace_key(component))
+    if kept is None:
+        return to_onnx.module_shapes(component)
+    import onnx
+    import onnx_ir as ir
+
+    return to_onnx.weight_shapes(ir.from_proto(onnx.load_from_string(kept)), component)
 
 
 def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, out: Path) -> Iterator[Stage]:

@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--vram-budget", metavar="SIZE", help="what of the GPU's memory may be used: 4G, 600M (all that is free)")
     sampling(each)
 
-    each = command("table", table, "print the coefficients of a sampler as JSON", bundle=False)
+    each = command("table", table, "print a sampler's table of coefficients; with --json every number in full", bundle=False)
     each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
     each.add_argument("--config", type=Path, metavar="scheduler_config.json", help="in place of a bundle")
     each.add_argument("--steps", type=int, default=20, help="(20)")
@@ -150,6 +150,8 @@ def sampling(each: argparse.ArgumentParser) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
+    import numpy as np
+
     from sdruntime.bundle import Bundle
     from sdruntime.record import read_json
     from sdruntime.table import compile_table
@@ -174,9 +176,9 @@ def table(options: argparse.Namespace) -> None:
     if options.json:
         document(table=json.loads(made.to_json()))
         return
-    print("step        t      scale   coefficients of x | model outputs | noises")
+    print("step        t      scale   coefficients of x | model outputs | noises, each from the newest back")
     for row in range(made.steps):
-        parts = [" ".join(f"{value:+.6g}" for value in part[row] if value) for part in (made.X, made.M, made.N)]
+        parts = [" ".join(f"{value:+.6g}" for value in np.trim_zeros(part[row], "b")) for part in (made.X, made.M, made.N)]
         print(f"{row:4d} {made.t[row]:8.2f} {made.scale[row]:10.6f}   {' | '.join(parts)}")
 
 

@@ -98,6 +98,25 @@ def test_what_was_written_before_a_failure_is_in_the_document(
     assert [Path(each["file"]).name for each in found["pictures"]] == ["out-1.png"]
 
 
+def test_a_table_shows_every_coefficient_in_its_place(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those that are zero between others."""
+    command = ["table", str(bundle.folder), "--sampler", "heun", "--steps", "4"]
+    assert main([*command, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["table"]
+    assert main(command) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "coefficients of x | model outputs | noises" in head
+    holes = 0
+    for row, line in enumerate(lines):
+        for name, text in zip("XMN", line[27:].split(" | "), strict=True):
+            shown = [float(word) for word in text.split()]
+            whole = table[name][row] + [0.0]
+            assert shown == pytest.approx(whole[: len(shown)], rel=1e-5)
+            assert not any(whole[len(shown) :])
+            holes += shown.count(0.0)
+    assert holes, "or the sampler shows nothing here"
+
+
 @pytest.mark.parametrize("arguments", [["generate", "b", "x", "-o", "y.png", "--negativ", "fog"], ["inspect", "b", "--sta"]])
 def test_an_abbreviated_flag_is_refused_with_its_full_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
