@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -36,12 +36,14 @@ class Path:
 
     Mostly each t is the next s; diffusers' DDIM and PNDM grids leave gaps, and are followed in that. `total` counts the
     pairs before an image-to-image start cut some off; `start_sigma` is the factor of the initial noise, text to image.
+    `start_level` is the level to which an image is noised, if it is not that of the first pair.
     """
 
     pairs: tuple[tuple[Point, Point], ...]
     total: int
     start_sigma: float
     levels: Levels
+    start_level: Point | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -91,6 +93,8 @@ def chosen_schedule(settings: Settings) -> str | None:
         "use_flow_sigmas": "flow",
     }
     written = [key for key in keys if settings.get(key)]
+    if "use_lu_lambdas" in written and len(written) == 2 and "use_flow_sigmas" not in written:
+        written.remove("use_lu_lambdas" if "use_karras_sigmas" in written else written[0])  # diffusers' order of precedence
     asked = settings.get("schedule")
     if asked is not None and asked not in SCHEDULES:
         raise UnknownName("schedule", str(asked), SCHEDULES)
@@ -172,33 +176,66 @@ def consistency_grid(settings: Settings, steps: int, begin: int, *, to_clean: bo
 # ---- grids in noise-to-signal ratios ---------------------------------------------------------------------------------
 
 
-def ve_grid(settings: Settings, steps: int, begin: int, *, whole_karras_times: bool = False) -> Path:
-    """k-diffusion's grid: fractional timesteps, sigmas interpolated, or a schedule between the first and last of them."""
+def ve_grid(
+    settings: Settings,
+    steps: int,
+    begin: int,
+    *,
+    whole_karras_times: bool = False,
+    karras_bounds: bool = True,
+) -> Path:
+    """k-diffusion's grid: fractional timesteps, sigmas interpolated, or a schedule between the first and last of them.
+
+    `karras_bounds` false: the "karras" schedule of this class ignores sigma_min and sigma_max, which others read.
+    """
     curve = Curve(settings, "ve")
     trained, spacing = settings["num_train_timesteps"], settings["timestep_spacing"]
-    times = spaced(spacing, steps, trained, settings["steps_offset"])
+    times = spaced(spacing, steps, trained, settings["steps_offset"]).astype(np.float32)  # as diffusers cuts them
     sigmas = curve.ratio_at(times)
     kind = chosen_schedule(settings)
     if kind is not None:
-        bounds = settings.get("sigma_max"), settings.get("sigma_min")
-        high, low = (float(sigmas[i]) if bound is None else bound for i, bound in zip((0, -1), bounds, strict=True))
-        times, sigmas = scheduled(kind, steps, curve, high, low)
+        bounded = karras_bounds or kind != "karras"
+        times, sigmas = scheduled(kind, steps, curve, *sigma_bounds(settings, sigmas[0], sigmas[-1], bounded))
         if kind == "karras" and whole_karras_times:
             times = times.round()
-    start = float(sigmas[0]) if spacing in ("linspace", "trailing") else math.hypot(1.0, sigmas[0])
+    sigmas = sigmas.astype(np.float32)  # as diffusers keeps them
+    top = float(sigmas.max())
+    start = top if spacing in ("linspace", "trailing") else math.hypot(1.0, top)
     points = [at_ratio(t, sigma, "ve") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
-    end = min(final_sigma(settings, "zero", curve), points[-1].sigma)
-    return chained([*points, at_ratio(0.0, end, "ve")], begin, start, curve)
+    return chained([*points, at_ratio(0.0, final_sigma(settings, "zero", curve), "ve")], begin, start, curve)
 
 
-def vp_grid(settings: Settings, steps: int, begin: int, *, final: str = "zero", whole_cosine_times: bool = True) -> Path:
+def vp_grid(
+    settings: Settings,
+    steps: int,
+    begin: int,
+    *,
+    final: str = "zero",
+    repeats_last: bool = False,
+    whole_cosine_times: bool = True,
+    flow_from_one: bool = False,
+    starts_trained: bool = False,
+) -> Path:
     """DPM-Solver's grid: whole timesteps, of which one more is cut and the lowest left out, or a schedule over all.
 
-    `final` is the final_sigmas_type of the samplers that do not read that key.
+    `final` is the final_sigmas_type of the samplers that do not read that key. With `repeats_last` "sigma_min" means that
+    a schedule's last sigma comes twice, otherwise it is the lowest trained sigma, even where a schedule ends below it.
+    `flow_from_one`: flow sigmas from 1 to 1 / num_train_timesteps in place of 1 - 1 / num_train_timesteps to 0.
+    `starts_trained`: an image is noised to the trained level of the first timestep, not to the first sigma.
     """
+    path = _vp_path(settings, steps, begin, final, repeats_last, whole_cosine_times, flow_from_one)
+    if not starts_trained:
+        return path
+    return replace(path, start_level=Curve(settings, "vp").at_time(int(path.pairs[0][0].t)))
+
+
+def _vp_path(
+    settings: Settings, steps: int, begin: int, final: str, repeats_last: bool, whole_cosine_times: bool, flow_from_one: bool
+) -> Path:
     trained, kind = settings["num_train_timesteps"], chosen_schedule(settings)
     if kind == "flow":
-        return _flow_path(settings, np.linspace(1 - 1 / trained, 0, steps + 1)[:-1], begin, final)
+        first, last = (1, 1 / trained) if flow_from_one else (1 - 1 / trained, 0)
+        return _flow_path(settings, np.linspace(first, last, steps + 1)[:-1], begin, final, repeats_last)
     curve = Curve(settings, "vp")
     if kind is None:
         last = int(np.count_nonzero(-curve.log_sigmas >= settings.get("lambda_min_clipped", -math.inf)))
@@ -206,24 +243,36 @@ def vp_grid(settings: Settings, steps: int, begin: int, *, final: str = "zero", 
         times = spaced(spacing, steps, trained, offset, last=last, extra=1).round()
         sigmas = curve.ratio_at(times)
     else:
-        high, low = settings.get("sigma_max"), settings.get("sigma_min")
-        high, low = high or float(curve.sigmas[-1]), low or float(curve.sigmas[0])
-        times, sigmas = scheduled(kind, steps, curve, high, low)
+        times, sigmas = scheduled(kind, steps, curve, *sigma_bounds(settings, curve.sigmas[-1], curve.sigmas[0], kind != "lu"))
         if kind in ("karras", "lu") and (whole_cosine_times or settings["beta_schedule"] != "squaredcos_cap_v2"):
             times = times.round()
         if kind in RATIO_SCHEDULES:
             times = np.trunc(times)
+    sigmas = sigmas.astype(np.float32)  # as diffusers keeps them
     points = [at_ratio(t, sigma, "vp") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
-    end = min(final_sigma(settings, final, curve), float(sigmas[-1]))
+    end = final_sigma(settings, final, curve)
+    if end > 0 and repeats_last and kind is not None:
+        end = float(sigmas[-1])
     return chained([*points, at_ratio(0.0, end, "vp")], begin, 1.0, curve)
+
+
+def sigma_bounds(settings: Settings, high: float, low: float, bounded: bool) -> tuple[float, float]:
+    """The largest and smallest sigma of a schedule: sigma_max and sigma_min of the config where they count."""
+    if not bounded:
+        return float(high), float(low)
+    given_high, given_low = settings.get("sigma_max"), settings.get("sigma_min")
+    return float(high if given_high is None else given_high), float(low if given_low is None else given_low)
 
 
 def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> tuple[Array, Array]:
     """Timesteps and sigmas of a named schedule between two sigmas; the time schedules take the whole curve."""
-    if not 0 < low <= high:
+    if low <= 0 or (low > high and steps > 1):
         raise SettingError(f"sigma_min {low:g} and sigma_max {high:g}: the schedule {kind!r} needs 0 < min <= max")
     if kind in RATIO_SCHEDULES:
-        sigmas = np.clip(RATIO_SCHEDULES[kind](high, low, steps), low, high)  # a power may end an ulp beside its bound
+        sigmas = RATIO_SCHEDULES[kind](high, low, steps)
+        if kind == "lu":  # the same from float32 logarithms: diffusers cuts its timesteps to whole ones
+            first, last = float(curve.log_sigmas[-1]), float(curve.log_sigmas[0])
+            sigmas = np.exp(first + np.linspace(0, 1, steps) * (last - first))
         return np.array([curve.time_of(sigma) for sigma in sigmas.tolist()]), sigmas
     trained = len(curve.sigmas)
     if kind == "simple":  # every n-th trained level, as ComfyUI and A1111 name it
@@ -242,19 +291,15 @@ def final_sigma(settings: Settings, default: str, curve: Curve) -> float:
 # ---- grids of flow models --------------------------------------------------------------------------------------------
 
 
-def unipc_grid(settings: Settings, steps: int, begin: int) -> Path:
-    """UniPC's grid: that of DPM-Solver, and for flow sigmas from 1 to 1 / num_train_timesteps."""
-    if chosen_schedule(settings) != "flow":
-        return vp_grid(settings, steps, begin)
-    return _flow_path(settings, np.linspace(1, 1 / settings["num_train_timesteps"], steps + 1)[:-1], begin, "zero")
-
-
-def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str) -> Path:
+def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str, repeats_last: bool) -> Path:
     trained = settings["num_train_timesteps"]
     sigmas = ended_at(shifted(sigmas, settings["flow_shift"]), settings.get("shift_terminal"))
     sigmas[0] = min(sigmas[0], 1 - 1e-6)  # log(alpha / sigma) must be finite
-    end = 0.0 if settings.get("final_sigmas_type", final) == "zero" else float(sigmas[-1])
-    points = [at_ratio(math.floor(sigma * trained), sigma, "flow") for sigma in sigmas.tolist()]
+    times = np.floor(sigmas * trained).tolist()
+    points = [at_ratio(t, sigma, "flow") for t, sigma in zip(times, sigmas.astype(np.float32).tolist(), strict=True)]
+    end = 0.0
+    if settings.get("final_sigmas_type", final) == "sigma_min":  # that of the betas, which a flow does not have, in diffusers
+        end = points[-1].sigma if repeats_last else float(Curve(settings, "vp").sigmas[0])
     return chained([*points, at_ratio(0.0, end, "flow")], begin, 1.0, FlowCurve(trained))
 
 
@@ -264,7 +309,7 @@ def flow_grid(settings: Settings, steps: int, begin: int) -> Path:
     sigmas = shifted(np.linspace(1, float(shifted(np.float64(1 / trained), shift)), steps), shift)
     sigmas, kind = ended_at(sigmas, settings.get("shift_terminal")), chosen_schedule(settings)
     if kind is not None and kind in RATIO_SCHEDULES:
-        sigmas = RATIO_SCHEDULES[kind](float(sigmas[0]), float(sigmas[-1]), steps)
+        sigmas = RATIO_SCHEDULES[kind](*sigma_bounds(settings, sigmas[0], sigmas[-1], True), steps)
     elif kind is not None:
         raise SettingError(f"schedule {kind!r}: a flow grid takes {', '.join(RATIO_SCHEDULES)}")
     points = [at_ratio(sigma * trained, sigma, "flow") for sigma in sigmas.tolist()]

@@ -143,7 +143,7 @@ def compile_table(
         )
     begin = 0 if strength is None else first_step(steps, strength)
     path = found.grid(settings, steps, begin)
-    first = path.pairs[0][0]
+    first = path.start_level or path.pairs[0][0]
     return traced(
         found,
         path,

@@ -59,6 +59,11 @@ MODULES = {
     "FlowMatchEulerDiscreteScheduler": "flow_match_euler_discrete",
     "FlowMatchHeunDiscreteScheduler": "flow_match_heun_discrete",
 }
+# What schedulers keep in float32, and compute coefficients from.
+FLOAT32 = (
+    *("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "betas", "alphas", "alphas_cumprod", "final_alpha_cumprod", "one"),
+    *("alpha_t", "sigma_t", "lambda_t"),
+)
 SPACED = [name for name in MODULES if not name.startswith(("FlowMatch", "LCM", "TCD", "DPMSolverSingle"))]
 SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
 
@@ -183,23 +188,22 @@ class Brownian:
 def read_off(told: dict[str, Any], kind: torch.dtype = torch.float32) -> dict[str, Any]:
     """start, t, scale, draws, and all unrolled rows [calls + 1, 1 + calls + draws] of one case.
 
-    With torch.float64 the sigmas, as diffusers rounds them, and all that is computed from them are of that type.
+    With torch.float64 the noise levels, as diffusers rounds them, and all that is computed from them are of that type.
     """
     config = dict(told["config"])
-    name = config.pop("_class_name")
+    name = told.get("sampler") or config["_class_name"]
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
     made = getattr(module, name)
-    reads = set(inspect.signature(made.__init__).parameters)
-    scheduler = made(**{key: value for key, value in config.items() if key in reads}, **unclipped(reads))
+    scheduler = made.from_config({**config, **unclipped(set(inspect.signature(made.__init__).parameters))})
     scheduler.set_timesteps(told["steps"])
-    for name in ("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down"):
-        if hasattr(scheduler, name):
-            setattr(scheduler, name, getattr(scheduler, name).to(kind))
+    for name in FLOAT32:
+        if isinstance(held := getattr(scheduler, name, None), torch.Tensor):
+            setattr(scheduler, name, held.to(kind))
     begin = 0
     if told["strength"] is not None:
         begin = told["steps"] - min(int(told["steps"] * told["strength"]), told["steps"])
     times = scheduler.timesteps[begin * scheduler.order :]
-    if begin and hasattr(scheduler, "set_begin_index"):
+    if (told["strength"] is not None or told.get("placed")) and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin * scheduler.order)
     start = (0.0, float(getattr(scheduler, "init_noise_sigma", 1.0)))
     if told["strength"] is not None:
@@ -269,8 +273,10 @@ def difference(told: dict[str, Any], found: dict[str, Any]) -> float:
     from sdruntime.errors import SettingError
     from sdruntime.table import compile_table
 
+    name = told.get("sampler") or told["config"]["_class_name"]
+    options = {"eta": 0.3, **told["options"]} if name == "TCDScheduler" else told["options"]  # the class's own default
     try:
-        table = compile_table(told["config"], steps=told["steps"], strength=told["strength"], **told["options"])
+        table = compile_table(told["config"], sampler=name, steps=told["steps"], strength=told["strength"], **options)
     except SettingError:
         return math.inf
     if table.draws.tolist() != found["draws"].tolist():
@@ -280,7 +286,8 @@ def difference(told: dict[str, Any], found: dict[str, Any]) -> float:
     return float(max(rows.max(), scale.max(), start.max() / max(found["start"]), np.abs(table.t - found["t"]).max() * 1e-3))
 
 
-def main() -> None:
+def prepare() -> None:
+    """Make diffusers' schedulers importable and quiet, and DPMSolverSDE's noise plain."""
     if importlib.util.find_spec("scipy") is None:
         sys.exit("make golden needs scipy, which diffusers' LMS and beta schedule import: pip install scipy")
     torchsde = types.ModuleType("torchsde")  # its Brownian tree is not used here, diffusers only wants to import it
@@ -290,6 +297,9 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
 
+
+def main() -> None:
+    prepare()
     kept, refused, numbers = [], [], []
     for told in cases():
         try:

@@ -25,13 +25,14 @@ TOLERANCE = 1e-5
 # (what a case holds, the largest error allowed, why). The float32 ones were read off diffusers a second time with its
 # sigmas and samples in float64: there all but dpm2_a's are within 1.4e-6.
 FLOAT32 = "diffusers computes the coefficients in float32"
+CANCELLED = "sigma_down is a difference of near equals in float32, and torch's square root an ulp off on some CPUs"
 WORSE: list[tuple[Mapping[str, Any], float, str]] = [
     ({"_class_name": "DEISMultistepScheduler", "solver_order": 3}, 4e-4, FLOAT32),
     ({"_class_name": "DEISMultistepScheduler", "use_flow_sigmas": True}, 7e-5, FLOAT32),
     ({"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, 4e-5, FLOAT32),
     ({"_class_name": "SASolverScheduler", "predictor_order": 3, "corrector_order": 4}, 7e-5, FLOAT32),
     ({"_class_name": "HeunDiscreteScheduler", "prediction_type": "sample", "steps": 2}, 2e-5, FLOAT32),
-    ({"_class_name": "KDPM2AncestralDiscreteScheduler", "timestep_spacing": "linspace"}, 1e-4, FLOAT32 + ", sigma_down too"),
+    ({"_class_name": "KDPM2AncestralDiscreteScheduler", "timestep_spacing": "linspace"}, 3e-4, CANCELLED),
     (
         {"_class_name": "LMSDiscreteScheduler", "strength": 0.3},
         0.6,
@@ -41,16 +42,6 @@ WORSE: list[tuple[Mapping[str, Any], float, str]] = [
         {"_class_name": "LMSDiscreteScheduler", "strength": 0.75},
         0.6,
         "diffusers takes order 4 from the first step, its past empty",
-    ),
-    (
-        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
-        0.5,
-        "diffusers has the sign of a term of D2 wrong, which leaves it at order 1; this is k-diffusion's",
-    ),
-    (
-        {"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
-        1.0,
-        "the same sign",
     ),
     (
         {"_class_name": "PNDMScheduler", "skip_prk_steps": False, "strength": 0.75},

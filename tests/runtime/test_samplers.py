@@ -176,7 +176,7 @@ def test_every_row_has_its_names() -> None:
         (
             "dpm++ 3m sde exponential",
             "dpmpp_3m_sde",
-            {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "schedule": "exponential"},
+            {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "third_order": "exact", "schedule": "exponential"},
         ),
         ("Euler a", "euler_a", {}),
         ("DPM2 a Karras", "dpm2_a", {"schedule": "karras"}),
@@ -236,7 +236,11 @@ MULTISTEP, SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepSched
         ({"_class_name": MULTISTEP, "use_karras_sigmas": True}, "dpmpp_2m", "karras"),
         ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", None),
         ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "dpmpp_2m_sde_heun", None),
-        ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde", None),
+        (
+            {"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            None,
+            None,
+        ),  # its D2 is diffusers' own
         ({"_class_name": MULTISTEP, "algorithm_type": "sde-dpmsolver++", "solver_order": 1}, None, None),
         ({"_class_name": MULTISTEP, "use_flow_sigmas": True}, "flow_dpmpp_2m", None),
         ({"_class_name": SINGLESTEP, "solver_order": 3}, "dpmpp_3s", None),

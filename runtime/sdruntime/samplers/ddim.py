@@ -22,13 +22,14 @@ def ddim(x: X, path: Path, noise: Draw, *, eta: float = 0.0) -> Solver:
 def ddpm(x: X, path: Path, noise: Draw, *, variance_type: str = "fixed_small") -> Solver:
     """arXiv 2006.11239, equation 7, over any subset of the timesteps; no noise after timestep 0.
 
-    variance_type "fixed_small" takes the posterior's variance, "fixed_large" that of the forward step.
+    variance_type "fixed_small" takes the posterior's variance, "fixed_large" that of the forward step; their logarithms
+    ("_log") mean the same here, diffusers makes NaN of "fixed_large_log".
     """
     for s, t in path:
         x, m = yield x, s
         ratio = s.alpha / t.alpha
         beta = 1 - ratio**2
-        std = math.sqrt(beta) if variance_type == "fixed_large" else posterior_std(s.alpha, s.sigma, t.alpha, t.sigma)
+        std = math.sqrt(beta) if variance_type.startswith("fixed_large") else posterior_std(s.alpha, s.sigma, t.alpha, t.sigma)
         x = (t.alpha * beta * m + ratio * t.sigma**2 * x) / s.sigma**2
         if s.t > 0:
             x = x + std * noise()

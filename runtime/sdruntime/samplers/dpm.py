@@ -10,6 +10,7 @@ import math
 from collections import deque
 from typing import NamedTuple
 
+from sdruntime.errors import SettingError
 from sdruntime.path import Path
 from sdruntime.samplers.integrals import phi
 from sdruntime.samplers.protocol import Draw, Solver, X, noise_of, stay_above_zero
@@ -17,14 +18,19 @@ from sdruntime.schedule import Point
 
 
 class Algorithm(NamedTuple):
-    """algorithm_type: is the model taken as the clean image, and is the equation stochastic?"""
+    """algorithm_type: is the model taken as the clean image, and is the equation stochastic?
+
+    `flipped`: the weight of D2 has a sign wrong, as in diffusers' SDE of order 3, which leaves that at order 1.
+    """
 
     data: bool
     sde: bool
+    flipped: bool
 
     @classmethod
-    def named(cls, name: str) -> Algorithm:
-        return cls(data=name.endswith("++"), sde=name.startswith("sde-"))
+    def named(cls, name: str, third_order: str) -> Algorithm:
+        data, sde = name.endswith("++"), name.startswith("sde-")
+        return cls(data=data, sde=sde, flipped=data and sde and third_order == "diffusers")
 
     def reading(self, x: X, m: X, s: Point) -> X:
         return m if self.data else noise_of(x, m, s)
@@ -40,12 +46,14 @@ def dpm_multistep(
     solver_type: str = "midpoint",
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    third_order: str = "diffusers",
 ) -> Solver:
     """DPM-Solver++(2M), (3M) and their kin; the order grows from 1 and falls at the end.
 
     lower_order_final lowers it for the last two steps of paths under 15 steps; a step to sigma 0 is always of order 1.
+    third_order says whose weights the SDE of order 3 has: diffusers' or the exact ones, which are k-diffusion's.
     """
-    algorithm = Algorithm.named(algorithm_type)
+    algorithm = Algorithm.named(algorithm_type, third_order)
     if not algorithm.data:
         stay_above_zero(path, "algorithm_type", algorithm_type)
     past: deque[tuple[float, X]] = deque(maxlen=solver_order)
@@ -74,9 +82,10 @@ def dpm_singlestep(
     algorithm_type: str = "dpmsolver++",
     solver_type: str = "midpoint",
     lower_order_final: bool = False,
+    third_order: str = "diffusers",
 ) -> Solver:
     """DPM-Solver++(2S), (3S): blocks of one, two or three steps, each step from the beginning of its block."""
-    algorithm = Algorithm.named(algorithm_type)
+    algorithm = Algorithm.named(algorithm_type, third_order)
     if not algorithm.data:
         stay_above_zero(path, "algorithm_type", algorithm_type)
     to_clean = path.pairs[-1][1].sigma == 0
@@ -152,10 +161,17 @@ def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algori
     rules = [phi(k, z) for k in range(len(derivatives))]
     if midpoint:
         rules[1] = rules[0] / 2
+    if algorithm.flipped and len(rules) == 3:
+        rules[2] += 1
     return x + scale * sum(rule * d for rule, d in zip(rules, derivatives, strict=True))
 
 
 def added_std(s: Point, t: Point, algorithm: Algorithm) -> float:
     """Standard deviation of the noise that the SDE adds between s and t."""
     h = t.lam - s.lam
+    if h < 0:
+        raise SettingError(
+            "an SDE cannot step back to more noise: sigma_min lies below the lowest trained sigma, "
+            "to which final_sigmas_type 'sigma_min' leads; set final_sigmas_type 'zero' or leave sigma_min out"
+        )
     return t.sigma * math.sqrt(-math.expm1(-2 * h) if algorithm.data else math.expm1(2 * h))

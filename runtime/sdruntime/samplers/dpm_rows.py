@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,7 @@ def _solver(order: int, algorithm: str) -> dict[str, Any]:
     return fixed if algorithm.endswith("++") else {**fixed, "final_sigmas_type": "sigma_min"}
 
 
-def _multistep(name: str, solver_order: int, algorithm: str, *, solver_type: str | None = None, **more: Any) -> Sampler:
-    fixed = {} if solver_type is None else {"solver_type": solver_type}
+def _multistep(name: str, solver_order: int, algorithm: str, *, fixed: Mapping[str, Any] | None = None, **more: Any) -> Sampler:
     return Sampler(
         name=name,
         solve=dpm_multistep,
@@ -26,12 +26,12 @@ def _multistep(name: str, solver_order: int, algorithm: str, *, solver_type: str
         space="vp",
         takes_schedule=True,
         reads={**DPM, **LINSPACE, **ZERO_SNR, "use_lu_lambdas": False, "euler_at_final": False},
-        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
+        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
         choices={
             "solver_type": ("midpoint", "heun"),
             "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
         },
-        implied={**_solver(solver_order, algorithm), **fixed},
+        implied={**_solver(solver_order, algorithm), **(fixed or {})},
         diffusers="DPMSolverMultistepScheduler",
         **more,
     )
@@ -45,7 +45,7 @@ def _singlestep(name: str, solver_order: int, algorithm: str, **more: Any) -> Sa
         space="vp",
         takes_schedule=True,
         reads={**DPM, "lower_order_final": False},
-        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final"),
+        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final", "third_order"),
         choices={
             "solver_type": ("midpoint", "heun"),
             "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
@@ -75,7 +75,7 @@ DPM_ROWS = (
         "dpmpp_2m_sde_heun",
         2,
         "sde-dpmsolver++",
-        solver_type="heun",
+        fixed={"solver_type": "heun"},
         order=2,
         a1111=("DPM++ 2M SDE Heun",),
         about="Stochastic DPM-Solver++(2M) with the exact second-order weights (arXiv 2211.01095)",
@@ -84,6 +84,7 @@ DPM_ROWS = (
         "dpmpp_3m_sde",
         3,
         "sde-dpmsolver++",
+        fixed={"third_order": "exact"},
         order=2,
         a1111=("DPM++ 3M SDE",),
         about="Stochastic DPM-Solver++(3M) (k-diffusion)",

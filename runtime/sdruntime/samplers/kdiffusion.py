@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+import numpy as np
+
 from sdruntime.path import Path
 from sdruntime.samplers.integrals import adams_weights
 from sdruntime.samplers.protocol import Draw, Solver, X
@@ -62,7 +64,7 @@ def dpm2_ancestral(x: X, path: Path, noise: Draw) -> Solver:
         x, m = yield x, s
         if t.sigma == 0:
             return x - s.sigma * slope(x, m, s)
-        down, up = ancestral(s.sigma, t.sigma)
+        down, up = ancestral_float32(s.sigma, t.sigma)
         middle = path.levels.at_sigma(math.sqrt(s.sigma * down))
         start, x = x, x + (middle.sigma - s.sigma) * slope(x, m, s)
         x, m = yield x, middle
@@ -90,3 +92,14 @@ def ancestral(sigma: float, after: float) -> tuple[float, float]:
     """(down, up) with down² + up² = after²: how far to denoise and how much noise to add (DDPM's share, eta 1)."""
     up = after * math.sqrt(1 - (after / sigma) ** 2)
     return math.sqrt(after**2 - up**2), up
+
+
+def ancestral_float32(sigma: float, after: float) -> tuple[float, float]:
+    """`ancestral` as diffusers' KDPM2Ancestral computes it, in float32, where a large step leaves few digits of `down`.
+
+    Where it leaves none, which diffusers makes NaN of, it is computed exactly.
+    """
+    high, low = np.float32(sigma), np.float32(after)
+    up = np.sqrt(low**2 * (high**2 - low**2) / high**2)
+    rest = low**2 - up**2
+    return (float(np.sqrt(rest)), float(up)) if rest > 0 else ancestral(sigma, after)

@@ -26,6 +26,8 @@ SCHEDULED: Mapping[str, Any] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    "sigma_min": None,  # of few classes by name; the others find them among the keys that from_config keeps
+    "sigma_max": None,
 }
 BY_NAME: Mapping[str, Any] = {"schedule": None}
 ZERO_SNR: Mapping[str, Any] = {"rescale_betas_zero_snr": False}
@@ -46,6 +48,7 @@ DPM: Mapping[str, Any] = {
     "final_sigmas_type": "zero",
     "lambda_min_clipped": -math.inf,
     "variance_type": None,
+    "third_order": "diffusers",  # in no file: the name dpmpp_3m_sde sets it
 }
 CONSISTENCY: Mapping[str, Any] = {
     **STABLE,
@@ -64,7 +67,7 @@ OPTIONS = frozenset({
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
     *("sigma_min", "sigma_max", "final_sigmas_type", "lambda_min_clipped"),
     *("flow_shift", "shift", "shift_terminal"),
-    *("order", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final"),
+    *("order", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
     *("predict_x0", "disable_corrector", "predictor_order", "corrector_order"),
     *("original_inference_steps", "timestep_scaling"),
     # what no table expresses: a request may set the one value that is possible where the file has another

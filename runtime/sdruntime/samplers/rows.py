@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sdruntime.path import consistency_grid, ddim_grid, ddpm_grid, flow_grid, pndm_grid, unipc_grid, ve_grid, vp_grid
+from sdruntime.path import consistency_grid, ddim_grid, ddpm_grid, flow_grid, pndm_grid, ve_grid, vp_grid
 from sdruntime.samplers.consistency import lcm, tcd
 from sdruntime.samplers.ddim import ddim, ddpm
 from sdruntime.samplers.deis import deis
@@ -110,8 +110,6 @@ ROWS = (
             **SCHEDULED,
             **ZERO_SNR,
             **FINAL,
-            "sigma_min": None,
-            "sigma_max": None,
             "interpolation_type": "linear",
             "timestep_type": "discrete",
         },
@@ -161,6 +159,7 @@ ROWS = (
         lms,
         "LMSDiscreteScheduler",
         order=2,
+        grid=partial(ve_grid, karras_bounds=False),
         reads={**SCHEDULED, "order": 4},
         options=("order",),
         a1111=("LMS",),
@@ -180,6 +179,7 @@ ROWS = (
         dpmpp_sde,
         "DPMSolverSDEScheduler",
         order=2,
+        grid=partial(ve_grid, karras_bounds=False),
         reads={**STABLE, **SCHEDULED},
         a1111=("DPM++ SDE",),
         about="Stochastic DPM-Solver++, two model calls a step (k-diffusion)",
@@ -188,7 +188,7 @@ ROWS = (
     Sampler(
         name="unipc",
         solve=unipc,
-        grid=unipc_grid,
+        grid=partial(vp_grid, repeats_last=True, flow_from_one=True),
         space="vp",
         order=2,
         takes_schedule=True,
@@ -207,8 +207,6 @@ ROWS = (
             "lower_order_final": True,
             "disable_corrector": (),
             "solver_p": None,
-            "sigma_min": None,
-            "sigma_max": None,
             "shift_terminal": None,
         },
         options=("solver_order", "solver_type", "predict_x0", "lower_order_final", "disable_corrector"),
@@ -220,7 +218,7 @@ ROWS = (
     Sampler(
         name="deis",
         solve=deis,
-        grid=partial(vp_grid, final="sigma_min"),
+        grid=partial(vp_grid, final="sigma_min", repeats_last=True),
         space="vp",
         order=2,
         takes_schedule=True,
@@ -244,7 +242,7 @@ ROWS = (
     Sampler(
         name="sa_solver",
         solve=sa_solver,
-        grid=partial(vp_grid, final="sigma_min"),
+        grid=partial(vp_grid, final="sigma_min", repeats_last=True, starts_trained=True),
         space="vp",
         order=2,
         takes_schedule=True,

@@ -112,8 +112,9 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "schedule": SCHEDULES,
+    "third_order": ("diffusers", "exact"),
 }
 SIBLING_CHOICES: Mapping[str, tuple[str, ...]] = {
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
