@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.cache import digest_of, trace_key, versions
+from sdexport.card import read_card
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.golden import GoldenJob
@@ -114,6 +115,12 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
     )
 
 
+def model_name(located: Located) -> str:
+    """The name in a hub id; of a folder, what its card calls the model, or else the folder's name."""
+    *owner, name = located.source.split("/")
+    return name if owner else read_card(located.folder).name or name
+
+
 def export(model: str, out: Path, options: Options) -> Generator[Progress, None, Built]:
     """The bundle without its engines; the last event is returned. Engines that the model cannot have are refused before the work.
 
@@ -122,8 +129,9 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
     check_place(out)
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
     _refuse_overlap(out, located.folder)
-    name = located.source.rsplit("/", 1)[-1]
-    checkpoint = read_checkpoint(located.folder, name=name, precision=options.precision, allow_pickle=options.allow_pickle)
+    checkpoint = read_checkpoint(
+        located.folder, name=model_name(located), precision=options.precision, allow_pickle=options.allow_pickle
+    )
     table = components(checkpoint)
     for asked in options.engines:
         asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])

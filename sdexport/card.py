@@ -15,8 +15,10 @@ _LETTERS = 500  # of a prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """`license`: an SPDX identifier or the card's own id, "unknown" if it has none. `prompts`: the examples of its widget."""
+    """`name`: its model_name, or that of its model-index. `license`: an SPDX identifier or the card's own id, "unknown" if it has
+    none. `prompts`: the examples of its widget."""
 
+    name: str = ""
     license: str = "unknown"
     prompts: tuple[str, ...] = ()
 
@@ -38,7 +40,11 @@ def read_card(folder: Path) -> Card:
         return Card()
     license_id = data.get("license")
     name = data.get("license_name") if license_id == "other" else None
-    return Card(license=_text(name) or _text(license_id) or "unknown", prompts=tuple(_prompts(data.get("widget"))))
+    return Card(
+        name=_text(data.get("model_name")),
+        license=_text(name) or _text(license_id) or "unknown",
+        prompts=tuple(_prompts(data.get("widget"))),
+    )
 
 
 def _prompts(widget: Any) -> list[str]:

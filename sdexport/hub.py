@@ -37,10 +37,17 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: st
     """
     path = Path(model)
     if path.exists():
-        return Located(folder=path, source=path.resolve().name)
+        return Located(folder=path, source=_name_of(path.resolve()))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
         raise CheckpointError(model, [_NOWHERE])
     return _downloaded(model, precision, allow_pickle, revision)
+
+
+def _name_of(folder: Path) -> str:
+    """A folder's name; of a snapshot in the hub's cache, which is named after its commit, the hub id."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bool) -> list[str]:

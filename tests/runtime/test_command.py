@@ -181,7 +181,19 @@ def test_what_would_be_ignored_or_never_ends_is_refused(
 def test_what_has_no_effect_is_told_in_a_line(
     ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
-    command = ["generate", str(ready), "x", "--backend", "fake", "--steps", "1", "-q", "-o", str(tmp_path / "out.png")]
+    command = [
+        "generate",
+        str(ready),
+        "x",
+        "--backend",
+        "fake",
+        "--steps",
+        "1",
+        "-q",
+        "--overwrite",
+        "-o",
+        str(tmp_path / "out.png"),
+    ]
     assert main([*command, *arguments]) == 0
     assert capsys.readouterr().err.count(f"warning: {told}") == 1
     assert main(command) == 0

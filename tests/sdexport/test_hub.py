@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from sdexport.build import model_name
 from sdexport.errors import CheckpointError, EnvironmentFault
 from sdexport.hub import locate, needed_files
 
@@ -67,6 +68,23 @@ def test_a_folder_is_where_it_is(tmp_path: Path) -> None:
 
 
 NOWHERE = ["no-such-folder", "a/b/c", "folder/model.safetensors", "own er/name", "/nowhere", "../x", ".cache/x"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "card", "name"),
+    [
+        ("checkpoint", "", "checkpoint"),
+        ("checkpoint", "---\nmodel_name: shapes\n---\n", "shapes"),
+        ("checkpoint", "---\nmodel-index:\n- name: shapes\n  results: []\n---\n", "shapes"),
+        ("checkpoint", "---\nmodel_name: [1]\n---\n", "checkpoint"),
+        ("models--owner--sd-x/snapshots/0123abc", "---\nmodel_name: base\n---\n", "sd-x"),
+    ],
+)
+def test_a_model_has_its_own_name(folder: str, card: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    (path / "README.md").write_text(card)
+    assert model_name(locate(str(path), precision="fp32", allow_pickle=False)) == name
 
 
 @pytest.mark.parametrize("model", NOWHERE)
