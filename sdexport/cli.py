@@ -18,6 +18,7 @@ from sdexport import __version__
 from sdexport.check import bench, verify
 from sdexport.command import Commands, shared, with_progress
 from sdruntime.command import Failed, code_of, document, reason_of
+from sdruntime.errors import quoted
 
 if TYPE_CHECKING:
     from sdexport.build import EngineProgress, Progress
@@ -116,7 +117,8 @@ def build(
             shown.print(f"{built.checks} checks against PyTorch passed")
         elif options.verify:
             why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
-            shown.note(f"warning: nothing here could check the numbers ({why}): sdruntime verify on the device does")
+            command = f"sdruntime verify {quoted(built.folder)}"
+            shown.note(f"warning: nothing here could check the numbers ({why}): on the device, {command} does")
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:

@@ -16,7 +16,7 @@ from sdruntime import __version__
 from sdruntime.capi import add_arguments, answers
 from sdruntime.check import build, verify
 from sdruntime.command import Failed, Parser, UsageError, code_of, document, failure, reason_of, wants_json
-from sdruntime.errors import SdruntimeError, SettingError, plain
+from sdruntime.errors import SdruntimeError, SettingError, plain, quoted
 from sdruntime.generate import generate, sampler_options
 from sdruntime.progress import progress_on
 
@@ -234,7 +234,7 @@ def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
         return
     for name, reason in reasons.items():
         print(f"{name}: {reason}")
-    print(f"build them again: sdruntime build {bundle.folder} --stale" if reasons else "no engine is stale")
+    print(f"build them again: sdruntime build {quoted(bundle.folder)} --stale" if reasons else "no engine is stale")
 
 
 def doctor(options: argparse.Namespace) -> None:

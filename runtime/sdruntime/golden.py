@@ -20,7 +20,7 @@ import numpy as np
 
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array
-from sdruntime.errors import BundleError, plain
+from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.manifest import ComponentSpec, Manifest
 from sdruntime.noise import NoiseStream
 from sdruntime.npz import LARGEST, read_npz
@@ -204,7 +204,10 @@ def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     """
     if DOCUMENT not in bundle.manifest.files or NUMBERS not in bundle.manifest.files:
         fault = "no golden numbers: it was built with --no-verify, or by an sdexport that made none"
-        raise BundleError(bundle.folder, [f"{fault}; sdexport build MODEL -o {bundle.folder} builds it with them"])
+        source = str(bundle.manifest.provenance.get("source", ""))
+        model = quoted(source) if "/" in source else f"MODEL ({source or 'its checkpoint'})"  # a hub id, or a folder's name
+        command = f"sdexport build {model} -o {quoted(bundle.folder)}"
+        raise BundleError(bundle.folder, [f"{fault}; this builds it with them: {command}"])
     document = bundle.read_json(DOCUMENT)
     if not isinstance(document, dict) or (document.get("format"), document.get("revision")) != (FORMAT, REVISION):
         raise BundleError(bundle.folder, [f"{DOCUMENT}: {FORMAT} of revision {REVISION} belongs here: upgrade sdruntime"])

@@ -52,3 +52,40 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_bundle_is_read(t
     result = run(command, tmp_path / "nowhere", option, tmp_path / "no" / "where" / "file")
     assert result.exit_code == 2
     assert f"{option} {tmp_path}/no/where/file: the folder {tmp_path}/no/where does not exist" in result.stderr
+
+
+def test_a_bundle_given_as_a_checkpoint_is_told_as_one(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "a bundle").folder
+    (folder / "model_index.json").write_text("{}")
+    result = run("build", folder, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"a bundle already, not a checkpoint: sdruntime build '{folder}' --backend onnxruntime" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_checkpoint_given_as_a_bundle_is_told_as_one(tmp_path: Path, command: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    result = run(command, tmp_path / "model")
+    assert result.exit_code == 5
+    assert f"is a checkpoint, not a bundle: sdexport build {tmp_path}/model -o {tmp_path}/model-bundle" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["build", "{here}/none", "-o", "{here}/out", "--no-audit"], "--no-audit has no effect: fp32 is not audited"),
+        (["build", "{here}/none", "-o", "{here}/out", "--backend", "nothing"], "known: onnxruntime, openvino, tensorrt"),
+        (["verify", "{here}", "--allow-pickle"], "--allow-pickle is for the weights of a checkpoint"),
+        (
+            ["build", "{here}/none", "-o", "{here}/out", "--precision", "bf16", "--backend", "onnxruntime"],
+            "does not compute bf16",
+        ),
+    ],
+)
+def test_what_is_ignored_or_cannot_work_is_told_before_the_work(tmp_path: Path, arguments: list[str], told: str) -> None:
+    result = run(*(argument.format(here=tmp_path) for argument in arguments))
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert "fake" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

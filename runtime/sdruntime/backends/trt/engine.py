@@ -16,7 +16,16 @@ from sdruntime.bundle import Bundle
 from sdruntime.cache import read_cached, write_cached
 from sdruntime.cuda import devices
 from sdruntime.engine import AMPERE_UP, Array, EngineOptions, Library, Shared, check_feeds
-from sdruntime.errors import BundleError, EngineError, LibraryMissing, OutOfSpace, SdruntimeError, SettingError, UnknownName
+from sdruntime.errors import (
+    BundleError,
+    EngineError,
+    LibraryMissing,
+    OutOfSpace,
+    SdruntimeError,
+    SettingError,
+    UnknownName,
+    quoted,
+)
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
@@ -202,7 +211,7 @@ def _refusal(bundle: Bundle, spec: EngineSpec, held: Session, size: int, library
         )
     return EngineError(
         f"engine {spec.name}: {library} cannot open it on {device}: {reasons}; "
-        f"build it again: sdruntime build {bundle.folder} --backend {spec.backend} --component {spec.component}"
+        f"build it again: sdruntime build {quoted(bundle.folder)} --backend {spec.backend} --component {spec.component}"
     )
 
 
