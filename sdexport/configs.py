@@ -234,8 +234,9 @@ def read_config(kind: str, written: Mapping[str, Any], where: str, faults: list[
 
 def _text_config(written: Mapping[str, Any], where: str, faults: list[str]) -> Mapping[str, Any]:
     """A CLIP text encoder's own settings: those of a whole CLIPModel are in its text_config (transformers' from_pretrained)."""
-    strange = [name for name in written.get("architectures") or () if name not in CLIP_ARCHITECTURES]
-    faults.extend(f"{where} is of a {name}, not of one of {', '.join(CLIP_ARCHITECTURES)}" for name in strange)
+    classes = written.get("architectures") or []
+    strange = [name for name in classes if name not in CLIP_ARCHITECTURES] if isinstance(classes, list) else [classes]
+    faults.extend(f"{where} is of a {name!s:.60}, not of one of {', '.join(CLIP_ARCHITECTURES)}" for name in strange)
     model_type = written.get("model_type", _CLIP_TYPES[0])
     if model_type not in _CLIP_TYPES:
         faults.append(f"{where}: model_type {model_type!r} is not one of {', '.join(_CLIP_TYPES)}")

@@ -160,7 +160,7 @@ def _token(value: Any, where: str) -> Fields:
     """The fields of an AddedToken, as transformers makes it from a string or from an object."""
     if isinstance(value, str):
         value = {"content": value, "special": True}
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
         raise ValueError(f"{where:.60}: a token belongs there, not {value!r:.60}")
     special = value.get("special", False)
     fields = {flag: value.get(flag, flag == "normalized" and not special) for flag in _FLAGS}
@@ -177,7 +177,7 @@ def _tasks(config: Fields) -> dict[str, Fields]:
     values |= {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
     more = config.get("extra_special_tokens")
     values |= more if isinstance(more, dict) else {}
-    return {task: _token(value, task) for task, value in values.items() if value}
+    return {task: _token(value, task) for task, value in values.items() if value or task in _KEPT}
 
 
 def _extra(config: Fields) -> list[Fields]:
@@ -219,8 +219,7 @@ def _added(config: Fields, tasks: Mapping[str, Fields], numbered: Mapping[int, F
     named = {token["content"] for token in tasks.values()}
     added: dict[str, Fields] = {}
     for token in (*listed, *(each for each in (*tasks.values(), *_extra(config)) if each["content"] not in known)):
-        if token["content"]:
-            added[token["content"]] = token | {"special": token["special"] or token["content"] in named}
+        added[token["content"]] = token | {"special": token["special"] or token["content"] in named}
     return added
 
 

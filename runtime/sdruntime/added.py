@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from sdruntime.errors import SettingError
+
 MOST = 10_000  # tokens added to one vocabulary
 LONGEST = 200  # characters of such a token
 
@@ -102,11 +104,13 @@ def _is_word(character: str) -> bool:
     return kind == "So" and any(first <= ord(character) <= last for first, last in _CIRCLED)
 
 
-def expanded(text: str, tokens: Iterable[AddedToken], seen: Callable[[str], Iterable[str]]) -> str:
+def expanded(text: str, tokens: Iterable[AddedToken], seen: Callable[[str], Iterable[str]], *, most: int) -> str:
     """`text` with the further vectors of each token written out, as diffusers' pipelines do: "<cat>" becomes "<cat> <cat>_1 …".
 
     `seen`: the tokens of a text, by their names; called only where a token has further ones. Where two such tokens are part of
     each other diffusers' order is that of a hash; here it is that of the text.
+
+    Raises SettingError where that comes to more than `most` characters.
     """
     names = {token.text for token in tokens}
     heads = {name for name in names if f"{name}_1" in names}
@@ -117,5 +121,11 @@ def expanded(text: str, tokens: Iterable[AddedToken], seen: Callable[[str], Iter
         while f"{name}_{number}" in names:
             parts.append(f"{name}_{number}")
             number += 1
-        text = text.replace(name, " ".join(parts))
+        written = " ".join(parts)
+        size = len(text) + text.count(name) * (len(written) - len(name))
+        if size > most:
+            raise SettingError(
+                f"a text of {size:,} characters, as {name!r} stands for {len(parts)} tokens: at most {most:,}; shorten it"
+            )
+        text = text.replace(name, written)
     return text

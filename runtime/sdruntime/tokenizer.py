@@ -104,20 +104,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without start and end. Raises SettingError for more than 64 KiB of UTF-8, or a lone surrogate."""
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise SettingError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
-        if size > LONGEST:
-            raise SettingError(f"a text of {size:,} bytes: at most {LONGEST:,} (64 KiB of UTF-8) are taken; shorten it")
         return [number for number, _ in self._tokens(text)]
 
     def expand(self, text: str) -> str:
-        """`text` with the further vectors of its added tokens written out ("<cat>" -> "<cat> <cat>_1"), as diffusers does."""
-        return expanded(text, self.added, lambda text: (name for _, name in self._tokens(text)))
+        """`text` with the further vectors of its added tokens written out ("<cat>" -> "<cat> <cat>_1"), as diffusers does.
+
+        Raises as `encode` does.
+        """
+        return expanded(text, self.added, lambda text: (name for _, name in self._tokens(text)), most=LONGEST)
 
     def _tokens(self, text: str) -> Iterator[tuple[int, str]]:
         """The id of each token and its name: of an added one the characters that it stood for."""
+        _check_text(text)
         plain, normalized = self._finders
         for part in plain.split(text):
             for piece in normalized.split(normal(part)) if isinstance(part, str) else (part,):
@@ -161,6 +159,15 @@ class Tokenizer:
             if (h := left[i]) >= 0 and (found := merge((ids[h], whole))):
                 heappush(heap, (*found, h))
         return [number for number in ids if number != gone]
+
+
+def _check_text(text: str) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise SettingError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from None
+    if size > LONGEST:
+        raise SettingError(f"a text of {size:,} bytes: at most {LONGEST:,} (64 KiB of UTF-8) are taken; shorten it")
 
 
 def normal(text: str) -> str:

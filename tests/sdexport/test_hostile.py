@@ -1,0 +1,209 @@
+"""Hostile checkpoints: whatever its files hold, a reader gives a whole answer or one error of its own, and soon.
+
+Short here; `SDEXPORT_FUZZ=200000 pytest tests/sdexport/test_hostile.py` is the long run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from hostile import changed, changed_bytes, encoded
+from safetensors.numpy import save
+
+from sdexport.checkpoint import read_checkpoint
+from sdexport.components import components
+from sdexport.errors import CheckpointError
+from sdexport.stored import merged, read_header
+from sdexport.tokenizer import NAMES, read_tokenizer
+from sdruntime.errors import SettingError
+
+COUNT = int(os.environ.get("SDEXPORT_FUZZ", "0"))
+
+
+def rounds(short: int) -> list[Any]:
+    return [pytest.param(short, id="short"), pytest.param(COUNT or 200_000, id="long", marks=pytest.mark.full)]
+
+
+def refused_in(error: Exception, letters: int) -> bool:
+    """False, of an error that a person can read."""
+    assert len(str(error)) < letters
+    return False
+
+
+def outcomes(count: int, one: Callable[[random.Random], bool]) -> tuple[int, int]:
+    """How many inputs were read and how many refused; `one` says which. What escapes is named once for each place."""
+    read, escaped = 0, {}
+    for seed in range(count):
+        try:
+            read += one(random.Random(seed))
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            escaped.setdefault((type(error).__name__, place.name, place.lineno), (seed, str(error)[:200]))
+    assert not escaped, "\n".join(f"{place}: seed {seed}: {text}" for place, (seed, text) in escaped.items())
+    return read, count - read
+
+
+@pytest.mark.parametrize("count", rounds(1000))
+def test_headers(tmp_path: Path, count: int) -> None:
+    tensors = {
+        "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b.bias": np.ones(5, np.float16),
+        "c": np.ones((), np.float64),
+    }
+    whole = save(tensors, metadata={"format": "pt"})
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    header["x.weight"] = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [len(data), len(data) + 4]}
+    header["x.scale_weight"] = {"dtype": "F32", "shape": [], "data_offsets": [len(data) + 4, len(data) + 8]}
+    data += b"\x38\x40\x44\x48" + np.float32(0.5).tobytes()
+    path = tmp_path / "w.safetensors"
+
+    def one(rng: random.Random) -> bool:
+        if rng.random() < 0.2:
+            text = json.dumps(header).encode()
+            blob = changed_bytes(rng, len(text).to_bytes(8, "little") + text + data)
+        else:
+            text = encoded(rng, changed(rng, header))
+            blob = len(text).to_bytes(8, "little") + text + data
+        path.write_bytes(blob)
+        try:
+            found = merged([(path, read_header(path))])
+        except ValueError as error:
+            return refused_in(error, 500)
+        for tensor in found.values():
+            if tensor.readable:
+                assert tensor.read().shape == tensor.shape
+        return True
+
+    read, refused = outcomes(count, one)
+    assert read > count / 100
+    assert refused > count / 2
+
+
+def tokenizer_files(base: Path) -> dict[str, Any]:
+    """The documents of a tokenizer that has every layout at once."""
+    tiny.write_tokenizer(base, "!")
+    documents: dict[str, Any] = {}
+    for name in NAMES:
+        if (base / name).exists():
+            text = (base / name).read_text("utf-8")
+            documents[name] = text if name.endswith("txt") else json.loads(text)
+    vocab, ends = documents["vocab.json"], ("<|startoftext|>", "<|endoftext|>")
+    # a short vocabulary: what is fuzzed is the reading of it
+    documents["vocab.json"] = vocab = {
+        text: k for k, text in enumerate([*list(vocab)[:20], "t", "h", "th", "e</w>", "the</w>", *ends])
+    }
+    documents["merges.txt"] = "#version: 0.2\nt h\nth e</w>\n"
+    fields = {"lstrip": False, "rstrip": True, "normalized": False, "single_word": False, "special": False}
+    tokens = {"<cat>": 27, "<cat>_1": 28}
+    documents["tokenizer_config.json"]["added_tokens_decoder"] = {
+        str(k): {"content": text, **fields} for text, k in tokens.items()
+    }
+    documents["added_tokens.json"] = tokens
+    model = {"type": "BPE", "vocab": vocab, "merges": ["t h", ["th", "e</w>"]]}
+    documents["tokenizer.json"] = {"added_tokens": [{"id": 27, "content": "<cat>", **fields}], "model": model}
+    return documents
+
+
+@pytest.mark.parametrize("count", rounds(1000))
+def test_tokenizers(tmp_path: Path, count: int) -> None:
+    documents = tokenizer_files(tmp_path / "tokenizer")
+
+    def one(rng: random.Random) -> bool:
+        chosen = dict(documents)
+        for name in rng.choice((("tokenizer.json",), ("added_tokens.json",), ("added_tokens.json", "tokenizer.json"), ())):
+            del chosen[name]
+        if rng.random() < 0.5 and "tokenizer_config.json" in chosen:
+            config = dict(chosen["tokenizer_config.json"])
+            del config["added_tokens_decoder"]
+            chosen["tokenizer_config.json"] = config
+        name = rng.choice(list(chosen))
+        files = {
+            each: document.encode() if isinstance(document, str) else json.dumps(document).encode()
+            for each, document in chosen.items()
+        }
+        if name.endswith("txt"):
+            files[name] = changed_bytes(rng, files[name])
+        else:
+            files[name] = encoded(rng, changed(rng, chosen[name]))
+        try:
+            stored = read_tokenizer(files)
+        except ValueError as error:
+            return refused_in(error, 3000)
+        largest, _ = stored.largest
+        for text in ("the <cat> the!", "<cat>_1<|endoftext|>é\ud800"):
+            try:
+                ids = stored.tokenizer.encode(stored.tokenizer.expand(text))
+            except SettingError:
+                assert "\ud800" in text
+                continue
+            assert all(0 <= number <= largest for number in ids)
+            stored.tokenizer.decode(ids)
+        return True
+
+    read, refused = outcomes(count, one)
+    assert read > count / 20
+    assert refused > count / 5
+
+
+@pytest.mark.parametrize("count", rounds(200))
+def test_checkpoints(sd1_checkpoint: Path, sdxl_checkpoint: Path, tmp_path: Path, count: int) -> None:
+    bases = [Path(shutil.copytree(source, tmp_path / source.name)) for source in (sd1_checkpoint, sdxl_checkpoint)]
+    names = [
+        sorted(path.relative_to(base).as_posix() for path in base.rglob("*.json") if path.name not in ("vocab.json",))
+        for base in bases
+    ]
+    kept = [{name: (base / name).read_bytes() for name in each} for base, each in zip(bases, names, strict=True)]
+
+    def one(rng: random.Random) -> bool:
+        which = rng.randrange(len(bases))
+        folder, name = bases[which], rng.choice(names[which])
+        (folder / name).write_bytes(encoded(rng, changed(rng, json.loads(kept[which][name]))))
+        try:
+            table = components(read_checkpoint(folder, name="tiny"))
+            for component in table:
+                json.dumps(dict(component.config))
+            return True
+        except CheckpointError as error:
+            return refused_in(error, 20_000)
+        finally:
+            (folder / name).write_bytes(kept[which][name])
+
+    read, refused = outcomes(count, one)
+    assert read > count / 20
+    assert refused > count / 5
+
+
+@pytest.mark.parametrize("count", rounds(200))
+def test_pickles(tmp_path: Path, count: int) -> None:
+    torch = pytest.importorskip("torch")
+    from sdexport.unpickle import unpickled
+
+    path = tmp_path / "w.bin"
+    bases = []
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save({"a.weight": torch.ones(2, 3), "b": torch.ones(3, dtype=torch.float16)}, path, **options)
+        bases.append(path.read_bytes())
+
+    def one(rng: random.Random) -> bool:
+        path.write_bytes(changed_bytes(rng, rng.choice(bases)))
+        try:
+            found = unpickled([path], tmp_path / "out.safetensors")
+        except CheckpointError as error:
+            return refused_in(error, 3000)
+        assert all(tensor.read().shape == tensor.shape for tensor in found.values() if tensor.readable)
+        return True
+
+    read, refused = outcomes(count, one)
+    assert read + refused == count
+    assert refused > count / 5
