@@ -78,8 +78,10 @@ def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        remove_tree(path)
-        os.close(handle)
+        try:
+            remove_tree(path)
+        finally:
+            os.close(handle)
 
 
 def sweep(parent: Path, prefix: str) -> None:
