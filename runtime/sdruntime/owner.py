@@ -61,7 +61,8 @@ class Owner:
             return True if self.host == host else None  # this host has been restarted since
         if self.space != space:
             return None
-        return started(self.pid) != self.start
+        begun = started(self.pid)
+        return begun is None or begun not in (0, self.start)
 
 
 @contextlib.contextmanager
@@ -172,21 +173,21 @@ def started(pid: int) -> int | None:
     """When a process started, in clock ticks after the boot (0 if unknown); None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return _runs(pid) if not Path("/proc/self/stat").exists() else None
+    except OSError:  # no /proc, or one that hides other users' processes
+        return 0 if _runs(pid) else None
     if fields[0] in "ZX" and int(fields[17]) <= 1:  # ended, and waits for its parent to notice; its threads may live on
         return None
     return int(fields[19])
 
 
-def _runs(pid: int) -> int | None:
+def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
+    except (ProcessLookupError, OverflowError):
+        return False
     except PermissionError:
         pass
-    return 0
+    return True
 
 
 @functools.cache

@@ -49,6 +49,19 @@ def test_an_owner_is_gone_when_its_process_is(dead_token: str) -> None:
     assert dataclasses.replace(HERE, space=1).gone() is None, "another container"
 
 
+def test_without_proc_a_process_that_runs_is_not_gone(dead_token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc may hide the processes of other users."""
+
+    def hidden(self: Path, **_: object) -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    dead = Owner.parse(dead_token)
+    assert dead is not None
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert HERE.gone() is False
+    assert dead.gone() is True
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_that_ended_and_was_not_waited_for_is_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", "from sdruntime.owner import Owner; print(Owner.here().token())"], stdout=-1)
