@@ -6,7 +6,7 @@
 
 Engines are added and removed by sdruntime.change.
 
-A bundle's engines are code: the hashes tell a damaged file, not an evil one. Open bundles from people you trust.
+A bundle's engines are code: the hashes tell a damaged file, not an evil one. docs/trust.md says what is promised.
 """
 
 from __future__ import annotations

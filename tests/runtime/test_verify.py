@@ -71,7 +71,7 @@ def copy(proved: Path, tmp_path: Path) -> Path:
 def scaled(folder: Path, component: str, weight: str, by: float) -> None:
     """Multiply a weight of a component's ONNX, and write the hashes anew."""
     bundle = Bundle.open(folder)
-    tensors = external_tensors(memoryview((folder / component / "model.onnx").read_bytes()))
+    tensors = external_tensors(memoryview((folder / component / "model.onnx").read_bytes()), ["model.onnx.data"])
     tensor = next(each for each in tensors if each.name == weight)
     path = f"{component}/model.onnx.data"
     data = bytearray((folder / path).read_bytes())

@@ -13,10 +13,11 @@ from typing import Any
 
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.backends.ort.subpixel import split_upsampling
+from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import devices
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
-from sdruntime.errors import DeviceMissing, LibraryMissing, SdruntimeError, SettingError
+from sdruntime.errors import BundleError, DeviceMissing, LibraryMissing, SdruntimeError, SettingError
 from sdruntime.manifest import Precision
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
@@ -60,8 +61,6 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     ort, begun = library(), time.monotonic()
     yield Stage(name="optimise")
     component = bundle.manifest.components[request.component]
-    for path in component.files:
-        bundle.read(path)  # the hash of what is about to be parsed
     model, data = folder / f"{request.stem}.onnx", folder / f"{request.stem}.onnx.data"
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -69,15 +68,19 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     options.optimized_model_filepath = str(model)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_EMBEDDED))
-    options.add_session_config_entry("session.disable_prepacking", "1")  # this session only saves
+    # this session only saves, and is not run after its weights were lent: it copies none of them
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(DIRECTLY, "1")
     own = request.target == "cpu" and bundle.manifest.precision == "fp32"  # our forms of attention and of upsampling
-    onnx: str | bytes = str(bundle.folder / component.onnx)
-    if own:
-        onnx = split_upsampling(bundle.read(component.onnx))
-        folder_of_weights = str((bundle.folder / component.onnx).parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder_of_weights)
+    onnx = bundle.read(component.onnx)
     try:
-        session = ort.InferenceSession(onnx, options, providers=_providers(request.target))
+        graph = split_upsampling(onnx) if own else bytes(onnx)
+    except ValueError as error:
+        raise BundleError(bundle.folder, [f"{component.onnx}: {error}"]) from error
+    try:
+        session = open_session(ort, bundle, graph, component.files, options, _providers(request.target))
+    except SdruntimeError:
+        raise
     except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
         raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
     if PROVIDERS[request.target] not in session.get_providers():  # it goes on without one that does not load

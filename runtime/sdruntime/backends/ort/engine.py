@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
-from sdruntime.backends.ort.external import ExternalTensor, external_tensors
 from sdruntime.backends.ort.session import warn_of_unknown
+from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle import Bundle
 from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds
-from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, SdruntimeError
+from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 # In float32 these are run as they were saved. What the highest level adds on a CPU, convolutions in a layout of its own, makes a
@@ -24,9 +24,8 @@ _AS_SAVED = ("unet", "text_encoder", "text_encoder_2")
 class OrtEngine:
     """A session. Inputs are read where they lie; an output whose shape follows from the inputs is written into its array."""
 
-    def __init__(self, spec: EngineSpec, component: ComponentSpec, session: Any, weights: list[Any]) -> None:
-        self.spec, self.component = spec, component
-        self._session, self._weights = session, weights
+    def __init__(self, spec: EngineSpec, component: ComponentSpec, session: Any) -> None:
+        self.spec, self.component, self._session = spec, component, session
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         dims = check_feeds(self.component, self.spec, feeds)
@@ -51,7 +50,7 @@ class OrtEngine:
         return outputs
 
     def close(self) -> None:
-        self._session, self._weights = None, []
+        self._session = None
 
     def __enter__(self) -> OrtEngine:
         return self
@@ -82,47 +81,22 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         if spec.component in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
-        # of the mapped weights only what the kernels pack is copied; releases that do not know the key copy them all
-        session_options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     warn_of_unknown(ort, options.session)
+    if options.session.get(DIRECTLY, "0") != "0":
+        raise SettingError(f"session option {DIRECTLY}: must be 0: weights are copied, so that no later change of a file is seen")
     for key, value in options.session.items():
         session_options.add_session_config_entry(key, value)
-    try:
-        tensors = external_tensors(model)
-    except ValueError as error:
-        raise BundleError(bundle.folder, [f"{spec.files[0]}: {error}"]) from error
     providers: list[Any] = [PROVIDERS["cpu"]]
     if spec.target == "cuda":
         providers.insert(0, (PROVIDERS["cuda"], {"device_id": str(options.device)}))
-    with bundle.lending(spec.files[1:]) as lent:
-        weights = _weights(bundle, spec, tensors, {path.rsplit("/", 1)[-1]: view for path, view in lent.items()})
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-        session_options.add_external_initializers(list(weights), values)
-        try:
-            session = ort.InferenceSession(bytes(model), session_options, providers=providers)
-        except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
-            raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
+    try:
+        session = open_session(ort, bundle, bytes(model), spec.files, session_options, providers)
+    except SdruntimeError:
+        raise
+    except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+        raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
     if spec.target == "cuda" and PROVIDERS["cuda"] not in session.get_providers():
         raise DeviceMissing(
             f"engine {spec.name}: ONNX Runtime could not use CUDA device {options.device} (see `sdruntime doctor`)"
         )
-    return OrtEngine(spec, bundle.manifest.components[spec.component], session, values)
-
-
-def _weights(
-    bundle: Bundle, spec: EngineSpec, tensors: list[ExternalTensor], mapped: Mapping[str, memoryview]
-) -> dict[str, Array]:
-    """The external tensors as arrays over the mapped, hashed files, by name, that the manifest lists for this engine."""
-    unlisted = sorted({tensor.location for tensor in tensors} - mapped.keys())
-    if unlisted:
-        raise BundleError(
-            bundle.folder, [f"{spec.files[0]}: refers to {name!r}, which the manifest does not list" for name in unlisted]
-        )
-    arrays = {}
-    for tensor in tensors:
-        data = mapped[tensor.location][tensor.offset : tensor.offset + tensor.length]
-        if len(data) != tensor.length:
-            raise BundleError(bundle.folder, [f"{spec.files[0]}: tensor {tensor.name} lies beyond the end of {tensor.location}"])
-        array = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
-        arrays[tensor.name] = array if array.flags.aligned else array.copy()
-    return arrays
+    return OrtEngine(spec, bundle.manifest.components[spec.component], session)

@@ -11,6 +11,8 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     at = 0
     while at < len(message):
         key, at = varint(message, at)
+        if key >> 32:
+            raise ValueError(f"not a protobuf message: field {key >> 3} at byte {at}")
         if key & 7 == 0:
             value, at = varint(message, at)
             yield key >> 3, value

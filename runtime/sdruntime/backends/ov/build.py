@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.ov.subpixel import split_upsampling
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
@@ -82,14 +83,13 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     ov, begun = library(), time.monotonic()
     yield Stage(name="convert")
     component = bundle.manifest.components[request.component]
-    for path in component.files:
-        bundle.read(path)  # the hash of what is about to be parsed
     files = folder / f"{request.stem}.xml", folder / f"{request.stem}.bin"
     bf16 = read_options(request.options).get("inference_precision") == "bf16"
     try:
-        model = ov.Core().read_model(str(bundle.folder / component.onnx))
-        split_upsampling(ov, model)
-        ov.save_model(model, str(files[0]), compress_to_fp16=bf16)
+        with lending_onnx(bundle, component.files) as onnx:
+            model = ov.Core().read_model(onnx)
+            split_upsampling(ov, model)
+            ov.save_model(model, str(files[0]), compress_to_fp16=bf16)
     except RuntimeError as error:
         raise SdruntimeError(f"{component.onnx}: OpenVINO {version_of(ov)} cannot build it: {error}") from error
     return Built(

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
+from sdruntime.backends.ov.constants import own_constants
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, quoted
-from sdruntime.lending import giving_back
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 
@@ -23,23 +23,26 @@ class Network:
     A profile of single sizes is compiled for these alone, which is quicker to run (a fifth, for a UNet) than a range.
     """
 
-    def __init__(self, ov: Any, text: str, weights: memoryview, component: ComponentSpec, spec: EngineSpec) -> None:
-        self._ov, self._core, self._text, self._component, self._spec = ov, ov.Core(), text, component, spec
-        self._held = weights
-        self._weights = ov.Tensor(_bytes(weights), shared_memory=True)
+    def __init__(self, ov: Any, bundle: Bundle, spec: EngineSpec) -> None:
+        self._ov, self._core, self._bundle, self._spec = ov, ov.Core(), bundle, spec
+        self._text = str(bundle.read(spec.files[0]), "utf-8")
+        self._component = bundle.manifest.components[spec.component]
         self._requests: dict[int, Any] = {}
+        self._held: list[memoryview] = []  # the compiled models refer to them, and read nothing there (`own_constants`)
 
     def request(self, profile: int, settings: Mapping[str, Any]) -> Any:
+        """The profile, compiled now if need be. Raises BundleError, and RuntimeError as OpenVINO does."""
         if profile not in self._requests:
-            with giving_back(self._held):
-                self.compile(profile, settings)
+            sizes = self._spec.profiles[profile]
+            with self._bundle.lending(self._spec.files[1:]) as lent:
+                (weights,) = lent.values()
+                model = self._core.read_model(self._text, self._ov.Tensor(_bytes(weights), shared_memory=True))
+                own_constants(self._ov, model)
+                model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.inputs})
+                compiled = self._core.compile_model(model, DEVICE, dict(settings))
+                self._held.append(weights)
+            self._requests[profile] = compiled.create_infer_request()
         return self._requests[profile]
-
-    def compile(self, profile: int, settings: Mapping[str, Any]) -> None:
-        sizes = self._spec.profiles[profile]
-        model = self._core.read_model(self._text, self._weights)
-        model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.inputs})
-        self._requests[profile] = self._core.compile_model(model, DEVICE, dict(settings)).create_infer_request()
 
     def _shape(self, dims: tuple[int | str, ...], sizes: Mapping[str, tuple[int, int, int]]) -> Any:
         limits = [(sizes[dim][0], sizes[dim][2]) if isinstance(dim, str) else (dim, dim) for dim in dims]
@@ -53,7 +56,7 @@ class OvEngine:
         self.spec, self.component = spec, component
         self._network: Network | None = network
         self._settings = settings
-        network.compile(0, settings)  # from weights that are lent, and given back meanwhile
+        network.request(0, settings)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         dims = check_feeds(self.component, self.spec, feeds)
@@ -85,12 +88,11 @@ def here(name: str = "openvino") -> Library:
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OvEngine:
-    """Open the engine from memory that was hashed; OpenVINO itself opens no file.
+    """Open the engine; OpenVINO itself opens no file.
 
     Raises BundleError, EngineError, and DeviceMissing for a bf16 engine on a CPU without it.
     """
     ov = library()
-    model = bundle.read(spec.files[0])
     precision = spec.options.get("inference_precision", "f32")
     if precision == "bf16" and not has_bf16(ov.Core()):
         raise DeviceMissing(
@@ -102,10 +104,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         settings["INFERENCE_NUM_THREADS"] = options.threads
     component = bundle.manifest.components[spec.component]
     try:
-        with bundle.lending(spec.files[1:]) as lent:
-            (weights,) = lent.values()
-            network = Network(ov, str(model, "utf-8"), weights, component, spec)
-            return OvEngine(spec, component, network, settings | dict(options.session))
+        return OvEngine(spec, component, Network(ov, bundle, spec), settings | dict(options.session))
     except (RuntimeError, UnicodeDecodeError) as error:
         raise EngineError(f"engine {spec.name}: OpenVINO {version_of(ov)} cannot open it: {error}") from error
 

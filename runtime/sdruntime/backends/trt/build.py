@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import Cuda, Device, available_memory, devices
@@ -148,15 +149,12 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     """Write `stem`.plan into `folder`. Raises EngineError with the cause that the library gave, OutOfSpace, LibraryMissing."""
     trt = library(request.backend)
     component = bundle.manifest.components[request.component]
-    for path in component.files:
-        bundle.read(path)  # the hash of what is about to be parsed
     _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))
     plan = folder / f"{request.stem}.plan"
     precision: Precision = "fp32" if request.component == STEP else bundle.manifest.precision
     job = {
         "backend": request.backend,
         "component": request.component,
-        "onnx": str(bundle.folder / component.onnx),
         "plan": str(plan),
         "target": request.target,
         "precision": precision,
@@ -166,15 +164,21 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     }
     notes: tuple[str, ...]
     begun, memory, peak, notes = time.monotonic(), None, 0, ()
-    messages = run_apart(
-        WORKER, job, what=request.stem, failed=EngineError, killed=OutOfSpace, advice="free some, or build where there is more"
-    )
-    with contextlib.closing(messages):
-        for message in messages:
-            if "stage" in message:
-                yield Stage(**message["stage"])
-            memory, peak = message.get("memory", memory), message.get("peak", peak)
-            notes = tuple(message.get("notes", notes))
+    with lending_onnx(bundle, component.files) as onnx:
+        messages = run_apart(
+            WORKER,
+            job | {"onnx": onnx},
+            what=request.stem,
+            failed=EngineError,
+            killed=OutOfSpace,
+            advice="free some, or build where there is more",
+        )
+        with contextlib.closing(messages):
+            for message in messages:
+                if "stage" in message:
+                    yield Stage(**message["stage"])
+                memory, peak = message.get("memory", memory), message.get("peak", peak)
+                notes = tuple(message.get("notes", notes))
     return Built(
         files=(plan,),
         version=trt.__version__,

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from sdruntime.annotate import annotate
+from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.backends.trt.library import FLAVOURS, capabilities, library, messages
 from sdruntime.backends.trt.session import Session, session
@@ -227,8 +228,8 @@ def _refit(trt: Any, log: Any, plan: Plan, bundle: Bundle, spec: EngineSpec) -> 
     component = bundle.manifest.components[spec.component]
     refitter = trt.Refitter(plan.engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
-    with bundle.lending_names(component.files):
-        if not parser.refit_from_file(str(bundle.folder / component.onnx)) or not refitter.refit_cuda_engine():
+    with lending_onnx(bundle, component.files) as onnx:
+        if not parser.refit_from_file(onnx) or not refitter.refit_cuda_engine():
             raise EngineError(f"engine {spec.name}: its weights could not be put in from {component.onnx}: {log.reasons()}")
 
 

@@ -1,0 +1,59 @@
+"""An ONNX model of a bundle, its weights lent to the library that reads it.
+
+ONNX Runtime is given them in memory and opens no file. What it keeps of them it copies while it opens (without `DIRECTLY`, its
+default): afterwards nothing refers to the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdruntime.backends.ort.external import ExternalTensor, external_tensors, locations
+from sdruntime.bundle import Bundle
+from sdruntime.engine import Array
+from sdruntime.errors import BundleError
+
+DIRECTLY = "session.use_external_initializer_file_buffers_directly"
+
+
+def open_session(ort: Any, bundle: Bundle, model: bytes, files: Sequence[str], options: Any, providers: Sequence[Any]) -> Any:
+    """Return an InferenceSession of `model`, with weights from `files`: the model's path in the bundle, then those of its data.
+
+    Raises BundleError, and what ONNX Runtime raises.
+    """
+    names, tensors = locations(files), _external(bundle, files, memoryview(model))
+    with bundle.lending(files[1:]) as lent:
+        arrays = {each.name: _array(bundle, files[0], each, lent[names[each.location]]) for each in tensors}
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]  # which refer to the arrays
+        options.add_external_initializers(list(arrays), values)
+        return ort.InferenceSession(model, options, providers=providers)
+
+
+@contextlib.contextmanager
+def lending_onnx(bundle: Bundle, files: Sequence[str]) -> Iterator[str]:
+    """Yield the path of an ONNX model for a library that opens it, and the files of its weights, by name.
+
+    Raises BundleError as `Bundle.lending_names` does, and before the block for a model that refers to other files.
+    """
+    _external(bundle, files, bundle.read(files[0]))
+    with bundle.lending_names(files):
+        yield str(bundle.folder / files[0])
+
+
+def _external(bundle: Bundle, files: Sequence[str], model: memoryview) -> list[ExternalTensor]:
+    try:
+        return external_tensors(model, locations(files))
+    except ValueError as error:
+        raise BundleError(bundle.folder, [f"{files[0]}: {error}"]) from error
+
+
+def _array(bundle: Bundle, path: str, tensor: ExternalTensor, data: memoryview) -> Array:
+    data = data[tensor.offset : tensor.offset + tensor.length]
+    if len(data) != tensor.length:
+        raise BundleError(bundle.folder, [f"{path}: tensor {tensor.name} lies beyond the end of {tensor.location}"])
+    array = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
+    return array if array.flags.aligned else array.copy()
