@@ -5,7 +5,7 @@ An axis is a list of values, each a piece of a config. `covering` combines them 
 of every other axis; nothing is picked by hand.
 
 A case is read twice: in float32, as diffusers computes, and in float64 from diffusers' own float32 noise levels. The second is
-stored, so that 1e-5 can be held for 999 steps as well; `rounding` is how far diffusers' float32 is from it.
+stored, so that 1e-5 can be held for 999 steps as well; `rounding` is how far diffusers' float32 is from it (up to 100 steps).
 
 grid.npz holds
 
@@ -235,7 +235,8 @@ def read(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     why = None
     for placed in ({}, {"placed": True}):
         try:
-            plain, exact = read_off({**case, **placed}), read_off({**case, **placed}, torch.float64)
+            exact = read_off({**case, **placed}, torch.float64)
+            plain = read_off({**case, **placed}) if case["steps"] <= 100 else exact
         except Exception as error:  # whatever it is, it goes on the list
             why = why or f"{type(error).__name__}: {error}"
             continue
