@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import IO, Any
 import sdruntime
 from sdruntime.build import Asked, BuildEvent
 from sdruntime.bundle import Bundle
+from sdruntime.engine import Stage
 from sdruntime.errors import (
     DeviceMissing,
     EngineError,
@@ -32,8 +34,11 @@ from sdruntime.errors import (
 )
 from sdruntime.manifest import EngineSpec, Precision
 from sdruntime.process import module_command
+from sdruntime.progress import LINES
 
 _ERRORS = {kind.exit_code: kind for kind in (SettingError, EnvironmentFault, EngineError)}
+# a line of the other sdruntime's log (sdruntime.progress): the engine, and the stage where it has come to one
+_SHOWN = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d build ([^\s:]+)(?:: (?!after )([^:\n]+))?")
 _TO_CLEAN_UP = 30  # seconds
 
 
@@ -61,9 +66,9 @@ class Interpreter:
             assert child.stderr is not None
             notes = []
             for line in child.stderr:
-                if line.startswith("building "):
-                    name = line.split()[1]
-                    yield BuildEvent(component=name.split("-")[0], engine=name, state="begin")
+                if shown := _SHOWN.match(line):
+                    name, stage = shown[1], Stage(name=shown[2]) if shown[2] else None
+                    yield BuildEvent(component=name.split("-")[0], engine=name, state="stage" if stage else "begin", stage=stage)
                 else:
                     notes.append(line.rstrip())
             try:
@@ -87,7 +92,7 @@ class Interpreter:
                     stdin=subprocess.DEVNULL,
                     stdout=results,
                     stderr=subprocess.PIPE,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), **LINES},
                     text=True,
                     encoding="utf-8",
                     errors="replace",

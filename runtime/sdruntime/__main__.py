@@ -18,7 +18,7 @@ from sdruntime.check import build, verify
 from sdruntime.command import Failed, Parser, UsageError, code_of, document, failure, reason_of, wants_json
 from sdruntime.errors import SdruntimeError, SettingError, plain, quoted
 from sdruntime.generate import generate, sampler_options
-from sdruntime.progress import progress_on
+from sdruntime.progress import progress_on, wants_lines
 
 if TYPE_CHECKING:
     from sdruntime.bundle import Bundle
@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = wants_json(given)
     try:
         options = parser().parse_args(given)
-        with progress_on(quiet=options.quiet or options.json) as options.progress, warnings.catch_warnings():
+        with (
+            progress_on(quiet=options.quiet or (options.json and not wants_lines())) as options.progress,
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("default")
             warnings.showwarning = lambda message, *_, **__: options.progress.note(f"warning: {message}")
             options.run(options)

@@ -89,3 +89,22 @@ def test_what_is_ignored_or_cannot_work_is_told_before_the_work(tmp_path: Path, 
     assert told in result.stderr
     assert "fake" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_interpreter_tells_its_progress(tmp_path: Path) -> None:
+    """The command that builds there prints one document, and its log all the same: no silent minutes here."""
+    import sys
+
+    from sdexport.interpreter import Interpreter
+    from sdruntime.build import Asked
+
+    folder = make_bundle(tmp_path / "bundle").folder
+    events = list(Interpreter(python=sys.executable).build(folder, Asked(backend="fake", components=("unet",)), verify=False))
+    names = {event.engine for event in events}
+    assert [(event.state, event.stage and event.stage.name) for event in events] == [
+        ("begin", None),
+        ("stage", "fill"),
+        ("done", None),
+    ]
+    assert len(names) == 1
+    assert {event.component for event in events} == {"unet"}
