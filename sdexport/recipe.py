@@ -14,7 +14,7 @@ from sdexport.errors import RecipeError
 from sdexport.toml import Where, read_toml
 from sdruntime.backends import BACKENDS, OFFERED, backend
 from sdruntime.build import Asked
-from sdruntime.errors import SettingError, UnknownName
+from sdruntime.errors import SettingError, UnknownName, shown
 from sdruntime.manifest import ModelSpec, Precision
 from sdruntime.shapes import Guidance, Shapes
 from sdruntime.step import NAME as STEP
@@ -90,11 +90,15 @@ class _Reader:
     def recipe(self, document: Mapping[str, Any], file: Path) -> Recipe:
         self.known_keys(document, (), RECIPE)
         name = self.text(document, (), "name") or file.stem
-        if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name, flags=re.ASCII):
-            self.fault(("name",), f"{name!r} names the bundle's folder: letters, digits and _ . + - belong here")
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]{0,99}", name, flags=re.ASCII):
+            self.fault(("name",), f"{shown(name)} names the bundle's folder: at most 100 letters, digits and _ . + - belong here")
         model = self.text(document, (), "model", needed=True) or ""
         found = file.parent / model
-        is_path = found.exists() or model.startswith((".", "/"))
+        try:
+            is_path = model.startswith((".", "/")) or found.exists()
+        except (OSError, ValueError) as error:  # longer than a name can be, or with a zero in it
+            self.fault(("model",), f"{shown(model)} can be no path: {error.strerror if isinstance(error, OSError) else error}")
+            is_path = False
         revision = self.text(document, (), "revision")
         if revision and is_path:
             self.fault(("revision",), "a folder has none: only a model of the hub")

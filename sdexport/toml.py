@@ -5,6 +5,7 @@ The document is read by tomllib. The lines come from a second walk over the same
 
 from __future__ import annotations
 
+import bisect
 import re
 import sys
 from pathlib import Path
@@ -39,14 +40,25 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[Where, int]]:
     except ValueError as error:
         raise RecipeError(path, [f"{path}: not readable: {plain(error)}"]) from error
     try:
-        return tomllib.loads(text), lines_of(text)
+        document = tomllib.loads(text)
+        _check_numbers(document)
+        return document, lines_of(text)
     except tomllib.TOMLDecodeError as error:
         what, _, place = str(error).removesuffix(")").rpartition(" (at ")
         found = re.fullmatch(r"line (\d+), column (\d+)", place)
         line, column = found.groups() if found else (text.count("\n") + 1, 1)  # "end of document"
         raise RecipeError(path, [f"{path}:{line}:{column}: not TOML: {what}"]) from error
+    except ValueError as error:  # a whole number beyond 64 bits, or of more digits than Python reads
+        raise RecipeError(path, [f"{path}: not readable: {error}"]) from error
     except RecursionError:
         raise RecipeError(path, [f"{path}: nested too deeply"]) from None
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("a whole number is beyond the 64 bits that TOML has")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_numbers(inner)
 
 
 def lines_of(text: str) -> dict[Where, int]:
@@ -57,6 +69,7 @@ def lines_of(text: str) -> dict[Where, int]:
 class _Walk:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
+        self.ends = [match.start() for match in re.finditer("\n", text)]
         self.lines: dict[Where, int] = {}
         self.last: dict[Where, int] = {}  # arrays of tables: the index of the newest
         table: Where = ()
@@ -86,7 +99,7 @@ class _Walk:
         return found[0] if found else None
 
     def note(self, where: Where) -> None:
-        self.lines.setdefault(where, self.text.count("\n", 0, self.at) + 1)
+        self.lines.setdefault(where, bisect.bisect_left(self.ends, self.at) + 1)
 
     def key(self) -> list[str]:
         """A dotted key, its parts unquoted."""

@@ -81,7 +81,7 @@ class Worker(Host):
     def _read(self) -> None:
         try:
             while received := self.channel.receive():
-                self.emit(*received)
+                self.emit(received.message, received.blob)
         except ConnectionResetError:
             pass
         self.ended.set()

@@ -14,6 +14,7 @@ LAYERS = {
         files
         lending
         document
+        limits
         owner
         durable
         record
@@ -59,6 +60,7 @@ LAYERS = {
         latent
         denoise
         loop
+        interface
         pipeline
         batcher
         golden

@@ -85,6 +85,8 @@ def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str
 def fits_version(engine: EngineSpec, here: str) -> bool:
     """Whether the library in version `here` reads `engine`: the same version where the backend is exact (or a later one of the
     same major, for a version-compatible engine), else the same major and minor release."""
+    if engine.backend not in BACKENDS:
+        return False
     if not BACKENDS[engine.backend].exact:
         return here.split(".")[:2] == engine.version.split(".")[:2]
     if engine.options.get("version_compatible") == "true":

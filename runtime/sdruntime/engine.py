@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -208,6 +208,15 @@ def check_feeds(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, 
         asked = ", ".join(f"{name} {size}" for name, size in dims.items())
         raise EngineError(f"engine {spec.name}: {asked}, but it was built for {spec.shapes}")
     return dims
+
+
+def check_tensors(component: ComponentSpec, spec: EngineSpec, inputs: Collection[str], outputs: Collection[str]) -> None:
+    """Raise EngineError where an opened engine does not take what the component is fed, or lacks one of its outputs."""
+    fed, taken = {tensor.name for tensor in component.inputs}, {tensor.name for tensor in component.outputs}
+    if set(inputs) != fed or not taken <= set(outputs):
+        has = f"{', '.join(sorted(inputs))} -> {', '.join(sorted(outputs))}"
+        belongs = f"{', '.join(sorted(fed))} -> {', '.join(sorted(taken))}"
+        raise EngineError(f"engine {spec.name}: it takes and gives {has:.300}, but the manifest says {belongs:.300}")
 
 
 def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:

@@ -37,6 +37,15 @@ def lines_of(faults: Sequence[str]) -> str:
     return "\n".join(f"  - {fault}" for fault in shown)
 
 
+def shown(value: object, most: int = 40) -> str:
+    """Return a value as an error's text shows it: not all of a long one, and no failure for a number of 5,000 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 class SdruntimeError(Exception):
     """Base of every error that sdruntime raises on purpose."""
 

@@ -32,6 +32,7 @@ from sdruntime.tolerance import TOLERANCES, Tolerance
 DOCUMENT, NUMBERS = "golden/golden.json", "golden/numbers.npz"
 FORMAT, REVISION = "sdexport-golden", 1
 SAMPLE = 4096  # numbers of an output that are kept
+MOST_NUMBERS = 1 << 26  # of a case's inputs
 _LARGEST_VAE = 768 * 768  # pixels: a VAE in float32 takes gigabytes above
 _RANGES = {"timestep": 1000, "time_ids": 1024}  # inputs that are whole numbers, whatever their type
 _LARGEST_PICTURE = 256  # pixels of a side
@@ -229,11 +230,19 @@ def picture_key(index: int) -> str:
     return f"picture.{index}"
 
 
+def _numbers_of(case: Case, spec: ComponentSpec) -> int:
+    shapes = [[case.dims.get(dim, 1) if isinstance(dim, str) else dim for dim in tensor.shape] for tensor in spec.inputs]
+    return sum(math.prod(shape) for shape in shapes)
+
+
 def _faults(golden: Golden, numbers: Mapping[str, Array], manifest: Manifest) -> Any:
     for case in golden.cases:
         spec = manifest.components.get(case.component)
         if spec is None:
             yield f"{DOCUMENT}: a case of {case.component!r}, which the bundle does not have"
+            continue
+        if (numbers_asked := _numbers_of(case, spec)) > MOST_NUMBERS:
+            yield f"{DOCUMENT}: case {case.component}.{case.name}: {numbers_asked:,} numbers as inputs, above {MOST_NUMBERS:,}"
             continue
         unsized = sorted(set(spec.dimensions) - set(case.dims))
         if unsized or set(case.outputs) != {tensor.name for tensor in spec.outputs}:

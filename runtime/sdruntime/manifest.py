@@ -19,6 +19,7 @@ from sdruntime.document import LARGEST
 from sdruntime.durable import replace_file
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.files import FileFault, FileMissing, Folder
+from sdruntime.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES
 from sdruntime.record import json_from_record, json_from_text, record_from_json, twins
 
 NAME = "manifest.json"
@@ -64,8 +65,10 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def __post_init__(self) -> None:
+        if len(self.shape) > MOST_AXES:
+            raise ValueError(f"tensor {self.name:.100}: {len(self.shape)} dimensions are above {MOST_AXES}")
         for dim in self.shape:
-            if dim == "" or (isinstance(dim, int) and dim < 1):
+            if dim == "" or (isinstance(dim, int) and not 1 <= dim <= LARGEST_DIM):
                 raise ValueError(f"tensor {self.name}: dimension {dim!r} is neither a name nor a positive number")
 
 
@@ -125,6 +128,11 @@ class ComponentSpec:
         if not self.files or not self.inputs or not self.outputs:
             raise ValueError("a component needs a file, an input and an output")
         _refuse_twins("tensor", [tensor.name for tensor in (*self.inputs, *self.optional_inputs, *self.outputs)])
+        known = {prefix + dim for dim in self.dimensions for prefix in ("", "image_", "latent_")}
+        for tensor in self.outputs:
+            for dim in tensor.shape:
+                if isinstance(dim, str) and dim not in known:
+                    raise ValueError(f"tensor {tensor.name}: dimension {dim!r} does not follow from those of the inputs")
 
     @property
     def onnx(self) -> str:
@@ -168,6 +176,8 @@ class EngineSpec:
             for name, (low, opt, high) in profile.items():
                 if not 1 <= low <= opt <= high:
                     raise ValueError(f"range of {name}: min {low}, opt {opt}, max {high} do not rise from 1")
+                if high > (most := MOST.get(name, LARGEST_DIM)):
+                    raise ValueError(f"range of {name}: max {high:,} is above {most:,}")
         object.__setattr__(self, "profiles", tuple(MappingProxyType(dict(profile)) for profile in self.profiles))
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
@@ -224,10 +234,17 @@ class ModelSpec:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {self.latent_channels} latent channels")
         if bool(self.latents_mean) != bool(self.latents_std) or any(each <= 0 for each in self.latents_std):
             raise ValueError("latents_mean and latents_std belong together, and latents_std is positive")
+        if any(abs(each) > 1e6 for each in self.latents_mean) or not all(1e-6 <= each <= 1e6 for each in self.latents_std):
+            raise ValueError("latents_mean is outside -1e6 to 1e6, or latents_std outside 1e-6 to 1e6")
+        for name, least, most in MODEL:
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name):g} is outside {least:g} to {most:g}")
         if self.size_multiple % self.vae_factor:
             raise ValueError(f"size_multiple {self.size_multiple} is not a multiple of vae_factor {self.vae_factor}")
         if any(side < 1 or side % self.size_multiple for side in self.default_size):
             raise ValueError(f"default_size {self.default_size} is not a multiple of {self.size_multiple}")
+        if max(self.default_size) > LARGEST_SIDE:
+            raise ValueError(f"default_size {self.default_size}: a side is above {LARGEST_SIDE:,} pixels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +328,7 @@ def manifest_document(files: Folder) -> dict[str, Any]:
     """
     path = files.path / NAME
     try:
-        document = json_from_text(files.read(NAME, most=LARGEST).decode())
+        document = json_from_text(files.read(NAME, most=LARGEST).decode(), infinity=False)
     except FileMissing:
         raise BundleError(path, [_no_manifest(files)]) from None
     except (FileFault, ValueError) as error:

@@ -22,9 +22,10 @@ from sdruntime.condition import Condition, Conditioner, cut_lines
 from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
 from sdruntime.engine import Array, Engine, EngineOptions, Stage
 from sdruntime.engines import Engines
-from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.errors import BundleError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
 from sdruntime.imagefile import fitted
+from sdruntime.interface import interface_faults
 from sdruntime.metadata import Origin
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests, unused_lines
@@ -105,6 +106,8 @@ class Pipeline:
         self._take(bundle)
 
     def _take(self, bundle: Bundle) -> None:
+        if faults := list(interface_faults(bundle.manifest)):
+            raise BundleError(bundle.folder, faults)
         self.bundle, self.model = bundle, bundle.manifest.model
         self.engines = self._engines_of(bundle)
         self._conditioner = Conditioner.open(bundle)

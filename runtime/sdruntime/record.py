@@ -29,15 +29,16 @@ _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true o
 _hints = functools.cache(get_type_hints)
 
 
-def json_from_text(text: str) -> Any:
+def json_from_text(text: str, *, infinity: bool = True) -> Any:
     """Parse JSON. Raises ValueError for a key that stands twice, NaN, a number beyond float64, and nesting deeper than DEEPEST.
 
-    Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every DPM-Solver's config.
+    With `infinity`, Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every config of a
+    DPM-Solver.
     """
 
     def constant(name: str) -> float:
-        if name == "NaN":
-            raise ValueError("NaN is not a JSON number")
+        if name == "NaN" or not infinity:
+            raise ValueError(f"{name} is not a JSON number")
         return float(name)
 
     def number(digits: str) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from sdruntime.engine import Array
-from sdruntime.errors import SettingError, UnknownName
+from sdruntime.errors import SettingError, UnknownName, shown
 from sdruntime.imagefile import FITS, Fit, ImageLike, pixels_from
+from sdruntime.limits import LARGEST_SIDE
 from sdruntime.samplers.keys import check_options
 
 LARGEST_SEED = 2**64 - 1
@@ -62,10 +65,14 @@ class Request:
             text = getattr(self, name)
             if not isinstance(text, str) and not (name == "negative" and text is None):
                 raise SettingError(f"{name}: text belongs here, not {type(text).__name__}")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise SettingError(f"seed {self.seed} is outside 0 to {LARGEST_SEED}")
-        if not 0 <= self.guidance <= LARGEST_GUIDANCE:  # NaN is not either
-            raise SettingError(f"guidance {self.guidance!r:.30} is outside 0 to {LARGEST_GUIDANCE}")
+        for name in ("guidance", "rescale", "strength"):
+            _check_number(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed <= LARGEST_SEED:
+            raise SettingError(f"seed {shown(self.seed)} is outside 0 to {LARGEST_SEED}")
+        if self.size is not None:
+            _check_size(self.size)
+        if not 0 <= self.guidance <= LARGEST_GUIDANCE:
+            raise SettingError(f"guidance {shown(self.guidance)} is outside 0 to {LARGEST_GUIDANCE}")
         if not 0 <= self.rescale <= 1:
             raise SettingError(f"rescale {self.rescale} is outside 0 to 1")
         if not 0 < self.strength <= 1:
@@ -105,6 +112,23 @@ def unused_lines(asked: Sequence[Request]) -> list[str]:
     found += [(f"rescale {each.rescale:g}", each) for each in unguided if each.rescale]
     lines = [f"{what} has no effect at guidance {each.guidance:g}: it takes a guidance over 1" for what, each in found]
     return list(dict.fromkeys(lines))
+
+
+def _check_number(name: str, value: Any) -> None:
+    try:
+        finite = isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        finite = False
+    if not finite:
+        raise SettingError(f"{name} {shown(value)} is not a finite number")
+
+
+def _check_size(size: Any) -> None:
+    sides = tuple(size) if isinstance(size, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+        raise SettingError(f"size {shown(size)}: (width, height) in pixels belongs here")
+    if max(sides) > LARGEST_SIDE:
+        raise SettingError(f"size {shown(size)}: a side is above {LARGEST_SIDE:,} pixels")
 
 
 def requests(

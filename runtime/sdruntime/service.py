@@ -43,12 +43,13 @@ import numpy as np
 
 from sdruntime.backends import BACKENDS
 from sdruntime.batcher import Batcher, Drawing, Progress
-from sdruntime.channel import Channel
+from sdruntime.channel import BadFrame, Channel
 from sdruntime.cuda import device_index
 from sdruntime.describe import pipeline_document
 from sdruntime.engine import CPU, Array, EngineOptions
 from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
 from sdruntime.image import png_from_image
+from sdruntime.limits import LARGEST_SIDE
 from sdruntime.message import Cancel, Open, Submit, message_from_json
 from sdruntime.pipeline import Pipeline
 from sdruntime.record import json_from_text
@@ -77,9 +78,9 @@ class Service:
         self._closing = False
         self._opened = contextlib.ExitStack()
 
-    def handle(self, message: bytes, blob: bytes | memoryview | None = None) -> None:
-        """Take one message; `blob` is copied. Never raises what is wrong with it, but tells it. Opening blocks until the engines
-        are open; nothing else does. May be called from any thread."""
+    def handle(self, message: bytes, blob: bytes | memoryview | None = None, size: int | None = None) -> None:
+        """Take one message; `blob` is copied, `size` is how many bytes it has where it was not read. Never raises what is wrong
+        with it, but tells it. Opening blocks until the engines are open; nothing else does. May be called from any thread."""
         document: Any = None
         try:
             document = _document(message)
@@ -87,7 +88,7 @@ class Service:
             if isinstance(parsed, Open):
                 self._open(parsed)
             elif isinstance(parsed, Submit):
-                self._submit(parsed, blob)
+                self._submit(parsed, blob, memoryview(blob or b"").nbytes if size is None else size)
             elif isinstance(parsed, Cancel):
                 self._cancel(parsed.job)
             else:
@@ -132,8 +133,8 @@ class Service:
             self._log("warning", str(each.message))
         self._tell({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
 
-    def _submit(self, asked: Submit, blob: bytes | memoryview | None) -> None:
-        request = asked.request.request(_start_image(asked, blob))
+    def _submit(self, asked: Submit, blob: bytes | memoryview | None, size: int) -> None:
+        request = asked.request.request(_start_image(asked, blob, size))
         with self._lock:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
@@ -245,7 +246,7 @@ class Service:
 
 def _document(message: bytes) -> Any:
     try:
-        return json_from_text(bytes(message).decode())
+        return json_from_text(bytes(message).decode(), infinity=False)
     except ValueError as error:
         raise SettingError(f"no JSON in UTF-8: {plain(error)}") from error
 
@@ -254,8 +255,17 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _start_image(asked: Submit, blob: bytes | memoryview | None) -> Array | None:
-    given = 0 if blob is None else memoryview(blob).nbytes
+def blob_bytes(message: bytes) -> int:
+    """How many bytes a message's blob may have: those of its start image, so that no other one is read."""
+    try:
+        parsed = message_from_json(_document(message))
+    except SettingError:
+        return 0
+    width, height = (parsed.image if isinstance(parsed, Submit) else None) or (0, 0)
+    return 3 * width * height if 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE else 0
+
+
+def _start_image(asked: Submit, blob: bytes | memoryview | None, given: int) -> Array | None:
     width, height = asked.image or (0, 0)
     if asked.image is not None and (width < 1 or height < 1):
         raise SettingError(f"image {width}x{height}: both sides in pixels belong here")
@@ -301,10 +311,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             channel.send(message, blob)
 
     service = Service(emit, apart=True)
-    while received := channel.receive():
-        service.handle(*received)
+    code = 0
+    try:
+        while received := channel.receive(blob_bytes):
+            service.handle(*received)
+    except BadFrame as error:
+        print(f"sdruntime.service: {error}", file=sys.stderr, flush=True)
+        code = 1
     sys.stdout.flush()
-    os._exit(0)  # nobody waits for the pictures, and large libraries take seconds to take themselves down
+    os._exit(code)  # nobody waits for the pictures, and large libraries take seconds to take themselves down
 
 
 if __name__ == "__main__":

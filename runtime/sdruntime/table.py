@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdruntime.errors import SettingError
+from sdruntime.errors import SettingError, shown
 from sdruntime.path import Path
 from sdruntime.predict import clean_from_raw, input_scale
 from sdruntime.samplers import Sampler, settled
@@ -106,13 +106,14 @@ class Table:
             for name in ("X", "M", "N"):
                 arrays[name] = arrays[name].reshape(len(arrays["t"]), -1)
             return cls(start=(float(data["start"][0]), float(data["start"][1])), **arrays)
-        except (ValueError, TypeError, IndexError) as error:
-            raise SettingError(f"not a table in JSON: {error}") from error
+        except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+            raise SettingError(f"not a table in JSON: {error!r:.200}") from error
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # what is not finite is refused by Table
 def compile_table(
     config: Mapping[str, Any],
     *,
@@ -133,7 +134,7 @@ def compile_table(
     most = min(trained, MOST_STEPS)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise SettingError(
-            f"steps {steps!r:.40}: it must be a whole number from 1 to {most} "
+            f"steps {shown(steps)}: it must be a whole number from 1 to {most} "
             f"(num_train_timesteps {trained}, and never more than {MOST_STEPS})"
         )
     prediction = settings["prediction_type"]
@@ -142,15 +143,20 @@ def compile_table(
             f"prediction_type 'flow_prediction' with {found.name}: it needs a flow sampler, or use_flow_sigmas true"
         )
     begin = 0 if strength is None else first_step(steps, strength)
-    path = found.grid(settings, steps, begin)
-    first = path.start_level or path.pairs[0][0]
-    return traced(
-        found,
-        path,
-        prediction=prediction,
-        start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
-        options={key: settings[key] for key in found.options},
-    )
+    try:
+        path = found.grid(settings, steps, begin)
+        first = path.start_level or path.pairs[0][0]
+        return traced(
+            found,
+            path,
+            prediction=prediction,
+            start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
+            options={key: settings[key] for key in found.options},
+        )
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        raise SettingError(
+            f"{found.name} has no finite table for {steps} steps of this schedule ({error}): noise levels are equal or extreme"
+        ) from error
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -144,7 +144,7 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
     [
         ({"request": {"sead": 1}}, "request.sead: unknown key; did you mean seed?"),
         ({"request": {"sampler": "eular"}}, "unknown sampler 'eular'"),
-        ({"request": {"seed": 2**64}}, "seed 18446744073709551616 is outside 0 to 18446744073709551615"),
+        ({"request": {"seed": 2**64}}, "request.seed: a whole number of 64 bits belongs here, not 18446744073709551616"),
         ({"request": {"seed": -1}}, "seed -1 is outside"),
         ({"request": {"seed": 1.0}}, "request.seed: a whole number belongs here, not 1.0"),
         ({"request": {"steps": True}}, "request.steps: a whole number belongs here, not true"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdruntime.errors import SettingError, UnknownName
+from sdruntime.errors import SettingError, UnknownName, shown
 from sdruntime.path import SCHEDULES, Path
 from sdruntime.predict import PREDICTIONS
 from sdruntime.samplers.keys import OPTIONS
@@ -86,12 +86,12 @@ class Sampler:
         if key in choices:
             if value not in choices[key]:
                 if value in CHOICES.get(key, ()):
-                    raise SettingError(f"{key} {value!r}: {self.name} takes {', '.join(choices[key])}")
+                    raise SettingError(f"{key} {shown(value)}: {self.name} takes {', '.join(choices[key])}")
                 raise UnknownName(key, str(value), [choice for choice in choices[key] if choice])
         elif key in INEXPRESSIBLE:
             if value != INEXPRESSIBLE[key]:
                 raise SettingError(
-                    f"{key} {value!r} in scheduler_config.json: a table of coefficients cannot express it; "
+                    f"{key} {shown(value)} in scheduler_config.json: a table of coefficients cannot express it; "
                     f"use a sampler that does not read it, or {INEXPRESSIBLE[key]!r}"
                 )
         elif key in RANGES:
@@ -99,12 +99,12 @@ class Sampler:
             number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 what = "a whole number" if kind is int else "a number"
-                raise SettingError(f"{key} {value!r}: it must be {what} from {low:g} to {high:g}")
+                raise SettingError(f"{key} {shown(value)}: it must be {what} from {low:g} to {high:g}")
         elif isinstance(self.reads[key], bool):
             if not isinstance(value, bool):
-                raise SettingError(f"{key} {value!r}: it must be true or false")
+                raise SettingError(f"{key} {shown(value)}: it must be true or false")
         elif not isinstance(value, Sequence) or any(not isinstance(item, (int, float)) for item in value):
-            raise SettingError(f"{key} {value!r}: it must be a list of numbers")
+            raise SettingError(f"{key} {shown(value)}: it must be a list of numbers")
 
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {

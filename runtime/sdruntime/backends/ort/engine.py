@@ -12,7 +12,7 @@ from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.session import warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle import Bundle
-from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds
+from sdruntime.engine import CPU, Array, EngineOptions, Library, Shared, check_feeds, check_tensors
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
@@ -29,18 +29,18 @@ class OrtEngine:
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         dims = check_feeds(self.component, self.spec, feeds)
-        binding = self._session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
         outputs: dict[str, Array] = {}
-        for tensor in self.component.outputs:
-            shape = [dims.get(dim) if isinstance(dim, str) else dim for dim in tensor.shape]
-            if None in shape:  # ONNX Runtime allocates it
-                binding.bind_output(tensor.name)
-                continue
-            out = outputs[tensor.name] = np.empty(shape, tensor.dtype)  # type: ignore[arg-type]
-            binding.bind_output(tensor.name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
         try:
+            binding = self._session.io_binding()
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            for tensor in self.component.outputs:
+                shape = [dims.get(dim) if isinstance(dim, str) else dim for dim in tensor.shape]
+                if None in shape:  # ONNX Runtime allocates it
+                    binding.bind_output(tensor.name)
+                    continue
+                out = outputs[tensor.name] = np.empty(shape, tensor.dtype)  # type: ignore[arg-type]
+                binding.bind_output(tensor.name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
             raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error
@@ -99,4 +99,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         raise DeviceMissing(
             f"engine {spec.name}: ONNX Runtime could not use CUDA device {options.device} (see `sdruntime doctor`)"
         )
-    return OrtEngine(spec, bundle.manifest.components[spec.component], session)
+    component = bundle.manifest.components[spec.component]
+    inputs, outputs = ({each.name for each in listed} for listed in (session.get_inputs(), session.get_outputs()))
+    check_tensors(component, spec, inputs, outputs)
+    return OrtEngine(spec, component, session)

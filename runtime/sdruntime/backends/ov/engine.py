@@ -65,9 +65,9 @@ class OvEngine:
         try:
             request = self._network.request(self.spec.admitting(**dims)[0], self._settings)
             outputs = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
-        except RuntimeError as error:
+            return {tensor.name: outputs[tensor.name] for tensor in self.component.outputs}
+        except (RuntimeError, KeyError) as error:
             raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error
-        return {tensor.name: outputs[tensor.name] for tensor in self.component.outputs}
 
     def close(self) -> None:
         self._network = None
@@ -105,7 +105,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     component = bundle.manifest.components[spec.component]
     try:
         return OvEngine(spec, component, Network(ov, bundle, spec), settings | dict(options.session))
-    except (RuntimeError, UnicodeDecodeError) as error:
+    except (RuntimeError, ValueError) as error:
         raise EngineError(f"engine {spec.name}: OpenVINO {version_of(ov)} cannot open it: {error}") from error
 
 

@@ -1,0 +1,24 @@
+"""Damaged documents and messages end in an error of the package's tree, or in an answer: in nothing else, and within limits.
+
+SDRUNTIME_FUZZ=200000 makes so many inputs of each kind.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from fuzzing import escaped
+
+INPUTS = int(os.environ.get("SDRUNTIME_FUZZ", "200"))
+TARGETS = ("manifest", "scheduler", "table", "tokenizer", "golden", "npz", "message", "frame")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_escapes_the_error_tree(target: str) -> None:
+    assert escaped(f"fuzz_runtime:{target}", INPUTS) == {}
+
+
+def test_an_escape_would_be_seen() -> None:
+    escapes = escaped("fuzz_runtime:leaky", 40)
+    assert sorted(where.split(" at ")[0] for where in escapes) == ["Hang", "MemoryError", "RecursionError", "TypeError"]
