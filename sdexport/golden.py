@@ -1,6 +1,7 @@
 """The golden numbers of a bundle: the checkpoint's own modules in PyTorch, in float32, on the inputs of `sdruntime.golden`.
 
-In a process of its own, one network in memory at a time. The pictures are drawn by the runtime's pipeline over these networks.
+In a process of its own, one network in memory at a time (two text encoders together, which are smaller than their UNet). The
+images are those of diffusers' own pipeline over these networks: `sdexport.original`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sdexport.cache import versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
+from sdexport.opening import GOLDEN_STEPS, fitting_steps
+from sdexport.original import original_images, stand_in
 from sdexport.unpickle import unpickled
 from sdexport.weights import match_weights
 from sdruntime.bundle import Bundle, disk_full_as_error, sha256
@@ -38,7 +41,6 @@ from sdruntime.golden import (
 )
 from sdruntime.guard import checked_rows
 from sdruntime.manifest import ComponentSpec, EngineSpec, Manifest, Precision
-from sdruntime.pipeline import Pipeline
 from sdruntime.process import Message, serve
 from sdruntime.process import run_apart as messages_of
 from sdruntime.tolerance import TOLERANCES
@@ -81,6 +83,11 @@ class TorchEngine:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.numpy() for spec, output in zip(self.component.outputs, outputs, strict=True)}
 
+    @property
+    def module(self) -> Any:
+        """The wrapper of sdexport.modules, with its weights."""
+        return self._module
+
     def close(self) -> None:
         self._module = None
 
@@ -92,12 +99,12 @@ class TorchEngine:
 
 
 class Reference:
-    """The networks of a checkpoint, of which one is in memory at a time."""
+    """The networks of a checkpoint, of which one is in memory at a time, or the text encoders."""
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest, scratch: Path) -> None:
         self._checkpoint, self._manifest, self._scratch = checkpoint, manifest, scratch
         self._table = {component.name: component for component in components(checkpoint)}
-        self._open: TorchEngine | None = None
+        self._open: dict[str, TorchEngine] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,10 +115,11 @@ class Reference:
         return {name: each.config["vocab_size"] for name, each in self._table.items() if "vocab_size" in each.config}
 
     def engine(self, name: str) -> TorchEngine:
-        if self._open is None or self._open.spec.component != name:
-            self._open = None  # its memory goes first
-            self._open = TorchEngine(self._checkpoint, self._table[name], self._manifest.components[name], self._scratch)
-        return self._open
+        if name not in self._open:
+            if not all(other.startswith("text_encoder") for other in (name, *self._open)):
+                self._open.clear()  # their memory goes first
+            self._open[name] = TorchEngine(self._checkpoint, self._table[name], self._manifest.components[name], self._scratch)
+        return self._open[name]
 
     def answer(self, case: Case) -> Mapping[str, Array]:
         """The outputs of a case. Raises NotFinite."""
@@ -135,11 +143,14 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
     checkpoint = opened(Path(job.checkpoint), manifest.precision, allow_pickle=job.allow_pickle)
     with disk_full_as_error(bundle.folder):
         reference = Reference(checkpoint, manifest, bundle.folder / "golden.scratch.safetensors")
-        cases, drawings = cases_of(manifest, reference.vocabulary), drawings_of(manifest)
+        cases = cases_of(manifest, reference.vocabulary)
+        sampler = stand_in(checkpoint)
+        steps = fitting_steps(checkpoint.scheduler, GOLDEN_STEPS, sampler=sampler)
+        drawings = drawings_of(manifest, steps=steps, sampler=sampler)
         numbers: dict[str, Array] = {}
         answered: dict[str, list[Case]] = {}
 
-        def engine(name: str) -> TorchEngine:
+        def lend(name: str) -> Any:
             if name not in answered:
                 answered[name] = []
                 for case in (case for case in cases if case.component == name):
@@ -147,16 +158,15 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
                     numbers.update({case.key(output): sample_of(array, case.seed) for output, array in outputs.items()})
                     digests = {output: digest_of(array) for output, array in outputs.items()}
                     answered[name].append(dataclasses.replace(case, outputs=digests))
-            return reference.engine(name)
+            return reference.engine(name).module
 
         yield "pictures"
-        with Pipeline.over(bundle, engine) as pipe:
-            images = pipe([drawing.request for drawing in drawings]).pixels
+        images = original_images(checkpoint, drawings, lend)
         numbers |= {picture_key(index): image for index, image in enumerate(images)}
         for name in reference.names:
             if name not in answered:
                 yield name
-                engine(name)
+                lend(name)
         golden = Golden(
             checkpoint=checkpoint_hash(checkpoint),
             reference={name: version for name, version in versions().items() if name in ("torch", "diffusers", "transformers")},

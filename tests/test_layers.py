@@ -99,6 +99,7 @@ LAYERS = {
         checkpoint
         components
         modules
+        original
         to_onnx
         precision
         measure

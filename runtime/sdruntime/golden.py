@@ -89,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """A picture of the whole pipeline, with the checkpoint's own sampler. `size`: pixels, (width, height)."""
+    """An image of the whole pipeline, with the checkpoint's own sampler, or `sampler`. `size`: pixels, (width, height)."""
 
     prompt: str
     negative: str
@@ -97,6 +97,7 @@ class Drawing:
     steps: int
     guidance: float
     size: tuple[int, int]
+    sampler: str | None = None
 
     @property
     def request(self) -> Request:
@@ -107,6 +108,7 @@ class Drawing:
             steps=self.steps,
             guidance=self.guidance,
             size=self.size,
+            sampler=self.sampler,
         )
 
 
@@ -155,13 +157,16 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
     return tuple(made)
 
 
-def drawings_of(manifest: Manifest) -> tuple[Drawing, ...]:
+def drawings_of(manifest: Manifest, *, steps: int = 6, sampler: str | None = None) -> tuple[Drawing, ...]:
     """The images of a bundle's golden numbers: two prompts, the model's own examples first, at most 256 pixels a side where the
-    model can generate so small."""
+    model allows it."""
     model = manifest.model
-    height, width = (_small_side(side, model.size_multiple) for side in model.default_size)
+    multiple = math.lcm(model.size_multiple, 8)  # diffusers' pipelines take eights, whatever the VAE's factor
+    height, width = (_small_side(side, multiple) for side in model.default_size)
     return tuple(
-        Drawing(prompt=prompt, negative="a blurred text", seed=7 + k, steps=6, guidance=5.0, size=(width, height))
+        Drawing(
+            prompt=prompt, negative="a blurred text", seed=7 + k, steps=steps, guidance=5.0, size=(width, height), sampler=sampler
+        )
         for k, prompt in enumerate((*model.prompts, *_PROMPTS)[: len(_PROMPTS)])
     )
 
