@@ -182,14 +182,18 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
                 "session option engine_host_code=true"
             )
         runtime.engine_host_code_allowed = True
-    with bundle.lending(spec.files[:1], verified=True) as lent:
-        engine = runtime.deserialize_cuda_engine(lent[spec.files[0]])
-        del lent
+    try:
+        with bundle.lending(spec.files[:1], verified=True) as lent:
+            engine = runtime.deserialize_cuda_engine(lent[spec.files[0]])
+            del lent
+    except BaseException:
+        engine = None  # an error's traceback keeps what it sees alive, and with this the weights
+        raise
     if engine is None:
         size = bundle.manifest.files[spec.files[0]].size
         raise _refusal(bundle, spec, held, size, f"{spec.backend} {trt.__version__}", log.reasons())
     plan = Plan(trt, log, runtime, engine, _cache_name(trt, bundle, spec, held))
-    del engine  # an error's traceback keeps what it sees alive, and with this the weights
+    del engine
     try:
         if spec.options.get("strip") == "true":
             _refit(trt, log, plan, bundle, spec)
