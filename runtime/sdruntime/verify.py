@@ -29,6 +29,7 @@ from sdruntime.golden import (
     sample_of,
 )
 from sdruntime.guard import checked_rows
+from sdruntime.limits import LARGEST_DIM, MOST
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.metrics import Difference, picture_psnr, ssim
 from sdruntime.pipeline import Pipeline
@@ -40,7 +41,6 @@ from sdruntime.tolerance import Tolerance, tolerance_name
 
 ONNX = "onnxruntime"
 ITS_ONNX = "its ONNX, ONNX Runtime"  # what a report calls the bundle's own ONNX
-_ANY = (1, 1, 1 << 20)
 Reference = Callable[[Case], Mapping[str, Array]]
 
 
@@ -123,7 +123,7 @@ def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, referenc
 def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
     """A component's own ONNX as an engine of ONNX Runtime for the CPU, of any shape."""
     spec = manifest.components[component]
-    profile = dict.fromkeys(spec.dimensions, _ANY)
+    profile = {name: (1, 1, MOST.get(name, LARGEST_DIM)) for name in spec.dimensions}
     return EngineSpec(
         component=component,
         backend=ONNX,
