@@ -127,7 +127,7 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
                 )
             found[owner + _WEIGHT] = dataclasses.replace(stored[owner + _WEIGHT], scale=scale)
         elif owner in eights:
-            raise ValueError(f"{name}: float8 weights with scales of this layout are not supported")
+            raise ValueError(f"{name:.60}: float8 weights with scales of this layout are not supported")
     return found
 
 
@@ -173,6 +173,6 @@ def merged(files: Iterable[tuple[Path, Mapping[str, StoredTensor]]]) -> dict[str
         twins = found.keys() & tensors.keys()
         if twins:
             name = min(twins)
-            raise ValueError(f"{path.name} and {found[name].file.name} both hold {name}")
+            raise ValueError(f"{path.name} and {found[name].file.name} both hold {name:.60}")
         found |= tensors
     return with_scales(found)

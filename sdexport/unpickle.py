@@ -26,13 +26,13 @@ def unpickled(files: Sequence[Path], path: Path) -> Mapping[str, StoredTensor]:
         found = _state_dict(file)
         twins = found.keys() & tensors.keys()
         if twins:
-            raise CheckpointError(file.name, [f"another shard holds {min(twins)} too"])
+            raise CheckpointError(file.name, [f"another shard holds {min(twins):.60} too"])
         tensors |= found
     try:
         safetensors.torch.save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
         return with_scales(read_header(path))
     except (ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(files[0].name, [f"its tensors cannot be written as safetensors: {error}"]) from error
+        raise CheckpointError(files[0].name, [f"its tensors cannot be written as safetensors: {error!s:.300}"]) from error
 
 
 def _state_dict(file: Path) -> dict[str, Any]:
