@@ -40,6 +40,7 @@ from sdruntime.golden import (
     write_golden,
 )
 from sdruntime.guard import checked_rows
+from sdruntime.limits import any_shape
 from sdruntime.manifest import ComponentSpec, EngineSpec, Manifest, Precision
 from sdruntime.process import Message, serve
 from sdruntime.process import run_apart as messages_of
@@ -63,7 +64,6 @@ class TorchEngine:
 
     def __init__(self, checkpoint: Checkpoint, component: Component, spec: ComponentSpec, scratch: Path) -> None:
         self.component = spec
-        profile = dict.fromkeys(spec.dimensions, (1, 1, 1 << 20))
         self.spec = EngineSpec(
             component=component.name,
             backend="torch",
@@ -71,7 +71,7 @@ class TorchEngine:
             target=CPU,
             precision="fp32",
             files=(f"{component.name}/torch",),
-            profiles=(profile,),
+            profiles=(any_shape(spec.dimensions),),
         )
         self._module = _module(checkpoint, component, scratch)
 

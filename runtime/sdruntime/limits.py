@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 LARGEST_SIDE = 16_384  # pixels
 # of a profile's dimensions, those of images and latents
@@ -15,3 +15,8 @@ MODEL: tuple[tuple[str, float, float], ...] = (
     ("vae_factor", 1, 512),
     ("size_multiple", 1, LARGEST_SIDE),
 )
+
+
+def any_shape(dimensions: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """Return the widest profile that an engine of these dimensions may have: that of a component's own ONNX, or of a module."""
+    return {name: (1, 1, MOST.get(name, LARGEST_DIM)) for name in dimensions}

@@ -29,7 +29,7 @@ from sdruntime.golden import (
     sample_of,
 )
 from sdruntime.guard import checked_rows
-from sdruntime.limits import LARGEST_DIM, MOST
+from sdruntime.limits import any_shape
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.metrics import Difference, picture_psnr, ssim
 from sdruntime.pipeline import Pipeline
@@ -123,7 +123,6 @@ def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, referenc
 def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
     """A component's own ONNX as an engine of ONNX Runtime for the CPU, of any shape."""
     spec = manifest.components[component]
-    profile = {name: (1, 1, MOST.get(name, LARGEST_DIM)) for name in spec.dimensions}
     return EngineSpec(
         component=component,
         backend=ONNX,
@@ -131,7 +130,7 @@ def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
         target=CPU,
         precision=manifest.precision,
         files=spec.files,
-        profiles=(profile,),
+        profiles=(any_shape(spec.dimensions),),
     )
 
 
