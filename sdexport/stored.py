@@ -123,7 +123,7 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
             scale = found.pop(name)
             if owner not in eights or not scale.readable or math.prod(scale.shape) != 1:
                 raise ValueError(
-                    f"{name} {scale.dtype} {list(scale.shape)}: only a single number for a float8 weight is supported"
+                    f"{name:.60} {scale.dtype} {list(scale.shape)}: only a single number for a float8 weight is supported"
                 )
             found[owner + _WEIGHT] = dataclasses.replace(stored[owner + _WEIGHT], scale=scale)
         elif owner in eights:
