@@ -269,6 +269,50 @@ def test_a_worker_that_is_killed_costs_its_pictures_only(service: Service, expec
     assert clients[1].answer()[1] == expected
 
 
+def test_a_worker_that_hangs_is_left_for_a_new_one(service: Service, expected: bytes) -> None:
+    running = service(4, 16, 3)
+    clients = [running.client(), running.client()]
+    for client in clients:
+        client.draw(1, LONG)
+        assert client.line()[0] == "progress"
+    hung = running.worker()
+    os.kill(hung, signal.SIGSTOP)
+    for client in clients:
+        words, _ = client.answer()
+        assert words[:2] == ["error", "1"]
+        assert "gave no sign for 3 s" in " ".join(words)
+    clients[1].draw(7, 4)
+    assert clients[1].answer()[1] == expected
+    os.kill(hung, signal.SIGCONT)  # the library would give it a minute, and then kill it
+    assert running.terminate() == 0
+    assert not Path(f"/proc/{hung}").exists()
+
+
+def test_an_idle_client_makes_room_for_others(service: Service, expected: bytes) -> None:
+    running = service(1, 16, 3)
+    idle, other = running.client(), running.client()
+    idle.socket.sendall(b"draw 7")  # no whole line
+    other.draw(7, 4)
+    assert other.answer()[1] == expected
+    assert idle.line()[0] == "bye"
+    assert running.terminate() == 0
+
+
+def test_a_drain_has_a_limit(service: Service) -> None:
+    running = service(2, 16, 3)
+    client = running.client()
+    client.draw(1, LONG)
+    assert client.line()[0] == "progress"
+    hung = running.worker()
+    os.kill(hung, signal.SIGSTOP)
+    running.process.terminate()
+    words, _ = client.answer()
+    assert words[0] == "error"
+    os.kill(hung, signal.SIGCONT)
+    assert running.process.wait(timeout=60) == 0
+    assert not Path(f"/proc/{hung}").exists()
+
+
 # ---- what the documentation shows
 
 

@@ -84,7 +84,7 @@ void copy_rows(const Picture &picture, uint8_t *buffer, size_t size, size_t stri
     const size_t row = 3 * static_cast<size_t>(picture.width), height = static_cast<size_t>(picture.height);
     if (!stride) stride = row;
     if (stride < row) throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
-    if (height > 1 && stride > (SIZE_MAX - row) / (height - 1)) throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is more than memory has");
+    if (stride > static_cast<size_t>(PTRDIFF_MAX) / height) throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is more than memory has");
     const size_t whole = stride * (height - 1) + row;
     if (needed) *needed = whole;
     if (!buffer && !size && needed) return;

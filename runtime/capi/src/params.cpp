@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <random>
 
@@ -9,7 +10,7 @@ namespace sdr {
 
 namespace {
 
-constexpr int32_t LARGEST_SIDE = 1 << 16;
+constexpr int32_t LARGEST_SIDE = 1 << 14;  // keep equal to runtime/sdruntime/limits.py
 
 Failure bad(const std::string &message) { return usage(SDR_REASON_BAD_ARGUMENT, message); }
 
@@ -115,6 +116,7 @@ Blob image_of(const sdr_job_params &params) {
         throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": each from 1 to " + std::to_string(LARGEST_SIDE));
     const size_t row = 3 * static_cast<size_t>(width), stride = params.image_stride ? params.image_stride : row;
     if (stride < row) throw bad("image_stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
+    if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height)) throw bad("image_stride " + std::to_string(stride) + " is more than memory has");
     std::vector<uint8_t> rows(row * static_cast<size_t>(height));
     for (size_t k = 0; k < static_cast<size_t>(height); ++k) std::memcpy(rows.data() + k * row, params.image + k * stride, row);
     return Blob(std::move(rows));

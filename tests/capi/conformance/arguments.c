@@ -239,6 +239,12 @@ static void settings_out_of_range(void) {
     params.image_width = params.image_height = 64;
     params.image_stride = 3 * 64 - 1;
     FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
+    params.image_stride = SIZE_MAX / 2 + 1;
+    FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
+    params.image_stride = SIZE_MAX;
+    FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
+    params.image_height = 1;
+    FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
     params = job_params();
     params.device_buffer = image;
     if (settings.isolation == SDR_ISOLATION_PROCESS) FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_UNSUPPORTED);
