@@ -146,8 +146,8 @@ class Batcher:
     ) -> Drawing:
         """Put a request into the queue, or a prompt with the default settings and a random seed; it never waits.
 
-        What is wrong with its settings or its numbers is the drawing's exception, as is what an engine raises in a call that the
-        job has a row of.
+        What is wrong with its settings or its numbers is the drawing's exception. A call of several jobs that an engine fails is
+        made again for each of them alone, and what that raises is the job's (on a GPU the loop has gone on: it is all of theirs).
 
         `progress` is called when the job joins and after each of its steps, `done` at its end, both on the thread that draws (or,
         for a job that never ran, on the one that cancels or closes), which waits for them: be quick. What `progress` raises ends

@@ -190,6 +190,10 @@ class Call:
             if error.row is not None:
                 self._job_of(error.row).error = error
             raise
+        except Exception:
+            if len(self.jobs) == 1:
+                raise
+            return self._advance_alone()
         for job, row, unconditional in self._rows:
             model = output[row]
             if unconditional is not None:
@@ -201,6 +205,20 @@ class Call:
     def _during(self, row: int) -> str:
         job = self._job_of(row)
         return _at(job.run.step + 1, job)
+
+    def _advance_alone(self) -> None:
+        """After a call that failed for all of them: one call for each job, so that what only one cannot bear ends that one.
+
+        Raises the first error; each is the `error` of its job.
+        """
+        first: Exception | None = None
+        for job in self.jobs:
+            try:
+                Call([job], self._unet).advance()
+            except Exception as error:
+                job.error, first = error, first or error
+        if first is not None:
+            raise first
 
     def _job_of(self, row: int) -> Job:
         return next(job for job, *rows in self._rows if row in rows)

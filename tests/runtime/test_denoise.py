@@ -133,17 +133,17 @@ def test_a_stopped_job_stays_as_it_is_and_the_others_go_on() -> None:
 
 
 class Spoilt(Unet):
-    """Call `number` goes wrong: one number of `row` is NaN, or the engine raises."""
+    """Call `number` goes wrong: one number of `row` is NaN, or the engine raises, then and from then on."""
 
     def __init__(self, number: int, row: int | None = None) -> None:
         super().__init__()
-        self.number, self.row = number, row
+        self.number, self.row, self.failure = number, row, SdruntimeError("the engine failed")
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         outputs = super().__call__(feeds)
+        if self.row is None and len(self.calls) >= self.number:
+            raise self.failure
         if len(self.calls) == self.number:
-            if self.row is None:
-                raise SdruntimeError("the engine failed")
             outputs["out_sample"][self.row, 0, 0, 0] = np.nan
         return outputs
 
