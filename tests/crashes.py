@@ -22,6 +22,7 @@ from crash import Recorder, Tree, visible, watched, write_tree
 
 import sdruntime.backends.fake.build
 import sdruntime.backends.fake.engine
+from sdruntime import owner
 from sdruntime.build import Asked, build_engines, rebuild_stale
 from sdruntime.bundle import Bundle
 from sdruntime.errors import SdruntimeError
@@ -199,13 +200,15 @@ def _opened(tree: Tree, folder: Path, legitimate: set[str]) -> str:
 
 
 def _changed_again(what: str, tree: Tree, folder: Path, origin: Path) -> str:
-    """Whether the change can be made on what a power cut left, in another process: the former one is gone."""
+    """Whether the change can be made on what a power cut left, after a restart: every process of before is gone."""
     folder.mkdir()
     write_tree(tree, folder / "root")
     if (origin / "newer").exists():
         shutil.copytree(origin / "newer", folder / "newer")
     child = os.fork()
     if child == 0:
+        _, space, host = owner._system()
+        owner._system = lambda: ("0" * 8, space, host)  # type: ignore[assignment]  # another boot
         try:
             CHANGES[what](folder / "root" / "bundle")
         finally:
