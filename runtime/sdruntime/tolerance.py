@@ -21,7 +21,8 @@ class Tolerance:
 
     For a component, `relative` bounds the largest error and `digest` the error of the mean, standard deviation, minimum and
     maximum, both relative to the output's largest magnitude; `psnr` and `cosine` are lower bounds for each output. For an image
-    of the whole pipeline, `picture_psnr` (uint8, peak 255) and `ssim` are lower bounds.
+    of the whole pipeline, `picture_psnr` (uint8, peak 255) and `ssim` are lower bounds: against diffusers' image fp32 reaches
+    more than 60 dB with every sampler, and a scheduler that is off by one timestep 48 to 55.
     """
 
     relative: float
@@ -34,7 +35,7 @@ class Tolerance:
 
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
     {
-        "fp32": Tolerance(relative=1e-4, psnr=80.0, cosine=0.999999, digest=1e-4, picture_psnr=45.0, ssim=0.99),
+        "fp32": Tolerance(relative=1e-4, psnr=80.0, cosine=0.999999, digest=1e-4, picture_psnr=55.0, ssim=0.99),
         "tf32": Tolerance(relative=1e-2, psnr=50.0, cosine=0.9999, digest=1e-2, picture_psnr=30.0, ssim=0.95),
         "fp16": Tolerance(relative=1.0, psnr=40.0, cosine=0.9999, digest=0.05, picture_psnr=30.0, ssim=0.95),
         "bf16": Tolerance(relative=1.0, psnr=22.0, cosine=0.9936, digest=0.2, picture_psnr=20.0, ssim=0.8),

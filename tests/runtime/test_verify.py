@@ -211,7 +211,7 @@ def test_the_page_holds_everything_itself(copy: Path, tmp_path: Path, capsys: py
     assert all(each.startswith("data:image/png;base64,iVBORw0KGgo") for each in seen.images)
     assert seen.rows == (1 + 1) + (1 + 4 + 9) + (1 + 1 + 2), "limits, outputs by engine, images"
     words = " ".join(seen.words)
-    assert "70 0.999999 0.001 45 0.99" in words, "the limits of fp16 in this bundle"
+    assert "70 0.999999 0.001 55 0.99" in words, "the limits of fp16 in this bundle"
     assert re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ on \S.*onnxruntime \d", words), "when and on what it was measured"
     capsys.readouterr()
     assert main(["verify", str(copy), "--html", str(tmp_path / "nowhere" / "report.html")]) == 2

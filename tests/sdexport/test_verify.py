@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from sdexport_cli import run
 
 import sdexport.bisect
 import sdexport.build
+import sdexport.checkpoint
 import sdexport.job
 from sdexport.build import Built, Options, Progress, build
 from sdexport.golden import make_golden
@@ -22,7 +24,7 @@ from sdexport.verify import Proof
 from sdruntime.bundle import Bundle, file_spec
 from sdruntime.errors import NotFinite, VerificationFailed
 from sdruntime.golden import DOCUMENT, NUMBERS, read_golden
-from sdruntime.manifest import save_manifest
+from sdruntime.manifest import ModelSpec, save_manifest
 from sdruntime.verify import report_of, verify
 
 CONV = "mid_block.resnets.0.conv1.weight"
@@ -123,6 +125,16 @@ def test_numbers_that_do_not_hold_fail_the_build_and_keep_the_former_bundle(
     assert told.value.exit_code == 4
     assert contents(copy) == before
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+
+
+def test_a_fault_of_what_is_between_the_networks_fails_the_build(
+    sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # every network is right, the latents are not: diffusers has no shift
+    monkeypatch.setattr(sdexport.checkpoint, "ModelSpec", functools.partial(ModelSpec, shift_factor=0.5))
+    with pytest.raises(VerificationFailed) as told:
+        list(build(str(sd1_checkpoint), tmp_path / "bundle", Options()))
+    assert len(told.value.faults) == 2, "the two images, and no network"
 
 
 def test_numbers_that_are_not_finite_in_float32_already_are_told(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
