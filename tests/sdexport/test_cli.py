@@ -31,7 +31,14 @@ def test_build_tells_bytes_and_peak_memory(sd1_checkpoint: Path, sd1_bundle: Pat
     again = run("build", sd1_checkpoint, "-o", tmp_path / "out", "--no-verify", "--json")
     document = json.loads(again.stdout)
     assert document.pop("peak_memory") > 10e6
-    assert document == {"schema": 1, "bundle": str(tmp_path / "out"), "up_to_date": True, "written": 0, "checks": 0}
+    assert document == {
+        "schema": 1,
+        "bundle": str(tmp_path / "out"),
+        "up_to_date": True,
+        "written": 0,
+        "checks": 0,
+        "changes": [],
+    }
     assert "up to date" in run("build", sd1_checkpoint, "-o", tmp_path / "out", "--no-verify").stdout
 
 

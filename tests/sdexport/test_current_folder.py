@@ -68,7 +68,7 @@ def test_no_command_runs_a_file_of_the_checkpoint(
         ),
         (sdruntime, "verify", out),
         (sdexport, "verify", out),
-        (sdexport, "bench", out, "--seconds", "0.05", "--steps", "1"),
+        (sdexport, "bench", out, "--seconds", "60", "--steps", "1"),
         (sdruntime, "generate", out, "a cat", "--steps", "2", "-o", tmp_path / "cat.png"),
     ]
     for command in commands:
