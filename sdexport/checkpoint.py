@@ -275,7 +275,7 @@ class _Reader:
             return {}
         self._check_class(index, "scheduler", tuple(("diffusers", scheduler) for scheduler in SCHEDULERS))
         written = self._json(path)
-        if not written or not isinstance(found, list) or found[-1] not in SCHEDULERS:
+        if not written or not isinstance(found, list) or not found or found[-1] not in SCHEDULERS:
             return {}
         prediction = written.get("prediction_type", "epsilon")
         if prediction not in _PREDICTIONS:

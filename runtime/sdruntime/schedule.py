@@ -99,7 +99,8 @@ class Curve:
         self.bars = alpha_bars(settings)
         # A ratio-based sampler cannot start at infinity: diffusers lifts a zero last level to 2^-24, sigma 4096.
         bars = np.where(self.bars > 0, self.bars, np.float32(2**-24))
-        self.sigmas: NDArray[np.float32] = np.sqrt((1 - bars) / bars)
+        with np.errstate(over="ignore"):  # a level below 2^-127 has no ratio in float32: a table that needs it is refused
+            self.sigmas: NDArray[np.float32] = np.sqrt((1 - bars) / bars)
         # In float32 as in diffusers, for its timesteps are cut to whole ones; by way of float64, the same everywhere.
         self.log_sigmas = np.log(self.sigmas.astype(np.float64)).astype(np.float32)
 

@@ -5,6 +5,7 @@ Short here; `SDEXPORT_FUZZ=200000 pytest tests/sdexport/test_hostile.py` is the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -182,6 +183,22 @@ def test_checkpoints(sd1_checkpoint: Path, sdxl_checkpoint: Path, tmp_path: Path
     read, refused = outcomes(count, one)
     assert read > count / 20
     assert refused > count / 5
+
+
+def test_a_scheduler_that_names_nothing_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": []}))
+    with pytest.raises(CheckpointError, match=r"model_index\.json: scheduler"):
+        read_checkpoint(folder, name="tiny")
+
+
+def test_betas_that_leave_nothing_of_an_image_warn_of_nothing(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_start": 0.08, "beta_end": 0.091, "beta_schedule": "linear"}))
+    with contextlib.suppress(CheckpointError):  # either is right; a warning is an error here
+        read_checkpoint(folder, name="tiny")
 
 
 @pytest.mark.parametrize("count", rounds(200))
