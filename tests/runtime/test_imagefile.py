@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import pytest
 
 from sdruntime.errors import LibraryMissing, SettingError
@@ -23,6 +21,10 @@ from sdruntime.image import png_from_image
 from sdruntime.imagefile import _image_from_bytes, fitted, pixels_from, read_image
 from sdruntime.request import Request
 from sdruntime.result import Image
+
+pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")
+import PIL.Image
+import PIL.ImageOps
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -120,7 +120,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--sampler", "euler", "--schedule", "karas"], 2, "karras"),
         (["--option", "eta"], 2, "KEY=VALUE"),
         (["--option", "etta=1"], 2, "etta"),
-        (["--guidance", "nan"], 2, "guidance nan is outside 0 to 100"),
+        (["--guidance", "nan"], 2, "guidance nan is not a finite number"),
         (["--strength", "0"], 2, "strength"),
         (["--seed", "-1"], 2, "seed -1 is outside 0 to"),
         (["--count", "0"], 2, "count 0"),

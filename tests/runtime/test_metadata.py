@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 from bundles import SCHEDULER
 from infotext import read_infotext
@@ -20,6 +19,9 @@ from sdruntime.manifest import EngineSpec
 from sdruntime.metadata import Origin, image_hash, parameters
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
+
+pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")
+import PIL.Image
 
 UNET = EngineSpec(
     component="unet",

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 from bundles import with_fake_engines
 from infotext import read_infotext
@@ -22,6 +21,9 @@ from sdruntime.imagefile import read_image
 from sdruntime.metadata import Origin
 from sdruntime.request import requests
 from sdruntime.result import Image
+
+pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")
+import PIL.Image
 
 MARK = b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 

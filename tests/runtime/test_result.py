@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from sdruntime.imagefile import read_image
 from sdruntime.metadata import Origin
 from sdruntime.request import Request
 from sdruntime.result import Image, Result
+
+pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")
+import PIL.Image
 
 ORIGIN = Origin(model="shapes", sampler="DDIM")
 
