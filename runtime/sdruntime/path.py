@@ -234,8 +234,8 @@ def _vp_path(
 ) -> Path:
     trained, kind = settings["num_train_timesteps"], chosen_schedule(settings)
     if kind == "flow":
-        first, last = (1, 1 / trained) if flow_from_one else (1 - 1 / trained, 0)
-        return _flow_path(settings, np.linspace(first, last, steps + 1)[:-1], begin, final, repeats_last)
+        sigmas = np.linspace(1, 1 / trained, steps + 1)  # written as in diffusers: timesteps are cut to whole ones
+        return _flow_path(settings, sigmas[:-1] if flow_from_one else (1 - sigmas)[::-1][:-1], begin, final, repeats_last)
     curve = Curve(settings, "vp")
     if kind is None:
         last = int(np.count_nonzero(-curve.log_sigmas >= settings.get("lambda_min_clipped", -math.inf)))
@@ -322,4 +322,4 @@ def ended_at(sigmas: Array, terminal: float | None) -> Array:
         return sigmas
     if len(sigmas) == 1:
         raise SettingError(f"shift_terminal {terminal:g} with 1 step: the first sigma cannot be the last, take 2 steps")
-    return np.asarray(1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1])))
+    return np.asarray(1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal)))

@@ -13,7 +13,7 @@ grid.npz holds
               Its text-to-image pipelines look their first step up by its timestep, which fails where two steps share it:
               then `placed` is true, the first step's index was given as its image-to-image pipelines do, and `why` is kept.
     numbers   float32, one after another for each case that could be read: start [2], t, scale, draws [calls], and of the rows
-              in kept_rows the columns in kept_columns
+              in kept_rows the columns in kept_columns (layout.py)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from layout import kept_columns, kept_rows
 from make import MODULES, STABLE, difference, prepare, read_off
 
 HERE = Path(__file__).parent
@@ -264,28 +265,6 @@ def main() -> None:
     flat = np.concatenate([np.asarray(part, np.float64) for part in numbers]).astype(np.float32)
     np.savez_compressed(HERE / "grid.npz", numbers=flat, cases=json.dumps(told), diffusers=diffusers.__version__)
     print(f"{len(told)} settings in {flat.size} numbers; {sum('calls' not in entry for entry in told)} that diffusers cannot do")
-
-
-def kept_rows(calls: int) -> list[int]:
-    return sorted({row for row in (1, 2, 3, 4, 5, calls // 2, calls - 1, calls) if 1 <= row <= calls})
-
-
-def kept_columns(row: int, draws: np.ndarray) -> list[int]:
-    """Columns of an unrolled row that can hold anything, thinned out: x[0], m before the row, n drawn before it."""
-    calls, drawn = len(draws), int(draws[:row].sum())
-    return [
-        *range(min(row + 1, 4)),
-        *thinned(4, 1 + row),
-        *range(1 + calls, 1 + calls + min(drawn, 2)),
-        *thinned(3 + calls, 1 + calls + drawn),
-    ]
-
-
-def thinned(low: int, high: int) -> list[int]:
-    """Up to 8 columns from low to high: the last four and four between."""
-    if high - low <= 8:
-        return list(range(low, high))
-    return [*np.linspace(low, high - 5, 4).astype(int).tolist(), *range(high - 4, high)]
 
 
 if __name__ == "__main__":

@@ -169,9 +169,9 @@ def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algori
 def added_std(s: Point, t: Point, algorithm: Algorithm) -> float:
     """Standard deviation of the noise that the SDE adds between s and t."""
     h = t.lam - s.lam
-    if h < 0:
+    if h < -1e-6:  # less is rounding
         raise SettingError(
-            "an SDE cannot step back to more noise: sigma_min lies below the lowest trained sigma, "
-            "to which final_sigmas_type 'sigma_min' leads; set final_sigmas_type 'zero' or leave sigma_min out"
+            "an SDE cannot step back to more noise: final_sigmas_type 'sigma_min' ends at the lowest trained sigma, "
+            "and this schedule goes below it first (sigma_min, or a flow); set final_sigmas_type 'zero'"
         )
-    return t.sigma * math.sqrt(-math.expm1(-2 * h) if algorithm.data else math.expm1(2 * h))
+    return t.sigma * math.sqrt(max(-math.expm1(-2 * h) if algorithm.data else math.expm1(2 * h), 0.0))
