@@ -203,3 +203,10 @@ def test_no_library_sees_a_model_that_refers_elsewhere(backend: str, tmp_path: P
     with pytest.raises(BundleError, match=rf"{path}: tensor 'outside': its bytes are in another file \('here.data'\)"):
         list(build_engines(folder, Asked(backend=backend, size="64x64", components=("text_encoder",))))
     assert [engine.name for engine in Bundle.open(folder).manifest.engines] == before
+
+
+def test_weights_in_bfloat16_are_read_as_their_bits() -> None:
+    weights = tensor(length=8)
+    weights.data_type = onnx.TensorProto.BFLOAT16
+    (found,) = external_tensors(memoryview(model(initializer=[weights]).SerializeToString()), {DATA: f"unet/{DATA}"})
+    assert (found.kind, found.dtype, found.length) == (16, np.uint16, 8)

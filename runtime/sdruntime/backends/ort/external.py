@@ -16,7 +16,7 @@ import numpy as np
 
 from sdruntime.backends.ort.protobuf import fields, varints
 
-_DTYPES = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8"}  # TensorProto.DataType
+_DTYPES = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2"}  # TensorProto.DataType
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
 _MODEL, _TENSOR = "ModelProto", "TensorProto"
 # message: field -> the message in it, of all that may lead to a tensor
@@ -49,9 +49,11 @@ def locations(files: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalTensor:
-    """Where a tensor's bytes lie: `length` bytes from `offset` in the file `location`."""
+    """Where a tensor's bytes lie: `length` bytes from `offset` in the file `location`. `kind` is its TensorProto.DataType; NumPy has
+    no bfloat16, whose `dtype` is that of its bits."""
 
     name: str
+    kind: int
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
     location: str
@@ -111,7 +113,7 @@ def _checked(way: tuple[str, ...], message: memoryview, files: Collection[str]) 
     told, offset = _number(entries, "length", length), _number(entries, "offset", 0)
     if told != length:
         raise ValueError(f"tensor {name!r}: {told} bytes, but its shape {dims} needs {length}")
-    return ExternalTensor(name=name, dtype=dtype, shape=tuple(dims), location=location, offset=offset, length=length)
+    return ExternalTensor(name=name, kind=kind, dtype=dtype, shape=tuple(dims), location=location, offset=offset, length=length)
 
 
 def _number(entries: Mapping[str, str], key: str, default: int) -> int:

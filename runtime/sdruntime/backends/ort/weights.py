@@ -28,7 +28,8 @@ def open_session(ort: Any, bundle: Bundle, model: bytes, files: Sequence[str], o
     names, tensors = locations(files), _external(bundle, files, memoryview(model))
     with bundle.lending(files[1:]) as lent:
         arrays = {each.name: _array(bundle, files[0], each, lent[names[each.location]]) for each in tensors}
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]  # which refer to the arrays
+        of_kind = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+        values = [of_kind(arrays[each.name], each.kind) for each in tensors]  # which refer to the arrays
         options.add_external_initializers(list(arrays), values)
         return ort.InferenceSession(model, options, providers=providers)
 
