@@ -49,8 +49,10 @@ def locations(files: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalTensor:
-    """Where a tensor's bytes lie: `length` bytes from `offset` in the file `location`. `kind` is its TensorProto.DataType; NumPy has
-    no bfloat16, whose `dtype` is that of its bits."""
+    """Where a tensor's bytes lie: `length` bytes from `offset` in the file `location`.
+
+    `kind` is its TensorProto.DataType. NumPy has no bfloat16: its `dtype` is that of the bits.
+    """
 
     name: str
     kind: int
