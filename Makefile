@@ -57,7 +57,7 @@ test: $(READY)
 ## make test-quick  the runtime's own tests, without what compiles or exports: under two minutes
 test-quick: $(READY)
 	@echo "== tests of the runtime"
-	@$(BIN)/python -m pytest -q -m "not full and not gpu" tests/runtime tests/test_house.py tests/test_layers.py $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not full and not gpu and not slow" tests/runtime tests/test_house.py tests/test_layers.py $(ARGS)
 
 ## make test-full   the test suite and its wide matrices
 test-full: $(READY)

@@ -15,6 +15,8 @@ from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array, shape_of
 
+pytestmark = pytest.mark.slow
+
 ort = pytest.importorskip("onnxruntime")
 HEADS, WIDTH, TOKENS = 2, 8, 6
 FUSED = b"MultiHeadAttention"

@@ -22,6 +22,8 @@ from sdruntime.engine import Array, Engine, EngineOptions, Shared, shape_of
 from sdruntime.errors import BundleError, SettingError
 from sdruntime.manifest import save_manifest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime")
 FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 BACKENDS = ("onnxruntime", "openvino")

@@ -5,10 +5,10 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from descriptors import open_files
 
 from sdruntime.channel import HEADER, SHARED, SHARED_FROM, Channel
 
@@ -21,10 +21,6 @@ def ends() -> Iterator[Ends]:
     yield one, other
     one.close()
     other.close()
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize("size", [0, 1, SHARED_FROM - 1, SHARED_FROM, SHARED_FROM + 1, 5_000_001])

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from crash import Recorder, visible
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parent.parent
 CHANGES = ("add", "stale", "export")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from descriptors import open_files
 
 from sdruntime import document
 from sdruntime.document import LARGEST, open_regular, read_document
@@ -32,11 +33,6 @@ def ends() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-def descriptors() -> int:
-    folder = Path("/proc/self/fd")
-    return len(list(folder.iterdir())) if folder.exists() else 0
 
 
 def fifo(path: Path) -> None:
@@ -80,10 +76,10 @@ def test_a_fifo_that_takes_the_name_meanwhile_does_not_block(tmp_path: Path, mon
     (tmp_path / "file").write_text("{}")
     real = os.open
     monkeypatch.setattr(document.os, "open", lambda path, flags: real(tmp_path / "pipe", flags))
-    before = descriptors()
+    before = open_files()
     with pytest.raises(ValueError, match="a FIFO, not a regular file"):
         read_document(tmp_path / "file")
-    assert descriptors() == before
+    assert open_files() == before
 
 
 def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:

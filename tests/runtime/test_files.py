@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from descriptors import open_files
 
 from sdruntime.files import FileFault, FileMissing, Folder, hash_of
 
@@ -89,7 +90,7 @@ def test_the_folder_stays_the_one_that_was_opened(folder: Path, tmp_path: Path) 
 
 
 def test_descriptors_are_closed(folder: Path) -> None:
-    before = len([*Path("/proc/self/fd").iterdir()])
+    before = open_files()
     opened = Folder(folder)
     for path in ("deep/er/file", "deep/fifo", "link/er/file", "none"):
         for _ in range(3):
@@ -98,7 +99,7 @@ def test_descriptors_are_closed(folder: Path) -> None:
             except FileFault:
                 continue
     del opened
-    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert open_files() == before
 
 
 def test_a_hash_is_of_the_whole_file_and_can_be_stopped(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import os
 import pytest
 from fuzzing import escaped
 
+pytestmark = pytest.mark.slow
+
 INPUTS = int(os.environ.get("SDRUNTIME_FUZZ", "200"))
 TARGETS = ("manifest", "scheduler", "table", "tokenizer", "golden", "npz", "message", "frame")
 

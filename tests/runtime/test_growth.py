@@ -17,6 +17,8 @@ from solvers import STABLE
 from sdruntime.schedule import Curve
 from sdruntime.table import compile_table
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {**STABLE, "timestep_spacing": "leading", "steps_offset": 1}
 
 

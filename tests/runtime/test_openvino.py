@@ -23,6 +23,8 @@ from sdruntime.manifest import save_manifest
 from sdruntime.pipeline import Pipeline, Request
 from sdruntime.shapes import Shapes
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle, with_fake_engines
+from descriptors import open_files
 from hosts import WAIT, Host, Worker
 
 from sdruntime.engines import Engines
@@ -334,4 +335,4 @@ def test_many_threads_with_random_cancels_lose_nothing(host: Host, folder: Path)
 def _open_files(host: Host) -> list[int]:
     """Of this process, and of the worker."""
     processes = [os.getpid(), *([host.process.pid] if isinstance(host, Worker) else [])]
-    return [len(list(Path(f"/proc/{process}/fd").iterdir())) for process in processes]
+    return [open_files(process) for process in processes]

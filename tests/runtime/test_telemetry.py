@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cplusplus import require_compiler
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).resolve().parents[2]
