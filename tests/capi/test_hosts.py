@@ -75,7 +75,7 @@ def test_a_host_that_may_open_few_files_is_told(host: Path, bundle: Path, files:
     )
     assert int(free) <= files - 3
     before, after = descriptors(printed)
-    assert after == before
+    assert after <= before, "one of the first runtime may be closed late, none is left"
     assert statuses(printed, "job") == [(0, 0)]
 
 

@@ -47,4 +47,4 @@ def test_no_job_is_lost_and_nothing_leaks(build: Build, fast_bundle: Path, empty
     assert all(int(counts[name]) > 0 for name in ENDS), counts
     [(resident, before, after)] = re.findall(r"^memory (\d+) (\d+) (\d+)$", printed, flags=re.MULTILINE)
     if kind == "plain":  # sanitizers keep what is freed
-        assert int(after) - int(before) <= 0.02 * int(resident), printed
+        assert int(after) - int(before) <= 0.05 * int(resident), printed  # 1000 images that are kept would be a quarter

@@ -81,9 +81,9 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         if spec.component in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
-    warn_of_unknown(ort, options.session)
     if options.session.get(DIRECTLY, "0") != "0":
         raise SettingError(f"session option {DIRECTLY}: must be 0: weights are copied, so that no later change of a file is seen")
+    warn_of_unknown(ort, options.session)
     for key, value in options.session.items():
         session_options.add_session_config_entry(key, value)
     providers: list[Any] = [PROVIDERS["cpu"]]
