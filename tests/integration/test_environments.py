@@ -30,7 +30,9 @@ def test_only_the_runtime_is_there(python: Path) -> None:
 
 
 def test_the_runtimes_own_tests_pass(python: Path) -> None:
-    printed = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow", "tests/runtime", cwd=ROOT)
+    printed = run(
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow", "tests/runtime", cwd=ROOT
+    )
     assert " passed" in printed
     assert "failed" not in printed
 

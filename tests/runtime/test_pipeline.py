@@ -103,6 +103,7 @@ def test_an_unknown_setting_has_near_names() -> None:
 
 
 def test_an_image_of_another_size_is_fitted_on_request_only(small_bundle: Path) -> None:
+    pytest.importorskip("PIL", reason="Pillow resizes")
     image = np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8)
     with Pipeline.open(small_bundle, options=EngineOptions(measure=False)) as pipe:
         for size in (None, (64, 64)):
