@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from sdruntime.report import limit_name
 from sdruntime.tolerance import TOLERANCES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,9 +23,10 @@ def limits() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, held in TOLERANCES.items():
-        shown = {"tf32": "fp32 on a GPU (TF32)"}.get(name, name)
         relative = f"{held.relative:.0e}".replace("e-0", "e-") if held.relative < 1 else "–"
-        lines.append(f"| {shown} | {held.psnr:g} dB | {held.cosine:g} | {relative} | {held.picture_psnr:g} dB | {held.ssim:g} |")
+        lines.append(
+            f"| {limit_name(name)} | {held.psnr:g} dB | {held.cosine:g} | {relative} | {held.picture_psnr:g} dB | {held.ssim:g} |"
+        )
     return "\n".join(lines)
 
 
