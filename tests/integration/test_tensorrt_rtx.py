@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -199,8 +198,7 @@ def test_a_build_that_is_ended_leaves_a_valid_bundle_and_goes_on_later(
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert child.stderr is not None
     for line in child.stderr:
-        if "building unet" in line:
-            time.sleep(0.3)  # within its build
+        if "build unet" in line:
             os.killpg(child.pid, ending)
             break
     _, notes = child.communicate(timeout=60)
