@@ -64,8 +64,9 @@ def read_tokenizer(files: Mapping[str, bytes]) -> StoredTokenizer:
     texts = {name: _text(name, data) for name, data in files.items()}
     config, whole = _object(texts, "tokenizer_config.json"), _object(texts, "tokenizer.json")
     decoded = "added_tokens_decoder" in config
-    if not decoded:
-        config |= _object(texts, "special_tokens_map.json", special=True)
+    mapped = {} if decoded else _object(texts, "special_tokens_map.json")
+    extras = _Extras.of(config, mapped)
+    config |= {key: value | {"special": True} if isinstance(value, dict) else value for key, value in mapped.items()}
     for key, value in _SETTINGS.items():
         if config.get(key, value) != value:
             raise ValueError(f"tokenizer_config.json: {key} {config[key]!r:.40} is not supported")
@@ -76,8 +77,8 @@ def read_tokenizer(files: Mapping[str, bytes]) -> StoredTokenizer:
         merges = [line.removesuffix("\r") for line in texts["merges.txt"].split("\n") if line.strip("\r")]
     else:
         raise ValueError("has neither vocab.json and merges.txt nor tokenizer.json")
-    tasks = _tasks(config)
-    added = _added(config, tasks, _numbered(config["added_tokens_decoder"]) if decoded else _loose(texts, whole, tasks, config))
+    tasks = _tasks(config, extras)
+    added = _added(extras, tasks, _numbered(config["added_tokens_decoder"]) if decoded else _loose(texts, whole, tasks, extras))
     numbered, complete = {}, dict(vocab)
     for content, fields in added.items():
         number = complete.setdefault(
@@ -115,8 +116,8 @@ def _text(name: str, data: bytes) -> str:
         raise ValueError(f"{name} is not readable: {error}") from None
 
 
-def _object(texts: Mapping[str, str], name: str, *, special: bool = False) -> Fields:
-    """The document, empty where there is none. `special`: each token in it is one."""
+def _object(texts: Mapping[str, str], name: str) -> Fields:
+    """The document, empty where there is none."""
     if name not in texts:
         return {}
     try:
@@ -125,8 +126,6 @@ def _object(texts: Mapping[str, str], name: str, *, special: bool = False) -> Fi
         raise ValueError(f"{name} is not readable: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{name} is not a JSON object")
-    if special:
-        return {key: value | {"special": True} if isinstance(value, dict) else value for key, value in document.items()}
     return document
 
 
@@ -162,31 +161,66 @@ def _token(value: Any, where: str) -> Fields:
         value = {"content": value, "special": True}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
         raise ValueError(f"{where:.60}: a token belongs there, not {value!r:.60}")
-    special = value.get("special", False)
-    fields = {flag: value.get(flag, flag == "normalized" and not special) for flag in _FLAGS}
-    strange = [flag for flag in fields if not isinstance(fields[flag], bool)]
+    # where nothing is said, a special token is looked for in the text as it is: which are special is known at last
+    fields = {flag: value.get(flag, None if flag == "normalized" else False) for flag in _FLAGS}
+    strange = [flag for flag in fields if flag in value and not isinstance(fields[flag], bool)]
     strange += [key for key in value if key not in (*_FLAGS, "content", "__type", "id")]
     if strange:
         raise ValueError(f"{where:.60}: {strange[0]:.40} is not what a token has")
     return {"content": value["content"]} | fields
 
 
-def _tasks(config: Fields) -> dict[str, Fields]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Extras:
+    """Special tokens without a task: `named` ones, `listed` ones, and of these those that added_tokens.json counts as special."""
+
+    named: Fields
+    listed: list[Fields]
+    known: list[Fields]
+
+    @classmethod
+    def of(cls, config: Fields, mapped: Fields) -> _Extras:
+        """From tokenizer_config.json and special_tokens_map.json. Each may have them under two keys, which transformers merges in
+        this order; a list that comes too late is passed over."""
+        new, old, named = "extra_special_tokens", "additional_special_tokens", dict[str, Any]()
+        kept = {key: config[key] for key in (new, old) if key in config}
+
+        def settle(*, moved: bool) -> None:
+            if moved and old in kept:
+                kept[new] = kept.pop(old)
+            if isinstance(kept.get(new), dict):
+                named.update(kept.pop(new))
+
+        settle(moved=not kept.get(new))
+        if isinstance(mapped.get(old), dict):
+            raise ValueError(f"special_tokens_map.json: {old}: a list of tokens belongs there, not {mapped[old]!r:.60}")
+        more = mapped.get(new)
+        if isinstance(more, list):
+            marked = ({**token, "__type": "", "special": True} if isinstance(token, dict) else token for token in more)
+            more = [*(kept.get(new) or []), *marked]
+        kept |= ({new: more} if new in mapped else {}) | ({old: mapped[old]} if old in mapped else {})
+        settle(moved=False)
+        known = _listed(kept.get(new), new)
+        settle(moved=new not in kept)
+        return cls(named=named, listed=_listed(kept.get(new), new), known=known)
+
+
+def _listed(tokens: Any, where: str) -> list[Fields]:
+    if not isinstance(tokens or [], list):
+        raise ValueError(f"{where}: a list of tokens belongs there, not {tokens!r:.60}")
+    plain = [token for token in tokens or [] if isinstance(token, dict) and "__type" not in token]
+    if plain:
+        raise ValueError(f"{where}: transformers reads no token from {plain[0]!r:.60}: write its text alone")
+    return [_token(token, where) for token in tokens or []]
+
+
+def _tasks(config: Fields, extras: _Extras) -> dict[str, Fields]:
     """The token of each task, those of the model's own (`*_token`) after transformers'."""
     values = {task: config.get(task) or default for task, default in _TASKS.items()}
-    values |= {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
-    more = config.get("extra_special_tokens")
-    values |= more if isinstance(more, dict) else {}
+    flags = ("add_bos_token", "add_eos_token")
+    own = (key for key in config if key.endswith("_token") and key not in flags)
+    values |= {key: config[key] for key in own if isinstance(config[key], (str, dict))} | extras.named
     return {task: _token(value, task) for task, value in values.items() if value or task in _KEPT}
-
-
-def _extra(config: Fields) -> list[Fields]:
-    tokens = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if isinstance(tokens, dict):
-        return []
-    if not isinstance(tokens, list):
-        raise ValueError(f"extra_special_tokens: a list of tokens belongs there, not {tokens!r:.60}")
-    return [_token(token, "extra_special_tokens") for token in tokens]
 
 
 def _numbered(decoder: Any) -> dict[int, Fields]:
@@ -196,14 +230,15 @@ def _numbered(decoder: Any) -> dict[int, Fields]:
     return {int(key): _token(value, f"added_tokens_decoder.{key}") for key, value in decoder.items()}
 
 
-def _loose(texts: Mapping[str, str], whole: Fields, tasks: Mapping[str, Fields], config: Fields) -> dict[int, Fields]:
+def _loose(texts: Mapping[str, str], whole: Fields, tasks: Mapping[str, Fields], extras: _Extras) -> dict[int, Fields]:
     """Index -> token, from added_tokens.json and tokenizer.json."""
-    special = {token["content"] for token in (*tasks.values(), *_extra(config))}
+    special = {token["content"] for token in (*tasks.values(), *extras.known)}
     found: dict[int, Fields] = {}
     for content, index in _object(texts, "added_tokens.json").items():
         if type(index) is not int:
             raise ValueError(f"added_tokens.json: {content!r:.60}: a number belongs there, not {index!r:.40}")
-        found[index] = _token({"content": content, "special": content in special}, "added_tokens.json")
+        flags = {"special": content in special, "normalized": content not in special}
+        found[index] = _token({"content": content} | flags, "added_tokens.json")
     tokens = whole.get("added_tokens", [])
     for token in tokens if isinstance(tokens, list) else [None]:
         if not isinstance(token, dict) or type(token.get("id")) is not int:
@@ -212,14 +247,16 @@ def _loose(texts: Mapping[str, str], whole: Fields, tasks: Mapping[str, Fields],
     return found
 
 
-def _added(config: Fields, tasks: Mapping[str, Fields], numbered: Mapping[int, Fields]) -> dict[str, Fields]:
+def _added(extras: _Extras, tasks: Mapping[str, Fields], numbered: Mapping[int, Fields]) -> dict[str, Fields]:
     """The tokens by their text, in the order in which they get numbers. Of several of one text the last says how it is found."""
     listed = [token for _, token in sorted(numbered.items())]
     known = {token["content"] for token in listed}
     named = {token["content"] for token in tasks.values()}
     added: dict[str, Fields] = {}
-    for token in (*listed, *(each for each in (*tasks.values(), *_extra(config)) if each["content"] not in known)):
-        added[token["content"]] = token | {"special": token["special"] or token["content"] in named}
+    for token in (*listed, *(each for each in (*tasks.values(), *extras.listed) if each["content"] not in known)):
+        special = token["special"] or token["content"] in named
+        normalized = not special if token["normalized"] is None else token["normalized"]
+        added[token["content"]] = token | {"special": special, "normalized": normalized}
     return added
 
 
