@@ -18,7 +18,7 @@ from sdexport.bounds import check_depth
 from sdexport.card import read_card
 from sdexport.configs import default_size, misfits, read_config
 from sdexport.errors import CheckpointError
-from sdexport.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet
+from sdexport.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.stored import StoredTensor, is_regular, merged, read_header
 from sdexport.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.tokenizer import StoredTokenizer, read_tokenizer
@@ -164,6 +164,8 @@ class _Reader:
 
     def _part(self, name: str, kind: str, pipeline: str) -> Part:
         written: Mapping[str, Any] = self._json(f"{name}/config.json")
+        if name not in _TEXT_ENCODERS:
+            written = without_defaults(written, f"{name}/config.json", self.faults)
         if name == "unet":
             written, changes = opened_unet(pipeline, written)
             self.changes.extend(changes)

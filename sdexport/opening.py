@@ -13,7 +13,7 @@ from typing import Any
 from sdruntime.errors import SdruntimeError
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
-from sdruntime.samplers.sampler import DEFAULTED
+from sdruntime.samplers.sampler import CHOICES, DEFAULTED
 from sdruntime.table import compile_table
 
 PATH = "scheduler/scheduler_config.json"
@@ -79,6 +79,7 @@ def opened_scheduler(
 
     Settings that no table of coefficients can express are faults, as are keys that no scheduler is known to have.
     """
+    written = without_defaults(written, PATH, faults)
     settings, changes = dict(written), []
     if written.get("_class_name") != named:
         settings["_class_name"] = named
@@ -101,12 +102,27 @@ def opened_scheduler(
             faults.append(
                 f"{PATH}: {key} {value!r} is not a setting that sdexport knows of a scheduler: the image may depend on it"
             )
+    reads = {key: default for row in SAMPLERS.values() if row.diffusers == named for key, default in row.reads.items()}
+    for key, default in reads.items():  # null is false to diffusers where a switch belongs, and an error elsewhere
+        if key in written and written[key] is None and not isinstance(default, bool) and None not in CHOICES.get(key, (default,)):
+            faults.append(f"{PATH}: {key} is null, which {named} cannot read: remove it for the default, {default!r}")
     if not faults:
         try:
             fitting_steps(settings, (_STEPS, *GOLDEN_STEPS))
         except SdruntimeError as error:
             faults.append(f"{PATH}: {error}")
     return settings, tuple(changes)
+
+
+def without_defaults(written: Mapping[str, Any], where: str, faults: list[str]) -> Mapping[str, Any]:
+    """A config without the keys that it lists as defaults of another version: from_config passes over those."""
+    if DEFAULTED not in written:
+        return written
+    unwritten = written[DEFAULTED]
+    if not isinstance(unwritten, list) or not all(isinstance(key, str) for key in unwritten):
+        faults.append(f"{where}: {DEFAULTED} {unwritten!r:.60}: a list of keys belongs there")
+        return written
+    return {key: value for key, value in written.items() if key != DEFAULTED and key not in unwritten}
 
 
 def fitting_steps(settings: Mapping[str, Any], tried: Iterable[int], *, sampler: str | None = None) -> int:

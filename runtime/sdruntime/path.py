@@ -300,6 +300,8 @@ def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str, repeat
     end = 0.0
     if settings.get("final_sigmas_type", final) == "sigma_min":  # that of the betas, which a flow does not have, in diffusers
         end = points[-1].sigma if repeats_last else float(Curve(settings, "vp").sigmas[0])
+        if end >= 1:
+            raise SettingError(f"final_sigmas_type 'sigma_min': the lowest trained sigma is {end:g}, but a flow's are below 1")
     return chained([*points, at_ratio(0.0, end, "flow")], begin, 1.0, FlowCurve(trained))
 
 

@@ -120,9 +120,9 @@ def test_an_engine_of_an_unknown_backend_is_listed_as_one(folder: Path) -> None:
     [
         *(("num_train_timesteps", value) for value in (10**30, "1000", 1000.5, True, 0, [1000])),
         *(("beta_start", value) for value in (10**300, "0.1", -1, 1e-320, [], {})),
-        *(("solver_order", value) for value in (1.5, "2", 10**30, 0)),
+        *(("solver_order", value) for value in (1.5, 2.0, "2", 10**30, 0, True)),
         *(("steps_offset", value) for value in (10**30, "1", 0.5)),
-        *(("trained_betas", value) for value in ([10**300], ["a"], "text", [0.1], {"a": 1})),
+        *(("trained_betas", value) for value in ([10**300], ["a"], "text", "", [0.1], [True], {"a": 1})),
         *(("sigma_max", value) for value in (10**300, "14", 0, -1)),
         *(("timestep_spacing", value) for value in (1, [], {}, "leadin")),
         *(("prediction_type", value) for value in (1, [], "epsilo")),

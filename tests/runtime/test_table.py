@@ -220,6 +220,11 @@ def test_steps_out_of_range_are_refused_before_anything_is_allocated(steps: Any)
         ({"steps_offset": 900}, "ddim", "trained on 0 to 999"),
         ({"steps_offset": 900, "timestep_spacing": "leading"}, "euler", "steps_offset 900 with 10 steps"),
         ({"steps_offset": 900, "timestep_spacing": "leading"}, "unipc", "steps_offset 900 with 10 steps"),
+        (
+            {"num_train_timesteps": 2, "beta_schedule": "squaredcos_cap_v2", "final_sigmas_type": "sigma_min"},
+            "flow_dpmpp_2m",
+            "a flow's are below 1",
+        ),
         ({"original_inference_steps": 4}, "lcm", "takes no more"),
         ({"original_inference_steps": 2000}, "lcm", "num_train_timesteps 1000"),
         ({"skip_prk_steps": False}, "pndm", "Runge-Kutta"),

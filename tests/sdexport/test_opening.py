@@ -148,6 +148,42 @@ def test_a_scheduler_without_a_table_is_refused_when_the_checkpoint_is_read(
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("named", "changes"),
+    [
+        ("DDIMScheduler", {"set_alpha_to_one": None}),
+        ("DPMSolverMultistepScheduler", {"lower_order_final": None, "solver_order": 3}),
+        ("UniPCMultistepScheduler", {"predict_x0": None, "final_sigmas_type": "sigma_min"}),
+        ("DDIMScheduler", {"prediction_type": "v_prediction", "_use_default_values": ["prediction_type", "beta_end"]}),
+    ],
+)
+def test_null_and_listed_defaults_are_read_as_diffusers_reads_them(named: str, changes: dict[str, Any]) -> None:
+    """Of one class and its own file: the table of diffusers' settings is another one, were they not."""
+    written, found = BETAS | {"_class_name": named, "clip_sample": False} | changes, list[str]()
+    theirs = dict(opened(PIPELINES[1], named, written).scheduler.config)
+    settings, _ = opened_scheduler(PIPELINES[1], named, written, found)
+    assert found == []
+    for key, value in settled(settings)[1].items():
+        if key in theirs and key not in ("lambda_min_clipped", "variance_type", "disable_corrector"):
+            assert bool(theirs[key]) == value if isinstance(value, bool) else theirs[key] == value, key
+
+
+@pytest.mark.parametrize("key", ["timestep_spacing", "beta_end", "num_train_timesteps", "prediction_type"])
+def test_null_that_diffusers_cannot_read_is_refused(key: str) -> None:
+    found: list[str] = []
+    opened_scheduler(PIPELINES[1], "DDIMScheduler", BETAS | {"clip_sample": False, key: None}, found)
+    assert found
+    assert all(f"{key} is null" in fault for fault in found)
+
+
+def test_a_network_config_passes_over_the_defaults_that_it_lists(folder: Path) -> None:
+    edit(folder / "vae" / "config.json", scaling_factor=0.5, _use_default_values=["scaling_factor"])
+    assert read_checkpoint(folder, name="tiny").model.scaling_factor == 0.18215
+    edit(folder / "vae" / "config.json", _use_default_values="scaling_factor")
+    with pytest.raises(CheckpointError, match=r"vae/config.json: _use_default_values .*a list of keys belongs there"):
+        read_checkpoint(folder, name="tiny")
+
+
 def test_a_distilled_scheduler_that_takes_few_steps_has_a_table(folder: Path) -> None:
     edit(folder / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
     edit(folder / "scheduler" / "scheduler_config.json", original_inference_steps=4)

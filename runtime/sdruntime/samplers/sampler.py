@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,11 @@ class Sampler:
         unwritten = config.get(DEFAULTED, ()) if other else ()
         written = {key: config[key] for key in self.reads if config.get(key) is not None and key not in unwritten}
         written = {key: value for key, value in written.items() if not self._of_another_class(key, value)}
-        settings = {**self.reads, **written, **given}
+        # null is false to the classes, whatever their default
+        off = {key: False for key, default in self.reads.items() if default is True and config.get(key, ...) is None}
+        settings = {**self.reads, **off, **written, **given}
         for key, value in settings.items():
-            if value != self.reads[key]:
+            if type(value) is not type(self.reads[key]) or value != self.reads[key]:  # 2.0 is not a solver_order
                 self._check(key, value)
         return settings
 
@@ -103,7 +105,7 @@ class Sampler:
         elif isinstance(self.reads[key], bool):
             if not isinstance(value, bool):
                 raise SettingError(f"{key} {shown(value)}: it must be true or false")
-        elif not isinstance(value, Sequence) or any(not isinstance(item, (int, float)) for item in value):
+        elif not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
             raise SettingError(f"{key} {shown(value)}: it must be a list of numbers")
 
 
