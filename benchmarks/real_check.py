@@ -90,7 +90,7 @@ class Check:
         self.told |= {"psnr": decibels, "ssim": alike, "least_deviation": round(flat, 2)}
         least_db, least_ssim = FLOORS[self.precision]
         if min(decibels) < least_db or min(alike) < least_ssim:
-            raise ValueError(f"PSNR {min(decibels)} dB, SSIM {min(alike)}: at least {least_db} dB and {least_ssim} belong here")
+            raise ValueError(f"PSNR {min(decibels)} dB, SSIM {min(alike)}: expected at least {least_db} dB and {least_ssim}")
 
     def _command(self, *arguments: str) -> None:
         done = subprocess.run(module_command("sdexport", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

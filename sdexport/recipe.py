@@ -91,7 +91,7 @@ class _Reader:
         self.known_keys(document, (), RECIPE)
         name = self.text(document, (), "name") or file.stem
         if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]{0,99}", name, flags=re.ASCII):
-            self.fault(("name",), f"{shown(name)} names the bundle's folder: at most 100 letters, digits and _ . + - belong here")
+            self.fault(("name",), f"{shown(name)} names the bundle's folder: expected at most 100 letters, digits and _ . + -")
         model = self.text(document, (), "model", needed=True) or ""
         found = file.parent / model
         try:
@@ -116,7 +116,7 @@ class _Reader:
     def engines(self, document: Mapping[str, Any]) -> tuple[Asked, ...]:
         tables = document.get("engines")
         if not isinstance(tables, list) or not tables:
-            self.fault(("engines",), "missing" if tables is None else "[[engines]] tables belong here")
+            self.fault(("engines",), "missing" if tables is None else "expected [[engines]] tables")
             return ()
         return tuple(asked for index, table in enumerate(tables) for asked in self.asked(table, ("engines", index)))
 
@@ -154,7 +154,7 @@ class _Reader:
             if own is False:
                 found[component] = None
             elif not isinstance(own, dict):
-                self.fault(at, f"false (no engine of it) or a table belongs here, not {_shown(own)}")
+                self.fault(at, f"expected false (no engine of it) or a table, got {_shown(own)}")
             elif self.is_table(own, at, COMPONENT):
                 found[component] = self.shapes(own, at), self.options(own, at, name)
         return found
@@ -183,16 +183,16 @@ class _Reader:
         found = {}
         for key, value in options.items():
             if not isinstance(value, (str, int)):
-                self.fault((*where, key), f"text, a whole number, true or false belongs here, not {_shown(value)}")
+                self.fault((*where, key), f"expected text, a whole number, true or false, got {_shown(value)}")
                 continue
             found[key] = str(value).lower() if isinstance(value, bool) else str(value)
             if known and key in known and known[key][0](found[key]) is None:
-                self.fault((*where, key), f"{_shown(value)}: {known[key][1]} belongs there")
+                self.fault((*where, key), f"{_shown(value)}: expected {known[key][1]}")
         return found
 
     def is_table(self, value: Any, where: Where, known: Collection[str]) -> bool:
         if not isinstance(value, dict):
-            self.fault(where, f"a table belongs here, not {_shown(value)}")
+            self.fault(where, f"expected a table, got {_shown(value)}")
             return False
         self.known_keys(value, where, known)
         return True
@@ -208,20 +208,20 @@ class _Reader:
             if needed:
                 self.fault((*where, key), "missing")
         elif not isinstance(value, str) or not value:
-            self.fault((*where, key), f"text belongs here, not {_shown(value)}")
+            self.fault((*where, key), f"expected text, got {_shown(value)}")
         return value if isinstance(value, str) else None
 
     def flag(self, table: Mapping[str, Any], where: Where, key: str) -> bool:
         """True where nothing is said."""
         value = table.get(key, True)
         if not isinstance(value, bool):
-            self.fault((*where, key), f"true or false belongs here, not {_shown(value)}")
+            self.fault((*where, key), f"expected true or false, got {_shown(value)}")
         return value is True
 
     def choice(self, table: Mapping[str, Any], where: Where, key: str, choices: Collection[str]) -> Any:
         value = table.get(key)
         if value is not None and value not in choices:
-            self.fault((*where, key), f"{' or '.join(map(repr, choices))} belongs here, not {_shown(value)}")
+            self.fault((*where, key), f"expected {' or '.join(map(repr, choices))}, got {_shown(value)}")
         return value
 
     def items(
@@ -239,7 +239,7 @@ class _Reader:
             if isinstance(each, kinds) and not isinstance(each, bool):
                 found.append((at, each))
             else:
-                self.fault(at, f"{form} belongs here, not {_shown(each)}")
+                self.fault(at, f"expected {form}, got {_shown(each)}")
         return found
 
     def is_target(self, where: Where, target: str) -> bool:

@@ -133,7 +133,7 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, name: str, start: int, entry: Any) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name:.60}: dtype, shape and data_offsets belong there")
+        raise ValueError(f"{name:.60}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{name:.60}: a dtype {dtype!r:.40} is not known")

@@ -17,6 +17,7 @@ from sdruntime.change import remove_engine
 from sdruntime.choose import Machine, choose_engine
 from sdruntime.engine import CPU
 from sdruntime.errors import quoted
+from sdruntime.golden import build_command
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.pipeline import SCHEDULER
 from sdruntime.step import NAME as STEP
@@ -65,7 +66,7 @@ def costs(
         names = ", ".join(spec.component for spec in on_cpu)
         found.append(f"{names} on the CPU although {machine.devices[0].name} is here: {build} --target cuda")
     if slow := [spec.component for spec in on_gpu if spec.precision == "fp32"]:
-        found.append(f"{', '.join(slow)} in fp32 on a GPU: sdexport build MODEL --precision fp16 takes about half the time")
+        found.append(f"{', '.join(slow)} in fp32 on a GPU: {build_command(bundle, 'fp16')} takes about half the time")
     if slow := [spec.component for spec in on_cpu if spec.precision == "fp16"]:
         found.append(f"{', '.join(slow)} in fp16 on a CPU, which computes in fp32 and converts: --precision fp32 is quicker here")
     if wide := [spec.component for spec in specs if BACKENDS[spec.backend].static and _is_dynamic(spec)]:

@@ -137,7 +137,7 @@ def _model(whole: Fields) -> tuple[Fields, list[str]]:
         raise ValueError(f"tokenizer.json is of the type {kind!r:.40}, not BPE")
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise ValueError("tokenizer.json: a model with vocab and merges belongs there")
+        raise ValueError("tokenizer.json: expected a model with vocab and merges")
     found = []
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -146,7 +146,7 @@ def _model(whole: Fields) -> tuple[Fields, list[str]]:
             or len(parts) != 2
             or not all(isinstance(part, str) and _is_symbol(part) for part in parts)
         ):
-            raise ValueError(f"tokenizer.json: merges: two symbols belong there, not {merge!r:.60}")
+            raise ValueError(f"tokenizer.json: merges: expected two symbols, got {merge!r:.60}")
         found.append(" ".join(parts))
     return vocab, found
 
@@ -160,7 +160,7 @@ def _token(value: Any, where: str) -> Fields:
     if isinstance(value, str):
         value = {"content": value, "special": True}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
-        raise ValueError(f"{where:.60}: a token belongs there, not {value!r:.60}")
+        raise ValueError(f"{where:.60}: expected a token, got {value!r:.60}")
     # where nothing is said, a special token is looked for in the text as it is: which are special is known at last
     fields = {flag: value.get(flag, None if flag == "normalized" else False) for flag in _FLAGS}
     strange = [flag for flag in fields if flag in value and not isinstance(fields[flag], bool)]
@@ -193,7 +193,7 @@ class _Extras:
 
         settle(moved=not kept.get(new))
         if isinstance(mapped.get(old), dict):
-            raise ValueError(f"special_tokens_map.json: {old}: a list of tokens belongs there, not {mapped[old]!r:.60}")
+            raise ValueError(f"special_tokens_map.json: {old}: expected a list of tokens, got {mapped[old]!r:.60}")
         more = mapped.get(new)
         if isinstance(more, list):
             marked = ({**token, "__type": "", "special": True} if isinstance(token, dict) else token for token in more)
@@ -207,7 +207,7 @@ class _Extras:
 
 def _listed(tokens: Any, where: str) -> list[Fields]:
     if not isinstance(tokens or [], list):
-        raise ValueError(f"{where}: a list of tokens belongs there, not {tokens!r:.60}")
+        raise ValueError(f"{where}: expected a list of tokens, got {tokens!r:.60}")
     plain = [token for token in tokens or [] if isinstance(token, dict) and "__type" not in token]
     if plain:
         raise ValueError(f"{where}: transformers reads no token from {plain[0]!r:.60}: write its text alone")
@@ -226,7 +226,7 @@ def _tasks(config: Fields, extras: _Extras) -> dict[str, Fields]:
 def _numbered(decoder: Any) -> dict[int, Fields]:
     """Index -> token, from added_tokens_decoder."""
     if not isinstance(decoder, dict) or not all(_is_number(key) for key in decoder):
-        raise ValueError("tokenizer_config.json: added_tokens_decoder: tokens by their numbers belong there")
+        raise ValueError("tokenizer_config.json: added_tokens_decoder: expected tokens by their numbers")
     return {int(key): _token(value, f"added_tokens_decoder.{key}") for key, value in decoder.items()}
 
 
@@ -236,13 +236,13 @@ def _loose(texts: Mapping[str, str], whole: Fields, tasks: Mapping[str, Fields],
     found: dict[int, Fields] = {}
     for content, index in _object(texts, "added_tokens.json").items():
         if type(index) is not int:
-            raise ValueError(f"added_tokens.json: {content!r:.60}: a number belongs there, not {index!r:.40}")
+            raise ValueError(f"added_tokens.json: {content!r:.60}: expected a number, got {index!r:.40}")
         flags = {"special": content in special, "normalized": content not in special}
         found[index] = _token({"content": content} | flags, "added_tokens.json")
     tokens = whole.get("added_tokens", [])
     for token in tokens if isinstance(tokens, list) else [None]:
         if not isinstance(token, dict) or type(token.get("id")) is not int:
-            raise ValueError(f"tokenizer.json: added_tokens: a token with an id belongs there, not {token!r:.60}")
+            raise ValueError(f"tokenizer.json: added_tokens: expected a token with an id, got {token!r:.60}")
         found[token["id"]] = _token(token, "tokenizer.json: added_tokens")
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -48,6 +49,7 @@ class Conditioner:
     """The tokenizers of a bundle, by the text encoder that each one feeds, and what was encoded last."""
 
     tokenizers: Mapping[str, Tokenizer]
+    bundle: Path | None = None
     _kept: dict[str, Condition] = field(default_factory=dict)  # the text asked for last at the end
 
     @classmethod
@@ -60,7 +62,7 @@ class Conditioner:
                 listed = [name for name in FILES if f"{folder}/{name}" in bundle.manifest.files]
                 files = {name: bundle.read(f"{folder}/{name}", most=LARGEST) for name in listed}
                 found[encoder] = Tokenizer.from_files(files, where=bundle.folder / folder, length=bundle.manifest.text_length)
-        return cls(found)
+        return cls(found, bundle.folder)
 
     def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
         """Each different text, encoded now where it was not lately. `engine` gives the open engine of a text encoder, and is
@@ -80,7 +82,7 @@ class Conditioner:
     def _encoded(self, texts: Sequence[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
         tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
         outputs = [
-            checked_rows(engine(encoder), {"input_ids": batch(found)}, lambda row: f"text {texts[row][:40]!r}")
+            checked_rows(engine(encoder), {"input_ids": batch(found)}, lambda row: f"text {texts[row][:40]!r}", self.bundle)
             for encoder, found in tokens.items()
         ]
         cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]

@@ -99,7 +99,7 @@ def device_index(device: int | str) -> int:
         return int(number)
     digits = text.removeprefix("gpu-").replace("-", "")
     if not re.fullmatch("[0-9a-f]{4,32}", digits):
-        raise SettingError(f"device {device!r}: a number, cuda:NUMBER, or a UUID as `nvidia-smi -L` prints it belongs here")
+        raise SettingError(f"device {device!r}: expected a number, cuda:NUMBER, or a UUID as `nvidia-smi -L` prints it")
     found = [index for index, each in enumerate(devices()) if each.uuid.startswith(digits)]
     if len(found) != 1:
         shown = ", ".join(f"GPU-{each.uuid}" for each in devices()) or "none"

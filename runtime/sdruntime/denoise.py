@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ class Job:
     rescale: float = 0.0
     time_ids: Array | None = None  # float32 [6], SDXL
     sampler: str = ""
+    bundle: Path | None = None  # its folder, for messages too
     stopped: bool = False
     error: Exception | None = None
 
@@ -106,7 +108,7 @@ def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[
 def check_latents(job: Job) -> None:
     """Raises NotFinite."""
     if not is_finite(job.run.x):
-        raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice()}")
+        raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice(bundle=job.bundle)}")
 
 
 @contextlib.contextmanager
@@ -185,7 +187,7 @@ class Call:
                 self._sample[unconditional] = self._sample[row]
                 self._timestep[unconditional] = job.run.t
         try:
-            output = checked_rows(self._unet(), self._feeds, self._during)["out_sample"]
+            output = checked_rows(self._unet(), self._feeds, self._during, self.jobs[0].bundle)["out_sample"]
         except NotFinite as error:
             if error.row is not None:
                 self._job_of(error.row).error = error

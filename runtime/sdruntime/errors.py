@@ -85,7 +85,7 @@ class SettingError(SdruntimeError, ValueError):
 
 
 class UnknownName(SettingError):
-    """`name` is not one of `known`; `near` holds the names that look like it. `forms`: what belongs there, by name."""
+    """`name` is not one of `known`; `near` holds the names that look like it. `forms`: what is expected, by name."""
 
     def __init__(self, what: str, name: str, known: Iterable[str], *, forms: Mapping[str, str] | None = None) -> None:
         known = sorted(set(known))

@@ -21,7 +21,7 @@ import numpy as np
 from sdruntime.bundle import Bundle
 from sdruntime.engine import Array
 from sdruntime.errors import BundleError, plain, quoted
-from sdruntime.manifest import ComponentSpec, Manifest
+from sdruntime.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.noise import NoiseStream
 from sdruntime.npz import LARGEST, read_npz
 from sdruntime.record import json_from_record, record_from_json
@@ -203,6 +203,16 @@ def write_golden(bundle: Bundle, golden: Golden, numbers: Mapping[str, Array]) -
     return bundle.with_files({DOCUMENT: document.encode(), NUMBERS: packed.getvalue()})
 
 
+def build_command(bundle: Bundle, precision: Precision | None = None) -> str:
+    """Return the command that exports a bundle again, in its own precision where None.
+
+    The path of a folder is not kept in a bundle: its name stands behind path/to/.
+    """
+    source = str(bundle.manifest.provenance.get("source", "")) or "checkpoint"
+    model = source if "/" in source else f"path/to/{source}"
+    return f"sdexport build {quoted(model)} --precision {precision or bundle.manifest.precision} -o {quoted(bundle.folder)}"
+
+
 def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     """The golden numbers of a bundle.
 
@@ -210,13 +220,10 @@ def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     """
     if DOCUMENT not in bundle.manifest.files or NUMBERS not in bundle.manifest.files:
         fault = "no golden numbers: it was built with --no-verify, or by an sdexport that made none"
-        source = str(bundle.manifest.provenance.get("source", ""))
-        model = quoted(source) if "/" in source else f"MODEL ({source or 'its checkpoint'})"  # a hub id, or a folder's name
-        command = f"sdexport build {model} -o {quoted(bundle.folder)}"
-        raise BundleError(bundle.folder, [f"{fault}; this builds it with them: {command}"])
+        raise BundleError(bundle.folder, [f"{fault}; this builds it with them: {build_command(bundle)}"])
     document = bundle.read_json(DOCUMENT)
     if not isinstance(document, dict) or (document.get("format"), document.get("revision")) != (FORMAT, REVISION):
-        raise BundleError(bundle.folder, [f"{DOCUMENT}: {FORMAT} of revision {REVISION} belongs here: upgrade sdruntime"])
+        raise BundleError(bundle.folder, [f"{DOCUMENT}: expected {FORMAT} of revision {REVISION}: upgrade sdruntime"])
     faults: list[str] = []
     golden = record_from_json(Golden, document, where=DOCUMENT, faults=faults)
     numbers: dict[str, Array] = {}

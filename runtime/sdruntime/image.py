@@ -153,7 +153,7 @@ def image_from_png(data: bytes) -> Pixels:
     except OtherImage:
         raise
     except (ValueError, zlib.error) as error:
-        raise SettingError(f"{error}; a sound PNG belongs here") from None
+        raise SettingError(f"{error}; expected an undamaged PNG") from None
 
 
 def _image_from_png(data: bytes) -> Pixels:

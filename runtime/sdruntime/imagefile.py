@@ -61,10 +61,10 @@ def pixels_from(image: ImageLike) -> Pixels:
     if module is not None and isinstance(image, module.Image):
         return _rgb(image)
     if not hasattr(image, "__array__"):
-        raise SettingError(f"image: a path, an array or a Pillow image belongs here, not {type(image).__name__}")
+        raise SettingError(f"image: expected a path, an array or a Pillow image, got {type(image).__name__}")
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise SettingError(f"image: uint8 [height, width, 3] belongs here, not {pixels.dtype} {list(pixels.shape)}")
+        raise SettingError(f"image: expected uint8 [height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
     return pixels
 
 

@@ -61,7 +61,7 @@ def _faults(
             yield f"{where}: {name} is missing"
         elif tensor.dtype != ("int32" if name == "input_ids" else "float32") or not _fits(tensor.shape, shape, known):
             belongs = ", ".join(str(known.get(str(dim), dim)) for dim in shape)
-            yield f"{where}: {name} is {tensor.dtype} [{', '.join(map(str, tensor.shape))}], but [{belongs}] belongs there"
+            yield f"{where}: {name} is {tensor.dtype} [{', '.join(map(str, tensor.shape))}], expected [{belongs}]"
 
 
 def _fits(found: Shape, wanted: Shape, known: dict[str, int | str]) -> bool:

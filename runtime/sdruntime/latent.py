@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,8 +12,14 @@ from sdruntime.guard import checked_rows
 from sdruntime.manifest import ModelSpec
 
 
-def decode(latents: Array, engine: Engine, model: ModelSpec, during: Callable[[int], str] = "picture {}".format) -> Array:
-    """Latents float32 [B, C, h, w] -> pictures float32 [B, 3, f·h, f·w] in about [-1, 1]. `during` says of a row whose it is.
+def decode(
+    latents: Array,
+    engine: Engine,
+    model: ModelSpec,
+    during: Callable[[int], str] = "image {}".format,
+    bundle: Path | None = None,
+) -> Array:
+    """Latents float32 [B, C, h, w] -> images float32 [B, 3, f·h, f·w] in about [-1, 1]. `during` says of a row whose it is.
 
     Raises NotFinite.
     """
@@ -20,16 +27,16 @@ def decode(latents: Array, engine: Engine, model: ModelSpec, during: Callable[[i
         cells = latents * _channels(model.latents_std) / np.float32(model.scaling_factor) + _channels(model.latents_mean)
     else:
         cells = latents / np.float32(model.scaling_factor) + np.float32(model.shift_factor)
-    return checked_rows(engine, {"latent_sample": np.ascontiguousarray(cells, np.float32)}, during)["sample"]
+    return checked_rows(engine, {"latent_sample": np.ascontiguousarray(cells, np.float32)}, during, bundle)["sample"]
 
 
-def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec) -> Array:
+def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec, bundle: Path | None = None) -> Array:
     """Pictures float32 [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, H/f, W/f], a draw from the VAE's posterior.
 
     `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20] as diffusers does. Raises NotFinite.
     """
     feeds = {"sample": np.ascontiguousarray(pictures, np.float32)}
-    posterior = checked_rows(engine, feeds, lambda row: "the picture to begin from")
+    posterior = checked_rows(engine, feeds, lambda row: "the image to begin from", bundle)
     deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
     drawn: Array = posterior["latent_mean"] + deviation * noise
     if model.latents_std:  # as diffusers' StableDiffusionXLImg2ImgPipeline has it

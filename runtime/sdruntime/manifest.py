@@ -334,7 +334,7 @@ def manifest_document(files: Folder) -> dict[str, Any]:
     except (FileFault, ValueError) as error:
         raise BundleError(path, [f"not readable: {plain(error)}"]) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise BundleError(path, [f"format: {FORMAT!r} belongs here: not the manifest of a bundle"])
+        raise BundleError(path, [f"format: expected {FORMAT!r}: not the manifest of a bundle"])
     if document.get("revision") != REVISION:
         fault = f"revision {document.get('revision')!r}, but this sdruntime reads revision {REVISION}"
         raise BundleError(path, [f"{fault}: upgrade sdruntime, or export again with the sdexport that goes with it"])

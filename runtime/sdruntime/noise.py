@@ -32,7 +32,7 @@ class NoiseStream:
 
     def __init__(self, seed: int) -> None:
         if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 1 << 64:
-            raise SettingError(f"seed {seed!r}: a whole number from 0 to {(1 << 64) - 1} belongs here")
+            raise SettingError(f"seed {seed!r}: expected a whole number from 0 to {(1 << 64) - 1}")
         # the legacy class on purpose: NumPy has frozen its stream (NEP 19), and it starts from a seed as torch does
         self._twister = np.random.RandomState(int(seed) & 0xFFFFFFFF)
         self._spare: float | None = None

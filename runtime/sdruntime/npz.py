@@ -59,5 +59,5 @@ def _array(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
     if max(shape, default=0) > len(data) or math.prod(shape) * kind.itemsize != len(data) - start:
-        raise ValueError(f"{where}: {len(data) - start:,} bytes, but {kind} {list(shape)} belongs there")
+        raise ValueError(f"{where}: expected {kind} {list(shape)}, got {len(data) - start:,} bytes")
     return np.frombuffer(data, kind, offset=start).reshape(shape)

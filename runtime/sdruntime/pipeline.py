@@ -298,7 +298,8 @@ class Pipeline:
             where = [k for k, x in enumerate(latents) if x.shape == shape]
             engine = self.engine("vae_decoder", rows=len(where), height=shape[1], width=shape[2])
             cells = np.stack([latents[k] for k in where])
-            pictures = latent.decode(cells, engine, self.model, lambda row, where=where: during(where[row]))  # type: ignore[misc]
+            whose = lambda row, where=where: during(where[row])  # noqa: E731
+            pictures = latent.decode(cells, engine, self.model, whose, self.bundle.folder)
             decoded |= zip(where, pictures, strict=True)
         return [decoded[k] for k in range(len(latents))]
 
@@ -343,7 +344,7 @@ class Pipeline:
             start = fitted(request.pixels, (width, height), request.fit) if request.fit else request.pixels
             pixels = from_uint8(start)[None]
             encoder = self.engine("vae_encoder", height=height, width=width)
-            clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model)[0]
+            clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model, self.bundle.folder)[0]
             first = table.start[0] * clean + table.start[1] * noise.normal(shape)
         condition = conditions[request.prompt]
         negative = None
@@ -358,6 +359,7 @@ class Pipeline:
             rescale=request.rescale,
             time_ids=None if condition.pooled is None else latent.time_ids(shape, self.model),
             sampler=request.sampler or self.sampler,
+            bundle=self.bundle.folder,
         )
 
 

@@ -130,21 +130,21 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return _read_tuple(args, value, where, faults)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
-            return _fault(faults, where, f"an object belongs here, not {_shown(value)}")
+            return _fault(faults, where, f"expected an object, got {_shown(value)}")
         items = {key: _read(args[1], item, f"{where}.{key}" if where else key, faults) for key, item in value.items()}
         return _WRONG if _WRONG in items.values() else items
     # bool is an int in Python, and an int is a good float in JSON
     accepted = (int, float) if kind is float else kind
     if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)) and value not in (math.inf, -math.inf):
         if kind is int and not -(2**63) <= value < 2**64:
-            return _fault(faults, where, f"a whole number of 64 bits belongs here, not {_shown(value)}")
+            return _fault(faults, where, f"expected a whole number of 64 bits, got {_shown(value)}")
         return kind(value)
-    return _fault(faults, where, f"{_SCALARS[kind]} belongs here, not {_shown(value)}")
+    return _fault(faults, where, f"expected {_SCALARS[kind]}, got {_shown(value)}")
 
 
 def _read_record(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     if not isinstance(value, dict):
-        return _fault(faults, where, f"an object belongs here, not {_shown(value)}")
+        return _fault(faults, where, f"expected an object, got {_shown(value)}")
     before, hints, prefix = len(faults), _hints(kind), f"{where}." if where else ""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for number, key in enumerate(sorted(value.keys() - fields.keys())):
@@ -181,10 +181,10 @@ def _read_union(args: tuple[Any, ...], value: Any, where: str, faults: list[str]
 
 def _read_tuple(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
     if not isinstance(value, list):
-        return _fault(faults, where, f"a list belongs here, not {_shown(value)}")
+        return _fault(faults, where, f"expected a list, got {_shown(value)}")
     kinds = (args[0],) * len(value) if args[-1] is Ellipsis else args
     if len(kinds) != len(value):
-        return _fault(faults, where, f"{len(kinds)} items belong here, not {len(value)}")
+        return _fault(faults, where, f"expected {len(kinds)} items, got {len(value)}")
     items = tuple(_read(kind, item, f"{where}[{i}]", faults) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
     return _WRONG if any(item is _WRONG for item in items) else items
 

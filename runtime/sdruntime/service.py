@@ -268,7 +268,7 @@ def blob_bytes(message: bytes) -> int:
 def _start_image(asked: Submit, blob: bytes | memoryview | None, given: int) -> Array | None:
     width, height = asked.image or (0, 0)
     if asked.image is not None and (width < 1 or height < 1):
-        raise SettingError(f"image {width}x{height}: both sides in pixels belong here")
+        raise SettingError(f"image {width}x{height}: expected its width and height in pixels")
     if given != 3 * width * height:
         raise SettingError(f"image {width}x{height}: {3 * width * height:,} bytes of RGB8 rows belong in the blob, not {given:,}")
     if blob is None or not given:

@@ -66,7 +66,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if not 2 < self.length <= LONGEST_TEXT:
-            raise ValueError(f"length {self.length}: 3 to {LONGEST_TEXT:,} belongs here")
+            raise ValueError(f"length {self.length}: expected 3 to {LONGEST_TEXT:,}")
         names = {number: token for token, number in self.vocab.items()} | {token.id: token.text for token in self.added}
         normalized, plain = ([token for token in self.added if token.normalized is kind] for kind in (True, False))
         object.__setattr__(self, "_names", names)
@@ -245,7 +245,7 @@ def _document(files: Mapping[str, bytes | memoryview], name: str, faults: list[s
         faults.append(f"{name}: not readable: {plain(error)}")
         return {}
     if not isinstance(document, dict):
-        faults.append(f"{name}: an object belongs here")
+        faults.append(f"{name}: expected an object")
         return {}
     return document
 
@@ -276,7 +276,7 @@ def _merges(text: str | None, vocab: dict[str, int], faults: list[str]) -> dict[
         except KeyError:
             missing = [name for name in (left, right, left + right) if name not in vocab]
             if not left or not right or " " in right:
-                wrong.append(f"merges.txt: line {number}: two symbols belong here, not {line[:40]!r}")
+                wrong.append(f"merges.txt: line {number}: expected two symbols, got {line[:40]!r}")
             elif vocab:
                 wrong.append(f"merges.txt: line {number}: not in vocab.json: {', '.join(map(repr, missing)):.200}")
     faults += _few(wrong)
@@ -294,7 +294,7 @@ def _added(
         token = _token(value, where, faults)
         number = vocab.get(token.text, int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else -1)
         if number < 0:
-            faults.append(f"{where:.60}: an id belongs there")
+            faults.append(f"{where:.60}: expected an id")
         found[token.text] = dataclasses.replace(token, id=number)
     settled, tasks = set(found), {}
     tokens = config if decoder is not None else config | named
@@ -315,7 +315,7 @@ def _token(value: Any, where: str, faults: list[str]) -> AddedToken:
     fields = {"content": value} if isinstance(value, str) else value
     text = fields.get("content") if isinstance(fields, dict) else None
     if not isinstance(text, str) or not 0 < len(text) <= LONGEST_TOKEN or not _is_unicode(text):
-        faults.append(f"{where:.60}: a token belongs here, not {value!r:.60}")
+        faults.append(f"{where:.60}: expected a token, got {value!r:.60}")
         return AddedToken(text=_END, id=-1)
     flags = {name: fields.get(name, False) for name in ("normalized", "single_word", "lstrip", "rstrip")}
     faults += [

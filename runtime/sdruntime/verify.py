@@ -186,7 +186,9 @@ class _Verification:
     def case(self, engine: Engine, case: Case) -> Iterator[Check]:
         tolerance = self.golden.tolerances[tolerance_name(engine.spec)]
         try:
-            outputs = checked_rows(engine, case.feeds(engine.component), lambda row: f"case {case.name}, row {row}")
+            outputs = checked_rows(
+                engine, case.feeds(engine.component), lambda row: f"case {case.name}, row {row}", self.bundle.folder
+            )
         except NotFinite as error:
             yield _checked(engine.spec, case, "", None, [str(error)])
             return

@@ -152,8 +152,8 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
     ("arguments", "told"),
     [
         (["--strength", "0.5"], "--strength 0.5 without --image"),
-        (["--threads", "-1"], "threads -1: a number from 0"),
-        (["--device", "-1"], "device -1: a number from 0"),
+        (["--threads", "-1"], "threads -1: expected 0 or more"),
+        (["--device", "-1"], "device -1: expected 0 or more"),
         (["--guidance", "-5"], "guidance -5.0 is outside 0 to 100"),
         (["--guidance", "1e9"], "guidance 1000000000.0 is outside 0 to 100"),
         (["--count", "1000000000"], "count 1000000000 of 1 prompt: from 1 to 10,000 images in one call"),

@@ -167,7 +167,7 @@ def damaged():
 
 @pytest.mark.parametrize("message", damaged())
 def test_a_damaged_file_is_one_clear_error(message):
-    with pytest.raises(SettingError, match="a sound PNG belongs here") as caught:
+    with pytest.raises(SettingError, match="expected an undamaged PNG") as caught:
         image_from_png(damaged()[message])
     assert message in str(caught.value)
     assert not isinstance(caught.value, OtherImage)

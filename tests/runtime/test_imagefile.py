@@ -160,7 +160,7 @@ def bad_files() -> dict[str, bytes]:
         "a JPEG file that Pillow cannot read": jpeg[:200],
         "a BMP file that Pillow cannot read": b"BM" + bytes(20),
         "a WEBP file that Pillow cannot read": saved(PIL.Image.fromarray(photo()), "WEBP")[:60],
-        "a sound PNG belongs here": png_from_image(photo())[:-12],
+        "expected an undamaged PNG": png_from_image(photo())[:-12],
         "9000x9000: at most 67,108,864 pixels are read": b"BM" + struct.pack("<3I", 1 << 20, 0, 54)
         + struct.pack("<I2i2H6I", 40, 9000, 9000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100),
     }  # fmt: skip
@@ -241,9 +241,9 @@ def test_a_request_takes_an_image_in_any_form(tmp_path: Path) -> None:
     path.write_bytes(png_from_image(photo()))
     for form in (path, str(path), photo(), PIL.Image.fromarray(photo())):
         np.testing.assert_array_equal(Request(prompt="x", image=form).pixels, photo())
-    with pytest.raises(SettingError, match="a path, an array or a Pillow image belongs here, not list"):
+    with pytest.raises(SettingError, match="expected a path, an array or a Pillow image, got list"):
         pixels_from(photo().tolist())
-    with pytest.raises(SettingError, match=r"uint8 \[height, width, 3\] belongs here, not float64 \[2, 2\]"):
+    with pytest.raises(SettingError, match=r"expected uint8 \[height, width, 3\], got float64 \[2, 2\]"):
         pixels_from(np.zeros((2, 2)))
     palette = PIL.Image.fromarray(photo()).quantize(16)
     np.testing.assert_array_equal(pixels_from(palette), np.asarray(palette.convert("RGB")))

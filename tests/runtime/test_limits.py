@@ -85,7 +85,7 @@ def test_a_manifest_that_asks_for_too_much_is_refused(folder: Path, change: Chan
         ("unet", "inputs", {"name": "latents"}, "unet.inputs: latents is none that the pipeline feeds"),
         ("vae_decoder", "outputs", {"name": "image"}, "vae_decoder.outputs: sample is missing"),
         ("text_encoder", "outputs", {"name": "hidden"}, "text_encoder.outputs: last_hidden_state is missing"),
-        ("unet", "outputs", {"shape": ["batch", 8, "height", "width"]}, "but [batch, 4, height, width] belongs there"),
+        ("unet", "outputs", {"shape": ["batch", 8, "height", "width"]}, "expected [batch, 4, height, width]"),
         ("unet", "outputs", {"dtype": "int64"}, "out_sample is int64"),
     ],
 )

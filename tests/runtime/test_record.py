@@ -78,7 +78,7 @@ def test_every_fault_is_told_at_once_under_its_path() -> None:
 def test_infinity_is_read_but_is_no_number_of_a_record() -> None:
     assert json_from_text('{"lambda_min_clipped": -Infinity}') == {"lambda_min_clipped": -math.inf}
     _, faults = read(GOOD | {"by_name": {"k": [math.inf]}})
-    assert faults == ["by_name.k[0]: a number belongs here, not Infinity"]
+    assert faults == ["by_name.k[0]: expected a number, got Infinity"]
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,12 @@ def test_every_fault_is_named_at_once(folder):
         "vocab.json: 'a': its id 'one' is not a whole number from 0 on",
         "vocab.json: 'b': its id -1",
         "vocab.json: 'c' has the id of '%'",
-        "merges.txt: line 302: two symbols belong here, not 'one two three'",
+        "merges.txt: line 302: expected two symbols, got 'one two three'",
         "merges.txt: line 303: not in vocab.json: 'zzz', 'qzzz'",
         "model_max_length 'long'",
         "vocab.json: no '<|startoftext|>', which is the bos_token",
         "pad_token: lstrip 'yes' is not true or false",
-        "unk_token: a token belongs here, not 7",
+        "unk_token: expected a token, got 7",
     ):
         assert fault in found
 

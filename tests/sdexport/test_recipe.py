@@ -118,7 +118,7 @@ def test_a_recipe_may_leave_the_audit_and_the_verification_out(tmp_path: Path) -
     found = read(tmp_path, HEAD + "audit = true\n" + engines)
     assert (options_of(found).audit, options_of(found).verify) == (True, True)
     told = faults(tmp_path, 'model = "owner/name"\naudit = "no"\n' + engines)
-    assert told == ['2: audit: true or false belongs here, not "no"']
+    assert told == ['2: audit: expected true or false, got "no"']
 
 
 def test_a_path_is_meant_from_the_recipes_folder(tmp_path: Path) -> None:
@@ -165,22 +165,22 @@ target = "sm86"
     expected = """\
 1: model: missing
 1: precission: unknown key 'precission': did you mean precision
-2: precision: 'fp32' or 'fp16' or 'bf16' belongs here, not "int8"
+2: precision: expected 'fp32' or 'fp16' or 'bf16', got "int8"
 3: name: '../up' names the bundle's folder
 6: engines[0].backend: unknown backend 'tensort': did you mean tensorrt
 7: engines[0].targets: unknown key 'targets': did you mean target?
 10: engines[0].batch[1]: batch 'four': 4, 1:4 or 1:2:4 is the form
-11: engines[0].batch[2]: a number or text such as '1:4' belongs here, not true
+11: engines[0].batch[2]: expected a number or text such as '1:4', got true
 16: engines[1].target[1]: unknown target 'ampere'
 17: engines[1].size[1]: size '512': WIDTHxHEIGHT in pixels is the form
 17: engines[1].size[2]: width 512:512:256: MIN, OPT and MAX must rise
 18: engines[1].options.level: unknown key 'level': known: optimization_level
-18: engines[1].options.optimization_level: 9: 0 (quickest build) to 5
-18: engines[1].options.strip: text, a whole number, true or false belongs here, not 1.5
-18: engines[1].options.workspace: "lots": bytes
-19: engines[1].guidance: 'on' or 'off' or 'any' belongs here, not true
+18: engines[1].options.optimization_level: 9: expected 0 (quickest build) to 5
+18: engines[1].options.strip: expected text, a whole number, true or false, got 1.5
+18: engines[1].options.workspace: "lots": expected bytes
+19: engines[1].guidance: expected 'on' or 'off' or 'any', got true
 21: engines[1].components.unt: unknown key 'unt': did you mean unet?
-22: engines[1].components.vae_encoder: false (no engine of it) or a table belongs here, not true
+22: engines[1].components.vae_encoder: expected false (no engine of it) or a table, got true
 24: engines[1].components.vae_decoder.batch: batch 0:0:0: MIN, OPT and MAX must rise from 1
 25: engines[1].components.vae_decoder.target: unknown key 'target': known: batch, guidance, options, size
 """.splitlines()
@@ -193,18 +193,18 @@ target = "sm86"
     ("text", "told"),
     [
         ("", ["1: engines: missing", "1: model: missing"]),
-        ('model = ""\n[[engines]]\nbackend = "fake"', ['1: model: text belongs here, not ""']),
-        (HEAD + "engines = 3", ["2: engines: [[engines]] tables belong here"]),
-        (HEAD + "[engines]", ["2: engines: [[engines]] tables belong here"]),
-        (HEAD + "engines = [3]", ["2: engines[0]: a table belongs here, not 3"]),
+        ('model = ""\n[[engines]]\nbackend = "fake"', ['1: model: expected text, got ""']),
+        (HEAD + "engines = 3", ["2: engines: expected [[engines]] tables"]),
+        (HEAD + "[engines]", ["2: engines: expected [[engines]] tables"]),
+        (HEAD + "engines = [3]", ["2: engines[0]: expected a table, got 3"]),
         (HEAD + "[[engines]]\nsize = []", ["2: engines[0].backend: missing", "3: engines[0].size: the list is empty"]),
-        (HEAD + '[[engines]]\nbackend = "fake"\noptions = 1', ["4: engines[0].options: a table belongs here, not 1"]),
-        (HEAD + '[[engines]]\nbackend = "fake"\ncomponents = 1', ["4: engines[0].components: a table belongs here, not 1"]),
+        (HEAD + '[[engines]]\nbackend = "fake"\noptions = 1', ["4: engines[0].options: expected a table, got 1"]),
+        (HEAD + '[[engines]]\nbackend = "fake"\ncomponents = 1', ["4: engines[0].components: expected a table, got 1"]),
         (
             HEAD + '[[engines]]\nbackend = "onnxruntime"\noptions = { a = 1 }',
             ["4: engines[0].options.a: unknown key 'a': there is"],
         ),
-        (HEAD + "[[engines]]\nbackend = 1979-05-27", ['3: engines[0].backend: text belongs here, not "1979-05-27"']),
+        (HEAD + "[[engines]]\nbackend = 1979-05-27", ['3: engines[0].backend: expected text, got "1979-05-27"']),
     ],
 )
 def test_other_faults(text: str, told: list[str], tmp_path: Path) -> None:

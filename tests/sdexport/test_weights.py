@@ -209,7 +209,7 @@ def entry(first: object, last: object, shape: object = (1,), dtype: object = "F3
         ({"x": entry(0, 0, [1 << 60, 0])}, "shape"),
         ({"x": entry(0, 4, "1")}, "shape"),
         ({"x": entry(0, 4, [1], ["F32"])}, "dtype"),
-        ({"x": entry(0, 4) | {"more": 1}}, "belong there"),
+        ({"x": entry(0, 4) | {"more": 1}}, "expected dtype, shape and data_offsets"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"x":' * 100_000, "nested too deeply"),
         (b'{"x": {"dtype": "F32", "shape": [' + b"1" * 5000 + b'], "data_offsets": [0, 4]}}', "damaged"),

@@ -42,7 +42,7 @@ void write_string(std::string &out, const std::string &text) {
     out += '"';
 }
 
-[[noreturn]] void wrong_type(const char *wanted) { throw JsonError(std::string("JSON: ") + wanted + " belongs here"); }
+[[noreturn]] void wrong_type(const char *wanted) { throw JsonError(std::string("JSON: expected ") + wanted); }
 
 // What a variant holds, where it is a T.
 template <class T, class Variant>
@@ -115,16 +115,16 @@ private:
         if (take('}')) return Json(std::move(found));
         do {
             space();
-            if (!take('"')) fail("a key belongs here");
+            if (!take('"')) fail("expected a key");
             std::string key = string();
             for (const auto &[other, unused] : found)
                 if (other == key) fail("the key \"" + key + "\" comes twice");
             space();
-            if (!take(':')) fail("':' belongs here");
+            if (!take(':')) fail("expected ':'");
             found.emplace_back(std::move(key), value(depth + 1));
             space();
         } while (take(','));
-        if (!take('}')) fail("',' or '}' belongs here");
+        if (!take('}')) fail("expected ',' or '}'");
         return Json(std::move(found));
     }
 
@@ -136,7 +136,7 @@ private:
             found.push_back(value(depth + 1));
             space();
         } while (take(','));
-        if (!take(']')) fail("',' or ']' belongs here");
+        if (!take(']')) fail("expected ',' or ']'");
         return Json(std::move(found));
     }
 
@@ -183,7 +183,7 @@ private:
     size_t digits() {
         const size_t from = at_;
         while (peek() >= '0' && peek() <= '9') ++at_;
-        if (at_ == from) fail("a value belongs here");
+        if (at_ == from) fail("expected a value");
         return at_ - from;
     }
 

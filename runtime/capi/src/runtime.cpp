@@ -24,7 +24,7 @@ constexpr auto TIME_TO_CLOSE = 60s;  // for a worker to end its step, before it 
 sdr_open_params checked(sdr_open_params params) {
     if (!params.bundle) throw usage(SDR_REASON_BAD_ARGUMENT, "bundle is NULL");
     if (params.isolation != SDR_ISOLATION_IN_PROCESS && params.isolation != SDR_ISOLATION_PROCESS)
-        throw usage(SDR_REASON_BAD_ARGUMENT, "isolation " + std::to_string(params.isolation) + ": SDR_ISOLATION_IN_PROCESS or SDR_ISOLATION_PROCESS belongs here");
+        throw usage(SDR_REASON_BAD_ARGUMENT, "isolation " + std::to_string(params.isolation) + ": expected SDR_ISOLATION_IN_PROCESS or SDR_ISOLATION_PROCESS");
     if (params.stream && params.isolation == SDR_ISOLATION_PROCESS)
         throw usage(SDR_REASON_UNSUPPORTED, "stream: a CUDA stream belongs to one process; open with SDR_ISOLATION_IN_PROCESS");
     if (!params.queue) params.queue = USUAL_QUEUE;

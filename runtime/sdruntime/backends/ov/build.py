@@ -29,7 +29,7 @@ def _computed_in(text: str) -> str | None:
     return text if text in ("f32", "bf16") else None
 
 
-# name: (how its text is read, what belongs there)
+# name: (how its text is read, what is expected)
 OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "inference_precision": (_computed_in, "f32, or bf16 where the CPU has it; f32 where left out"),
 }
@@ -70,7 +70,7 @@ def read_options(options: Mapping[str, str]) -> dict[str, Any]:
     read = {key: OPTIONS[key][0](text) for key, text in options.items()}
     for key, value in read.items():
         if value is None:
-            raise SettingError(f"option {key}={options[key]}: {OPTIONS[key][1]} belongs there")
+            raise SettingError(f"option {key}={options[key]}: expected {OPTIONS[key][1]}")
     return read
 
 

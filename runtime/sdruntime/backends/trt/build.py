@@ -42,7 +42,7 @@ def _tiling(text: str) -> str | None:
     return text if text in ("none", "fast", "moderate", "full") else None
 
 
-# name: (how its text is read, what belongs there)
+# name: (how its text is read, what is expected)
 OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "optimization_level": (_level, "0 (quickest build) to 5; TensorRT's own default is 3"),
     "workspace": (_size, "bytes that a layer may use for scratch, such as 512M or 4G"),
@@ -107,7 +107,7 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
         parse, form = OPTIONS[key]
         read[key] = parse(text)
         if read[key] is None:
-            raise SettingError(f"option {key}={text}: {form} belongs there")
+            raise SettingError(f"option {key}={text}: expected {form}")
     rtx = FLAVOURS[name].ahead
     lacking = {
         "version_compatible": "it ships no lean runtime" if rtx else None,

@@ -257,7 +257,7 @@ def _check_tensors(trt: Any, plan: Plan, bundle: Bundle, spec: EngineSpec, compo
             kind = plan.engine.get_tensor_dtype(tensor.name)
             if plan.engine.get_tensor_mode(tensor.name) != mode or kind != getattr(trt.DataType, _DTYPES[tensor.dtype]):
                 faults.append(
-                    f"{spec.name}: tensor {tensor.name!r} is {kind.name}, but {tensor.dtype} {mode.name.lower()} belongs"
+                    f"{spec.name}: tensor {tensor.name!r} is {kind.name}, expected {tensor.dtype} {mode.name.lower()}"
                 )
     if faults:
         raise BundleError(bundle.folder, faults)
