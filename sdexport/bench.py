@@ -18,8 +18,9 @@ from typing import Any
 from sdexport import __version__
 from sdexport.contestant import Contestant, pictures_of
 from sdexport.drawers import TORCH
-from sdexport.errors import BenchError
+from sdexport.errors import BenchError, EnvironmentFault
 from sdexport.hub import locate
+from sdexport.reference import missing
 from sdexport.subject import bare, chosen, costs, draws_unguided, machine_of, parts
 from sdexport.timing import Turn, call_dims, in_turn, psnr, summary
 from sdruntime import processor
@@ -27,6 +28,7 @@ from sdruntime.backends import BACKENDS, OFFERED
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine
+from sdruntime.engine import CPU
 from sdruntime.errors import EngineError, SdruntimeError, SettingError, UnknownName
 from sdruntime.manifest import EngineSpec, Manifest
 from sdruntime.pipeline import SCHEDULER
@@ -82,14 +84,6 @@ class Entry:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-def size_of(text: str) -> tuple[int, int]:
-    """(width, height) of "512x768". Raises SettingError."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise SettingError(f"size {text!r}: WIDTHxHEIGHT in pixels belongs here, such as 512x512")
-    return int(sides[0]), int(sides[1])
-
-
 def bench(
     folder: Path,
     settings: Settings,
@@ -109,6 +103,10 @@ def bench(
     for name in against:
         if name not in TORCH and name not in BACKENDS:
             raise UnknownName("rival", name, [*TORCH, *OFFERED])
+    if not (torches := [name for name in against if name in TORCH]) and model is not None:
+        raise SettingError(f"model {model} without a rival that runs it: add --against torch")
+    if torches and (lacking := missing(CPU)):
+        raise EnvironmentFault(f"{torches[0]} cannot run here: {lacking}: pip install torch diffusers transformers")
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     size = settings.size or manifest.model.default_size[::-1]

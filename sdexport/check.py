@@ -88,14 +88,15 @@ def bench(
     for path, option in ((markdown, "--markdown"), (picture, "--picture")):
         if path is not None:
             check_output(path, option)
-    from sdexport.bench import Settings, size_of
+    from sdexport.bench import Settings
     from sdexport.bench import bench as events
     from sdexport.chart import busy_warning, svg
     from sdexport.chart import markdown as lines
     from sdruntime.durable import replace_file
+    from sdruntime.shapes import parse_size
 
     settings = Settings(
-        size=size_of(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
+        size=parse_size(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
     )
     found = _measured(events(bundle, settings, **options), shown)
     if markdown:

@@ -157,6 +157,8 @@ def table(options: argparse.Namespace) -> None:
 
     from sdruntime.bundle import Bundle
     from sdruntime.record import read_json
+    from sdruntime.samplers import meaning
+    from sdruntime.samplers.keys import check_options
     from sdruntime.table import compile_table
 
     if (options.bundle is None) == (options.config is None):
@@ -168,14 +170,12 @@ def table(options: argparse.Namespace) -> None:
             raise SettingError(f"--config {options.config}: {plain(error)}") from error
     else:
         config = Bundle.open(options.bundle).read_json("scheduler/scheduler_config.json")
-    made = compile_table(
-        config,
-        steps=options.steps,
-        sampler=options.sampler,
-        schedule=options.schedule,
-        strength=options.strength,
-        **sampler_options(options),
-    )
+    given = sampler_options(options)
+    check_options(given)
+    named = {"sampler": options.sampler, "schedule": options.schedule, **given}
+    made = compile_table(config, steps=options.steps, strength=options.strength, **named)
+    if line := meaning(config, **named):
+        options.progress.note(line)
     if options.json:
         document(table=json.loads(made.to_json()))
         return
@@ -201,13 +201,14 @@ def samplers(options: argparse.Namespace) -> None:
     if options.json:
         document(samplers=rows)
         return
+    width = max(map(len, SAMPLERS)) + 2
     for row in rows:
-        print(f"{row['name']:<16}{row['about']}")
+        print(f"{row['name']:<{width}}{row['about']}")
         if row["a1111"]:
-            print(f"{'':16}also {', '.join(row['a1111'])}")
+            print(f"{'':{width}}also {', '.join(row['a1111'])}")
         if row["diffusers"]:
             fixed = ", ".join(f"{key} {json.dumps(value)}" for key, value in row["settings"].items())
-            print(f"{'':16}diffusers: {row['diffusers']}{' with ' + fixed if fixed else ''}")
+            print(f"{'':{width}}diffusers: {row['diffusers']}{' with ' + fixed if fixed else ''}")
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from sdruntime.condition import cut_lines
 from sdruntime.denoise import Job, check_latents
@@ -128,6 +129,10 @@ class Batcher:
         self._jobs: dict[Job, _Entry] = {}  # the drawing thread's own
         self._thread = threading.Thread(target=self._draw, name="sdruntime-batcher", daemon=True)
 
+    def __repr__(self) -> str:
+        state = f"{len(self._held)} under way" if self._open else "not open"
+        return f"<Batcher of {self._pipe!r}, {state}>"
+
     def __enter__(self) -> Batcher:
         self._open = True
         self._thread.start()
@@ -143,8 +148,9 @@ class Batcher:
         progress: Callable[[Progress], object] | None = None,
         preview: bool = False,
         done: Callable[[Drawing], object] | None = None,
+        **settings: Any,
     ) -> Drawing:
-        """Put a request into the queue, or a prompt with the default settings and a random seed; it never waits.
+        """Put a request into the queue, or a prompt with the `settings` of a Request and a random seed; it never waits.
 
         What is wrong with its settings or its numbers is the drawing's exception. A call of several jobs that an engine fails is
         made again for each of them alone, and what that raises is the job's (on a GPU the loop has gone on: it is all of theirs).
@@ -152,9 +158,15 @@ class Batcher:
         `progress` is called when the job joins and after each of its steps, `done` at its end, both on the thread that draws (or,
         for a job that never ran, on the one that cancels or closes), which waits for them: be quick. What `progress` raises ends
         the job. `preview`: with the latents, which on a GPU waits for a copy.
-        Raises QueueFull, and SdruntimeError where the batcher is not open.
+        Raises QueueFull, SdruntimeError where the batcher is not open, SettingError for a setting that no request has.
         """
-        [request] = requests(request)
+        if not isinstance(request, str | Request):
+            raise SettingError(f"submit: expected text or a Request, got {type(request).__name__}")
+        if isinstance(request, Request) and settings:
+            raise SettingError(f"submit: a Request has its own settings; {', '.join(settings)} would have no effect")
+        if "count" in settings:
+            raise SettingError("submit: count: a submission is one image; submit it several times")
+        [request] = requests(request, **settings)
         drawing = Drawing(self)
         if done is not None:
             drawing.add_done_callback(done)  # type: ignore[arg-type]

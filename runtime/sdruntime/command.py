@@ -14,6 +14,22 @@ from sdruntime.errors import SettingError, UnknownName, plain, quoted
 
 SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
+# What other programs call an option of ours.
+ELSEWHERE = {
+    "width": "--size WxH",
+    "height": "--size WxH",
+    "cfg-scale": "--guidance",
+    "guidance-scale": "--guidance",
+    "scale": "--guidance",
+    "guidance-rescale": "--rescale",
+    "num-inference-steps": "--steps",
+    "num-images-per-prompt": "--count",
+    "negative-prompt": "--negative",
+    "denoising-strength": "--strength",
+    "init-image": "--image",
+    "scheduler": "--sampler",
+    "eta": "--option eta=0.5",
+}
 
 
 class UsageError(SettingError):
@@ -42,8 +58,12 @@ class Parser(argparse.ArgumentParser):
         found, left = super().parse_known_args(args, namespace)
         for each in left:
             if each.startswith("-") and each != "-":
+                name = each.partition("=")[0]
+                ours = ELSEWHERE.get(name.lstrip("-").replace("_", "-"), "")
+                if ours.partition(" ")[0] in self._option_string_actions:
+                    self.error(f"unknown option of {self.prog} {name!r}: write {ours}")
                 try:
-                    raise UnknownName(f"option of {self.prog}", each.partition("=")[0], self._option_string_actions)
+                    raise UnknownName(f"option of {self.prog}", name, self._option_string_actions)
                 except UnknownName as error:
                     self.error(str(error))
         return found, left

@@ -2,7 +2,7 @@
 
 Each folder of `sdruntime.backends` holds the same two files:
 
-    build.py    OPTIONS                                                its settings: how each is read, and what belongs there
+    build.py    OPTIONS                                                its settings: how each is read, and what is expected
                 resolve_target(name, target, precision, options)       the target's full name; refusals before the work
                 build_engine(bundle, request, folder)                  ONNX -> files: yields Stages, returns Built
     engine.py   open_engine(bundle, spec, options, shared) -> Engine   files -> Engine
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.errors import DeviceMissing, EngineError, SettingError, UnknownName
+from sdruntime.limits import MOST_THREADS
 from sdruntime.manifest import ComponentSpec, EngineSpec, Precision, Profile, TensorSpec
 
 Array = NDArray[Any]
@@ -84,7 +85,7 @@ class AroundEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine is opened. Raises SettingError for a negative number.
+    """How an engine is opened. Raises SettingError for a negative number, or too many threads.
 
     `threads` 0: the library decides. `session`: the library's own settings, by its own names.
 
@@ -104,7 +105,9 @@ class EngineOptions:
         for name in ("device", "threads", "memory"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise SettingError(f"{name} {value}: a number from 0 belongs here")
+                raise SettingError(f"{name} {value}: expected 0 or more")
+        if self.threads > MOST_THREADS:  # a library starts as many as it is told to
+            raise SettingError(f"threads {self.threads}: expected {MOST_THREADS} at most, or 0 for the library's own choice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +157,7 @@ class Library:
     missing: str = ""  # for a person: what is missing, and the line that installs it
 
 
-# name: (how its text is read, what belongs there)
+# name: (how its text is read, what is expected)
 BackendOptions = Mapping[str, tuple[Callable[[str], Any], str]]
 
 
@@ -233,7 +236,7 @@ def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Arra
         if not fits:
             shape = ", ".join(map(str, tensor.shape))
             raise EngineError(
-                f"{spec.component}.{name}: {array.dtype} {list(array.shape)}, but {tensor.dtype} [{shape}] belongs here"
+                f"{spec.component}.{name}: expected {tensor.dtype} [{shape}], got {array.dtype} {list(array.shape)}"
             )
     return dims
 

@@ -17,7 +17,7 @@ from sdruntime.engine import CPU, Engine, EngineOptions, Shared, Stage
 from sdruntime.errors import EngineError, SdruntimeError
 from sdruntime.manifest import EngineSpec
 from sdruntime.plan import memory_plan
-from sdruntime.speed import cpu_speeds
+from sdruntime.speed import cpu_speeds, to_measure
 from sdruntime.step import NAME as STEP
 
 KEPT_CHOICES = 256
@@ -77,7 +77,8 @@ class Engines:
         if self._backend == AUTO:
             warn_if_slow(self.chosen, self._machine, self.bundle.folder)
             if self._compares_speeds():
-                yield Stage(name="compare the speed of the engines for the CPU")
+                if to_measure(self.bundle, self._machine, self.options):
+                    yield Stage(name="compare the speed of the engines for the CPU")
                 self._compare_speeds()
         self.opened = {}
         self._check_memory()

@@ -35,8 +35,9 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
 def generate(options: argparse.Namespace) -> None:
     from sdruntime import outputs
     from sdruntime.image import png_from_image
-    from sdruntime.pipeline import Pipeline
+    from sdruntime.pipeline import SCHEDULER, Pipeline
     from sdruntime.request import requests
+    from sdruntime.samplers import meaning
     from sdruntime.shapes import parse_size
 
     if options.fit is not None and options.image is None:
@@ -84,6 +85,9 @@ def generate(options: argparse.Namespace) -> None:
         with contextlib.closing(pipe):
             images: list[Image] = []  # of a sheet
             remaining = iter(places)
+            named = {"sampler": options.sampler, "schedule": options.schedule, **settings["options"]}
+            if not options.json and (line := meaning(pipe.bundle.read_json(SCHEDULER), **named)):
+                shown.note(line)
             for result in drawn(pipe, asked, shown):
                 if options.grid:
                     images += result.images

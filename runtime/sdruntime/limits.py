@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 LARGEST_SIDE = 16_384  # pixels
 # of a profile's dimensions, those of images and latents
 MOST: Mapping[str, int] = {"batch": 1024, "jobs": 1024, "width": LARGEST_SIDE, "height": LARGEST_SIDE}
+MOST_THREADS = 1024
 LARGEST_DIM, MOST_AXES = 1 << 28, 8  # of any tensor or profile
 MODEL: tuple[tuple[str, float, float], ...] = (
     ("scaling_factor", 1e-6, 1e6),

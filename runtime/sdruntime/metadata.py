@@ -41,12 +41,14 @@ MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 class Origin:
     """What generated an image, beside its request. `sampler`, `schedule`: AUTOMATIC1111's names, ours where it has none.
 
-    `spacing`: the timestep_spacing in use, "" with a schedule. `backend`: the UNet's engine library, its version and target.
+    `ours`: our name of a schedule that shares its name there with another. `spacing`: the timestep_spacing in use, "" with a
+    schedule. `backend`: the UNet's engine library, its version and target.
     """
 
     model: str
     sampler: str
     schedule: str = AUTOMATIC
+    ours: str = ""
     spacing: str = ""
     backend: str = ""
     precision: str = ""
@@ -64,6 +66,7 @@ class Origin:
             model=model,
             sampler=name,
             schedule=A1111_SCHEDULES[kind] if kind else plain,
+            ours="lu" if kind == "lu" else "",  # "Exponential" there, as is our exponential
             spacing=spacing,
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
             precision=unet.precision if unet else "",
@@ -84,6 +87,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Model": origin.model,
         "Denoising strength": None if request.pixels is None else request.strength,
         "Init image hash": None if request.pixels is None else image_hash(request.pixels),
+        "Schedule": origin.ours or None,
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,
         "CFG Rescale": request.rescale or None,

@@ -10,13 +10,14 @@ from numbers import Integral, Real
 from typing import Any
 
 from sdruntime.engine import Array
-from sdruntime.errors import SettingError, UnknownName, shown
+from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
 from sdruntime.imagefile import FITS, Fit, ImageLike, pixels_from
 from sdruntime.limits import LARGEST_SIDE
 from sdruntime.samplers.keys import check_options
 
 LARGEST_SEED = 2**64 - 1
 LARGEST_GUIDANCE = 100  # models are used with 1 to 30
+STRENGTH = 0.8
 MOST_IMAGES = 10_000  # of one call
 # What diffusers' pipelines call what is a setting here.
 DIFFUSERS: Mapping[str, str] = {
@@ -32,7 +33,17 @@ DIFFUSERS: Mapping[str, str] = {
     "scheduler": "sampler=…",
     "output_type": "image.pixels for an array, image.save(path) for a file",
     "callback_on_step_end": "a loop over pipe.stream(…)",
+    "num_images": "count=…",
+    "cfg_scale": "guidance=…",
+    "denoising_strength": "strength=…",
+    "init_image": "image=…",
 }
+# Settings of diffusers' pipelines that are not supported.
+UNSUPPORTED = (
+    *("latents", "timesteps", "sigmas", "prompt_2", "negative_prompt_2", "clip_skip", "cross_attention_kwargs", "return_dict"),
+    *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    *("mask_image", "control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -57,18 +68,21 @@ class Request:
     size: tuple[int, int] | None = None
     image: ImageLike | None = None
     fit: Fit | None = None
-    strength: float = 0.8
+    strength: float = STRENGTH
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
             text = getattr(self, name)
             if not isinstance(text, str) and not (name == "negative" and text is None):
-                raise SettingError(f"{name}: text belongs here, not {type(text).__name__}")
+                raise SettingError(f"{name}: expected text, got {type(text).__name__}")
         for name in ("guidance", "rescale", "strength"):
             _check_number(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed <= LARGEST_SEED:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise SettingError(f"seed {shown(self.seed)}: expected a whole number")
+        if not 0 <= self.seed <= LARGEST_SEED:
             raise SettingError(f"seed {shown(self.seed)} is outside 0 to {LARGEST_SEED}")
+        object.__setattr__(self, "seed", int(self.seed))
         if self.size is not None:
             _check_size(self.size)
         if not 0 <= self.guidance <= LARGEST_GUIDANCE:
@@ -77,6 +91,8 @@ class Request:
             raise SettingError(f"rescale {self.rescale} is outside 0 to 1")
         if not 0 < self.strength <= 1:
             raise SettingError(f"strength {self.strength} is outside 0 (excluded) to 1")
+        if not isinstance(self.options, Mapping):
+            raise SettingError(f'options {shown(self.options)}: expected a mapping, such as {{"eta": 0.5}}')
         check_options(self.options)
         if self.fit is not None and self.fit not in FITS:
             raise UnknownName("fit", str(self.fit), FITS)
@@ -108,9 +124,12 @@ class Request:
 def unused_lines(asked: Sequence[Request]) -> list[str]:
     """A line for each setting of the requests that has no effect."""
     unguided = [each for each in asked if not each.guided]
+    without = [each for each in asked if each.pixels is None]
     found = [("the negative prompt", each) for each in unguided if each.negative]
     found += [(f"rescale {each.rescale:g}", each) for each in unguided if each.rescale]
     lines = [f"{what} has no effect at guidance {each.guidance:g}: it takes a guidance over 1" for what, each in found]
+    lines += [f"strength {each.strength:g} has no effect without an image" for each in without if each.strength != STRENGTH]
+    lines += [f"fit {each.fit!r} has no effect without an image" for each in without if each.fit is not None]
     return list(dict.fromkeys(lines))
 
 
@@ -126,7 +145,7 @@ def _check_number(name: str, value: Any) -> None:
 def _check_size(size: Any) -> None:
     sides = tuple(size) if isinstance(size, tuple | list) else ()
     if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
-        raise SettingError(f"size {shown(size)}: (width, height) in pixels belongs here")
+        raise SettingError(f"size {shown(size)}: expected (width, height) in pixels")
     if max(sides) > LARGEST_SIDE:
         raise SettingError(f"size {shown(size)}: a side is above {LARGEST_SIDE:,} pixels")
 
@@ -138,9 +157,14 @@ def requests(
 
     `seed` None: a random one. A Request among the prompts stands for itself, with its own seed and settings. Raises SettingError.
     """
+    if not isinstance(prompt, str | Request | Sequence) or isinstance(prompt, bytes):
+        raise SettingError(f"prompt: expected text, a Request or a list of them, got {type(prompt).__name__}")
     prompts = [prompt] if isinstance(prompt, str | Request) else list(prompt)
     if not prompts:
         raise SettingError("no prompt was given")
+    for name, value in (("count", count), ("seed", 0 if seed is None else seed)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise SettingError(f"{name} {shown(value)}: expected a whole number")
     if not 1 <= count * len(prompts) <= MOST_IMAGES:
         limit = f"from 1 to {MOST_IMAGES:,} images in one call; the next call goes on with another seed"
         raise SettingError(f"count {count} of {len(prompts)} prompt{'s' if len(prompts) != 1 else ''}: {limit}")
@@ -164,6 +188,8 @@ def check_names(settings: Iterable[str]) -> None:
     for name in settings:
         if name in DIFFUSERS:
             raise SettingError(f"unknown setting {name!r}: write {DIFFUSERS[name]}")
+        if name in UNSUPPORTED:
+            raise Unsupported(f"setting {name!r} of diffusers is not supported")
         if name not in known:
             raise UnknownName("setting", name, ["count", *known])
 

@@ -74,7 +74,8 @@ class Result:
     folder: Path | None = field(default=None, repr=False)  # of the bundle, for the commands that a warning names
 
     def __repr__(self) -> str:
-        return f"<Result of {len(self.images)} images, seeds {short(self.seeds)[1:-1]}>"
+        many = "s" if len(self.images) != 1 else ""
+        return f"<Result of {len(self.images)} image{many}, seed{many} {short(self.seeds)[1:-1]}>"
 
     @property
     def warnings(self) -> tuple[str, ...]:

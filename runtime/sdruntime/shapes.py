@@ -65,6 +65,8 @@ class Shapes:
                 raise SettingError(f"size {size}: {side} is not a multiple of {smallest}")
         batches = []
         for each in batch.split(","):
+            if any(len(part) > 4 for part in each.split(":") if part.isdecimal()):
+                raise SettingError(f"batch {batch!r}: more than 9999 images in one call")
             if not re.fullmatch(r"\d{1,4}(:\d{1,4}){0,2}", each):
                 raise SettingError(f"batch {batch!r}: 4, 1:4 or 1:2:4 is the form (min:opt:max images), or a list such as 1,2,4")
             batches.append(_triple([int(part) for part in each.split(":")], f"batch {each!r}"))
@@ -144,7 +146,7 @@ def parse_bytes(text: str) -> int:
     """Bytes, from a number with K, M or G (of 1024) behind it, or without. Raises SettingError."""
     found = re.fullmatch(r"(\d{1,12})([KMG]?)", text)
     if found is None:
-        raise SettingError(f"{text!r}: a number of bytes belongs here, such as 600M or 4G")
+        raise SettingError(f"{text!r}: expected a number of bytes, such as 600M or 4G")
     return int(found[1]) * _UNITS[found[2]]
 
 

@@ -70,6 +70,12 @@ class Race:
         write_cached(self.name, json.dumps({"dims": dict(self.dims), "seconds": dict(seconds)}).encode())
 
 
+def to_measure(bundle: Bundle, machine: Machine, options: EngineOptions) -> bool:
+    """Whether `cpu_speeds` would time engines now."""
+    race = Race.of(bundle, machine, threads=options.threads) if options.measure and not options.session else None
+    return race is not None and race.kept() is None
+
+
 def cpu_speeds(bundle: Bundle, machine: Machine, options: EngineOptions) -> dict[str, float]:
     """Seconds of a UNet call by kind of engine: what was kept, else measured now. Empty where there is nothing to compare, where
     `options` say not to measure, and where the memory for all of them is not there."""

@@ -18,6 +18,7 @@ from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.image import write_png
 from sdruntime.imagefile import read_image
+from sdruntime.samplers import SAMPLERS
 
 
 @pytest.fixture
@@ -120,6 +121,16 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--sampler", "euler", "--schedule", "karas"], 2, "karras"),
         (["--option", "eta"], 2, "KEY=VALUE"),
         (["--option", "etta=1"], 2, "etta"),
+        (
+            ["--sampler", "DPM++ 2M Karras", "--schedule", "beta"],
+            2,
+            "sampler 'DPM++ 2M Karras' names the schedule karras already",
+        ),
+        (["--schedule", "Automatic"], 2, "omit the schedule for the checkpoint's own timesteps"),
+        (["--threads", "1000000"], 2, "threads 1000000: expected 1024 at most, or 0"),
+        (["--cfg-scale", "3"], 2, "unknown option of sdruntime generate '--cfg-scale': write --guidance"),
+        (["--width", "64"], 2, "'--width': write --size WxH"),
+        (["--eta=1"], 2, "'--eta': write --option eta=0.5"),
         (["--guidance", "nan"], 2, "guidance nan is not a finite number"),
         (["--strength", "0"], 2, "strength"),
         (["--seed", "-1"], 2, "seed -1 is outside 0 to"),
@@ -221,6 +232,26 @@ def test_a_scheduler_that_no_table_expresses_is_refused_by_name(
     config.write_text(json.dumps(SCHEDULER | {key: value}))
     assert main(["table", "--config", str(config)]) == 2
     assert key in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["schedule=karras", "sampler=euler", "steps=5", "strength=0.5", "config=1", "beta_start=0.1"])
+def test_a_table_takes_the_options_of_a_request_alone(bundle: Bundle, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["table", str(bundle.folder), "--option", option]) == 2
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_class_that_samplers_share_says_which_is_meant(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["table", str(ready)], ["generate", str(ready), "x", "-o", str(tmp_path / "out.png"), "--backend", "fake"]):
+        assert main([*arguments, "--steps", "3", "--sampler", "DPMSolverMultistep"]) == 0
+        assert "DPMSolverMultistepScheduler with these settings is dpmpp_2m\n" in capsys.readouterr().err
+    assert main(["table", str(ready), "--sampler", "EulerDiscreteScheduler"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_names_of_samplers_stand_apart_from_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["samplers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line[: line.index("  ")] for line in lines if not line.startswith(" ")} == set(SAMPLERS)
 
 
 def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path: Path) -> None:

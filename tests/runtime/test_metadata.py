@@ -149,7 +149,7 @@ def again(found: dict[str, str]) -> list[str]:
     optional = {"--negative": "Negative prompt", "--rescale": "CFG Rescale", "--strength": "Denoising strength"}
     arguments += [part for flag, key in optional.items() if found.get(key) for part in (flag, found[key])]
     if "Timestep spacing" not in found and found["Schedule type"] != "Automatic":
-        arguments += ["--schedule", found["Schedule type"]]
+        arguments += ["--schedule", found.get("Schedule", found["Schedule type"])]
     options = json.loads(found.get("Sampler options", "{}"))
     for key in found.keys() & {"Eta", "Eta DDIM"}:
         options["eta"] = float(found[key])
@@ -163,6 +163,7 @@ def again(found: dict[str, str]) -> list[str]:
         ["--sampler", "DPM++ 2M Karras", "--rescale", "0.7", "--guidance", "9.125", "--negative", "a, b"],
         ["--sampler", "dpmpp_2m", "--option", "solver_order=3", "--option", "euler_at_final=true"],
         ["--sampler", "euler", "--schedule", "sgm_uniform"],
+        ["--sampler", "euler", "--schedule", "lu"],
         ["--image", "start.png", "--strength", "0.6", "--sampler", "Euler a"],
     ],
     ids=" ".join,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
+import numpy as np
 import pytest
 
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.request import Request
+from sdruntime.request import Request, requests, unused_lines
 from sdruntime.samplers import SAMPLERS
 from sdruntime.samplers.keys import OPTIONS, TRAINING
 from sdruntime.table import MOST_STEPS, compile_table
@@ -42,6 +44,35 @@ def test_a_request_cannot_change_how_the_model_was_trained(key: str, value: obje
 def test_other_names_are_not_options(key: str) -> None:
     with pytest.raises(UnknownName, match=f"sampler option '{key}'"):
         Request(prompt="a cat", options={key: 1})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "told"),
+    [
+        (3, {}, "prompt: expected text, a Request or a list of them, got int"),
+        (None, {}, "prompt: expected text"),
+        (b"a cat", {}, "prompt: expected text, a Request or a list of them, got bytes"),
+        ("a cat", {"count": 1.5}, "count 1.5: expected a whole number"),
+        ("a cat", {"count": "2"}, "count '2': expected a whole number"),
+        ("a cat", {"seed": [1, 2]}, r"seed \[1, 2\]: expected a whole number"),
+        ("a cat", {"seed": 1.0}, "seed 1.0: expected a whole number"),
+        ("a cat", {"options": "eta=1"}, "options 'eta=1': expected a mapping"),
+        ("a cat", {"mask_image": None}, "setting 'mask_image' of diffusers is not supported"),
+        ("a cat", {"latents": None}, "setting 'latents' of diffusers is not supported"),
+    ],
+)
+def test_values_of_another_type_are_setting_errors(prompt: Any, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        requests(prompt, **settings)
+
+
+def test_settings_of_an_image_without_one_are_reported() -> None:
+    found = unused_lines([Request(prompt="a cat", strength=0.3, fit="crop"), Request(prompt="a cat")])
+    assert found == ["strength 0.3 has no effect without an image", "fit 'crop' has no effect without an image"]
+
+
+def test_a_seed_of_numpy_is_a_plain_number() -> None:
+    assert repr(Request(prompt="a cat", seed=np.int64(4)).seed) == "4"  # type: ignore[arg-type]
 
 
 def test_names_are_text() -> None:

@@ -55,4 +55,5 @@ def test_a_repr_is_one_short_line(prompt: str, shown: str) -> None:
     made = image(prompt=prompt)
     assert repr(made) == f"<Image 6x4, seed 7, {shown}>"
     assert repr(Result(images=(made, image(8)))) == "<Result of 2 images, seeds 7, 8>"
+    assert repr(Result(images=(made,))) == "<Result of 1 image, seed 7>"
     assert len(repr(Result(images=(made,) * 1000))) < 80

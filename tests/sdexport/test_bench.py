@@ -18,7 +18,7 @@ from sdexport_cli import run
 
 from sdexport import bench as module
 from sdexport import contestant, timing
-from sdexport.bench import cold_starts, ratios, size_of
+from sdexport.bench import cold_starts, ratios
 from sdexport.chart import markdown, svg
 from sdexport.errors import BenchError
 from sdexport.subject import costs
@@ -26,7 +26,6 @@ from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine
 from sdruntime.cuda import Device
-from sdruntime.errors import SettingError
 from sdruntime.manifest import EngineSpec
 
 PARTS = ("import_s", "load_s", "warmup_s")
@@ -207,6 +206,7 @@ def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
     )
     on_cpu = dataclasses.replace(spec, component="vae_decoder", backend="onnxruntime", target="cpu")
     found = costs(bundle, [spec, on_cpu], here, guidance=7.5, batch=2, unguided=True)
+    assert sum(f"sdexport build path/to/checkpoint --precision fp16 -o {bundle.folder}" in line for line in found) == 1
     for said in ("draws without", "vae_decoder on the CPU although A GPU", "unet in fp32 on a GPU", "range of shapes", "2 times"):
         assert sum(said in line for line in found) == 1
     assert all("\n" not in line for line in found)
@@ -221,6 +221,7 @@ def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
         (["--size", "64"], 2, "WIDTHxHEIGHT"),
         (["--steps", "0"], 2, "steps 0: must be at least 1"),
         (["--seconds", "nan"], 2, "seconds nan: must be at least 1"),
+        (["--model", "somewhere"], 2, "model somewhere without a rival that runs it: add --against torch"),
         ([], 5, "no engine of text_encoder fits this machine"),
     ],
 )
@@ -231,10 +232,14 @@ def test_bad_input_gets_one_message_and_its_code(tmp_path: Path, arguments: list
     assert said in result.stderr
 
 
-def test_sizes_are_read() -> None:
-    assert size_of("512x768") == (512, 768)
-    with pytest.raises(SettingError):
-        size_of("0x64")
+def test_a_rival_that_is_not_installed_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle").folder
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    result = run("bench", bundle, "--against", "torch", "--model", "somewhere")
+    assert result.exit_code == 3
+    assert "torch cannot run here: diffusers is not installed: pip install" in result.stderr
 
 
 def test_a_bundle_is_left_as_it_was(document: dict[str, Any], sd1_bundle: Path) -> None:

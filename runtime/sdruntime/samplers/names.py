@@ -48,6 +48,12 @@ def _flow_form(name: str, base: Sampler) -> Sampler:
 ALL = (*ROWS, *(_flow_form(f"flow_{row.name}", row) for row in ROWS if row.name in ("dpmpp_2m", "unipc")))
 SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ALL}
 _SCHEDULES = {folded(name): name for name in SCHEDULES} | {"uniform": "normal"}  # AUTOMATIC1111's word for the same levels
+# AUTOMATIC1111's and ComfyUI's words for what is no schedule here
+_NO_SCHEDULES = {
+    "automatic": "omit the schedule for the checkpoint's own timesteps; the web UI takes Karras for most DPM++ samplers",
+    "ddim": "omit the schedule, with the sampler option timestep_spacing leading",
+    "ddimuniform": "omit the schedule, with the sampler option timestep_spacing leading",
+}
 
 
 def _named(rows: Iterable[Sampler]) -> dict[str, tuple[Sampler, Mapping[str, Any]]]:
@@ -84,6 +90,8 @@ def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
 def resolve_schedule(name: str) -> str:
     """Return our name of a schedule ("Karras", "SGM Uniform"). Raises UnknownName with similar names."""
     found = _SCHEDULES.get(folded(name))
+    if found is None and (instead := _NO_SCHEDULES.get(folded(name))):
+        raise SettingError(f"schedule {name!r}: {instead}")
     if found is None:
         raise UnknownName("schedule", name, SCHEDULES)
     return found
@@ -104,6 +112,20 @@ def identified(
     return max(fitting, key=lambda each: len(each.implied), default=None), None if kind == "flow" else kind
 
 
+def meaning(config: Mapping[str, Any], *, sampler: str | None = None, schedule: str | None = None, **options: Any) -> str:
+    """Return a line that says which sampler is meant by a diffusers class that several have; else "".
+
+    Raises SettingError.
+    """
+    named = None if sampler is None else resolve(sampler)[0].diffusers
+    if named is None or folded(str(sampler)) not in (folded(named), folded(named.removesuffix("Scheduler"))):
+        return ""
+    if sum(row.diffusers == named for row in ALL) < 2:
+        return ""
+    row, _ = identified(config, sampler=sampler, schedule=schedule, **options)
+    return f"{named} with these settings is {row.name}" if row else f"{named} with these settings has no name of its own"
+
+
 def settled(
     config: Mapping[str, Any], *, sampler: str | None = None, schedule: str | None = None, **options: Any
 ) -> tuple[Sampler, dict[str, Any]]:
@@ -114,12 +136,16 @@ def settled(
     if not isinstance(config, Mapping):
         raise SettingError(f"scheduler_config.json holds a {type(config).__name__}: it must be an object with keys")
     name = sampler if sampler is not None else config.get("_class_name")
+    if sampler is not None and not isinstance(sampler, str):
+        raise SettingError(f"sampler: expected a name, got {type(sampler).__name__}")
     if not isinstance(name, str):
         raise SettingError("scheduler_config.json has no _class_name: name a sampler")
     found, implied = resolve(name)
     given = {**implied, **options, **({} if schedule is None else {"schedule": schedule})}
     if isinstance(given.get("schedule"), str):
         given["schedule"] = resolve_schedule(given["schedule"])
+    if schedule is not None and (other := implied.get("schedule", given["schedule"])) != given["schedule"]:
+        raise SettingError(f"schedule {schedule!r}: sampler {name!r} names the schedule {other} already: give one of them")
     if given.get("schedule") and not found.takes_schedule:
         raise SettingError(f"schedule {given['schedule']!r}: {found.name} keeps to the trained timesteps and takes none")
     return found, found.settings(config, given)
