@@ -267,7 +267,10 @@ def test_a_file_that_unpacks_to_gigabytes_is_refused_before_it_does() -> None:
         (member(packed(), "a.npy", method=zipfile.ZIP_BZIP2), "not an array"),
         (member(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }")), "1000000000000"),
         (member(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999999), }")), "expected float32"),
-        (member(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bytes(4))), "expected float32 \\[2\\], got 4 bytes"),
+        (
+            member(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bytes(4))),
+            "expected float32 \\[2\\], got 4 bytes",
+        ),
         (member(npy("{'descr': '<i3', 'fortran_order': False, 'shape': (2,), }", bytes(6))), "a.npy"),
         (member(npy("(" * 9000, b"")), "damaged"),
     ],

@@ -256,8 +256,6 @@ def _check_tensors(trt: Any, plan: Plan, bundle: Bundle, spec: EngineSpec, compo
             faults.remove(f"{spec.name}: has a tensor {tensor.name!r} that {spec.component} has not")
             kind = plan.engine.get_tensor_dtype(tensor.name)
             if plan.engine.get_tensor_mode(tensor.name) != mode or kind != getattr(trt.DataType, _DTYPES[tensor.dtype]):
-                faults.append(
-                    f"{spec.name}: tensor {tensor.name!r} is {kind.name}, expected {tensor.dtype} {mode.name.lower()}"
-                )
+                faults.append(f"{spec.name}: tensor {tensor.name!r} is {kind.name}, expected {tensor.dtype} {mode.name.lower()}")
     if faults:
         raise BundleError(bundle.folder, faults)
