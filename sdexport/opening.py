@@ -120,7 +120,7 @@ def without_defaults(written: Mapping[str, Any], where: str, faults: list[str]) 
         return written
     unwritten = written[DEFAULTED]
     if not isinstance(unwritten, list) or not all(isinstance(key, str) for key in unwritten):
-        faults.append(f"{where}: {DEFAULTED} expected a list of keys, got {unwritten!r:.60}")
+        faults.append(f"{where}: {DEFAULTED}: expected a list of keys, got {unwritten!r:.60}")
         return written
     return {key: value for key, value in written.items() if key != DEFAULTED and key not in unwritten}
 

@@ -195,23 +195,6 @@ def test_a_wrong_setting_ends_its_job_alone(
     assert parts.unet.rows == [2] * 4
 
 
-def test_a_prompt_is_submitted_with_settings(pipe: Pipeline) -> None:
-    with Batcher(pipe) as batcher:
-        image = batcher.submit("a red cat", seed=5, steps=2, size=(64, 64)).result(WAIT)
-        assert (image.seed, image.request.steps) == (5, 2)
-        for wrong, told in (
-            ((3, {}), "submit: expected text or a Request, got int"),
-            ((["a", "b"], {}), "submit: expected text or a Request, got list"),
-            ((asked(1), {"steps": 3}), "a Request has its own settings; steps would have no effect"),
-            (("a", {"num_inference_steps": 3}), "write steps="),
-            (("a", {"count": 2}), "a submission is one image"),
-        ):
-            with pytest.raises(SettingError, match=told):
-                batcher.submit(wrong[0], **wrong[1])  # type: ignore[arg-type]
-        assert repr(batcher).endswith(", 0 under way>")
-    assert repr(batcher).endswith(", not open>")
-
-
 def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Parts, pipe: Pipeline) -> None:
     alone = [pipe(asked(k, steps=5)).pixels[0] for k in (1, 3)]
     parts.unet.calls.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,10 +77,29 @@ def test_a_wrong_setting_is_refused_before_anything_is_opened(ready: Bundle) -> 
     assert pipe.engines.opened is None
 
 
-def test_a_batcher_takes_a_prompt(ready: Bundle) -> None:
+def test_a_batcher_takes_a_prompt_and_settings(ready: Bundle) -> None:
     with fake_pipeline(ready) as pipe, Batcher(pipe) as batcher:
         image = batcher.submit("a red fox in snow").result(60)
-    assert image.request == Request(prompt="a red fox in snow", seed=image.seed)
+        assert image.request == Request(prompt="a red fox in snow", seed=image.seed)
+        image = batcher.submit("a red fox in snow", seed=5, steps=2).result(60)
+        assert image.request == Request(prompt="a red fox in snow", seed=5, steps=2)
+        assert repr(batcher).endswith(", 0 under way>")
+    assert repr(batcher).endswith(", not open>")
+
+
+@pytest.mark.parametrize(
+    ("request_", "settings", "told"),
+    [
+        (3, {}, "submit: expected text or a Request, got int"),
+        (["a", "b"], {}, "submit: expected text or a Request, got list"),
+        (Request(prompt="a"), {"steps": 3}, "a Request has its own settings; steps would have no effect"),
+        ("a", {"num_inference_steps": 3}, "write steps="),
+        ("a", {"count": 2}, "a submission is one image"),
+    ],
+)
+def test_a_batcher_refuses_what_is_no_request(ready: Bundle, request_: Any, settings: dict[str, Any], told: str) -> None:
+    with fake_pipeline(ready) as pipe, Batcher(pipe) as batcher, pytest.raises(SettingError, match=told):
+        batcher.submit(request_, **settings)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)

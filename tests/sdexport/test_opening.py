@@ -180,7 +180,7 @@ def test_a_network_config_passes_over_the_defaults_that_it_lists(folder: Path) -
     edit(folder / "vae" / "config.json", scaling_factor=0.5, _use_default_values=["scaling_factor"])
     assert read_checkpoint(folder, name="tiny").model.scaling_factor == 0.18215
     edit(folder / "vae" / "config.json", _use_default_values="scaling_factor")
-    with pytest.raises(CheckpointError, match=r"vae/config.json: _use_default_values expected a list of keys"):
+    with pytest.raises(CheckpointError, match=r"vae/config.json: _use_default_values: expected a list of keys"):
         read_checkpoint(folder, name="tiny")
 
 
