@@ -13,7 +13,7 @@ import click
 
 from sdexport.errors import SdexportError
 from sdexport.progress import progress_on
-from sdruntime.command import Failed, code_of, document, failure, reason_of, wants_json
+from sdruntime.command import Failed, code_of, document, failure, print_any_text, reason_of, wants_json
 from sdruntime.errors import SdruntimeError
 
 FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
@@ -27,6 +27,7 @@ class Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> NoReturn:
         given = list(sys.argv[1:] if args is None else args)
         self.as_json = wants_json(given)
+        print_any_text()
         try:
             code = super().main(given, prog_name, **extra | {"standalone_mode": False})
         except click.ClickException as error:

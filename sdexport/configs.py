@@ -220,7 +220,7 @@ def read_config(kind: str, written: Mapping[str, Any], where: str, faults: list[
     for key, value in written.items():
         if key not in table.read and key not in table.idle and not key.startswith("_") and value not in (None, False, "", [], {}):
             faults.append(
-                f"{where}: {key} {value!r} is not a setting that sdexport knows of a {kind}: the image may depend on it"
+                f"{where}: {key:.60} {value!r:.60} is not a setting that sdexport knows of a {kind}: the image may depend on it"
             )
     settings = {}
     for key, entry in table.read.items():
@@ -228,7 +228,7 @@ def read_config(kind: str, written: Mapping[str, Any], where: str, faults: list[
         if value is REQUIRED:
             faults.append(f"{where}: {key} is missing")
         elif not entry.accepted.holds(value):
-            faults.append(f"{where}: {key} is {value!r}, which is not supported; it must be {entry.accepted.named}")
+            faults.append(f"{where}: {key} is {value!r:.60}, which is not supported; it must be {entry.accepted.named}")
     return settings
 
 

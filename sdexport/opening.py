@@ -57,13 +57,13 @@ def check_index(index: Mapping[str, Any], faults: list[str]) -> None:
         if key.startswith("_") or isinstance(value, list) or value is None or value in _INDEX.get(key, (False,)):
             continue
         known = f"must be one of {', '.join(map(str, _INDEX[key]))}" if key in _INDEX else "is not known to sdexport"
-        faults.append(f"model_index.json: {key} {value!r} {known}: the image may depend on it")
+        faults.append(f"model_index.json: {key:.60} {value!r:.60} {known}: the image may depend on it")
 
 
 def opened_unet(pipeline: str, written: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The UNet's config once the pipeline is open, and a line for each change."""
     size, version = written.get("sample_size"), written.get("_diffusers_version")
-    old = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    old = re.match(r"(\d{1,9})\.(\d{1,9})(?!\d)", version, re.ASCII) if isinstance(version, str) else None
     if pipeline not in _AMENDING or not isinstance(size, int) or size >= 64 or not old:
         return written, ()
     if (int(old[1]), int(old[2])) >= (0, 9):
@@ -100,7 +100,7 @@ def opened_scheduler(
     for key, value in written.items():
         if key not in _KNOWN and not key.startswith("_") and value not in (None, False, "", [], {}):
             faults.append(
-                f"{PATH}: {key} {value!r} is not a setting that sdexport knows of a scheduler: the image may depend on it"
+                f"{PATH}: {key:.60} {value!r:.60} is not a setting that sdexport knows of a scheduler: the image may depend on it"
             )
     reads = {key: default for row in SAMPLERS.values() if row.diffusers == named for key, default in row.reads.items()}
     for key, default in reads.items():  # null is false to diffusers where a switch belongs, and an error elsewhere

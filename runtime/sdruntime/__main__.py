@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sdruntime import __version__
 from sdruntime.capi import add_arguments, answers
 from sdruntime.check import build, verify
-from sdruntime.command import Failed, Parser, UsageError, code_of, document, failure, reason_of, wants_json
+from sdruntime.command import Failed, Parser, UsageError, code_of, document, failure, print_any_text, reason_of, wants_json
 from sdruntime.errors import SdruntimeError, SettingError, plain, quoted
 from sdruntime.generate import generate, sampler_options
 from sdruntime.progress import progress_on, wants_lines
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = wants_json(given)
+    print_any_text()
     try:
         options = parser().parse_args(given)
         with (

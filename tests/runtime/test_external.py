@@ -166,6 +166,13 @@ def test_numbers_that_are_none_are_refused(entries: dict[str, object]) -> None:
         read(model(initializer=[tensor(**entries)]))
 
 
+def test_a_tensor_of_many_axes_is_refused_before_they_are_multiplied() -> None:
+    made = tensor()
+    made.dims.extend([2**62] * 300_000)  # a product of 18.6 million bits, quadratic
+    with pytest.raises(ValueError, match="300,001 axes, above 64"):
+        external_tensors(memoryview(model(initializer=[made]).SerializeToString()), [DATA])
+
+
 def test_a_second_graph_a_deep_one_and_a_long_key_hide_nothing() -> None:
     """Protobuf merges messages that stand twice."""
     hidden = model().SerializeToString() + in_a_constant().SerializeToString()

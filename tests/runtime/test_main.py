@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import SCHEDULER
+from bundles import SCHEDULER, make_bundle
 
 from sdruntime.__main__ import main
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.image import write_png
 from sdruntime.imagefile import read_image
+from sdruntime.manifest import NAME
 from sdruntime.samplers import SAMPLERS
 
 
@@ -252,6 +254,17 @@ def test_the_names_of_samplers_stand_apart_from_what_they_are(capsys: pytest.Cap
     assert main(["samplers"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line[: line.index("  ")] for line in lines if not line.startswith(" ")} == set(SAMPLERS)
+
+
+def test_characters_that_standard_output_lacks_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_bundle(tmp_path / "bundle").folder
+    document = json.loads((folder / NAME).read_text("utf-8"))
+    document["model"]["name"] = "café \ud800"
+    (folder / NAME).write_text(json.dumps(document), "utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["inspect", str(folder)]) == 0
+    assert written.getvalue().startswith(rb"caf\xe9 \ud800: sd1")
 
 
 def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path: Path) -> None:

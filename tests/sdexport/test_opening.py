@@ -87,6 +87,11 @@ def test_every_key_of_diffusers_schedulers_is_read_or_known_to_be_idle(named: st
     )
 
 
+def test_a_version_without_end_is_none() -> None:
+    written = {"sample_size": 32, "_diffusers_version": "0." + "8" * 5000}
+    assert opened_unet(PIPELINES[0], written) == (written, ())
+
+
 @pytest.mark.parametrize("version", ["0.6.0", "0.8.1.dev0", "0.9.0.dev0", "0.21.0", MISSING])
 @pytest.mark.parametrize("size", [32, 64, 96, [32, 32]])
 def test_the_size_of_an_old_unet_is_the_open_pipelines(version: Any, size: Any) -> None:

@@ -36,6 +36,7 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = {
     "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
 }
+_MOST_AXES = 64  # of a tensor; their product is a number without end
 _DEPTH = 40  # messages in each other; protobuf itself stops at 100
 _WEIGHTS = (_MODEL, "GraphProto", _TENSOR)  # the way to the initialisers of the main graph
 
@@ -110,6 +111,8 @@ def _checked(way: tuple[str, ...], message: memoryview, files: Collection[str]) 
         raise ValueError(f"refers to {location!r}, which the manifest does not list for it")
     if kind not in _DTYPES:
         raise ValueError(f"tensor {name!r}: element type {kind} cannot be in another file here")
+    if len(dims) > _MOST_AXES:
+        raise ValueError(f"tensor {name!r:.60}: {len(dims):,} axes, above {_MOST_AXES}")
     dtype = np.dtype(_DTYPES[kind])
     length = math.prod(dims) * dtype.itemsize
     told, offset = _number(entries, "length", length), _number(entries, "offset", 0)
