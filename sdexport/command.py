@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -57,7 +58,9 @@ class Commands(click.Group):
         reason = reason_of(error)
         click.echo(reason if isinstance(error, KeyboardInterrupt) else f"error: {reason}", err=True)
         if self.as_json:
-            document(**fields, **failure(error))
+            with contextlib.suppress(OSError):  # standard output itself may be what failed
+                document(**fields, **failure(error))
+                sys.stdout.flush()
         sys.exit(code_of(error))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -58,7 +59,9 @@ def fail(error: BaseException, as_json: bool, **fields: Any) -> int:
     reason = reason_of(error)
     print(reason if isinstance(error, KeyboardInterrupt) else f"error: {reason}", file=sys.stderr)
     if as_json:
-        document(**fields, **failure(error))
+        with contextlib.suppress(OSError):  # standard output itself may be what failed
+            document(**fields, **failure(error))
+            sys.stdout.flush()
     return code_of(error)
 
 

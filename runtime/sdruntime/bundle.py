@@ -215,8 +215,12 @@ def disk_full_as_error(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(folder).free
-        raise OutOfSpace(f"{folder}: the disk is full ({free:,} bytes are free): free some space, or write elsewhere") from error
+        raise disk_full(folder) from error
+
+
+def disk_full(folder: Path) -> OutOfSpace:
+    free = shutil.disk_usage(folder).free
+    return OutOfSpace(f"{folder}: the disk is full ({free:,} bytes are free): free some space, or write elsewhere")
 
 
 def write_bundle(

@@ -38,6 +38,8 @@ class Folder:
             self._descriptor = os.open(path, _FOLDER)
         except OSError as error:
             raise FileFault(f"{path}: {os.strerror(error.errno or 0)}") from error
+        except ValueError as error:  # a NUL, or half of a surrogate pair
+            raise FileFault(f"{str(path)!a}: no path has such characters") from error
         weakref.finalize(self, os.close, self._descriptor)
 
     def status(self, path: str) -> os.stat_result:

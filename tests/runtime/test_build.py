@@ -12,7 +12,7 @@ from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, choose_engine, misfit, warn_if_slow
 from sdruntime.cuda import Device
 from sdruntime.engine import Library
-from sdruntime.errors import DeviceMissing, EngineError, SettingError, UnknownName
+from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SdruntimeError, SettingError, UnknownName
 from sdruntime.manifest import EngineSpec
 from sdruntime.shapes import Shapes
 
@@ -159,6 +159,22 @@ def test_the_cpu_beside_a_gpu_is_warned_of() -> None:
         warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}, devices=(GPU,)), Path("a bundle"))
     warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}), Path("a bundle"))
     warn_if_slow([ort("cuda")], Machine(libraries={"onnxruntime": ORT_CUDA}, devices=(GPU,)), Path("a bundle"))
+
+
+def test_a_library_that_fails_on_a_full_disk_is_told_as_a_full_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL")
+
+    monkeypatch.setattr("sdruntime.backends.ort.build.split_upsampling", bytes)
+    monkeypatch.setattr("sdruntime.backends.ort.build.open_session", failing)
+    asked = Asked(backend="onnxruntime", size="64x64")
+    with pytest.raises(SdruntimeError, match=r"ONNX Runtime .* cannot build it"):
+        list(build_engines(bundle.folder, asked))
+    monkeypatch.setattr("sdruntime.backends.ort.build._ROOM", 1 << 80)
+    with pytest.raises(OutOfSpace, match=r"the disk is full \([0-9,]+ bytes are free\)"):
+        list(build_engines(bundle.folder, asked))
 
 
 def test_every_backend_has_the_same_two_files() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,17 @@ def test_a_failure_with_json_is_one_document(
     assert found["reason"]
     assert f"error: {found['reason']}" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_full_disk_under_standard_output_is_an_error(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:  # closing it fails too
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["inspect", str(ready), "--json"]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "error: no space left on device\n"
 
 
 def test_every_command_fails_in_the_list_above() -> None:

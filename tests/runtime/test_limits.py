@@ -115,6 +115,12 @@ def test_an_engine_of_an_unknown_backend_is_listed_as_one(folder: Path) -> None:
     assert json.dumps(bundle_document(bundle, machine))
 
 
+@pytest.mark.parametrize("path", ["bundle\0", "bundle\ud800"])
+def test_a_path_that_no_system_takes_is_refused(path: str) -> None:
+    with pytest.raises(BundleError, match="no path has such characters"):
+        Bundle.open(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -6,6 +6,7 @@ engine that gains by it is opened.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
-from sdruntime.bundle import Bundle
+from sdruntime.bundle import Bundle, disk_full
 from sdruntime.cuda import devices
 from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.errors import BundleError, DeviceMissing, LibraryMissing, SdruntimeError, SettingError
@@ -23,6 +24,7 @@ from sdruntime.manifest import Precision
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
 INSTALL = 'pip install "sdruntime[onnxruntime]"'
 OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}  # as in backends/trt
+_ROOM = 1 << 20  # bytes: a disk with less is full
 _EMBEDDED = 1024  # bytes: smaller tensors stay in the model file
 
 
@@ -82,6 +84,8 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     except SdruntimeError:
         raise
     except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+        if shutil.disk_usage(folder).free < _ROOM:
+            raise disk_full(bundle.folder) from error
         raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
     if PROVIDERS[request.target] not in session.get_providers():  # it goes on without one that does not load
         raise DeviceMissing(
