@@ -91,4 +91,5 @@ def sheet(images: Sequence[Image]) -> Image:
     for place, image in enumerate(images):
         top, left = place // columns * height, place % columns * width
         pixels[top : top + height, left : left + width] = image.pixels
-    return dataclasses.replace(images[0], pixels=pixels)
+    request = dataclasses.replace(images[0].request, size=(width, height))
+    return dataclasses.replace(images[0], pixels=pixels, request=request)

@@ -63,7 +63,7 @@ class Image:
 
     def text(self) -> dict[str, str]:
         """The text keys for a PNG: the settings as other programs read them, and the mark of a machine-made image."""
-        return png_text(parameters(self.request, self.size, self.origin))
+        return png_text(parameters(self.request, self.request.size or self.size, self.origin))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

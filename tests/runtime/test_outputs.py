@@ -159,6 +159,7 @@ def test_a_sheet_is_filled_row_by_row_and_keeps_the_first_settings() -> None:
     found = outputs.sheet(parts)
     assert found.pixels[::2, ::2, 0].tolist() == [[1, 2, 3], [4, 5, 0]]
     assert found.request.prompt == "prompt 0"
+    assert "Size: 2x2," in found.text()["parameters"], "that of an image, which is what to generate again"
     with pytest.raises(SettingError, match="--grid of 401 images: at most 400"):
         outputs.check_sheet(401)
 
