@@ -95,7 +95,7 @@ def _kept(model: str, revision: str | None, reason: Exception) -> Located:
     try:
         folder = Path(hub.snapshot_download(model, revision=revision, local_files_only=True))
     except errors.LocalEntryNotFoundError:
-        first = str(reason).strip().split("\n", 1)[0]
+        first = re.sub(r"\[Errno -?\d+\] ", "", str(reason).strip().split("\n", 1)[0])
         raise EnvironmentFault(
             f"{model}: the hub cannot be reached ({type(reason).__name__}: {first}), and there is no copy of it here: "
             "download it where there is a network, and give its folder"

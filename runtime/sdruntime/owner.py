@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdruntime.errors import plain
 from sdruntime.files import leads_to
 
 _TOKEN = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})-(\d+)-([0-9a-f]{8})-[0-9a-f]{8}")
@@ -135,7 +136,7 @@ def remove_tree(path: Path) -> None:
         if path.exists():  # another process removes it too
             remove_tree(path)
     except OSError as error:
-        warnings.warn(f"{path}: left behind, it cannot be removed: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{path}: left behind, it cannot be removed: {plain(error)}", RuntimeWarning, stacklevel=2)
 
 
 def hold(handle: int) -> bool | None:

@@ -302,9 +302,18 @@ def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The worker: serve one host over the Unix socket whose descriptor is the argument, until the host closes it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        [descriptor] = given
+        channel = Channel(socket.socket(fileno=int(descriptor)))
+    except (ValueError, OSError):
+        print(
+            f"sdruntime.service: expected the number of an open socket's descriptor, got {' '.join(given) or 'nothing'}: "
+            "a host starts this worker with one end of a socketpair",
+            file=sys.stderr,
+        )
+        return 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of a terminal is the host's matter
-    [descriptor] = sys.argv[1:] if arguments is None else arguments
-    channel = Channel(socket.socket(fileno=int(descriptor)))
 
     def emit(message: bytes, blob: memoryview | None) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the host is gone: the loop below ends too

@@ -18,6 +18,7 @@ from hosts import WAIT, Host, Worker
 from sdruntime.engines import Engines
 from sdruntime.image import image_from_png
 from sdruntime.pipeline import Pipeline
+from sdruntime.service import main
 
 LONG = {"steps": 999, "width": 2048, "height": 2048}  # seconds, also with engines that return at once
 ENDS = ("ready", "refused", "done", "failed", "closed")
@@ -336,3 +337,10 @@ def _open_files(host: Host) -> list[int]:
     """Of this process, and of the worker."""
     processes = [os.getpid(), *([host.process.pid] if isinstance(host, Worker) else [])]
     return [open_files(process) for process in processes]
+
+
+@pytest.mark.parametrize("arguments", [[], ["x"], ["987654"], ["1", "2"]])
+def test_a_worker_without_a_socket_says_what_it_expects(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"expected the number of an open socket's descriptor, got {' '.join(arguments) or 'nothing'}" in told

@@ -118,7 +118,7 @@ def test_a_download_asks_for_exactly_what_is_needed(tmp_path: Path, monkeypatch:
 
 def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def refuse(self: object, model: str, *, revision: str | None) -> None:
-        raise ConnectionError("no route to host")
+        raise ConnectionError("[Errno 113] no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     real = huggingface_hub.snapshot_download
