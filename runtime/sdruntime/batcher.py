@@ -162,8 +162,6 @@ class Batcher:
         """
         if not isinstance(request, str | Request):
             raise SettingError(f"submit: expected text or a Request, got {type(request).__name__}")
-        if isinstance(request, Request) and settings:
-            raise SettingError(f"submit: a Request has its own settings; {', '.join(settings)} would have no effect")
         if "count" in settings:
             raise SettingError("submit: count: a submission is one image; submit it several times")
         [request] = requests(request, **settings)

@@ -151,13 +151,14 @@ def _check_size(size: Any) -> None:
 
 
 def requests(
-    prompt: str | Request | Sequence[str | Request], *, count: int = 1, seed: int | None = None, **settings: Any
+    prompt: str | Request | Iterable[str | Request], *, count: int = 1, seed: int | None = None, **settings: Any
 ) -> list[Request]:
     """One Request a picture: `count` for each prompt, in order. Picture k of them all has the seed `seed` + k.
 
-    `seed` None: a random one. A Request among the prompts stands for itself, with its own seed and settings. Raises SettingError.
+    `seed` None: a random one. A Request among the prompts stands for itself, with its own seed and settings; beside
+    nothing but Requests other settings are refused. Raises SettingError.
     """
-    if not isinstance(prompt, str | Request | Sequence) or isinstance(prompt, bytes):
+    if not isinstance(prompt, str | Request | Iterable) or isinstance(prompt, bytes):
         raise SettingError(f"prompt: expected text, a Request or a list of them, got {type(prompt).__name__}")
     prompts = [prompt] if isinstance(prompt, str | Request) else list(prompt)
     if not prompts:
@@ -169,6 +170,9 @@ def requests(
         limit = f"from 1 to {MOST_IMAGES:,} images in one call; the next call goes on with another seed"
         raise SettingError(f"count {count} of {len(prompts)} prompt{'s' if len(prompts) != 1 else ''}: {limit}")
     check_names(settings)
+    unused = [*settings, *(["count"] if count != 1 else []), *(["seed"] if seed is not None else [])]
+    if unused and all(isinstance(each, Request) for each in prompts):
+        raise SettingError(f"{', '.join(unused)}: a Request has its own settings: write them into it, or give its prompt instead")
     if settings.get("image") is not None:
         settings["image"] = pixels_from(settings["image"])  # a file is read once, whatever the count
     seed = secrets.randbelow(2**32) if seed is None else seed

@@ -314,12 +314,16 @@ def test_a_callback_may_close(pipe: Pipeline) -> None:
 
 
 def test_a_thread_that_ends_loses_no_job(parts: Parts, pipe: Pipeline) -> None:
+    submitted = threading.Event()
+
     def leave() -> None:
+        submitted.wait(WAIT)
         raise SystemExit
 
     with Batcher(pipe, running=1) as batcher:
         parts.at_call(2, leave)
         drawings = [batcher.submit(asked(k)) for k in range(3)]
+        submitted.set()
         for each in drawings:
             with pytest.raises(SystemExit):
                 each.result(WAIT)

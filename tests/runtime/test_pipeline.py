@@ -92,7 +92,7 @@ def test_a_batcher_takes_a_prompt_and_settings(ready: Bundle) -> None:
     [
         (3, {}, "submit: expected text or a Request, got int"),
         (["a", "b"], {}, "submit: expected text or a Request, got list"),
-        (Request(prompt="a"), {"steps": 3}, "a Request has its own settings; steps would have no effect"),
+        (Request(prompt="a"), {"steps": 3}, "steps: a Request has its own settings"),
         ("a", {"num_inference_steps": 3}, "write steps="),
         ("a", {"count": 2}, "a submission is one image"),
     ],

@@ -52,6 +52,8 @@ def test_other_names_are_not_options(key: str) -> None:
         (3, {}, "prompt: expected text, a Request or a list of them, got int"),
         (None, {}, "prompt: expected text"),
         (b"a cat", {}, "prompt: expected text, a Request or a list of them, got bytes"),
+        (Request(prompt="a cat"), {"steps": 3}, "steps: a Request has its own settings"),
+        ([Request(prompt="a cat")], {"count": 2, "seed": 1}, "count, seed: a Request has its own settings"),
         ("a cat", {"count": 1.5}, "count 1.5: expected a whole number"),
         ("a cat", {"count": "2"}, "count '2': expected a whole number"),
         ("a cat", {"seed": [1, 2]}, r"seed \[1, 2\]: expected a whole number"),
@@ -64,6 +66,11 @@ def test_other_names_are_not_options(key: str) -> None:
 def test_values_of_another_type_are_setting_errors(prompt: Any, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(SettingError, match=told):
         requests(prompt, **settings)
+
+
+def test_prompts_come_from_any_iterable() -> None:
+    assert [each.prompt for each in requests((text for text in ("a", "b")), seed=1)] == ["a", "b"]
+    assert [each.seed for each in requests(["a", Request(prompt="b", seed=9)], seed=1)] == [1, 9]
 
 
 def test_settings_of_an_image_without_one_are_reported() -> None:
