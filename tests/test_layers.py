@@ -58,6 +58,7 @@ LAYERS = {
         result
         condition
         latent
+        job
         denoise
         loop
         interface

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from sdruntime.condition import cut_lines
-from sdruntime.denoise import Job, check_latents
+from sdruntime.denoise import check_latents
 from sdruntime.engine import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
-from sdruntime.pipeline import Pipeline, encoded
+from sdruntime.job import Job
+from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request, requests, unused_lines
 from sdruntime.result import Image, Result
 
@@ -259,7 +259,7 @@ class Batcher:
                 entry.joined = time.monotonic()
                 entry.drawing.timings.encode = entry.joined - begun
                 entry.drawing.warnings += unused_lines([entry.request])
-                entry.drawing.warnings += cut_lines(encoded([entry.request], [job]))
+                entry.drawing.warnings += job.warnings
                 _tell(job, entry)
             except BaseException as error:
                 self._end(entry, error=error)

@@ -28,6 +28,12 @@ class Condition:
     pooled: Array | None = None
     cut: str = ""
 
+    @property
+    def row(self) -> dict[str, Array]:
+        """It as inputs of the UNet, for one row of a call."""
+        pooled = {} if self.pooled is None else {"text_embeds": self.pooled}
+        return {"encoder_hidden_states": self.hidden, **pooled}
+
     def zeros(self) -> Condition:
         """What some checkpoints condition on in place of an absent negative prompt."""
         pooled = None if self.pooled is None else np.zeros_like(self.pooled)

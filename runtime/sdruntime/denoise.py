@@ -1,76 +1,22 @@
 """Many jobs, each at its own step of its own table, in one UNet call.
 
 A row of a table is data and the UNet takes a timestep for each sample, so jobs need nothing in common but the shape of their
-latents. A single picture is a set of one job.
+latents. A single image is a set of one job.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 
 import numpy as np
 
 from sdruntime.annotate import annotate
-from sdruntime.condition import Condition
 from sdruntime.engine import Array, Engine
 from sdruntime.errors import NotFinite, SdruntimeError
 from sdruntime.guard import advice, checked_rows, is_finite
 from sdruntime.guidance import combine, rescale
-from sdruntime.run import Run
-
-IN_FLIGHT = 2  # steps that are queued on a device before the host waits for the first of them, where nothing else is said
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Job:
-    """One picture on its way. `run.x` float32 [C, h, w] is the latents: between steps a caller may read and edit it.
-
-    `negative` None: no guidance, and one row in a call in place of two. Set `stopped` to leave the job as it is. `sampler` is for
-    messages. `error`: what ended the call that the job was in; the job is where it was before, or is lost with a device's state.
-    """
-
-    run: Run
-    condition: Condition
-    negative: Condition | None = None
-    guidance: float = 1.0
-    rescale: float = 0.0
-    time_ids: Array | None = None  # float32 [6], SDXL
-    sampler: str = ""
-    bundle: Path | None = None  # its folder, for messages too
-    stopped: bool = False
-    error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.stopped or self.run.done
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """Between two model calls.
-
-    `jobs[k].run.x`, the latents of picture k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
-    """
-
-    step: int  # model calls so far
-    steps: int  # model calls of the longest job
-    jobs: tuple[Job, ...]
-
-
-class Stepper(Protocol):
-    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with; where it cannot, reading
-    their latents raises why."""
-
-    @property
-    def jobs(self) -> Sequence[Job]: ...
-
-    def advance(self) -> None: ...
-
-    def finish(self) -> None: ...
+from sdruntime.job import Job, Stepper, after, at, grouped, stacked
 
 
 def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Generator[None, None, None]:
@@ -136,48 +82,20 @@ def _finish(calls: list[Stepper]) -> None:
         raise first
 
 
-def _at(step: int, job: Job) -> str:
-    return f"step {step} of {job.run.steps}" + (f", sampler {job.sampler}" if job.sampler else "")
-
-
-def after(job: Job) -> str:
-    """For a person: how far a job has come."""
-    return f"after {_at(job.run.step, job)}"
-
-
-def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
-    groups: dict[tuple[tuple[int, ...], ...], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault((job.run.x.shape, job.condition.hidden.shape), []).append(job)
-    return list(groups.values())
-
-
-def stacked(rows: Iterable[Array | None]) -> Array:
-    return np.stack([row for row in rows if row is not None])
-
-
 class Call:
     """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call. `unet`
     gives the engine, which may be another one in the next step. The unconditional rows come first."""
 
     def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
         self.jobs, self._unet = jobs, unet
-        guided = [job for job in jobs if job.negative is not None]
+        guided = [job for job in jobs if job.guided]
         first = len(guided)  # conditional row
         unconditional = iter(range(first))
-        self._rows = [(job, first + k, next(unconditional) if job.negative is not None else None) for k, job in enumerate(jobs)]
-        conditions = [job.negative for job in guided if job.negative is not None] + [job.condition for job in jobs]
-        rows = len(conditions)
-        self._sample = np.empty((rows, *jobs[0].run.x.shape), np.float32)
-        self._timestep = np.empty(rows, np.float32)
-        self._feeds: dict[str, Array] = {
-            "sample": self._sample,
-            "timestep": self._timestep,
-            "encoder_hidden_states": stacked(condition.hidden for condition in conditions),
-        }
-        if jobs[0].time_ids is not None:
-            self._feeds["text_embeds"] = stacked(condition.pooled for condition in conditions)
-            self._feeds["time_ids"] = stacked(job.time_ids for job in (*guided, *jobs))
+        self._rows = [(job, first + k, next(unconditional) if job.guided else None) for k, job in enumerate(jobs)]
+        rows = [job.rows[0] for job in guided] + [job.rows[-1] for job in jobs]
+        self._sample = np.empty((len(rows), *jobs[0].run.x.shape), np.float32)
+        self._timestep = np.empty(len(rows), np.float32)
+        self._feeds: dict[str, Array] = {"sample": self._sample, "timestep": self._timestep, **stacked(rows)}
 
     def advance(self) -> None:
         for job, row, unconditional in self._rows:
@@ -206,7 +124,7 @@ class Call:
 
     def _during(self, row: int) -> str:
         job = self._job_of(row)
-        return _at(job.run.step + 1, job)
+        return at(job.run.step + 1, job)
 
     def _advance_alone(self) -> None:
         """After a call that failed for all of them: one call for each job, so that what only one cannot bear ends that one.

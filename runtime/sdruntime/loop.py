@@ -22,9 +22,9 @@ import numpy as np
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.backends.trt.session import aligned
 from sdruntime.cuda import ALIGNMENT, Event, Graph, Pinned
-from sdruntime.denoise import IN_FLIGHT, Job, stacked
 from sdruntime.engine import Array, Engine
 from sdruntime.errors import SdruntimeError
+from sdruntime.job import IN_FLIGHT, Job, stacked
 from sdruntime.step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
 
 _LOOKING = 50e-6  # seconds between two looks
@@ -295,8 +295,8 @@ def device_calls(
     if unet.spec.options.get("weight_streaming") == "true":
         return []
     channels, height, width = jobs[0].run.x.shape
-    dims, cells = {"height": height, "width": width, "sequence": len(jobs[0].condition.hidden)}, channels * height * width
-    per_job = 2 if any(job.negative is not None for job in jobs) else 1
+    dims, cells = {"height": height, "width": width, "sequence": jobs[0].sequence}, channels * height * width
+    per_job = 2 if any(job.guided for job in jobs) else 1
     sizes = [unet.spec.profiles[index]["batch"] for index in unet.spec.admitting(**dims)]
     most = min(max(high for _, _, high in sizes) // per_job, *(each["jobs"][2] for each in step.spec.profiles))
     parts = [jobs[start : start + most] for start in range(0, len(jobs), most)] if most else []
@@ -323,14 +323,11 @@ def _fits(job: Job) -> bool:
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
     """The UNet's inputs that stay the same: unconditional rows first, then conditional ones, then rows of padding."""
-    conditions = [job.condition for job in jobs]
+    rows = [job.rows[-1] for job in jobs]
     if frame.guided:
-        conditions = [job.negative or job.condition for job in jobs] + conditions
-    fixed = {"sample": _samples(jobs, frame), "encoder_hidden_states": stacked(each.hidden for each in conditions)}
-    if jobs[0].time_ids is not None:
-        fixed["text_embeds"] = stacked(each.pooled for each in conditions)
-        fixed["time_ids"] = stacked(job.time_ids for job in (*jobs, *jobs)[: len(conditions)])
-    return {name: _padded(rows, frame.rows) for name, rows in fixed.items()}
+        rows = [job.rows[0] for job in jobs] + rows
+    fixed = {"sample": _samples(jobs, frame), **stacked(rows)}
+    return {name: _padded(array, frame.rows) for name, array in fixed.items()}
 
 
 def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
@@ -369,7 +366,7 @@ def _weights(job: Job) -> Array:
     table = job.run.table
     x, m = table.X.shape[1], max(table.M.shape[1] - 1, 0)  # slots: the last x, then the model outputs before the newest
     weights = np.zeros((table.steps, TARGETS, SOURCES))
-    output = {UNCOND: 1 - job.guidance, COND: job.guidance} if job.negative is not None else {COND: 1.0}
+    output = {UNCOND: 1 - job.guidance, COND: job.guidance} if job.guided else {COND: 1.0}
     weights[:, 0, :x] = table.X
     weights[:, 0, x : x + m] = table.M[:, 1:]
     weights[:, 0, NOISE] = 1

@@ -19,13 +19,14 @@ from sdruntime.backends import BACKENDS
 from sdruntime.bundle import Bundle, opening
 from sdruntime.choose import AUTO
 from sdruntime.condition import Condition, Conditioner, cut_lines
-from sdruntime.denoise import IN_FLIGHT, Call, Job, State, Stepper, after, denoise
+from sdruntime.denoise import Call, denoise
 from sdruntime.engine import Array, Engine, EngineOptions, Stage
 from sdruntime.engines import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError
 from sdruntime.image import from_uint8, to_uint8
 from sdruntime.imagefile import fitted
 from sdruntime.interface import interface_faults
+from sdruntime.job import IN_FLIGHT, Job, State, Stepper, after
 from sdruntime.metadata import Origin
 from sdruntime.noise import NoiseStream
 from sdruntime.request import Request, requests, unused_lines
@@ -209,7 +210,7 @@ class Pipeline:
         """
         asked = requests(prompt, **settings)
         jobs = self.jobs(asked)
-        for line in (*unused_lines(asked), *cut_lines(encoded(asked, jobs))):
+        for line in (*unused_lines(asked), *dict.fromkeys(line for job in jobs for line in job.warnings)):
             warnings.warn(line, UserWarning, stacklevel=3)
         return Stream(self, asked, jobs, on_device=on_device)
 
@@ -244,7 +245,7 @@ class Pipeline:
                 request=request,
                 sampler=request.sampler or self.sampler,
                 origin=self._origin(request, job),
-                cut=job.condition.cut,
+                cut=job.cut,
             )
             for decoded_image, request, job in zip(decoded, asked, jobs, strict=True)
         ]
@@ -284,9 +285,9 @@ class Pipeline:
         return self.engine("unet", **self._unet_dims(jobs))
 
     def _unet_dims(self, jobs: Sequence[Job]) -> dict[str, int]:
-        (_, height, width), sequence = jobs[0].run.x.shape, len(jobs[0].condition.hidden)
-        rows = sum(1 if job.negative is None else 2 for job in jobs)
-        return {"rows": rows, "height": height, "width": width, "sequence": sequence}
+        _, height, width = jobs[0].run.x.shape
+        rows = sum(len(job.rows) for job in jobs)
+        return {"rows": rows, "height": height, "width": width, "sequence": jobs[0].sequence}
 
     def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "picture {}".format) -> list[Array]:
         """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.
@@ -347,27 +348,21 @@ class Pipeline:
             clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model, self.bundle.folder)[0]
             first = table.start[0] * clean + table.start[1] * noise.normal(shape)
         condition = conditions[request.prompt]
-        negative = None
+        encoded = [(request.prompt, condition)]
         if request.guided:
             absent = request.negative is None and self.model.zero_empty_negative
-            negative = condition.zeros() if absent else conditions[request.negative or ""]
+            encoded += [(request.negative or "", condition.zeros() if absent else conditions[request.negative or ""])]
+        sizes = {} if condition.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
         return Job(
             run=Run(table, first.astype(np.float32), lambda: noise.normal(shape)),
-            condition=condition,
-            negative=negative,
+            rows=tuple({**each.row, **sizes} for _, each in reversed(encoded)),
             guidance=request.guidance,
             rescale=request.rescale,
-            time_ids=None if condition.pooled is None else latent.time_ids(shape, self.model),
             sampler=request.sampler or self.sampler,
             bundle=self.bundle.folder,
+            cut=condition.cut,
+            warnings=tuple(cut_lines(encoded)),
         )
-
-
-def encoded(asked: Sequence[Request], jobs: Sequence[Job]) -> list[tuple[str, Condition]]:
-    """The texts that jobs are drawn with, and what they were encoded to."""
-    negatives = [(request.negative or "", job.negative) for request, job in zip(asked, jobs, strict=True)]
-    prompts = [(request.prompt, job.condition) for request, job in zip(asked, jobs, strict=True)]
-    return prompts + [(text, condition) for text, condition in negatives if condition is not None]
 
 
 def _under_way(loops: Iterable[Loop]) -> bool:

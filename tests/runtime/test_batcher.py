@@ -14,9 +14,9 @@ import pytest
 from computed import SIZE, Feeds, Parts, asked
 
 from sdruntime.batcher import Batcher, Drawing, Progress
-from sdruntime.denoise import Job
 from sdruntime.engine import Array
 from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError, UnknownName
+from sdruntime.job import Job
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request
 

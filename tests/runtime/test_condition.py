@@ -34,7 +34,7 @@ def test_no_caller_can_spoil_what_is_kept(bundle: Bundle) -> None:
     with Pipeline.open(with_fake_engines(bundle), backend="fake") as pipe:
         stream = pipe.stream("a cat", steps=1, size=SIZE, seed=1)
         with pytest.raises(ValueError, match="read-only"):
-            stream.jobs[0].condition.hidden[:] = 1
+            stream.jobs[0].rows[-1]["encoder_hidden_states"][:] = 1
 
 
 def test_the_texts_that_were_asked_for_last_are_kept(bundle: Bundle) -> None:

@@ -7,10 +7,10 @@ import pytest
 from bundles import SCHEDULER, TENSORS
 
 from sdruntime.backends.fake.engine import FakeEngine
-from sdruntime.condition import Condition
-from sdruntime.denoise import Call, Job, denoise
+from sdruntime.denoise import Call, denoise
 from sdruntime.engine import Array
 from sdruntime.errors import SdruntimeError
+from sdruntime.job import Job, Row, grouped, stacked
 from sdruntime.manifest import ComponentSpec, EngineSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.run import Run
@@ -48,8 +48,8 @@ def host(unet: Unet) -> Callable[[Sequence[Job]], list[Call]]:
     return lambda jobs: [Call(jobs, lambda: unet)]
 
 
-def text(value: float) -> Condition:
-    return Condition(hidden=np.full((77, 8), value, np.float32))
+def row(value: float) -> Row:
+    return {"encoder_hidden_states": np.full((77, 8), value, np.float32)}
 
 
 def job(seed: int, *, steps: int, sampler: str, guidance: float = 1.0, side: int = 4, rescale: float = 0.0) -> Job:
@@ -57,8 +57,7 @@ def job(seed: int, *, steps: int, sampler: str, guidance: float = 1.0, side: int
     table = compile_table(SCHEDULER, steps=steps, sampler=sampler)
     return Job(
         run=Run(table, table.start[1] * noise.normal(shape), lambda: noise.normal(shape)),
-        condition=text(0.1 * seed),
-        negative=text(-0.3) if guidance > 1 else None,
+        rows=(row(-0.3), row(0.1 * seed)) if guidance > 1 else (row(0.1 * seed),),
         guidance=guidance,
         rescale=rescale,
     )
@@ -100,8 +99,7 @@ def test_guidance_is_between_the_two_outputs_by_its_definition() -> None:
     guided.run.model_input(out=sample[0])
     timestep = np.array([guided.run.t], np.float32)
     without, with_text = (
-        unet({"sample": sample, "timestep": timestep, "encoder_hidden_states": text(value).hidden[None]})["out_sample"][0]
-        for value in (-0.3, 0.2)
+        unet({"sample": sample, "timestep": timestep, **stacked([row(value)])})["out_sample"][0] for value in (-0.3, 0.2)
     )
     expected = job(2, steps=1, sampler="euler")
     expected.run.advance(without + np.float32(7.5) * (with_text - without))
@@ -189,3 +187,15 @@ def test_jobs_join_and_leave_a_live_set() -> None:
             jobs.pop(next(iter(jobs)))
     assert [call["batch"] for call in unet.calls] == [3, 3, 5, 5, 4, 4, 4, 2, 2][: len(unet.calls)]
     assert late.done
+
+
+def test_a_call_has_zeros_where_only_another_job_has_an_input() -> None:
+    hint = {"hint": np.ones((3, 2, 2), np.float32)}
+    with_hint, without, other_hint = row(1.0) | hint, row(2.0), row(3.0) | {"hint": np.ones((3, 4, 2), np.float32)}
+    jobs = [job(seed, steps=1, sampler="euler", side=6 if seed == 3 else 4) for seed in range(4)]
+    for each, inputs in zip(jobs, (with_hint, without, other_hint, without), strict=True):
+        each.rows = (inputs,)
+    assert grouped(jobs) == [jobs[:2], [jobs[2]], [jobs[3]]]
+    feeds = stacked([with_hint, without])
+    assert {name: array.shape for name, array in feeds.items()} == {"encoder_hidden_states": (2, 77, 8), "hint": (2, 3, 2, 2)}
+    assert feeds["hint"].sum(axis=(1, 2, 3)).tolist() == [12, 0]

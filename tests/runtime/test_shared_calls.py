@@ -27,7 +27,7 @@ def test_a_call_that_one_job_makes_fail_ends_that_job_alone(tmp_path: Path, kind
             elif (np.abs(feeds["encoder_hidden_states"] - bad).max(axis=(1, 2)) == 0).any() and len(parts.unet.calls) >= 3:
                 raise kind("the engine cannot take this row")
 
-        bad = pipe.jobs([asked(2)])[0].condition.hidden
+        bad = pipe.jobs([asked(2)])[0].rows[-1]["encoder_hidden_states"]
         held: list[Drawing] = []
         parts.unet.before = fail
         with Batcher(pipe) as batcher:

@@ -46,7 +46,7 @@ def test_a_prompt_is_cut_at_the_length_of_the_encoder(folder: Path) -> None:
         pipe("a " * 246, steps=1, size=(64, 64), seed=1, guidance=1.0)
         with pytest.warns(UserWarning, match=r"takes 248 tokens; of 'a a .* this was cut: 'a a a a'"):
             pipe("a " * 250, steps=1, size=(64, 64), seed=1, guidance=1.0)
-        assert pipe.stream("a", size=(64, 64)).jobs[0].condition.hidden.shape == (248, 8)
+        assert pipe.stream("a", size=(64, 64)).jobs[0].rows[-1]["encoder_hidden_states"].shape == (248, 8)
 
 
 @pytest.mark.parametrize("shape", [["batch"], ["batch", "sequence"], ["batch", 2], ["batch", 5000], ["batch", 77, 1]])

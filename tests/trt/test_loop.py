@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,9 +75,9 @@ def test_jobs_of_different_steps_samplers_and_guidance_go_together(pipe: Pipelin
 def test_what_is_not_finite_on_the_device_is_told_at_the_end_of_the_loop(pipe: Pipeline, here: Machine) -> None:
     stream = pipe.stream(Request(prompt=PROMPT, seed=1, steps=4, sampler="euler"), on_device=True)
     job = stream.jobs[0]
-    hidden = job.condition.hidden.copy()
+    hidden = job.rows[-1]["encoder_hidden_states"].copy()
     hidden[0, 0] = np.nan
-    job.condition = dataclasses.replace(job.condition, hidden=hidden)
+    job.rows = (job.rows[0], {**job.rows[-1], "encoder_hidden_states": hidden})
     states = iter(stream)
     assert [next(states).step for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(NotFinite, match=r"unet, after step 4 of 4, sampler euler: the latents are not finite any more"):
