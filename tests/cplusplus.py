@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "cpp"
 HEADER = ROOT / "runtime" / "capi" / "include" / "sdruntime" / "sdruntime.h"
 TOOLS = ("c++", "cc", "cmake", "make", "pkg-config", "nm", "readelf")

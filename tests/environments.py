@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import SHAPES
 
-HERE = Path(__file__).parents[2] / "examples" / "shapes"
-CHECKPOINT = HERE / "checkpoint"
+CHECKPOINT = SHAPES / "checkpoint"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_path():
-    sys.path.insert(0, str(HERE))
+    sys.path.insert(0, str(SHAPES))
     yield
-    sys.path.remove(str(HERE))
+    sys.path.remove(str(SHAPES))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def read(_on_path):
 
 @pytest.fixture(scope="module")
 def evaluation():
-    return json.loads((HERE / "evaluation.json").read_text(encoding="utf-8"))
+    return json.loads((SHAPES / "evaluation.json").read_text(encoding="utf-8"))
 
 
 def test_the_split_is_disjoint_large_and_fixed(draw):
@@ -167,7 +166,7 @@ def test_the_evaluation_meets_its_mark(evaluation):
 
 
 def test_the_card_states_the_evaluation(evaluation):
-    card = (HERE / "README.md").read_text(encoding="utf-8")
+    card = (SHAPES / "README.md").read_text(encoding="utf-8")
     for name, share in evaluation["right"].items():
         assert f"| {name} | {100 * share:.1f} % |" in card, name
     assert f"{evaluation['captions']} held-out captions" in card

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from gpu.conftest import PROMPT
+from places import ROOT
 from trt.machine import Machine
 from trt.surface import VERSIONS
 
@@ -22,7 +23,6 @@ from sdexport import timing
 from sdruntime.backends.trt import worker
 from sdruntime.errors import EngineError
 
-ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = Path(__file__).with_name("fixture-report.json")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SHAPES
 
 from benchmarks.gpu import gate
 from benchmarks.gpu.check import faults
@@ -37,7 +38,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 @pytest.fixture(scope="session")
 def shapes_checkpoint() -> Path:
     """The trained example."""
-    return Path(__file__).resolve().parents[2] / "examples" / "shapes" / "checkpoint"
+    return SHAPES / "checkpoint"
 
 
 @pytest.fixture(scope="session")

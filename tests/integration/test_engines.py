@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from sdexport_cli import run
 
 from sdruntime.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux")
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPONENTS = ["text_encoder", "vae_encoder", "vae_decoder", "unet", "step"]
 COMMAND = [sys.executable, "-m", "sdexport", "engines", "--json"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from integration.reference import Reference, psnr
+from places import ROOT
 
 from sdruntime.noise import NoiseStream
 from sdruntime.pipeline import Pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a small red circle on the left on a blue background"
 
 

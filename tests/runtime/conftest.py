@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from bundles import make_bundle
+from places import FIXTURE
 
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
-
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SdruntimeEr
 from sdruntime.manifest import EngineSpec
 from sdruntime.shapes import Shapes
 
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 FAKE = {"fake": Library(version="1", targets=("cpu",))}
 ORT_CPU = Library(version="1.32.0", targets=("cpu",))
 ORT_CUDA = Library(version="1.32.0", targets=("cuda", "cpu"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import FIXTURE, TESTS
 
 from sdruntime.backends import backend
 from sdruntime.build import Asked, build_engines
@@ -25,7 +26,6 @@ from sdruntime.manifest import save_manifest
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("onnxruntime")
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 BACKENDS = ("onnxruntime", "openvino")
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 DIMS = {"height": 8, "width": 8, "sequence": 77}
@@ -92,7 +92,7 @@ def test_an_open_engine_computes_the_same_after_its_weights_were_overwritten(fol
 
 CALLS = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 from pathlib import Path
 import test_changing_files as t
 import numpy as np
@@ -107,7 +107,7 @@ assert all(np.array_equal(before[name], after[name]) for name in before)
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_weights_that_are_cut_short_end_no_process(folder: Path, component: str) -> None:
-    command = [sys.executable, "-c", CALLS, str(Path(__file__).parent), str(folder), component]
+    command = [sys.executable, "-c", CALLS, f"{TESTS}:{Path(__file__).parent}", str(folder), component]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr)
 

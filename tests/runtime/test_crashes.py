@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from crash import Recorder, visible
+from places import TESTS
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).resolve().parent.parent
 CHANGES = ("add", "stale", "export")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from descriptors import open_files
+from places import FIXTURE
 
 from sdruntime import document
 from sdruntime.document import LARGEST, open_regular, read_document
@@ -282,7 +283,7 @@ def test_a_damaged_file_of_arrays_is_told(data: bytes, text: str) -> None:
 
 def test_a_manifest_of_20_000_tensors_is_read(tmp_path: Path) -> None:
     """It took 13 seconds, and 1 MB over two minutes: each name was looked for among all."""
-    manifest = json.loads((Path(__file__).parent / "fixture-bundle-1" / "manifest.json").read_text())
+    manifest = json.loads((FIXTURE / "manifest.json").read_text())
     inputs = manifest["components"]["unet"]["inputs"]
     inputs += [{"name": f"t{number}", "dtype": "float32", "shape": ["batch"]} for number in range(20_000)]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

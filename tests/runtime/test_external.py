@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import FIXTURE
 
 from sdruntime.backends.ort.external import external_tensors, locations
 from sdruntime.backends.ort.protobuf import delimited
@@ -19,7 +20,6 @@ from sdruntime.errors import BundleError
 from sdruntime.manifest import save_manifest
 
 onnx = pytest.importorskip("onnx")
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 DATA = "model.onnx.data"
 
 

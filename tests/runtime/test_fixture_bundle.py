@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import FIXTURE, GOLDEN
 
 from sdruntime.bundle import Bundle
 from sdruntime.pipeline import Pipeline
 
-HERE = Path(__file__).resolve().parent
-FIXTURE = HERE / "fixture-bundle-1"
-GOLDEN = HERE.parent / "golden" / "fixture-bundle-1.npz"
+STORED = GOLDEN / "fixture-bundle-1.npz"
 ASKED = {"seed": 7, "steps": 4, "sampler": "dpmpp_2m", "size": (64, 64), "guidance": 5.0}
 
 
@@ -30,7 +29,7 @@ def test_it_opens_whole() -> None:
 
 
 def test_it_draws_the_stored_picture(small_bundle: Path) -> None:
-    expected = np.load(GOLDEN)["image"]
+    expected = np.load(STORED)["image"]
     assert expected.std() >= 10
     with Pipeline.open(small_bundle) as pipe:
         image = pipe("the red cat and the sand", **ASKED).pixels[0]
@@ -40,7 +39,7 @@ def test_it_draws_the_stored_picture(small_bundle: Path) -> None:
 
 
 def test_image_to_image_begins_from_the_picture(small_bundle: Path) -> None:
-    expected = np.load(GOLDEN)["image"]
+    expected = np.load(STORED)["image"]
     with Pipeline.open(small_bundle) as pipe:
         near, far = (
             pipe("a cat", image=expected, strength=strength, **{**ASKED, "steps": 20, "size": None}).pixels[0].astype(int)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from sdruntime.errors import SettingError
 from sdruntime.table import Table, compile_table
 
-STORED = np.load(Path(__file__).parent.parent / "golden" / "tables.npz")
+STORED = np.load(GOLDEN / "tables.npz")
 CASES = json.loads(str(STORED["cases"]))
 NOT_IN_DIFFUSERS = json.loads(str(STORED["refused"]))
 TOLERANCE = 1e-5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import FIXTURE
 
 from sdruntime.bundle import Bundle, file_spec
 from sdruntime.errors import BundleError
@@ -26,8 +26,6 @@ from sdruntime.golden import (
 )
 from sdruntime.manifest import load_manifest, save_manifest
 from sdruntime.tolerance import TOLERANCES
-
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 
 
 @pytest.fixture

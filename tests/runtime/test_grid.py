@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from golden.layout import kept_columns, kept_rows
+from places import GOLDEN
 
 from sdruntime.errors import SettingError
 from sdruntime.table import Table, compile_table
 
-STORED = np.load(Path(__file__).parent.parent / "golden" / "grid.npz")
+STORED = np.load(GOLDEN / "grid.npz")
 CASES: list[dict[str, Any]] = json.loads(str(STORED["cases"]))
 TOLERANCE = 1e-5
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import TESTS
 
 pytestmark = pytest.mark.slow
-
-TESTS = Path(__file__).resolve().parent.parent
 
 
 def wrong(rounds: int, locks: str, kind: str) -> dict[str, int]:

@@ -1,15 +1,14 @@
 """noise.py against numbers that torch drew (tests/golden/make_noise.py), by its vectorised and its plain code path."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from sdruntime import noise
 from sdruntime.errors import SettingError
 from sdruntime.noise import NoiseStream
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "noise.npz")
+GOLDEN = np.load(GOLDEN / "noise.npz")
 
 
 def ends(values):

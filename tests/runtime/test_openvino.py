@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import FIXTURE
 
 from sdruntime.backends.ov.build import has_bf16, library
 from sdruntime.build import Asked, build_engines
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 BF16 = {"inference_precision": "bf16"}
 PROMPT = "the red cat and the sand"
 ASKED: dict[str, Any] = {"seed": 7, "steps": 4, "sampler": "dpmpp_2m", "size": (64, 64), "guidance": 5.0}

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from cplusplus import require_compiler
+from places import FIXTURE, ROOT
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("onnxruntime")
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = Path(__file__).resolve().parent / "fixture-bundle-1" / "text_encoder" / "model.onnx"
+MODEL = FIXTURE / "text_encoder" / "model.onnx"
 WAIT = 20  # seconds: telemetry looks for a network about 10 seconds after a session was opened
 COUNTING = r"""
 #define _GNU_SOURCE

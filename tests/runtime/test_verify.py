@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import FIXTURE
 
 from sdruntime.__main__ import main
 from sdruntime.backends.ort.external import external_tensors
@@ -30,8 +31,6 @@ from sdruntime.verify import onnx_spec, report_of, verify
 
 ort = pytest.importorskip("onnxruntime")
 from sdruntime.backends.ort.engine import open_engine  # noqa: E402
-
-FIXTURE = Path(__file__).resolve().parent / "fixture-bundle-1"
 
 
 @pytest.fixture(scope="module")

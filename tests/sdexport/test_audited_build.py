@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from places import SHAPES
 from sdexport_cli import run
 
 from sdexport.audit import limit
@@ -23,8 +24,6 @@ from sdexport.measure import Likeness
 from sdexport.probe import PROMPTS, STEPS, probe
 from sdruntime.bundle import Bundle
 from sdruntime.manifest import Audit, load_manifest, save_manifest
-
-SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes" / "checkpoint"
 
 
 def audits(folder: Path) -> dict[str, Audit]:
@@ -62,7 +61,7 @@ def test_every_component_is_within_the_limits(request: pytest.FixtureRequest, na
 
 
 def test_the_shapes_checkpoint_in_fp16(tmp_path: Path, trace_cache: Path) -> None:
-    for _ in build(str(SHAPES), tmp_path / "shapes", Options(precision="fp16")):
+    for _ in build(str(SHAPES / "checkpoint"), tmp_path / "shapes", Options(precision="fp16")):
         pass
     for audit in audits(tmp_path / "shapes").values():
         assert Likeness(cosine=audit.cosine, psnr=audit.psnr).within(limit("fp16"))

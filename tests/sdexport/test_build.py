@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SHAPES
 
 import sdexport.build
 from sdexport.build import Built, EngineProgress, Options, Progress, build
@@ -19,7 +20,6 @@ from sdruntime.build import Asked
 from sdruntime.bundle import Bundle
 from sdruntime.errors import BundleError, OutOfSpace, SdruntimeError, SettingError, UnknownName
 
-SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes" / "checkpoint"
 KINDS = ("sd1", "sd2_v", "sdxl")
 
 
@@ -161,7 +161,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(sd1_checkpoint: Path, tmp_pa
 
 
 def test_an_export_never_replaces_its_checkpoint(tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(SHAPES, tmp_path / "checkpoint")
+    checkpoint = shutil.copytree(SHAPES / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "way").symlink_to(checkpoint)
     before = contents(tmp_path)
     for out in (checkpoint / "bundle", checkpoint / "unet" / "deep" / "bundle", tmp_path / "way" / "bundle"):

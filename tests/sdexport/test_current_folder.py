@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from sdruntime.process import module_command
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = ("numpy", "json", "torch", "onnx_ir", "onnxruntime", "click", "runpy", "subprocess", "sdruntime", "sdexport")
 SCRIPT = "import sys\nfrom {module} import main\nsys.exit(main())\n"  # what pip writes for a console script
 

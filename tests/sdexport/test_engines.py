@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from sdexport_cli import run
 
 import sdruntime.backends.fake.build as fake
@@ -257,7 +258,7 @@ def test_an_interpreter_that_cannot_is_told_before_the_work(tmp_path: Path, text
 )
 def test_make_engines_is_this_command(given: list[str], expected: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHON", "MODEL", "RECIPE"))}
-    command = ["make", "-C", str(Path(__file__).resolve().parents[2]), "-n", "engines", *given]
+    command = ["make", "-C", str(ROOT), "-n", "engines", *given]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     line = shown[shown.index("/sdexport engines") :].partition("\nmake: ")[0]
     assert shlex.split(line.replace("\\\n", " ")) == ["/sdexport", "engines", *expected]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from sdexport import recipe as recipes
 from sdexport.engines import options_of
@@ -14,7 +15,7 @@ from sdexport.recipe import Recipe, read_recipe, recipe_file
 from sdruntime.build import Asked
 from sdruntime.errors import SettingError, UnknownName
 
-FOLDER = Path(__file__).resolve().parents[2] / "engines"
+FOLDER = ROOT / "engines"
 GIVEN = {file.stem: file for file in sorted(FOLDER.glob("*.toml"))}
 HEAD = 'model = "owner/name"\n'
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from places import ROOT
 from trt.signature import Signature, signatures
 
-CACHE = Path(__file__).resolve().parents[2] / ".venv-trt"
+CACHE = ROOT / ".venv-trt"
 _DUMP = Path(__file__).with_name("dump.py")
 _LINKED = """createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL createNvOnnxParser_INTERNAL
     createNvOnnxParserRefitter_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion getPluginRegistry

@@ -10,6 +10,7 @@ from typing import Any
 import bundles
 import numpy as np
 import pytest
+from places import ROOT
 from trt import networks
 from trt.calls import Use, absent, unexercised, uses_in
 from trt.fake_tensorrt import fake_tensorrt
@@ -26,7 +27,7 @@ from sdruntime.engine import EngineOptions, Shared
 from sdruntime.errors import EngineError
 from sdruntime.manifest import Precision
 
-BACKEND = Path(__file__).resolve().parents[2] / "runtime" / "sdruntime" / "backends" / "trt"
+BACKEND = ROOT / "runtime" / "sdruntime" / "backends" / "trt"
 _10_3, _10_16, _11_4, _RTX = (str(version) for version in VERSIONS)
 
 # What some version lacks, and what the backend asks before it uses it.
