@@ -6,6 +6,9 @@ READY  := $(VENV)/.ready
 OUT    ?= demo
 TINY   := .cache/tiny-sd1
 PREFIX ?= /usr/local
+# processes that run the tests; a file of tests stays in one
+JOBS   ?= 2
+PYTEST  = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 GPU_VENV   := .venv-gpu
 GPU_PYTHON := $(GPU_VENV)/bin/python
 GPU_INSTALL = $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check
@@ -49,20 +52,20 @@ $(TINY): | $(READY)
 	@echo "== a tiny checkpoint of random weights: $@"
 	@$(BIN)/python tests/tiny.py $@
 
-## make test        the test suite
+## make test        the test suite, in JOBS=2 processes (ARGS="-x tests/runtime" and the like go to pytest)
 test: $(READY)
 	@echo "== tests"
-	@$(BIN)/python -m pytest -m "not full and not gpu" $(ARGS)
+	@$(PYTEST) -m "not full and not gpu" $(ARGS)
 
 ## make test-quick  the runtime's own tests, without what compiles or exports: under two minutes
 test-quick: $(READY)
 	@echo "== tests of the runtime"
-	@$(BIN)/python -m pytest -q -m "not full and not gpu and not slow" tests/runtime tests/test_house.py tests/test_layers.py $(ARGS)
+	@$(PYTEST) -q -m "not full and not gpu and not slow" tests/runtime tests/test_house.py tests/test_layers.py $(ARGS)
 
 ## make test-full   the test suite and its wide matrices
 test-full: $(READY)
 	@echo "== tests, wide matrices included"
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(PYTEST) -m "not gpu" $(ARGS)
 
 ## make gpu-test    what only an NVIDIA GPU can show, with every backend that loads: REQUIRE=tensorrt,tensorrt-rtx,onnxruntime makes
 ##                  the absence of one a failure; without a GPU it fails, unless ALLOW_NO_GPU=1

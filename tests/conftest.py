@@ -14,10 +14,15 @@ from pathlib import Path
 import cplusplus
 import pytest
 import tiny
+from once import once, shared
 
 import sdruntime.backends.ort  # noqa: F401  the tests load ONNX Runtime themselves, too
 
 Export = Callable[..., Path]
+
+# `make test ARGS=…` hands its variables to every make below it; those that tests start are their own.
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS"):
+    os.environ.pop(_name, None)
 
 # A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; tests of Ctrl-C want the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,7 +33,7 @@ def trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that traces are kept in."""
     with pytest.MonkeyPatch.context() as patch:
         if "SDEXPORT_CACHE" not in os.environ:
-            patch.setenv("SDEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+            patch.setenv("SDEXPORT_CACHE", str(shared(tmp_path_factory) / "traces"))
         yield Path(os.environ["SDEXPORT_CACHE"])
 
 
@@ -37,19 +42,33 @@ def export(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -> Expor
     """export(checkpoint, **options) -> a new bundle: what `sdexport build --no-verify` does, without a process of its own."""
 
     def exported(checkpoint: Path, **options: object) -> Path:
-        from sdexport.build import Options, build
-
-        folder = tmp_path_factory.mktemp("bundles") / checkpoint.name
-        for _ in build(str(checkpoint), folder, Options(**({"verify": False} | options))):  # type: ignore[arg-type]
-            pass
-        return folder
+        return _export(checkpoint, tmp_path_factory.mktemp("bundles") / checkpoint.name, **options)
 
     return exported
 
 
+@pytest.fixture(scope="session")
+def exported_once(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -> Export:
+    """exported_once(checkpoint, **options) -> the bundle that all tests of the session share; nobody writes to it."""
+
+    def exported(checkpoint: Path, **options: object) -> Path:
+        kind = "-".join(str(value) for pair in sorted(options.items()) for value in pair)
+        return once(tmp_path_factory, f"bundles-{kind}/{checkpoint.name}", lambda folder: _export(checkpoint, folder, **options))
+
+    return exported
+
+
+def _export(checkpoint: Path, folder: Path, **options: object) -> Path:
+    from sdexport.build import Options, build
+
+    for _ in build(str(checkpoint), folder, Options(**({"verify": False} | options))):  # type: ignore[arg-type]
+        pass
+    return folder
+
+
 def _checkpoint(factory: pytest.TempPathFactory, kind: tiny.Kind) -> Path:
     pytest.importorskip("diffusers", reason="checkpoints are written by diffusers")
-    return tiny.write_checkpoint(factory.mktemp("checkpoints") / f"tiny-{kind}", kind)
+    return once(factory, f"checkpoints/tiny-{kind}", lambda folder: tiny.write_checkpoint(folder, kind))
 
 
 @pytest.fixture(scope="session")
@@ -77,52 +96,52 @@ def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd1_bundle(sd1_checkpoint: Path, export: Export) -> Path:
-    return export(sd1_checkpoint)
+def sd1_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sd1_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def sd1_proved_bundle(sd1_checkpoint: Path, export: Export) -> Path:
+def sd1_proved_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
     """The same with golden numbers, as a build makes it where nothing else is said."""
-    return export(sd1_checkpoint, verify=True)
+    return exported_once(sd1_checkpoint, verify=True)
 
 
 @pytest.fixture(scope="session")
-def sd2_bundle(sd2_checkpoint: Path, export: Export) -> Path:
-    return export(sd2_checkpoint)
+def sd2_bundle(sd2_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sd2_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def sd2_v_bundle(sd2_v_checkpoint: Path, export: Export) -> Path:
-    return export(sd2_v_checkpoint)
+def sd2_v_bundle(sd2_v_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sd2_v_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def sdxl_bundle(sdxl_checkpoint: Path, export: Export) -> Path:
-    return export(sdxl_checkpoint)
+def sdxl_bundle(sdxl_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sdxl_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def sd1_fp16_bundle(sd1_checkpoint: Path, export: Export) -> Path:
-    return export(sd1_checkpoint, precision="fp16")
+def sd1_fp16_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sd1_checkpoint, precision="fp16")
 
 
 @pytest.fixture(scope="session")
-def sd1_bf16_bundle(sd1_checkpoint: Path, export: Export) -> Path:
-    return export(sd1_checkpoint, precision="bf16")
+def sd1_bf16_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sd1_checkpoint, precision="bf16")
 
 
 @pytest.fixture(scope="session")
-def sd2_fp16_bundle(sd2_checkpoint: Path, export: Export) -> Path:
-    return export(sd2_checkpoint, precision="fp16")
+def sd2_fp16_bundle(sd2_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sd2_checkpoint, precision="fp16")
 
 
 @pytest.fixture(scope="session")
-def sdxl_fp16_bundle(sdxl_checkpoint: Path, export: Export) -> Path:
-    return export(sdxl_checkpoint, precision="fp16")
+def sdxl_fp16_bundle(sdxl_checkpoint: Path, exported_once: Export) -> Path:
+    return exported_once(sdxl_checkpoint, precision="fp16")
 
 
 @pytest.fixture(scope="session")
 def capi_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C library, installed with its headers: what a program outside the tree is built against."""
-    return cplusplus.install(tmp_path_factory.mktemp("capi") / "prefix")
+    return once(tmp_path_factory, "capi-prefix", cplusplus.install)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from once import SESSION, alone
 from places import ROOT
 
 INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
@@ -57,12 +58,15 @@ def made(environment: Environment) -> Path | None:
         return None
     folder = ROOT / f".venv-{environment.name}"
     python = folder / "bin" / "python"
-    install = (python, *INSTALL)
-    if not (folder / ".ready").exists():
-        run(base, "-m", "venv", "--clear", folder)
-        run(*install, *environment.pins, f"{ROOT / 'runtime'}[onnxruntime]", "pytest", "hypothesis")
-        (folder / ".ready").touch()
-    run(*install, "--no-deps", "--force-reinstall", ROOT / "runtime")
+    install, current = (python, *INSTALL), folder / ".session"
+    with alone(ROOT / ".cache" / "locks" / folder.name):
+        if not (folder / ".ready").exists():
+            run(base, "-m", "venv", "--clear", folder)
+            run(*install, *environment.pins, f"{ROOT / 'runtime'}[onnxruntime]", "pytest", "hypothesis")
+            (folder / ".ready").touch()
+        if not current.exists() or current.read_text() != SESSION:
+            run(*install, "--no-deps", "--force-reinstall", ROOT / "runtime")
+            current.write_text(SESSION)
     return python
 
 

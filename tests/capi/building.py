@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cplusplus import require_compiler
+from once import alone
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -63,15 +64,18 @@ class Library:
         paths = [HERE / source for source in sources]
         first, standard = ("c++", "-std=c++17") if paths[0].suffix == ".cpp" else ("cc", "-std=c99")
         out = self.folder / (name or paths[0].stem)
-        if not out.exists():
-            link = (f"-L{self.folder}", "-lsdruntime", f"-Wl,-rpath,{self.folder}", "-ldl")
-            posix = ("-D_GNU_SOURCE", "-g", "-pthread")
-            command = (standard, *posix, *WARNINGS, *self.flags, f"-I{include}", *flags, *map(str, paths), "-o", str(out), *link)
-            run(compiler(first), *command)
+        link = (f"-L{self.folder}", "-lsdruntime", f"-Wl,-rpath,{self.folder}", "-ldl")
+        posix = ("-D_GNU_SOURCE", "-g", "-pthread")
+        command = (standard, *posix, *WARNINGS, *self.flags, f"-I{include}", *flags, *map(str, paths), "-o", str(out), *link)
+        with alone(out):
+            if not out.exists():
+                run(compiler(first), *command)
         return out
 
 
-def build_library(folder: Path, flags: Sequence[str]) -> Library:
+def build_library(folder: Path, flags: Sequence[str]) -> None:
+    """The library in the new `folder`."""
+    folder.mkdir()
     objects = []
 
     def compiled(source: Path) -> None:
@@ -86,4 +90,3 @@ def build_library(folder: Path, flags: Sequence[str]) -> Library:
     complete = ("-Wl,--no-undefined",) if flags == SANITIZERS["plain"] else ()  # a sanitizer's own are in the program
     link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *complete)
     run(compiler("c++"), *link, *flags, *objects, "-ldl", "-o", folder / "libsdruntime.so")
-    return Library(folder=folder, flags=tuple(flags))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from capi.building import ROOT, SANITIZERS, STAND_IN, Library, build_library
+from once import once
 
 from sdruntime.build import Asked, build_engines
 
@@ -23,7 +24,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
     def built(kind: str) -> Library:
         if kind not in made:
-            made[kind] = build_library(tmp_path_factory.mktemp(f"capi-{kind}"), SANITIZERS[kind])
+            folder = once(tmp_path_factory, f"capi-{kind}", lambda folder: build_library(folder, SANITIZERS[kind]))
+            made[kind] = Library(folder=folder, flags=tuple(SANITIZERS[kind]))
         return made[kind]
 
     return built

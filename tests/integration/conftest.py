@@ -42,8 +42,8 @@ def shapes_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(shapes_checkpoint: Path, export: Callable[..., Path], ready: Ready) -> Path:
-    return ready(export(shapes_checkpoint))
+def shapes_bundle(shapes_checkpoint: Path, exported_once: Callable[..., Path], ready: Ready) -> Path:
+    return ready(exported_once(shapes_checkpoint))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

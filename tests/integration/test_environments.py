@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from environments import ENVIRONMENTS, INSTALL, ROOT, interpreter, python_of, run
+from environments import ENVIRONMENTS, INSTALL, ROOT, Environment, interpreter, python_of, run
 from integration.reference import psnr
 
 from sdruntime.imagefile import read_image
+
+OLDEST, BETWEEN, NEWEST = ENVIRONMENTS
 
 
 @pytest.fixture(scope="module", params=ENVIRONMENTS, ids=lambda each: each.name)
@@ -29,10 +31,12 @@ def test_only_the_runtime_is_there(python: Path) -> None:
     assert not packages & {"torch", "diffusers", "transformers", "onnx", "sdexport", "pillow"}
 
 
-def test_the_runtimes_own_tests_pass(python: Path) -> None:
-    printed = run(
-        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow", "tests/runtime", cwd=ROOT
-    )
+@pytest.mark.parametrize(
+    "environment", [OLDEST, pytest.param(BETWEEN, marks=pytest.mark.full), NEWEST], ids=lambda each: each.name
+)
+def test_the_runtimes_own_tests_pass(environment: Environment) -> None:
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not full and not slow")
+    printed = run(python_of(environment), "-m", "pytest", *options, "tests/runtime", cwd=ROOT)
     assert " passed" in printed
     assert "failed" not in printed
 
