@@ -86,10 +86,13 @@ def wants_json(arguments: Sequence[str]) -> bool:
 
 
 def pairs(texts: Sequence[str], example: str, option: str = "--option") -> Iterator[tuple[str, str]]:
+    found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise SettingError(f"{option} {text!r}: KEY=VALUE is the form, such as {example}")
+        if found.setdefault(key, value) != value:
+            raise SettingError(f"{option} {key} was given twice, as {found[key]} and {value}: give one of them")
         yield key, value
 
 

@@ -123,6 +123,8 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--sampler", "euler", "--schedule", "karas"], 2, "karras"),
         (["--option", "eta"], 2, "KEY=VALUE"),
         (["--option", "etta=1"], 2, "etta"),
+        (["--option", "eta=0.5", "--option", "eta=0.7"], 2, "--option eta was given twice, as 0.5 and 0.7"),
+        (["--session", "a=1", "--session", "a=2"], 2, "--session a was given twice, as 1 and 2"),
         (
             ["--sampler", "DPM++ 2M Karras", "--schedule", "beta"],
             2,
