@@ -168,8 +168,15 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
 def _refuse_overlap(out: Path, checkpoint: Path) -> None:
     """Raise BundleError if the bundle would be the checkpoint, or one would lie in the other."""
     ours, theirs = out.resolve(), checkpoint.resolve()
-    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+    if _lies_in(ours, theirs) or _lies_in(theirs, ours):
         raise BundleError(out, [f"this place and the checkpoint ({checkpoint}) overlap: choose another place"])
+
+
+def _lies_in(place: Path, folder: Path) -> bool:
+    """Whether a place is `folder` or in it, whatever the names: a bind mount gives a folder a second one."""
+    return any(
+        each == folder or (each.exists() and folder.exists() and each.samefile(folder)) for each in (place, *place.parents)
+    )
 
 
 def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:

@@ -9,13 +9,14 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from sdruntime.bundle import ENGINES, disk_full_as_error
 from sdruntime.change import engine_like, is_temporary
 from sdruntime.durable import make_folders, sync_folder, sync_tree
-from sdruntime.errors import BundleError
+from sdruntime.errors import BundleError, quoted
 from sdruntime.lock import locked
 from sdruntime.manifest import NAME, manifest_document, opened_folder
 from sdruntime.owner import leftovers, owned_folder, remove_tree, sweep
@@ -35,6 +36,11 @@ def staging(place: Path) -> Iterator[Path]:
     place = Path(os.path.abspath(place))  # noqa: PTH100  # resolve() would follow the last link
     place = place.parent.resolve() / place.name
     check_place(place)
+    if is_mount(place):  # such as a container's volume: the rename at the end would fail
+        inside = quoted(place / "bundle")
+        raise BundleError(
+            place, [f"a file system is mounted here, so it cannot be replaced: use a folder in it, such as {inside}"]
+        )
     make_folders(place.parent)
     _recover(place)
     sweep(place.parent, _prefix(place, "staged"))
@@ -68,6 +74,16 @@ def check_place(place: Path) -> None:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         fault = f"files that do not belong to the bundle would be lost: {', '.join(found[:_SHOWN])}{more}"
         raise BundleError(place, [f"{fault}: move them, or choose another place"])
+
+
+def is_mount(place: Path) -> bool:
+    """Whether something is mounted at `place`. Only /proc knows of a bind mount within one file system: proc(5), mountinfo."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        lines = []
+    named = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(place.resolve()))
+    return place.is_mount() or any(line.split(b" ")[4:5] == [named] for line in lines)
 
 
 def _strangers(place: Path, files: dict[str, object], components: dict[str, object]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from bundles import make_bundle, tree, with_fake_engines
 
 from sdruntime.bundle import Bundle
 from sdruntime.errors import BundleError, OutOfSpace
-from sdruntime.staging import check_place, staging
+from sdruntime.staging import check_place, is_mount, staging
 
 
 def write(place: Path, text: str = "{}") -> None:
@@ -94,6 +94,17 @@ def test_only_a_bundle_is_replaced(tmp_path: Path) -> None:
     (app / "manifest.json").write_text(json.dumps({"format": "sdexport-bundle", "revision": 1}))
     assert "does not list its files" in refusal(app)
     assert "a file here" in refusal(app / "index.html")
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_mount(Path("/proc") if Path("/proc/self/mountinfo").exists() else Path("/"))
+    (place := tmp_path / "a volume").mkdir()
+    assert not is_mount(place)
+    read = Path.read_bytes
+    line = b"36 35 98:0 /mnt1 " + os.fsencode(place).replace(b" ", rb"\040") + b" rw,noatime - ext3 /dev/root rw"
+    monkeypatch.setattr(Path, "read_bytes", lambda self: line if self.name == "mountinfo" else read(self))
+    assert "a file system is mounted here, so it cannot be replaced: use a folder in it" in refusal(place)
+    write(place / "bundle")
 
 
 @pytest.mark.parametrize(

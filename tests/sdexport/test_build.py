@@ -13,7 +13,7 @@ import pytest
 from places import SHAPES
 
 import sdexport.build
-from sdexport.build import Built, EngineProgress, Options, Progress, build
+from sdexport.build import Built, EngineProgress, Options, Progress, _lies_in, build
 from sdexport.errors import CheckpointError, ExportError, PrecisionError
 from sdexport.job import Job, Stage
 from sdruntime.build import Asked
@@ -158,6 +158,16 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(sd1_checkpoint: Path, tmp_pa
     with pytest.raises(BundleError, match="no bundle: choose another place"):
         built(sd1_checkpoint, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_second_name_of_the_checkpoint_is_known(tmp_path: Path) -> None:
+    """A bind mount gives a folder one that does not resolve to the first; here a link, which is not resolved."""
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "unet").mkdir(parents=True)
+    (tmp_path / "mounted").symlink_to(checkpoint)
+    assert _lies_in(tmp_path / "mounted" / "bundle", checkpoint)
+    assert _lies_in(checkpoint / "unet", tmp_path / "mounted")
+    assert not _lies_in(tmp_path / "bundle", checkpoint)
 
 
 def test_an_export_never_replaces_its_checkpoint(tmp_path: Path) -> None:
