@@ -1,6 +1,8 @@
 # Every target sets up what it needs: python3 with venv and pip is all that must be there.
 PYTHON ?= python3
 VENV   ?= .venv
+# the versions that are installed: constraints-oldest.txt has the lowest that are supported
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= demo
@@ -17,7 +19,7 @@ GATE        = $(PYTHON) benchmarks/gpu/gate.py $(MAKE) --no-print-directory
 # PYTHON=… of `make engines` is an interpreter for the engines; the environment is made with python3 then
 BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
-.PHONY: help demo engines test test-quick test-full check golden bench real-check clean
+.PHONY: help demo engines test test-quick test-full check dist golden bench real-check clean
 .PHONY: capi install-capi
 .PHONY: gpu-test gpu-test-here gpu-bench gpu-bench-here gpu-report gpu-report-here
 .DEFAULT_GOAL := help
@@ -26,10 +28,10 @@ help:
 	@sed -n 's/^## //p' Makefile
 
 # The environment is made anew only when what it is made from changes.
-$(READY): constraints.txt pyproject.toml runtime/pyproject.toml
-	@echo "== environment: $(VENV), from constraints.txt (some minutes the first time)"
+$(READY): $(CONSTRAINTS) pyproject.toml runtime/pyproject.toml
+	@echo "== environment: $(VENV), from $(CONSTRAINTS) (some minutes the first time)"
 	@test -x $(BIN)/python || $(BASE) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
 		--editable './runtime[onnxruntime]' --editable '.[test,check]'
 	@touch $@
 
@@ -110,6 +112,14 @@ install-capi: capi
 ## make check       ruff and strict mypy
 check: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+## make dist        wheels and source archives of both packages in dist/, checked
+dist: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) build twine
+	@rm -rf dist
+	@for package in runtime .; do $(BIN)/python -m build --outdir dist $$package > dist.log || { cat dist.log; exit 1; }; done
+	@rm -f dist.log
+	@$(BIN)/python -m twine check --strict dist/*
 
 ## make golden      the golden numbers, read off diffusers and torch again
 golden: $(READY)
