@@ -32,10 +32,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdruntime import processor
+from sdruntime.arrays import Array
 from sdruntime.backends import backend
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, EngineOptions, Shared, shape_of
+from sdruntime.engine import EngineOptions, Shared
+from sdruntime.feeds import shape_of
 from sdruntime.pipeline import Pipeline
 from sdruntime.process import module_command
 from sdruntime.request import Request

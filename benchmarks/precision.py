@@ -26,7 +26,8 @@ from benchmarks.export_full_size import ROOT
 from benchmarks.gpu.checkpoint import MODELS
 from benchmarks.gpu.tasks import environment
 from sdexport.audit import judged
-from sdexport.build import Options, export
+from sdexport.build import export
+from sdexport.events import Options
 from sdexport.job import AUDIT, MODEL, PROBE, Job, Stage
 from sdexport.measure import session_of
 from sdexport.probe import load_activations

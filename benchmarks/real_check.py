@@ -137,7 +137,7 @@ def check(model: str, precision: str, work: Path, *, steps: int, prompts: Sequen
 
 def row(model: str, checks: Mapping[str, Mapping[str, Any]], *, steps: int) -> dict[str, Any]:
     """`model`: a hub id as it is, a folder by its name alone."""
-    from sdexport.cache import versions
+    from sdexport.versions import versions
 
     name = Path(model).resolve().name if Path(model).exists() else model
     machine = machine_of(Machine.here())

@@ -19,11 +19,12 @@ import onnx_ir as ir
 
 from sdexport.errors import AuditError
 from sdexport.measure import NOTHING, SAME, Activations, Feed, Likeness, likeness, session_of
+from sdexport.numbers import in_precision, largest
 from sdexport.precision import filler, free_nodes, logits, lowered, takes_half
 from sdexport.rounding import Rounding
 from sdexport.stored import Array
-from sdexport.weights import in_precision, largest
-from sdruntime.manifest import Audit, KeptNode, Precision
+from sdruntime.audit import Audit, KeptNode
+from sdruntime.manifest import Precision
 from sdruntime.tolerance import TOLERANCES
 
 Reason = Literal["overflow", "takes", "constant", "loss"]

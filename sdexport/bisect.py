@@ -18,9 +18,9 @@ import numpy as np
 from sdexport.checkpoint import Checkpoint
 from sdexport.job import MODEL, Job
 from sdexport.process import run_apart
+from sdruntime.arrays import Array
 from sdruntime.backends.ort.build import library
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array
 from sdruntime.golden import Case, read_golden
 from sdruntime.metrics import Difference
 from sdruntime.tolerance import Tolerance

@@ -10,91 +10,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from sdexport.cache import digest_of, trace_key, versions
+from sdexport.bundle_files import component_specs, described, write_rest
 from sdexport.card import read_card
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
+from sdexport.events import Built, EngineProgress, Event, Options, Progress
 from sdexport.golden import GoldenJob
 from sdexport.golden import run_apart as golden_apart
 from sdexport.hub import Located, locate
-from sdexport.job import AUDIT, DATA, MODEL, PROBE, Job, Stage
+from sdexport.job import AUDIT, PROBE, Job, Stage
 from sdexport.probe import check_environment
 from sdexport.process import run_apart
+from sdexport.provenance import digest_of_inputs, is_current, provenance_of
 from sdexport.step import write_step
 from sdexport.verify import Proof, verified_apart
-from sdruntime.build import Asked, BuildEvent, build_engines
-from sdruntime.bundle import Bundle, opening, sha256, write_bundle
+from sdruntime.audit import Audit
+from sdruntime.build import build_engines
+from sdruntime.bundle import write_bundle
 from sdruntime.errors import BundleError
-from sdruntime.golden import DOCUMENT
-from sdruntime.manifest import Audit, ComponentSpec, Precision
 from sdruntime.process import peak_memory
-from sdruntime.record import json_from_record, read_json, record_from_json
+from sdruntime.record import read_json, record_from_json
 from sdruntime.staging import check_place, staging
 from sdruntime.step import NAME as STEP
-from sdruntime.step import SLOTS, SOURCES, TARGETS
 from sdruntime.verify import held
 
 REFERENCE = "reference"  # a folder that is there while half precision is audited
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
-    of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32.
-    `verify`: golden numbers are made, and what this machine can run is held to them."""
-
-    revision: str | None = None
-    precision: Precision = "fp32"
-    engines: tuple[Asked, ...] = ()
-    allow_pickle: bool = False
-    audit: bool = True
-    verify: bool = True
-
-    @property
-    def audited(self) -> bool:
-        return self.audit and self.precision != "fp32"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """A step of the export: component `index` of `count`, and the stage that it is in."""
-
-    component: str
-    index: int
-    count: int
-    stage: Stage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineProgress:
-    """A step of an engine's build."""
-
-    event: BuildEvent
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes. `checks`:
-    how many outputs and pictures were held to their numbers. `changes`: a line for each setting of the checkpoint that diffusers'
-    pipeline changes when it opens it, as it is changed in the bundle."""
-
-    folder: Path
-    up_to_date: bool
-    written: int
-    peak: int
-    checks: int = 0
-    changes: tuple[str, ...] = ()
-
-
-Event = Progress | EngineProgress | Built
 
 
 def build(model: str, out: Path, options: Options) -> Iterator[Event]:
@@ -135,8 +79,8 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
     table = components(checkpoint)
     for asked in options.engines:
         asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
-    inputs = _inputs(checkpoint, table, options)
-    if _is_current(out, inputs, verified=options.verify):
+    inputs = digest_of_inputs(checkpoint, table, options)
+    if is_current(out, inputs, verified=options.verify):
         return Built(folder=out, up_to_date=True, written=0, peak=peak_memory(), changes=checkpoint.changes)
     if options.audited:
         check_environment()
@@ -147,14 +91,14 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
         peak = max(peak, (yield from _export(checkpoint, table, options, folder, reference if options.audited else None)))
         shutil.rmtree(reference, ignore_errors=True)
         audits = _audits(table, folder)
-        _write_rest(checkpoint, table, folder)
+        write_rest(checkpoint, table, folder)
         step = write_step(folder)
         write_bundle(
             folder,
             model=checkpoint.model,
             precision=options.precision,
-            components=_component_specs(table, audits) | {STEP: step},
-            provenance=_provenance(located, checkpoint, options, inputs),
+            components=component_specs(table, audits) | {STEP: step},
+            provenance=provenance_of(located, checkpoint, options, inputs),
         )
         if options.verify:
             proof = yield from _proved(checkpoint, options, folder, len(table))
@@ -179,47 +123,14 @@ def _lies_in(place: Path, folder: Path) -> bool:
     )
 
 
-def _inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
-    """The hash of everything that the ONNX and the files beside it follow from."""
-    names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
-    files = [checkpoint.folder / name for name in names]
-    files += [path for part in checkpoint.parts.values() for path in part.files]
-    return digest_of(
-        {
-            "model": json_from_record(checkpoint.model),
-            "precision": options.precision,
-            "audit": options.audited,
-            "step": [SLOTS, SOURCES, TARGETS],
-            "traces": [trace_key(component) for component in table],
-            "tokenizers": {name: dict(tokenizer.files) for name, tokenizer in checkpoint.tokenizers.items()},
-            "versions": versions(),
-            "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},
-        }
-    )
-
-
-def _is_current(out: Path, inputs: str, *, verified: bool) -> bool:
-    """Whether `out` is a whole bundle made of the same inputs, its bytes as they were written; with golden numbers, if asked."""
-
-    def current(bundle: Bundle) -> bool:
-        if verified and DOCUMENT not in bundle.manifest.files:
-            return False
-        return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
-
-    try:
-        return opening(out, current)
-    except BundleError:
-        return False
-
-
 def _reference(
     checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path
 ) -> Generator[Progress, None, int]:
     """The same in float32, probed: what half precision is measured by. Returns the peak memory."""
     folder.mkdir()
     peak = yield from _export(checkpoint, table, options, folder, None, full=True)
-    _write_rest(checkpoint, table, folder)
-    specs = _component_specs(table, {})
+    write_rest(checkpoint, table, folder)
+    specs = component_specs(table, {})
     write_bundle(folder, model=checkpoint.model, precision="fp32", components=specs, provenance={})
     job = Job(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(folder))
     for stage in run_apart(job):
@@ -258,7 +169,7 @@ def _export(
                 yield Progress(component=component.name, index=index, count=len(table), stage=stage)
             else:
                 peak = max(peak, stage)
-        (folder / component.name / "config.json").write_text(json.dumps(_described(component.config), indent=2) + "\n")
+        (folder / component.name / "config.json").write_text(json.dumps(described(component.config), indent=2) + "\n")
         if reference is not None:
             shutil.rmtree(reference / component.name)  # half of a large model's disk, before the next one is written
     return peak
@@ -299,60 +210,3 @@ def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, 
             written += event.size
             yield EngineProgress(event=event)
     return written
-
-
-def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config without what makes a library that opens it run other code (`_attn_implementation`, `auto_map`, …)."""
-    known = ("_class_name", "_diffusers_version")
-    return {key: value for key, value in config.items() if key in known or not (key.startswith("_") or key == "auto_map")}
-
-
-def _write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:
-    for name, tokenizer in checkpoint.tokenizers.items():
-        tokenizer.write(folder / name, length=checkpoint.text_length)
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(checkpoint.scheduler), indent=1) + "\n")
-    (folder / "model_index.json").write_text(json.dumps(_model_index(checkpoint, table), indent=1) + "\n")
-
-
-def _model_index(checkpoint: Checkpoint, table: Sequence[Component]) -> Mapping[str, Any]:
-    """What diffusers' OnnxStableDiffusionPipeline reads; it knows SD1 and SD2."""
-    known = checkpoint.model.family != "sdxl"
-    index: dict[str, Any] = {
-        "_class_name": "OnnxStableDiffusionPipeline" if known else checkpoint.index["_class_name"],
-        "_diffusers_version": versions()["diffusers"],
-        "scheduler": ["diffusers", checkpoint.scheduler["_class_name"]],
-    }
-    index |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
-    index |= {component.name: ["diffusers", "OnnxRuntimeModel"] for component in table}
-    if known:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    return index
-
-
-def _component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) -> dict[str, ComponentSpec]:
-    return {
-        component.name: ComponentSpec(
-            files=(f"{component.name}/{MODEL}", f"{component.name}/{DATA}"),
-            config=f"{component.name}/config.json",
-            inputs=component.inputs,
-            outputs=component.outputs,
-            audit=audits.get(component.name),
-        )
-        for component in table
-    }
-
-
-def _provenance(located: Located, checkpoint: Checkpoint, options: Options, inputs: str) -> dict[str, Any]:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    made = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    provenance = {
-        "source": located.source,
-        "revision": located.revision,
-        "created": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "options": json_from_record(options),
-        "changes": list(checkpoint.changes) or None,  # what diffusers' pipeline changes of the settings when it opens them
-        "versions": versions(),
-        "inputs": inputs,
-    }
-    return {key: value for key, value in provenance.items() if value is not None}

@@ -7,22 +7,18 @@ that traces. An entry is one file, the SHA-256 of the graph and then the graph; 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sdexport.components import Component
+from sdexport.versions import DIGEST, digest_of, versions
 from sdruntime.durable import replace_file
 from sdruntime.record import json_from_record
 
-_LIBRARIES = ("sdexport", "sdruntime", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 # of the pipeline, not of the network, as is what begins with "_"
 _IDLE = ("sample_size", "scaling_factor", "latents_mean", "latents_std", "use_attention_mask")
 _TRACERS = ("components.py", "modules.py", "to_onnx.py")
-_DIGEST = 32
 
 
 def cache_folder() -> Path:
@@ -42,22 +38,6 @@ def trace_key(component: Component) -> str:
     return digest_of(document)
 
 
-def versions() -> dict[str, str]:
-    """The installed version of each library that takes part in a build."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
-def digest_of(document: Any) -> str:
-    """The SHA-256 of a JSON document, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
 @cache
 def _code() -> str:
     sources = [Path(__file__).with_name(name) for name in _TRACERS]
@@ -70,7 +50,7 @@ def load_trace(key: str) -> bytes | None:
         kept = _path(key).read_bytes()
     except OSError:
         return None
-    return kept[_DIGEST:] if hashlib.sha256(kept[_DIGEST:]).digest() == kept[:_DIGEST] else None
+    return kept[DIGEST:] if hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST] else None
 
 
 def store_trace(key: str, graph: bytes) -> None:

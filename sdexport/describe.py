@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sdruntime.manifest import Audit, Manifest
+from sdruntime.audit import Audit
+from sdruntime.manifest import Manifest
 from sdruntime.record import json_from_record
 
 REASONS = {

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sdexport.build import EngineProgress, Options, Progress, export
+from sdexport.build import export
 from sdexport.errors import SdexportError
+from sdexport.events import EngineProgress, Options, Progress
 from sdexport.recipe import Recipe, read_recipe, recipe_file
 from sdruntime.build import Asked, BuildEvent, build_engines
 from sdruntime.errors import SdruntimeError, SettingError

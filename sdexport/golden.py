@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 
 from sdexport.bounds import at_most
-from sdexport.cache import digest_of as hash_of
-from sdexport.cache import versions
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
+from sdexport.names import match_weights
 from sdexport.opening import GOLDEN_STEPS, fitting_steps
 from sdexport.original import original_images, stand_in
 from sdexport.unpickle import unpickled
-from sdexport.weights import match_weights
+from sdexport.versions import digest_of as hash_of
+from sdexport.versions import versions
+from sdruntime.arrays import Array
 from sdruntime.bundle import Bundle, disk_full_as_error, sha256
-from sdruntime.engine import CPU, Array
+from sdruntime.engine import CPU
 from sdruntime.errors import SdruntimeError
 from sdruntime.golden import (
     Case,

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import sdruntime
 from sdruntime.build import Asked, BuildEvent
+from sdruntime.building import Stage
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Stage
 from sdruntime.errors import (
     DeviceMissing,
     EngineError,

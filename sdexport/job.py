@@ -16,9 +16,9 @@ from sdexport.cache import load_trace, store_trace, trace_key
 from sdexport.checkpoint import Checkpoint, read_checkpoint
 from sdexport.components import Component, components
 from sdexport.errors import ExportError
+from sdexport.names import match_weights
 from sdexport.stored import StoredTensor
 from sdexport.unpickle import unpickled
-from sdexport.weights import match_weights
 from sdruntime.bundle import disk_full_as_error
 from sdruntime.manifest import Precision
 from sdruntime.record import json_from_record

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SdruntimeError
 from sdruntime.request import Request
 from sdruntime.samplers import SAMPLERS
 from sdruntime.samplers.sampler import CHOICES, DEFAULTED
-from sdruntime.table import compile_table
 
 PATH = "scheduler/scheduler_config.json"
 # what the runtime can sample with, but for flow matching: those lack the methods that the pipelines of Stable Diffusion call

@@ -24,7 +24,7 @@ from sdexport.errors import ExportError
 from sdexport.opening import PATH as SCHEDULER
 from sdexport.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.tree import read_own
-from sdruntime.engine import Array
+from sdruntime.arrays import Array
 from sdruntime.errors import NotFinite
 from sdruntime.golden import Drawing
 

@@ -14,8 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from sdexport.errors import PrecisionError
+from sdexport.numbers import in_precision, largest
 from sdexport.stored import Array
-from sdexport.weights import in_precision, largest
 from sdruntime.manifest import Precision
 
 TYPES: dict[Precision, ir.DataType] = {

@@ -16,9 +16,9 @@ import onnx
 import onnx_ir as ir
 
 from sdexport.measure import Feed, session_of, with_nodes
+from sdexport.numbers import largest
 from sdexport.precision import TYPES, filler, free_nodes, logits, lowered, takes_half
 from sdexport.stored import Array
-from sdexport.weights import largest
 from sdruntime.manifest import Precision
 
 _OWN = "sdexport.rounded."

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdruntime.engine import Engine, shape_of
+from sdruntime.engine import Engine
+from sdruntime.feeds import shape_of
 from sdruntime.manifest import ComponentSpec, Manifest
 from sdruntime.metrics import picture_psnr
 from sdruntime.pipeline import Pipeline

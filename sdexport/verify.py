@@ -13,8 +13,8 @@ from sdexport.checkpoint import Checkpoint
 from sdexport.errors import CheckpointError, ExportError, ProcessKilled
 from sdexport.golden import Reference, checkpoint_hash, opened
 from sdexport.hub import locate
+from sdruntime.arrays import Array
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array
 from sdruntime.errors import LibraryMissing, VerificationFailed
 from sdruntime.golden import Case, read_golden
 from sdruntime.process import run_apart as messages_of

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from bundles import TENSORS, make_bundle
 
+from sdruntime.arrays import Array
 from sdruntime.backends.fake.engine import FakeEngine
-from sdruntime.engine import Array
 from sdruntime.manifest import ComponentSpec, EngineSpec
 from sdruntime.pipeline import Pipeline
 from sdruntime.request import Request

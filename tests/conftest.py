@@ -59,7 +59,8 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -
 
 
 def _export(checkpoint: Path, folder: Path, **options: object) -> Path:
-    from sdexport.build import Options, build
+    from sdexport.build import build
+    from sdexport.events import Options
 
     for _ in build(str(checkpoint), folder, Options(**({"verify": False} | options))):  # type: ignore[arg-type]
         pass

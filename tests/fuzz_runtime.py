@@ -14,12 +14,13 @@ import numpy as np
 from bundles import SCHEDULER, make_bundle, with_fake_engines
 from fuzzing import VALUES, Once, damaged, mutated
 
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle, file_spec
 from sdruntime.channel import HEADER, Channel
 from sdruntime.choose import Machine
+from sdruntime.compile import compile_table
 from sdruntime.cuda import Device
 from sdruntime.describe import bundle_document, bundle_lines
-from sdruntime.engine import Library
 from sdruntime.errors import SdruntimeError
 from sdruntime.golden import (
     DOCUMENT,
@@ -39,7 +40,7 @@ from sdruntime.pipeline import Pipeline
 from sdruntime.record import json_from_record, json_from_text
 from sdruntime.samplers import SAMPLERS
 from sdruntime.service import Service
-from sdruntime.table import Table, compile_table
+from sdruntime.table import Table
 from sdruntime.tokenizer import FILES, Tokenizer
 from sdruntime.tolerance import TOLERANCES
 

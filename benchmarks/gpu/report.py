@@ -52,8 +52,8 @@ def shapes_bundles(work: Path) -> list[Path]:
         if not (bundle / "manifest.json").exists():
             if why_not := reference.missing(device="cpu"):
                 raise RuntimeError(f"{why_not}, so none can be exported here: export two elsewhere, and name them with --shapes")
-            from sdexport.build import Options as Export
             from sdexport.build import build
+            from sdexport.events import Options as Export
 
             for _ in build(str(SHAPES), bundle, Export(precision=precision, verify=False)):
                 pass

@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from sdruntime.arrays import Array
 from sdruntime.denoise import check_latents
-from sdruntime.engine import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.job import Job
 from sdruntime.pipeline import Pipeline

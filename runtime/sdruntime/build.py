@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdruntime.backends import BACKENDS, backend
+from sdruntime.building import EngineRequest, Stage
 from sdruntime.bundle import ENGINES, Bundle, disk_full_as_error
 from sdruntime.change import add_engine, building, remove_engine, tidy
 from sdruntime.choose import fits_version
-from sdruntime.engine import EngineRequest, Stage
 from sdruntime.errors import LibraryMissing, UnknownName
 from sdruntime.manifest import EngineSpec, ModelSpec, Precision
 from sdruntime.shapes import Guidance, Shapes

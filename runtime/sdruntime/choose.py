@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdruntime.backends import BACKENDS, backend
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import Device, check_device, devices
-from sdruntime.engine import AMPERE_UP, CPU, PLATFORM, Library
+from sdruntime.engine import AMPERE_UP, CPU, PLATFORM
 from sdruntime.errors import EngineError, EnvironmentFault, SettingError, quoted
 from sdruntime.manifest import EngineSpec, Manifest, Precision
 from sdruntime.shapes import dims_in_pixels, shapes_in_pixels

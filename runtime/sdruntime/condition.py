@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.bundle import Bundle
 from sdruntime.document import LARGEST
-from sdruntime.engine import Array, Engine
+from sdruntime.engine import Engine
 from sdruntime.guard import checked_rows
 from sdruntime.prompt import batch, tokenize
 from sdruntime.tokenizer import FILES, Tokenizer

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.errors import DeviceMissing, OutOfSpace, SdruntimeError, SettingError
+from sdruntime.memory import available_memory
 
 DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
@@ -381,12 +381,3 @@ class Graph:
         if self._executable:
             executable, self._executable = self._executable, c_void_p()
             self._cuda.release("cuGraphExecDestroy", executable)
-
-
-def available_memory() -> int:
-    """Bytes of the system's memory that can be had without swapping (MemAvailable); 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 import numpy as np
 
 from sdruntime.annotate import annotate
-from sdruntime.engine import Array, Engine
+from sdruntime.arrays import Array
+from sdruntime.engine import Engine
 from sdruntime.errors import NotFinite, SdruntimeError
 from sdruntime.guard import advice, checked_rows, is_finite
 from sdruntime.guidance import combine, rescale

@@ -11,15 +11,14 @@ import numpy as np
 from sdruntime import __version__
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, misfit
-from sdruntime.cuda import Cuda, available_memory
+from sdruntime.cuda import Cuda
 from sdruntime.engine import CPU
 from sdruntime.errors import SdruntimeError, quoted
 from sdruntime.jetson import jetson
 from sdruntime.manifest import EngineSpec, Manifest
-from sdruntime.pipeline import Pipeline
+from sdruntime.memory import available_memory
 from sdruntime.plan import MemoryPlan, memory_plan
 from sdruntime.record import json_from_record
-from sdruntime.samplers import SAMPLERS
 from sdruntime.shapes import dims_in_pixels, shapes_in_pixels
 from sdruntime.speed import Race
 
@@ -95,41 +94,6 @@ def bundle_document(bundle: Bundle, machine: Machine) -> dict[str, Any]:
         "memory": plans,
         "cpu_seconds": None if (timed := _timed(bundle, machine)) is None else timed[1],
     }
-
-
-def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
-    """What was opened. Sizes in pixels, (width, height), the ranges of `engines` both ends included; null for a component that is
-    opened at its first use."""
-    manifest, model = pipe.bundle.manifest, pipe.model
-    chosen = {spec.component: spec for spec in pipe.engines.chosen}
-    factor = model.vae_factor
-    return {
-        "model": json_from_record(model),
-        "precision": manifest.precision,
-        "components": {name: _engine_document(chosen.get(name)) for name in manifest.components},
-        "sizes": {
-            "default": list(model.default_size[::-1]),
-            "multiple": model.size_multiple,
-            "engines": [
-                {side: [factor * low, factor * high] for side in ("width", "height") for low, _, high in [profile[side]]}
-                for profile in chosen["unet"].profiles
-            ],
-        },
-        "samplers": list(SAMPLERS),
-        "sampler": pipe.sampler,
-        "versions": {
-            "sdruntime": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            **{spec.backend: spec.version for spec in pipe.engines.chosen},
-        },
-    }
-
-
-def _engine_document(spec: EngineSpec | None) -> dict[str, Any] | None:
-    if spec is None:
-        return None
-    return {name: getattr(spec, name) for name in ("name", "backend", "version", "target", "precision", "shapes")}
 
 
 def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sdruntime.errors import DeviceMissing, EngineError, SettingError, UnknownName
+from sdruntime.arrays import Array
+from sdruntime.errors import SettingError
 from sdruntime.limits import MOST_THREADS
-from sdruntime.manifest import ComponentSpec, EngineSpec, Precision, Profile, TensorSpec
+from sdruntime.manifest import ComponentSpec, EngineSpec
 
-Array = NDArray[Any]
 T = TypeVar("T")
 CPU = "cpu"  # the target of engines that need no GPU
 AMPERE_UP = "ampere+"  # the target of engines for every GPU of compute capability 8.0 and later
@@ -110,74 +106,6 @@ class EngineOptions:
             raise SettingError(f"threads {self.threads}: expected {MOST_THREADS} at most, or 0 for the library's own choice")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRequest:
-    """What a backend is asked to build: one component, for a target, in some profiles (those of `EngineSpec`)."""
-
-    component: str
-    backend: str
-    target: str
-    profiles: tuple[Profile, ...]
-    stem: str  # the names of the files begin with it
-    options: Mapping[str, str] = field(default_factory=dict)  # settings of the backend, by its own names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Where a build is: `done` of `total` steps of what the library calls `name`; a total of 0 is not known."""
-
-    name: str
-    done: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """The files that a backend wrote, the one to open first in front, the library's version, and what the build took.
-
-    `memory`: bytes of activations on the device, where the builder can tell. `peak`: bytes of the builder's own process.
-    """
-
-    files: tuple[Path, ...]
-    version: str
-    precision: Precision
-    memory: int | None = None
-    platform: str = ""
-    seconds: float = 0.0
-    peak: int = 0
-    notes: tuple[str, ...] = ()  # for a person: where the engine is short of what was asked for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Library:
-    """What this machine has of an engine library: its version and the targets that it builds for here, or why it has nothing."""
-
-    version: str | None = None
-    targets: tuple[str, ...] = ()
-    missing: str = ""  # for a person: what is missing, and the line that installs it
-
-
-# name: (how its text is read, what is expected)
-BackendOptions = Mapping[str, tuple[Callable[[str], Any], str]]
-
-
-def unknown_option(library: str, option: str, known: BackendOptions) -> UnknownName:
-    """The error for an option of a backend that it does not have: it lists those that it has."""
-    return UnknownName(f"option of {library}", option, known, forms={name: form for name, (_, form) in known.items()})
-
-
-def check_names(
-    library: str, target: str | None, targets: Sequence[str], options: Mapping[str, str], *, known: BackendOptions
-) -> str:
-    """`target`, the first of `targets` where it is None. Raises DeviceMissing for another, UnknownName for an unknown option."""
-    for option in options:
-        if option not in known:
-            raise unknown_option(library, option, known)
-    if target is not None and target not in targets:
-        raise DeviceMissing(f"target {target!r}: {library} has {', '.join(targets)} on this machine")
-    return target or targets[0]
-
-
 class Shared:
     """What the engines of one pipeline share on a device (a stream, an arena): made by the first one that asks for it, and
     released with `close`, the last one made first, after the engines."""
@@ -201,70 +129,3 @@ class Shared:
     def close(self) -> None:
         self._held.clear()
         self._stack.close()
-
-
-def check_feeds(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """The size of each named dimension in `feeds`. Raises EngineError where names, types or shapes are not what the component
-    and a profile of the engine take."""
-    dims = dims_of(component, spec, feeds)
-    if not spec.admits(**dims):
-        asked = ", ".join(f"{name} {size}" for name, size in dims.items())
-        raise EngineError(f"engine {spec.name}: {asked}, but it was built for {spec.shapes}")
-    return dims
-
-
-def check_tensors(component: ComponentSpec, spec: EngineSpec, inputs: Collection[str], outputs: Collection[str]) -> None:
-    """Raise EngineError where an opened engine does not take what the component is fed, or lacks one of its outputs."""
-    fed, taken = {tensor.name for tensor in component.inputs}, {tensor.name for tensor in component.outputs}
-    if set(inputs) != fed or not taken <= set(outputs):
-        has = f"{', '.join(sorted(inputs))} -> {', '.join(sorted(outputs))}"
-        belongs = f"{', '.join(sorted(fed))} -> {', '.join(sorted(taken))}"
-        raise EngineError(f"engine {spec.name}: it takes and gives {has:.300}, but the manifest says {belongs:.300}")
-
-
-def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """The size of each named dimension in `feeds`. Raises EngineError where names, types or shapes are not the component's."""
-    expected = {tensor.name: tensor for tensor in component.inputs}
-    if feeds.keys() != expected.keys():
-        raise EngineError(f"{spec.component}: fed {', '.join(feeds)}, but it takes {', '.join(expected)}")
-    dims: dict[str, int] = {}
-    for name, array in feeds.items():
-        tensor = expected[name]
-        fits = array.dtype == np.dtype(tensor.dtype) and array.ndim == len(tensor.shape)
-        for size, dim in zip(array.shape, tensor.shape, strict=False):
-            fits = fits and size == (dims.setdefault(dim, size) if isinstance(dim, str) else dim)
-        if not fits:
-            shape = ", ".join(map(str, tensor.shape))
-            raise EngineError(
-                f"{spec.component}.{name}: expected {tensor.dtype} [{shape}], got {array.dtype} {list(array.shape)}"
-            )
-    return dims
-
-
-def shape_of(tensor: TensorSpec, dims: Mapping[str, int], factor: int) -> tuple[int, ...]:
-    """A tensor's shape where `dims` are chosen; an output's `image_height` follows from `height` by the VAE's factor."""
-    known = dict(dims)
-    for name, size in dims.items():
-        known[f"image_{name}"], known[f"latent_{name}"] = size * factor, size // factor
-    return tuple(known[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
-
-
-def call_rows(engine: Engine, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Call `engine` with any number of rows along `batch`, the first axis of every tensor: split to what its largest profile
-    takes, padded with copies of the last row to the smallest profile that has room. The outputs have the rows of `feeds`."""
-    rows = len(next(iter(feeds.values())))
-    dims = dims_of(engine.component, engine.spec, feeds) if len(engine.spec.profiles) > 1 else {}
-    dims.pop("batch", None)
-    sizes = [engine.spec.profiles[index]["batch"] for index in engine.spec.admitting(**dims)]
-    if not sizes or any(low <= rows <= high for low, _, high in sizes):
-        return engine(feeds)  # which tells, where no profile takes it
-    most = max(high for _, _, high in sizes)
-    parts = []
-    for start in range(0, rows, most):
-        piece = {name: array[start : start + most] for name, array in feeds.items()}
-        size = min(most, rows - start)
-        low = min(max(low, size) for low, _, high in sizes if size <= high)
-        if size < low:
-            piece = {name: np.concatenate([array, np.repeat(array[-1:], low - size, axis=0)]) for name, array in piece.items()}
-        parts.append({name: array[:size] for name, array in engine(piece).items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

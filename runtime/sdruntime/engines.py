@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from sdruntime.backends import backend as backend_module
+from sdruntime.building import Stage
 from sdruntime.bundle import Bundle
 from sdruntime.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.cuda import Cuda
-from sdruntime.engine import CPU, Engine, EngineOptions, Shared, Stage
+from sdruntime.engine import CPU, Engine, EngineOptions, Shared
 from sdruntime.errors import EngineError, SdruntimeError
 from sdruntime.manifest import EngineSpec
 from sdruntime.plan import memory_plan

@@ -38,7 +38,7 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.pipeline import SCHEDULER, Pipeline
     from sdruntime.request import requests
     from sdruntime.samplers import meaning
-    from sdruntime.shapes import parse_size
+    from sdruntime.sizes import parse_size
 
     if options.fit is not None and options.image is None:
         raise SettingError(f"--fit {options.fit} without --image: it says how that image is brought to the size")
@@ -107,7 +107,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
     from sdruntime.engine import EngineOptions
-    from sdruntime.shapes import parse_bytes
+    from sdruntime.sizes import parse_bytes
 
     return EngineOptions(
         device=options.device,

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.noise import NoiseStream

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sdruntime.engine import Array, Engine, call_rows
+from sdruntime.arrays import Array
+from sdruntime.engine import Engine
 from sdruntime.errors import NotFinite, quoted
+from sdruntime.feeds import call_rows
 from sdruntime.manifest import EngineSpec, Precision
 
 

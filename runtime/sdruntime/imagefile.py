@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from sdruntime.errors import LibraryMissing, SettingError, plain
-from sdruntime.image import MAX_FILE, TRANSPARENT, XMP, OtherImage, Pixels, image_from_png, png_from_image, write_file
+from sdruntime.image import MAX_FILE, TRANSPARENT, XMP, OtherImage, image_from_png, png_from_image, write_file
+from sdruntime.pixels import Pixels
 
 ImageLike: TypeAlias = Any  # a path, an array uint8 [H, W, 3] or what has one (`__array__`), or a Pillow image
 Fit = Literal["resize", "crop"]

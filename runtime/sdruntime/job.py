@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sdruntime.engine import Array
+from sdruntime.arrays import Array
 from sdruntime.run import Run
 
 IN_FLIGHT = 2  # steps that are queued on a device before the host waits for the first of them, where nothing else is said

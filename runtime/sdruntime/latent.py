@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdruntime.engine import Array, Engine
+from sdruntime.arrays import Array
+from sdruntime.engine import Engine
 from sdruntime.guard import checked_rows
 from sdruntime.manifest import ModelSpec
 

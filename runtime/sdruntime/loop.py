@@ -19,10 +19,11 @@ from typing import NoReturn
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.backends.trt.session import aligned
 from sdruntime.cuda import ALIGNMENT, Event, Graph, Pinned
-from sdruntime.engine import Array, Engine
+from sdruntime.engine import Engine
 from sdruntime.errors import SdruntimeError
 from sdruntime.job import IN_FLIGHT, Job, stacked
 from sdruntime.step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sdruntime.arrays import Array
 from sdruntime.batcher import QUEUE
 from sdruntime.choose import AUTO
-from sdruntime.engine import Array
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.record import record_from_json
 from sdruntime.request import Request

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdruntime import __version__
-from sdruntime.engine import Array
+from sdruntime.arrays import Array
 from sdruntime.image import XMP
 from sdruntime.imagefile import Fit
 from sdruntime.manifest import EngineSpec

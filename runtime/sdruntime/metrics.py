@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdruntime.engine import Array
-from sdruntime.image import Pixels
+from sdruntime.arrays import Array
+from sdruntime.pixels import Pixels
 
 EQUAL = 200.0  # dB: the PSNR of two arrays that are the same
 _WINDOW = 8  # pixels of a side

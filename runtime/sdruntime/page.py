@@ -12,7 +12,8 @@ import numpy as np
 
 from sdruntime.durable import replace_file
 from sdruntime.errors import SettingError
-from sdruntime.image import Pixels, png_from_image
+from sdruntime.image import png_from_image
+from sdruntime.pixels import Pixels
 from sdruntime.report import PictureCheck, Report, Status, check_cells, image_cells, limit_name, verdict
 from sdruntime.tolerance import Tolerance
 

@@ -15,26 +15,29 @@ from typing import Any
 import numpy as np
 
 from sdruntime import latent
+from sdruntime.arrays import Array
 from sdruntime.backends import BACKENDS
+from sdruntime.building import Stage
 from sdruntime.bundle import Bundle, opening
 from sdruntime.choose import AUTO
+from sdruntime.compile import compile_table
 from sdruntime.condition import Condition, Conditioner, cut_lines
 from sdruntime.denoise import Call, denoise
-from sdruntime.engine import Array, Engine, EngineOptions, Stage
+from sdruntime.engine import Engine, EngineOptions
 from sdruntime.engines import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError
-from sdruntime.image import from_uint8, to_uint8
 from sdruntime.imagefile import fitted
 from sdruntime.interface import interface_faults
 from sdruntime.job import IN_FLIGHT, Job, State, Stepper, after
 from sdruntime.metadata import Origin
 from sdruntime.noise import NoiseStream
+from sdruntime.pixels import from_uint8, to_uint8
 from sdruntime.request import Request, requests, unused_lines
 from sdruntime.result import Image, Result
 from sdruntime.run import Run
 from sdruntime.samplers import identified
 from sdruntime.step import NAME as STEP
-from sdruntime.table import Table, compile_table
+from sdruntime.table import Table
 
 SCHEDULER = "scheduler/scheduler_config.json"
 KEPT_TABLES = 64

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdruntime.engine import CPU, shape_of
+from sdruntime.engine import CPU
 from sdruntime.errors import OutOfSpace
+from sdruntime.feeds import shape_of
 from sdruntime.manifest import EngineSpec, Manifest
 
 

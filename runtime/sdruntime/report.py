@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sdruntime.image import Pixels
 from sdruntime.metrics import EQUAL, Difference
+from sdruntime.pixels import Pixels
 from sdruntime.tolerance import Tolerance
 
 Status = Literal["pass", "fail", "skip"]

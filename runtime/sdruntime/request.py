@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from sdruntime.engine import Array
+from sdruntime.arrays import Array
 from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
 from sdruntime.imagefile import FITS, Fit, ImageLike, pixels_from
 from sdruntime.limits import LARGEST_SIDE

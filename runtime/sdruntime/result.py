@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sdruntime.engine import Array
+from sdruntime.arrays import Array
 from sdruntime.errors import quoted
 from sdruntime.imagefile import write_image
 from sdruntime.metadata import Origin, parameters, png_text

@@ -41,12 +41,12 @@ from typing import Any
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.backends import BACKENDS
 from sdruntime.batcher import Batcher, Drawing, Progress
 from sdruntime.channel import BadFrame, Channel
 from sdruntime.cuda import device_index
-from sdruntime.describe import pipeline_document
-from sdruntime.engine import CPU, Array, EngineOptions
+from sdruntime.engine import CPU, EngineOptions
 from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
 from sdruntime.image import png_from_image
 from sdruntime.limits import LARGEST_SIDE
@@ -54,6 +54,7 @@ from sdruntime.message import Cancel, Open, Submit, message_from_json
 from sdruntime.pipeline import Pipeline
 from sdruntime.record import json_from_text
 from sdruntime.request import Request
+from sdruntime.served import pipeline_document
 
 CANCELLED = 130
 REASONS: dict[type[BaseException], str] = {

@@ -10,14 +10,13 @@ from typing import Literal, TypeVar
 
 from sdruntime.errors import SettingError
 from sdruntime.manifest import EngineSpec, Manifest, ModelSpec, Profile
+from sdruntime.sizes import Size, parse_size
 from sdruntime.step import NAME as STEP
 
 T = TypeVar("T")
-Size = tuple[int, int]  # pixels: width, height
 Guidance = Literal["on", "off", "any"]
 MOST_IMAGES = 8
 LARGEST = 4  # times the default side
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,22 +131,6 @@ def _sides_first(component: str, model: ModelSpec, ranges: Mapping[str, tuple[in
 
 def _range(name: str, low: object, high: object) -> str:
     return f"{name} {low}".strip() if low == high else f"{name} {low} to {high}".strip()
-
-
-def parse_size(text: str) -> Size:
-    """(width, height) in pixels, from "WxH". Raises SettingError."""
-    if not re.fullmatch(r"\d{1,5}x\d{1,5}", text):
-        raise SettingError(f"size {text!r}: WIDTHxHEIGHT in pixels is the form, such as 512x512")
-    width, height = map(int, text.split("x"))
-    return width, height
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes, from a number with K, M or G (of 1024) behind it, or without. Raises SettingError."""
-    found = re.fullmatch(r"(\d{1,12})([KMG]?)", text)
-    if found is None:
-        raise SettingError(f"{text!r}: expected a number of bytes, such as 600M or 4G")
-    return int(found[1]) * _UNITS[found[2]]
 
 
 def _triple(parts: list[T], what: str) -> tuple[T, T, T]:

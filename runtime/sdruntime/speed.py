@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 
 from sdruntime import processor
+from sdruntime.arrays import Array
 from sdruntime.backends import backend
 from sdruntime.bundle import Bundle
 from sdruntime.cache import read_cached, write_cached
 from sdruntime.choose import Machine, kind, misfit
-from sdruntime.cuda import available_memory
-from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared, shape_of
+from sdruntime.engine import CPU, Engine, EngineOptions, Shared
 from sdruntime.errors import SdruntimeError
+from sdruntime.feeds import shape_of
 from sdruntime.manifest import EngineSpec, Manifest
+from sdruntime.memory import available_memory
 
 UNET = "unet"
 ROUNDS = 3

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from sdruntime import processor
+from sdruntime.arrays import Array
 from sdruntime.backends import BACKENDS, backend
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, misfit
-from sdruntime.engine import CPU, Array, Engine, EngineOptions, Shared
+from sdruntime.engine import CPU, Engine, EngineOptions, Shared
 from sdruntime.errors import LibraryMissing, NotFinite, SdruntimeError, VerificationFailed
 from sdruntime.golden import (
     DOCUMENT,

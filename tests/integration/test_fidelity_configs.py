@@ -79,7 +79,7 @@ def built(checkpoint: Path, spoil: Callable[[Path], None], place: Path, monkeypa
     monkeypatch.setattr(sdexport.build, "run_apart", sdexport.job.run)
     folder = Path(shutil.copytree(checkpoint, place / "checkpoint"))
     spoil(folder)
-    for _ in sdexport.build.build(str(folder), place / "bundle", sdexport.build.Options(verify=False)):
+    for _ in sdexport.build.build(str(folder), place / "bundle", sdexport.events.Options(verify=False)):
         pass
     return folder, place / "bundle"
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdruntime.arrays import Array
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, shape_of
+from sdruntime.feeds import shape_of
 
 pytestmark = pytest.mark.slow
 

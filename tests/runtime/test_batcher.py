@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from computed import SIZE, Feeds, Parts, asked
 
+from sdruntime.arrays import Array
 from sdruntime.batcher import Batcher, Drawing, Progress
-from sdruntime.engine import Array
 from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError, UnknownName
 from sdruntime.job import Job
 from sdruntime.pipeline import Pipeline

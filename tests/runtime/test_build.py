@@ -8,10 +8,10 @@ from bundles import MODEL
 
 from sdruntime.backends import BACKENDS
 from sdruntime.build import Asked, build_engines
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, choose_engine, misfit, warn_if_slow
 from sdruntime.cuda import Device
-from sdruntime.engine import Library
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SdruntimeError, SettingError, UnknownName
 from sdruntime.manifest import EngineSpec
 from sdruntime.shapes import Shapes

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from places import FIXTURE, TESTS
 
+from sdruntime.arrays import Array
 from sdruntime.backends import backend
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
 from sdruntime.condition import Conditioner
-from sdruntime.engine import Array, Engine, EngineOptions, Shared, shape_of
+from sdruntime.engine import Engine, EngineOptions, Shared
 from sdruntime.errors import BundleError, SettingError
+from sdruntime.feeds import shape_of
 from sdruntime.manifest import save_manifest
 
 pytestmark = pytest.mark.slow

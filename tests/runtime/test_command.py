@@ -72,7 +72,7 @@ def test_a_full_disk_under_standard_output_is_an_error(
 
 
 def test_every_command_fails_in_the_list_above() -> None:
-    from sdruntime.__main__ import parser
+    from sdruntime.cli_parser import parser
 
     commands = next(action.choices for action in parser()._subparsers._group_actions)  # type: ignore[union-attr]
     assert {each for arguments, _, _ in FAILURES for each in arguments} >= set(commands or ())

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from bundles import SCHEDULER, TENSORS
 
+from sdruntime.arrays import Array
 from sdruntime.backends.fake.engine import FakeEngine
+from sdruntime.compile import compile_table
 from sdruntime.denoise import Call, denoise
-from sdruntime.engine import Array
 from sdruntime.errors import SdruntimeError
 from sdruntime.job import Job, Row, grouped, stacked
 from sdruntime.manifest import ComponentSpec, EngineSpec
 from sdruntime.noise import NoiseStream
 from sdruntime.run import Run
-from sdruntime.table import compile_table
 
 UNET = ComponentSpec(files=("unet/model.onnx",), config="unet/config.json", inputs=TENSORS["unet"][0], outputs=TENSORS["unet"][1])
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from bundles import TENSORS
 
+from sdruntime.arrays import Array
 from sdruntime.backends.fake.engine import FakeEngine
-from sdruntime.engine import Array, call_rows
 from sdruntime.errors import EngineError
+from sdruntime.feeds import call_rows
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 COMPONENT = ComponentSpec(

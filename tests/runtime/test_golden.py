@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from places import GOLDEN
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SettingError
-from sdruntime.table import Table, compile_table
+from sdruntime.table import Table
 
 STORED = np.load(GOLDEN / "tables.npz")
 CASES = json.loads(str(STORED["cases"]))

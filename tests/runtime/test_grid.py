@@ -17,8 +17,9 @@ import pytest
 from golden.layout import kept_columns, kept_rows
 from places import GOLDEN
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SettingError
-from sdruntime.table import Table, compile_table
+from sdruntime.table import Table
 
 STORED = np.load(GOLDEN / "grid.npz")
 CASES: list[dict[str, Any]] = json.loads(str(STORED["cases"]))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from solvers import STABLE
 
+from sdruntime.compile import compile_table
 from sdruntime.schedule import Curve
-from sdruntime.table import compile_table
 
 pytestmark = pytest.mark.slow
 

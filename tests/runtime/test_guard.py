@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 
+from sdruntime.arrays import Array
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array
 from sdruntime.errors import NotFinite
 from sdruntime.guard import checked_rows, is_finite
 from sdruntime.pipeline import Pipeline

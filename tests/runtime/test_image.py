@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError
-from sdruntime.image import MAX_CHUNKS, OtherImage, from_uint8, image_from_png, png_from_image, to_uint8, write_png
+from sdruntime.image import MAX_CHUNKS, OtherImage, image_from_png, png_from_image, write_png
 from sdruntime.imagefile import read_image
 from sdruntime.metadata import png_text
+from sdruntime.pixels import from_uint8, to_uint8
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 from bundles import SCHEDULER, make_bundle, with_fake_engines
 
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle
 from sdruntime.channel import HEADER, SHARED, BadFrame, Channel
 from sdruntime.choose import Machine
+from sdruntime.compile import compile_table
 from sdruntime.describe import bundle_document, bundle_lines
-from sdruntime.engine import Library, check_tensors
 from sdruntime.errors import BundleError, EngineError, SettingError
+from sdruntime.feeds import check_tensors
 from sdruntime.manifest import NAME
 from sdruntime.pipeline import Pipeline
 from sdruntime.record import json_from_text
 from sdruntime.request import Request
 from sdruntime.service import blob_bytes
-from sdruntime.table import compile_table
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from places import FIXTURE
 
+from sdruntime.arrays import Array
 from sdruntime.backends.ov.build import has_bf16, library
 from sdruntime.build import Asked, build_engines
 from sdruntime.bundle import Bundle, file_spec
 from sdruntime.choose import Machine, choose_engine
-from sdruntime.engine import Array, Engine, EngineOptions, shape_of
+from sdruntime.engine import Engine, EngineOptions
 from sdruntime.errors import BundleError, EngineError, LibraryMissing, SettingError, UnknownName
+from sdruntime.feeds import shape_of
 from sdruntime.manifest import save_manifest
 from sdruntime.pipeline import Pipeline, Request
 from sdruntime.shapes import Shapes

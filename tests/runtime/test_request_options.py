@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.request import Request, requests, unused_lines
 from sdruntime.samplers import SAMPLERS
 from sdruntime.samplers.keys import OPTIONS, TRAINING
-from sdruntime.table import MOST_STEPS, compile_table
+from sdruntime.table import MOST_STEPS
 
 CONFIG = {
     "_class_name": "DDIMScheduler",

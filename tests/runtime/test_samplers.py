@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from solvers import STABLE, clean_by, smooth_path, solve
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.path import SCHEDULES
 from sdruntime.run import run
 from sdruntime.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, identified, resolve
 from sdruntime.samplers.names import folded
 from sdruntime.schedule import Point, Space
-from sdruntime.table import compile_table
 
 NAMES = list(SAMPLERS)
 DISTILLED = ("lcm", "tcd")

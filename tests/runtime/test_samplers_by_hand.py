@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from solvers import STABLE
 
+from sdruntime.compile import compile_table
 from sdruntime.run import run
-from sdruntime.table import compile_table
 
 STEPS = 6
 NOISE = np.random.default_rng(3).standard_normal((20, 4, 6))

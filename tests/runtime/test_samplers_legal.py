@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from solvers import STABLE
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SettingError
 from sdruntime.path import SCHEDULES
 from sdruntime.samplers import SAMPLERS
-from sdruntime.table import Table, compile_table
+from sdruntime.table import Table
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings

@@ -9,11 +9,12 @@ import pytest
 from bundles import with_fake_engines
 
 from sdruntime import speed
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle
 from sdruntime.choose import Machine, choose_engine, kind
 from sdruntime.cuda import Device
 from sdruntime.describe import bundle_document, bundle_lines
-from sdruntime.engine import EngineOptions, Library
+from sdruntime.engine import EngineOptions
 from sdruntime.manifest import EngineSpec
 from sdruntime.speed import Race, cpu_speeds, least_seconds, measure
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdruntime.arrays import Array
 from sdruntime.backends.ort.subpixel import split_upsampling
-from sdruntime.engine import Array
 
 onnx = pytest.importorskip("onnx")
 CHANNELS, MADE = 4, 6

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from solvers import STABLE
 
+from sdruntime.compile import compile_table
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.samplers import SAMPLERS
-from sdruntime.table import Table, compile_table
+from sdruntime.table import Table
 
 # scheduler_config.json of Stable Diffusion 1.5, of SDXL base and of a distilled LCM model, as their authors wrote them.
 WRITTEN = {

@@ -17,9 +17,10 @@ from places import FIXTURE
 from sdruntime.__main__ import main
 from sdruntime.backends.ort.external import external_tensors
 from sdruntime.build import Asked, build_engines
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle, file_spec
 from sdruntime.choose import Machine
-from sdruntime.engine import EngineOptions, Library, Shared
+from sdruntime.engine import EngineOptions, Shared
 from sdruntime.errors import LibraryMissing
 from sdruntime.golden import Golden, cases_of, digest_of, drawings_of, picture_key, sample_of, write_golden
 from sdruntime.manifest import save_manifest

@@ -19,7 +19,8 @@ from sdexport.errors import AuditError, ExportError
 from sdexport.measure import Activations, Feed, Measuring, likeness
 from sdexport.precision import apply_precision
 from sdexport.rounding import Rounding
-from sdruntime.manifest import Audit, Precision
+from sdruntime.audit import Audit
+from sdruntime.manifest import Precision
 
 FLOAT = TensorProto.FLOAT
 Array = np.ndarray

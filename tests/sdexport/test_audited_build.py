@@ -16,14 +16,16 @@ from places import SHAPES
 from sdexport_cli import run
 
 from sdexport.audit import limit
-from sdexport.build import Built, Options, Progress, build
+from sdexport.build import build
 from sdexport.errors import AuditError, EnvironmentFault, ExportError
+from sdexport.events import Built, Options, Progress
 from sdexport.job import Job
 from sdexport.job import run as run_job
 from sdexport.measure import Likeness
 from sdexport.probe import PROMPTS, STEPS, probe
+from sdruntime.audit import Audit
 from sdruntime.bundle import Bundle
-from sdruntime.manifest import Audit, load_manifest, save_manifest
+from sdruntime.manifest import load_manifest, save_manifest
 
 
 def audits(folder: Path) -> dict[str, Audit]:

@@ -74,7 +74,7 @@ def test_a_module_is_not_made_beyond_its_weights(sd1_checkpoint: Path, name: str
 
 
 def test_keys_that_make_transformers_load_code_are_dropped(folder: Path) -> None:
-    from sdexport.build import _described
+    from sdexport.bundle_files import _described
     from sdexport.modules import TextEncoder
 
     keys = {"_attn_implementation": "someone/kernels", "attn_implementation": "someone/kernels", "return_dict": False}

@@ -13,8 +13,9 @@ import pytest
 from places import SHAPES
 
 import sdexport.build
-from sdexport.build import Built, EngineProgress, Options, Progress, _lies_in, build
+from sdexport.build import _lies_in, build
 from sdexport.errors import CheckpointError, ExportError, PrecisionError
+from sdexport.events import Built, EngineProgress, Options, Progress
 from sdexport.job import Job, Stage
 from sdruntime.build import Asked
 from sdruntime.bundle import Bundle

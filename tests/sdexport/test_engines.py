@@ -180,8 +180,8 @@ ASKED = Asked(
 
 @pytest.mark.parametrize("asked", [ASKED, Asked(backend="tensorrt")])
 def test_the_other_interpreter_is_asked_for_the_same(asked: Asked) -> None:
-    from sdruntime.__main__ import parser
-    from sdruntime.check import asked_of
+    from sdruntime.cli_build import asked_of
+    from sdruntime.cli_parser import parser
 
     assert asked_of(parser().parse_args(["build", "BUNDLE", *arguments(asked)])) == asked
 

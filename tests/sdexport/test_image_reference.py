@@ -5,9 +5,10 @@ import io
 import numpy as np
 import pytest
 
-from sdruntime.image import from_uint8, image_from_png, png_from_image, to_uint8, write_png
+from sdruntime.image import image_from_png, png_from_image, write_png
 from sdruntime.imagefile import read_image
 from sdruntime.metadata import png_text
+from sdruntime.pixels import from_uint8, to_uint8
 
 torch = pytest.importorskip("torch")
 pillow = pytest.importorskip("PIL.Image")

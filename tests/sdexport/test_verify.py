@@ -17,7 +17,8 @@ import sdexport.bisect
 import sdexport.build
 import sdexport.checkpoint
 import sdexport.job
-from sdexport.build import Built, Options, Progress, build
+from sdexport.build import build
+from sdexport.events import Built, Options, Progress
 from sdexport.golden import make_golden
 from sdexport.job import Job, Stage
 from sdexport.verify import Proof

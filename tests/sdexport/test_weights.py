@@ -12,8 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from sdexport.errors import ExportError, PrecisionError
+from sdexport.names import match_weights
+from sdexport.numbers import in_precision
 from sdexport.stored import LONGEST_HEADER, MOST_TENSORS, read_header, with_scales
-from sdexport.weights import in_precision, match_weights, write_data
+from sdexport.weights import write_data
 
 
 @pytest.fixture

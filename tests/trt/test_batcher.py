@@ -15,10 +15,11 @@ from trt.conftest import psnr
 from trt.machine import Machine
 from trt.surface import Surface
 
+from sdruntime.arrays import Array
 from sdruntime.batcher import Batcher, Drawing, Progress
 from sdruntime.bundle import Bundle
 from sdruntime.cuda import Cuda, devices
-from sdruntime.engine import Array, EngineOptions
+from sdruntime.engine import EngineOptions
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline import Pipeline
 from sdruntime.plan import memory_plan

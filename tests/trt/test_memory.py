@@ -88,7 +88,8 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
 
 
 def test_free_memory_of_an_integrated_gpu_is_the_system_s(machine: Callable[..., Machine], surfaces: dict[str, Surface]) -> None:
-    from sdruntime.cuda import Cuda, available_memory
+    from sdruntime.cuda import Cuda
+    from sdruntime.memory import available_memory
 
     machine(surfaces["tensorrt 10.3.0"], integrated=True, capability=(8, 7), total=1 << 20, name="Orin")
     with Cuda.open() as cuda:

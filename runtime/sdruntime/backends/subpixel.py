@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdruntime.engine import Array
+from sdruntime.arrays import Array
 
 # [parity, weight of 2, weight of 3] along one axis; W[p,q] = TAPS[p] @ W @ TAPS[q].T
 TAPS: Array = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdruntime.building import Built, EngineRequest, Stage, check_names
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.manifest import Precision
 
 VERSION = "1"

@@ -15,9 +15,9 @@ from typing import Any
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
+from sdruntime.building import Built, EngineRequest, Stage, check_names
 from sdruntime.bundle import Bundle, disk_full
 from sdruntime.cuda import devices
-from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.errors import BundleError, DeviceMissing, LibraryMissing, SdruntimeError, SettingError
 from sdruntime.manifest import Precision
 

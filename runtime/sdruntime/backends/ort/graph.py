@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.backends.ort.protobuf import delimited, fields, float32, number, varints
-from sdruntime.engine import Array
 
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12

@@ -5,9 +5,9 @@ The kernels are written as products of the model's own weights, which ONNX Runti
 
 from __future__ import annotations
 
+from sdruntime.arrays import Array
 from sdruntime.backends.ort.graph import Graph, Node, make_node, read_graph, write_graph
 from sdruntime.backends.subpixel import PHASES, TAPS, pads
-from sdruntime.engine import Array
 
 _RESIZE = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 _CONVOLUTION = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilations": [1, 1], "group": [1]}

@@ -14,8 +14,8 @@ from typing import Any
 
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.ov.subpixel import split_upsampling
+from sdruntime.building import Built, EngineRequest, Stage, check_names
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Built, EngineRequest, Stage, check_names
 from sdruntime.errors import LibraryMissing, SdruntimeError, SettingError
 from sdruntime.manifest import Precision
 

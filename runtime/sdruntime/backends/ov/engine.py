@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
 from sdruntime.backends.ov.constants import own_constants
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle
-from sdruntime.engine import Array, EngineOptions, Library, Shared, check_feeds
+from sdruntime.engine import EngineOptions, Shared
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, quoted
+from sdruntime.feeds import check_feeds
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 

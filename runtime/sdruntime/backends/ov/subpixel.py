@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.backends.subpixel import PHASES, TAPS, pads
-from sdruntime.engine import Array
 
 _INTERPOLATE = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "antialias": False}
 _CONVOLUTION = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}

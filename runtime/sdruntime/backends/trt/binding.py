@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.backends.trt.session import Session, aligned
 from sdruntime.cuda import Pinned
-from sdruntime.engine import Array
 from sdruntime.errors import EngineError
 from sdruntime.manifest import ComponentSpec, EngineSpec
 

@@ -11,13 +11,15 @@ from typing import Any
 
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
+from sdruntime.building import Built, EngineRequest, Stage, unknown_option
 from sdruntime.bundle import Bundle
-from sdruntime.cuda import Cuda, Device, available_memory, devices
-from sdruntime.engine import AMPERE_UP, PLATFORM, Built, EngineRequest, Stage, unknown_option
+from sdruntime.cuda import Cuda, Device, devices
+from sdruntime.engine import AMPERE_UP, PLATFORM
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
 from sdruntime.manifest import Precision
+from sdruntime.memory import available_memory
 from sdruntime.process import run_apart
-from sdruntime.shapes import parse_bytes
+from sdruntime.sizes import parse_bytes
 from sdruntime.step import NAME as STEP
 
 WORKER = "sdruntime.backends.trt.worker"

@@ -9,14 +9,16 @@ from types import TracebackType
 from typing import Any
 
 from sdruntime.annotate import annotate
+from sdruntime.arrays import Array
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.backends.trt.library import FLAVOURS, capabilities, library, messages
 from sdruntime.backends.trt.session import Session, session
+from sdruntime.building import Library
 from sdruntime.bundle import Bundle
 from sdruntime.cache import read_cached, write_cached
 from sdruntime.cuda import devices
-from sdruntime.engine import AMPERE_UP, Array, EngineOptions, Library, Shared, check_feeds
+from sdruntime.engine import AMPERE_UP, EngineOptions, Shared
 from sdruntime.errors import (
     BundleError,
     EngineError,
@@ -27,6 +29,7 @@ from sdruntime.errors import (
     UnknownName,
     quoted,
 )
+from sdruntime.feeds import check_feeds
 from sdruntime.manifest import ComponentSpec, EngineSpec
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sdruntime.arrays import Array
 from sdruntime.cuda import ALIGNMENT, Buffer, Cuda, Pinned, Stream
-from sdruntime.engine import Array, EngineOptions
+from sdruntime.engine import EngineOptions
 
 
 @dataclass(slots=True, eq=False)

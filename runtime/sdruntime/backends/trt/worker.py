@@ -16,11 +16,13 @@ from typing import Any
 
 from sdruntime.backends.trt.inspect import inspection_from_json
 from sdruntime.backends.trt.library import FLAVOURS, capabilities_of, library, messages
+from sdruntime.building import Stage
 from sdruntime.bundle import disk_full_as_error
 from sdruntime.cache import read_cached, write_cached
-from sdruntime.cuda import Cuda, available_memory, devices
-from sdruntime.engine import AMPERE_UP, Stage
+from sdruntime.cuda import Cuda, devices
+from sdruntime.engine import AMPERE_UP
 from sdruntime.errors import EngineError, OutOfSpace, SdruntimeError
+from sdruntime.memory import available_memory
 from sdruntime.process import Message, serve
 
 _SHARE = 0.8  # of the free memory that a layer's scratch may take

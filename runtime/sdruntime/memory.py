@@ -1,0 +1,14 @@
+"""The memory of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Bytes of the system's memory that can be had without swapping (MemAvailable); 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
