@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sdruntime.batcher import Batcher, Progress
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.serving.batcher import Batcher, Progress
 
 JOBS, STEPS, GUIDANCE = 8, 20, 2.0
 SIZES = {(64, 64): 1, (128, 128): 3}  # and by how much fewer rounds

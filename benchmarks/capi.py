@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdruntime.build import Asked, build_engines
-from sdruntime.capi import build_library, compile_flags, link_flags
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.serving.capi import build_library, compile_flags, link_flags
 
 ROUNDS = 7
 ISOLATIONS = ("in-process", "process")

@@ -31,16 +31,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sdruntime import processor
 from sdruntime.arrays import Array
 from sdruntime.backends import backend
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
-from sdruntime.engine import EngineOptions, Shared
-from sdruntime.feeds import shape_of
-from sdruntime.pipeline import Pipeline
-from sdruntime.process import module_command
-from sdruntime.request import Request
+from sdruntime.backends.base.engine import EngineOptions, Shared
+from sdruntime.backends.base.feeds import shape_of
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system import processor
+from sdruntime.system.process import module_command
 
 Call = Callable[[dict[str, Array]], object]
 COMPONENTS = ("unet", "vae_decoder", "text_encoder")

@@ -99,8 +99,8 @@ def write_weights(path: Path, wanted: Mapping[str, tuple[int, ...]], kind: str) 
 
 
 def ours(checkpoint: Path, out: Path) -> None:
-    from sdexport.job import Job, Stage
-    from sdexport.process import run_apart
+    from sdexport.trace.component import Job, Stage
+    from sdexport.trace.process import run_apart
 
     job = Job(checkpoint=str(checkpoint), component="unet", precision="fp16", allow_pickle=False, out=str(out))
     marks: list[tuple[str, float]] = []

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
-from sdruntime.compile import compile_table
-from sdruntime.image import write_png
-from sdruntime.pipeline import SCHEDULER, Pipeline
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.pipeline.images.png import write_png
+from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
+from sdruntime.sampling.compile import compile_table
 
 STEPS, SIZE, ROUNDS = 20, (512, 512), 30
 SAMPLERS = ("ddim", "pndm", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "sa_solver")

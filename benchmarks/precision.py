@@ -25,15 +25,15 @@ from typing import Any
 from benchmarks.export_full_size import ROOT
 from benchmarks.gpu.checkpoint import MODELS
 from benchmarks.gpu.tasks import environment
-from sdexport.audit import judged
-from sdexport.build import export
-from sdexport.events import Options
-from sdexport.job import AUDIT, MODEL, PROBE, Job, Stage
-from sdexport.measure import session_of
-from sdexport.probe import load_activations
-from sdexport.process import run_apart
-from sdruntime.metrics import Difference
-from sdruntime.process import module_command
+from sdexport.build.events import Options
+from sdexport.build.export import export
+from sdexport.precision.activations import session_of
+from sdexport.precision.audit import judged
+from sdexport.precision.probe import load_activations
+from sdexport.trace.component import AUDIT, MODEL, PROBE, Job, Stage
+from sdexport.trace.process import run_apart
+from sdruntime.system.process import module_command
+from sdruntime.verification.metrics import Difference
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 

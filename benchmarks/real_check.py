@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import ROOT
-from sdexport.subject import machine_of
-from sdexport.timing import drawn, text_of
-from sdruntime.choose import Machine
-from sdruntime.metrics import picture_psnr, ssim
-from sdruntime.pipeline import Pipeline
-from sdruntime.process import module_command
-from sdruntime.request import Request
-from sdruntime.tolerance import TOLERANCES
+from sdexport.bench.subject import machine_of
+from sdexport.bench.timing import drawn, text_of
+from sdruntime.engines.choose import Machine
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system.process import module_command
+from sdruntime.verification.metrics import picture_psnr, ssim
+from sdruntime.verification.tolerance import TOLERANCES
 
 SCHEMA = 1
 ROWS = ROOT / "reports" / "real-check.jsonl"
@@ -61,7 +61,7 @@ class Check:
 
     def build(self) -> None:
         self._command("build", self.model, "-o", str(self.bundle), "--precision", self.precision, "--backend", "onnxruntime")
-        from sdruntime.bundle import Bundle
+        from sdruntime.bundle.bundle import Bundle
 
         model = Bundle.open(self.bundle).manifest.model
         self.told |= {"name": model.name, "family": model.family, "size": list(model.default_size[::-1])}
@@ -74,8 +74,8 @@ class Check:
 
     def pictures(self) -> None:
         """The same prompts by the bundle and by diffusers, one after the other in memory."""
-        from sdexport.hub import locate
-        from sdexport.reference import EAGER, Diffusers
+        from sdexport.bench.diffusers import EAGER, Diffusers
+        from sdexport.checkpoint.hub import locate
 
         with Pipeline.open(self.bundle) as pipe:
             size = pipe.model.default_size[::-1]
@@ -109,7 +109,7 @@ OPTIONAL = ("audit", "verify")  # where sdexport has the command
 
 
 def commands() -> set[str]:
-    from sdexport.cli import main as cli
+    from sdexport.cli.main import main as cli
 
     return set(cli.commands)
 
@@ -137,7 +137,7 @@ def check(model: str, precision: str, work: Path, *, steps: int, prompts: Sequen
 
 def row(model: str, checks: Mapping[str, Mapping[str, Any]], *, steps: int) -> dict[str, Any]:
     """`model`: a hub id as it is, a folder by its name alone."""
-    from sdexport.versions import versions
+    from sdexport.trace.versions import versions
 
     name = Path(model).resolve().name if Path(model).exists() else model
     machine = machine_of(Machine.here())

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 def told(*command: str | Path, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
     """What a command prints as JSON, and the seconds that it took."""
-    from sdruntime.process import module_command
+    from sdruntime.system.process import module_command
 
     begun = time.perf_counter()
     done = subprocess.run(

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sdruntime.report import limit_name
-from sdruntime.tolerance import TOLERANCES
+from sdruntime.verification.report import limit_name
+from sdruntime.verification.tolerance import TOLERANCES
 
 ROOT = Path(__file__).resolve().parent.parent
 

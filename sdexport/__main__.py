@@ -1,5 +1,5 @@
 """`python -m sdexport`: the same as the command `sdexport`."""
 
-from sdexport.cli import main
+from sdexport.cli.main import main
 
 main()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle, write_bundle
-from sdruntime.manifest import ComponentSpec, ModelSpec, TensorSpec
+from sdruntime.bundle.bundle import Bundle, write_bundle
+from sdruntime.bundle.manifest import ComponentSpec, ModelSpec, TensorSpec
+from sdruntime.engines.building import Asked, build_engines
 
 CELLS = ("batch", 4, "height", "width")
 TENSORS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {

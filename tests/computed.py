@@ -12,9 +12,9 @@ from bundles import TENSORS, make_bundle
 
 from sdruntime.arrays import Array
 from sdruntime.backends.fake.engine import FakeEngine
-from sdruntime.manifest import ComponentSpec, EngineSpec
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
 
 Feeds = Mapping[str, Array]
 SIZE = (64, 64)

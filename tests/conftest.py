@@ -59,8 +59,8 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -
 
 
 def _export(checkpoint: Path, folder: Path, **options: object) -> Path:
-    from sdexport.build import build
-    from sdexport.events import Options
+    from sdexport.build.events import Options
+    from sdexport.build.export import build
 
     for _ in build(str(checkpoint), folder, Options(**({"verify": False} | options))):  # type: ignore[arg-type]
         pass

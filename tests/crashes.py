@@ -22,11 +22,11 @@ from crash import Recorder, Tree, visible, watched, write_tree
 
 import sdruntime.backends.fake.build
 import sdruntime.backends.fake.engine
-from sdruntime import owner
-from sdruntime.build import Asked, build_engines, rebuild_stale
-from sdruntime.bundle import Bundle
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.staging import staging
+from sdruntime.engines.building import Asked, build_engines, rebuild_stale
 from sdruntime.errors import SdruntimeError
-from sdruntime.staging import staging
+from sdruntime.system import owner
 
 SIZED = Asked(backend="fake", size="64x64,128x64", components=("unet", "vae_decoder"))
 

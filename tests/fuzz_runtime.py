@@ -14,15 +14,22 @@ import numpy as np
 from bundles import SCHEDULER, make_bundle, with_fake_engines
 from fuzzing import VALUES, Once, damaged, mutated
 
-from sdruntime.building import Library
-from sdruntime.bundle import Bundle, file_spec
-from sdruntime.channel import HEADER, Channel
-from sdruntime.choose import Machine
-from sdruntime.compile import compile_table
-from sdruntime.cuda import Device
-from sdruntime.describe import bundle_document, bundle_lines
+from sdruntime.backends.base.building import Library
+from sdruntime.bundle.bundle import Bundle, file_spec
+from sdruntime.bundle.manifest import NAME, save_manifest
+from sdruntime.bundle.records import json_from_record, json_from_text
+from sdruntime.cli.describe import bundle_document, bundle_lines
+from sdruntime.engines.choose import Machine
 from sdruntime.errors import SdruntimeError
-from sdruntime.golden import (
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.text.tokenizer import FILES, Tokenizer
+from sdruntime.sampling.compile import compile_table
+from sdruntime.sampling.samplers import SAMPLERS
+from sdruntime.sampling.table import Table
+from sdruntime.serving.channel import HEADER, Channel
+from sdruntime.serving.service import Service
+from sdruntime.system.cuda import Device
+from sdruntime.verification.golden import (
     DOCUMENT,
     NUMBERS,
     Golden,
@@ -34,15 +41,8 @@ from sdruntime.golden import (
     sample_of,
     write_golden,
 )
-from sdruntime.manifest import NAME, save_manifest
-from sdruntime.npz import read_npz
-from sdruntime.pipeline import Pipeline
-from sdruntime.record import json_from_record, json_from_text
-from sdruntime.samplers import SAMPLERS
-from sdruntime.service import Service
-from sdruntime.table import Table
-from sdruntime.tokenizer import FILES, Tokenizer
-from sdruntime.tolerance import TOLERANCES
+from sdruntime.verification.npz import read_npz
+from sdruntime.verification.tolerance import TOLERANCES
 
 MACHINE = Machine(
     libraries={"fake": Library(version="1", targets=("cpu",)), "tensorrt": Library(version="11.4.0", targets=("sm89",))},

@@ -10,9 +10,9 @@ from typing import Any
 from bundles import make_bundle
 from fuzzing import Once, damaged, mutated
 
+from sdexport.checkpoint.tokenizer import read_tokenizer
 from sdexport.errors import SdexportError
-from sdexport.recipe import read_recipe
-from sdexport.tokenizer import read_tokenizer
+from sdexport.recipes.recipe import read_recipe
 from sdruntime.errors import SdruntimeError
 
 RECIPE: dict[str, Any] = {

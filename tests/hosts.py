@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdruntime.channel import Channel
-from sdruntime.process import module_command
-from sdruntime.service import Service
+from sdruntime.serving.channel import Channel
+from sdruntime.serving.service import Service
+from sdruntime.system.process import module_command
 
 WAIT = 60  # seconds after which a test is given up
 Event = dict[str, Any]
@@ -70,7 +70,7 @@ class Worker(Host):
     def __init__(self) -> None:
         super().__init__()
         ours, theirs = socket.socketpair()
-        command = module_command("sdruntime.service", str(theirs.fileno()))
+        command = module_command("sdruntime.serving.service", str(theirs.fileno()))
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         self.socket, self.channel, self.ended = ours, Channel(ours), threading.Event()

@@ -23,12 +23,12 @@ from pathlib import Path
 from bundles import make_bundle, with_fake_engines
 from crashes import CHANGES, fault, leftovers
 
-import sdruntime.change
-import sdruntime.staging
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle, opening
+import sdruntime.bundle.change
+import sdruntime.bundle.staging
+from sdruntime.bundle.bundle import Bundle, opening
+from sdruntime.engines.building import Asked, build_engines
 from sdruntime.errors import BundleError
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 
 WRITERS, READERS = 4, 2
 SIZES = ("64x64", "128x64", "128x128", "192x128")
@@ -135,7 +135,7 @@ def main(rounds: str, locks: str, kind: str) -> None:
     if locks == "stubbed":
         fcntl.flock = lambda handle, operation: None  # type: ignore[assignment]
     if locks == "none":
-        sdruntime.change.locked = sdruntime.staging.locked = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
+        sdruntime.bundle.change.locked = sdruntime.bundle.staging.locked = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
     wrong: Counter[str] = Counter()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:

@@ -6,7 +6,7 @@ import inspect
 
 from click.testing import CliRunner, Result
 
-from sdexport.cli import main
+from sdexport.cli.main import main
 
 # click before 8.2 mixes stderr into stdout unless told not to
 APART = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sdruntime.path import Path
-from sdruntime.predict import clean_from_raw, input_scale
-from sdruntime.samplers import Sampler
-from sdruntime.schedule import Point, Space, at_ratio
+from sdruntime.sampling.grids import Path
+from sdruntime.sampling.noise_schedule import Point, Space, at_ratio
+from sdruntime.sampling.prediction import clean_from_raw, input_scale
+from sdruntime.sampling.samplers import Sampler
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 

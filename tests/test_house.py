@@ -62,8 +62,8 @@ def test_the_generated_parts_of_the_documentation_are_what_the_code_says() -> No
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_the_commands_of_the_readme_parse(command: list[str]) -> None:
-    from sdexport.cli import main
-    from sdruntime.cli_parser import parser
+    from sdexport.cli.main import main
+    from sdruntime.cli.parser import parser
 
     program, *arguments = command
     if program == "sdruntime":

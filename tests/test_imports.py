@@ -38,7 +38,10 @@ def third_party(modules: set[str]) -> set[str]:
 
 
 def test_sdruntime_loads_numpy_and_the_standard_library_only() -> None:
-    assert third_party(loaded("import sdruntime, sdruntime.pipeline, sdruntime.build")) == {"numpy", "sdruntime"}
+    assert third_party(loaded("import sdruntime.pipeline.pipeline, sdruntime.engines.building")) == {
+        "numpy",
+        "sdruntime",
+    }
 
 
 def test_sdruntime_help_loads_no_engine_library() -> None:
@@ -47,7 +50,7 @@ def test_sdruntime_help_loads_no_engine_library() -> None:
 
 
 def test_sdexport_help_loads_click_and_nothing_heavy() -> None:
-    code = "from sdexport.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    code = "from sdexport.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass"
     found = third_party(loaded(f"exec({code!r})"))
     assert not found & HEAVY
     assert found <= {"click", "sdexport", "sdruntime", "numpy", "typing_extensions", "_typeshed"}

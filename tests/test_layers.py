@@ -185,7 +185,7 @@ def test_every_layer_exists() -> None:
 
 def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = tmp_path / "errors.py"
-    planted.write_text("def late():\n    from sdruntime.pipeline import Pipeline\n    import sdexport.build\n")
+    planted.write_text("def late():\n    from sdruntime.pipeline.pipeline import Pipeline\n    import sdexport.build.export\n")
     monkeypatch.setitem(FOLDERS, "sdruntime", tmp_path)
     assert len(faults("sdruntime", planted)) == 2
 

@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.gpu.gate import BACKENDS
 from sdruntime import __version__
 from sdruntime.backends import backend
-from sdruntime.cuda import Cuda, devices
-from sdruntime.engine import AMPERE_UP
+from sdruntime.backends.base.engine import AMPERE_UP
+from sdruntime.bundle.manifest import Precision
 from sdruntime.errors import SdruntimeError
-from sdruntime.manifest import Precision
+from sdruntime.system.cuda import Cuda, devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,10 +25,10 @@ from benchmarks.gpu import ROOT, gate, tasks
 from benchmarks.gpu.backends import Loaded, gpu, look, slug, versions
 from benchmarks.gpu.clean import cleaned
 from benchmarks.gpu.table import lines
-from sdexport import reference
-from sdruntime.bundle import Bundle
+from sdexport.bench import diffusers as reference
+from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import BundleError
-from sdruntime.process import module_command
+from sdruntime.system.process import module_command
 
 SCHEMA = 1
 # guidance, and (steps, pictures of one call); each picture of the model's own size, by its own scheduler

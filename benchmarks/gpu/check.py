@@ -17,15 +17,15 @@ import numpy as np
 
 from benchmarks.gpu.backends import look, preload
 from benchmarks.gpu.measure import loop
-from sdexport.reference import EAGER, Diffusers
-from sdexport.subject import bare
-from sdexport.timing import Array, drawn, psnr, text_of
+from sdexport.bench.diffusers import EAGER, Diffusers
+from sdexport.bench.subject import bare
+from sdexport.bench.timing import Array, drawn, psnr, text_of
 from sdruntime.backends import BACKENDS
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
-from sdruntime.cuda import Cuda
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system.cuda import Cuda
 
 FLOORS: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}  # dB against the CPU's picture in fp32
 LOOP_FLOOR = 50.0  # dB: the loop on the device against the loop in NumPy, on the same engines

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from ctypes import byref, c_int
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # those that run on an NVIDIA GPU, the preferred one first
-DRIVERS = ("libcuda.so.1", "nvcuda.dll")  # as sdruntime.cuda
+DRIVERS = ("libcuda.so.1", "nvcuda.dll")  # as sdruntime.system.cuda
 OK, FAILED, USAGE, NO_GPU = 0, 1, 2, 3
 
 

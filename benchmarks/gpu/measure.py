@@ -1,4 +1,4 @@
-"""What is measured on a GPU alone: calls of the driver, one component, one loop. The rest is in `sdexport.timing`."""
+"""What is measured on a GPU alone: calls of the driver, one component, one loop. The rest is in `sdexport.bench.timing`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from sdexport.timing import feeds_of, repeated
+from sdexport.bench.timing import feeds_of, repeated
 from sdruntime.backends import BACKENDS
-from sdruntime.cuda import Cuda
-from sdruntime.engine import Engine
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.backends.base.engine import Engine
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system.cuda import Cuda
 
 
 @contextmanager

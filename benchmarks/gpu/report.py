@@ -24,8 +24,8 @@ from benchmarks.gpu.backends import gpu, look, slug, versions
 from benchmarks.gpu.bench import Bench, Options, note
 from benchmarks.gpu.check import cpu_pictures, faults
 from benchmarks.gpu.clean import cleaned
-from sdexport import reference
-from sdruntime.bundle import Bundle
+from sdexport.bench import diffusers as reference
+from sdruntime.bundle.bundle import Bundle
 
 SCHEMA = 1
 SHAPES = ROOT / "examples" / "shapes" / "checkpoint"
@@ -52,8 +52,8 @@ def shapes_bundles(work: Path) -> list[Path]:
         if not (bundle / "manifest.json").exists():
             if why_not := reference.missing(device="cpu"):
                 raise RuntimeError(f"{why_not}, so none can be exported here: export two elsewhere, and name them with --shapes")
-            from sdexport.build import build
-            from sdexport.events import Options as Export
+            from sdexport.build.events import Options as Export
+            from sdexport.build.export import build
 
             for _ in build(str(SHAPES), bundle, Export(precision=precision, verify=False)):
                 pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdexport.reference import COMPILED, EAGER
+from sdexport.bench.diffusers import COMPILED, EAGER
 
 
 def lines(document: Mapping[str, Any]) -> Iterator[str]:

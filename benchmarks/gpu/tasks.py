@@ -23,17 +23,17 @@ from benchmarks.gpu.backends import preload
 from benchmarks.gpu.check import check, diffusers_pictures
 from benchmarks.gpu.measure import component as measure_component
 from benchmarks.gpu.measure import loop
-from sdexport.reference import COMPILED, EAGER, Diffusers
-from sdexport.timing import dims_of, drawn, psnr, race, ratio, repeated, text_of
+from sdexport.bench.diffusers import COMPILED, EAGER, Diffusers
+from sdexport.bench.timing import dims_of, drawn, psnr, race, ratio, repeated, text_of
 from sdruntime.backends import BACKENDS
-from sdruntime.build import Asked, build_engines
-from sdruntime.cuda import Cuda
-from sdruntime.engine import EngineOptions
-from sdruntime.manifest import EngineSpec
-from sdruntime.pipeline import Pipeline
-from sdruntime.process import module_command
-from sdruntime.request import Request
-from sdruntime.step import NAME as STEP
+from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system.cuda import Cuda
+from sdruntime.system.process import module_command
 
 Job = Mapping[str, Any]
 Save = Callable[[dict[str, Any]], None]

@@ -37,7 +37,7 @@ def diffusers_drawer(folder: Path, steps: int, guidance: float) -> Drawer:
 
 
 def bundle_drawer(folder: Path, steps: int, guidance: float) -> Drawer:
-    from sdruntime.pipeline import Pipeline
+    from sdruntime.pipeline.pipeline import Pipeline
 
     def pictures(captions: list[str], seed: int) -> list[draw.Picture]:
         with Pipeline.open(folder) as pipe:

@@ -41,7 +41,7 @@ def sheet(pictures: list[NDArray[np.uint8]], captions: list[str], columns: int =
 
 
 def main() -> None:
-    from sdruntime.pipeline import Pipeline
+    from sdruntime.pipeline.pipeline import Pipeline
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)

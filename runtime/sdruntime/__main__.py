@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from sdruntime.cli_parser import parser
-from sdruntime.command import Failed, UsageError, code_of, document, failure, print_any_text, reason_of, wants_json
+from sdruntime.cli.parser import parser
+from sdruntime.cli.progress import progress_on, wants_lines
+from sdruntime.cli.terminal import Failed, UsageError, code_of, document, failure, print_any_text, reason_of, wants_json
 from sdruntime.errors import SdruntimeError
-from sdruntime.progress import progress_on, wants_lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -81,11 +81,12 @@ def build_library(folder: Path, flags: Sequence[str]) -> None:
     def compiled(source: Path) -> None:
         out = folder / f"{source.stem}.o"
         objects.append(str(out))
-        options = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *flags, f"-I{INCLUDE}")
+        includes = (f"-I{INCLUDE}", f"-I{CAPI / 'src'}")
+        options = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS, *flags, *includes)
         run(compiler("c++"), *options, "-c", source, "-o", out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compiled, sorted((CAPI / "src").glob("*.cpp"))))
+        list(pool.map(compiled, sorted((CAPI / "src").rglob("*.cpp"))))
     script = f"-Wl,--version-script={CAPI / 'src' / 'sdruntime.map'}"
     complete = ("-Wl,--no-undefined",) if flags == SANITIZERS["plain"] else ()  # a sanitizer's own are in the program
     link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *complete)

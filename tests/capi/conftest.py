@@ -11,7 +11,7 @@ import pytest
 from capi.building import ROOT, SANITIZERS, STAND_IN, Library, build_library
 from once import once
 
-from sdruntime.build import Asked, build_engines
+from sdruntime.engines.building import Asked, build_engines
 
 FIXTURE = ROOT / "tests" / "runtime" / "fixture-bundle-1"
 Build = Callable[[str], Library]

@@ -14,9 +14,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "descriptor.hpp"
-#include "json.hpp"
-#include "socket.hpp"
+#include "transport/descriptor.hpp"
+#include "wire/json.hpp"
+#include "transport/socket.hpp"
 
 namespace {
 

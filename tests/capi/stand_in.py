@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A worker that speaks the messages of sdruntime.service at once, with no engine behind them: for tests of the C library alone.
+"""A worker that speaks the messages of sdruntime.serving.service at once, with no engine: for tests of the C library alone.
 
 It stands in for the interpreter, and takes the last argument for its descriptor. Jobs take turns, a step each. A prompt may ask
 for trouble: "kill", "segv", "exit", "nonsense", "huge" (a header that promises too much), "short" (a picture of the wrong size),

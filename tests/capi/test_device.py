@@ -18,8 +18,8 @@ from capi.building import HERE, ROOT, Library, run
 from trt.conftest import NEWEST, read, small_with_engines
 from trt.surface import VERSIONS
 
-from sdruntime.bundle import Bundle
-from sdruntime.plan import memory_plan
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.memory import memory_plan
 
 UNSUPPORTED, CLOSED, TOO_SMALL, CANCELLED = 5, 7, 10, 14
 BYTES = 3 * 128 * 64

@@ -14,7 +14,7 @@ from capi.building import HERE, INCLUDE, ROOT, Library, compiler, run
 from capi.conftest import FIXTURE
 from environments import ENVIRONMENTS, Environment, python_of
 
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 
 NO_PYTHON, NO_RUNTIME, FORKED = 17, 18, 11
 
@@ -51,7 +51,7 @@ def environment(
     program = f"""
 import json, platform
 import numpy, onnxruntime
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 with Pipeline.open({str(bundle)!r}) as pipe:
     rows = pipe("a red cat", seed=7, steps=3, sampler="ddim").pixels[0].tobytes()
 open({str(folder / "rows")!r}, "wb").write(rows)
@@ -105,8 +105,8 @@ assert lib.png(job)[:4] == b"\\x89PNG"
 lib.close(runtime)
 again = lib.open(bundle={str(bundle)!r}, threads=1, isolation={isolation})
 lib.close(again)
-import sdruntime.pipeline  # this interpreter's own
-with sdruntime.pipeline.Pipeline.open({str(bundle)!r}) as pipe:
+import sdruntime.pipeline.pipeline  # this interpreter's own
+with sdruntime.pipeline.pipeline.Pipeline.open({str(bundle)!r}) as pipe:
     assert rows == pipe("a red cat", seed=7, steps=3, sampler="ddim").pixels[0].tobytes()
 print("same")
 """

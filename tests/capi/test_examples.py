@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from cplusplus import EXAMPLES, ROOT, environment, run
 
-from sdruntime.bundle import Bundle
-from sdruntime.imagefile import read_image
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.pipeline.images.imagefile import read_image
 
 PROMPT = "the red cat and the sand"
 LONG = 400  # steps: many more than a test waits for

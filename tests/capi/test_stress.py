@@ -11,7 +11,7 @@ from bundles import with_fake_engines
 from capi.building import HERE, STAND_IN, run
 from capi.conftest import FIXTURE, Build
 
-from sdruntime.bundle import Bundle
+from sdruntime.bundle.bundle import Bundle
 
 JOBS = 1000
 ENDS = ("done", "cancelled", "judged", "refused", "freed")

@@ -270,8 +270,8 @@ def row_width(row: int, draws: np.ndarray) -> list[int]:
 
 def difference(told: dict[str, Any], found: dict[str, Any]) -> float:
     """The largest error of any unrolled row, with that of t, scale and start folded in; infinite where calls differ."""
-    from sdruntime.compile import compile_table
     from sdruntime.errors import SettingError
+    from sdruntime.sampling.compile import compile_table
 
     name = told.get("sampler") or told["config"]["_class_name"]
     options = {"eta": 0.3, **told["options"]} if name == "TCDScheduler" else told["options"]  # the class's own default

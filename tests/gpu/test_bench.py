@@ -13,11 +13,11 @@ from trt.machine import Machine
 
 from benchmarks.gpu import bench, tasks
 from benchmarks.gpu.table import lines
-from sdexport import timing
-from sdexport.reference import COMPILED, EAGER
+from sdexport.bench import timing
+from sdexport.bench.diffusers import COMPILED, EAGER
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.errors import EngineError
-from sdruntime.metrics import EQUAL
+from sdruntime.verification.metrics import EQUAL
 
 pytest.importorskip("diffusers", reason="the rival")
 CASES = {"sd15": (2.0, ((4, 1), (3, 4)))}
@@ -166,7 +166,7 @@ def test_what_is_required_and_does_not_run_is_a_failure(
 def test_without_diffusers_a_bundle_must_be_named(
     here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("sdexport.reference.missing", lambda device="cuda": "diffusers is not installed")
+    monkeypatch.setattr("sdexport.bench.diffusers.missing", lambda device="cuda": "diffusers is not installed")
     code, document = run(options(tmp_path, tmp_path, bundles={}, checkpoints={}, work=tmp_path / "work"), tmp_path)
     assert code == 1
     assert document["diffusers"] == "diffusers is not installed"

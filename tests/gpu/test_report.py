@@ -19,7 +19,7 @@ from trt.surface import VERSIONS
 
 from benchmarks.gpu import bench, check, report, support
 from benchmarks.gpu.clean import clean, cleaned
-from sdexport import timing
+from sdexport.bench import timing
 from sdruntime.backends.trt import worker
 from sdruntime.errors import EngineError
 

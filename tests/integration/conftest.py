@@ -15,7 +15,7 @@ from places import SHAPES
 from benchmarks.gpu import gate
 from benchmarks.gpu.check import faults
 from benchmarks.gpu.clean import cleaned
-from sdruntime.build import Asked, build_engines
+from sdruntime.engines.building import Asked, build_engines
 
 Ready = Callable[[Path], Path]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from integration.reference import psnr
 
-from sdruntime.batcher import Batcher
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.serving.batcher import Batcher
 
 WAIT = 300  # seconds after which a test is given up
 SAMPLERS = ("dpmpp_2m", "euler_a", "unipc", "heun", "lcm", "pndm", "ddim", "dpmpp_2m_sde", "sa_solver")

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from integration.reference import Reference, assert_same_picture
 
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 
 LONG = "the red cat and the cat in the red of " * 9 + "the end"  # more than 77 tokens, fewer than 248
 UNET = "diffusion_pytorch_model"

@@ -17,7 +17,7 @@ import pytest
 from places import ROOT
 from sdexport_cli import run
 
-from sdruntime.bundle import Bundle
+from sdruntime.bundle.bundle import Bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for Linux")
 

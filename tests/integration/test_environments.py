@@ -15,7 +15,7 @@ import pytest
 from environments import ENVIRONMENTS, INSTALL, ROOT, Environment, interpreter, python_of, run
 from integration.reference import psnr
 
-from sdruntime.imagefile import read_image
+from sdruntime.pipeline.images.imagefile import read_image
 
 OLDEST, BETWEEN, NEWEST = ENVIRONMENTS
 

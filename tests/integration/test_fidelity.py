@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from integration.reference import Array, Reference, assert_same_picture
 
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 
 CHECKPOINTS = ("shapes", "sd1", "sd2_v", "sdxl")
 # three of diffusers' classes clip the latents to [-1, 1] unless the file says otherwise; here only a file can turn that on

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from integration.reference import psnr
 
-import sdexport.build
-import sdexport.job
-from sdruntime.pipeline import Pipeline
+import sdexport.build.export
+import sdexport.trace.component
+from sdruntime.pipeline.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "a small red circle on the left on a blue background", "green"
 
@@ -76,10 +76,10 @@ def lists_in_a_unet(folder: Path) -> None:
 
 def built(checkpoint: Path, spoil: Callable[[Path], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The edited copy and its bundle, made without processes of their own."""
-    monkeypatch.setattr(sdexport.build, "run_apart", sdexport.job.run)
+    monkeypatch.setattr(sdexport.build.export, "run_apart", sdexport.trace.component.run)
     folder = Path(shutil.copytree(checkpoint, place / "checkpoint"))
     spoil(folder)
-    for _ in sdexport.build.build(str(folder), place / "bundle", sdexport.events.Options(verify=False)):
+    for _ in sdexport.build.export.build(str(folder), place / "bundle", sdexport.build.events.Options(verify=False)):
         pass
     return folder, place / "bundle"
 

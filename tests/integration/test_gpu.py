@@ -16,12 +16,12 @@ import pytest
 from benchmarks.gpu import gate, tasks
 from benchmarks.gpu.check import cpu_pictures, faults
 from benchmarks.gpu.report import PROMPT
-from sdexport import reference
-from sdruntime.bundle import Bundle
-from sdruntime.cuda import devices
-from sdruntime.engine import EngineOptions
+from sdexport.bench import diffusers as reference
+from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import SdruntimeError
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.system.cuda import devices
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ("fp32", "fp16")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from integration.reference import Array, psnr
 
-from sdruntime.pipeline import Pipeline, Request
+from sdruntime.pipeline.pipeline import Pipeline, Request
 
 SIZE = (64, 64)
 

@@ -12,8 +12,8 @@ import pytest
 from integration.reference import Reference, psnr
 from places import ROOT
 
-from sdruntime.noise import NoiseStream
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.sampling.noise import NoiseStream
 
 PROMPT = "a small red circle on the left on a blue background"
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from integration.reference import Array, Reference, psnr
 
-from sdruntime.compile import compile_table
-from sdruntime.run import run
+from sdruntime.sampling.compile import compile_table
+from sdruntime.sampling.executor import run
 
 PROMPT, STEPS, GUIDANCE = "a large green square on the right on a white background", 20, 7.5
 PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": False, "steps_offset": 1, "set_alpha_to_one": False}

@@ -16,10 +16,10 @@ import pytest
 from integration.reference import psnr
 from integration.test_environments import ROOT, run
 
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
-from sdruntime.change import remove_engine
-from sdruntime.pipeline import Pipeline
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.change import remove_engine
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.pipeline.pipeline import Pipeline
 
 RTX = "1.7.1.116"
 PROMPT = "a cat in the red and"
@@ -170,8 +170,8 @@ def test_what_cannot_be_built_is_refused_before_the_work(
 def test_a_graph_that_does_not_parse_names_node_and_reason(python: Path, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
     import onnx
 
-    from sdruntime.bundle import file_spec
-    from sdruntime.manifest import load_manifest, save_manifest
+    from sdruntime.bundle.bundle import file_spec
+    from sdruntime.bundle.manifest import load_manifest, save_manifest
 
     bundle = bare(sd1_fp16_bundle, tmp_path / "bundle")
     path = bundle / "vae_decoder" / "model.onnx"

@@ -9,8 +9,8 @@ import pytest
 from bundles import make_bundle
 from places import FIXTURE
 
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import Asked, build_engines
 
 
 @pytest.fixture
@@ -32,5 +32,5 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dead_token() -> str:
     """The token of a process that has ended."""
-    code = "from sdruntime.owner import Owner; print(Owner.here().token())"
+    code = "from sdruntime.system.owner import Owner; print(Owner.here().token())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 from bundles import SCHEDULER, make_bundle, with_fake_engines
 
-from sdruntime.building import Library
-from sdruntime.bundle import Bundle
-from sdruntime.channel import HEADER, SHARED, BadFrame, Channel
-from sdruntime.choose import Machine
-from sdruntime.compile import compile_table
-from sdruntime.describe import bundle_document, bundle_lines
+from sdruntime.backends.base.building import Library
+from sdruntime.backends.base.feeds import check_tensors
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import NAME
+from sdruntime.bundle.records import json_from_text
+from sdruntime.cli.describe import bundle_document, bundle_lines
+from sdruntime.engines.choose import Machine
 from sdruntime.errors import BundleError, EngineError, SettingError
-from sdruntime.feeds import check_tensors
-from sdruntime.manifest import NAME
-from sdruntime.pipeline import Pipeline
-from sdruntime.record import json_from_text
-from sdruntime.request import Request
-from sdruntime.service import blob_bytes
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.sampling.compile import compile_table
+from sdruntime.serving.channel import HEADER, SHARED, BadFrame, Channel
+from sdruntime.serving.service import blob_bytes
 
 Change = Callable[[dict[str, Any]], object]
 

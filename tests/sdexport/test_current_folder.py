@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from sdruntime.process import module_command
+from sdruntime.system.process import module_command
 
 HOSTILE = ("numpy", "json", "torch", "onnx_ir", "onnxruntime", "click", "runpy", "subprocess", "sdruntime", "sdexport")
 SCRIPT = "import sys\nfrom {module} import main\nsys.exit(main())\n"  # what pip writes for a console script
@@ -27,7 +27,7 @@ def plant(folder: Path, mark: Path) -> None:
 def scripts(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "bin").mkdir()
     paths = {"sdexport": tmp_path / "bin" / "sdexport", "sdruntime": tmp_path / "bin" / "sdruntime"}
-    for name, module in (("sdexport", "sdexport.cli"), ("sdruntime", "sdruntime.__main__")):
+    for name, module in (("sdexport", "sdexport.cli.main"), ("sdruntime", "sdruntime.__main__")):
         paths[name].write_text(SCRIPT.format(module=module))
     return paths
 

@@ -21,11 +21,11 @@ import tiny
 from hostile import changed, changed_bytes, encoded
 from safetensors.numpy import save
 
-from sdexport.checkpoint import read_checkpoint
-from sdexport.components import components
+from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.safetensors import merged, read_header
+from sdexport.checkpoint.tokenizer import NAMES, read_tokenizer
 from sdexport.errors import CheckpointError
-from sdexport.stored import merged, read_header
-from sdexport.tokenizer import NAMES, read_tokenizer
+from sdexport.families.components import components
 from sdruntime.errors import SettingError
 
 COUNT = int(os.environ.get("SDEXPORT_FUZZ", "0"))
@@ -204,7 +204,7 @@ def test_betas_that_leave_nothing_of_an_image_warn_of_nothing(sd1_checkpoint: Pa
 @pytest.mark.parametrize("count", rounds(200))
 def test_pickles(tmp_path: Path, count: int) -> None:
     torch = pytest.importorskip("torch")
-    from sdexport.unpickle import unpickled
+    from sdexport.checkpoint.unpickle import unpickled
 
     path = tmp_path / "w.bin"
     bases = []

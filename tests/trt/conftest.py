@@ -16,7 +16,7 @@ from trt.small import small_bundle
 from trt.surface import VERSIONS, Offline, Surface, Version
 from trt.surface import surface as surface_
 
-from sdruntime.build import Asked, build_engines
+from sdruntime.engines.building import Asked, build_engines
 
 NEWEST = "tensorrt 11.4.0.106"
 DRAWN = ("text_encoder", "unet", "vae_decoder", "step")  # what a picture takes

@@ -23,8 +23,8 @@ from trt.fake_tensorrt import fake_tensorrt
 from trt.streams import Gpus
 from trt.surface import Surface
 
-from sdruntime import cuda
 from sdruntime.backends.trt import build, worker
+from sdruntime.system import cuda
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_rtx_bindings")
 

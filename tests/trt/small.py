@@ -11,9 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from trt import networks
 
-from sdexport.step import write_step
-from sdruntime.bundle import Bundle, write_bundle
-from sdruntime.manifest import TensorSpec
+from sdexport.trace.sampler_step import write_step
+from sdruntime.bundle.bundle import Bundle, write_bundle
+from sdruntime.bundle.manifest import TensorSpec
 
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 _WIDE = np.linspace(-1, 1, 8, dtype=np.float32)

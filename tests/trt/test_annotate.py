@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from trt.machine import Machine
 
-from sdruntime import annotate
-from sdruntime.cuda import CudaError
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system import nvtx as annotate
+from sdruntime.system.cuda import CudaError
 
 
 class Profiler(types.ModuleType):

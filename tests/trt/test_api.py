@@ -19,13 +19,13 @@ from trt.networks import Draft
 from trt.streams import Gpus
 from trt.surface import VERSIONS, Surface
 
+from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.trt.engine import open_engine
 from sdruntime.backends.trt.worker import plan_from_onnx
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle, write_bundle
-from sdruntime.engine import EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle, write_bundle
+from sdruntime.bundle.manifest import Precision
+from sdruntime.engines.building import Asked, build_engines
 from sdruntime.errors import EngineError
-from sdruntime.manifest import Precision
 
 BACKEND = ROOT / "runtime" / "sdruntime" / "backends" / "trt"
 _10_3, _10_16, _11_4, _RTX = (str(version) for version in VERSIONS)

@@ -16,14 +16,14 @@ from trt.machine import Machine
 from trt.surface import Surface
 
 from sdruntime.arrays import Array
-from sdruntime.batcher import Batcher, Drawing, Progress
-from sdruntime.bundle import Bundle
-from sdruntime.cuda import Cuda, devices
-from sdruntime.engine import EngineOptions
+from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.memory import memory_plan
 from sdruntime.errors import NotFinite
-from sdruntime.pipeline import Pipeline
-from sdruntime.plan import memory_plan
-from sdruntime.request import Request
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.serving.batcher import Batcher, Drawing, Progress
+from sdruntime.system.cuda import Cuda, devices
 
 WIDE = {"seed": 3, "width": 128, "height": 64}
 PROMPT = "a cat"

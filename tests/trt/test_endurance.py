@@ -10,9 +10,9 @@ from pathlib import Path
 from trt.machine import Machine
 
 from sdruntime.backends.trt.engine import KEPT_BINDINGS
-from sdruntime.loop import KEPT_FRAMES
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
+from sdruntime.backends.trt.loop import KEPT_FRAMES
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
 
 SIZES = ((64, 64), (128, 64), (64, 128), (128, 128), (192, 64))
 SAMPLERS = ("ddim", "euler_a", "dpmpp_2m", "unipc")

@@ -9,9 +9,9 @@ from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 from trt.surface import Surface
 
-from sdruntime.build import Asked, build_engines
-from sdruntime.bundle import Bundle
-from sdruntime.pipeline import Pipeline
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import Asked, build_engines
+from sdruntime.pipeline.pipeline import Pipeline
 
 PROMPT = "a cat in the red and"
 

@@ -131,7 +131,7 @@ def test_errors_have_names(driver: Driver) -> None:
 
 
 def test_the_runtime_lists_the_fake_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdruntime import cuda
+    from sdruntime.system import cuda
 
     gpus = Gpus(devices=2, name="Fake", capability=(8, 9), total=1 << 30, driver_version=13000)
     monkeypatch.setattr(ctypes, "CDLL", loader(Driver(gpus)))

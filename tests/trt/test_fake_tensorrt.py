@@ -381,7 +381,7 @@ def test_a_machine_is_what_the_code_under_test_sees(machine: Make, surface: Surf
     import ctypes
     import importlib
 
-    from sdruntime import cuda
+    from sdruntime.system import cuda
 
     here = machine(surface, name="Fake", devices=2)
     assert importlib.import_module(surface.module).__version__ == surface.version

@@ -11,11 +11,11 @@ import pytest
 from trt.fake_driver import ERRORS
 from trt.machine import Machine
 
-from sdruntime.cuda import CudaError
-from sdruntime.engine import EngineOptions
+from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.errors import EngineError, OutOfSpace
-from sdruntime.pipeline import Pipeline, Stream
-from sdruntime.request import Request
+from sdruntime.pipeline.pipeline import Pipeline, Stream
+from sdruntime.pipeline.request import Request
+from sdruntime.system.cuda import CudaError
 
 REQUESTS = [
     Request(prompt="a cat", seed=1, steps=3, size=(64, 64), sampler="dpmpp_2m"),

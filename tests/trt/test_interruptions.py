@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from trt.machine import Machine
 
-from sdruntime import loop
-from sdruntime.pipeline import Pipeline, Stream
-from sdruntime.request import Request
+from sdruntime.backends.trt import loop
+from sdruntime.pipeline.pipeline import Pipeline, Stream
+from sdruntime.pipeline.request import Request
 
 REQUESTS = [
     Request(prompt="a cat", seed=1, steps=3, size=(64, 64), sampler="dpmpp_2m"),

@@ -14,10 +14,10 @@ import pytest
 from trt import fake_engine
 from trt.machine import Machine
 
+from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.trt.engine import open_engine
-from sdruntime.bundle import Bundle
-from sdruntime.engine import EngineOptions, Shared
-from sdruntime.manifest import FileSpec, save_manifest
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import FileSpec, save_manifest
 
 SIZE = 1_700_000_000
 PAGE = 4096

@@ -11,11 +11,11 @@ import pytest
 from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 
-from sdruntime.engine import EngineOptions
+from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.errors import NotFinite
-from sdruntime.pipeline import Pipeline
-from sdruntime.request import Request
-from sdruntime.samplers import SAMPLERS
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.sampling.samplers import SAMPLERS
 
 PROMPT = "a cat in the red and"
 
@@ -168,7 +168,7 @@ def test_latents_may_be_looked_at_on_the_way(pipe: Pipeline) -> None:
 
 def test_a_loop_that_was_begun_on_the_device_goes_on_in_numpy(pipe: Pipeline) -> None:
     """The windows of a multistep sampler, and the noise that was drawn ahead, come back with it."""
-    from sdruntime.denoise import denoise
+    from sdruntime.pipeline.denoise import denoise
 
     for sampler in ("dpmpp_3m_sde", "pndm", "euler_a"):
         stream = pipe.stream(PROMPT, steps=8, seed=1, sampler=sampler, on_device=True)
@@ -183,7 +183,7 @@ def test_a_loop_that_was_begun_on_the_device_goes_on_in_numpy(pipe: Pipeline) ->
 
 
 def test_jobs_join_and_leave_between_steps(pipe: Pipeline) -> None:
-    from sdruntime.denoise import denoise
+    from sdruntime.pipeline.denoise import denoise
 
     requests = [Request(prompt=PROMPT, seed=seed, steps=steps, sampler="dpmpp_2m") for seed, steps in ((1, 6), (2, 3), (3, 5))]
     alone = latents(pipe, *requests, on_device=False)

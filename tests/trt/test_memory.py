@@ -10,11 +10,11 @@ from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 from trt.surface import Surface
 
-from sdruntime.bundle import Bundle
-from sdruntime.engine import EngineOptions
+from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.memory import memory_plan
 from sdruntime.errors import OutOfSpace
-from sdruntime.pipeline import Pipeline
-from sdruntime.plan import memory_plan
+from sdruntime.pipeline.pipeline import Pipeline
 
 PROMPT = "a cat in the red and"
 
@@ -88,8 +88,8 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
 
 
 def test_free_memory_of_an_integrated_gpu_is_the_system_s(machine: Callable[..., Machine], surfaces: dict[str, Surface]) -> None:
-    from sdruntime.cuda import Cuda
-    from sdruntime.memory import available_memory
+    from sdruntime.system.cuda import Cuda
+    from sdruntime.system.memory import available_memory
 
     machine(surfaces["tensorrt 10.3.0"], integrated=True, capability=(8, 7), total=1 << 20, name="Orin")
     with Cuda.open() as cuda:

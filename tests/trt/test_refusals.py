@@ -16,12 +16,12 @@ from trt.machine import Machine
 from trt.surface import Surface
 
 from sdruntime.__main__ import main
+from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.trt.engine import open_engine
-from sdruntime.bundle import Bundle, file_spec
-from sdruntime.engine import EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle, file_spec
+from sdruntime.bundle.manifest import load_manifest, save_manifest
 from sdruntime.errors import BundleError, DeviceMissing, EngineError, LibraryMissing, OutOfSpace
-from sdruntime.manifest import load_manifest, save_manifest
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 
 Make = Callable[..., Machine]
 DESERIALISED = ("Runtime", "deserialize_cuda_engine")

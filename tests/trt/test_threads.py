@@ -11,7 +11,7 @@ from trt.conftest import psnr, with_engines
 from trt.machine import Machine
 from trt.surface import Surface
 
-from sdruntime.pipeline import Pipeline
+from sdruntime.pipeline.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("name", ["tensorrt 10.3.0", "tensorrt_rtx 1.7.1.116"])

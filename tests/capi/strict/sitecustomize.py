@@ -18,7 +18,7 @@ from typing import Any
 from trt.machine import Machine, machine
 from trt.streams import Stream
 
-from sdruntime.cuda import Cuda
+from sdruntime.system.cuda import Cuda
 
 _stack = contextlib.ExitStack()  # of the process: never closed
 _surface, _full, _settings = pickle.loads(Path(os.environ["STRICT_MACHINE"]).read_bytes())

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdruntime.building import Built, EngineRequest, Stage, check_names
-from sdruntime.bundle import Bundle
-from sdruntime.manifest import Precision
+from sdruntime.backends.base.building import Built, EngineRequest, Stage, check_names
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import Precision
 
 VERSION = "1"
 TARGETS = ("cpu",)

@@ -9,12 +9,12 @@ from types import TracebackType
 import numpy as np
 
 from sdruntime.arrays import Array
+from sdruntime.backends.base.building import Library
+from sdruntime.backends.base.engine import EngineOptions, Shared
+from sdruntime.backends.base.feeds import check_feeds, shape_of
 from sdruntime.backends.fake.build import TARGETS, VERSION
-from sdruntime.building import Library
-from sdruntime.bundle import Bundle
-from sdruntime.engine import EngineOptions, Shared
-from sdruntime.feeds import check_feeds, shape_of
-from sdruntime.manifest import ComponentSpec, EngineSpec
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 
 KEPT_CALLS = 1000
 

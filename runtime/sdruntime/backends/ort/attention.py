@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends.ort.graph import Graph, Node, make_node, read_graph, write_graph
+from sdruntime.backends.onnx_file.graph import Graph, Node, make_node, read_graph, write_graph
 
 _SPLIT = [0, 2, 1, 3]  # [batch, sequence, heads, width] -> [batch, heads, sequence, width], and back
 _JOINED = "sdruntime.heads_joined"  # the shape [0, 0, -1] for Reshape: two dimensions as they are, the others as one

@@ -12,14 +12,14 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.base.building import Built, EngineRequest, Stage, check_names
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
-from sdruntime.building import Built, EngineRequest, Stage, check_names
-from sdruntime.bundle import Bundle, disk_full
-from sdruntime.cuda import devices
+from sdruntime.bundle.bundle import Bundle, disk_full
+from sdruntime.bundle.manifest import Precision
 from sdruntime.errors import BundleError, DeviceMissing, LibraryMissing, SdruntimeError, SettingError
-from sdruntime.manifest import Precision
+from sdruntime.system.cuda import devices
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
 INSTALL = 'pip install "sdruntime[onnxruntime]"'

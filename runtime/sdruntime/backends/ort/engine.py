@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
+from sdruntime.backends.base.building import Library
+from sdruntime.backends.base.engine import CPU, EngineOptions, Shared
+from sdruntime.backends.base.feeds import check_feeds, check_tensors
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.session import warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
-from sdruntime.building import Library
-from sdruntime.bundle import Bundle
-from sdruntime.engine import CPU, EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError
-from sdruntime.feeds import check_feeds, check_tensors
-from sdruntime.manifest import ComponentSpec, EngineSpec
 
 # In float32 these are run as they were saved. What the highest level adds on a CPU, convolutions in a layout of its own, makes a
 # UNet slower and copies its weights, while a VAE gains a tenth (benchmarks/README.md); in fp16 it folds the casts of the weights.

@@ -1,4 +1,4 @@
-"""Upsampling convolutions in fewer products (sdruntime.backends.subpixel), in an ONNX graph.
+"""Upsampling convolutions in fewer products (sdruntime.backends.base.subpixel), in an ONNX graph.
 
 The kernels are written as products of the model's own weights, which ONNX Runtime's optimiser computes once.
 """
@@ -6,8 +6,8 @@ The kernels are written as products of the model's own weights, which ONNX Runti
 from __future__ import annotations
 
 from sdruntime.arrays import Array
-from sdruntime.backends.ort.graph import Graph, Node, make_node, read_graph, write_graph
-from sdruntime.backends.subpixel import PHASES, TAPS, pads
+from sdruntime.backends.base.subpixel import PHASES, TAPS, pads
+from sdruntime.backends.onnx_file.graph import Graph, Node, make_node, read_graph, write_graph
 
 _RESIZE = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 _CONVOLUTION = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilations": [1, 1], "group": [1]}

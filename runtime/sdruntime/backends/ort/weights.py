@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends.ort.external import ExternalTensor, external_tensors, locations
-from sdruntime.bundle import Bundle
+from sdruntime.backends.onnx_file.external import ExternalTensor, external_tensors, locations
+from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import BundleError
 
 DIRECTLY = "session.use_external_initializer_file_buffers_directly"

@@ -12,12 +12,12 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.base.building import Built, EngineRequest, Stage, check_names
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.ov.subpixel import split_upsampling
-from sdruntime.building import Built, EngineRequest, Stage, check_names
-from sdruntime.bundle import Bundle
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import Precision
 from sdruntime.errors import LibraryMissing, SdruntimeError, SettingError
-from sdruntime.manifest import Precision
 
 DEVICE = "CPU"
 TARGETS = ("cpu",)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
+from sdruntime.backends.base.building import Library
+from sdruntime.backends.base.engine import EngineOptions, Shared
+from sdruntime.backends.base.feeds import check_feeds
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
 from sdruntime.backends.ov.constants import own_constants
-from sdruntime.building import Library
-from sdruntime.bundle import Bundle
-from sdruntime.engine import EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, quoted
-from sdruntime.feeds import check_feeds
-from sdruntime.manifest import ComponentSpec, EngineSpec
 
 
 class Network:

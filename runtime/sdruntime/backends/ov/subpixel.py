@@ -1,4 +1,4 @@
-"""Upsampling convolutions in fewer products (sdruntime.backends.subpixel), in a graph of OpenVINO's."""
+"""Upsampling convolutions in fewer products (sdruntime.backends.base.subpixel), in a graph of OpenVINO's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends.subpixel import PHASES, TAPS, pads
+from sdruntime.backends.base.subpixel import PHASES, TAPS, pads
 
 _INTERPOLATE = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "antialias": False}
 _CONVOLUTION = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}

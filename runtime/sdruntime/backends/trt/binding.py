@@ -11,9 +11,9 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.trt.session import Session, aligned
-from sdruntime.cuda import Pinned
+from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import EngineError
-from sdruntime.manifest import ComponentSpec, EngineSpec
+from sdruntime.system.cuda import Pinned
 
 
 class Plan(Protocol):

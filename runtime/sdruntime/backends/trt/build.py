@@ -9,18 +9,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdruntime.backends.base.building import Built, EngineRequest, Stage, unknown_option
+from sdruntime.backends.base.engine import AMPERE_UP, PLATFORM
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
-from sdruntime.building import Built, EngineRequest, Stage, unknown_option
-from sdruntime.bundle import Bundle
-from sdruntime.cuda import Cuda, Device, devices
-from sdruntime.engine import AMPERE_UP, PLATFORM
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
-from sdruntime.manifest import Precision
-from sdruntime.memory import available_memory
-from sdruntime.process import run_apart
-from sdruntime.sizes import parse_bytes
-from sdruntime.step import NAME as STEP
+from sdruntime.system.cuda import Cuda, Device, devices
+from sdruntime.system.memory import available_memory
+from sdruntime.system.process import run_apart
+from sdruntime.system.sizes import parse_bytes
 
 WORKER = "sdruntime.backends.trt.worker"
 

@@ -8,17 +8,16 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from sdruntime.annotate import annotate
 from sdruntime.arrays import Array
+from sdruntime.backends.base.building import Library
+from sdruntime.backends.base.engine import AMPERE_UP, EngineOptions, Shared
+from sdruntime.backends.base.feeds import check_feeds
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.backends.trt.library import FLAVOURS, capabilities, library, messages
 from sdruntime.backends.trt.session import Session, session
-from sdruntime.building import Library
-from sdruntime.bundle import Bundle
-from sdruntime.cache import read_cached, write_cached
-from sdruntime.cuda import devices
-from sdruntime.engine import AMPERE_UP, EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import (
     BundleError,
     EngineError,
@@ -29,8 +28,9 @@ from sdruntime.errors import (
     UnknownName,
     quoted,
 )
-from sdruntime.feeds import check_feeds
-from sdruntime.manifest import ComponentSpec, EngineSpec
+from sdruntime.system.cache import read_cached, write_cached
+from sdruntime.system.cuda import devices
+from sdruntime.system.nvtx import annotate
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
 SESSION = ("engine_host_code",)  # settings of a session

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdruntime.engine import AMPERE_UP
+from sdruntime.backends.base.engine import AMPERE_UP
 from sdruntime.errors import LibraryMissing
 
 CURRENT = "current"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.cuda import ALIGNMENT, Buffer, Cuda, Pinned, Stream
-from sdruntime.engine import EngineOptions
+from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.system.cuda import ALIGNMENT, Buffer, Cuda, Pinned, Stream
 
 
 @dataclass(slots=True, eq=False)

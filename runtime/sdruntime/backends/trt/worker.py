@@ -14,16 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdruntime.backends.trt.inspect import inspection_from_json
+from sdruntime.backends.base.building import Stage
+from sdruntime.backends.base.engine import AMPERE_UP
+from sdruntime.backends.trt.inspection import inspection_from_json
 from sdruntime.backends.trt.library import FLAVOURS, capabilities_of, library, messages
-from sdruntime.building import Stage
-from sdruntime.bundle import disk_full_as_error
-from sdruntime.cache import read_cached, write_cached
-from sdruntime.cuda import Cuda, devices
-from sdruntime.engine import AMPERE_UP
+from sdruntime.bundle.bundle import disk_full_as_error
 from sdruntime.errors import EngineError, OutOfSpace, SdruntimeError
-from sdruntime.memory import available_memory
-from sdruntime.process import Message, serve
+from sdruntime.system.cache import read_cached, write_cached
+from sdruntime.system.cuda import Cuda, devices
+from sdruntime.system.memory import available_memory
+from sdruntime.system.process import Message, serve
 
 _SHARE = 0.8  # of the free memory that a layer's scratch may take
 _TELLING = 0.1  # seconds between two stages that are told

@@ -1,0 +1,120 @@
+#include "api/job.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+#include <cxxabi.h>
+
+namespace sdr {
+
+thread_local int InCallback::depth_ = 0;
+
+namespace {
+constexpr int64_t LONGEST_MS = int64_t{1000} * 60 * 60 * 24 * 3650;  // ten years, which every clock can add
+}
+
+void Job::started() {
+    const std::lock_guard lock(mutex_);
+    if (!ended()) state_ = SDR_JOB_RUNNING;
+}
+
+bool Job::progress(const sdr_progress &progress, bool &threw) {
+    sdr_progress_callback callback;
+    {
+        const std::lock_guard lock(mutex_);
+        if (ended()) return false;
+        state_ = SDR_JOB_RUNNING;
+        step_ = progress.step;
+        steps_ = progress.steps;
+        if (freed_ || cancelled_ || !callback_) return false;
+        callback = callback_;
+        calling_ = true;
+        caller_ = std::this_thread::get_id();
+    }
+    int32_t wish = 0;
+    try {
+        const InCallback inside;
+        wish = callback(user_, handle_of<sdr_job>(id), &progress);
+    } catch (abi::__forced_unwind &) {
+        throw;  // the thread is being cancelled
+    } catch (...) {
+        threw = true;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        calling_ = false;
+    }
+    changed_.notify_all();
+    return wish != 0 || threw;
+}
+
+void Job::end(int32_t state) {
+    state_ = state;
+    changed_.notify_all();
+}
+
+void Job::done(Picture picture) {
+    const std::lock_guard lock(mutex_);
+    if (ended()) return;
+    if (cancelled_) {  // the picture came while the wish was on its way
+        failure_ = std::make_unique<const Failure>(SDR_CANCELLED, SDR_REASON_CANCELLED, "cancelled");
+        end(SDR_JOB_CANCELLED);
+        return;
+    }
+    if (!freed_) picture_ = std::make_shared<const Picture>(std::move(picture));
+    end(SDR_JOB_DONE);
+}
+
+void Job::failed(const Failure &failure) {
+    const std::lock_guard lock(mutex_);
+    if (ended()) return;
+    failure_ = std::make_unique<const Failure>(failure);
+    end(failure.code == SDR_CANCELLED ? SDR_JOB_CANCELLED : SDR_JOB_FAILED);
+}
+
+void Job::poll(int32_t *state, int32_t *step, int32_t *steps) const {
+    const std::lock_guard lock(mutex_);
+    if (state) *state = state_;
+    if (step) *step = step_;
+    if (steps) *steps = steps_;
+}
+
+void Job::wait(int64_t timeout_ms) {
+    if (InCallback::here() && timeout_ms != 0)
+        throw usage(SDR_REASON_REENTERED, "sdr_job_wait: a callback must not wait, since jobs wait for it; a timeout of 0 only looks");
+    std::unique_lock lock(mutex_);
+    const auto over = [this] { return freed_ || (ended() && !calling_elsewhere()); };
+    if (timeout_ms < 0) {
+        changed_.wait(lock, over);
+    } else if (!changed_.wait_until(lock, std::chrono::steady_clock::now() + std::chrono::milliseconds(std::min(timeout_ms, LONGEST_MS)), over)) {
+        throw Failure(SDR_FAILED, SDR_REASON_TIMEOUT,
+                      "sdr_job_wait: no end after " + std::to_string(timeout_ms) + " ms, at step " + std::to_string(step_) + " of " + std::to_string(steps_));
+    }
+    if (freed_) throw usage(SDR_REASON_BAD_HANDLE, "sdr_job_wait: the job was freed meanwhile");
+    if (failure_) throw *failure_;
+}
+
+std::shared_ptr<const Picture> Job::picture() const {
+    const std::lock_guard lock(mutex_);
+    if (failure_) throw *failure_;
+    if (!picture_)
+        throw usage(SDR_REASON_NOT_FINISHED, "the job has no picture yet, at step " + std::to_string(step_) + " of " + std::to_string(steps_) + ": sdr_job_wait first");
+    return picture_;
+}
+
+void Job::freed() {
+    std::unique_lock lock(mutex_);
+    freed_ = true;
+    picture_.reset();
+    changed_.notify_all();
+    if (!InCallback::here()) changed_.wait(lock, [this] { return !calling_; });
+}
+
+bool Job::cancel_now() {
+    const std::lock_guard lock(mutex_);
+    if (ended() || cancelled_) return false;
+    cancelled_ = true;
+    return true;
+}
+
+}  // namespace sdr

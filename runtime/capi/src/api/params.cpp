@@ -1,0 +1,125 @@
+#include "api/params.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+
+namespace sdr {
+
+namespace {
+
+constexpr int32_t LARGEST_SIDE = 1 << 14;  // keep equal to runtime/sdruntime/bundle/limits.py
+
+Failure bad(const std::string &message) { return usage(SDR_REASON_BAD_ARGUMENT, message); }
+
+// `first_size`: of the struct in the first header.
+template <class T>
+T taken_struct(const T *given, const char *name, size_t first_size, void (*init)(T *, size_t)) {
+    if (!given) throw bad(std::string(name) + " is NULL");
+    uint32_t size;
+    std::memcpy(&size, given, sizeof size);
+    if (size < first_size || size > LARGEST_STRUCT)
+        throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ".struct_size is " + std::to_string(size) + ", not " + std::to_string(first_size) + " to " +
+                                               std::to_string(LARGEST_STRUCT) + ": call " + name + "_init first");
+    T copy;
+    init(&copy, sizeof copy);
+    std::memcpy(&copy, given, std::min<size_t>(size, sizeof copy));
+    const auto *bytes = reinterpret_cast<const unsigned char *>(given);
+    for (size_t k = sizeof copy; k < size; ++k)
+        if (bytes[k])
+            throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ": byte " + std::to_string(k) + " is set, which a newer header than that of this library (ABI " +
+                                                   std::to_string(SDR_ABI_MAJOR) + "." + std::to_string(SDR_ABI_MINOR) + ", " + std::to_string(sizeof copy) +
+                                                   " bytes) defines: install a newer library");
+    return copy;
+}
+
+void put_text(Json::Object &object, const char *key, const char *text) {
+    if (text) object.emplace_back(key, text_of(text, key));
+}
+
+double finite(double value, const char *field) {
+    if (!std::isfinite(value)) throw bad(std::string(field) + " is not a finite number");
+    return value;
+}
+
+Json object_of(const char *text, const char *field) {
+    try {
+        Json found = Json::parse(text_of(text, field));
+        if (!found.is_object()) throw JsonError("it is no JSON object");
+        return found;
+    } catch (const JsonError &error) {
+        throw bad(std::string(field) + ": " + error.what());
+    }
+}
+
+}  // namespace
+
+sdr_open_params taken(const sdr_open_params *given) { return taken_struct(given, "sdr_open_params", sizeof(sdr_open_params), sdr_open_params_init); }
+
+sdr_job_params taken(const sdr_job_params *given) { return taken_struct(given, "sdr_job_params", sizeof(sdr_job_params), sdr_job_params_init); }
+
+std::string text_of(const char *text, const char *field) {
+    if (!text) return "";
+    if (const size_t at = bad_utf8(text); at != std::string::npos)
+        throw usage(SDR_REASON_BAD_TEXT, std::string(field) + ": byte " + std::to_string(at) + " is not UTF-8");
+    return text;
+}
+
+Json::Object open_options(const sdr_open_params &params) {
+    Json::Object options;
+    put_text(options, "backend", params.backend);
+    put_text(options, "device", params.device);
+    if (params.threads < 0) throw bad("threads: " + std::to_string(params.threads) + " is below 0");
+    if (params.threads) options.emplace_back("threads", params.threads);
+    if (params.low_memory) options.emplace_back("low_memory", true);
+    if (params.memory_cap) options.emplace_back("memory", params.memory_cap);
+    if (params.stream) options.emplace_back("stream", uint64_t{reinterpret_cast<uintptr_t>(params.stream)});
+    options.emplace_back("queue", params.queue);
+    const Json rare = params.options ? object_of(params.options, "options") : Json(Json::Object());
+    for (const auto &[key, value] : rare.object()) {
+        for (const char *field : {"backend", "device", "threads", "low_memory", "memory", "stream", "queue"})
+            if (key == field) throw bad("options: \"" + key + "\" has a field of its own in sdr_open_params");
+        options.emplace_back(key, value);
+    }
+    return options;
+}
+
+Json::Object request_of(const sdr_job_params &params) {
+    if (!params.prompt) throw bad("prompt is NULL");
+    if (params.reserved) throw usage(SDR_REASON_BAD_STRUCT, "sdr_job_params.reserved is not 0: call sdr_job_params_init first");
+    Json::Object request;
+    put_text(request, "prompt", params.prompt);
+    put_text(request, "negative", params.negative);
+    request.emplace_back("seed", params.random_seed ? uint64_t{std::random_device()()} : params.seed);
+    request.emplace_back("steps", params.steps);
+    put_text(request, "sampler", params.sampler);
+    put_text(request, "schedule", params.schedule);
+    request.emplace_back("guidance", finite(params.guidance, "guidance"));
+    request.emplace_back("rescale", finite(params.rescale, "rescale"));
+    if (params.width || params.height) {
+        if (params.width <= 0 || params.height <= 0)
+            throw bad("size " + std::to_string(params.width) + "x" + std::to_string(params.height) + ": both above 0, or both 0 for the model's own");
+        request.emplace_back("width", params.width);
+        request.emplace_back("height", params.height);
+    }
+    if (params.image) request.emplace_back("strength", finite(params.strength, "strength"));
+    if (params.options) request.emplace_back("options", object_of(params.options, "options"));
+    return request;
+}
+
+Blob image_of(const sdr_job_params &params) {
+    if (!params.image) return {};
+    const int32_t width = params.image_width, height = params.image_height;
+    if (width <= 0 || height <= 0 || width > LARGEST_SIDE || height > LARGEST_SIDE)
+        throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": each from 1 to " + std::to_string(LARGEST_SIDE));
+    const size_t row = 3 * static_cast<size_t>(width), stride = params.image_stride ? params.image_stride : row;
+    if (stride < row) throw bad("image_stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
+    if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height)) throw bad("image_stride " + std::to_string(stride) + " is more than memory has");
+    std::vector<uint8_t> rows(row * static_cast<size_t>(height));
+    for (size_t k = 0; k < static_cast<size_t>(height); ++k) std::memcpy(rows.data() + k * row, params.image + k * stride, row);
+    return Blob(std::move(rows));
+}
+
+}  // namespace sdr

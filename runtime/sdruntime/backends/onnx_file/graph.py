@@ -1,0 +1,194 @@
+"""The graph of an ONNX file, read and written without the onnx package: what it takes to put some nodes in the place of others.
+
+Everything that is not touched stays as it was, byte for byte. The field numbers are those of onnx.proto.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends.onnx_file.wire import delimited, fields, float32, number, varints
+
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
+_INPUT, _OUTPUT, _NAME, _OP, _ATTRIBUTE, _DOMAIN = 1, 2, 3, 4, 5, 7  # of NodeProto
+_FLOAT, _INT, _STRING, _GRAPH, _INTS, _GRAPHS = 1, 2, 3, 5, 7, 10  # AttributeProto.type
+_DIMS, _TYPE, _FLOATS, _INT64S, _TENSOR_NAME, _RAW = 1, 2, 4, 7, 8, 9  # of TensorProto
+_OF_TYPE = {1: "<f4", 7: "<i8"}  # TensorProto.data_type, as far as constants are read here
+
+Attribute = int | float | str | list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ints: Mapping[str, list[int]]  # attributes, one int or several
+    floats: Mapping[str, float]
+    texts: Mapping[str, str]
+    raw: bytes | memoryview
+    nested: bool = False  # has graphs of its own
+
+
+@dataclass(slots=True, kw_only=True)
+class Graph:
+    nodes: list[Node]
+    constants: dict[str, list[int] | list[float]]  # tensors of int64 and float32 that lie in the file itself
+    outputs: set[str]
+    makers: dict[str, Node] = field(init=False)
+    readers: dict[str, list[Node]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.makers = {name: node for node in self.nodes for name in node.outputs}
+        self.readers = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                self.readers.setdefault(name, []).append(node)
+
+    def maker(self, name: str, op: str) -> Node | None:
+        node = self.makers.get(name)
+        return node if node is not None and node.op == op else None
+
+    def reader(self, name: str, op: str) -> Node | None:
+        """The only one that reads a tensor, and that is no output of the graph."""
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and readers[0].op == op and name not in self.outputs else None
+
+
+def read_graph(model: memoryview) -> Graph | None:
+    """The graph of a model; None where a node has graphs of its own, which may read any tensor of this one. Raises ValueError for
+    what is not a sound model."""
+    nodes: list[Node] = []
+    constants: dict[str, list[int] | list[float]] = {}
+    outputs: set[str] = set()
+    for part, value in _graph_fields(model):
+        if part == _GRAPH_NODE:
+            nodes.append(_read_node(value))
+        elif part == _GRAPH_INITIALIZER:
+            name, numbers = _read_constant(value)
+            if numbers is not None:
+                constants[name] = numbers
+        elif part == _GRAPH_OUTPUT:
+            outputs.add(next(str(text, "utf-8") for number, text in fields(value) if number == 1 and not isinstance(text, int)))
+    graph = Graph(nodes=nodes, constants=constants, outputs=outputs)
+    return None if any(node.nested for node in nodes) else graph
+
+
+def make_node(
+    op: str, inputs: Sequence[str], output: str, attributes: Mapping[str, Attribute] | None = None, *, domain: str = ""
+) -> Node:
+    """A node with the name of its output."""
+    attributes = attributes or {}
+    raw = [delimited(_INPUT, name.encode()) for name in inputs]
+    raw += [delimited(_OUTPUT, output.encode()), delimited(_NAME, output.encode()), delimited(_OP, op.encode())]
+    raw += [delimited(_ATTRIBUTE, _attribute(name, value)) for name, value in attributes.items()]
+    raw += [delimited(_DOMAIN, domain.encode())] if domain else []
+    return _read_node(memoryview(b"".join(raw)))
+
+
+def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence[Node]], constants: Mapping[str, Array]) -> bytes:
+    """The model with other nodes in the place of some of its own (by `id`) and with more constants, of int64 or float32; without
+    the nodes and the constants of which nothing is read in the end."""
+    nodes = _needed([each for node in graph.nodes for each in replaced.get(id(node), [node])], graph.outputs)
+    read = {name for node in nodes for name in node.inputs}
+    parts = [delimited(_GRAPH_NODE, node.raw) for node in nodes]
+    for part, value in _graph_fields(model):
+        if part != _GRAPH_NODE and not (part == _GRAPH_INITIALIZER and _read_constant(value)[0] not in read):
+            parts.append(delimited(part, value))
+    parts += [delimited(_GRAPH_INITIALIZER, _constant(name, values)) for name, values in constants.items() if name in read]
+    others = [(part, each) for part, each in fields(model) if part != _MODEL_GRAPH]
+    head = [number(part, each) if isinstance(each, int) else delimited(part, each) for part, each in others]
+    return b"".join([*head, delimited(_MODEL_GRAPH, b"".join(parts))])
+
+
+def _needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.outputs):
+            wanted.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _graph_fields(model: memoryview) -> list[tuple[int, memoryview]]:
+    graphs = [value for part, value in fields(model) if part == _MODEL_GRAPH and not isinstance(value, int)]
+    return [(part, value) for graph in graphs for part, value in fields(graph) if not isinstance(value, int)]
+
+
+def _read_node(message: memoryview) -> Node:
+    names: dict[int, list[str]] = {_INPUT: [], _OUTPUT: [], _OP: []}
+    ints: dict[str, list[int]] = {}
+    floats: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    nested = False
+    for part, value in fields(message):
+        if part in names and isinstance(value, memoryview):
+            names[part].append(str(value, "utf-8"))
+        elif part == _ATTRIBUTE and isinstance(value, memoryview):
+            found = list(fields(value))
+            name = next(str(text, "utf-8") for at, text in found if at == 1 and isinstance(text, memoryview))
+            nested |= any(at == 20 and kind in (_GRAPH, _GRAPHS) for at, kind in found)
+            numbers = [each for at, part in found if at in (3, 8) for each in _ints(part)]
+            ints |= {name: numbers} if numbers else {}
+            for at, each in found:
+                if at == 2 and isinstance(each, memoryview):
+                    floats[name] = struct.unpack("<f", each)[0]
+                elif at == 4 and isinstance(each, memoryview):
+                    texts[name] = str(each, "utf-8", "replace")
+    return Node(
+        op=names[_OP][0],
+        inputs=tuple(names[_INPUT]),
+        outputs=tuple(names[_OUTPUT]),
+        ints=ints,
+        floats=floats,
+        texts=texts,
+        raw=message,
+        nested=nested,
+    )
+
+
+def _attribute(name: str, value: Attribute) -> bytes:
+    named = delimited(1, name.encode())
+    if isinstance(value, str):
+        return named + delimited(4, value.encode()) + number(20, _STRING)
+    if isinstance(value, float):
+        return named + float32(2, value) + number(20, _FLOAT)
+    if isinstance(value, int):
+        return named + number(3, value) + number(20, _INT)
+    return named + b"".join(number(8, each) for each in value) + number(20, _INTS)
+
+
+def _read_constant(message: memoryview) -> tuple[str, list[int] | list[float] | None]:
+    """A tensor's name and, where they are of a type that is read and in the file, its numbers."""
+    name, kind, typed, raw = "", 0, bytearray(), None
+    for part, value in fields(message):
+        if part == _TENSOR_NAME and isinstance(value, memoryview):
+            name = str(value, "utf-8")
+        elif part == _TYPE and isinstance(value, int):
+            kind = value
+        elif part == _RAW and isinstance(value, memoryview):
+            raw = value
+        elif part == _FLOATS and isinstance(value, memoryview):
+            typed += value
+        elif part == _INT64S:
+            typed += b"".join(struct.pack("<q", each) for each in _ints(value))
+    data = raw if raw is not None else typed or None
+    if kind not in _OF_TYPE or data is None or len(data) % np.dtype(_OF_TYPE[kind]).itemsize:
+        return name, None
+    return name, np.frombuffer(data, _OF_TYPE[kind]).tolist()
+
+
+def _ints(part: int | memoryview) -> list[int]:
+    return [value - (1 << 64) if value >> 63 else value for value in ([part] if isinstance(part, int) else varints(part))]
+
+
+def _constant(name: str, values: Array) -> bytes:
+    kind = next(kind for kind, dtype in _OF_TYPE.items() if values.dtype == dtype)
+    dims = b"".join(number(_DIMS, size) for size in values.shape)
+    return dims + number(_TYPE, kind) + delimited(_TENSOR_NAME, name.encode()) + delimited(_RAW, values.tobytes())

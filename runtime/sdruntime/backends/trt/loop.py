@@ -1,0 +1,382 @@
+"""The sampler's loop on a GPU: a UNet call, the component `step`, and nothing of the host between two steps.
+
+A step is recorded once as a CUDA graph and launched again for every step of every picture of its shape. What differs from step to
+step (timesteps, coefficients, noise) is worked out beforehand for all of them and copied into its place on the device; guidance
+and the sampler's sum happen there. The host only looks, by asking for events, how far the device has come.
+
+No step's output is looked at for NaN here: the state that is fetched at the end is (`denoise`), which keeps whatever went wrong.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Hashable, Sequence
+from types import TracebackType
+from typing import NoReturn
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends.base.engine import Engine
+from sdruntime.backends.trt.engine import TrtEngine
+from sdruntime.backends.trt.session import aligned
+from sdruntime.bundle.sampler_step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
+from sdruntime.errors import SdruntimeError
+from sdruntime.sampling.job import IN_FLIGHT, Job, stacked
+from sdruntime.system.cuda import ALIGNMENT, Event, Graph, Pinned
+
+_LOOKING = 50e-6  # seconds between two looks
+_FLOAT = 4  # bytes
+KEPT_FRAMES = 4
+
+
+class Frame:
+    """Bindings, buffers and the graph for `capacity` jobs of one latent shape; kept by the UNet's engine from call to call.
+
+    `busy` while some jobs' latents are in it.
+    """
+
+    def __init__(
+        self, unet: TrtEngine, step: TrtEngine, dims: dict[str, int], *, capacity: int, guided: bool, cells: int
+    ) -> None:
+        self.capacity, self.guided, self.cells, self.rows = capacity, guided, cells, dims["batch"]
+        self.session, self.busy = unet.session, False
+        self._graph: Graph | None = None
+        self._ran, self._captured_at = False, -1
+        self._whole: tuple[int, int, Graph] | None = None  # steps, the arena's moves, and all of the steps as one graph
+        self._program: Pinned | None = None
+        self._program_room, self._stack = contextlib.ExitStack(), contextlib.ExitStack()
+        with self._stack as stack:  # what was made goes again if the rest cannot be
+            self.unet = stack.enter_context(unet.bind_apart(dims))
+            self.step = stack.enter_context(step.bind_apart({"jobs": capacity, "cells": cells}))
+            self._place(stack)
+            stack.callback(self._drop_program)
+            stack.callback(self._drop_graph)
+            stack.callback(self.session.stream.settle)
+            self._stack = stack.pop_all()
+
+    def _place(self, stack: contextlib.ExitStack) -> None:
+        """What one of them writes lies where the other reads it."""
+        capacity, guided, cells = self.capacity, self.guided, self.cells
+        picture = capacity * cells * _FLOAT
+        output, sample = self.unet.address["out_sample"], self.unet.address["sample"]
+        self.step.place("uncond", output)
+        self.step.place("cond", output + (picture if guided else 0))
+        self.step.place("sample", sample)
+        if guided:
+            self.step.place("sample_again", sample + picture)
+        sizes = (self.rows * _FLOAT, capacity * TARGETS * SOURCES * _FLOAT, picture)
+        self.offsets = [0, aligned(sizes[0]), aligned(sizes[0]) + aligned(sizes[1])]
+        self.block = sum(map(aligned, sizes))  # bytes of what differs from step to step
+        self._inputs = self.session.cuda.allocate(self.block, "the inputs of a step")
+        stack.callback(self._inputs.close)
+        self.unet.place("timestep", self._inputs.pointer)
+        self.step.place("weights", self._inputs.pointer + self.offsets[1])
+        self.step.place("noise", self._inputs.pointer + self.offsets[2])
+        self.state = self.session.cuda.pinned((capacity, SLOTS, cells), np.float32)
+        stack.callback(self.state.close)
+
+    def load(self, program: Array) -> None:
+        """Bring the blocks of all steps, uint8 [steps, block], to the device. The stream must be idle."""
+        if self._program is None or self._program.array.size < program.size:
+            self._drop_program()
+            with contextlib.ExitStack() as room:
+                self._steps = self.session.cuda.allocate(program.size, "the steps of a loop")
+                room.callback(self._steps.close)
+                self._program = self.session.cuda.pinned((program.size,), np.uint8)
+                room.callback(self._program.close)
+                self._program_room = room.pop_all()
+        self._program.array[: program.size] = program.reshape(-1)
+        self.session.stream.upload(self._steps.pointer, self._program, program.size)
+
+    def run(self, index: int) -> None:
+        """Queue step `index` of the program."""
+        stream, arena = self.session.stream, self.session.arena
+        self._feed(index)
+        self._ready()
+        if not self._ran:  # the first run of a context does things that cannot be recorded
+            self._queue()
+            self._ran = True
+            return
+        if self._graph is None or self._captured_at != arena.moves:
+            self._drop_graph()
+            with stream.capture() as graph:
+                self._queue()
+            self._graph, self._captured_at = graph, arena.moves
+        self._graph.launch(stream)
+
+    def run_all(self, steps: int) -> bool:
+        """Queue the whole program as one graph; False, with nothing done, before the first `run` of this frame."""
+        if not self._ran:
+            return False
+        self._ready()
+        moves = self.session.arena.moves
+        if self._whole is None or self._whole[:2] != (steps, moves):
+            self._drop_whole()
+            with self.session.stream.capture() as graph:
+                for index in range(steps):
+                    self._feed(index)
+                    self._queue()
+            self._whole = (steps, moves, graph)
+        self._whole[2].launch(self.session.stream)
+        return True
+
+    def _feed(self, index: int) -> None:
+        self.session.stream.copy(self._inputs.pointer, self._steps.pointer + index * self.block, self.block)
+
+    def _ready(self) -> None:
+        self.unet.ready()
+        self.step.ready()
+        self.unet.ready()  # the other may have moved the arena
+
+    def _queue(self) -> None:
+        self.unet.enqueue()
+        self.step.enqueue()
+        self.session.stream.copy(self.step.address["state"], self.step.address["next_state"], self.step.sizes["state"])
+
+    def upload_state(self) -> None:
+        self.session.stream.upload(self.step.address["state"], self.state, self.step.sizes["state"])
+
+    def download_state(self) -> Array:
+        """float32 [capacity, SLOTS, cells], once the device has come so far."""
+        self.session.stream.download(self.state, self.step.address["state"], self.step.sizes["state"])
+        self.session.stream.synchronize()
+        return self.state.array
+
+    def _drop_graph(self) -> None:
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            with contextlib.closing(graph):
+                self.session.stream.settle()
+
+    def _drop_whole(self) -> None:
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            with contextlib.closing(whole[2]):
+                self.session.stream.settle()
+
+    def _drop_program(self) -> None:
+        self._drop_whole()  # which reads from it
+        self._program = None
+        self._program_room.close()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Frames:
+    """The frames of one UNet, by what they are for. Leaving it as a context releases them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Hashable, int], Frame] = {}  # the one that was used longest ago in front
+
+    def get(self, key: Hashable, make: Callable[[], Frame]) -> Frame:
+        """One for `key` that is not busy: a kept one, or a new one, for which the oldest that is not busy goes."""
+        number = 0
+        while (key, number) in self._kept and self._kept[key, number].busy:
+            number += 1
+        found = self._kept.pop((key, number), None)
+        if found is None:
+            idle = [each for each, frame in self._kept.items() if not frame.busy]
+            if len(self._kept) >= KEPT_FRAMES and idle:
+                self._kept.pop(idle[0]).close()
+            found = make()
+        self._kept[key, number] = found  # the newest
+        return found
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for frame in self._kept.values():
+                stack.callback(frame.close)
+            self._kept.clear()
+
+    def __enter__(self) -> Frames:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class DeviceCall:
+    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first.
+
+    `whole`: all of these steps are launched at once with the first one, where the frame has run before; then nothing can be seen
+    of them on the way.
+    """
+
+    def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False, ahead: int = IN_FLIGHT) -> None:
+        self.jobs, self._frame, self._index = jobs, frame, 0
+        self._launch_all, self._launched, self._ahead = whole, False, ahead
+        self._events: collections.deque[Event] = collections.deque()
+        frame.busy = True
+        try:
+            self._load()
+        except BaseException:
+            frame.session.stream.settle()
+            self._leave()
+            raise
+
+    def _load(self) -> None:
+        jobs, frame = self.jobs, self._frame
+        self.steps = min(job.run.steps - job.run.step for job in jobs)
+        frame.unet.upload(_conditions(jobs, frame))
+        frame.load(_program(jobs, frame, self.steps))
+        frame.state.array[:] = 0
+        for k, job in enumerate(jobs):
+            x, m = job.run.windows()
+            for slot, values in enumerate((*x, *m)):
+                frame.state.array[k, slot] = values.reshape(-1)
+        frame.upload_state()
+        self._lend(self.fetch)
+
+    def advance(self) -> None:
+        """Queue one step. Waits, by looking at events, while more than `ahead` steps are under way."""
+        if self._launch_all and self._index == 0:
+            self._launched = self._frame.run_all(self.steps)
+        if not self._launched:
+            self._frame.run(self._index)
+        self._index += 1
+        for job in self.jobs:
+            job.run.skip()
+        if not self._launched:
+            self._events.append(self._frame.session.stream.event())
+        while len(self._events) > self._ahead:
+            if self._events[0].reached():
+                self._events.popleft().close()
+            else:
+                time.sleep(_LOOKING)
+
+    def fetch(self) -> None:
+        """Bring what the samplers hold back to the host: the one wait for the device."""
+        state = self._frame.download_state()
+        for k, job in enumerate(self.jobs):
+            job.run.restore(state[k])
+
+    def finish(self) -> None:
+        try:
+            self.fetch()
+            self._lend(None)
+        except BaseException as error:
+            self._frame.session.stream.settle()
+            lost = error if isinstance(error, SdruntimeError) else SdruntimeError("interrupted: the latents are lost")
+            self._lend(functools.partial(_tell, lost))
+            raise
+        finally:
+            self._leave()
+
+    def _lend(self, fetch: Callable[[], None] | None) -> None:
+        for job in self.jobs:
+            job.run.lend(fetch)
+
+    def _leave(self) -> None:
+        """Let others have the frame."""
+        self._frame.busy = False
+        with contextlib.ExitStack() as stack:
+            while self._events:
+                stack.callback(self._events.popleft().close)
+
+
+def _tell(error: SdruntimeError) -> NoReturn:
+    raise error.with_traceback(None)
+
+
+def device_calls(
+    jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False, ahead: int = IN_FLIGHT
+) -> list[DeviceCall]:
+    """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
+
+    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, rows must lie aligned, and weights that
+    are streamed are no part of a graph.
+    """
+    if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
+        return []
+    if unet.spec.options.get("weight_streaming") == "true":
+        return []
+    channels, height, width = jobs[0].run.x.shape
+    dims, cells = {"height": height, "width": width, "sequence": jobs[0].sequence}, channels * height * width
+    per_job = 2 if any(job.guided for job in jobs) else 1
+    sizes = [unet.spec.profiles[index]["batch"] for index in unet.spec.admitting(**dims)]
+    most = min(max(high for _, _, high in sizes) // per_job, *(each["jobs"][2] for each in step.spec.profiles))
+    parts = [jobs[start : start + most] for start in range(0, len(jobs), most)] if most else []
+    if any(len(part) * cells * _FLOAT % ALIGNMENT for part in parts):
+        return []
+    frames, calls = unet.held.get(Frames, Frames), []
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            rows = per_job * len(part)
+            batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
+            shape = {"batch": batch, **dims}
+            make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
+            frame = frames.get((per_job, len(part), *shape.values()), make)
+            calls.append(DeviceCall(part, frame, whole=whole, ahead=ahead))
+            stack.callback(calls[-1].finish)
+        stack.pop_all()
+    return calls
+
+
+def _fits(job: Job) -> bool:
+    x, m = job.run.windows()
+    return job.rescale == 0 and len(x) + len(m) <= SLOTS
+
+
+def _conditions(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
+    """The UNet's inputs that stay the same: unconditional rows first, then conditional ones, then rows of padding."""
+    rows = [job.rows[-1] for job in jobs]
+    if frame.guided:
+        rows = [job.rows[0] for job in jobs] + rows
+    fixed = {"sample": _samples(jobs, frame), **stacked(rows)}
+    return {name: _padded(array, frame.rows) for name, array in fixed.items()}
+
+
+def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
+    samples = np.empty((len(jobs), *jobs[0].run.x.shape), np.float32)
+    for k, job in enumerate(jobs):
+        job.run.model_input(out=samples[k])
+    return np.concatenate([samples, samples]) if frame.guided else samples
+
+
+def _padded(rows: Array, count: int) -> Array:
+    return rows if len(rows) == count else np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)])
+
+
+def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
+    """The blocks of all steps, uint8 [steps, block]: timesteps, weights and noise, each at its offset."""
+    program = np.zeros((steps, frame.block), np.uint8)
+
+    timesteps = np.zeros((steps, frame.rows), np.float32)
+    weights = np.zeros((steps, frame.capacity, TARGETS, SOURCES), np.float32)
+    noise = np.zeros((steps, frame.capacity, frame.cells), np.float32)
+    for k, job in enumerate(jobs):
+        rows = slice(job.run.step, job.run.step + steps)
+        timesteps[:, k :: len(jobs)] = job.run.table.t[rows, None]
+        weights[:, k] = _weights(job)[rows]
+        for index, term in enumerate(job.run.draw_ahead(steps)):
+            if term is not None:
+                noise[index, k] = term.reshape(-1)
+    for offset, part in zip(frame.offsets, (timesteps, weights, noise), strict=True):
+        flat = part.reshape(steps, -1).view(np.uint8)
+        program[:, offset : offset + flat.shape[1]] = flat
+    return program
+
+
+def _weights(job: Job) -> Array:
+    """Each row of a job's table as the matrix of `step`, float32 [steps, TARGETS, SOURCES]."""
+    table = job.run.table
+    x, m = table.X.shape[1], max(table.M.shape[1] - 1, 0)  # slots: the last x, then the model outputs before the newest
+    weights = np.zeros((table.steps, TARGETS, SOURCES))
+    output = {UNCOND: 1 - job.guidance, COND: job.guidance} if job.guided else {COND: 1.0}
+    weights[:, 0, :x] = table.X
+    weights[:, 0, x : x + m] = table.M[:, 1:]
+    weights[:, 0, NOISE] = 1
+    for source, share in output.items():
+        if table.M.shape[1]:
+            weights[:, 0, source] = share * table.M[:, 0]
+        if m:
+            weights[:, x, source] = share
+    for slot in (*range(1, x), *range(x + 1, x + m)):
+        weights[:, slot, slot - 1] = 1
+    weights[:-1, SAMPLE] = table.scale[1:, None] * weights[:-1, 0]
+    return weights.astype(np.float32)

@@ -1,0 +1,73 @@
+"""The tensors by which the pipeline calls a bundle's components. Its networks may be anything else inside.
+
+Keep equal to `sdexport.families.components`, which writes them. A dimension in capitals is the same everywhere in a bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sdruntime.bundle.manifest import Manifest, TensorSpec
+
+Shape = tuple[int | str, ...]
+Tensors = Mapping[str, Shape]
+
+_LATENT: Shape = ("batch", "C", "height", "width")
+_ENCODED: Shape = ("batch", "C", "latent_height", "latent_width")
+_VAE: Mapping[str, tuple[Tensors, Tensors]] = {
+    "vae_decoder": ({"latent_sample": _LATENT}, {"sample": ("batch", 3, "image_height", "image_width")}),
+    "vae_encoder": ({"sample": ("batch", 3, "height", "width")}, {"latent_mean": _ENCODED, "latent_logvar": _ENCODED}),
+}
+_IDS: Tensors = {"input_ids": ("batch", "T")}
+_UNET: Tensors = {"sample": _LATENT, "timestep": ("batch",)}
+_POOLED: Shape = ("batch", "P")
+PLAIN: Mapping[str, tuple[Tensors, Tensors]] = {
+    **_VAE,
+    "text_encoder": (_IDS, {"last_hidden_state": ("batch", "T", "D")}),
+    "unet": ({**_UNET, "encoder_hidden_states": ("batch", "sequence", "D")}, {"out_sample": _LATENT}),
+}
+XL: Mapping[str, tuple[Tensors, Tensors]] = {
+    **_VAE,
+    "text_encoder": (_IDS, {"hidden_states": ("batch", "T", "D1")}),
+    "text_encoder_2": (_IDS, {"hidden_states": ("batch", "T", "D2"), "text_embeds": _POOLED}),
+    "unet": (
+        {**_UNET, "encoder_hidden_states": ("batch", "sequence", "D"), "text_embeds": _POOLED, "time_ids": ("batch", 6)},
+        {"out_sample": _LATENT},
+    ),
+}
+
+
+def interface_faults(manifest: Manifest) -> Iterator[str]:
+    """Yield a line for each tensor of a component that the pipeline could not feed or take."""
+    known: dict[str, int | str] = {"C": manifest.model.latent_channels}
+    for name, (inputs, outputs) in (XL if manifest.model.family == "sdxl" else PLAIN).items():
+        component = manifest.components.get(name)
+        if component is None:
+            yield f"components: {name} is missing"
+            continue
+        yield from _faults(f"{name}.inputs", inputs, component.inputs, known, complete=True)
+        yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)
+
+
+def _faults(
+    where: str, wanted: Tensors, found: tuple[TensorSpec, ...], known: dict[str, int | str], *, complete: bool
+) -> Iterator[str]:
+    by_name = {tensor.name: tensor for tensor in found}
+    if complete:
+        yield from (f"{where}: {name} is none that the pipeline feeds" for name in by_name if name not in wanted)
+    for name, shape in wanted.items():
+        tensor = by_name.get(name)
+        if tensor is None:
+            yield f"{where}: {name} is missing"
+        elif tensor.dtype != ("int32" if name == "input_ids" else "float32") or not _fits(tensor.shape, shape, known):
+            belongs = ", ".join(str(known.get(str(dim), dim)) for dim in shape)
+            yield f"{where}: {name} is {tensor.dtype} [{', '.join(map(str, tensor.shape))}], expected [{belongs}]"
+
+
+def _fits(found: Shape, wanted: Shape, known: dict[str, int | str]) -> bool:
+    if len(found) != len(wanted):
+        return False
+    return all(
+        has == (known.setdefault(dim, has) if isinstance(dim, str) and dim[0].isupper() else dim)
+        for has, dim in zip(found, wanted, strict=True)
+    )

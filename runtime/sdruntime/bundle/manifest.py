@@ -1,0 +1,350 @@
+"""The manifest of a bundle: the one contract between sdexport, which writes it, and sdruntime, which reads it.
+
+`load_manifest` names every fault of a manifest at once; `save_manifest` replaces the file by one rename. What a manifest says
+about the files beside it is checked by `sdruntime.bundle.bundle`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sdruntime.bundle.audit import Audit
+from sdruntime.bundle.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES
+from sdruntime.bundle.records import json_from_record, json_from_text, record_from_json, twins
+from sdruntime.errors import BundleError, plain, quoted
+from sdruntime.system.document import LARGEST
+from sdruntime.system.durable import replace_file
+from sdruntime.system.files import FileFault, FileMissing, Folder
+
+NAME = "manifest.json"
+FORMAT = "sdexport-bundle"
+REVISION = 1
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Family = Literal["sd1", "sd2", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Dtype = Literal["float32", "int32", "int64"]
+Profile = Mapping[str, tuple[int, int, int]]
+
+LONGEST_TEXT = 4096  # tokens
+
+_SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+
+
+def check_path(path: str) -> None:
+    """A path inside a bundle: at most four plain names of letters, digits, `_ . + -`, joined by `/`. Raises ValueError."""
+    parts = path.split("/")
+    if len(parts) > 4 or not all(_SAFE_PART.fullmatch(part) for part in parts):
+        raise ValueError(f"{path!r} is not a plain name inside the bundle")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpec:
+    size: int  # bytes
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"size {self.size} is negative")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError("sha256 is not 64 hexadecimal digits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor of a component. A dimension is a number, or the name of one that the call chooses (`batch`, `height`, …)."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > MOST_AXES:
+            raise ValueError(f"tensor {self.name:.100}: {len(self.shape)} dimensions are above {MOST_AXES}")
+        for dim in self.shape:
+            if dim == "" or (isinstance(dim, int) and not 1 <= dim <= LARGEST_DIM):
+                raise ValueError(f"tensor {self.name}: dimension {dim!r} is neither a name nor a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """A network of the pipeline and its ONNX. `files`: the model first, then its external data."""
+
+    files: tuple[str, ...]
+    config: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    optional_inputs: tuple[TensorSpec, ...] = ()  # a UNet's ControlNet residuals: fed as zeros where a call has none
+    audit: Audit | None = None  # of a graph in half precision, where one was made
+
+    def __post_init__(self) -> None:
+        if not self.files or not self.inputs or not self.outputs:
+            raise ValueError("a component needs a file, an input and an output")
+        _refuse_twins("tensor", [tensor.name for tensor in (*self.inputs, *self.optional_inputs, *self.outputs)])
+        known = {prefix + dim for dim in self.dimensions for prefix in ("", "image_", "latent_")}
+        for tensor in self.outputs:
+            for dim in tensor.shape:
+                if isinstance(dim, str) and dim not in known:
+                    raise ValueError(f"tensor {tensor.name}: dimension {dim!r} does not follow from those of the inputs")
+
+    @property
+    def onnx(self) -> str:
+        return self.files[0]
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The names of the dimensions that a call chooses, in the order of the inputs."""
+        dims = [dim for tensor in (*self.inputs, *self.optional_inputs) for dim in tensor.shape if isinstance(dim, str)]
+        return tuple(dict.fromkeys(dims))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """An engine of a component: what built it, what it needs and which shapes it takes.
+
+    `version` is the engine library's; `target` is "cpu", "cuda", a compute capability ("sm89") or "ampere+". A profile gives
+    (min, opt, max) for each named dimension, in the component's own units: rows for `batch`, latent cells for a UNet's `height`.
+    `files`: what the library opens first, then what that refers to. `platform`: the system and processor that it is bound to
+    ("linux-x86_64"), "" for any. `options`: the settings of the backend that it was built with, so that it can be built again.
+    """
+
+    component: str
+    backend: str
+    version: str
+    target: str
+    precision: Precision
+    files: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    memory: int | None = None  # bytes of activations that running it needs on the device, where the builder could tell
+    platform: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.files or not self.profiles:
+            raise ValueError("an engine needs a file and a profile")
+        for part in (self.backend, self.version, self.target):
+            if not _SAFE_PART.fullmatch(part):
+                raise ValueError(f"{part!r} is not a plain name")
+        for profile in self.profiles:
+            for name, (low, opt, high) in profile.items():
+                if not 1 <= low <= opt <= high:
+                    raise ValueError(f"range of {name}: min {low}, opt {opt}, max {high} do not rise from 1")
+                if high > (most := MOST.get(name, LARGEST_DIM)):
+                    raise ValueError(f"range of {name}: max {high:,} is above {most:,}")
+        object.__setattr__(self, "profiles", tuple(MappingProxyType(dict(profile)) for profile in self.profiles))
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    @property
+    def name(self) -> str:
+        """The engine's file without the folder of engines and its ending: what messages call it."""
+        return self.files[0].removeprefix("engines/").rsplit(".", 1)[0]
+
+    def admitting(self, **dims: int) -> list[int]:
+        """The profiles, by index, in which every given dimension lies, the tightest first. A dimension that a profile does not
+        name is fixed and passes."""
+        found = [index for index, profile in enumerate(self.profiles) if _admits(profile, dims)]
+        return sorted(found, key=lambda index: math.prod(high - low + 1 for low, _, high in self.profiles[index].values()))
+
+    def admits(self, **dims: int) -> bool:
+        """Whether some profile takes all of the given dimensions."""
+        return bool(self.admitting(**dims))
+
+    @property
+    def shapes(self) -> str:
+        """For a person: what each profile takes, dimensions in its order."""
+        return " or ".join(
+            ", ".join(f"{name} {low}" if low == high else f"{name} {low} to {high}" for name, (low, _, high) in profile.items())
+            for profile in self.profiles
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What the pipeline must know of the checkpoint. Sizes in pixels, (height, width)."""
+
+    name: str
+    family: Family
+    prediction_type: PredictionType
+    scaling_factor: float  # latents = (posterior - shift_factor) * scaling_factor
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()  # of each channel; with latents_std: latents = (posterior - mean) * scaling_factor / std
+    latents_std: tuple[float, ...] = ()
+    latent_channels: int = 4
+    vae_factor: int = 8  # pixels a latent cell
+    size_multiple: int = 64  # pixels: the VAE's factor times what the UNet halves
+    default_size: tuple[int, int] = (512, 512)
+    pad_token: str = "<|endoftext|>"
+    zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
+    license: str = "unknown"  # an SPDX identifier, or the id on the model's card
+    prompts: tuple[str, ...] = ()  # examples of the model's card: what it was made to generate
+
+    def __post_init__(self) -> None:
+        for name in ("scaling_factor", "latent_channels", "vae_factor", "size_multiple"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) not in (0, self.latent_channels):
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {self.latent_channels} latent channels")
+        if bool(self.latents_mean) != bool(self.latents_std) or any(each <= 0 for each in self.latents_std):
+            raise ValueError("latents_mean and latents_std belong together, and latents_std is positive")
+        if any(abs(each) > 1e6 for each in self.latents_mean) or not all(1e-6 <= each <= 1e6 for each in self.latents_std):
+            raise ValueError("latents_mean is outside -1e6 to 1e6, or latents_std outside 1e-6 to 1e6")
+        for name, least, most in MODEL:
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name):g} is outside {least:g} to {most:g}")
+        if self.size_multiple % self.vae_factor:
+            raise ValueError(f"size_multiple {self.size_multiple} is not a multiple of vae_factor {self.vae_factor}")
+        if any(side < 1 or side % self.size_multiple for side in self.default_size):
+            raise ValueError(f"default_size {self.default_size} is not a multiple of {self.size_multiple}")
+        if max(self.default_size) > LARGEST_SIDE:
+            raise ValueError(f"default_size {self.default_size}: a side is above {LARGEST_SIDE:,} pixels")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that a bundle says of itself. `precision` is that of every `<component>/model.onnx`.
+    `generation` grows with each change: a reader that meets a missing file sees by it whether the bundle changed meanwhile."""
+
+    model: ModelSpec
+    precision: Precision
+    components: Mapping[str, ComponentSpec]
+    files: Mapping[str, FileSpec]  # every file of the bundle but the manifest
+    engines: tuple[EngineSpec, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+    revision: int = REVISION
+    generation: int = 0
+
+    def __post_init__(self) -> None:
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("; ".join(faults))
+        for name in ("components", "files", "provenance"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text as the text encoder takes it, start, end and padding among them: the width of its input_ids."""
+        return next(_text_lengths(self.components))[1]
+
+    def _faults(self) -> Iterable[str]:
+        for path in (*self.components, *self.files):
+            try:
+                check_path(path)
+            except ValueError as error:
+                yield str(error)
+        yield from _missing_components(self.components)
+        yield from _unclear_texts(self.components)
+        listed = [(f"component {name}", (*spec.files, spec.config)) for name, spec in self.components.items()]
+        listed += [(f"engine {engine.name}", engine.files) for engine in self.engines]
+        for owner, paths in listed:
+            yield from (f"{owner}: {path} is not among the files" for path in paths if path not in self.files)
+        for engine in self.engines:
+            component = self.components.get(engine.component)
+            if component is None:
+                yield f"engine {engine.name}: the bundle has no component {engine.component!r}"
+                continue
+            for profile in engine.profiles:
+                if set(profile) != set(component.dimensions):
+                    asked, named = ", ".join(component.dimensions), ", ".join(profile)
+                    yield f"engine {engine.name}: ranges for {named or 'nothing'}, but {engine.component} has {asked}"
+
+
+def opened_folder(folder: Path) -> Folder:
+    """Open the folder of a bundle. Raises BundleError."""
+    try:
+        return Folder(folder)
+    except FileFault as error:
+        raise BundleError(folder / NAME, [f"not a bundle: {error} (sdexport build writes one)"]) from error
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `folder`/manifest.json. Raises BundleError with every fault, or with the one that keeps it from being read at all."""
+    return read_manifest(opened_folder(folder))
+
+
+def read_manifest(files: Folder) -> Manifest:
+    """As `load_manifest`, of a folder that is open."""
+    path, document = files.path / NAME, manifest_document(files)
+    faults: list[str] = []
+    manifest = record_from_json(Manifest, document, where="", faults=faults)
+    if faults:
+        raise BundleError(path, faults)
+    assert isinstance(manifest, Manifest)
+    return manifest
+
+
+def manifest_document(files: Folder) -> dict[str, Any]:
+    """Return the document in manifest.json: that of a bundle of our format and revision, but not checked further.
+
+    Raises BundleError.
+    """
+    path = files.path / NAME
+    try:
+        document = json_from_text(files.read(NAME, most=LARGEST).decode(), infinity=False)
+    except FileMissing:
+        raise BundleError(path, [_no_manifest(files)]) from None
+    except (FileFault, ValueError) as error:
+        raise BundleError(path, [f"not readable: {plain(error)}"]) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BundleError(path, [f"format: expected {FORMAT!r}: not the manifest of a bundle"])
+    if document.get("revision") != REVISION:
+        fault = f"revision {document.get('revision')!r}, but this sdruntime reads revision {REVISION}"
+        raise BundleError(path, [f"{fault}: upgrade sdruntime, or export again with the sdexport that goes with it"])
+    return document
+
+
+def _no_manifest(files: Folder) -> str:
+    """What a folder without a manifest is."""
+    try:
+        files.status("model_index.json")
+    except FileFault:
+        return "no such file: not a bundle (sdexport build writes one)"
+    command = f"sdexport build {quoted(files.path)} -o {quoted(f'{files.path}-bundle')}"
+    return f"no such file: {files.path} is a checkpoint, not a bundle: {command}"
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `folder`/manifest.json by one rename: the existing one stays until then, also in a power cut."""
+    document = json_from_record(manifest)
+    head = {key: document.pop(key) for key in ("format", "revision")}
+    replace_file(folder / NAME, (json.dumps(head | document, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
+    for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        if name not in components:
+            yield f"components: {name} is missing"
+
+
+def _text_lengths(components: Mapping[str, ComponentSpec]) -> Iterator[tuple[str, int]]:
+    """Of each text encoder its name and the tokens that it takes, 0 where its inputs do not say."""
+    for name, spec in components.items():
+        if name.startswith("text_encoder"):
+            shape = next((tensor.shape for tensor in spec.inputs if tensor.name == "input_ids"), ())
+            yield name, shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
+
+
+def _unclear_texts(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
+    found = dict(_text_lengths(components))
+    for name, length in found.items():
+        if not 2 < length <= LONGEST_TEXT:
+            yield f"component {name}: input_ids takes {length or 'no fixed number of'} tokens, not 3 to {LONGEST_TEXT:,}"
+    if len(set(found.values())) > 1:
+        yield f"text encoders of different lengths: {', '.join(f'{name} takes {length}' for name, length in found.items())}"
+
+
+def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
+    return all(profile[name][0] <= size <= profile[name][2] for name, size in dims.items() if name in profile)
+
+
+def _refuse_twins(what: str, names: list[str]) -> None:
+    if found := sorted(twins(names)):
+        raise ValueError(f"{what} named twice: {', '.join(found)}")

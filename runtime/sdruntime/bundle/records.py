@@ -1,0 +1,199 @@
+"""Strict JSON, and frozen dataclasses read from it with every fault named.
+
+The reader follows the type hints of a dataclass: str, int, float, bool, Literal, X | None, tuple[X, ...], tuple[X, Y],
+Mapping[str, X] and nested dataclasses. A missing key, an unknown key, a wrong type and a value that the dataclass itself refuses
+are faults; all of them are collected, each under its full path ("engines[2].ranges.batch[1]").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import re
+import types
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sdruntime.system.document import LARGEST, read_document
+
+DEEPEST = 64  # objects and lists within each other. A manifest has 6
+_LONG = re.compile("[0-9]{309}")  # digits of what may be beyond float64
+_COMPARED = 20  # unknown keys that are compared with the known ones: each takes a while
+_WRONG = object()
+_SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_hints = functools.cache(get_type_hints)
+
+
+def json_from_text(text: str, *, infinity: bool = True) -> Any:
+    """Parse JSON. Raises ValueError for a key that stands twice, NaN, a number beyond float64, and nesting deeper than DEEPEST.
+
+    With `infinity`, Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every config of a
+    DPM-Solver.
+    """
+
+    def constant(name: str) -> float:
+        if name == "NaN" or not infinity:
+            raise ValueError(f"{name} is not a JSON number")
+        return float(name)
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"{digits:.40} is beyond float64")
+        return value
+
+    def whole(digits: str) -> int:
+        number(digits)
+        return int(digits)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            raise ValueError(f"the key {twins(key for key, _ in items)[0]!r:.200} stands twice")
+        return found
+
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=number,
+            parse_int=whole if _LONG.search(text) else None,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if _depth_exceeds(value, DEEPEST):
+        raise ValueError(f"nested too deeply: more than {DEEPEST} objects and lists within each other")
+    return value
+
+
+def read_json(path: Path, *, most: int = LARGEST) -> Any:
+    """Return the document in `path`, by the rules of `json_from_text`. Raises OSError, or ValueError: what is not UTF-8, has more
+    than `most` bytes, or is not a regular file."""
+    return json_from_text(read_document(path, most=most).decode())
+
+
+def twins(names: Iterable[str]) -> list[str]:
+    """Return the names that stand more than once, in the order in which they first do."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def json_from_record(value: Any) -> Any:
+    """Plain lists and dicts from dataclasses, tuples and mappings, in the order of the fields. A None field is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: json_from_record(item) for name, item in fields.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {key: json_from_record(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [json_from_record(item) for item in value]
+    return value
+
+
+def record_from_json(kind: Any, value: Any, *, where: str, faults: list[str]) -> Any:
+    """`value` as the type `kind`. Faults are appended to `faults`; where there were any, what is returned is not to be used."""
+    result = _read(kind, value, where, faults)
+    return None if result is _WRONG else result
+
+
+def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, value, where, faults)
+    if origin is Literal:
+        return value if value in args else _fault(faults, where, f"{value!r} is not one of {', '.join(map(str, args))}")
+    if origin in (Union, types.UnionType):
+        return _read_union(args, value, where, faults)
+    if origin is tuple:
+        return _read_tuple(args, value, where, faults)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            return _fault(faults, where, f"expected an object, got {_shown(value)}")
+        items = {key: _read(args[1], item, f"{where}.{key}" if where else key, faults) for key, item in value.items()}
+        return _WRONG if _WRONG in items.values() else items
+    # bool is an int in Python, and an int is a good float in JSON
+    accepted = (int, float) if kind is float else kind
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)) and value not in (math.inf, -math.inf):
+        if kind is int and not -(2**63) <= value < 2**64:
+            return _fault(faults, where, f"expected a whole number of 64 bits, got {_shown(value)}")
+        return kind(value)
+    return _fault(faults, where, f"expected {_SCALARS[kind]}, got {_shown(value)}")
+
+
+def _read_record(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(value, dict):
+        return _fault(faults, where, f"expected an object, got {_shown(value)}")
+    before, hints, prefix = len(faults), _hints(kind), f"{where}." if where else ""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for number, key in enumerate(sorted(value.keys() - fields.keys())):
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.6) if number < _COMPARED and len(key) < 100 else []
+        _fault(faults, prefix + key, f"unknown key; did you mean {', '.join(near)}?" if near else "unknown key")
+    read = {}
+    for name, field in fields.items():
+        if name in value:
+            read[name] = _read(hints[name], value[name], prefix + name, faults)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            _fault(faults, prefix + name, "missing")
+    if len(faults) > before:
+        return _WRONG
+    try:
+        return kind(**read)
+    except ValueError as error:
+        return _fault(faults, where, str(error))
+
+
+def _read_union(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
+    if value is None and type(None) in args:
+        return None
+    tries = []
+    for kind in args:
+        if kind is not type(None):
+            found: list[str] = []
+            result = _read(kind, value, where, found)
+            if result is not _WRONG and not found:
+                return result
+            tries.append(found)
+    faults.extend(tries[-1])
+    return _WRONG
+
+
+def _read_tuple(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(value, list):
+        return _fault(faults, where, f"expected a list, got {_shown(value)}")
+    kinds = (args[0],) * len(value) if args[-1] is Ellipsis else args
+    if len(kinds) != len(value):
+        return _fault(faults, where, f"expected {len(kinds)} items, got {len(value)}")
+    items = tuple(_read(kind, item, f"{where}[{i}]", faults) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    return _WRONG if any(item is _WRONG for item in items) else items
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _fault(faults: list[str], where: str, what: str) -> Any:
+    faults.append(f"{where or 'the document':.400}: {what}")
+    return _WRONG

@@ -1,0 +1,136 @@
+"""The command `generate`: images from a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdruntime.cli.terminal import Failed, document, pairs
+from sdruntime.errors import SdruntimeError, SettingError
+
+if TYPE_CHECKING:
+    from sdruntime.backends.base.engine import EngineOptions
+    from sdruntime.cli.progress import Progress
+    from sdruntime.pipeline.pipeline import Pipeline
+    from sdruntime.pipeline.request import Request
+    from sdruntime.pipeline.result import Image, Result
+
+
+def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
+    """KEY=VALUE pairs, each VALUE read as JSON where it is, else as text."""
+    found: dict[str, Any] = {}
+    for key, value in pairs(options.option, "eta=0.5"):
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def generate(options: argparse.Namespace) -> None:
+    from sdruntime.cli import outputs
+    from sdruntime.pipeline.images.png import png_from_image
+    from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
+    from sdruntime.pipeline.request import requests
+    from sdruntime.sampling.samplers import meaning
+    from sdruntime.system.sizes import parse_size
+
+    if options.fit is not None and options.image is None:
+        raise SettingError(f"--fit {options.fit} without --image: it says how that image is brought to the size")
+    if options.strength is not None and options.image is None:
+        raise SettingError(f"--strength {options.strength:g} without --image: it says how much of that image is changed")
+    settings = {
+        "negative": options.negative,
+        "steps": options.steps,
+        "sampler": options.sampler,
+        "schedule": options.schedule,
+        "guidance": options.guidance,
+        "rescale": options.rescale,
+        "size": parse_size(options.size) if options.size else None,
+        "image": options.image,
+        "fit": options.fit,
+        "options": sampler_options(options),
+    }
+    if options.strength is not None:
+        settings["strength"] = options.strength
+    asked = requests(options.prompt, count=options.count, seed=options.seed, **settings)
+    if options.output == str(outputs.STDOUT) and (options.json or sys.stdout.isatty()):
+        other = "--json: both write to standard output" if options.json else "a terminal: redirect it, or name a file"
+        raise SettingError(f"--output - with {other}")
+    outputs.check_sheet(len(asked) if options.grid else 1)
+    places = outputs.paths(options.output, asked[:1] if options.grid else asked, overwrite=options.overwrite)
+    shown: Progress = options.progress
+    written: list[dict[str, Any]] = []
+    warned: list[str] = []
+    if options.seed is None and not (options.json or options.quiet):  # it is in the document, and in the images
+        shown.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
+
+    def write(path: Path, image: Image, *parts: Image) -> None:
+        """`parts` are the images that `image` shows."""
+        if path == outputs.STDOUT:
+            sys.stdout.buffer.write(png_from_image(image.pixels, image.text()))
+        else:
+            image.save(path, overwrite=options.overwrite)
+            if not options.json:
+                shown.print(str(path))
+        written.extend({"file": str(path), "seed": each.seed, "prompt": each.request.prompt, "cut": each.cut} for each in parts)
+
+    pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
+    try:
+        with contextlib.closing(pipe):
+            images: list[Image] = []  # of a sheet
+            remaining = iter(places)
+            named = {"sampler": options.sampler, "schedule": options.schedule, **settings["options"]}
+            if not options.json and (line := meaning(pipe.bundle.read_json(SCHEDULER), **named)):
+                shown.note(line)
+            for result in drawn(pipe, asked, shown):
+                if options.grid:
+                    images += result.images
+                else:
+                    for image in result.images:
+                        write(next(remaining), image, image)
+                for text in result.warnings:
+                    shown.note(f"warning: {text}")
+                    warned.append(text)
+            if options.grid:
+                write(next(remaining), outputs.sheet(images), *images)
+    except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
+        raise Failed(error, pictures=written, warnings=warned) from error
+    if options.json:
+        document(pictures=written, warnings=warned)
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    from sdruntime.backends.base.engine import EngineOptions
+    from sdruntime.system.sizes import parse_bytes
+
+    return EngineOptions(
+        device=options.device,
+        threads=options.threads,
+        memory=parse_bytes(options.vram_budget) if options.vram_budget else None,
+        low_memory=options.low_memory,
+        measure=not options.no_measure,
+        session=dict(pairs(options.session, "engine_host_code=true", "--session")),
+    )
+
+
+def drawn(pipe: Pipeline, asked: Sequence[Request], shown: Progress) -> Iterator[Result]:
+    """The images in groups that one call of the UNet takes, so that no more are in memory, whatever the count."""
+    for stage in pipe.opening():
+        shown.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
+    room = pipe.engines.room
+    groups = [asked[start : start + room] for start in range(0, len(asked), room)]
+    for index, group in enumerate(groups):
+        what = f"images {index * room + 1} to {index * room + len(group)} of {len(asked)}" if len(asked) > 1 else ""
+        shown.show("encode prompts", what)
+        stream = pipe.stream(group, on_device=True)
+        shown.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")
+        for state in stream:
+            shown.show("denoise", what, done=state.step, total=state.steps, unit="steps")
+        shown.show("decode", what)
+        yield stream.result

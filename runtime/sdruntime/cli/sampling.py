@@ -1,0 +1,70 @@
+"""The commands table and samplers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from sdruntime.cli.generate import sampler_options
+from sdruntime.cli.terminal import document
+from sdruntime.errors import SettingError, plain
+
+
+def table(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from sdruntime.bundle.bundle import Bundle
+    from sdruntime.bundle.records import read_json
+    from sdruntime.sampling.compile import compile_table
+    from sdruntime.sampling.samplers import meaning
+    from sdruntime.sampling.samplers.keys import check_options
+
+    if (options.bundle is None) == (options.config is None):
+        raise SettingError("table: give a BUNDLE or --config scheduler_config.json, and not both")
+    if options.config is not None:
+        try:
+            config = read_json(options.config)
+        except (OSError, ValueError) as error:
+            raise SettingError(f"--config {options.config}: {plain(error)}") from error
+    else:
+        config = Bundle.open(options.bundle).read_json("scheduler/scheduler_config.json")
+    given = sampler_options(options)
+    check_options(given)
+    named = {"sampler": options.sampler, "schedule": options.schedule, **given}
+    made = compile_table(config, steps=options.steps, strength=options.strength, **named)
+    if line := meaning(config, **named):
+        options.progress.note(line)
+    if options.json:
+        document(table=json.loads(made.to_json()))
+        return
+    print("step        t      scale   coefficients of x | model outputs | noises, each from the newest back")
+    for row in range(made.steps):
+        parts = [" ".join(f"{value:+.6g}" for value in np.trim_zeros(part[row], "b")) for part in (made.X, made.M, made.N)]
+        print(f"{row:4d} {made.t[row]:8.2f} {made.scale[row]:10.6f}   {' | '.join(parts)}")
+
+
+def samplers(options: argparse.Namespace) -> None:
+    from sdruntime.sampling.samplers import SAMPLERS
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "diffusers": each.diffusers,
+            "settings": dict(each.implied),
+            "a1111": list(each.a1111),
+            "about": each.about,
+        }
+        for name, each in SAMPLERS.items()
+    ]
+    if options.json:
+        document(samplers=rows)
+        return
+    width = max(map(len, SAMPLERS)) + 2
+    for row in rows:
+        print(f"{row['name']:<{width}}{row['about']}")
+        if row["a1111"]:
+            print(f"{'':{width}}also {', '.join(row['a1111'])}")
+        if row["diffusers"]:
+            fixed = ", ".join(f"{key} {json.dumps(value)}" for key, value in row["settings"].items())
+            print(f"{'':{width}}diffusers: {row['diffusers']}{' with ' + fixed if fixed else ''}")

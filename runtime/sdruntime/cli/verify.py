@@ -1,0 +1,52 @@
+"""The commands that hold a bundle to its golden numbers: build, which adds engines, and verify."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from sdruntime.cli.progress import columns_of
+from sdruntime.cli.terminal import Failed, check_output, document
+
+if TYPE_CHECKING:
+    from sdruntime.bundle.bundle import Bundle
+    from sdruntime.cli.progress import Progress
+    from sdruntime.verification.report import Check, PictureCheck
+
+
+def verify(options: argparse.Namespace) -> None:
+    """`sdruntime verify`."""
+    from sdruntime.backends.base.engine import EngineOptions
+    from sdruntime.bundle.bundle import Bundle
+    from sdruntime.errors import VerificationFailed
+    from sdruntime.verification.html import write_page
+    from sdruntime.verification.verify import report_of
+    from sdruntime.verification.verify import verify as checks
+
+    if options.html:
+        check_output(options.html, "--html")
+    bundle = Bundle.open(options.bundle)
+    engine_options = EngineOptions(device=options.device, threads=options.threads)
+    report = report_of(bundle, watched(bundle, checks(bundle, options=engine_options), options.progress))
+    if options.html:
+        write_page(report, options.html)
+    if not options.json:
+        options.progress.print("\n".join(report.lines(columns_of(sys.stdout))))
+    if not report.passed:
+        raise Failed(VerificationFailed(bundle.folder, report.faults()), **report.document())
+    if options.json:
+        document(**report.document())
+
+
+def watched(bundle: Bundle, checks: Iterable[Check | PictureCheck], shown: Progress) -> Iterator[Check | PictureCheck]:
+    """The checks as they are done: progress names the engine that the last one was of."""
+    from sdruntime.verification.verify import subjects
+
+    total, seen = subjects(bundle), set()
+    shown.show("verify", total=total)
+    for each in checks:
+        seen.add(each.subject)
+        shown.show("verify", each.subject, done=min(len(seen), total), total=total)
+        yield each

@@ -1,0 +1,217 @@
+"""Which of a bundle's engines fits this machine, and why the others do not."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdruntime.backends import BACKENDS, backend
+from sdruntime.backends.base.building import Library
+from sdruntime.backends.base.engine import AMPERE_UP, CPU, PLATFORM
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import EngineSpec, Manifest, Precision
+from sdruntime.engines.shapes import dims_in_pixels, shapes_in_pixels
+from sdruntime.errors import EngineError, EnvironmentFault, SettingError, quoted
+from sdruntime.system.cuda import Device, check_device, devices
+
+AUTO = "auto"
+CPU_OR_CUDA = ("cpu", "cuda")  # targets that are no compute capability
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this machine has: the engine libraries by backend, and its GPUs. `speeds`: seconds of a UNet call by `kind` of CPU
+    engine, where that was measured (`sdruntime.engines.speed`)."""
+
+    libraries: Mapping[str, Library]
+    devices: tuple[Device, ...] = ()
+    chosen: int = 0  # which of the devices engines run on
+    speeds: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, device: int = 0, names: Iterable[str] = BACKENDS) -> Machine:
+        """`names`: the backends to look for, since looking imports their libraries; a name of none is passed over.
+
+        Raises DeviceMissing for a device beyond the first one that is not there; without any GPU engines for the CPU remain.
+        """
+        if device:
+            check_device(device)
+        known = [name for name in names if name in BACKENDS]
+        return cls(libraries={name: backend(name, "engine").here(name) for name in known}, devices=devices(), chosen=device)
+
+    @property
+    def device(self) -> Device | None:
+        return self.devices[self.chosen] if self.chosen < len(self.devices) else None
+
+
+def kind(engine: EngineSpec) -> str:
+    """What engines are alike in speed: their backend, and the settings that they were built with."""
+    return " ".join([engine.backend, *(f"{key}={value}" for key, value in sorted(engine.options.items()))])
+
+
+def misfit(engine: EngineSpec, machine: Machine) -> str | None:
+    """Why `engine` cannot run here; None where it can."""
+    library = machine.libraries.get(engine.backend)
+    if library is None:
+        return f"this sdruntime knows no backend {engine.backend!r}"
+    if library.version is None:
+        return library.missing
+    if not fits_version(engine, library.version):
+        return f"built with {engine.backend} {engine.version}, here is {library.version}"
+    if engine.platform not in ("", PLATFORM):
+        return f"built on {engine.platform}, here is {PLATFORM}"
+    return _wrong_device(engine, machine, library)
+
+
+def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str | None:
+    if engine.target in CPU_OR_CUDA:
+        if engine.target not in library.targets:
+            return f"built for {engine.target}, here is {', '.join(library.targets)}"
+        return "built for cuda, here is no CUDA device" if engine.target == "cuda" and not machine.devices else None
+    if machine.device is None:
+        return f"built for {engine.target}, here is no CUDA device"
+    here = machine.device.capability
+    if engine.target == AMPERE_UP:
+        return (
+            None if here >= (8, 0) else f"built for compute capability 8.0 and later, {machine.device.name} has {_dotted(here)}"
+        )
+    if engine.target != f"sm{here[0]}{here[1]}":
+        return f"built for {engine.target}, {machine.device.name} is sm{here[0]}{here[1]}"
+    return None
+
+
+def fits_version(engine: EngineSpec, here: str) -> bool:
+    """Whether the library in version `here` reads `engine`: the same version where the backend is exact (or a later one of the
+    same major, for a version-compatible engine), else the same major and minor release."""
+    if engine.backend not in BACKENDS:
+        return False
+    if not BACKENDS[engine.backend].exact:
+        return here.split(".")[:2] == engine.version.split(".")[:2]
+    if engine.options.get("version_compatible") == "true":
+        return _numbers(here)[:1] == _numbers(engine.version)[:1] and _numbers(here) >= _numbers(engine.version)
+    return here == engine.version
+
+
+def choose_engine(
+    bundle: Bundle, component: str, machine: Machine, *, name: str = AUTO, rows: int = 1, **dims: int
+) -> EngineSpec:
+    """The best engine of `component` for this machine: a GPU's before the CPU's, then, on the CPU, the quickest where
+    `machine.speeds` tell, then by backend in the order of BACKENDS.
+
+    `name` is a backend, or "auto" for any but the fake. `dims` are sizes that the engine must admit. `rows` are those of the call
+    to come: among engines that are alike, the one whose profile has room for them with the least to spare, else the one that
+    takes the most. Raises EngineError with the reason against each engine and the command that builds one that fits; UnknownName
+    for a backend that does not exist.
+    """
+    if name != AUTO:
+        backend(name, "engine")
+    model, reasons = bundle.manifest.model, []
+    found: list[EngineSpec] = []
+    others: list[EngineSpec] = []
+    for engine in bundle.manifest.engines:
+        if engine.component != component or (engine.backend == "fake" and name != "fake"):
+            continue
+        why_not = misfit(engine, machine)
+        if why_not is None and not engine.admits(**dims):
+            why_not = f"built for {shapes_in_pixels(engine, model)}; requested is {dims_in_pixels(component, model, dims)}"
+        if why_not is not None:
+            reasons += [f"{engine.name}: {why_not}"] if name in (AUTO, engine.backend) else []
+        else:
+            (found if name in (AUTO, engine.backend) else others).append(engine)
+    if not found:
+        of = "engine" if name == AUTO else f"{name} engine"
+        against = "".join(f"\n  - {reason}" for reason in reasons) or f" (the bundle has no {of} of it)"
+        advice = _advice(bundle, component, machine, name, dims, fitting=[engine.backend for engine in others])
+        raise EngineError(f"no {of} of {component} fits this machine:{against}\n{advice}")
+    return min(found, key=lambda engine: (*_preference(engine, machine, rows, dims), *_waste(engine, rows, dims)))
+
+
+def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine, folder: Path) -> None:
+    """A RuntimeWarning where a CUDA device stands by while the CPU does the work. `folder`: the bundle's."""
+    slow = sorted({engine.component for engine in engines if engine.target == "cpu" and engine.backend != "fake"})
+    if slow and machine.devices:
+        warnings.warn(
+            f"{', '.join(slow)} will run on the CPU although {machine.devices[0].name} is here: no engine of the bundle fits "
+            f'that; pip install "sdruntime[onnxruntime-gpu]" and sdruntime build {quoted(folder)} --backend onnxruntime '
+            "--target cuda",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _advice(
+    bundle: Bundle, component: str, machine: Machine, name: str, dims: Mapping[str, int], *, fitting: Sequence[str]
+) -> str:
+    """What mends it: the command that builds an engine which can run here, or another backend, whose engines are `fitting`."""
+    other = f"leave --backend out: the bundle's {fitting[0]} engine fits" if fitting else ""
+    why_not = {}
+    for each in [name] if name != AUTO else [each for each in BACKENDS if each != "fake"]:
+        why_not[each] = _cannot_build(each, machine, bundle.manifest.precision)
+        if why_not[each] is None:
+            size = _size(bundle.manifest, component, dims)
+            command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {each}{size}"
+            return f"{command}, or {other}" if other else command
+    if name != AUTO:
+        return f"{name} cannot be used here: {why_not[name]}\n" + (
+            other or _advice(bundle, component, machine, AUTO, dims, fitting=())
+        )
+    return "no engine library can be used here:" + "".join(f"\n  - {each}: {reason}" for each, reason in why_not.items())
+
+
+def _cannot_build(name: str, machine: Machine, precision: Precision) -> str | None:
+    """Why no engine of this backend can be built for this machine."""
+    if BACKENDS[name].loop and not machine.devices:
+        return "it needs an NVIDIA GPU, and this machine has none"
+    library: Library = machine.libraries.get(name) or backend(name, "engine").here(name)
+    if library.version is None:
+        return library.missing
+    try:
+        backend(name, "build").resolve_target(name, None, precision, {})
+    except SettingError as error:  # for a precision; what is missing, the library said
+        return str(error)
+    except EnvironmentFault:
+        pass
+    return None
+
+
+def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
+    """The option that asks for engines of these dimensions, where they are a picture's."""
+    if not {"width", "height"} <= dims.keys():
+        return ""
+    factor = 1 if component == "vae_encoder" else manifest.model.vae_factor
+    return f" --size {factor * dims['width']}x{factor * dims['height']}"
+
+
+def _preference(engine: EngineSpec, machine: Machine, rows: int, dims: Mapping[str, int]) -> tuple[bool, float, int]:
+    seconds = 0.0
+    if engine.target == CPU:
+        seconds = machine.speeds.get(kind(engine), math.inf) * _computed(engine, rows, dims)
+    return engine.target == CPU, seconds, list(BACKENDS).index(engine.backend)
+
+
+def _waste(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> tuple[bool, int]:
+    """Whether a call of `rows` must be split, and then how little at a time, else by how many rows it is padded."""
+    sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
+    room = [max(low - rows, 0) for low, _, high in sizes if rows <= high]
+    return (False, min(room)) if room else (True, -max(high for _, _, high in sizes))
+
+
+def _computed(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> int:
+    """How many rows a call of `rows` computes, the padding included, as `engine.call_rows` splits and pads it."""
+    sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
+    if any(low <= rows <= high for low, _, high in sizes):
+        return rows
+    most = max(high for _, _, high in sizes)
+    left = rows % most
+    return rows - left + (min(max(low, left) for low, _, high in sizes if left <= high) if left else 0)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

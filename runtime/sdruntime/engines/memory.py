@@ -1,0 +1,105 @@
+"""What a pipeline takes of a GPU's memory, told before anything is loaded.
+
+Weights and buffers add up over components. Activations do not: components run one after the other in one arena, which is as large
+as the largest of them asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdruntime.backends.base.engine import CPU
+from sdruntime.backends.base.feeds import shape_of
+from sdruntime.bundle.manifest import EngineSpec, Manifest
+from sdruntime.errors import OutOfSpace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One engine, in bytes: its files as they are loaded, its activations (None where its builder could not tell), and the inputs
+    and outputs of its largest profile."""
+
+    component: str
+    engine: str
+    weights: int
+    activations: int | None
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + (self.activations or 0) + self.buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """The engines of a pipeline that run on the GPU."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def arena(self) -> int:
+        return max((part.activations or 0 for part in self.parts), default=0)
+
+    @property
+    def total(self) -> int:
+        """Bytes with every engine loaded."""
+        return sum(part.weights + part.buffers for part in self.parts) + self.arena
+
+    @property
+    def lowest(self) -> int:
+        """Bytes with one engine at a time (low memory)."""
+        return max((part.total for part in self.parts), default=0)
+
+    @property
+    def complete(self) -> bool:
+        return all(part.activations is not None for part in self.parts)
+
+    def lines(self) -> list[str]:
+        """For a person: a line for each engine, and the sums."""
+        told = [
+            f"{part.component:<16}{part.weights:>14,} weights + "
+            + ("activations not known before it is opened" if part.activations is None else f"{part.activations:,} activations")
+            + f" + {part.buffers:,} buffers"
+            for part in self.parts
+        ]
+        least = "" if self.complete else "at least "
+        return [*told, f"{'all at once':<16}{least}{self.total:,} bytes; one at a time (--low-memory) {least}{self.lowest:,}"]
+
+    def check(self, free: int, *, budget: int | None = None, low_memory: bool = False, where: str) -> None:
+        """Raises OutOfSpace, with the numbers and the option that helps, where `free` bytes or the `budget` are too few."""
+        room = free if budget is None else min(free, budget)
+        needed = self.lowest if low_memory else self.total
+        if needed <= room:
+            return
+        limit = f"{free:,} are free" if budget is None or free < budget else f"the budget is {budget:,}"
+        table = "".join(f"\n  {line}" for line in self.lines())
+        if not low_memory and self.lowest <= room:
+            hint = "open it with --low-memory, which loads one component at a time"
+        else:
+            hint = "close what else uses the GPU, or build engines for a smaller --size or --batch"
+        raise OutOfSpace(f"{where}: the engines need {needed:,} bytes and {limit}: {hint}{table}")
+
+
+def memory_plan(manifest: Manifest, engines: Iterable[EngineSpec]) -> MemoryPlan:
+    """The plan of those `engines` that run on a GPU."""
+    return MemoryPlan(parts=tuple(_part(manifest, engine) for engine in engines if engine.target != CPU))
+
+
+def _part(manifest: Manifest, engine: EngineSpec) -> Part:
+    component, factor = manifest.components[engine.component], manifest.model.vae_factor
+    sizes = []
+    for profile in engine.profiles:
+        dims = {name: high for name, (_, _, high) in profile.items()}
+        tensors = (*component.inputs, *component.outputs)
+        sizes.append(sum(math.prod(shape_of(each, dims, factor)) * np.dtype(each.dtype).itemsize for each in tensors))
+    return Part(
+        component=engine.component,
+        engine=engine.name,
+        weights=sum(manifest.files[path].size for path in engine.files),
+        activations=engine.memory,
+        buffers=max(sizes),
+    )

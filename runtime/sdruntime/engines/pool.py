@@ -1,0 +1,210 @@
+"""The engines of a bundle that a pipeline holds: chosen for this machine, opened, and closed to make room."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from sdruntime.backends import backend as backend_module
+from sdruntime.backends.base.building import Stage
+from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.engines.choose import AUTO, Machine, choose_engine, warn_if_slow
+from sdruntime.engines.memory import memory_plan
+from sdruntime.engines.speed import cpu_speeds, to_measure
+from sdruntime.errors import EngineError, SdruntimeError
+from sdruntime.system.cuda import Cuda
+
+KEPT_CHOICES = 256
+OPENERS = 2  # engines on the CPU that are opened at a time
+_STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
+
+
+class Engines:
+    """The best engine of each component for each shape, `chosen` when made, opened by `open` or when first asked for.
+
+    `given`: they are the caller's instead, who opens and closes them; it is asked for a component's before each use of it.
+    `busy` says whether jobs are on their way, whose UNet stays open. Raises EngineError where no engine fits this machine,
+    UnknownName for a backend.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str,
+        options: EngineOptions,
+        given: Callable[[str], Engine] | None,
+        busy: Callable[[], bool],
+    ) -> None:
+        self.bundle, self.options, self.given = bundle, options, given
+        self.shared = Shared()
+        self.opened: dict[str, Engine] | None = None
+        self.closed = False
+        self._backend, self._busy = backend, busy
+        self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
+        self._choices: dict[tuple[Any, ...], EngineSpec] = {}
+        # a bundle that cannot run here is told of before anything is opened
+        self.chosen = self._choose_all() if given is None else []
+
+    def open(self) -> None:
+        """Open what was chosen. Raises what the backends raise, OutOfSpace before anything is loaded on a GPU without room."""
+        for _ in self.opening():
+            pass
+
+    def ready(self) -> dict[str, Engine]:
+        """The engines that are open, after `open` if this is the first use. Raises SdruntimeError after `close`."""
+        if self.opened is None:
+            if self.closed:
+                raise SdruntimeError("the pipeline is closed: open the bundle again with Pipeline.open(...)")
+            try:
+                self.open()
+            except BaseException:
+                self.close()
+                self.closed = False  # another try may find more memory
+                raise
+        assert self.opened is not None
+        return self.opened
+
+    def opening(self) -> Iterator[Stage]:
+        """`open`, as a loop that the caller owns: a Stage for each engine that is loaded, in bytes of their files."""
+        self.closed = False
+        if self._backend == AUTO:
+            warn_if_slow(self.chosen, self._machine, self.bundle.folder)
+            if self._compares_speeds():
+                if to_measure(self.bundle, self._machine, self.options):
+                    yield Stage(name="compare the speed of the engines for the CPU")
+                self._compare_speeds()
+        self.opened = {}
+        self._check_memory()
+        first = sorted(self.chosen, key=self._size_of, reverse=True)  # while few others take memory
+        waiting = {spec.name: spec for spec in first if spec.target == CPU or not self.options.low_memory}
+        total, done = sum(map(self._size_of, waiting.values())), 0
+
+        def loading(count: int) -> Stage:
+            return Stage(name=", ".join(spec.component for spec in [*waiting.values()][:count]), done=done, total=total)
+
+        with ThreadPoolExecutor(OPENERS) as pool:  # while one is hashed, its library takes in another one
+            opened = {pool.submit(self._open_first, spec): spec for spec in first if spec.target == CPU}
+            if opened:
+                yield loading(OPENERS)
+            for future in as_completed(opened):
+                future.result()
+                done += self._size_of(waiting.pop(opened[future].name))
+                if waiting:
+                    yield loading(OPENERS)
+        for spec in [*waiting.values()]:
+            yield loading(1)
+            self._open_first(spec)
+            done += self._size_of(waiting.pop(spec.name))
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.shared.close)
+            for engine in (self.opened or {}).values():
+                stack.callback(engine.close)
+            self.opened, self.closed = None, True
+
+    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
+        """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
+
+        Raises EngineError, SdruntimeError.
+        """
+        engines = self.ready()
+        if self.given is not None:
+            return self.given(component)
+        spec = self.choose(component, rows, **dims)
+        if spec.name in engines:
+            return engines[spec.name]
+        if self.options.low_memory and spec.target != CPU:
+            self._make_room(spec.component)
+        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self.options, self.shared)
+        engines[spec.name] = opened
+        return opened
+
+    @property
+    def room(self) -> int:
+        """How many images with guidance one call of the UNet takes at most."""
+        chosen = next((spec for spec in self.chosen if spec.component == "unet"), None) or self.engine("unet").spec
+        alike = [
+            spec
+            for spec in (chosen, *self.bundle.manifest.engines)
+            if (spec.component, spec.backend, spec.target) == (chosen.component, chosen.backend, chosen.target)
+        ]
+        return max(1, max(profile["batch"][2] for spec in alike for profile in spec.profiles) // 2)
+
+    def _choose_all(self) -> list[EngineSpec]:
+        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
+        the GPU."""
+        return [
+            choose_engine(self.bundle, name, self._machine, name=self._backend, rows=self._usual_rows(name))
+            for name in self.bundle.manifest.components
+            if name not in ("vae_encoder", STEP)
+        ]
+
+    def _open_first(self, spec: EngineSpec) -> None:
+        self.engine(spec.component, rows=self._usual_rows(spec.component))
+
+    def _size_of(self, spec: EngineSpec) -> int:
+        return sum(self.bundle.manifest.files[path].size for path in spec.files)
+
+    def _usual_rows(self, component: str) -> int:
+        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
+        return 2 if component == "unet" and self._machine.speeds else 1
+
+    def _compares_speeds(self) -> bool:
+        """Whether it is the CPU that generates, with speeds that are not known."""
+        return not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen)
+
+    def _compare_speeds(self) -> None:
+        """Choose again with the measured speeds of the CPU's engines."""
+        if speeds := cpu_speeds(self.bundle, self._machine, self.options):
+            self._machine = dataclasses.replace(self._machine, speeds=speeds)
+            self._choices.clear()
+            self.chosen = self._choose_all()
+
+    def choose(self, component: str, rows: int = 1, **dims: int) -> EngineSpec:
+        """Which engine such a call would get. Raises EngineError."""
+        key = (component, rows, *dims.items())
+        if key not in self._choices:
+            if len(self._choices) >= KEPT_CHOICES:
+                self._choices.clear()
+            self._choices[key] = choose_engine(self.bundle, component, self._machine, name=self._backend, rows=rows, **dims)
+        return self._choices[key]
+
+    def _make_room(self, component: str) -> None:
+        """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
+        under_way = self._busy()
+        for name, engine in list((self.opened or {}).items()):
+            stage = _STAGES.get(engine.spec.component, engine.spec.component)
+            if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
+                engine.close()
+                del (self.opened or {})[name]
+
+    def _check_memory(self) -> None:
+        """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
+        plan = memory_plan(self.bundle.manifest, self.chosen)
+        if plan.parts:
+            with Cuda.open(self.options.device) as cuda:
+                free, name = cuda.free_memory(), cuda.device.name
+            options, where = self.options, f"{self.bundle.manifest.model.name} on {name}"
+            plan.check(free, budget=options.memory, low_memory=options.low_memory, where=where)
+            return
+        unused = {"--vram-budget": self.options.memory is not None, "--low-memory": self.options.low_memory}
+        if given := [name for name, is_given in unused.items() if is_given]:
+            text = f"{' and '.join(given)}: no engine that was chosen runs on a GPU, whose memory this is about"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    def has(self, component: str, **dims: int) -> bool:
+        """Whether the bundle has an engine of it for this machine and shape."""
+        try:
+            self.choose(component, **dims)
+        except EngineError:
+            return False
+        return True

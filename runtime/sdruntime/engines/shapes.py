@@ -1,0 +1,139 @@
+"""Which shapes engines are built for: said in pictures, turned into the profiles of each component."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from sdruntime.bundle.manifest import EngineSpec, Manifest, ModelSpec, Profile
+from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.errors import SettingError
+from sdruntime.system.sizes import Size, parse_size
+
+T = TypeVar("T")
+Guidance = Literal["on", "off", "any"]
+MOST_IMAGES = 8
+LARGEST = 4  # times the default side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """`sizes` in pixels (width, height) and `batches` in images of one call, each as (min, opt, max); every size goes with every
+    batch. `guidance`: whether a picture takes two rows of a UNet call (on), one (off), or the one or the other (any)."""
+
+    sizes: tuple[tuple[Size, Size, Size], ...]
+    batches: tuple[tuple[int, int, int], ...]
+    guidance: Guidance = "any"
+
+    def __post_init__(self) -> None:
+        triples: list[tuple[str, tuple[int, int, int]]] = [("batch", batch) for batch in self.batches]
+        for low, opt, high in self.sizes:
+            triples += [("width", (low[0], opt[0], high[0])), ("height", (low[1], opt[1], high[1]))]
+        for name, (least, best, most) in triples:
+            if not 1 <= least <= best <= most:
+                raise SettingError(f"{name} {least}:{best}:{most}: MIN, OPT and MAX must rise from 1")
+
+    @classmethod
+    def parse(
+        cls,
+        model: ModelSpec,
+        *,
+        size: str | None = None,
+        batch: str | None = None,
+        guidance: Guidance | None = None,
+        static: bool = False,
+    ) -> Shapes:
+        """From lists, separated by commas, of "WxH", "MIN:MAX" or "MIN:OPT:MAX" of sizes and of batches. Raises SettingError.
+
+        What is not said is, for a `static` engine, the model's own size, one image and guidance on; else every size from the
+        smallest to four times the model's own side, 1 to 8 images, and guidance on or off.
+        """
+        height, width = model.default_size
+        smallest = model.size_multiple
+        own = f"{width}x{height}"
+        if size is None:
+            size = own if static else f"{smallest}x{smallest}:{own}:{LARGEST * width}x{LARGEST * height}"
+        if batch is None:
+            batch = "1" if static else f"1:1:{MOST_IMAGES}"
+        sizes = [_triple([parse_size(part) for part in each.split(":")], f"size {each!r}") for each in size.split(",")]
+        for side in {side for triple in sizes for each in triple for side in each}:
+            if side % smallest:
+                raise SettingError(f"size {size}: {side} is not a multiple of {smallest}")
+        batches = []
+        for each in batch.split(","):
+            if any(len(part) > 4 for part in each.split(":") if part.isdecimal()):
+                raise SettingError(f"batch {batch!r}: more than 9999 images in one call")
+            if not re.fullmatch(r"\d{1,4}(:\d{1,4}){0,2}", each):
+                raise SettingError(f"batch {batch!r}: 4, 1:4 or 1:2:4 is the form (min:opt:max images), or a list such as 1,2,4")
+            batches.append(_triple([int(part) for part in each.split(":")], f"batch {each!r}"))
+        return cls(sizes=tuple(sizes), batches=tuple(batches), guidance=guidance or ("on" if static else "any"))
+
+    def profiles(self, component: str, manifest: Manifest) -> tuple[Profile, ...]:
+        """(min, opt, max) of each named dimension of a component, in its own units, once for each size and batch."""
+        scale = 1 if component == "vae_encoder" else manifest.model.vae_factor
+        batches = self.batches if component.startswith("vae") else tuple(map(self._rows, self.batches))
+        channels = manifest.model.latent_channels
+        if component.startswith("text_encoder") or component == STEP:  # any number of texts, or of jobs
+            batches = ((1, min(2, batches[-1][2]), max(high for _, _, high in batches)),)
+        found: list[Profile] = []
+        for size, batch in itertools.product(self.sizes, batches):
+            known = {
+                "batch": batch,
+                "width": tuple(each[0] // scale for each in size),
+                "height": tuple(each[1] // scale for each in size),
+                "sequence": (manifest.text_length,) * 3,
+                "jobs": batch,
+                "cells": tuple(channels * (each[0] // scale) * (each[1] // scale) for each in size),
+            }
+            profile = {name: known[name] for name in manifest.components[component].dimensions}
+            if profile not in found:
+                found.append(profile)  # type: ignore[arg-type]
+        return tuple(found)
+
+    def _rows(self, batch: tuple[int, int, int]) -> tuple[int, int, int]:
+        low, opt, high = batch
+        return {"off": batch, "any": (low, 2 * opt, 2 * high), "on": (2 * low, 2 * opt, 2 * high)}[self.guidance]
+
+    @property
+    def label(self) -> str:
+        """For a file's name: limits joined by "-", the members of a list by "+"."""
+        sizes = ["-".join(dict.fromkeys(f"{w}x{h}" for w, h in (low, high))) for low, _, high in self.sizes]
+        batches = ["-".join(dict.fromkeys((str(low), str(high)))) for low, _, high in self.batches]
+        label = "+".join(dict.fromkeys(sizes)) + "-b" + "+".join(dict.fromkeys(batches))
+        return label if len(label) <= 80 else f"{len(self.sizes)}sizes-{len(self.batches)}batches"
+
+
+def shapes_in_pixels(engine: EngineSpec, model: ModelSpec) -> str:
+    """For a person: what each profile of an engine takes, its sizes in pixels of the image."""
+    return " or ".join(
+        ", ".join(_range(name, low, high) for name, (low, high) in _sides_first(engine.component, model, profile).items())
+        for profile in ({name: (low, high) for name, (low, _, high) in each.items()} for each in engine.profiles)
+    )
+
+
+def dims_in_pixels(component: str, model: ModelSpec, dims: Mapping[str, int]) -> str:
+    """For a person: the dimensions of a call, its size in pixels of the image."""
+    found = _sides_first(component, model, {name: (size, size) for name, size in dims.items()})
+    return ", ".join(_range(name, low, high) for name, (low, high) in found.items())
+
+
+def _sides_first(component: str, model: ModelSpec, ranges: Mapping[str, tuple[int, int]]) -> dict[str, tuple[object, object]]:
+    """Width and height as one size, under the name ""; the other ranges as they are."""
+    if not {"width", "height"} <= ranges.keys():
+        return dict(ranges)
+    factor = 1 if component == "vae_encoder" else model.vae_factor
+    low, high = (f"{factor * width}x{factor * height}" for width, height in zip(ranges["width"], ranges["height"], strict=True))
+    return {"": (low, high)} | {name: pair for name, pair in ranges.items() if name not in ("width", "height")}
+
+
+def _range(name: str, low: object, high: object) -> str:
+    return f"{name} {low}".strip() if low == high else f"{name} {low} to {high}".strip()
+
+
+def _triple(parts: list[T], what: str) -> tuple[T, T, T]:
+    if len(parts) > 3:
+        raise SettingError(f"{what}: one value, MIN:MAX or MIN:OPT:MAX is the form")
+    return parts[0], parts[len(parts) // 2 if len(parts) == 3 else 0], parts[-1]

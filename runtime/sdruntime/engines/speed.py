@@ -1,0 +1,162 @@
+"""Which of a bundle's CPU engines is quickest here: a UNet call of each kind, timed once and kept in the user's cache.
+
+Once kept, the answer does not change: it belongs to the processor, the libraries' versions, the engines' files and the threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends import backend
+from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.backends.base.feeds import shape_of
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import EngineSpec, Manifest
+from sdruntime.engines.choose import Machine, kind, misfit
+from sdruntime.errors import SdruntimeError
+from sdruntime.system import processor
+from sdruntime.system.cache import read_cached, write_cached
+from sdruntime.system.memory import available_memory
+
+UNET = "unet"
+ROUNDS = 3
+BUDGET = 5.0  # seconds after which no further round is begun
+_ROWS, _TIMESTEP = 2, 500.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """One engine of each kind, the sizes that they are all called with, and the name that the result is kept under."""
+
+    engines: Mapping[str, EngineSpec]
+    dims: Mapping[str, int]
+    name: str
+
+    @classmethod
+    def of(cls, bundle: Bundle, machine: Machine, *, threads: int = 0) -> Race | None:
+        """None where there is nothing to compare: fewer than two kinds fit this machine, or no size suits them all."""
+        manifest = bundle.manifest
+        kinds: dict[str, list[EngineSpec]] = {}
+        for engine in manifest.engines:
+            fits = engine.component == UNET and engine.target == CPU and engine.backend != "fake"
+            if fits and misfit(engine, machine) is None:
+                kinds.setdefault(kind(engine), []).append(engine)
+        if len(kinds) < 2:
+            return None
+        for dims in _sizes(manifest, itertools.chain(*kinds.values())):
+            admitting = {name: [each for each in group if each.admits(**dims)] for name, group in kinds.items()}
+            if all(admitting.values()):
+                engines = {name: group[0] for name, group in admitting.items()}
+                return cls(engines=engines, dims=dims, name=_kept_under(manifest, machine, engines, dims, threads))
+        return None
+
+    def kept(self) -> dict[str, float] | None:
+        """Seconds of a call by kind, where this was measured before."""
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            found = json.loads(read_cached(self.name) or b"")
+            return {str(name): float(seconds) for name, seconds in found["seconds"].items()}
+        return None
+
+    def keep(self, seconds: Mapping[str, float]) -> None:
+        write_cached(self.name, json.dumps({"dims": dict(self.dims), "seconds": dict(seconds)}).encode())
+
+
+def to_measure(bundle: Bundle, machine: Machine, options: EngineOptions) -> bool:
+    """Whether `cpu_speeds` would time engines now."""
+    race = Race.of(bundle, machine, threads=options.threads) if options.measure and not options.session else None
+    return race is not None and race.kept() is None
+
+
+def cpu_speeds(bundle: Bundle, machine: Machine, options: EngineOptions) -> dict[str, float]:
+    """Seconds of a UNet call by kind of engine: what was kept, else measured now. Empty where there is nothing to compare, where
+    `options` say not to measure, and where the memory for all of them is not there."""
+    race = Race.of(bundle, machine, threads=options.threads)
+    if race is None or not options.measure or options.session:
+        return {}
+    seconds = race.kept()
+    if seconds is None:
+        weights = sum(bundle.manifest.files[path].size for engine in race.engines.values() for path in engine.files)
+        if 2 * weights > available_memory() > 0:
+            return {}
+        seconds = measure(bundle, race, options)
+        race.keep(seconds)
+    return seconds
+
+
+def measure(bundle: Bundle, race: Race, options: EngineOptions) -> dict[str, float]:
+    """The least seconds of some calls of each kind, in turn, after one to warm up. A kind that fails is told of and left out."""
+    component, factor = bundle.manifest.components[UNET], bundle.manifest.model.vae_factor
+    random = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for tensor in component.inputs:
+        shape = shape_of(tensor, race.dims, factor)
+        values = np.full(shape, _TIMESTEP) if tensor.name == "timestep" else random.standard_normal(shape)
+        feeds[tensor.name] = values.astype(tensor.dtype)
+    shared = Shared()
+    with contextlib.ExitStack() as stack:
+        stack.callback(shared.close)
+        calls: dict[str, Callable[[], object]] = {}
+        for name, spec in race.engines.items():
+            try:
+                engine: Engine = backend(spec.backend, "engine").open_engine(bundle, spec, options, shared)
+                stack.callback(engine.close)
+                engine(feeds)
+            except SdruntimeError as error:
+                warnings.warn(f"{spec.name} was not timed: {error}", RuntimeWarning, stacklevel=2)
+            else:
+                calls[name] = lambda engine=engine: engine(feeds)  # type: ignore[misc]
+        return least_seconds(calls)
+
+
+def least_seconds(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The least seconds of each call over ROUNDS rounds, fewer where they take longer than BUDGET."""
+    least = dict.fromkeys(calls, float("inf"))
+    begun = time.perf_counter()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            before = time.perf_counter()
+            call()
+            least[name] = min(least[name], time.perf_counter() - before)
+        if time.perf_counter() - begun > BUDGET:
+            break
+    return least
+
+
+def _sizes(manifest: Manifest, engines: Iterable[EngineSpec]) -> Iterable[dict[str, int]]:
+    """Sizes to compare at, the quickest to run first: half the model's own, its own, and what the engines were tuned for."""
+    model, named = manifest.model, manifest.components[UNET].dimensions
+    for part in (2, 1):
+        height, width = (side // part for side in model.default_size)
+        if height % model.size_multiple == width % model.size_multiple == 0:
+            cells = {"height": height // model.vae_factor, "width": width // model.vae_factor}
+            known = {"batch": _ROWS, "sequence": manifest.text_length, **cells}
+            yield {name: known[name] for name in named if name in known}
+    for engine in engines:
+        for profile in engine.profiles:
+            yield {name: opt for name, (_, opt, _) in profile.items()}
+
+
+def _kept_under(
+    manifest: Manifest, machine: Machine, engines: Mapping[str, EngineSpec], dims: Mapping[str, int], threads: int
+) -> str:
+    paths = [*manifest.components[UNET].files, *(path for engine in engines.values() for path in engine.files)]
+    key: list[Any] = [
+        processor.fingerprint(),
+        sorted((engine.backend, machine.libraries[engine.backend].version) for engine in engines.values()),
+        sorted(manifest.files[path].sha256 for path in paths),
+        sorted(engines),
+        sorted(dims.items()),
+        threads,
+    ]
+    return f"cpu/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"

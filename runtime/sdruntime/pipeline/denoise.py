@@ -1,0 +1,148 @@
+"""Many jobs, each at its own step of its own table, in one UNet call.
+
+A row of a table is data and the UNet takes a timestep for each sample, so jobs need nothing in common but the shape of their
+latents. A single image is a set of one job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends.base.engine import Engine
+from sdruntime.engines.finite import advice, checked_rows, is_finite
+from sdruntime.errors import NotFinite, SdruntimeError
+from sdruntime.sampling.guidance import combine, rescale
+from sdruntime.sampling.job import Job, Stepper, after, at, grouped, stacked
+from sdruntime.system.nvtx import annotate
+
+
+def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Generator[None, None, None]:
+    """Advance every job that is not done by one model call, and yield; until all are done.
+
+    Jobs of one shape and one text length go together; `steppers` makes what advances such a group, a `Call` or several. They are
+    made anew when a job joins or leaves: the caller may change `jobs` between two steps. Raises NotFinite: after the very call
+    where the loop is here, at its end where it runs on a device. What a call raises is also the `error` of each job that it
+    concerns; the other jobs are sound, and another `denoise` goes on with them.
+    """
+    calls: list[Stepper] = []
+    members: list[Job] = []
+    try:
+        while active := [job for job in jobs if not job.done]:
+            if active != members:
+                members, done, calls = active, calls, []
+                _finish(done)
+                for group in grouped(active):
+                    with _concerning(group):
+                        calls += steppers(group)
+            step = active[0].run.step
+            for number, call in enumerate(calls):
+                with annotate(f"step {step}, group {number}"), _concerning(call.jobs):
+                    call.advance()
+            yield
+    except BaseException as error:
+        with contextlib.suppress(*() if isinstance(error, GeneratorExit) else (SdruntimeError,)):  # the first is told
+            _finish(calls)
+        raise
+    _finish(calls)
+    for job in jobs:
+        check_latents(job)
+
+
+def check_latents(job: Job) -> None:
+    """Raises NotFinite."""
+    if not is_finite(job.run.x):
+        raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice(bundle=job.bundle)}")
+
+
+@contextlib.contextmanager
+def _concerning(jobs: Sequence[Job]) -> Iterator[None]:
+    """What goes wrong in the block is the error of those jobs, where it is not told of one of them already."""
+    try:
+        yield
+    except Exception as error:
+        if not any(job.error is error for job in jobs):
+            for job in jobs:
+                job.error = job.error or error
+        raise
+
+
+def _finish(calls: list[Stepper]) -> None:
+    """All of them, also after one that cannot; then the first error is raised."""
+    first: BaseException | None = None
+    for call in calls:
+        try:
+            with _concerning(call.jobs):
+                call.finish()
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+class Call:
+    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call. `unet`
+    gives the engine, which may be another one in the next step. The unconditional rows come first."""
+
+    def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
+        self.jobs, self._unet = jobs, unet
+        guided = [job for job in jobs if job.guided]
+        first = len(guided)  # conditional row
+        unconditional = iter(range(first))
+        self._rows = [(job, first + k, next(unconditional) if job.guided else None) for k, job in enumerate(jobs)]
+        rows = [job.rows[0] for job in guided] + [job.rows[-1] for job in jobs]
+        self._sample = np.empty((len(rows), *jobs[0].run.x.shape), np.float32)
+        self._timestep = np.empty(len(rows), np.float32)
+        self._feeds: dict[str, Array] = {"sample": self._sample, "timestep": self._timestep, **stacked(rows)}
+
+    def advance(self) -> None:
+        for job, row, unconditional in self._rows:
+            job.run.model_input(out=self._sample[row])
+            self._timestep[row] = job.run.t
+            if unconditional is not None:
+                self._sample[unconditional] = self._sample[row]
+                self._timestep[unconditional] = job.run.t
+        try:
+            output = checked_rows(self._unet(), self._feeds, self._during, self.jobs[0].bundle)["out_sample"]
+        except NotFinite as error:
+            if error.row is not None:
+                self._job_of(error.row).error = error
+            raise
+        except Exception:
+            if len(self.jobs) == 1:
+                raise
+            return self._advance_alone()
+        for job, row, unconditional in self._rows:
+            model = output[row]
+            if unconditional is not None:
+                model = combine(output[unconditional], output[row], job.guidance)
+                if job.rescale:
+                    model = rescale(model[None], output[row][None], job.rescale)[0]
+            job.run.advance(model)
+
+    def _during(self, row: int) -> str:
+        job = self._job_of(row)
+        return at(job.run.step + 1, job)
+
+    def _advance_alone(self) -> None:
+        """After a call that failed for all of them: one call for each job, so that what only one cannot bear ends that one.
+
+        Raises the first error; each is the `error` of its job.
+        """
+        first: Exception | None = None
+        for job in self.jobs:
+            try:
+                Call([job], self._unet).advance()
+            except Exception as error:
+                job.error, first = error, first or error
+        if first is not None:
+            raise first
+
+    def _job_of(self, row: int) -> Job:
+        return next(job for job, *rows in self._rows if row in rows)
+
+    def finish(self) -> None:
+        """Nothing is held back: after each step the jobs are where they are."""

@@ -1,0 +1,1 @@
+"""Prompts: tokens, and what the text encoders make of them."""

@@ -1,6 +1,0 @@
-"""The samplers by name: `SAMPLERS` is the registry, `resolve` finds a row by any name that users know."""
-
-from sdruntime.samplers.names import A1111_SCHEDULES, SAMPLERS, identified, meaning, resolve, resolve_schedule, settled
-from sdruntime.samplers.sampler import Sampler
-
-__all__ = ["A1111_SCHEDULES", "SAMPLERS", "Sampler", "identified", "meaning", "resolve", "resolve_schedule", "settled"]

@@ -1,0 +1,47 @@
+"""What a UNet predicts, as affine maps of (x, raw output) to the clean-image estimate, and the scale of its input.
+
+A Point says x = alpha·clean + sigma·noise. With r = hypot(alpha, sigma), the model's own (variance-preserving) view of
+it is x / r, and
+
+    epsilon        raw = noise                                  (DDPM, arXiv 2006.11239)
+    v_prediction   raw = (alpha·noise - sigma·clean) / r        (arXiv 2202.00512, appendix D)
+    sample         raw = clean
+    flow           raw = noise - clean                          (rectified flow, arXiv 2209.03003)
+"""
+
+from __future__ import annotations
+
+import math
+
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.sampling.noise_schedule import Point, Space
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+def clean_from_raw(prediction: str, point: Point) -> tuple[float, float]:
+    """(p, q) with clean = p·x + q·raw.
+
+    Raises SettingError for epsilon where alpha is 0: there x is pure noise and its noise says nothing of the image.
+    """
+    _, alpha, sigma = point
+    if prediction == "epsilon":
+        if alpha == 0:
+            raise SettingError(
+                f"prediction_type 'epsilon' at timestep {point.t:g}, where alpha is 0 and x is noise alone: "
+                "a schedule with rescale_betas_zero_snr needs a v_prediction or sample model"
+            )
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v_prediction":
+        norm = math.hypot(alpha, sigma)
+        return alpha / norm**2, -sigma / norm
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "flow_prediction":
+        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+    raise UnknownName("prediction_type", str(prediction), PREDICTIONS)
+
+
+def input_scale(point: Point, space: Space) -> float:
+    """What x is multiplied by for the model: only variance-exploding x must be brought to unit variance."""
+    return 1 / math.hypot(1.0, point.sigma) if space == "ve" else 1.0

@@ -1,0 +1,26 @@
+"""DEIS: the probability-flow equation with the noise estimate interpolated in log rho, rho = sigma / alpha."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from sdruntime.sampling.grids import Path
+from sdruntime.sampling.samplers.integrals import adams_weights
+from sdruntime.sampling.samplers.protocol import Draw, Solver, X, noise_of
+
+
+def deis(x: X, path: Path, noise: Draw, *, solver_order: int = 2, lower_order_final: bool = True) -> Solver:
+    """Multistep DEIS, arXiv 2204.13902, equation 15 with its log-rho variant: d(x / alpha) = noise · d rho.
+
+    In u = log rho that integral has the weight exp(u). lower_order_final lowers the last steps of paths under 15.
+    """
+    past: deque[tuple[float, X]] = deque(maxlen=solver_order)
+    short = lower_order_final and path.total < 15
+    for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
+        x, m = yield x, s
+        past.appendleft((-s.lam, noise_of(x, m, s)))
+        order = min(len(past), left) if short else len(past)
+        nodes = [u for u, _ in past][:order]
+        weights = adams_weights(nodes, -s.lam, -t.lam, rate=1.0)
+        x = t.alpha / s.alpha * x + t.sigma * sum(w * e for w, (_, e) in zip(weights, past, strict=False))
+    return x

@@ -1,0 +1,177 @@
+"""DPM-Solver and DPM-Solver++, multistep and singlestep: exponential integrators in lambda = log(alpha / sigma).
+
+arXiv 2206.00927 (the model is taken as noise) and arXiv 2211.01095 (as the clean image, "++"). Written as there:
+D0, D1, D2 are the model and its scaled divided differences. The SDE forms double the exponents and add noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+from sdruntime.errors import SettingError
+from sdruntime.sampling.grids import Path
+from sdruntime.sampling.noise_schedule import Point
+from sdruntime.sampling.samplers.integrals import phi
+from sdruntime.sampling.samplers.protocol import Draw, Solver, X, noise_of, stay_above_zero
+
+
+class Algorithm(NamedTuple):
+    """algorithm_type: is the model taken as the clean image, and is the equation stochastic?
+
+    `flipped`: the weight of D2 has a sign wrong, as in diffusers' SDE of order 3, which leaves that at order 1.
+    """
+
+    data: bool
+    sde: bool
+    flipped: bool
+
+    @classmethod
+    def named(cls, name: str, third_order: str) -> Algorithm:
+        data, sde = name.endswith("++"), name.startswith("sde-")
+        return cls(data=data, sde=sde, flipped=data and sde and third_order == "diffusers")
+
+    def reading(self, x: X, m: X, s: Point) -> X:
+        return m if self.data else noise_of(x, m, s)
+
+
+def dpm_multistep(
+    x: X,
+    path: Path,
+    noise: Draw,
+    *,
+    solver_order: int = 2,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    third_order: str = "diffusers",
+) -> Solver:
+    """DPM-Solver++(2M), (3M) and their kin; the order grows from 1 and falls at the end.
+
+    lower_order_final lowers it for the last two steps of paths under 15 steps; a step to sigma 0 is always of order 1.
+    third_order says whose weights the SDE of order 3 has: diffusers' or the exact ones, which are k-diffusion's.
+    """
+    algorithm = Algorithm.named(algorithm_type, third_order)
+    if not algorithm.data:
+        stay_above_zero(path, "algorithm_type", algorithm_type)
+    past: deque[tuple[float, X]] = deque(maxlen=solver_order)
+    short = lower_order_final and path.total < 15
+    for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
+        x, m = yield x, s
+        past.appendleft((s.lam, algorithm.reading(x, m, s)))
+        order = len(past)
+        if left == 1 and (short or euler_at_final or t.sigma == 0):
+            order = 1
+        elif left == 2 and short:
+            order = min(order, 2)
+        derivatives = backward_differences([*past][:order], t.lam - s.lam)
+        x = integrated(x, s, t, derivatives, algorithm, midpoint=order == 2 and solver_type == "midpoint")
+        if algorithm.sde:
+            x = x + added_std(s, t, algorithm) * noise()
+    return x
+
+
+def dpm_singlestep(
+    x: X,
+    path: Path,
+    noise: Draw,
+    *,
+    solver_order: int = 2,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    lower_order_final: bool = False,
+    third_order: str = "diffusers",
+) -> Solver:
+    """DPM-Solver++(2S), (3S): blocks of one, two or three steps, each step from the beginning of its block."""
+    algorithm = Algorithm.named(algorithm_type, third_order)
+    if not algorithm.data:
+        stay_above_zero(path, "algorithm_type", algorithm_type)
+    to_clean = path.pairs[-1][1].sigma == 0
+    orders = block_orders(path.total, solver_order, lower_order_final or to_clean, to_clean)
+    block: list[tuple[float, X]] = []
+    for wanted, (s, t) in zip(orders[path.total - len(path) :], path, strict=True):
+        x, m = yield x, s
+        if wanted == 1 or not block:  # an image-to-image start may fall inside a block
+            block, start, first = [], x, s
+        block.append((s.lam, algorithm.reading(x, m, s)))
+        derivatives = forward_differences(block, t.lam - first.lam, solver_type)
+        x = integrated(start, first, t, derivatives, algorithm, midpoint=len(block) == 2 and solver_type == "midpoint")
+        if algorithm.sde:
+            x = x + added_std(first, t, algorithm) * noise()
+    return x
+
+
+def block_orders(steps: int, order: int, lower_final: bool, to_clean: bool) -> list[int]:
+    """1, 2, 3, 1, 2, 3, ... for order 3; what does not fill a block, or a last block to be lowered, ends in order 1."""
+    block = list(range(1, order + 1))
+    whole, rest = divmod(steps, order)
+    if rest == 0 and lower_final and order > 1:
+        whole, rest = whole - 1, order
+    orders = block * whole + block[:rest]
+    if to_clean or (lower_final and rest == order):
+        orders[-1] = 1
+    return orders
+
+
+def backward_differences(past: list[tuple[float, X]], h: float) -> list[X]:
+    """D0, D1, D2 at the newest of `past` [(lambda, value), newest first], in units of the step h.
+
+    D2 is h² times the second divided difference, half the second derivative that an exact third order asks for. The
+    authors' code, diffusers and k-diffusion have it so; that is why multistep order 3 converges with order 2.
+    """
+    (lam0, m0), *older = past
+    if not older:
+        return [m0]
+    (lam1, m1), *oldest = older
+    d1 = (m0 - m1) * (h / (lam0 - lam1))
+    if not oldest:
+        return [m0, d1]
+    lam2, m2 = oldest[0]
+    change = d1 - (m1 - m2) * (h / (lam1 - lam2))
+    return [m0, d1 + change * ((lam0 - lam1) / (lam0 - lam2)), change * (h / (lam0 - lam2))]
+
+
+def forward_differences(block: list[tuple[float, X]], h: float, solver_type: str) -> list[X]:
+    """D0, D1, D2 at the oldest of `block`; the midpoint form of order 3 takes D1 from the newest and has no D2."""
+    (lam0, m0), *newer = block
+    rates = [(lam - lam0) / h for lam, _ in newer]
+    slopes = [(m - m0) / r for r, (_, m) in zip(rates, newer, strict=True)]
+    if len(slopes) < 2:
+        return [m0, *slopes]
+    if solver_type == "midpoint":
+        return [m0, slopes[1]]
+    (r1, r2), (d1, d2) = rates, slopes
+    return [m0, (r2 * d1 - r1 * d2) / (r2 - r1), 2 * (d2 - d1) / (r2 - r1)]
+
+
+def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algorithm, midpoint: bool) -> X:
+    """One step of the exponential integrator from s to t, its noise left out (arXiv 2211.01095, section 4 and 5).
+
+    `midpoint` is the second-order rule that takes D1 with half the weight of D0, in place of the exact integral.
+    """
+    h = t.lam - s.lam
+    if algorithm.data:
+        z, scale = (-2 * h if algorithm.sde else -h), -t.alpha
+        x = t.sigma / s.sigma * (math.exp(-h) if algorithm.sde else 1.0) * x
+    else:
+        z, scale = h, -t.sigma * (2 if algorithm.sde else 1)
+        x = t.alpha / s.alpha * x
+    rules = [phi(k, z) for k in range(len(derivatives))]
+    if midpoint:
+        rules[1] = rules[0] / 2
+    if algorithm.flipped and len(rules) == 3:
+        rules[2] += 1
+    return x + scale * sum(rule * d for rule, d in zip(rules, derivatives, strict=True))
+
+
+def added_std(s: Point, t: Point, algorithm: Algorithm) -> float:
+    """Standard deviation of the noise that the SDE adds between s and t."""
+    h = t.lam - s.lam
+    if h < -1e-6:  # less is rounding
+        raise SettingError(
+            "an SDE cannot step back to more noise: final_sigmas_type 'sigma_min' ends at the lowest trained sigma, "
+            "and this schedule goes below it first (sigma_min, or a flow); set final_sigmas_type 'zero'"
+        )
+    return t.sigma * math.sqrt(max(-math.expm1(-2 * h) if algorithm.data else math.expm1(2 * h), 0.0))

@@ -1,0 +1,50 @@
+"""DPM-Solver++(2S) with noise added between: k-diffusion's dpmpp_2s_ancestral and dpmpp_sde, in sigma (alpha 1)."""
+
+from __future__ import annotations
+
+import math
+
+from sdruntime.sampling.grids import Path
+from sdruntime.sampling.samplers.kdiffusion import ancestral
+from sdruntime.sampling.samplers.protocol import Draw, Solver, X
+
+
+def dpmpp_2s_ancestral(x: X, path: Path, noise: Draw) -> Solver:
+    """k-diffusion sample_dpmpp_2s_ancestral: 2S down to sigma_down, then noise up to the next level."""
+    for s, t in path:
+        x, m = yield x, s
+        if t.sigma == 0:
+            return m
+        down, up = ancestral(s.sigma, t.sigma)
+        middle = path.levels.at_sigma(math.sqrt(s.sigma * down))
+        start, x = x, toward(x, m, s.sigma, middle.sigma)
+        x, m = yield x, middle
+        x = toward(start, m, s.sigma, down) + up * noise()
+    return x
+
+
+def dpmpp_sde(x: X, path: Path, noise: Draw) -> Solver:
+    """k-diffusion sample_dpmpp_sde with r 1/2: each half step is ancestral.
+
+    Its noises are increments of one Brownian motion in sigma. The second covers the interval of the first and goes on,
+    so it shares with it the part rho of its variance.
+    """
+    for s, t in path:
+        x, m = yield x, s
+        if t.sigma == 0:
+            return m
+        middle = path.levels.at_sigma(math.sqrt(s.sigma * t.sigma))
+        down, up = ancestral(s.sigma, middle.sigma)
+        first = noise()
+        start, x = x, toward(x, m, s.sigma, down) + up * first
+        x, m = yield x, middle
+        down, up = ancestral(s.sigma, t.sigma)
+        rho = (s.sigma - middle.sigma) / (s.sigma - t.sigma)
+        both = math.sqrt(rho) * first + math.sqrt(1 - rho) * noise()
+        x = toward(start, m, s.sigma, down) + up * both
+    return x
+
+
+def toward(x: X, m: X, sigma: float, after: float) -> X:
+    """x with its noise brought from sigma to `after` if m is the clean image."""
+    return after / sigma * x + (1 - after / sigma) * m

@@ -1,0 +1,105 @@
+"""The samplers of arXiv 2206.00364 (EDM) and of k-diffusion: steps along dx/dsigma = (x - clean) / sigma.
+
+That is the same equation for variance-exploding and for rectified-flow x, so euler and heun serve both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+from sdruntime.sampling.grids import Path
+from sdruntime.sampling.noise_schedule import Point
+from sdruntime.sampling.samplers.integrals import adams_weights
+from sdruntime.sampling.samplers.protocol import Draw, Solver, X
+
+
+def euler(x: X, path: Path, noise: Draw) -> Solver:
+    """EDM, algorithm 1 without its second half."""
+    for s, t in path:
+        x, m = yield x, s
+        x = x + (t.sigma - s.sigma) * slope(x, m, s)
+    return x
+
+
+def euler_ancestral(x: X, path: Path, noise: Draw) -> Solver:
+    """k-diffusion sample_euler_ancestral: Euler down to sigma_down, then noise up to the next level."""
+    for s, t in path:
+        x, m = yield x, s
+        down, up = ancestral(s.sigma, t.sigma)
+        x = x + (down - s.sigma) * slope(x, m, s) + up * noise()
+    return x
+
+
+def heun(x: X, path: Path, noise: Draw) -> Solver:
+    """EDM, algorithm 1 without churn: the mean of the slopes at both ends; Euler into sigma 0."""
+    for s, t in path:
+        start, m = yield x, s
+        d = slope(start, m, s)
+        x = start + (t.sigma - s.sigma) * d
+        if t.sigma > 0:
+            x, m = yield x, t
+            x = start + (t.sigma - s.sigma) * (d + slope(x, m, t)) / 2
+    return x
+
+
+def dpm2(x: X, path: Path, noise: Draw) -> Solver:
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) as k-diffusion has it: the slope at the middle in log sigma."""
+    for s, t in path:
+        x, m = yield x, s
+        if t.sigma == 0:
+            return x - s.sigma * slope(x, m, s)
+        middle = path.levels.at_sigma(math.sqrt(s.sigma * t.sigma))
+        start, x = x, x + (middle.sigma - s.sigma) * slope(x, m, s)
+        x, m = yield x, middle
+        x = start + (t.sigma - s.sigma) * slope(x, m, middle)
+    return x
+
+
+def dpm2_ancestral(x: X, path: Path, noise: Draw) -> Solver:
+    """k-diffusion sample_dpm_2_ancestral: dpm2 down to sigma_down, then noise up to the next level."""
+    for s, t in path:
+        x, m = yield x, s
+        if t.sigma == 0:
+            return x - s.sigma * slope(x, m, s)
+        down, up = ancestral_float32(s.sigma, t.sigma)
+        middle = path.levels.at_sigma(math.sqrt(s.sigma * down))
+        start, x = x, x + (middle.sigma - s.sigma) * slope(x, m, s)
+        x, m = yield x, middle
+        x = start + (down - s.sigma) * slope(x, m, middle) + up * noise()
+    return x
+
+
+def lms(x: X, path: Path, noise: Draw, *, order: int = 4) -> Solver:
+    """Adams-Bashforth in sigma with the true step sizes (k-diffusion sample_lms); the order grows from 1."""
+    past: deque[tuple[float, X]] = deque(maxlen=order)
+    for s, t in path:
+        x, m = yield x, s
+        past.appendleft((s.sigma, slope(x, m, s)))
+        weights = adams_weights([sigma for sigma, _ in past], s.sigma, t.sigma)
+        x = x + sum(w * d for w, (_, d) in zip(weights, past, strict=True))
+    return x
+
+
+def slope(x: X, m: X, s: Point) -> X:
+    """dx/dsigma at s if m is the clean image."""
+    return (x - m) / s.sigma
+
+
+def ancestral(sigma: float, after: float) -> tuple[float, float]:
+    """(down, up) with down² + up² = after²: how far to denoise and how much noise to add (DDPM's share, eta 1)."""
+    up = after * math.sqrt(1 - (after / sigma) ** 2)
+    return math.sqrt(after**2 - up**2), up
+
+
+def ancestral_float32(sigma: float, after: float) -> tuple[float, float]:
+    """`ancestral` as diffusers' KDPM2Ancestral computes it, in float32, where a large step leaves few digits of `down`.
+
+    Where it leaves none, which diffusers makes NaN of, it is computed exactly.
+    """
+    high, low = np.float32(sigma), np.float32(after)
+    up = np.sqrt(low**2 * (high**2 - low**2) / high**2)
+    rest = low**2 - up**2
+    return (float(np.sqrt(rest)), float(up)) if rest > 0 else ancestral(sigma, after)

@@ -1,0 +1,157 @@
+"""What the registry knows of a sampler, and how it reads a checkpoint's scheduler_config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdruntime.errors import SettingError, UnknownName, shown
+from sdruntime.sampling.grids import SCHEDULES, Path
+from sdruntime.sampling.noise_schedule import Settings, Space
+from sdruntime.sampling.prediction import PREDICTIONS
+from sdruntime.sampling.samplers.keys import OPTIONS
+from sdruntime.sampling.samplers.protocol import Solver
+
+# keys of a scheduler_config.json that are not of the file but defaults of its class: diffusers' from_config does not hand them on
+# to another class
+DEFAULTED = "_use_default_values"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """A row of the registry.
+
+    `order` is the order in which the variance of the result converges on a smooth problem, a start of lower order
+    included; 0 where it does not (distilled models). `reads` names every key of scheduler_config.json that counts, with
+    the default of the diffusers class; `options` are those of them that go to `solve`, `implied` what the name itself
+    fixes ("dpmpp_2m": solver_order 2), `choices` the values of a key that differ from one class to another.
+    """
+
+    name: str
+    solve: Callable[..., Solver]
+    grid: Callable[[Settings, int, int], Path]
+    space: Space
+    order: int
+    reads: Mapping[str, Any]
+    options: tuple[str, ...] = ()
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    takes_schedule: bool = False
+    diffusers: str | None = None
+    a1111: tuple[str, ...] = ()
+    about: str
+
+    def __post_init__(self) -> None:
+        stray = [key for key in (*self.options, *self.implied, *self.choices) if key not in self.reads]
+        if stray:
+            raise TypeError(f"{self.name}: {', '.join(stray)} not among the keys that it reads")
+
+    def settings(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of every key in `reads`: written in `config`, else the default, `given` over both; all checked.
+
+        Raises SettingError with the key and the value for what is out of range or what no table can express.
+        """
+        unknown = [key for key in given if key not in self.reads]
+        if unknown:
+            raise self._refused(unknown[0])
+        other = self.diffusers != config.get("_class_name")
+        unwritten = config.get(DEFAULTED, ()) if other else ()
+        written = {key: config[key] for key in self.reads if config.get(key) is not None and key not in unwritten}
+        written = {key: value for key, value in written.items() if not self._of_another_class(key, value)}
+        # null is false to the classes, whatever their default
+        off = {key: False for key, default in self.reads.items() if default is True and config.get(key, ...) is None}
+        settings = {**self.reads, **off, **written, **given}
+        for key, value in settings.items():
+            if type(value) is not type(self.reads[key]) or value != self.reads[key]:  # 2.0 is not a solver_order
+                self._check(key, value)
+        return settings
+
+    def _refused(self, key: str) -> SettingError:
+        """The error for an option that this sampler does not have: other samplers may."""
+        own = sorted(OPTIONS.intersection(self.reads))
+        if key not in OPTIONS:
+            return UnknownName(f"option of {self.name}", key, own)
+        from sdruntime.sampling.samplers import SAMPLERS
+
+        others = [name for name, row in SAMPLERS.items() if key in row.reads]
+        with_it = f"; samplers with it: {', '.join(others)}" if others else ""
+        return SettingError(f"option {key}: {self.name} has no such option (it has: {', '.join(own) or 'none'}){with_it}")
+
+    def _of_another_class(self, key: str, value: Any) -> bool:
+        """A solver_type or algorithm_type that a sibling wrote: from_config passes over those."""
+        return key in self.choices and value not in self.choices[key] and value in SIBLING_CHOICES.get(key, ())
+
+    def _check(self, key: str, value: Any) -> None:
+        choices = {**CHOICES, **self.choices}
+        if key in choices:
+            if value not in choices[key]:
+                if value in CHOICES.get(key, ()):
+                    raise SettingError(f"{key} {shown(value)}: {self.name} takes {', '.join(choices[key])}")
+                raise UnknownName(key, str(value), [choice for choice in choices[key] if choice])
+        elif key in INEXPRESSIBLE:
+            if value != INEXPRESSIBLE[key]:
+                raise SettingError(
+                    f"{key} {shown(value)} in scheduler_config.json: a table of coefficients cannot express it; "
+                    f"use a sampler that does not read it, or {INEXPRESSIBLE[key]!r}"
+                )
+        elif key in RANGES:
+            kind, low, high = RANGES[key]
+            number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                what = "a whole number" if kind is int else "a number"
+                raise SettingError(f"{key} {shown(value)}: it must be {what} from {low:g} to {high:g}")
+        elif isinstance(self.reads[key], bool):
+            if not isinstance(value, bool):
+                raise SettingError(f"{key} {shown(value)}: it must be true or false")
+        elif not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
+            raise SettingError(f"{key} {shown(value)}: it must be a list of numbers")
+
+
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "prediction_type": PREDICTIONS,
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "schedule": SCHEDULES,
+    "third_order": ("diffusers", "exact"),
+}
+SIBLING_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "algorithm_type": (
+        *("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
+        *("deis", "data_prediction", "noise_prediction"),
+    ),
+}
+# What lies outside the equation, with the one value that is inside.
+INEXPRESSIBLE: Mapping[str, Any] = {
+    "thresholding": False,
+    "clip_sample": False,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "solver_p": None,
+}
+RANGES: Mapping[str, tuple[type, float, float]] = {
+    "num_train_timesteps": (int, 1, 100_000),
+    "beta_start": (float, 1e-7, 0.999),
+    "beta_end": (float, 1e-7, 0.999),
+    "steps_offset": (int, 0, 100_000),
+    "original_inference_steps": (int, 1, 100_000),
+    "timestep_scaling": (float, 1e-3, 1e6),
+    "solver_order": (int, 1, 3),
+    "predictor_order": (int, 1, 4),
+    "corrector_order": (int, 1, 4),
+    "order": (int, 1, 4),
+    "eta": (float, 0.0, 1.0),
+    "sigma_min": (float, 1e-6, 1e6),
+    "sigma_max": (float, 1e-6, 1e6),
+    "lambda_min_clipped": (float, -math.inf, math.inf),
+    "flow_shift": (float, 1e-2, 100.0),
+    "shift": (float, 1e-2, 100.0),
+    "shift_terminal": (float, 0.0, 0.99),
+}

@@ -1,0 +1,49 @@
+"""What a service tells of its pipeline when it is ready."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+
+from sdruntime import __version__
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.records import json_from_record
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.sampling.samplers import SAMPLERS
+
+
+def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
+    """What was opened. Sizes in pixels, (width, height), the ranges of `engines` both ends included; null for a component that is
+    opened at its first use."""
+    manifest, model = pipe.bundle.manifest, pipe.model
+    chosen = {spec.component: spec for spec in pipe.engines.chosen}
+    factor = model.vae_factor
+    return {
+        "model": json_from_record(model),
+        "precision": manifest.precision,
+        "components": {name: _engine_document(chosen.get(name)) for name in manifest.components},
+        "sizes": {
+            "default": list(model.default_size[::-1]),
+            "multiple": model.size_multiple,
+            "engines": [
+                {side: [factor * low, factor * high] for side in ("width", "height") for low, _, high in [profile[side]]}
+                for profile in chosen["unet"].profiles
+            ],
+        },
+        "samplers": list(SAMPLERS),
+        "sampler": pipe.sampler,
+        "versions": {
+            "sdruntime": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            **{spec.backend: spec.version for spec in pipe.engines.chosen},
+        },
+    }
+
+
+def _engine_document(spec: EngineSpec | None) -> dict[str, Any] | None:
+    if spec is None:
+        return None
+    return {name: getattr(spec, name) for name in ("name", "backend", "version", "target", "precision", "shapes")}

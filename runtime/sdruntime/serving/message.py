@@ -1,0 +1,129 @@
+"""What a host says to the service: each message as a record that checks itself."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sdruntime.arrays import Array
+from sdruntime.bundle.records import record_from_json
+from sdruntime.engines.choose import AUTO
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.pipeline.request import Request
+from sdruntime.serving.batcher import QUEUE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a bundle is opened; see EngineOptions and Batcher. `device`: as `cuda.device_index` reads it. `stream`: the handle of a
+    CUDA stream of the caller's, on which all work is done then: TensorRT engines only. `memory`: bytes of the GPU, and a need
+    above it is refused with both numbers."""
+
+    backend: str = AUTO
+    device: int | str = 0
+    threads: int = 0
+    low_memory: bool = False
+    memory: int | None = None
+    stream: int | None = None
+    queue: int = QUEUE
+    running: int | None = None
+    measure: bool = True
+    session: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError(f"threads {self.threads}: 0 or more")
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"memory {self.memory}: at least 1 byte, or null for all that is free")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    op: Literal["open"]
+    bundle: str
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A Request but for its image. `width` and `height` in pixels, both or neither; `seed` null: a random one."""
+
+    prompt: str
+    negative: str | None = None
+    seed: int | None = None
+    steps: int = 20
+    sampler: str | None = None
+    schedule: str | None = None
+    guidance: float = 7.5
+    rescale: float = 0.0
+    width: int | None = None
+    height: int | None = None
+    strength: float = 0.8
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.width is None) != (self.height is None):
+            raise ValueError(f"width {self.width} and height {self.height}: give both or neither")
+
+    def request(self, image: Array | None) -> Request:
+        return Request(
+            prompt=self.prompt,
+            negative=self.negative,
+            seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
+            steps=self.steps,
+            sampler=self.sampler,
+            schedule=self.schedule,
+            guidance=self.guidance,
+            rescale=self.rescale,
+            size=None if self.width is None or self.height is None else (self.width, self.height),
+            image=image,
+            strength=self.strength,
+            options=self.options,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """`image`: (width, height) of the picture to begin from, whose rows are the blob. `device_buffer`: the address of
+    `device_buffer_size` bytes of the caller's on the engines' GPU, which get the rows too: rounded to uint8 on the host, then
+    copied on the engines' stream, and there when "done" is told."""
+
+    op: Literal["submit"]
+    job: int
+    request: Asked
+    preview: bool = False
+    png: bool = False
+    image: tuple[int, int] | None = None
+    device_buffer: int | None = None
+    device_buffer_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    op: Literal["cancel"]
+    job: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    op: Literal["close"]
+
+
+OPERATIONS = {"open": Open, "submit": Submit, "cancel": Cancel, "close": Close}
+Message = Open | Submit | Cancel | Close
+
+
+def message_from_json(document: Any) -> Message:
+    """Raises SettingError with every fault of every field, UnknownName for another `op`."""
+    op = document.get("op") if isinstance(document, dict) else None
+    if not isinstance(op, str):
+        raise SettingError('a message is an object with an "op"')
+    if op not in OPERATIONS:
+        raise UnknownName("op", op, OPERATIONS)
+    faults: list[str] = []
+    found: Message = record_from_json(OPERATIONS[op], document, where="", faults=faults)
+    if faults:
+        raise SettingError(f"{op}: {'; '.join(faults)}")
+    return found

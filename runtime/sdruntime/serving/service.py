@@ -1,0 +1,336 @@
+"""The pictures of one bundle for a host that is no Python: messages in, events out, over a Batcher. What `runtime/capi` embeds.
+
+A message is a JSON object in UTF-8, with a blob of bytes where that is said. From the host:
+
+    {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.Options`
+    {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows
+    {"op": "cancel", "job": ID}                                 of a job that is over: nothing
+    {"op": "close"}                                             cancels what is not done; answered by "closed", the last event
+
+To the host, each job's events in order and ended by one "done" or "failed":
+
+    {"event": "ready", "describe": {...}}                       `describe.pipeline_document`
+    {"event": "refused", "code": N, "message": TEXT}            and "reason", where a host may want to act on it: `REASONS`
+    {"event": "started", "job", "steps"}
+    {"event": "progress", "job", "step", "steps", "preview": [C, h, w]}     blob: float32 latents; both only with "preview": true
+    {"event": "done", "job", "width", "height", "seed", "sampler", "timings", "warnings", "rgb": BYTES, "png": BYTES}
+                                                                blob: RGB8 rows, then the PNG's bytes where it was asked for
+    {"event": "failed", "job", "code", "message"}               and "reason", the same or "closed"
+    {"event": "log", "level": "warning" or "error", "message"}
+    {"event": "closed"}
+
+Codes are the exit codes of the command line (`errors`), and 130 for a cancelled job. `python -m sdruntime.serving.service FD` is
+the same in a process of its own, over the Unix socket FD (`channel`): it ends when the socket does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends import BACKENDS
+from sdruntime.backends.base.engine import CPU, EngineOptions
+from sdruntime.bundle.limits import LARGEST_SIDE
+from sdruntime.bundle.records import json_from_text
+from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
+from sdruntime.pipeline.images.png import png_from_image
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.serving.batcher import Batcher, Drawing, Progress
+from sdruntime.serving.channel import BadFrame, Channel
+from sdruntime.serving.describe import pipeline_document
+from sdruntime.serving.message import Cancel, Open, Submit, message_from_json
+from sdruntime.system.cuda import device_index
+
+CANCELLED = 130
+REASONS: dict[type[BaseException], str] = {
+    QueueFull: "queue_full",
+    Unsupported: "unsupported",
+    BufferTooSmall: "buffer_too_small",
+    MemoryError: "out_of_memory",
+}  # keep equal to runtime/capi/src/runtime.cpp
+_RECORDING = threading.Lock()  # warnings are recorded for the whole process
+
+
+class Service:
+    """`emit(message, blob)` is called with each event, on any thread and several at a time; what it gets may be kept. `apart`: in
+    another process than the host, so that its stream and its device memory are out of reach."""
+
+    def __init__(self, emit: Callable[[bytes, memoryview | None], object], *, apart: bool = False) -> None:
+        self._emit, self._apart = emit, apart
+        self._lock = threading.Lock()  # guards what follows
+        self._jobs: dict[int, Drawing] = {}
+        self._pipe: Pipeline | None = None
+        self._batcher: Batcher | None = None
+        self._closing = False
+        self._opened = contextlib.ExitStack()
+
+    def handle(self, message: bytes, blob: bytes | memoryview | None = None, size: int | None = None) -> None:
+        """Take one message; `blob` is copied, `size` is how many bytes it has where it was not read. Never raises what is wrong
+        with it, but tells it. Opening blocks until the engines are open; nothing else does. May be called from any thread."""
+        document: Any = None
+        try:
+            document = _document(message)
+            parsed = message_from_json(document)
+            if isinstance(parsed, Open):
+                self._open(parsed)
+            elif isinstance(parsed, Submit):
+                self._submit(parsed, blob, memoryview(blob or b"").nbytes if size is None else size)
+            elif isinstance(parsed, Cancel):
+                self._cancel(parsed.job)
+            else:
+                self._close()
+        except Exception as error:
+            self._refuse(document, error)
+
+    # -- messages
+
+    def _open(self, asked: Open) -> None:
+        options = asked.options
+        with self._lock:
+            if self._batcher is not None or self._closing:
+                raise SettingError("open: this service has opened a bundle already: one service, one bundle")
+        if self._apart and options.stream:
+            raise Unsupported("stream: a process of its own cannot reach the caller's CUDA stream: open the bundle in process")
+        engine_options = EngineOptions(
+            device=device_index(options.device),
+            threads=options.threads,
+            memory=options.memory,
+            low_memory=options.low_memory,
+            stream=options.stream or 0,
+            measure=options.measure,
+            session=options.session,
+        )
+        with contextlib.ExitStack() as stack, _RECORDING, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            pipe = Pipeline.open(asked.bundle, backend=options.backend, options=engine_options)
+            strangers = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].loop}
+            if options.stream and strangers:
+                raise Unsupported(
+                    f"stream: engines of {', '.join(sorted(strangers))} do not work on a CUDA stream of the caller's: build them "
+                    "with --backend tensorrt"
+                )
+            stack.enter_context(pipe)
+            batcher = stack.enter_context(Batcher(pipe, queue=options.queue, running=options.running))
+            with self._lock:
+                if self._closing:
+                    raise SdruntimeError("the service was closed meanwhile")
+                self._pipe, self._batcher, self._opened = pipe, batcher, stack.pop_all()
+        for each in told:
+            self._log("warning", str(each.message))
+        self._tell({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
+
+    def _submit(self, asked: Submit, blob: bytes | memoryview | None, size: int) -> None:
+        request = asked.request.request(_start_image(asked, blob, size))
+        with self._lock:
+            if self._batcher is None or self._pipe is None or self._closing:
+                raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
+            if asked.job in self._jobs:
+                raise SettingError(f"job {asked.job} is under way already")
+            _check_buffer(self._pipe, asked, request, apart=self._apart)
+            self._jobs[asked.job] = self._batcher.submit(
+                request,
+                progress=lambda progress: self._progress(asked, progress),
+                preview=asked.preview,
+                done=lambda drawing: self._finished(asked, drawing),
+            )
+
+    def _cancel(self, job: int) -> None:
+        with self._lock:
+            drawing = self._jobs.get(job)
+        if drawing is not None:
+            drawing.cancel()
+
+    def _close(self) -> None:
+        """On a thread of its own: the step that is under way is waited for."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+
+        def close() -> None:
+            try:
+                self._opened.close()
+            except Exception as error:
+                self._log("error", _traceback(error))
+            self._tell({"event": "closed"})
+
+        threading.Thread(target=close, name="sdruntime-close", daemon=True).start()
+
+    def _refuse(self, document: Any, error: Exception) -> None:
+        fields = document if isinstance(document, dict) else {}
+        op, job = fields.get("op"), fields.get("job")
+        with self._lock:
+            known = type(job) is int and job not in self._jobs
+        if op == "open":
+            self._tell({"event": "refused", **self._fault(error)})
+        elif op == "submit" and type(job) is int and known:
+            self._failed(job, error)
+        else:
+            self._log("error", f"a message was refused: {plain(error)}")
+
+    # -- events
+
+    def _progress(self, asked: Submit, progress: Progress) -> None:
+        event = {"event": "progress", "job": asked.job, "step": progress.step, "steps": progress.steps}
+        if progress.step == 0:
+            self._tell({"event": "started", "job": asked.job, "steps": progress.steps})
+        elif progress.latents is None:
+            self._tell(event)
+        else:
+            self._tell(event | {"preview": list(progress.latents.shape)}, progress.latents)
+
+    def _finished(self, asked: Submit, drawing: Drawing) -> None:
+        with self._lock:
+            self._jobs.pop(asked.job, None)
+            pipe = self._pipe
+        try:
+            image = drawing.result()
+            if asked.device_buffer is not None and pipe is not None:
+                _copy_to_device(pipe, image.pixels, asked.device_buffer)
+            png = png_from_image(image.pixels, image.text()) if asked.png else b""
+        except BaseException as error:
+            self._failed(asked.job, error)
+            return
+        height, width = image.shape[:2]
+        done = {
+            "event": "done",
+            "job": asked.job,
+            "width": width,
+            "height": height,
+            "seed": image.seed,
+            "sampler": image.sampler,
+            "timings": dataclasses.asdict(drawing.timings),
+            "warnings": drawing.warnings,
+            "rgb": image.pixels.nbytes,
+            "png": len(png),
+        }
+        self._tell(done, image.pixels if not png else np.frombuffer(image.pixels.tobytes() + png, np.uint8))
+
+    def _failed(self, job: int, error: BaseException) -> None:
+        self._tell({"event": "failed", "job": job, **self._fault(error)})
+
+    def _fault(self, error: BaseException) -> dict[str, Any]:
+        """Code and message, as the command line would end; the traceback of what nobody expected goes to the log."""
+        known = next((reason for kind, reason in REASONS.items() if isinstance(error, kind)), "closed" if self._closing else "")
+        reason = {"reason": known} if known else {}
+        if isinstance(error, CancelledError):
+            return {"code": CANCELLED, "message": "cancelled", **reason}
+        if isinstance(error, MemoryError):
+            return {"code": 3, "message": "out of memory: ask for a smaller size, or let fewer pictures run at a time", **reason}
+        if isinstance(error, SdruntimeError):
+            return {"code": error.exit_code, "message": str(error), **reason}
+        self._log("error", _traceback(error))
+        return {"code": 1, "message": f"{type(error).__name__}: {error}"}
+
+    def _log(self, level: str, message: str) -> None:
+        self._tell({"event": "log", "level": level, "message": message})
+
+    def _tell(self, event: dict[str, Any], blob: Array | None = None) -> None:
+        data = None if blob is None else np.ascontiguousarray(blob).data.cast("B")
+        self._emit(json.dumps(event, allow_nan=False).encode(), data)
+
+
+def _document(message: bytes) -> Any:
+    try:
+        return json_from_text(bytes(message).decode(), infinity=False)
+    except ValueError as error:
+        raise SettingError(f"no JSON in UTF-8: {plain(error)}") from error
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def blob_bytes(message: bytes) -> int:
+    """How many bytes a message's blob may have: those of its start image, so that no other one is read."""
+    try:
+        parsed = message_from_json(_document(message))
+    except SettingError:
+        return 0
+    width, height = (parsed.image if isinstance(parsed, Submit) else None) or (0, 0)
+    return 3 * width * height if 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE else 0
+
+
+def _start_image(asked: Submit, blob: bytes | memoryview | None, given: int) -> Array | None:
+    width, height = asked.image or (0, 0)
+    if asked.image is not None and (width < 1 or height < 1):
+        raise SettingError(f"image {width}x{height}: expected its width and height in pixels")
+    if given != 3 * width * height:
+        raise SettingError(f"image {width}x{height}: {3 * width * height:,} bytes of RGB8 rows belong in the blob, not {given:,}")
+    if blob is None or not given:
+        return None
+    image: Array = np.frombuffer(blob, np.uint8).reshape(height, width, 3).copy()
+    return image
+
+
+def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: bool) -> None:
+    """Raises SettingError for a device buffer that the picture cannot be put into."""
+    if asked.device_buffer is None:
+        return
+    where = f"device_buffer of job {asked.job}"
+    if apart:
+        raise Unsupported(f"{where}: a process of its own cannot reach the caller's device memory: open the bundle in process")
+    if all(spec.target == CPU for spec in pipe.engines.chosen):
+        raise Unsupported(f"{where}: the engines run on the CPU: leave it out and take the bytes of the picture")
+    _, height, width = pipe.latent_shape(request)
+    needed, given = 3 * height * width * pipe.model.vae_factor**2, asked.device_buffer_size or 0
+    if asked.device_buffer < 1 or given < needed:
+        raise BufferTooSmall(f"{where}: {given:,} bytes at {asked.device_buffer:#x}, but the picture has {needed:,}")
+
+
+def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:
+    """On the stream that the engines work on, which is waited for; on the thread that draws."""
+    from sdruntime.backends.trt.session import session
+
+    held = pipe.engines.shared.get(("cuda", pipe.engines.options.device), lambda: session(pipe.engines.options))
+    held.staging.upload(pointer, image)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The worker: serve one host over the Unix socket whose descriptor is the argument, until the host closes it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        [descriptor] = given
+        channel = Channel(socket.socket(fileno=int(descriptor)))
+    except (ValueError, OSError):
+        print(
+            f"sdruntime.serving.service: expected the number of an open socket's descriptor, got {' '.join(given) or 'nothing'}: "
+            "a host starts this worker with one end of a socketpair",
+            file=sys.stderr,
+        )
+        return 2
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of a terminal is the host's matter
+
+    def emit(message: bytes, blob: memoryview | None) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the host is gone: the loop below ends too
+            channel.send(message, blob)
+
+    service = Service(emit, apart=True)
+    code = 0
+    try:
+        while received := channel.receive(blob_bytes):
+            service.handle(*received)
+    except BadFrame as error:
+        print(f"sdruntime.serving.service: {error}", file=sys.stderr, flush=True)
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # nobody waits for the pictures, and large libraries take seconds to take themselves down
+
+
+if __name__ == "__main__":
+    sys.exit(main())

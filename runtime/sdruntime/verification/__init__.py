@@ -1,0 +1,1 @@
+"""Whether engines compute what PyTorch computed."""

@@ -1,0 +1,292 @@
+"""A bundle against its golden numbers: every engine that this machine can run, and its own ONNX through ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends import BACKENDS, backend
+from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.limits import any_shape
+from sdruntime.bundle.manifest import EngineSpec, Manifest
+from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.engines.choose import Machine, misfit
+from sdruntime.engines.finite import checked_rows
+from sdruntime.engines.shapes import dims_in_pixels, shapes_in_pixels
+from sdruntime.errors import LibraryMissing, NotFinite, SdruntimeError, VerificationFailed
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.system import processor
+from sdruntime.system.process import Message, serve
+from sdruntime.verification.golden import (
+    DOCUMENT,
+    Case,
+    Digest,
+    Golden,
+    digest_of,
+    picture_key,
+    read_golden,
+    sample_of,
+)
+from sdruntime.verification.metrics import Difference, picture_psnr, ssim
+from sdruntime.verification.report import Check, PictureCheck, Report
+from sdruntime.verification.tolerance import Tolerance, tolerance_name
+
+ONNX = "onnxruntime"
+ITS_ONNX = "its ONNX, ONNX Runtime"  # what a report calls the bundle's own ONNX
+Reference = Callable[[Case], Mapping[str, Array]]
+
+
+def verify(
+    folder: Path | str | Bundle, *, options: EngineOptions | None = None, against: Reference | None = None
+) -> Iterator[Check | PictureCheck]:
+    """Run what can be run: a Check for each output, a PictureCheck for each picture; what is passed over has its reason.
+
+    `against` answers a case with whole outputs, in place of the stored samples. Raises BundleError for a bundle without golden
+    numbers, and LibraryMissing where there is no library that could run anything.
+    """
+    bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
+    golden, numbers = read_golden(bundle)
+    options = options or EngineOptions()
+    machine = Machine.here(options.device, {ONNX, *(engine.backend for engine in bundle.manifest.engines)})
+    work = _Verification(bundle, golden, numbers, machine, options, against)
+    own = [onnx_spec(bundle.manifest, name, machine.libraries[ONNX].version or "0") for name in work.components]
+    built = [engine for engine in bundle.manifest.engines if engine.backend != "fake" and engine.component != STEP]
+    reasons = [work.misfit(engine) for engine in (*own, *built)]
+    if all(reasons) and bundle.manifest.precision != "bf16":
+        raise LibraryMissing(f"nothing here can run this bundle: {'; '.join(sorted(set(map(str, reasons))))}")
+    for component in work.components:
+        for engine in (*own, *built):
+            if engine.component == component:
+                yield from work.engine(engine)
+    yield from work.pictures(ITS_ONNX, ONNX, own)
+    for name in BACKENDS:
+        if group := [engine for engine in bundle.manifest.engines if engine.backend == name and name != "fake"]:
+            yield from work.pictures(name, name, group)
+
+
+def subjects(bundle: Bundle) -> int:
+    """How many engines and pipelines `verify` has something to say of."""
+    manifest = bundle.manifest
+    engines = [engine for engine in manifest.engines if engine.backend != "fake"]
+    components = sum(name != STEP for name in manifest.components) + sum(engine.component != STEP for engine in engines)
+    return components + 1 + len({engine.backend for engine in engines})
+
+
+def held(bundle: Bundle, engine: EngineSpec) -> str:
+    """Hold one engine to the golden numbers, for a build. Returns why it could not be run here; "" where it was, or where the
+    bundle has no golden numbers of it. Raises VerificationFailed."""
+    if DOCUMENT not in bundle.manifest.files or engine.backend == "fake" or engine.component == STEP:
+        return ""
+    golden, numbers = read_golden(bundle)
+    options = EngineOptions()
+    work = _Verification(bundle, golden, numbers, Machine.here(options.device, {engine.backend}), options, None)
+    checks = list(work.engine(engine))
+    if faults := [f"{each.title}: {each.reason}" for each in checks if each.status == "fail"]:
+        raise VerificationFailed(f"{bundle.folder}: engine {engine.name} is not added", faults)
+    return "; ".join(f"{engine.name} was not verified: {each.reason}" for each in checks if each.status == "skip")
+
+
+def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, reference: str = "") -> Report:
+    """The report of these checks, with the limits that were applied, the time and the machine."""
+    found = list(found)
+    golden = read_golden(bundle)[0]
+    versions = ", ".join(f"{name} {version}" for name, version in golden.reference.items())
+    checks = tuple(each for each in found if isinstance(each, Check))
+    here = Machine.here(names={ONNX, *(engine.backend for engine in bundle.manifest.engines if engine.backend != "fake")})
+    applied = dict.fromkeys(each.tolerance for each in checks if each.difference is not None) or [bundle.manifest.precision]
+    return Report(
+        bundle=bundle.folder.name,
+        model=bundle.manifest.model.name,
+        precision=bundle.manifest.precision,
+        reference=reference or f"its reference outputs ({versions})",
+        checks=checks,
+        pictures=tuple(each for each in found if isinstance(each, PictureCheck)),
+        limits={name: golden.tolerances[name] for name in applied},
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        machine={
+            "processor": processor.name(),
+            **{f"gpu {index}": device.name for index, device in enumerate(here.devices)},
+            "system": f"{platform.system()} {platform.machine()}",
+            **{name: f"{name} {library.version}" for name, library in here.libraries.items() if library.version},
+        },
+    )
+
+
+def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
+    """A component's own ONNX as an engine of ONNX Runtime for the CPU, of any shape."""
+    spec = manifest.components[component]
+    return EngineSpec(
+        component=component,
+        backend=ONNX,
+        version=version,
+        target=CPU,
+        precision=manifest.precision,
+        files=spec.files,
+        profiles=(any_shape(spec.dimensions),),
+    )
+
+
+def label(engine: EngineSpec) -> str:
+    """What a report calls an engine: its name, or that of the ONNX which it is."""
+    return engine.name if engine.files[0].startswith("engines/") else ITS_ONNX
+
+
+@dataclass(frozen=True, slots=True)
+class _Verification:
+    bundle: Bundle
+    golden: Golden
+    numbers: Mapping[str, Array]
+    machine: Machine
+    options: EngineOptions
+    against: Reference | None
+
+    @property
+    def components(self) -> list[str]:
+        return [name for name in self.bundle.manifest.components if name != STEP]
+
+    def misfit(self, engine: EngineSpec) -> str | None:
+        if engine.backend == ONNX and engine.target == CPU and engine.precision == "bf16":
+            return "ONNX Runtime computes no bf16 on the CPU"
+        return misfit(engine, self.machine)
+
+    def engine(self, spec: EngineSpec) -> Iterator[Check]:
+        check = functools.partial(
+            Check, component=spec.component, engine=label(spec), precision=spec.precision, tolerance=tolerance_name(spec)
+        )
+        if why_not := self.misfit(spec):
+            yield check(status="skip", reason=why_not)
+            return
+        cases = [case for case in self.golden.cases if case.component == spec.component]
+        fitting = [case for case in cases if spec.admits(**{name: size for name, size in case.dims.items() if name != "batch"})]
+        if not fitting:
+            model = self.bundle.manifest.model
+            sizes = " or ".join(dims_in_pixels(spec.component, model, case.dims) for case in cases)
+            built = shapes_in_pixels(spec, model)
+            yield check(status="skip", reason=f"built for {built}; the golden numbers are of {sizes}")
+            return
+        shared = Shared()
+        try:
+            opened = backend(spec.backend, "engine").open_engine(self.bundle, spec, self.options, shared)
+            with opened as engine:
+                for case in fitting:
+                    yield from self.case(engine, case)
+        except SdruntimeError as error:
+            yield check(status="fail", reason=str(error))
+        finally:
+            shared.close()
+
+    def case(self, engine: Engine, case: Case) -> Iterator[Check]:
+        tolerance = self.golden.tolerances[tolerance_name(engine.spec)]
+        try:
+            outputs = checked_rows(
+                engine, case.feeds(engine.component), lambda row: f"case {case.name}, row {row}", self.bundle.folder
+            )
+        except NotFinite as error:
+            yield _checked(engine.spec, case, "", None, [str(error)])
+            return
+        whole = None if self.against is None else self.against(case)
+        for name, digest in case.outputs.items():
+            ours, stored = outputs[name], self.numbers[case.key(name)]
+            if ours.shape != digest.shape:
+                yield _checked(engine.spec, case, name, None, [f"shape {list(ours.shape)}, not {list(digest.shape)}"])
+                continue
+            pair = (sample_of(ours, case.seed), stored) if whole is None else (ours, whole[name])
+            difference = Difference.of(*pair, digest.largest)
+            faults = [*component_faults(difference, tolerance), *digest_faults(digest_of(ours), digest, tolerance)]
+            yield _checked(engine.spec, case, name, difference, faults)
+
+    def pictures(self, title: str, name: str, group: list[EngineSpec]) -> Iterator[PictureCheck]:
+        """The drawings, by these engines of one backend."""
+        usable = [engine for engine in group if not self.misfit(engine)]
+        if why_not := self._undrawable(group, usable):
+            yield PictureCheck(engines=title, status="skip", reason=why_not)
+            return
+        held = min((self.golden.tolerances[tolerance_name(each)] for each in usable), key=lambda each: each.picture_psnr)
+        manifest = dataclasses.replace(self.bundle.manifest, engines=tuple(usable))
+        try:
+            with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=name, options=self.options) as pipe:
+                images = pipe([drawing.request for drawing in self.golden.drawings]).pixels
+        except SdruntimeError as error:
+            yield PictureCheck(engines=title, status="fail", reason=str(error))
+            return
+        for index, (drawing, image) in enumerate(zip(self.golden.drawings, images, strict=True)):
+            stored = self.numbers[picture_key(index)].astype(np.uint8)
+            psnr, likeness = picture_psnr(image, stored), ssim(image, stored)
+            limits = (("PSNR", psnr, held.picture_psnr), ("SSIM", likeness, held.ssim))
+            reason = "; ".join(f"{what} {value:.4g}, under {least:g}" for what, value, least in limits if value < least)
+            yield PictureCheck(
+                engines=title,
+                prompt=drawing.prompt,
+                status="fail" if reason else "pass",
+                psnr=psnr,
+                ssim=likeness,
+                reason=reason,
+                drawn=image,
+                stored=stored,
+            )
+
+    def _undrawable(self, group: list[EngineSpec], usable: list[EngineSpec]) -> str | None:
+        """Why the drawings cannot be had of these engines."""
+        needed = {component for component in self.components if component != "vae_encoder"}
+        if lacking := sorted(needed - {engine.component for engine in usable}):
+            faults = [fault for engine in group if engine.component in lacking and (fault := self.misfit(engine))]
+            return faults[0] if faults else f"no engine of {', '.join(lacking)}"
+        (width, height), factor = self.golden.drawings[0].size, self.bundle.manifest.model.vae_factor
+        for component in ("unet", "vae_decoder"):
+            engines = [engine for engine in usable if engine.component == component]
+            if not any(engine.admits(width=width // factor, height=height // factor) for engine in engines):
+                return f"no engine of {component} takes pictures of {width}x{height}"
+        return None
+
+
+def component_faults(difference: Difference, tolerance: Tolerance) -> Iterator[str]:
+    if difference.relative > tolerance.relative:
+        yield f"largest error {difference.relative:.2e} of the largest value, over {tolerance.relative:.0e}"
+    if difference.psnr < tolerance.psnr:
+        yield f"PSNR {difference.psnr:.1f} dB, under {tolerance.psnr:g}"
+    if difference.cosine < tolerance.cosine:
+        yield f"cosine {difference.cosine:.7f}, under {tolerance.cosine:g}"
+
+
+def digest_faults(found: Digest, expected: Digest, tolerance: Tolerance) -> Iterator[str]:
+    limit = tolerance.digest * expected.largest
+    for part in ("mean", "std", "min", "max"):
+        ours, reference = getattr(found, part), getattr(expected, part)
+        if abs(ours - reference) > limit:
+            yield f"{part} {ours:.6g}, not {reference:.6g} to {limit:.1g}"
+    if abs(found.norm - expected.norm) > tolerance.digest * expected.norm:
+        yield f"norm {found.norm:.6g}, not {expected.norm:.6g}"
+
+
+def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference | None, faults: list[str]) -> Check:
+    return Check(
+        component=spec.component,
+        engine=label(spec),
+        precision=spec.precision,
+        tolerance=tolerance_name(spec),
+        case=case.name,
+        output=output,
+        status="fail" if faults else "pass",
+        difference=difference,
+        reason="; ".join(faults),
+    )
+
+
+def _work(job: Message, tell: Callable[[Message], None]) -> None:
+    """For a build: the report's faults, and how much was run."""
+    bundle = Bundle.open(job["bundle"])
+    report = report_of(bundle, verify(bundle))
+    tell({"ran": report.ran, "faults": report.faults(), "lines": list(report.lines())})
+
+
+if __name__ == "__main__":
+    serve(_work, errors=(SdruntimeError,), memory=LibraryMissing("out of memory: free some, or build with --no-verify"))

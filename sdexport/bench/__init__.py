@@ -1,0 +1,1 @@
+"""A bundle measured beside what its user would otherwise run."""

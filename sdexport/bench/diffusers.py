@@ -1,0 +1,122 @@
+"""diffusers on the same checkpoint, eager and compiled, drawing what our pipelines draw: same noise, steps and scheduler.
+
+What a bundle is measured against, and what a user would otherwise run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdexport.bench.timing import Array
+from sdruntime.bundle.manifest import Precision
+from sdruntime.pipeline.request import Request
+from sdruntime.sampling.noise import NoiseStream
+
+EAGER, COMPILED = "diffusers eager", "diffusers torch.compile(max-autotune)"
+
+
+def missing(device: str = "cuda") -> str:
+    """Why diffusers cannot draw here; empty where it can."""
+    for name in ("torch", "diffusers", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    return ""
+
+
+def versions() -> Mapping[str, str]:
+    """Of torch, diffusers and transformers, where they are."""
+    import importlib.metadata as metadata
+
+    found = {}
+    for name in ("torch", "diffusers", "transformers"):
+        if importlib.util.find_spec(name) is not None:
+            found[name] = metadata.version(name)
+    return found
+
+
+class Diffusers:
+    """A checkpoint as its own pipeline: in `precision`, by default float16 on a GPU and else float32. Steps and
+    the rest come with the requests."""
+
+    def __init__(self, checkpoint: Path, *, device: str = "cuda", precision: Precision | None = None) -> None:
+        import diffusers
+        import torch
+
+        self._torch, self._device = torch, device
+        named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        self._dtype = named[precision or ("fp16" if device == "cuda" else "fp32")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe = diffusers.DiffusionPipeline.from_pretrained(str(checkpoint), torch_dtype=self._dtype, local_files_only=True)
+        self._pipe = pipe.to(device)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._parts = {EAGER: (pipe.unet, pipe.vae.decode)}
+
+    def compile(self, mode: str = "max-autotune") -> None:
+        """As diffusers' own guide to speed has it. The compiling itself happens with the first picture of each shape."""
+        compiled = self._torch.compile
+        unet = compiled(self._pipe.unet, mode=mode, fullgraph=True)
+        self._parts[COMPILED] = (unet, compiled(self._pipe.vae.decode, mode=mode, fullgraph=True))
+
+    def unet(self, name: str) -> Any:
+        return self._parts[name][0]
+
+    def call(self, name: str, component: str, feeds: Mapping[str, Array]) -> None:
+        """One component, as a bundle calls it, its inputs brought to the device and the end awaited."""
+        torch, (unet, decode) = self._torch, self._parts[name]
+        with torch.inference_mode():
+            given = {key: torch.from_numpy(array).to(self._device) for key, array in feeds.items()}
+            cast = {key: value if component.startswith("text") else value.to(self._dtype) for key, value in given.items()}
+            if component == "unet":
+                added = {key: cast[key] for key in ("text_embeds", "time_ids") if key in cast}
+                extra = {"added_cond_kwargs": added} if added else {}
+                unet(cast["sample"], given["timestep"], encoder_hidden_states=cast["encoder_hidden_states"], **extra)
+            elif component == "vae_decoder":
+                decode(cast["latent_sample"])
+            else:
+                getattr(self._pipe, component)(given["input_ids"], output_hidden_states=True)
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+    def draw(self, name: str, asked: list[Request]) -> list[Array]:
+        """Pictures uint8 [H, W, 3] of requests that differ in nothing but their seeds."""
+        first, pipe, torch = asked[0], self._pipe, self._torch
+        pipe.unet, pipe.vae.decode = self._parts[name]
+        side = pipe.unet.config.sample_size
+        width, height = first.size or (side * pipe.vae_scale_factor,) * 2
+        shape = (pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+        noise = np.stack([NoiseStream(each.seed).normal(shape) for each in asked])
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            images = pipe(
+                [each.prompt for each in asked],
+                num_inference_steps=first.steps,
+                guidance_scale=first.guidance,
+                latents=torch.from_numpy(noise).to(self._device, self._dtype),
+                width=width,
+                height=height,
+                output_type="np",
+            ).images
+        return list((images * 255).round().astype(np.uint8))
+
+    def first(self, name: str, asked: list[Request]) -> float:
+        """Seconds of the first picture: for the compiled one, the compiling."""
+        begun = time.perf_counter()
+        self.draw(name, asked)
+        return round(time.perf_counter() - begun, 2)
+
+    def close(self) -> None:
+        del self._pipe, self._parts
+        if self._device == "cuda":
+            self._torch.cuda.empty_cache()

@@ -1,0 +1,188 @@
+"""What a contestant's process holds: a bundle's engines, or torch. Each draws the same pictures and calls the same components."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdexport.bench.timing import Array, drawn, feeds_of
+from sdruntime.backends import BACKENDS, backend
+from sdruntime.backends.base.engine import CPU, AroundEngine, Engine, EngineOptions
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import Precision
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+from sdruntime.system.cuda import Cuda, devices
+
+Message = dict[str, Any]
+TORCH = ("torch", "torch-bf16", "torch-compile")
+FEW = 4  # steps at least, where the time between steps is asked
+
+
+class Clock:
+    """When the calls of something began and ended."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, float]] = []
+
+    def add(self, begun: float) -> None:
+        self.calls.append((begun, time.perf_counter()))
+
+    def outside(self) -> float:
+        """Seconds between two calls, on average."""
+        inside = sum(end - begun for begun, end in self.calls)
+        return (self.calls[-1][1] - self.calls[0][0] - inside) / max(1, len(self.calls) - 1)
+
+
+def requests(job: Message, *, few: int = 1) -> list[Request]:
+    """The pictures of one call: seeds rise from the request's own."""
+    asked = dict(job["request"])
+    asked["size"], asked["steps"] = tuple(asked["size"]), max(few, asked["steps"])
+    seed = asked.pop("seed")
+    return [Request(seed=seed + k, **asked) for k in range(job["batch"])]
+
+
+class _Feeds:
+    """The inputs of components, made once: those of a bundle's manifest."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._manifest, self._made = bundle.manifest, dict[tuple[Any, ...], dict[str, Array]]()
+
+    def of(self, component: str, dims: Mapping[str, int]) -> dict[str, Array]:
+        key = (component, *dims.items())
+        if key not in self._made:
+            spec = self._manifest.components[component]
+            self._made[key] = feeds_of(spec, dims, self._manifest.model.vae_factor)
+        return self._made[key]
+
+
+class _ClockedEngine(AroundEngine):
+    """An engine whose calls are timed."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        super().__init__(engine)
+        self._clock = clock
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        begun = time.perf_counter()
+        outputs = self._engine(feeds)
+        self._clock.add(begun)
+        return outputs
+
+
+class _ClockedPipeline(Pipeline):
+    clock: Clock | None = None
+
+    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
+        engine = super().engine(component, rows=rows, **dims)
+        return _ClockedEngine(engine, self.clock) if self.clock is not None and component == "unet" else engine
+
+
+class BundleDrawer:
+    """A bundle's engines of one backend."""
+
+    def __init__(self, job: Message, arrived: list[float]) -> None:
+        backend(job["backend"], "engine").here(job["backend"])  # imports the library
+        arrived.append(time.monotonic())
+        self._job, self._stack = job, contextlib.ExitStack()
+        self._cuda = self._stack.enter_context(Cuda.open()) if devices() else None
+        self._before = self._cuda.free_memory() if self._cuda else 0
+        self._pipe = _ClockedPipeline(Bundle.open(job["bundle"]), backend=job["backend"], options=EngineOptions())
+        self._stack.enter_context(self._pipe)
+        self._feeds, self._on_device = _Feeds(self._pipe.bundle), BACKENDS[job["backend"]].loop
+
+    def draw(self) -> list[Array]:
+        return drawn(self._pipe, requests(self._job), on_device=True)
+
+    def call(self, component: str, dims: Mapping[str, int]) -> object:
+        sizes = {name: size for name, size in dims.items() if name != "batch"}
+        return self._pipe.engine(component, rows=dims["batch"], **sizes)(self._feeds.of(component, dims))
+
+    def outside(self) -> float:
+        """With the loop on the device: the work of the calling thread in a step, which runs ahead of the device."""
+        stream = self._pipe.stream(requests(self._job, few=FEW), on_device=self._on_device)
+        if self._on_device:
+            begun = time.thread_time()
+            steps = sum(1 for _ in stream)
+            return (time.thread_time() - begun) / steps
+        self._pipe.clock = clock = Clock()
+        try:
+            for _ in stream:
+                pass
+        finally:
+            self._pipe.clock = None
+        return clock.outside()
+
+    def about(self) -> Message:
+        on_gpu = self._cuda is not None and self._pipe.engine("unet").spec.target != CPU
+        return {"device_memory": self._before - self._cuda.free_memory()} if on_gpu and self._cuda else {}
+
+
+class TorchDrawer:
+    """diffusers on the checkpoint: float16 on a GPU; on a CPU float32, or bfloat16 for "torch-bf16"."""
+
+    def __init__(self, job: Message, arrived: list[float]) -> None:
+        import diffusers
+        import torch
+
+        from sdexport.bench.diffusers import COMPILED, EAGER, Diffusers, versions
+
+        diffusers.DiffusionPipeline  # noqa: B018  imported at the first look
+        arrived.append(time.monotonic())
+        self._job, self._torch, self._versions = job, torch, versions()
+        self._gpu = torch.cuda.is_available()
+        precision: Precision = "bf16" if job["kind"] == "torch-bf16" else "fp16" if self._gpu else "fp32"
+        self._rival = Diffusers(Path(job["checkpoint"]), device="cuda" if self._gpu else "cpu", precision=precision)
+        self._way = EAGER
+        if job["kind"] == "torch-compile":
+            self._rival.compile("max-autotune" if self._gpu else "default")  # on a CPU it would tune for an hour
+            self._way = COMPILED
+        self._bundle: Bundle | None = None
+
+    def draw(self) -> list[Array]:
+        return self._rival.draw(self._way, requests(self._job))
+
+    def call(self, component: str, dims: Mapping[str, int]) -> object:
+        if self._bundle is None:
+            self._bundle = Bundle.open(self._job["bundle"])
+            self._feeds = _Feeds(self._bundle)
+        self._rival.call(self._way, component, self._feeds.of(component, dims))
+        return None
+
+    def outside(self) -> float:
+        clock = Clock()
+        with self._clocked(clock):
+            self._rival.draw(self._way, requests(self._job, few=FEW))
+        return clock.outside()
+
+    @contextlib.contextmanager
+    def _clocked(self, clock: Clock) -> Iterator[None]:
+        begun = 0.0
+
+        def before(*_: object) -> None:
+            nonlocal begun
+            self._settle()
+            begun = time.perf_counter()
+
+        def after(*_: object) -> None:
+            self._settle()
+            clock.add(begun)
+
+        unet = self._rival.unet(self._way)
+        hooks = [unet.register_forward_pre_hook(before), unet.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _settle(self) -> None:
+        if self._gpu:
+            self._torch.cuda.synchronize()
+
+    def about(self) -> Message:
+        memory = {"device_memory": self._torch.cuda.max_memory_reserved()} if self._gpu else {}
+        return {"versions": dict(self._versions), **memory}

@@ -1,0 +1,103 @@
+"""What a benchmark measures, and where: the engines of a bundle, what of its options costs speed, this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdruntime.backends import BACKENDS
+from sdruntime.backends.base.engine import CPU
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.change import remove_engine
+from sdruntime.bundle.manifest import EngineSpec, Manifest
+from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.engines.choose import Machine, choose_engine
+from sdruntime.errors import quoted
+from sdruntime.pipeline.pipeline import SCHEDULER
+from sdruntime.system import processor
+from sdruntime.verification.golden import build_command
+
+FEW_STEPS = ("turbo", "lightning", "lcm", "hyper", "schnell")  # in the names of models that are distilled to draw unguided
+
+
+def bare(bundle: Path, place: Path) -> Path:
+    """A copy without engines."""
+    copy = Bundle.open(Path(shutil.copytree(bundle, place)))
+    for engine in copy.manifest.engines:
+        copy = remove_engine(copy, engine)
+    return copy.folder
+
+
+def chosen(bundle: Bundle, name: str, machine: Machine, size: tuple[int, int]) -> list[EngineSpec]:
+    """The engines that a pipeline of this backend opens for such pictures. Raises EngineError, UnknownName."""
+    width, height = (side // bundle.manifest.model.vae_factor for side in size)
+    return [
+        choose_engine(
+            bundle,
+            part,
+            machine,
+            name=name,
+            **({} if part.startswith("text") else {"height": height, "width": width}),
+        )
+        for part in parts(bundle.manifest)
+    ]
+
+
+def parts(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.components if name not in ("vae_encoder", STEP)]
+
+
+def costs(
+    bundle: Bundle, specs: Sequence[EngineSpec], machine: Machine, *, guidance: float, batch: int, unguided: bool
+) -> list[str]:
+    """What of the options costs speed, a line each, with what would be quicker."""
+    found, build = [], f"sdruntime build {quoted(bundle.folder)} --backend onnxruntime"
+    on_gpu, on_cpu = [spec for spec in specs if spec.target != CPU], [spec for spec in specs if spec.target == CPU]
+    if guidance > 1 and unguided:
+        found.append(
+            f"guidance {guidance:g} doubles the UNet's rows, and {bundle.manifest.model.name} draws without: --guidance 1"
+        )
+    if on_cpu and machine.devices:
+        names = ", ".join(spec.component for spec in on_cpu)
+        found.append(f"{names} on the CPU although {machine.devices[0].name} is here: {build} --target cuda")
+    if slow := [spec.component for spec in on_gpu if spec.precision == "fp32"]:
+        found.append(f"{', '.join(slow)} in fp32 on a GPU: {build_command(bundle, 'fp16')} takes about half the time")
+    if slow := [spec.component for spec in on_cpu if spec.precision == "fp16"]:
+        found.append(f"{', '.join(slow)} in fp16 on a CPU, which computes in fp32 and converts: --precision fp32 is quicker here")
+    if wide := [spec.component for spec in specs if BACKENDS[spec.backend].static and _is_dynamic(spec)]:
+        found.append(f"{', '.join(wide)} built for a range of shapes: engines of one --size and --batch are quicker")
+    rows = batch * (2 if guidance > 1 else 1)
+    for spec in specs:
+        most = max(profile["batch"][2] if "batch" in profile else rows for profile in spec.profiles)
+        if spec.component == "unet" and most < rows:
+            found.append(
+                f"unet takes {most} rows and a step has {rows}, so it is called {-(-rows // most)} times: {build} --batch {batch}"
+            )
+    return found
+
+
+def _is_dynamic(spec: EngineSpec) -> bool:
+    return all(any(low != high for low, _, high in profile.values()) for profile in spec.profiles)
+
+
+def draws_unguided(bundle: Bundle) -> bool:
+    """Whether the checkpoint is one that was distilled to few steps without guidance, as far as its name and scheduler tell."""
+    name, scheduler = bundle.manifest.model.name.casefold(), str(bundle.read_json(SCHEDULER).get("_class_name"))
+    return any(word in name for word in FEW_STEPS) or scheduler in ("LCMScheduler", "TCDScheduler")
+
+
+def machine_of(machine: Machine) -> dict[str, Any]:
+    """The processor and GPUs by name, and how busy it was (`load`: processes that ran or waited, in the last minute)."""
+    return {
+        "processor": processor.name(),
+        "cores": processor.cores(),
+        "gpus": [device.name for device in machine.devices],
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
+    }

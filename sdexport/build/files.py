@@ -1,0 +1,57 @@
+"""The files of a bundle that are no networks, and what its manifest says of the components."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdexport.checkpoint.folder import Checkpoint
+from sdexport.families.components import Component
+from sdexport.trace.component import DATA, MODEL
+from sdexport.trace.versions import versions
+from sdruntime.bundle.audit import Audit
+from sdruntime.bundle.manifest import ComponentSpec
+
+
+def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config without what makes a library that opens it run other code (`_attn_implementation`, `auto_map`, …)."""
+    known = ("_class_name", "_diffusers_version")
+    return {key: value for key, value in config.items() if key in known or not (key.startswith("_") or key == "auto_map")}
+
+
+def write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:
+    for name, tokenizer in checkpoint.tokenizers.items():
+        tokenizer.write(folder / name, length=checkpoint.text_length)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(checkpoint.scheduler), indent=1) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(_model_index(checkpoint, table), indent=1) + "\n")
+
+
+def _model_index(checkpoint: Checkpoint, table: Sequence[Component]) -> Mapping[str, Any]:
+    """What diffusers' OnnxStableDiffusionPipeline reads; it knows SD1 and SD2."""
+    known = checkpoint.model.family != "sdxl"
+    index: dict[str, Any] = {
+        "_class_name": "OnnxStableDiffusionPipeline" if known else checkpoint.index["_class_name"],
+        "_diffusers_version": versions()["diffusers"],
+        "scheduler": ["diffusers", checkpoint.scheduler["_class_name"]],
+    }
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
+    index |= {component.name: ["diffusers", "OnnxRuntimeModel"] for component in table}
+    if known:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    return index
+
+
+def component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) -> dict[str, ComponentSpec]:
+    return {
+        component.name: ComponentSpec(
+            files=(f"{component.name}/{MODEL}", f"{component.name}/{DATA}"),
+            config=f"{component.name}/config.json",
+            inputs=component.inputs,
+            outputs=component.outputs,
+            audit=audits.get(component.name),
+        )
+        for component in table
+    }

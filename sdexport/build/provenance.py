@@ -1,0 +1,69 @@
+"""Where a bundle came from, and whether one that is there came from the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sdexport.build.events import Options
+from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.hub import Located
+from sdexport.families.components import Component
+from sdexport.trace.cache import trace_key
+from sdexport.trace.versions import digest_of, versions
+from sdruntime.bundle.bundle import Bundle, opening, sha256
+from sdruntime.bundle.records import json_from_record
+from sdruntime.bundle.sampler_step import SLOTS, SOURCES, TARGETS
+from sdruntime.errors import BundleError
+from sdruntime.verification.golden import DOCUMENT
+
+
+def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
+    """The hash of everything that the ONNX and the files beside it follow from."""
+    names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
+    files = [checkpoint.folder / name for name in names]
+    files += [path for part in checkpoint.parts.values() for path in part.files]
+    return digest_of(
+        {
+            "model": json_from_record(checkpoint.model),
+            "precision": options.precision,
+            "audit": options.audited,
+            "step": [SLOTS, SOURCES, TARGETS],
+            "traces": [trace_key(component) for component in table],
+            "tokenizers": {name: dict(tokenizer.files) for name, tokenizer in checkpoint.tokenizers.items()},
+            "versions": versions(),
+            "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},
+        }
+    )
+
+
+def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
+    """Whether `out` is a whole bundle made of the same inputs, its bytes as they were written; with golden numbers, if asked."""
+
+    def current(bundle: Bundle) -> bool:
+        if verified and DOCUMENT not in bundle.manifest.files:
+            return False
+        return bundle.manifest.provenance.get("inputs") == inputs and not bundle.changed_files()
+
+    try:
+        return opening(out, current)
+    except BundleError:
+        return False
+
+
+def provenance_of(located: Located, checkpoint: Checkpoint, options: Options, inputs: str) -> dict[str, Any]:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    made = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    provenance = {
+        "source": located.source,
+        "revision": located.revision,
+        "created": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "options": json_from_record(options),
+        "changes": list(checkpoint.changes) or None,  # what diffusers' pipeline changes of the settings when it opens them
+        "versions": versions(),
+        "inputs": inputs,
+    }
+    return {key: value for key, value in provenance.items() if value is not None}

@@ -1,0 +1,1 @@
+"""Checkpoints as they are stored: configs, weights, tokenizers."""

@@ -1,0 +1,103 @@
+"""Where MODEL is: a folder on this machine, or a repository of the Hugging Face hub, of which no more is fetched than is needed.
+
+HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as huggingface_hub has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdexport.checkpoint.weight_files import PARTS, chosen, shards_of
+from sdexport.errors import CheckpointError, EnvironmentFault
+from sdruntime.bundle.manifest import Precision
+
+_SMALL = re.compile(
+    r"model_index\.json|README\.md|scheduler/scheduler_config\.json|(text_encoder|text_encoder_2|unet|vae)/config\.json"
+    r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json)"
+)
+_NOWHERE = "no such folder, and not a hub id (owner/name)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """A checkpoint's folder. `source` says whence it came, without this machine's paths; `revision` is the hub's commit."""
+
+    folder: Path
+    source: str
+    revision: str | None = None
+
+
+def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: str | None = None) -> Located:
+    """Find MODEL, and download what is not here yet. `revision`: a branch, tag or commit of the hub; its newest where None.
+
+    Raises CheckpointError where there is no such model, and EnvironmentFault where the hub cannot be reached.
+    """
+    path = Path(model)
+    if path.exists():
+        return Located(folder=path, source=_name_of(path.resolve()))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
+        raise CheckpointError(model, [_NOWHERE])
+    return _downloaded(model, precision, allow_pickle, revision)
+
+
+def _name_of(folder: Path) -> str:
+    """A folder's name; of a snapshot in the hub's cache, which is named after its commit, the hub id."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bool) -> list[str]:
+    """Those files of a repository that an export reads: configs, tokenizers, and of each network one set of weights.
+
+    fp16 takes the fp16 variant where there is one; the other precisions take the full weights, if there are any.
+    """
+    needed = [name for name in names if _SMALL.fullmatch(name)]
+    for part in PARTS:
+        there = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        file = chosen(part, there, precision, pickles=allow_pickle)
+        if file is not None:
+            needed += [f"{part}/{name}" for name in (file.name, *(shards_of(file, there) if file.index else ()))]
+    return sorted(needed)
+
+
+def _downloaded(model: str, precision: Precision, allow_pickle: bool, revision: str | None) -> Located:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        info = hub.HfApi().model_info(model, revision=revision)
+    except errors.HFValidationError:  # "../x" or ".cache/x"
+        raise CheckpointError(model, [_NOWHERE]) from None
+    except errors.GatedRepoError:
+        fault = f"its owner asks you to accept a licence first, on https://huggingface.co/{model}; then set HF_TOKEN"
+        raise CheckpointError(model, [fault]) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(model, [f"the model is on the hub, but has no revision {revision!r}"]) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(model, ["no such folder, and no such model on the hub (a private one needs HF_TOKEN)"]) from None
+    except Exception as error:  # no network: every HTTP library has errors of its own
+        return _kept(model, revision, error)
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    wanted = needed_files(names, precision, allow_pickle=allow_pickle)
+    folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=wanted)
+    return Located(folder=Path(folder), source=model, revision=info.sha)
+
+
+def _kept(model: str, revision: str | None, reason: Exception) -> Located:
+    """The copy that an earlier download left."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        folder = Path(hub.snapshot_download(model, revision=revision, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        first = re.sub(r"\[Errno -?\d+\] ", "", str(reason).strip().split("\n", 1)[0])
+        raise EnvironmentFault(
+            f"{model}: the hub cannot be reached ({type(reason).__name__}: {first}), and there is no copy of it here: "
+            "download it where there is a network, and give its folder"
+        ) from reason
+    return Located(folder=folder, source=model, revision=folder.name)

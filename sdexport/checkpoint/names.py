@@ -1,0 +1,49 @@
+"""The tensors of a module, found among those that a checkpoint stores: by name, also by the names of earlier versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sdexport.checkpoint.safetensors import StoredTensor
+from sdexport.errors import ExportError
+
+# old and new names of one weight: transformers 5 dropped a prefix, diffusers 0.18 renamed the attention of the VAE
+_OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+_PREFIX = "text_model."
+
+
+def match_weights(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], *, where: str
+) -> dict[str, StoredTensor]:
+    """For each weight of a module the tensor that the checkpoint stores for it, under its name or a former one.
+
+    Raises ExportError with every missing weight and every wrong shape.
+    """
+    matched, faults = {}, []
+    for name, shape in shapes.items():
+        tensor = next((stored[other] for other in _spellings(name) if other in stored), None)
+        if tensor is None:
+            faults.append(f"{name} is missing")
+        elif tensor.shape != shape:
+            faults.append(f"{name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
+        elif not tensor.readable:
+            faults.append(
+                f"{name} is stored as {tensor.dtype}: quantised weights are not supported; use a checkpoint in float16 or float32"
+            )
+        else:
+            matched[name] = tensor
+    if faults:
+        shown = [*faults[:20], *([f"… and {len(faults) - 20} more"] if len(faults) > 20 else [])]
+        listed = "\n".join(f"  - {fault}" for fault in shown)
+        raise ExportError(f"{where}: the weights do not fit the config\n{listed}")
+    return matched
+
+
+def _spellings(name: str) -> Iterator[str]:
+    yield name
+    yield name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else _PREFIX + name
+    for new, old in _OLD_NAMES.items():
+        if new in name:
+            yield name.replace(new, old)

@@ -1,0 +1,154 @@
+"""What a pipeline of diffusers makes of a checkpoint's settings when it opens it, and whether a table can express its scheduler.
+
+Read off diffusers' DiffusionPipeline.from_pretrained, ConfigMixin.from_config and the __init__ of StableDiffusionPipeline and
+StableDiffusionImg2ImgPipeline (those of XL change nothing). tests/sdexport/test_opening.py compares all of it with diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sdruntime.errors import SdruntimeError
+from sdruntime.pipeline.request import Request
+from sdruntime.sampling.compile import compile_table
+from sdruntime.sampling.samplers import SAMPLERS
+from sdruntime.sampling.samplers.sampler import CHOICES, DEFAULTED
+
+PATH = "scheduler/scheduler_config.json"
+# what the runtime can sample with, but for flow matching: those lack the methods that the pipelines of Stable Diffusion call
+SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers and row.space != "flow"}))
+FLOW_SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers and row.space == "flow"}))
+_AMENDING = ("StableDiffusionPipeline",)
+_WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler",)
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # clip_sample is true where their file has none
+
+# keys of scheduler classes that change no image here, and why
+_IDLE = frozenset(
+    (
+        # of thresholding, clip_sample and dynamic shifting, which are refused where they are on
+        *("dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range"),
+        *("time_shift_type", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+        "tau_func",  # of SASolver: a function, which no file can hold
+        "noise_sampler_seed",  # of DPMSolverSDE: its noise comes from torchsde's generator, ours from the request's seed
+        # of versions before 0.10, read by none today
+        *("tensor_format", "predict_epsilon"),
+        "set_alpha_to_one",  # of LCM and TCD, which end at a trained timestep
+    )
+)
+_KNOWN = _IDLE | {key for row in SAMPLERS.values() for key in row.reads}
+_STEPS = Request(prompt="").steps
+GOLDEN_STEPS = (6, 4, 2, 1)  # of reference images: the first that the scheduler has a table for
+
+
+# keys of model_index.json beside its parts, with the values that change nothing here; "_…" and other parts are passed over
+_INDEX: Mapping[str, tuple[Any, ...]] = {
+    "requires_safety_checker": (True, False, None),  # no safety checker is exported
+    "force_zeros_for_empty_prompt": (True, False),  # ModelSpec.zero_empty_negative
+    "requires_aesthetics_score": (False, None),  # of the refiner
+    "add_watermarker": (True, False, None),  # no watermark is put into images
+}
+
+
+def check_index(index: Mapping[str, Any], faults: list[str]) -> None:
+    """Refuse a setting of model_index.json that is unknown, or cannot be followed."""
+    for key, value in index.items():
+        if key.startswith("_") or isinstance(value, list) or value is None or value in _INDEX.get(key, (False,)):
+            continue
+        known = f"must be one of {', '.join(map(str, _INDEX[key]))}" if key in _INDEX else "is not known to sdexport"
+        faults.append(f"model_index.json: {key:.60} {value!r:.60} {known}: the image may depend on it")
+
+
+def opened_unet(pipeline: str, written: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The UNet's config once the pipeline is open, and a line for each change."""
+    size, version = written.get("sample_size"), written.get("_diffusers_version")
+    old = re.match(r"(\d{1,9})\.(\d{1,9})(?!\d)", version, re.ASCII) if isinstance(version, str) else None
+    if pipeline not in _AMENDING or not isinstance(size, int) or size >= 64 or not old:
+        return written, ()
+    if (int(old[1]), int(old[2])) >= (0, 9):
+        return written, ()
+    change = f"unet: sample_size {size} becomes 64, as {pipeline} has it for a network that diffusers {version} wrote"
+    return {**written, "sample_size": 64}, (change,)
+
+
+def opened_scheduler(
+    pipeline: str, named: str, written: Mapping[str, Any], faults: list[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings of the open pipeline's scheduler, of the class `named` in model_index.json, and a line for each change.
+
+    Settings that no table of coefficients can express are faults, as are keys that no scheduler is known to have.
+    """
+    written = without_defaults(written, PATH, faults)
+    settings, changes = dict(written), []
+    if written.get("_class_name") != named:
+        settings["_class_name"] = named
+        changes.append(f"scheduler: {named}, as model_index.json names it, with the settings of {written.get('_class_name')!r}")
+    if pipeline in _AMENDING:
+        offset = written.get("steps_offset", 1 if named in _WITHOUT_OFFSET else 0)
+        if offset != 1:
+            changes.append(f"scheduler: steps_offset {_shown(written, 'steps_offset')} becomes 1, as {pipeline} has it")
+            _set(settings, written, "steps_offset", 1)
+        if written.get("clip_sample", named in _CLIPPING) is True:
+            changes.append(f"scheduler: clip_sample {_shown(written, 'clip_sample')} becomes false, as {pipeline} has it")
+            _set(settings, written, "clip_sample", False)
+    elif "clip_sample" not in written and named in _CLIPPING:
+        faults.append(
+            f"{PATH}: clip_sample is missing, and true by {named}'s default, which {pipeline} keeps; no table of coefficients "
+            'can clip: write "clip_sample": false if the model was not trained for it'
+        )
+    for key, value in written.items():
+        if key not in _KNOWN and not key.startswith("_") and value not in (None, False, "", [], {}):
+            faults.append(
+                f"{PATH}: {key:.60} {value!r:.60} is not a setting that sdexport knows of a scheduler: the image may depend on it"
+            )
+    reads = {key: default for row in SAMPLERS.values() if row.diffusers == named for key, default in row.reads.items()}
+    for key, default in reads.items():  # null is false to diffusers where a switch belongs, and an error elsewhere
+        if key in written and written[key] is None and not isinstance(default, bool) and None not in CHOICES.get(key, (default,)):
+            faults.append(f"{PATH}: {key} is null, which {named} cannot read: remove it for the default, {default!r}")
+    if not faults:
+        try:
+            fitting_steps(settings, (_STEPS, *GOLDEN_STEPS))
+        except SdruntimeError as error:
+            faults.append(f"{PATH}: {error}")
+    return settings, tuple(changes)
+
+
+def without_defaults(written: Mapping[str, Any], where: str, faults: list[str]) -> Mapping[str, Any]:
+    """A config without the keys that it lists as defaults of another version: from_config passes over those."""
+    if DEFAULTED not in written:
+        return written
+    unwritten = written[DEFAULTED]
+    if not isinstance(unwritten, list) or not all(isinstance(key, str) for key in unwritten):
+        faults.append(f"{where}: {DEFAULTED}: expected a list of keys, got {unwritten!r:.60}")
+        return written
+    return {key: value for key, value in written.items() if key != DEFAULTED and key not in unwritten}
+
+
+def fitting_steps(settings: Mapping[str, Any], tried: Iterable[int], *, sampler: str | None = None) -> int:
+    """The first number of steps that the scheduler, or a sampler, has a table for: distilled ones take few.
+
+    Raises the error of the first.
+    """
+    first: SdruntimeError | None = None
+    trained = settings.get("num_train_timesteps")
+    for steps in tried if not isinstance(trained, int) else sorted({max(1, min(each, trained)) for each in tried}, reverse=True):
+        try:
+            compile_table(settings, steps=steps, sampler=sampler)
+        except SdruntimeError as error:
+            first = first or error
+        else:
+            return steps
+    assert first is not None
+    raise first
+
+
+def _set(settings: dict[str, Any], written: Mapping[str, Any], key: str, value: Any) -> None:
+    """Change a setting; one that the file lacks stays a default, which from_config does not hand on to another class."""
+    settings[key] = value
+    if key not in written:
+        settings[DEFAULTED] = [*settings.get(DEFAULTED, ()), key]
+
+
+def _shown(written: Mapping[str, Any], key: str) -> str:
+    return repr(written[key]) if key in written else "(missing)"

@@ -1,0 +1,68 @@
+"""The command bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdexport.cli.reporting import shared, with_progress
+from sdruntime.cli.terminal import check_output
+
+if TYPE_CHECKING:
+    from sdexport.bench.bench import Measuring
+    from sdruntime.cli.progress import Progress
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="auto", show_default=True, help="Whose engines are measured.")
+@click.option("--against", multiple=True, help="Beside them: torch, torch-bf16, torch-compile, or a backend; may be repeated.")
+@click.option("--model", help="The checkpoint for torch, a folder or a hub id, where the bundle's own source is not to be found.")
+@click.option("--rebuild", is_flag=True, help="Build the engines in a scratch copy, for these shapes, and time it.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--batch", default=1, show_default=True, help="Pictures of one call.")
+@click.option("--size", help="WxH in pixels; the model's own if not given.")
+@click.option("--guidance", default=7.5, show_default=True)
+@click.option("--seconds", default=120.0, show_default=True, help="Time limit of the whole run, without building engines.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Also write the tables to this file.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also draw the ratios, as SVG, to this file.")
+@shared
+@with_progress
+def bench(
+    bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, shown: Progress, **options: Any
+) -> None:
+    """Measure a bundle beside what you would otherwise run: components, whole pictures, memory, cold start."""
+    for path, option in ((markdown, "--markdown"), (picture, "--picture")):
+        if path is not None:
+            check_output(path, option)
+    from sdexport.bench.bench import Settings
+    from sdexport.bench.bench import bench as events
+    from sdexport.bench.chart import busy_warning, svg
+    from sdexport.bench.chart import markdown as lines
+    from sdruntime.system.durable import replace_file
+    from sdruntime.system.sizes import parse_size
+
+    settings = Settings(
+        size=parse_size(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
+    )
+    found = _measured(events(bundle, settings, **options), shown)
+    if markdown:
+        replace_file(markdown, ("\n".join(lines(found)) + "\n").encode())
+    if picture:
+        replace_file(picture, svg(found).encode())
+    for warning in filter(None, (busy_warning(found), *found["warnings"])):
+        shown.note(f"warning: {warning}")
+    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+
+
+def _measured(events: Iterable[Measuring | dict[str, Any]], shown: Progress) -> dict[str, Any]:
+    """Show a benchmark; returns its document."""
+    for event in events:
+        if isinstance(event, dict):
+            return event
+        shown.show("bench", event.what, done=event.done, total=event.total)
+    raise AssertionError("a benchmark tells its end")

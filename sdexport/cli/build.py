@@ -1,0 +1,106 @@
+"""The command build."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdexport.cli.following import followed
+from sdexport.cli.reporting import shared, with_progress
+from sdruntime.cli.terminal import document
+from sdruntime.errors import quoted
+
+if TYPE_CHECKING:
+    from sdruntime.cli.progress import Progress as Shown
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder, replaced as a whole.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="The file that says all but this; MODEL replaces its own.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--backend", "backends", multiple=True, help="Also build engines for this library here; may be repeated.")
+@click.option("--target", help="What the engines are for: current, ampere+, sm86, …, cuda, cpu.")
+@click.option("--size", help="Pictures that the engines take: 512x512, or MIN:MAX, or MIN:OPT:MAX, or a list A,B.")
+@click.option("--batch", help="Images in one call of the engines: 4, or 1:4, or 1:2:4, or a list 1,2,4.")
+@click.option(
+    "--guidance", type=click.Choice(["on", "off", "any"]), help="Whether the engines' pictures are drawn with guidance."
+)
+@click.option("--no-audit", is_flag=True, help="Half precision without measuring what must stay float32: quicker, and unproven.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
+@click.option("--no-verify", is_flag=True, help="Neither make golden numbers nor hold the bundle to them.")
+@shared
+@with_progress
+def build(
+    model: str | None,
+    output: Path,
+    recipe: Path | None,
+    precision: Any,
+    backends: tuple[str, ...],
+    target: str | None,
+    size: str | None,
+    batch: str | None,
+    guidance: Any,
+    no_audit: bool,
+    allow_pickle: bool,
+    no_verify: bool,
+    as_json: bool,
+    shown: Shown,
+) -> None:
+    """Export MODEL, a diffusers folder or a hub id, to a bundle."""
+    if recipe is not None:
+        _refuse_beside_a_recipe(click.get_current_context())
+    elif not backends and (target or size or batch or guidance):
+        raise click.UsageError("--target, --size, --batch and --guidance are of engines: name a --backend too")
+    if model is None and recipe is None:
+        raise click.UsageError("name a MODEL, or a --recipe")
+    if no_audit and recipe is None and precision == "fp32":
+        shown.note("warning: --no-audit has no effect: fp32 is not audited")
+    from sdexport.build.events import Options
+    from sdexport.build.export import build as events
+    from sdexport.recipes.recipe import read_recipe
+    from sdexport.recipes.run import options_of
+    from sdruntime.engines.building import Asked
+
+    engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
+    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify)
+    if recipe is not None:
+        found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
+        options = options_of(found)
+        options = dataclasses.replace(options, audit=options.audit and not no_audit, verify=options.verify and not no_verify)
+        model = found.model
+    assert model is not None
+    built = followed(events(model, output, options), shown)
+    if as_json:
+        document(
+            bundle=str(built.folder),
+            up_to_date=built.up_to_date,
+            written=built.written,
+            checks=built.checks,
+            peak_memory=built.peak,
+            changes=list(built.changes),
+        )
+        return
+    for line in built.changes:
+        shown.note(f"note: {line}")
+    if built.up_to_date:
+        shown.print(f"{built.folder} is up to date")
+    else:
+        shown.print(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
+        if built.checks:
+            shown.print(f"{built.checks} checks against PyTorch passed")
+        elif options.verify:
+            why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
+            command = f"sdruntime verify {quoted(built.folder)}"
+            shown.note(f"warning: nothing here could check the numbers ({why}): on the device, {command} does")
+
+
+def _refuse_beside_a_recipe(context: click.Context) -> None:
+    for option in context.command.params:
+        name = option.name or ""
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in ("model", "output", "recipe", "no_audit", "no_verify", "as_json"):
+            raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")

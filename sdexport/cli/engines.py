@@ -1,0 +1,117 @@
+"""The command engines: recipes, and a table of what became of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdexport.cli.following import followed
+from sdexport.cli.reporting import shared, with_progress
+from sdruntime.cli.terminal import Failed, code_of, document, reason_of
+
+if TYPE_CHECKING:
+    from sdexport.recipes.run import Failure, Outcome
+    from sdruntime.cli.progress import Progress as Shown
+
+
+WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
+
+
+@click.command()
+@click.argument("recipes", metavar="[RECIPE]...", nargs=-1)
+@click.option("--model", help="A folder or hub id in place of the recipe's own; for one RECIPE.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("engines/built"),
+    show_default=True,
+    help="Where the bundles go: a folder for each recipe.",
+)
+@click.option("--python", help="Build the engines with this interpreter: it has the engine library and numpy, and no torch.")
+@shared
+@with_progress
+def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool, shown: Shown) -> None:
+    """Build the bundle and the engines of each RECIPE: a path, or a name of engines/; all of engines/ where none is named.
+
+    What is there already stays, and what fails does not stop the rest.
+    """
+    from sdexport.recipes.interpreter import Interpreter
+    from sdexport.recipes.recipe import recipe_names
+    from sdexport.recipes.run import run_recipe
+
+    names = recipes or recipe_names()
+    if not names:
+        raise click.UsageError("there is no recipe in engines/: name the file of one")
+    if model and len(names) != 1:
+        raise click.UsageError("--model takes the place of one recipe's: name that RECIPE")
+    builder = Interpreter(python=python) if python else None
+    outcomes: list[Outcome] = []
+    for name in names:
+        shown.clear()
+        if not as_json:
+            shown.note(f"== {name}")
+        taken = [outcome.bundle for outcome in outcomes]
+        outcomes.append(followed(run_recipe(name, output, model=model, builder=builder, taken=taken), shown))
+        for failure in outcomes[-1].failures:
+            shown.note(f"error: {_failed(failure)}")
+    shown.close()
+    errors = [failure.error for outcome in outcomes for failure in outcome.failures]
+    worst = min(errors, key=_rank, default=None)
+    if as_json:
+        found = [_outcome(outcome) for outcome in outcomes]
+        if worst is not None:
+            raise Failed(worst, recipes=found)
+        document(recipes=found)
+        return
+    _table(outcomes)
+    if worst is not None:
+        sys.exit(code_of(worst))
+
+
+def _rank(error: Exception) -> int:
+    code = code_of(error)
+    return WORST_FIRST.index(code) if code in WORST_FIRST else len(WORST_FIRST)
+
+
+def _table(outcomes: Sequence[Outcome]) -> None:
+    """One row for each recipe, and under it the reasons of what failed, a line each."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", overflow="fold")
+    for heading in ("built", "there already", "failed", "engine bytes", "ONNX bytes", "seconds"):
+        table.add_column(heading, justify="right")
+    for each in outcomes:
+        written = sum(event.size for event in each.built)
+        counts = (len(each.built), len(each.present), len(each.failures))
+        table.add_row(each.recipe, *map(str, counts), f"{written:,}", f"{each.exported:,}", f"{each.seconds:.1f}")
+    Console().print(table)
+    for each in outcomes:
+        for failure in each.failures:
+            click.echo(f"{each.recipe}: {_failed(failure).splitlines()[0]}")
+
+
+def _failed(failure: Failure) -> str:
+    return f"{failure.what}: {reason_of(failure.error)}" if failure.what else reason_of(failure.error)
+
+
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "recipe": outcome.recipe,
+        "bundle": None if outcome.bundle is None else str(outcome.bundle),
+        "exported": outcome.exported,
+        "built": [{"engine": event.engine, "bytes": event.size, "seconds": event.seconds} for event in outcome.built],
+        "present": [event.engine for event in outcome.present],
+        "failed": [
+            {"engines": failure.what, "error": reason_of(failure.error), "exit_code": code_of(failure.error)}
+            for failure in outcome.failures
+        ],
+        "seconds": round(outcome.seconds, 3),
+    }

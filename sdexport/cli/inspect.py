@@ -1,0 +1,90 @@
+"""The commands inspect and doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sdexport import __version__
+from sdexport.cli.reporting import shared
+from sdruntime.cli.terminal import document
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--precision", is_flag=True, help="Tell which nodes stay in float32 beside half precision, why, and the numbers.")
+@shared
+def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
+    """Tell what a bundle holds, and whether every byte of it is as it was written."""
+    from sdruntime.bundle.bundle import Bundle
+    from sdruntime.bundle.records import json_from_record
+    from sdruntime.errors import BundleError
+
+    opened = Bundle.open(bundle)
+    if changed := opened.changed_files():
+        raise BundleError(bundle, changed)
+    manifest = opened.manifest
+    if precision:
+        from sdexport.precision.describe import audit_document, audit_lines
+
+        if as_json:
+            document(**audit_document(manifest))
+        else:
+            click.echo("\n".join(audit_lines(manifest)))
+        return
+    if as_json:
+        document(manifest=json_from_record(manifest))
+        return
+    model, made = manifest.model, manifest.provenance
+    click.echo(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
+    click.echo(f"from {made.get('source', 'unknown')}, {made.get('revision', 'no revision')}, {made.get('created', 'no date')}")
+    click.echo(
+        f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the picture's sides, times {model.scaling_factor}"
+    )
+    for name, component in manifest.components.items():
+        size = sum(manifest.files[path].size for path in component.files)
+        click.echo(f"{name}: {size:,} bytes")
+        for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
+            for tensor in tensors:
+                click.echo(f"  {arrow} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+    for engine in manifest.engines:
+        click.echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
+    click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+
+
+@click.command()
+@shared
+def doctor(as_json: bool, quiet: bool) -> None:
+    """Tell what this machine can export, and which engines it can build; for what is missing, the line that installs it."""
+    import platform
+
+    from sdexport.trace.cache import cache_folder
+    from sdexport.trace.versions import versions
+    from sdruntime.backends import BACKENDS, backend
+
+    found = versions()
+    engines = {name: backend(name, "engine").here(name) for name in BACKENDS if name != "fake"}
+    missing = {name: f"pip install {name}" for name, version in found.items() if version == "missing"}
+    missing |= {name: library.missing for name, library in engines.items() if library.version is None}
+    folder = cache_folder()
+    kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    if as_json:
+        document(
+            python=platform.python_version(),
+            machine=platform.machine(),
+            libraries=found,
+            engines={name: {"version": each.version, "targets": list(each.targets)} for name, each in engines.items()},
+            missing=missing,
+            cache={"folder": str(folder), "size": kept},
+        )
+        return
+    click.echo(f"sdexport {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for name, version in found.items():
+        click.echo(f"{name:<14}{version}")
+    for name, library in engines.items():
+        if library.version is not None:
+            click.echo(f"{name:<14}{library.version}: builds engines for {', '.join(library.targets)}")
+    for name, line in missing.items():
+        click.echo(f"missing: {name}: {line}")
+    click.echo(f"kept traces: {kept:,} bytes in {folder} (safe to remove)")

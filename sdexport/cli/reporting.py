@@ -1,0 +1,86 @@
+"""What the files of the command line share: --json and --quiet, progress, and errors as messages, documents and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+from sdexport.cli.progress import progress_on
+from sdexport.errors import SdexportError
+from sdruntime.cli.terminal import Failed, code_of, document, failure, print_any_text, reason_of, wants_json
+from sdruntime.errors import SdruntimeError
+
+FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
+
+
+class Commands(click.Group):
+    """The commands, whose errors become a message, with --json a document too, and an exit code."""
+
+    as_json = False
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> NoReturn:
+        given = list(sys.argv[1:] if args is None else args)
+        self.as_json = wants_json(given)
+        print_any_text()
+        try:
+            code = super().main(given, prog_name, **extra | {"standalone_mode": False})
+        except click.ClickException as error:
+            error.show()
+            if self.as_json:
+                name = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
+                document(error=name, code=error.exit_code, reason=error.format_message())
+            sys.exit(error.exit_code)
+        except click.Abort:
+            self.fail(KeyboardInterrupt())
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
+            sys.exit(128 + signal.SIGPIPE)
+        except Failed as failed:
+            self.fail(failed.error, **failed.fields)
+        except (KeyboardInterrupt, *FAULTS) as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException, **fields: Any) -> NoReturn:
+        reason = reason_of(error)
+        click.echo(reason if isinstance(error, KeyboardInterrupt) else f"error: {reason}", err=True)
+        if self.as_json:
+            with contextlib.suppress(OSError):  # standard output itself may be what failed
+                document(**fields, **failure(error))
+                sys.stdout.flush()
+        sys.exit(code_of(error))
+
+
+def shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that may stand before and after the command."""
+    quiet = click.option("-q", "--quiet", is_flag=True, callback=_also_before, help="Show no progress.")
+    what = "Print one JSON document on standard output, also of a failure."
+    return click.option("--json", "as_json", is_flag=True, callback=_also_before, help=what)(quiet(command))
+
+
+def _also_before(context: click.Context, option: click.Parameter, value: bool) -> bool:
+    return value or bool(option.name and context.find_root().params.get(option.name))
+
+
+def with_progress(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command `shown`, its progress, in place of `quiet`."""
+
+    @functools.wraps(command)
+    def watched(*, quiet: bool, **options: Any) -> None:
+        with progress_on(quiet=quiet or options["as_json"]) as shown:
+            command(shown=shown, **options)
+
+    return watched

@@ -1,0 +1,63 @@
+"""The commands that hold a bundle to numbers: verify and bench."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdexport.cli.reporting import shared, with_progress
+from sdruntime.cli.progress import columns_of
+from sdruntime.cli.terminal import Failed, check_output, document
+
+if TYPE_CHECKING:
+    from sdruntime.cli.progress import Progress
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="Run this checkpoint, the bundle's own, in PyTorch beside it.")
+@click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
+@shared
+@with_progress
+def verify(
+    bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool, shown: Progress
+) -> None:
+    """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
+    if bisects and against is None:
+        raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
+    if allow_pickle and against is None:
+        raise click.UsageError("--allow-pickle is for the weights of a checkpoint: name it with --against")
+    if html is not None:
+        check_output(html, "--html")
+    from sdexport.verification.verify import first_nodes, reference_checkpoint, verify_against
+    from sdruntime.bundle.bundle import Bundle
+    from sdruntime.cli.verify import watched
+    from sdruntime.errors import VerificationFailed
+    from sdruntime.verification.html import write_page
+    from sdruntime.verification.verify import report_of
+    from sdruntime.verification.verify import verify as checks
+
+    opened = Bundle.open(bundle)
+    if against is None:
+        report = report_of(opened, watched(opened, checks(opened), shown))
+    else:
+        shown.show("read the checkpoint")
+        checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
+        checked = watched(opened, verify_against(opened, checkpoint), shown)
+        report = report_of(opened, checked, reference=f"{against} in PyTorch")
+        if bisects:
+            shown.show("bisect")
+            report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
+    if html is not None:
+        write_page(report, html)
+    if not as_json:
+        shown.print("\n".join(report.lines(columns_of(sys.stdout))))
+    if not report.passed:
+        raise Failed(VerificationFailed(bundle, report.faults()), **report.document())
+    if as_json:
+        document(**report.document())

@@ -1,0 +1,1 @@
+"""Which components a model becomes, and the modules that are traced."""

@@ -1,0 +1,132 @@
+"""The table of components: which networks a checkpoint becomes, from which of its folders, and with which tensors.
+
+Keep equal to DESIGN's "Component tensors". Dimension names are chosen by the call; those of an output that follow from the input
+(the picture's side from the latent's) have names of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdexport.checkpoint.configs import text_width
+from sdexport.checkpoint.folder import Checkpoint
+from sdruntime.bundle.manifest import TensorSpec
+
+_EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One network: `name` in the bundle, `part` of the checkpoint, `wrapper` in sdexport.families.modules, and its tensors."""
+
+    name: str
+    part: str
+    wrapper: str
+    config: Mapping[str, Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    multiples: Mapping[str, int]  # what a call's dimension must be a multiple of, where that is not 1
+
+    def example_feeds(self, *, seed: int = 0, **sizes: int) -> dict[str, NDArray[Any]]:
+        """Random inputs of plausible range. `sizes` sets named dimensions; the others are small and legal."""
+        chosen = {"batch": 2, "sequence": _EXAMPLE_TEXT}
+        chosen |= {side: 2 * multiple for side, multiple in self.multiples.items()} | sizes
+        random = np.random.default_rng(seed)
+        feeds: dict[str, NDArray[Any]] = {}
+        for spec in self.inputs:
+            shape = [chosen[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+            if spec.dtype == "int32":
+                feeds[spec.name] = random.integers(0, self.config["vocab_size"], shape, dtype=np.int32)
+            elif spec.name == "timestep":
+                feeds[spec.name] = random.integers(0, 1000, shape).astype(np.float32)
+            elif spec.name == "time_ids":
+                feeds[spec.name] = random.integers(0, 1024, shape).astype(np.float32)
+            else:
+                feeds[spec.name] = random.standard_normal(shape).astype(np.float32)
+        return feeds
+
+
+def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
+    """The components of a checkpoint, in the order in which they are exported: small ones first, faults show early."""
+    return (*_text_encoders(checkpoint), _vae_encoder(checkpoint), _vae_decoder(checkpoint), _unet(checkpoint))
+
+
+def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
+    length = checkpoint.text_length
+    if checkpoint.model.family != "sdxl":
+        config = checkpoint.parts["text_encoder"].config
+        last = _float("last_hidden_state", "batch", length, config["hidden_size"])
+        return (_text_encoder("text_encoder", "TextEncoder", config, length, (last,)),)
+    first, second = (checkpoint.parts[part].config for part in ("text_encoder", "text_encoder_2"))
+    pooled = _float("text_embeds", "batch", second["projection_dim"])
+    return (
+        _text_encoder("text_encoder", "PenultimateTextEncoder", first, length, (_hidden(first, length),)),
+        _text_encoder("text_encoder_2", "PooledTextEncoder", second, length, (_hidden(second, length), pooled)),
+    )
+
+
+def _hidden(config: Mapping[str, Any], length: int) -> TensorSpec:
+    return _float("hidden_states", "batch", length, config["hidden_size"])
+
+
+def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], length: int, outputs: tuple[TensorSpec, ...]) -> Component:
+    ids = TensorSpec(name="input_ids", dtype="int32", shape=("batch", length))
+    return Component(name=name, part=name, wrapper=wrapper, config=config, inputs=(ids,), outputs=outputs, multiples={})
+
+
+def _unet(checkpoint: Checkpoint) -> Component:
+    config, model = checkpoint.parts["unet"].config, checkpoint.model
+    inputs = [
+        _float("sample", "batch", config["in_channels"], "height", "width"),
+        _float("timestep", "batch"),
+        _float("encoder_hidden_states", "batch", "sequence", text_width(config)),
+    ]
+    if model.family == "sdxl":
+        width = checkpoint.parts["text_encoder_2"].config["projection_dim"]
+        inputs += [_float("text_embeds", "batch", width), _float("time_ids", "batch", 6)]
+    cells = model.size_multiple // model.vae_factor
+    return Component(
+        name="unet",
+        part="unet",
+        wrapper="Unet",
+        config=config,
+        inputs=tuple(inputs),
+        outputs=(_float("out_sample", "batch", config["out_channels"], "height", "width"),),
+        multiples={"height": cells, "width": cells},
+    )
+
+
+def _vae_decoder(checkpoint: Checkpoint) -> Component:
+    config, channels = checkpoint.parts["vae"].config, checkpoint.model.latent_channels
+    return Component(
+        name="vae_decoder",
+        part="vae",
+        wrapper="VaeDecoder",
+        config=config,
+        inputs=(_float("latent_sample", "batch", channels, "height", "width"),),
+        outputs=(_float("sample", "batch", 3, "image_height", "image_width"),),
+        multiples={"height": 1, "width": 1},
+    )
+
+
+def _vae_encoder(checkpoint: Checkpoint) -> Component:
+    config, model = checkpoint.parts["vae"].config, checkpoint.model
+    latent = ("batch", model.latent_channels, "latent_height", "latent_width")
+    return Component(
+        name="vae_encoder",
+        part="vae",
+        wrapper="VaeEncoder",
+        config=config,
+        inputs=(_float("sample", "batch", 3, "height", "width"),),
+        outputs=(_float("latent_mean", *latent), _float("latent_logvar", *latent)),
+        multiples={"height": model.vae_factor, "width": model.vae_factor},
+    )
+
+
+def _float(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=shape)

@@ -1,0 +1,1 @@
+"""Half precision: what is written, and what must stay in float32."""

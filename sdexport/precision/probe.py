@@ -1,0 +1,140 @@
+"""Real activations: what a few prompts, drawn by sdruntime's own pipeline over the float32 ONNX, put into each component.
+
+The engines of that pipeline are the bundle's ONNX files themselves, run row by row with their values measured. What the UNet is
+fed is kept at each step, with and without the prompt, what the VAE decodes is what the UNet made, and there are 4-sigma latents
+and a random picture as well. All of it follows from seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sdexport.checkpoint.safetensors import Array
+from sdexport.errors import EnvironmentFault
+from sdexport.precision.activations import MISSING, Activations, Feed, Measuring
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.pipeline import latents as latent
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.verification.verify import onnx_spec
+
+PROMPTS = (
+    "a photograph of an old fisherman mending a net, evening light, detailed face",
+    "a small red circle on the left on a blue background",
+    "(masterpiece:1.4), city street at night in the rain, neon signs, reflections, 4k, highly detailed, wide angle",
+)
+STEPS = 4  # of each prompt, over the whole schedule
+_SIGMAS = 4.0
+_SEED = 20
+_LIST = "activations.json"
+_OUTPUT = "output."  # and its number, beside the inputs of a file
+
+
+def check_environment() -> None:
+    """Raises EnvironmentFault where activations cannot be measured here; before the long work."""
+    import importlib.util
+
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise EnvironmentFault(MISSING.format("it is not installed"))
+
+
+def probe(folder: Path) -> None:
+    """Draw with the float32 bundle in `folder`, and write what its components were fed, and their values' magnitudes, beside
+    their ONNX.
+
+    Raises ExportError for numbers that are not finite, with the component, the node and the prompt.
+    """
+    bundle = Bundle.open(folder)
+    probed = _Probe(bundle)
+    with Pipeline.over(bundle, probed.engine) as pipe:
+        latents, pictures = [], []
+        for number, prompt in enumerate(PROMPTS):
+            prompted = f"prompt {prompt[:30]!r}…"
+            probed.at = prompted
+            stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS, sampler="ddim")  # which calls the UNet once a step
+            probed.at = f"{prompted}, step 1 of {STEPS}"
+            for state in stream:
+                probed.at = f"{prompted}, step {state.step + 1} of {STEPS}"
+            latents.append(stream.jobs[0].run.x)
+            probed.at = prompted
+            pictures += pipe.decode(latents[-1:])
+        random = np.random.default_rng(_SEED)
+        probed.at = f"latents of {_SIGMAS:g} sigma"
+        pipe.decode([(_SIGMAS * random.standard_normal(latents[0].shape)).astype(np.float32)])
+        probed.at = "a picture that the VAE decoded"
+        _encode(pipe, np.clip(pictures[0], -1, 1))
+        probed.at = "a random picture"
+        _encode(pipe, random.uniform(-1, 1, pictures[0].shape).astype(np.float32))
+    for component, engine in probed.engines.items():
+        save_activations(folder / component, engine.measuring.activations)
+
+
+def load_activations(folder: Path) -> Activations:
+    """Those that lie beside a component's ONNX."""
+    document = json.loads((folder / _LIST).read_text(encoding="utf-8"))
+    feeds = []
+    for index, label in enumerate(document["labels"]):
+        with np.load(folder / f"{index}.npz") as packed:
+            arrays = {name: array for name, array in packed.items() if not name.startswith(_OUTPUT)}
+            outputs = tuple(packed[f"{_OUTPUT}{number}"] for number in range(len(packed.files) - len(arrays)))
+        feeds.append(Feed(label=label, arrays=arrays, outputs=outputs))
+    return Activations(feeds=tuple(feeds), sizes=document["sizes"])
+
+
+def save_activations(folder: Path, found: Activations) -> None:
+    for index, feed in enumerate(found.feeds):
+        outputs = {f"{_OUTPUT}{number}": array for number, array in enumerate(feed.outputs)}
+        arrays: dict[str, Any] = {**feed.arrays, **outputs}
+        np.savez(folder / f"{index}.npz", **arrays)
+    document = {"labels": [feed.label for feed in found.feeds], "sizes": found.sizes}
+    (folder / _LIST).write_text(json.dumps(document), encoding="utf-8")
+
+
+def _encode(pipe: Pipeline, picture: Array) -> None:
+    noise = np.zeros((1, pipe.model.latent_channels, *(side // pipe.model.vae_factor for side in picture.shape[1:])), np.float32)
+    latent.encode(picture[None], noise, pipe.engine("vae_encoder"), pipe.model)
+
+
+class _Probe:
+    """The measured engines of a bundle, and where a drawing is: its prompt and step, for a person."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle, self.at = bundle, ""
+        self.engines: dict[str, _Measured] = {}
+
+    def engine(self, component: str) -> _Measured:
+        if component not in self.engines:
+            self.engines[component] = _Measured(self, component)
+        return self.engines[component]
+
+
+class _Measured:
+    """A component of the bundle: `sdruntime.backends.base.engine.Engine`, of one row a call."""
+
+    def __init__(self, probe: _Probe, name: str) -> None:
+        self._probe, self.component = probe, probe.bundle.manifest.components[name]
+        spec = onnx_spec(probe.bundle.manifest, name, "0")
+        self.spec: EngineSpec = dataclasses.replace(
+            spec, profiles=tuple({**profile, "batch": (1, 1, 1)} for profile in spec.profiles)
+        )
+        self.measuring = Measuring(probe.bundle.folder / self.component.onnx, where=name)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        outputs = self.measuring.run({name: array.copy() for name, array in feeds.items()}, label=self._probe.at)
+        return {spec.name: output for spec, output in zip(self.component.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        """The measurements stay."""
+
+    def __enter__(self) -> _Measured:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

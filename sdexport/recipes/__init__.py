@@ -1,0 +1,1 @@
+"""Recipes: files that say which bundle and which engines are built."""

@@ -1,0 +1,1 @@
+"""A component in PyTorch becomes ONNX, in a process of its own."""

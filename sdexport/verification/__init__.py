@@ -1,0 +1,1 @@
+"""A bundle held to its checkpoint in PyTorch."""

@@ -1,0 +1,95 @@
+"""A bundle held to its numbers: after a build in a process of its own, and beside its checkpoint in PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.hub import locate
+from sdexport.errors import CheckpointError, ExportError, ProcessKilled
+from sdexport.verification.golden import Reference, checkpoint_hash, opened
+from sdruntime.arrays import Array
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.errors import LibraryMissing, VerificationFailed
+from sdruntime.system.process import run_apart as messages_of
+from sdruntime.verification.golden import Case, read_golden
+from sdruntime.verification.report import Check, PictureCheck, Report
+from sdruntime.verification.verify import ITS_ONNX, verify
+
+_ADVICE = "free some, build on a larger machine, or build with --no-verify"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """`checks`: how many outputs and pictures were held to their numbers; `peak`: bytes of memory."""
+
+    checks: int
+    peak: int
+
+
+def verified_apart(folder: Path, *, what: str) -> Proof:
+    """Hold the bundle's ONNX to its golden numbers, where ONNX Runtime is here. Raises VerificationFailed."""
+    checks, peak = 0, 0
+    messages = messages_of(
+        "sdruntime.verification.verify",
+        {"bundle": str(folder)},
+        what="verification",
+        failed=ExportError,
+        killed=ProcessKilled,
+        advice=_ADVICE,
+    )
+    with contextlib.closing(messages), contextlib.suppress(LibraryMissing):
+        for message in messages:
+            if message.get("faults"):
+                raise VerificationFailed(what, message["faults"])
+            checks, peak = message.get("ran", checks), message.get("peak", peak)
+    return Proof(checks=checks, peak=peak)
+
+
+def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint that the bundle was made of. Raises CheckpointError for another, with the hashes of both."""
+    golden, _ = read_golden(bundle)
+    precision = bundle.manifest.precision
+    located = locate(model, precision=precision, allow_pickle=allow_pickle)
+    checkpoint = opened(located.folder, precision, allow_pickle=allow_pickle)
+    found = checkpoint_hash(checkpoint)
+    if found != golden.checkpoint:
+        source = bundle.manifest.provenance.get("source", "unknown")
+        hashes = f"its weights are {found[:16]}…, the bundle's {golden.checkpoint[:16]}… ({source})"
+        raise CheckpointError(model, [f"not the checkpoint of this bundle: {hashes}"])
+    return checkpoint
+
+
+def first_nodes(bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow_pickle: bool = False) -> Report:
+    """The report with a note for each component whose ONNX failed: the first node of it that leaves the tolerance."""
+    from sdexport.verification.bisect import bisect
+
+    failed = dict.fromkeys(each.component for each in report.checks if each.status == "fail" and each.engine == ITS_ONNX)
+    found = [bisect(bundle, checkpoint, component, allow_pickle=allow_pickle).line() for component in failed]
+    if not report.passed and not failed:
+        found = ["every node of the ONNX holds: what fails is an engine of it"]
+    return dataclasses.replace(report, notes=(*report.notes, *found))
+
+
+def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | PictureCheck]:
+    """`sdruntime.verification.verify.verify` with the whole outputs of PyTorch, run beside it, in place of the stored samples."""
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Reference(checkpoint, bundle.manifest, Path(scratch) / "unpickled.safetensors")
+        kept: dict[str, Mapping[str, Array]] = {}
+        of = ""
+
+        def answer(case: Case) -> Mapping[str, Array]:
+            nonlocal of
+            if case.component != of:
+                kept.clear()
+                of = case.component
+            if case.name not in kept:
+                kept[case.name] = reference.answer(case)
+            return kept[case.name]
+
+        yield from verify(bundle, against=answer)

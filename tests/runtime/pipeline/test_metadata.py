@@ -1,0 +1,184 @@
+"""metadata.py: what a reader to AUTOMATIC1111's rules finds in an image, and that it generates the same image again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import SCHEDULER
+from infotext import read_infotext
+
+from sdruntime import __version__
+from sdruntime.__main__ import main
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.pipeline.images.png import write_png
+from sdruntime.pipeline.metadata import Origin, image_hash, parameters
+from sdruntime.pipeline.request import Request
+from sdruntime.sampling.samplers import SAMPLERS
+
+pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")
+import PIL.Image
+
+UNET = EngineSpec(
+    component="unet",
+    backend="openvino",
+    version="2026.4.0",
+    target="cpu",
+    precision="bf16",
+    files=("engines/unet.xml",),
+    profiles=({},),
+)
+# of the web UI 1.10: what its own list of samplers has
+WEB_UI = """DPM++ 2M|DPM++ SDE|DPM++ 2M SDE|DPM++ 2M SDE Heun|DPM++ 2S a|DPM++ 3M SDE|Euler a|Euler|LMS|Heun|DPM2|DPM2 a
+|DDIM|PLMS|UniPC|LCM""".replace("\n", "").split("|")
+SCHEDULE_TYPES = """Automatic|Uniform|Karras|Exponential|Polyexponential|SGM Uniform|Simple|Normal|DDIM|Beta""".split("|")
+
+
+def read(request: Request, config: dict[str, Any] | None = None, model: str = "v1-5") -> dict[str, str]:
+    origin = Origin.of(request, SCHEDULER | (config or {}), model, UNET)
+    return read_infotext(parameters(request, (512, 768), origin))
+
+
+def test_every_setting_is_read_as_it_was_given() -> None:
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    options = {"eta": 0.25, "set_alpha_to_one": True}
+    request = Request(
+        prompt="a cat: one, two\nin 'snow' \"now\"",
+        negative="dog, blurry\nlow quality: yes",
+        seed=2**64 - 1,
+        steps=31,
+        guidance=7.1234567891,
+        rescale=0.7,
+        image=pixels,
+        strength=0.55,
+        options=options,
+    )
+    found = read(request, model='a "b", c: d')
+    assert json.loads(found.pop("Sampler options")) == {"set_alpha_to_one": True}
+    assert found == {
+        "Prompt": request.prompt,
+        "Negative prompt": request.negative,
+        "Steps": "31",
+        "Sampler": "DDIM",
+        "Schedule type": "Automatic",
+        "CFG scale": "7.1234567891",
+        "Seed": "18446744073709551615",
+        "Size-1": "512",
+        "Size-2": "768",
+        "Model": 'a "b", c: d',
+        "Denoising strength": "0.55",
+        "Init image hash": hashlib.md5(pixels.tobytes()).hexdigest(),
+        "Eta DDIM": "0.25",
+        "CFG Rescale": "0.7",
+        "RNG": "CPU",
+        "Timestep spacing": "leading",
+        "Backend": "openvino 2026.4.0 cpu",
+        "Precision": "bf16",
+        "Version": f"sdruntime {__version__}",
+        "Clip skip": "1",
+        "Hires upscaler": "None",
+    }
+
+
+def test_what_was_not_set_is_not_written() -> None:
+    found = read(Request(prompt="", guidance=7.0))
+    assert found["Prompt"] == found["Negative prompt"] == ""
+    assert found["CFG scale"] == "7"
+    assert not found.keys() & {"Eta", "Eta DDIM", "CFG Rescale", "Sampler options", "Denoising strength", "Init image hash"}
+
+
+@pytest.mark.parametrize(
+    ("given", "sampler", "schedule"),
+    [
+        ({"sampler": "dpmpp_2m"}, "DPM++ 2M", "DDIM"),
+        ({"sampler": "DPM++ 2M Karras"}, "DPM++ 2M", "Karras"),
+        ({"sampler": "k_euler_a"}, "Euler a", "DDIM"),
+        ({"sampler": "EulerDiscreteScheduler", "schedule": "karras"}, "Euler", "Karras"),
+        ({"sampler": "DPMSolverMultistepScheduler", "options": {"algorithm_type": "sde-dpmsolver++"}}, "DPM++ 2M SDE", "DDIM"),
+        ({"sampler": "dpmpp_2m", "options": {"solver_order": 3}}, "dpmpp_3m", "DDIM"),
+        ({"sampler": "unipc"}, "UniPC", "Automatic"),
+        ({"sampler": "unipc", "schedule": "beta"}, "UniPC", "Beta"),
+        ({"sampler": "euler", "schedule": "sgm_uniform"}, "Euler", "SGM Uniform"),
+        ({"sampler": "plms"}, "PLMS", "Automatic"),
+        ({"sampler": "deis"}, "deis", "DDIM"),
+    ],
+)
+def test_samplers_and_schedules_have_the_web_ui_s_names(given: dict[str, Any], sampler: str, schedule: str) -> None:
+    found = read(Request(prompt="x", **given), {"timestep_spacing": "leading"})
+    assert (found["Sampler"], found["Schedule type"]) == (sampler, schedule)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "schedule"),
+    [
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "PLMS", "Automatic"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace"}, "Euler", "Uniform"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "Euler", "Simple"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "DPM++ 2M", "Karras"),
+    ],
+)
+def test_the_checkpoint_s_own_sampler_is_named_too(config: dict[str, Any], sampler: str, schedule: str) -> None:
+    found = read(Request(prompt="x"), config)
+    assert (found["Sampler"], found["Schedule type"]) == (sampler, schedule)
+
+
+def test_every_sampler_has_a_name_that_its_own_request_resolves_to() -> None:
+    for name, row in SAMPLERS.items():
+        config = {"prediction_type": "flow_prediction"} if name.startswith("flow") else {}
+        found = read(Request(prompt="x", sampler=name), config)
+        assert found["Sampler"] in WEB_UI if row.a1111 else found["Sampler"] == name
+        assert found["Schedule type"] in SCHEDULE_TYPES
+
+
+def test_the_hash_of_a_start_image_is_of_its_rows_of_rgb() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert image_hash(pixels[:, ::-1]) == hashlib.md5(np.ascontiguousarray(pixels[:, ::-1]).tobytes()).hexdigest()
+
+
+# ---- the whole way: an image, what it says, and the command made of that
+
+
+def again(found: dict[str, str]) -> list[str]:
+    """The arguments of `sdruntime generate` that an image's settings say."""
+    arguments = [found["Prompt"], "--steps", found["Steps"], "--sampler", found["Sampler"], "--guidance", found["CFG scale"]]
+    arguments += ["--seed", found["Seed"], "--size", f"{found['Size-1']}x{found['Size-2']}"]
+    optional = {"--negative": "Negative prompt", "--rescale": "CFG Rescale", "--strength": "Denoising strength"}
+    arguments += [part for flag, key in optional.items() if found.get(key) for part in (flag, found[key])]
+    if "Timestep spacing" not in found and found["Schedule type"] != "Automatic":
+        arguments += ["--schedule", found.get("Schedule", found["Schedule type"])]
+    options = json.loads(found.get("Sampler options", "{}"))
+    for key in found.keys() & {"Eta", "Eta DDIM"}:
+        options["eta"] = float(found[key])
+    return arguments + [part for key, value in options.items() for part in ("--option", f"{key}={json.dumps(value)}")]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--sampler", "ddim", "--option", "eta=0.8"],
+        ["--sampler", "DPM++ 2M Karras", "--rescale", "0.7", "--guidance", "9.125", "--negative", "a, b"],
+        ["--sampler", "dpmpp_2m", "--option", "solver_order=3", "--option", "euler_at_final=true"],
+        ["--sampler", "euler", "--schedule", "sgm_uniform"],
+        ["--sampler", "euler", "--schedule", "lu"],
+        ["--image", "start.png", "--strength", "0.6", "--sampler", "Euler a"],
+    ],
+    ids=" ".join,
+)
+def test_the_settings_of_an_image_generate_it_again(given: list[str], small_bundle: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start.png"
+    write_png(start, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    given = [str(start) if part == "start.png" else part for part in given]
+    images = [tmp_path / "first.png", tmp_path / "second.png"]
+    common = ["generate", str(small_bundle), "--steps", "4", "--no-measure", "-o"]
+    assert main([*common, str(images[0]), "the red cat", *given, "--seed", "11"]) == 0
+    with PIL.Image.open(images[0]) as image:
+        found = read_infotext(str(image.info["parameters"]))
+    start_image = ["--image", str(start)] if "Init image hash" in found else []
+    assert main([*common, str(images[1]), *again(found), *start_image]) == 0
+    first, second = (np.asarray(PIL.Image.open(path)) for path in images)
+    assert first.std() >= 10
+    np.testing.assert_array_equal(first, second)

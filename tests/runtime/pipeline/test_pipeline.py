@@ -1,0 +1,155 @@
+"""pipeline.py as a newcomer uses it: without `with`, with diffusers' names, with an image of another size; short reprs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import with_fake_engines
+
+from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.pool import Engines
+from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError, UnknownName
+from sdruntime.pipeline.images.imagefile import fitted
+from sdruntime.pipeline.images.png import write_png
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import DIFFUSERS, Request, requests
+from sdruntime.serving.batcher import Batcher
+
+
+@pytest.fixture
+def ready(bundle: Bundle) -> Bundle:
+    return with_fake_engines(bundle)
+
+
+def fake_pipeline(ready: Bundle) -> Pipeline:
+    return Pipeline.open(ready, backend="fake")
+
+
+def test_the_first_use_opens_the_engines_and_close_releases_them(ready: Bundle) -> None:
+    pipe = fake_pipeline(ready)
+    assert pipe.engines.opened is None
+    first = pipe("a prompt", steps=2, seed=1, size=(64, 64))
+    assert {engine.spec.component for engine in (pipe.engines.opened or {}).values()} == {"text_encoder", "unet", "vae_decoder"}
+    assert first.images[0].shape == (64, 64, 3)
+    pipe.close()
+    assert pipe.engines.opened is None
+    with pytest.raises(SdruntimeError, match=r"the pipeline is closed: open the bundle again with Pipeline\.open"):
+        pipe("a prompt", steps=2, size=(64, 64))
+    with pipe:  # entering it says what is wanted
+        np.testing.assert_array_equal(pipe("a prompt", steps=2, seed=1, size=(64, 64)).pixels[0], first.pixels[0])
+
+
+def test_a_stream_and_a_batcher_open_it_too(ready: Bundle) -> None:
+    pipe = fake_pipeline(ready)
+    stream = pipe.stream("a prompt", steps=2, size=(64, 64))
+    assert [state.step for state in stream] == [1, 2]
+    pipe.close()
+    other = fake_pipeline(ready)
+    with Batcher(other) as batcher:
+        assert batcher.submit(Request(prompt="x", steps=2, size=(64, 64))).result(60).shape == (64, 64, 3)
+    other.close()
+
+
+def test_a_first_use_that_fails_releases_what_it_opened_and_may_be_tried_again(ready: Bundle) -> None:
+    pipe = fake_pipeline(ready)
+
+    def no_room(*_: object) -> None:
+        raise OutOfSpace("no room")
+
+    with pytest.MonkeyPatch.context() as failing:
+        failing.setattr(Engines, "_check_memory", no_room)
+        with pytest.raises(OutOfSpace, match="no room"):
+            pipe("a prompt", steps=2, size=(64, 64))
+    assert pipe.engines.opened is None
+    assert len(pipe("a prompt", steps=2, size=(64, 64)).images) == 1
+    pipe.close()
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_opened(ready: Bundle) -> None:
+    pipe = fake_pipeline(ready)
+    for wrong in ({"size": (60, 64)}, {"sampler": "nonsense"}, {"step": 3}):
+        with pytest.raises(SettingError):
+            pipe("a prompt", **wrong)
+    assert pipe.engines.opened is None
+
+
+def test_a_batcher_takes_a_prompt_and_settings(ready: Bundle) -> None:
+    with fake_pipeline(ready) as pipe, Batcher(pipe) as batcher:
+        image = batcher.submit("a red fox in snow").result(60)
+        assert image.request == Request(prompt="a red fox in snow", seed=image.seed)
+        image = batcher.submit("a red fox in snow", seed=5, steps=2).result(60)
+        assert image.request == Request(prompt="a red fox in snow", seed=5, steps=2)
+        assert repr(batcher).endswith(", 0 under way>")
+    assert repr(batcher).endswith(", not open>")
+
+
+@pytest.mark.parametrize(
+    ("request_", "settings", "told"),
+    [
+        (3, {}, "submit: expected text or a Request, got int"),
+        (["a", "b"], {}, "submit: expected text or a Request, got list"),
+        (Request(prompt="a"), {"steps": 3}, "steps: a Request has its own settings"),
+        ("a", {"num_inference_steps": 3}, "write steps="),
+        ("a", {"count": 2}, "a submission is one image"),
+    ],
+)
+def test_a_batcher_refuses_what_is_no_request(ready: Bundle, request_: Any, settings: dict[str, Any], told: str) -> None:
+    with fake_pipeline(ready) as pipe, Batcher(pipe) as batcher, pytest.raises(SettingError, match=told):
+        batcher.submit(request_, **settings)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers_names_are_answered_with_ours(ready: Bundle, name: str) -> None:
+    with pytest.raises(SettingError, match=f"unknown setting '{name}': write ") as caught:
+        fake_pipeline(ready)("a prompt", **{name: 1})
+    wanted = DIFFUSERS[name].partition("=")[0]
+    assert wanted in ("count", *Request.__slots__) or "pipe.stream" in wanted or "image.pixels" in wanted
+    assert DIFFUSERS[name] in str(caught.value)
+
+
+def test_a_start_image_is_read_once_for_all_of_its_requests(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    asked = requests(["a", "b"], count=3, image=tmp_path / "a.png")
+    assert all(request.pixels is asked[0].pixels for request in asked)
+
+
+def test_an_unknown_setting_has_near_names() -> None:
+    with pytest.raises(UnknownName, match="unknown setting 'guidence': did you mean guidance"):
+        requests("a prompt", guidence=3)
+
+
+def test_an_image_of_another_size_is_fitted_on_request_only(small_bundle: Path) -> None:
+    pytest.importorskip("PIL", reason="Pillow resizes")
+    image = np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8)
+    with Pipeline.open(small_bundle, options=EngineOptions(measure=False)) as pipe:
+        for size in (None, (64, 64)):
+            with pytest.raises(SettingError, match=r'the image is 200x90.*pass fit "resize" or "crop" \(--fit\)'):
+                pipe("a cat", image=image, size=size, steps=2)
+        for fit in ("resize", "crop"):
+            ours = pipe("a cat", image=image, fit=fit, size=(64, 64), steps=4, seed=1)
+            reference = pipe("a cat", image=fitted(image, (64, 64), fit), steps=4, seed=1)
+            np.testing.assert_array_equal(ours.pixels[0], reference.pixels[0])
+            assert ours.pixels[0].std() >= 10
+            assert f"Resize mode: {'Just' if fit == 'resize' else 'Crop and'} resize" in ours.images[0].text()["parameters"]
+        assert pipe("a cat", image=image, fit="crop", steps=2).images[0].size == pipe.model.default_size[::-1]
+    with pytest.raises(UnknownName, match="unknown fit 'croped': did you mean crop"):
+        Request(prompt="x", fit="croped")  # type: ignore[arg-type]
+
+
+def test_reprs_are_short(ready: Bundle) -> None:
+    pipe = fake_pipeline(ready)
+    assert repr(ready) == f"<Bundle {str(ready.folder)!r}: by-hand (sd1, fp32), 4 engines>"
+    assert repr(pipe) == f"<Pipeline of {ready!r}, fake cpu, not opened yet>"
+    with pipe:
+        assert repr(pipe).endswith(", open>")
+    assert repr(pipe).endswith(", closed>")
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    request = Request(prompt="a red fox in snow " * 9, seed=7, steps=30, image=pixels, options={"eta": 0.5})
+    assert repr(request) == (
+        "<Request 'a red fox in snow a red fox in snow a…', seed 7, image 128x64, steps 30, options {'eta': 0.5}>"
+    )
+    assert repr(Request(prompt="x")) == "<Request 'x', seed 0>"

@@ -1,0 +1,298 @@
+"""`sdexport engines` and `sdexport build --recipe`, on a bundle that is there already and engines of the fake backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import ROOT
+from sdexport_cli import run
+
+import sdruntime.backends.fake.build as fake
+from sdexport.recipes.interpreter import Interpreter, arguments
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.engines.building import Asked
+from sdruntime.errors import EngineError, EnvironmentFault, LibraryMissing, SdruntimeError, VerificationFailed
+
+ENGINES = '[[engines]]\nbackend = "fake"\nsize = "{size}"\n'
+
+
+@pytest.fixture
+def place(sd1_checkpoint: Path, sd1_proved_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in: engines/good.toml, bad.toml and gpu.toml, and the bundle of good.toml exported already."""
+    (tmp_path / "engines").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write("good", sd1_checkpoint, ENGINES.format(size="64x64"))
+    write("bad", sd1_checkpoint, ENGINES.format(size="64") + 'targets = "cpu"\n')
+    write("gpu", sd1_checkpoint, '[[engines]]\nbackend = "tensorrt"\ntarget = "current"\n')
+    shutil.copytree(sd1_proved_bundle, tmp_path / "engines" / "built" / "good")
+    return tmp_path
+
+
+def write(name: str, model: Path, engines: str) -> None:
+    Path(f"engines/{name}.toml").write_text(f'model = "{model}"\n{engines}')
+
+
+def rows(*arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
+    """What `sdexport engines --json` says of each recipe."""
+    result = run("engines", *arguments, "--json")
+    assert result.exit_code == code, result.stderr
+    document = json.loads(result.stdout)
+    assert document.pop("schema") == 1
+    return {row["recipe"]: row for row in document["recipes"]}
+
+
+def built(row: dict[str, Any]) -> list[str]:
+    return [each["engine"].split("-")[0] for each in row["built"]]
+
+
+def test_a_bundle_that_is_exported_gets_the_engines_and_a_second_run_builds_nothing(place: Path) -> None:
+    before = (place / "engines/built/good/unet/model.onnx").stat().st_mtime_ns
+    first = rows("good")["good"]
+    assert (first["bundle"], first["exported"], first["failed"]) == ("engines/built/good", 0, [])
+    assert built(first) == ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
+    assert all(each["bytes"] > 0 for each in first["built"])
+    second = rows("good")["good"]
+    assert (second["built"], second["failed"], len(second["present"])) == ([], [], 4)
+    assert (place / "engines/built/good/unet/model.onnx").stat().st_mtime_ns == before
+    assert Bundle.open(place / "engines/built/good").changed_files() == []
+
+
+def test_bad_recipes_do_not_stop_the_good_ones_and_a_table_tells_of_all(place: Path) -> None:
+    result = run("engines")  # all of engines/: bad, good, gpu
+    assert result.exit_code == 3, "what this machine lacks is worse than a recipe's fault"
+    assert "engines/bad.toml:4: engines[0].size: size '64': WIDTHxHEIGHT" in result.stderr
+    assert "engines/bad.toml:5: engines[0].targets: unknown key 'targets': did you mean target?" in result.stderr
+    table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
+    assert table["recipe"] == "built there already failed engine bytes ONNX bytes seconds".split()
+    assert table["bad"][:3] == ["0", "0", "1"]
+    assert table["good"][:3] == ["4", "0", "0"]
+    assert table["gpu"][:3] == ["0", "0", "1"]
+    assert table["bad:"] == "engines/bad.toml: 2 faults".split()
+    assert " ".join(table["gpu:"]).startswith("tensorrt current: tensorrt cannot be imported")
+    assert not (place / "engines/built/gpu").exists(), "nothing is exported for engines that cannot be built"
+
+
+def test_the_code_is_that_of_the_worst(place: Path) -> None:
+    assert run("engines", "good").exit_code == 0
+    assert run("engines", "good", "bad").exit_code == 2
+    assert run("engines", "nope", "good").exit_code == 2
+    assert run("engines", "gpu", "bad", "good").exit_code == 3
+
+
+def test_engines_that_fail_do_not_stop_the_others_of_the_recipe(
+    place: Path, sd1_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("good", sd1_checkpoint, ENGINES.format(size="64x64") + ENGINES.format(size="128x128"))
+    real = fake.build_engine
+
+    def failing(bundle: Bundle, request: Any, folder: Path) -> Iterator[Any]:
+        if request.component == "vae_decoder" and "64x64" in request.stem:
+            raise EngineError("no tactic for this layer\nbeware")
+        return real(bundle, request, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "build_engine", failing)
+        row = rows("good", code=5)["good"]
+        assert row["failed"] == [{"engines": "fake", "error": "no tactic for this layer\nbeware", "exit_code": 5}]
+        assert built(row) == ["text_encoder", "vae_encoder", "vae_encoder", "vae_decoder", "unet"], "texts have no size"
+    again = rows("good")["good"]
+    assert built(again) == ["vae_decoder", "unet"]
+    assert len(again["present"]) == 6
+
+
+def test_a_size_that_the_model_cannot_have_is_told_before_the_export(
+    place: Path, sd1_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sdexport.build.export
+
+    monkeypatch.setattr(sdexport.build.export, "run_apart", None)
+    write("odd", sd1_checkpoint, ENGINES.format(size="63x64"))
+    assert "63 is not a multiple of" in rows("odd", code=2)["odd"]["failed"][0]["error"]
+    write("gone", Path("/nowhere"), ENGINES.format(size="64x64"))
+    assert "no such folder" in rows("gone", code=2)["gone"]["failed"][0]["error"]
+
+
+def test_another_model_and_another_place(place: Path, sd1_checkpoint: Path, sd1_proved_bundle: Path) -> None:
+    write("other", Path("/nowhere"), ENGINES.format(size="64x64"))
+    shutil.copytree(sd1_proved_bundle, place / "out" / "other")
+    row = rows(place / "engines/other.toml", "--model", sd1_checkpoint, "-o", place / "out")["other"]
+    assert (row["bundle"], len(row["built"])) == (str(place / "out" / "other"), 4)
+    for names in ((), ("good", "other")):
+        result = run("engines", *names, "--model", sd1_checkpoint)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "name that RECIPE" in result.stderr
+
+
+def test_two_recipes_do_not_share_a_bundle(place: Path, sd1_checkpoint: Path) -> None:
+    write("twin", sd1_checkpoint, ENGINES.format(size="64x64"))
+    text = Path("engines/twin.toml").read_text()
+    Path("engines/twin.toml").write_text('name = "good"\n' + text)
+    result = run("engines", "good", "twin")
+    assert result.exit_code == 2
+    assert "engines/twin.toml: engines/built/good is another recipe's bundle" in result.stderr
+
+
+def test_where_there_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("engines")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "there is no recipe in engines/" in result.stderr
+
+
+def test_build_takes_a_recipe_and_a_model_beside_it_but_no_other_option(place: Path, sd1_checkpoint: Path) -> None:
+    result = run("build", "--recipe", "engines/good.toml", "-o", "engines/built/good")
+    assert result.exit_code == 0, result.stderr
+    assert len(Bundle.open(place / "engines/built/good").manifest.engines) == 4
+    write("other", Path("/nowhere"), ENGINES.format(size="64x64"))
+    result = run("build", sd1_checkpoint, "--recipe", "engines/other.toml", "-o", "engines/built/good", "--json")
+    assert json.loads(result.stdout)["up_to_date"]
+    for more in (("--precision", "fp32"), ("--size", "64x64"), ("--backend", "fake"), ("--allow-pickle",)):
+        result = run("build", "--recipe", "engines/good.toml", "-o", "out", *more)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{more[0]} beside --recipe: the recipe says it; change engines/good.toml" in result.stderr
+    assert "name a MODEL, or a --recipe" in run("build", "-o", "out").stderr
+    result = run("build", "--recipe", "engines/bad.toml", "-o", "out")
+    assert result.exit_code == 2
+    assert "engines/bad.toml: 2 faults" in result.stderr
+
+
+ASKED = Asked(
+    backend="fake",
+    target="cpu",
+    size="64x64,128x64:128x128",
+    batch="1,2:4",
+    guidance="off",
+    components=("unet", "vae_decoder"),
+    without=("vae_encoder",),
+    options={"workspace": "2G", "strip": "true"},
+)
+
+
+@pytest.mark.parametrize("asked", [ASKED, Asked(backend="tensorrt")])
+def test_the_other_interpreter_is_asked_for_the_same(asked: Asked) -> None:
+    from sdruntime.cli.build import asked_of
+    from sdruntime.cli.parser import parser
+
+    assert asked_of(parser().parse_args(["build", "BUNDLE", *arguments(asked)])) == asked
+
+
+def test_engines_by_another_interpreter(place: Path, sd1_checkpoint: Path) -> None:
+    text = ENGINES.format(size="64x64") + "[engines.components]\nvae_encoder = false\nunet = { batch = 2 }\n"
+    write("good", sd1_checkpoint, text)
+    row = rows("good", "--python", sys.executable)["good"]
+    assert built(row) == ["text_encoder", "vae_decoder", "unet"]
+    assert all(each["bytes"] > 0 for each in row["built"])
+    engines = {engine.component: engine for engine in Bundle.open(place / "engines/built/good").manifest.engines}
+    assert set(engines) == {"text_encoder", "vae_decoder", "unet"}
+    assert engines["unet"].profiles[0]["batch"] == (2, 4, 4)
+    assert len(rows("good", "--python", sys.executable)["good"]["present"]) == 3
+
+
+def script(place: Path, text: str) -> str:
+    path = place / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_what_the_other_interpreter_built_before_it_failed_is_told(place: Path) -> None:
+    some = f'"{sys.executable}" "$@" --component text_encoder --component vae_encoder'
+    fails = script(
+        place,
+        f"""case "$*" in
+*" build "*) {some}; echo "error: the rest failed" >&2; exit 1;;
+*) exec "{sys.executable}" "$@";;
+esac""",
+    )
+    row = rows("good", "--python", fails, code=1)["good"]
+    assert built(row) == ["text_encoder", "vae_encoder"]
+    assert all(each["bytes"] > 0 for each in row["built"])
+    assert row["failed"][0]["error"] == "the rest failed"
+    assert built(rows("good", "--python", sys.executable)["good"]) == ["vae_decoder", "unet"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "told"),
+    [
+        (
+            "echo Traceback >&2; echo 'ModuleNotFoundError: no numpy' >&2; exit 1",
+            EnvironmentFault,
+            "failed with code 1: ModuleNotFoundError: no numpy; Python 3.10 or later with numpy is needed: .*pip install 'numpy",
+        ),
+        ('echo "error: no such\n  - thing" >&2; exit 5', EngineError, "^no such\n  - thing$"),
+        ("kill -9 $$", EnvironmentFault, "was ended by SIGKILL: it said nothing"),
+        (
+            'echo \'{"libraries": {"tensorrt": {"version": null, "targets": [], "missing": "pip install it"}}}\'',
+            LibraryMissing,
+            "python: pip install it",
+        ),
+        (
+            'echo \'{"libraries": {"tensorrt": {"version": "10.3.0", "targets": [], "missing": ""}}}\'',
+            EnvironmentFault,
+            "python: tensorrt 10.3.0 builds on the GPU, and sees none here",
+        ),
+    ],
+)
+def test_an_interpreter_that_cannot_is_told_before_the_work(tmp_path: Path, text: str, kind: type, told: str) -> None:
+    with pytest.raises(kind, match=told):
+        Interpreter(python=script(tmp_path, text)).check(Asked(backend="tensorrt"), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], []),
+        (["RECIPE=sd15", "MODEL=my path", "PYTHON=/bin/python3"], ["sd15", "--model", "my path", "--python", "/bin/python3"]),
+        (["RECIPE=sd15 a/b.toml"], ["sd15", "a/b.toml"]),
+    ],
+)
+def test_make_engines_is_this_command(given: list[str], expected: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHON", "MODEL", "RECIPE"))}
+    command = ["make", "-C", str(ROOT), "-n", "engines", *given]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    line = shown[shown.index("/sdexport engines") :].partition("\nmake: ")[0]
+    assert shlex.split(line.replace("\\\n", " ")) == ["/sdexport", "engines", *expected]
+
+
+def test_no_interpreter(place: Path) -> None:
+    assert "--python /nowhere: cannot be started: No such file" in run("engines", "good", "--python", "/nowhere").stderr
+
+
+def test_a_recipe_that_verifies_adds_no_engine_that_fails(
+    place: Path, sd1_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(bundle: Bundle, engine: EngineSpec) -> str:
+        raise VerificationFailed(f"engine {engine.name} is not added", ["PSNR 12 dB, under 40"])
+
+    monkeypatch.setattr("sdexport.recipes.run.held", failing)
+    failed = rows("good", code=4)["good"]
+    assert (failed["built"], failed["failed"][0]["exit_code"]) == ([], 4)
+    assert "PSNR 12 dB" in failed["failed"][0]["error"]
+    write("good", sd1_checkpoint, "verify = false\n" + ENGINES.format(size="64x64"))
+    assert built(rows("good")["good"]) == ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
+
+
+def test_another_interpreter_is_told_not_to_verify_and_its_failures_are_ours(place: Path, tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "if '--no-verify' in sys.argv: sys.exit('error: told so')\n"
+        "print('error: b: engine e is not added: 1 check failed\\n  - unet e: PSNR 12 dB', file=sys.stderr)\nsys.exit(4)\n"
+    )
+    script.chmod(0o755)
+    other, asked = Interpreter(python=str(script)), Asked(backend="fake")
+    with pytest.raises(VerificationFailed, match="engine e is not added: 1 check failed") as raised:
+        list(other.build(place / "engines/built/good", asked, verify=True))
+    assert raised.value.faults == ("unet e: PSNR 12 dB",)
+    with pytest.raises(SdruntimeError, match="told so"):
+        list(other.build(place / "engines/built/good", asked, verify=False))
