@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from sdruntime.sampling.executor import run
 from sdruntime.sampling.grids import SCHEDULES
 from sdruntime.sampling.noise_schedule import Point, Space
 from sdruntime.sampling.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, identified, resolve
-from sdruntime.sampling.samplers.names import folded
+from sdruntime.sampling.samplers.registry import folded
 
 NAMES = list(SAMPLERS)
 DISTILLED = ("lcm", "tcd")
@@ -278,3 +279,25 @@ def test_a_row_cannot_name_a_key_that_it_does_not_read() -> None:
         Sampler(
             name="odd", solve=row.solve, grid=row.grid, space="vp", order=1, reads=row.reads, options=("gamma",), about="a slip"
         )
+
+
+def test_a_sampler_from_outside_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, it has a table, answers to its names, and takes no name of another."""
+    from sdruntime.sampling.samplers import register, registry
+
+    monkeypatch.setattr(registry, "_ROWS", dict(SAMPLERS))
+    monkeypatch.setattr(registry, "_NAMES", dict(registry._NAMES))
+    monkeypatch.setattr(registry, "SAMPLERS", registry._ROWS)
+
+    def own_ddim(x, path, noise):  # type: ignore[no-untyped-def]
+        for s, t in path:
+            x, m = yield x, s
+            x = t.alpha * m + t.sigma * (x - s.alpha * m) / s.sigma
+        return x
+
+    register(replace(SAMPLERS["ddim"], name="mine", solve=own_ddim, options=(), diffusers=None, a1111=("My Own",)))
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+    ours, theirs = (compile_table(config, steps=7, sampler=name) for name in ("My Own", "ddim"))
+    np.testing.assert_allclose(ours.X, theirs.X, rtol=1e-12)
+    with pytest.raises(SettingError, match="sampler DDIM!: ddim answers to this name already"):
+        register(replace(SAMPLERS["ddim"], name="DDIM!"))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
-from sdruntime.sampling.grids import Path
+from sdruntime.sampling.grids import Path, consistency_grid
+from sdruntime.sampling.samplers.keys import (
+    CONSISTENCY,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X, moved
+from sdruntime.sampling.samplers.sampler import Sampler
 
 SIGMA_DATA = 0.5
 
@@ -34,3 +39,30 @@ def tcd(x: X, path: Path, noise: Draw, *, eta: float = 0.3) -> Solver:
             ratio = t.alpha / below.alpha
             x = ratio * x + math.sqrt(1 - ratio**2) * noise()
     return x
+
+
+ROWS = (
+    Sampler(
+        name="lcm",
+        solve=lcm,
+        grid=partial(consistency_grid, to_clean=True),
+        space="vp",
+        order=0,
+        reads={**CONSISTENCY, "timestep_scaling": 10.0},
+        options=("timestep_scaling",),
+        diffusers="LCMScheduler",
+        a1111=("LCM",),
+        about="Latent consistency models, distilled (arXiv 2310.04378)",
+    ),
+    Sampler(
+        name="tcd",
+        solve=tcd,
+        grid=partial(consistency_grid, to_clean=False),
+        space="vp",
+        order=0,
+        reads={**CONSISTENCY, "eta": 0.0},
+        options=("eta",),
+        diffusers="TCDScheduler",
+        about="Trajectory consistency distillation (arXiv 2402.19159)",
+    ),
+)

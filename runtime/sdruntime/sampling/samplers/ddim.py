@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import math
 
-from sdruntime.sampling.grids import Path
+from sdruntime.sampling.grids import Path, ddim_grid, ddpm_grid
+from sdruntime.sampling.samplers.keys import (
+    CLIP,
+    LEADING,
+    TRAINED,
+    ZERO_SNR,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def ddim(x: X, path: Path, noise: Draw, *, eta: float = 0.0) -> Solver:
@@ -39,3 +46,30 @@ def ddpm(x: X, path: Path, noise: Draw, *, variance_type: str = "fixed_small") -
 def posterior_std(alpha_s: float, sigma_s: float, alpha_t: float, sigma_t: float) -> float:
     """Standard deviation of q(x_t | x_s, clean), arXiv 2006.11239, equation 7."""
     return sigma_t / sigma_s * math.sqrt(1 - (alpha_s / alpha_t) ** 2)
+
+
+ROWS = (
+    Sampler(
+        name="ddim",
+        solve=ddim,
+        grid=ddim_grid,
+        space="vp",
+        order=1,
+        reads={**TRAINED, **LEADING, **ZERO_SNR, **CLIP, "set_alpha_to_one": True, "eta": 0.0},
+        options=("eta",),
+        diffusers="DDIMScheduler",
+        a1111=("DDIM",),
+        about="Denoising diffusion implicit models (arXiv 2010.02502)",
+    ),
+    Sampler(
+        name="ddpm",
+        solve=ddpm,
+        grid=ddpm_grid,
+        space="vp",
+        order=1,
+        reads={**TRAINED, **LEADING, **ZERO_SNR, **CLIP, "variance_type": "fixed_small"},
+        options=("variance_type",),
+        diffusers="DDPMScheduler",
+        about="Denoising diffusion probabilistic models (arXiv 2006.11239)",
+    ),
+)

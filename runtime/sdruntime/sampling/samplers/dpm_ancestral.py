@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
-from sdruntime.sampling.grids import Path
-from sdruntime.sampling.samplers.kdiffusion import ancestral
+from sdruntime.sampling.grids import Path, ve_grid
+from sdruntime.sampling.samplers.kdiffusion import ancestral, sigma_row
+from sdruntime.sampling.samplers.keys import (
+    SCHEDULED,
+    STABLE,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X
 
 
@@ -48,3 +53,26 @@ def dpmpp_sde(x: X, path: Path, noise: Draw) -> Solver:
 def toward(x: X, m: X, sigma: float, after: float) -> X:
     """x with its noise brought from sigma to `after` if m is the clean image."""
     return after / sigma * x + (1 - after / sigma) * m
+
+
+ROWS = (
+    sigma_row(
+        "dpmpp_2s_a",
+        dpmpp_2s_ancestral,
+        None,
+        order=2,
+        reads=SCHEDULED,
+        a1111=("DPM++ 2S a", "DPM++ 2S Ancestral"),
+        about="DPM-Solver++(2S) with ancestral noise, two model calls a step (k-diffusion)",
+    ),
+    sigma_row(
+        "dpmpp_sde",
+        dpmpp_sde,
+        "DPMSolverSDEScheduler",
+        order=2,
+        grid=partial(ve_grid, karras_bounds=False),
+        reads={**STABLE, **SCHEDULED},
+        a1111=("DPM++ SDE",),
+        about="Stochastic DPM-Solver++, two model calls a step (k-diffusion)",
+    ),
+)

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from sdruntime.sampling.grids import Path
+from sdruntime.sampling.grids import Path, ve_grid
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.samplers.integrals import adams_weights
+from sdruntime.sampling.samplers.keys import (
+    BY_NAME,
+    FINAL,
+    LINSPACE,
+    SCHEDULED,
+    STABLE,
+    TRAINED,
+    ZERO_SNR,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X
+from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def euler(x: X, path: Path, noise: Draw) -> Solver:
@@ -103,3 +116,77 @@ def ancestral_float32(sigma: float, after: float) -> tuple[float, float]:
     up = np.sqrt(low**2 * (high**2 - low**2) / high**2)
     rest = low**2 - up**2
     return (float(np.sqrt(rest)), float(up)) if rest > 0 else ancestral(sigma, after)
+
+
+def sigma_row(name: str, solve: Callable[..., Solver], diffusers: str | None, **more: Any) -> Sampler:
+    """A row of the k-diffusion family, with the keys that all its diffusers classes read."""
+    more = {"grid": ve_grid, **more, "reads": {**TRAINED, **LINSPACE, **BY_NAME, **more["reads"]}}
+    return Sampler(name=name, solve=solve, space="ve", takes_schedule=True, diffusers=diffusers, **more)
+
+
+ROWS = (
+    sigma_row(
+        "euler",
+        euler,
+        "EulerDiscreteScheduler",
+        order=1,
+        reads={
+            **SCHEDULED,
+            **ZERO_SNR,
+            **FINAL,
+            "interpolation_type": "linear",
+            "timestep_type": "discrete",
+        },
+        a1111=("Euler",),
+        about="Euler's method in sigma (arXiv 2206.00364)",
+    ),
+    sigma_row(
+        "euler_a",
+        euler_ancestral,
+        "EulerAncestralDiscreteScheduler",
+        order=1,
+        reads=ZERO_SNR,
+        a1111=("Euler a", "Euler Ancestral"),
+        about="Euler with ancestral noise (k-diffusion)",
+    ),
+    sigma_row(
+        "heun",
+        heun,
+        "HeunDiscreteScheduler",
+        order=2,
+        reads={**STABLE, **SCHEDULED, "clip_sample": False},
+        a1111=("Heun",),
+        about="Heun's method in sigma, two model calls a step (arXiv 2206.00364)",
+    ),
+    sigma_row(
+        "dpm2",
+        dpm2,
+        "KDPM2DiscreteScheduler",
+        order=2,
+        grid=partial(ve_grid, whole_karras_times=True),
+        reads={**STABLE, **SCHEDULED},
+        a1111=("DPM2",),
+        about="DPM-Solver-2 in sigma, two model calls a step (arXiv 2206.00927)",
+    ),
+    sigma_row(
+        "dpm2_a",
+        dpm2_ancestral,
+        "KDPM2AncestralDiscreteScheduler",
+        order=2,
+        grid=partial(ve_grid, whole_karras_times=True),
+        reads={**STABLE, **SCHEDULED},
+        a1111=("DPM2 a", "DPM2 Ancestral"),
+        about="DPM-Solver-2 with ancestral noise (k-diffusion)",
+    ),
+    sigma_row(
+        "lms",
+        lms,
+        "LMSDiscreteScheduler",
+        order=2,
+        grid=partial(ve_grid, karras_bounds=False),
+        reads={**SCHEDULED, "order": 4},
+        options=("order",),
+        a1111=("LMS",),
+        about="Linear multistep of order 4 in sigma (k-diffusion)",
+    ),
+)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 
-from sdruntime.sampling.grids import Path
+from sdruntime.sampling.grids import Path, ddim_grid, pndm_grid
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.prediction import clean_from_raw
+from sdruntime.sampling.samplers.keys import (
+    LEADING,
+    PNDM,
+    TRAINED,
+    ZERO_SNR,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X, moved, noise_of
+from sdruntime.sampling.samplers.sampler import Sampler
 
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -75,3 +82,40 @@ def ipndm(x: X, path: Path, noise: Draw) -> Solver:
         if len(past) > 1:
             x = x + (t.sigma - t.alpha * s.sigma / s.alpha) * (adams(past) - past[0])
     return x
+
+
+ROWS = (
+    Sampler(
+        name="pndm",
+        solve=pndm,
+        grid=pndm_grid,
+        space="vp",
+        order=2,
+        reads=PNDM,
+        options=("skip_prk_steps", "prediction_type"),
+        diffusers="PNDMScheduler",
+        about="Pseudo numerical methods with a Runge-Kutta start (arXiv 2202.09778)",
+    ),
+    Sampler(
+        name="plms",
+        solve=pndm,
+        grid=pndm_grid,
+        space="vp",
+        order=2,
+        reads=PNDM,
+        options=("skip_prk_steps", "prediction_type"),
+        implied={"skip_prk_steps": True},
+        diffusers="PNDMScheduler",
+        a1111=("PLMS",),
+        about="PNDM without the Runge-Kutta start, as Stable Diffusion 1 was published with (arXiv 2202.09778)",
+    ),
+    Sampler(
+        name="ipndm",
+        solve=ipndm,
+        grid=ddim_grid,
+        space="vp",
+        order=2,
+        reads={**TRAINED, **LEADING, **ZERO_SNR, "set_alpha_to_one": True},
+        about="PNDM begun with lower orders, on the checkpoint's own schedule (arXiv 2204.13902)",
+    ),
+)

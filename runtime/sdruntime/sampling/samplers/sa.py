@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
-from sdruntime.sampling.grids import Path
+from sdruntime.sampling.grids import Path, vp_grid
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.samplers.integrals import adams_weights
+from sdruntime.sampling.samplers.keys import (
+    BY_NAME,
+    FLOW,
+    LINSPACE,
+    PIXEL,
+    SCHEDULED,
+    TRAINED,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X, noise_of
+from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def sa_solver(
@@ -83,3 +93,33 @@ class Step(NamedTuple):
             weights = [weights[0] + change, weights[1] - change]
         level = self.t.alpha if self.data else -self.t.sigma
         return (1 + self.tau**2) * level * sum(w * m for w, (_, m) in zip(weights, past, strict=True))
+
+
+ROWS = (
+    Sampler(
+        name="sa_solver",
+        solve=sa_solver,
+        grid=partial(vp_grid, final="sigma_min", repeats_last=True, starts_trained=True),
+        space="vp",
+        order=2,
+        takes_schedule=True,
+        reads={
+            **TRAINED,
+            **LINSPACE,
+            **SCHEDULED,
+            **BY_NAME,
+            **FLOW,
+            **PIXEL,
+            "predictor_order": 2,
+            "corrector_order": 2,
+            "algorithm_type": "data_prediction",
+            "lower_order_final": True,
+            "lambda_min_clipped": -math.inf,
+            "variance_type": None,
+        },
+        options=("predictor_order", "corrector_order", "algorithm_type", "lower_order_final"),
+        choices={"algorithm_type": ("data_prediction", "noise_prediction")},
+        diffusers="SASolverScheduler",
+        about="Stochastic Adams predictor-corrector (arXiv 2309.05019)",
+    ),
+)

@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from sdruntime.sampling.grids import Path
+from sdruntime.sampling.grids import Path, vp_grid
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.samplers.integrals import phi
+from sdruntime.sampling.samplers.keys import (
+    BY_NAME,
+    FINAL,
+    FLOW,
+    LINSPACE,
+    PIXEL,
+    SCHEDULED,
+    TRAINED,
+    ZERO_SNR,
+)
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X, noise_of, stay_above_zero
+from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def unipc(
@@ -90,3 +102,37 @@ class Step(NamedTuple):
             weights = np.linalg.solve(np.vander(rates, increasing=True).T, moments).tolist()
         level = self.t.alpha if self.data else self.t.sigma
         return -level * bh * sum(w * d for w, d in zip(weights, slopes, strict=True)) if slopes else 0.0
+
+
+ROWS = (
+    Sampler(
+        name="unipc",
+        solve=unipc,
+        grid=partial(vp_grid, repeats_last=True, flow_from_one=True),
+        space="vp",
+        order=2,
+        takes_schedule=True,
+        reads={
+            **TRAINED,
+            **LINSPACE,
+            **SCHEDULED,
+            **BY_NAME,
+            **ZERO_SNR,
+            **FINAL,
+            **FLOW,
+            **PIXEL,
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "predict_x0": True,
+            "lower_order_final": True,
+            "disable_corrector": (),
+            "solver_p": None,
+            "shift_terminal": None,
+        },
+        options=("solver_order", "solver_type", "predict_x0", "lower_order_final", "disable_corrector"),
+        choices={"solver_type": ("bh1", "bh2")},
+        diffusers="UniPCMultistepScheduler",
+        a1111=("UniPC",),
+        about="Unified predictor-corrector (arXiv 2302.04867)",
+    ),
+)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.sampling.grids import SCHEDULES, chosen_schedule
-from sdruntime.sampling.samplers.rows import ROWS
+from sdruntime.sampling.samplers import consistency, ddim, deis, dpm, dpm_ancestral, flow, kdiffusion, pndm, sa, unipc
 from sdruntime.sampling.samplers.sampler import Sampler
 
 # AUTOMATIC1111's name ("Schedule type") of each schedule; None is the plain spacing of timesteps. "lu" spaces log sigma
@@ -32,21 +32,6 @@ def folded(name: str) -> str:
     return "".join(letter for letter in text if letter.isalnum())
 
 
-def _flow_form(name: str, base: Sampler) -> Sampler:
-    return replace(
-        base,
-        name=name,
-        reads={**base.reads, "prediction_type": "flow_prediction"},
-        implied={**base.implied, "use_flow_sigmas": True},
-        choices={**base.choices, "prediction_type": ("flow_prediction",)},
-        takes_schedule=False,
-        a1111=(),
-        about=f"{base.about}, on a rectified flow",
-    )
-
-
-ALL = (*ROWS, *(_flow_form(f"flow_{row.name}", row) for row in ROWS if row.name in ("dpmpp_2m", "unipc")))
-SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ALL}
 _SCHEDULES = {folded(name): name for name in SCHEDULES} | {"uniform": "normal"}  # AUTOMATIC1111's word for the same levels
 # AUTOMATIC1111's and ComfyUI's words for what is no schedule here
 _NO_SCHEDULES = {
@@ -54,21 +39,30 @@ _NO_SCHEDULES = {
     "ddim": "omit the schedule, with the sampler option timestep_spacing leading",
     "ddimuniform": "omit the schedule, with the sampler option timestep_spacing leading",
 }
+_FAMILIES = (ddim, pndm, kdiffusion, dpm_ancestral, dpm, unipc, deis, sa, consistency, flow)
+_ROWS: dict[str, Sampler] = {}
+_NAMES: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}  # by each folded name the row, and what that name fixes
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(_ROWS)
 
 
-def _named(rows: Iterable[Sampler]) -> dict[str, tuple[Sampler, Mapping[str, Any]]]:
-    """Every folded name with its row and what it fixes; a diffusers class fixes nothing, for the file says the rest."""
-    found: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}
-    for row in rows:
-        for name in (row.name, *row.a1111):
-            found.setdefault(folded(name), (row, row.implied))
-        if row.diffusers:
-            for name in (row.diffusers, row.diffusers.removesuffix("Scheduler")):
-                found.setdefault(folded(name), (row, {}))
-    return found
+def register(row: Sampler) -> None:
+    """Make a sampler known by its name, its diffusers class and its other names; a name that is taken stays with its first row.
+
+    A diffusers class fixes nothing, for the file says the rest. Raises SettingError where the row's own name is taken.
+    """
+    if (taken := _NAMES.get(folded(row.name))) is not None:
+        raise SettingError(f"sampler {row.name}: {taken[0].name} answers to this name already; give another")
+    _ROWS[row.name] = row
+    for name in (row.name, *row.a1111):
+        _NAMES.setdefault(folded(name), (row, row.implied))
+    if row.diffusers:
+        for name in (row.diffusers, row.diffusers.removesuffix("Scheduler")):
+            _NAMES.setdefault(folded(name), (row, {}))
 
 
-_NAMES = _named(ALL)
+for _family in _FAMILIES:
+    for _row in _family.ROWS:
+        register(_row)
 
 
 def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
@@ -84,7 +78,8 @@ def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
             if text.endswith(suffix) and stem in _NAMES:
                 sampler, implied = _NAMES[stem]
                 return sampler, dict(implied) if schedule is None else {**implied, "schedule": schedule}
-    raise UnknownName("sampler", name, {name for row in ALL for name in (row.name, *row.a1111, row.diffusers) if name})
+    known = {name for row in SAMPLERS.values() for name in (row.name, *row.a1111, row.diffusers) if name}
+    raise UnknownName("sampler", name, known)
 
 
 def resolve_schedule(name: str) -> str:
@@ -106,7 +101,7 @@ def identified(
     as its solver_order and algorithm_type say. None stands for a combination that has no row. Raises SettingError.
     """
     row, settings = settled(config, sampler=sampler, schedule=schedule, **options)
-    rows = [row] if row.diffusers is None else [each for each in ALL if each.diffusers == row.diffusers]
+    rows = [row] if row.diffusers is None else [each for each in SAMPLERS.values() if each.diffusers == row.diffusers]
     fitting = [each for each in rows if all(settings[key] == value for key, value in each.implied.items())]
     kind = chosen_schedule(settings)
     return max(fitting, key=lambda each: len(each.implied), default=None), None if kind == "flow" else kind
@@ -120,7 +115,7 @@ def meaning(config: Mapping[str, Any], *, sampler: str | None = None, schedule: 
     named = None if sampler is None else resolve(sampler)[0].diffusers
     if named is None or folded(str(sampler)) not in (folded(named), folded(named.removesuffix("Scheduler"))):
         return ""
-    if sum(row.diffusers == named for row in ALL) < 2:
+    if sum(row.diffusers == named for row in SAMPLERS.values()) < 2:
         return ""
     row, _ = identified(config, sampler=sampler, schedule=schedule, **options)
     return f"{named} with these settings is {row.name}" if row else f"{named} with these settings has no name of its own"
