@@ -1,3 +1,85 @@
-"""Stable Diffusion on the device: NumPy and an engine library, nothing else."""
+"""Stable Diffusion on the device: NumPy and an engine library, nothing else.
+
+`__all__` is the public API (docs/api.md); each name is loaded at its first use. The modules behind it may change.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdruntime.backends.base.engine import EngineOptions
+    from sdruntime.bundle.bundle import Bundle
+    from sdruntime.errors import (
+        BundleError,
+        DeviceMissing,
+        EngineError,
+        EnvironmentFault,
+        LibraryMissing,
+        NotFinite,
+        OutOfSpace,
+        QueueFull,
+        SdruntimeError,
+        SettingError,
+        UnknownName,
+        Unsupported,
+        VerificationFailed,
+    )
+    from sdruntime.pipeline.pipeline import Pipeline, Stream
+    from sdruntime.pipeline.request import Request
+    from sdruntime.pipeline.result import Image, Result
+    from sdruntime.sampling.job import Job, State
+    from sdruntime.serving.batcher import Batcher, Drawing, Progress, Timings
 
 __version__ = "0.1.0"
+__all__ = [
+    "Batcher",
+    "Bundle",
+    "BundleError",
+    "DeviceMissing",
+    "Drawing",
+    "EngineError",
+    "EngineOptions",
+    "EnvironmentFault",
+    "Image",
+    "Job",
+    "LibraryMissing",
+    "NotFinite",
+    "OutOfSpace",
+    "Pipeline",
+    "Progress",
+    "QueueFull",
+    "Request",
+    "Result",
+    "SdruntimeError",
+    "SettingError",
+    "State",
+    "Stream",
+    "Timings",
+    "UnknownName",
+    "Unsupported",
+    "VerificationFailed",
+]
+_HOMES = {
+    "backends.base.engine": ("EngineOptions",),
+    "bundle.bundle": ("Bundle",),
+    "pipeline.pipeline": ("Pipeline", "Stream"),
+    "pipeline.request": ("Request",),
+    "pipeline.result": ("Image", "Result"),
+    "sampling.job": ("Job", "State"),
+    "serving.batcher": ("Batcher", "Drawing", "Progress", "Timings"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((module for module, names in _HOMES.items() if name in names), "errors")
+    found = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
