@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from pathlib import Path
 
 import pytest
-from capi.binding import HEADER, STRUCTS, fields
+from capi.binding import HEADER, STRUCTS, JobParams, fields
 from capi.building import HERE, INCLUDE, STAND_IN, Library, run
+
+from sdruntime.pipeline.request import DEFAULTS
 
 FIRST = HERE / "abi1" / "sdruntime.h"
 GOLDEN = HERE / "abi.json"
@@ -39,6 +42,21 @@ def include_of(folder: Path, header: str) -> Path:
 def test_sizes_and_offsets_are_the_golden_numbers(library: Library, tmp_path: Path) -> None:
     """Of 64-bit machines. A new field goes to the end of its struct, and then into the file; no offset in it changes."""
     assert layout(library, INCLUDE, "layout", tmp_path) == json.loads(GOLDEN.read_text())
+
+
+def test_the_defaults_of_a_job_are_those_of_a_request(library: Library) -> None:
+    params = JobParams()
+    ctypes.CDLL(str(library.folder / "libsdruntime.so")).sdr_job_params_init(ctypes.byref(params), ctypes.sizeof(params))
+    comments = dict(
+        re.findall(
+            r"(\w+);\s*/\*([^*]*)\*/",
+            HEADER.read_text(encoding="utf-8").split("struct sdr_job_params {")[1].split("} sdr_job_params")[0],
+        )
+    )
+    for name in ("steps", "seed", "guidance", "rescale", "strength"):
+        assert getattr(params, name) == DEFAULTS[name]
+        assert f"{DEFAULTS[name]:g}" in re.findall(r"\d+(?:\.\d+)?", comments[name])
+    assert (params.negative, params.sampler, params.schedule, params.width, params.height) == (None, None, None, 0, 0)
 
 
 def test_the_structs_of_the_first_header_are_the_beginning_of_todays(library: Library, tmp_path: Path) -> None:

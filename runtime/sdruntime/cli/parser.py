@@ -14,6 +14,7 @@ from sdruntime.cli.inspect import doctor, inspect
 from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
+from sdruntime.pipeline.request import DEFAULTS, RANGES
 from sdruntime.serving.capi import add_arguments
 
 
@@ -57,11 +58,11 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--negative", metavar="PROMPT", help="what should not be there")
     each.add_argument("--image", type=Path, metavar="FILE", help="begin from this image: PNG, JPEG, WebP or BMP")
     each.add_argument("--fit", choices=["resize", "crop"], help="bring --image to the size (an image of another size is refused)")
-    each.add_argument("--strength", type=float, help="how much of --image is changed, 0 to 1 (0.8)")
-    each.add_argument("--steps", type=int, default=20, help="(20)")
-    each.add_argument("--guidance", type=float, default=7.5, help="(7.5); 1 or less leaves the negative prompt out")
-    each.add_argument("--rescale", type=float, default=0.0, help="guidance rescale, 0 to 1 (0)")
-    each.add_argument("--seed", type=int, help="of the first picture; each further one has the next (random)")
+    setting(each, "strength", "how much of --image is changed", otherwise=False)
+    setting(each, "steps", "of the sampler")
+    setting(each, "guidance", "how closely the prompt is followed; at 1 or less the negative prompt has no effect")
+    setting(each, "rescale", "guidance rescale")
+    each.add_argument("--seed", type=int, help="of the first image; each further one has the next (random)")
     each.add_argument("--size", metavar="WxH", help="in pixels (the model's own)")
     each.add_argument("--count", type=int, default=1, help="pictures for each prompt (1)")
     each.add_argument("--backend", default="auto", help="(auto)")
@@ -98,6 +99,14 @@ def shared(each: argparse.ArgumentParser, default: object) -> None:
     """What may stand before and after the command."""
     each.add_argument("--json", action="store_true", default=default, help="print one JSON document, also of a failure")
     each.add_argument("-q", "--quiet", action="store_true", default=default, help="show no progress")
+
+
+def setting(each: argparse.ArgumentParser, name: str, what: str, *, otherwise: bool = True) -> None:
+    """A number of a Request: its range and default are told. `otherwise`: the default stands where it is left out, else None."""
+    allowed, default = RANGES[name], DEFAULTS[name]
+    described = f"{what}: {allowed} ({default:g})"
+    number = int if allowed.whole else float
+    each.add_argument(f"--{name}", type=number, default=default if otherwise else None, help=described)
 
 
 def sampling(each: argparse.ArgumentParser) -> None:

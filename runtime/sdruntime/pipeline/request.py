@@ -1,24 +1,64 @@
-"""What is asked of a pipeline: one picture, with all of its settings."""
+"""What is requested of a pipeline: one image, with all of its settings.
+
+The defaults and ranges here are those of the command line, of the service and of the C library too.
+"""
 
 from __future__ import annotations
 
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.limits import LARGEST_SIDE
 from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
+from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
+from sdruntime.sampling.table import MOST_STEPS
 
-LARGEST_SEED = 2**64 - 1
-LARGEST_GUIDANCE = 100  # models are used with 1 to 30
-STRENGTH = 0.8
 MOST_IMAGES = 10_000  # of one call
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a setting may have, both ends included; `above`: `low` itself is not among them."""
+
+    low: int
+    high: int
+    whole: bool = False
+    above: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.low}{' (excluded)' if self.above else ''} to {self.high:,}"
+
+    def number(self, name: str, value: Any) -> Any:
+        """`value` as Python's int or float; NumPy's numbers are welcome, truth values are not numbers. Raises SettingError."""
+        if isinstance(value, bool | np.bool_) or not isinstance(value, Integral if self.whole else Real):
+            kind = "a whole number" if self.whole else "a number"
+            raise SettingError(f"{name} {shown(value)}: expected {kind} from {self}")
+        try:
+            number: int | float = int(value) if isinstance(value, Integral) else float(value)
+        except OverflowError:  # beyond float64, by its own conversion
+            number = math.inf
+        if not self.low <= number <= self.high or (self.above and number == self.low):  # NaN is in no range
+            raise SettingError(f"{name} {shown(value)} is outside {self}")
+        return number if self.whole else float(number)
+
+
+SIDE = Range(1, LARGEST_SIDE, whole=True)  # of an image, in pixels
+RANGES: Mapping[str, Range] = {
+    "seed": Range(0, 2**64 - 1, whole=True),
+    "steps": Range(1, MOST_STEPS, whole=True),
+    "guidance": Range(0, 100),  # models are used with 1 to 30
+    "rescale": Range(0, 1),
+    "strength": Range(0, 1, above=True),
+}
 # What diffusers' pipelines call what is a setting here.
 DIFFUSERS: Mapping[str, str] = {
     "num_inference_steps": "steps=…",
@@ -48,7 +88,7 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Request:
-    """One picture. Raises SettingError for a value out of range.
+    """One image. Every field is checked; raises SettingError with its name, its value and what belongs there.
 
     `negative` None: no negative prompt. `size` None: the model's own, (width, height) in pixels. `sampler` None: the
     checkpoint's. `image` and `strength` (0 to 1]: image to image; a path, an array uint8 [H, W, 3], an Image or a Pillow image,
@@ -68,29 +108,22 @@ class Request:
     size: tuple[int, int] | None = None
     image: ImageLike | None = None
     fit: Fit | None = None
-    strength: float = STRENGTH
+    strength: float = 0.8
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative"):
+        for name in ("prompt", "negative", "sampler", "schedule"):
             text = getattr(self, name)
-            if not isinstance(text, str) and not (name == "negative" and text is None):
-                raise SettingError(f"{name}: expected text, got {type(text).__name__}")
-        for name in ("guidance", "rescale", "strength"):
-            _check_number(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
-            raise SettingError(f"seed {shown(self.seed)}: expected a whole number")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise SettingError(f"seed {shown(self.seed)} is outside 0 to {LARGEST_SEED}")
-        object.__setattr__(self, "seed", int(self.seed))
+            if not isinstance(text, str) and (name == "prompt" or text is not None):
+                raise SettingError(f"{name} {shown(text)}: expected text")
+        for name, allowed in RANGES.items():
+            object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
         if self.size is not None:
-            _check_size(self.size)
-        if not 0 <= self.guidance <= LARGEST_GUIDANCE:
-            raise SettingError(f"guidance {shown(self.guidance)} is outside 0 to {LARGEST_GUIDANCE}")
-        if not 0 <= self.rescale <= 1:
-            raise SettingError(f"rescale {self.rescale} is outside 0 to 1")
-        if not 0 < self.strength <= 1:
-            raise SettingError(f"strength {self.strength} is outside 0 (excluded) to 1")
+            object.__setattr__(self, "size", _sides(self.size))
+        if self.sampler is not None:
+            resolve(self.sampler)
+        if self.schedule is not None:
+            resolve_schedule(self.schedule)
         if not isinstance(self.options, Mapping):
             raise SettingError(f'options {shown(self.options)}: expected a mapping, such as {{"eta": 0.5}}')
         check_options(self.options)
@@ -121,6 +154,9 @@ class Request:
         return self.guidance > 1
 
 
+DEFAULTS: Mapping[str, Any] = {each.name: each.default for each in fields(Request) if each.default is not MISSING}
+
+
 def unused_lines(asked: Sequence[Request]) -> list[str]:
     """A line for each setting of the requests that has no effect."""
     unguided = [each for each in asked if not each.guided]
@@ -128,26 +164,19 @@ def unused_lines(asked: Sequence[Request]) -> list[str]:
     found = [("the negative prompt", each) for each in unguided if each.negative]
     found += [(f"rescale {each.rescale:g}", each) for each in unguided if each.rescale]
     lines = [f"{what} has no effect at guidance {each.guidance:g}: it takes a guidance over 1" for what, each in found]
-    lines += [f"strength {each.strength:g} has no effect without an image" for each in without if each.strength != STRENGTH]
+    lines += [
+        f"strength {each.strength:g} has no effect without an image" for each in without if each.strength != DEFAULTS["strength"]
+    ]
     lines += [f"fit {each.fit!r} has no effect without an image" for each in without if each.fit is not None]
     return list(dict.fromkeys(lines))
 
 
-def _check_number(name: str, value: Any) -> None:
-    try:
-        finite = isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond float64
-        finite = False
-    if not finite:
-        raise SettingError(f"{name} {shown(value)} is not a finite number")
-
-
-def _check_size(size: Any) -> None:
-    sides = tuple(size) if isinstance(size, tuple | list) else ()
-    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+def _sides(size: Any) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, Sequence | np.ndarray) and not isinstance(size, str) else ()
+    if len(sides) != 2:
         raise SettingError(f"size {shown(size)}: expected (width, height) in pixels")
-    if max(sides) > LARGEST_SIDE:
-        raise SettingError(f"size {shown(size)}: a side is above {LARGEST_SIDE:,} pixels")
+    width, height = (SIDE.number(name, side) for name, side in zip(("width", "height"), sides, strict=True))
+    return width, height
 
 
 def requests(

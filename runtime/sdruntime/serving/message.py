@@ -11,7 +11,7 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.request import DEFAULTS, Request
 from sdruntime.serving.batcher import QUEUE
 
 
@@ -53,14 +53,14 @@ class Asked:
     prompt: str
     negative: str | None = None
     seed: int | None = None
-    steps: int = 20
+    steps: int = DEFAULTS["steps"]
     sampler: str | None = None
     schedule: str | None = None
-    guidance: float = 7.5
-    rescale: float = 0.0
+    guidance: float = DEFAULTS["guidance"]
+    rescale: float = DEFAULTS["rescale"]
     width: int | None = None
     height: int | None = None
-    strength: float = 0.8
+    strength: float = DEFAULTS["strength"]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from computed import SIZE, Feeds, Parts, asked
 
 from sdruntime.arrays import Array
-from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError, UnknownName
+from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.job import Job
@@ -179,8 +179,8 @@ def test_progress_can_cancel(parts: Parts, batcher: Batcher) -> None:
     ("wrong", "kind", "text"),
     [
         ({"size": (60, 64)}, SettingError, "size 60x64: both sides must be multiples of 64"),
-        ({"sampler": "eular"}, UnknownName, "euler"),
-        ({"steps": 0}, SettingError, "steps 0"),
+        ({"sampler": "ddim", "schedule": "karras"}, SettingError, "ddim keeps to the trained timesteps"),
+        ({"steps": 999, "sampler": "lcm"}, SettingError, "steps 999"),
         ({"options": {"predict_x0": True}}, SettingError, "option predict_x0: ddim has no such option"),
     ],
 )

@@ -155,7 +155,7 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         ({"request": {"width": None}}, "width None and height 64: give both or neither"),
         ({"request": {"width": 60}}, "size 60x64: both sides must be multiples of 64"),
         ({"request": {"options": {"etha": 1}}}, "eta"),
-        ({"request": {"strength": 2}}, "strength 2.0 is outside 0"),
+        ({"request": {"strength": 2}}, "strength 2.0 is outside 0 (excluded) to 1"),
         ({"image": [64, 64]}, "image 64x64: 12,288 bytes of RGB8 rows belong in the blob, not 0"),
         ({"image": [0, -1]}, "image 0x-1: expected its width and height in pixels"),
         ({"image": [64]}, "image: expected 2 items, got 1"),

@@ -1,0 +1,92 @@
+"""One schema for a request: what each field takes, and that all that speak of it have the same defaults and ranges."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdruntime import Request, SettingError, UnknownName
+from sdruntime.cli.parser import parser
+from sdruntime.pipeline.request import DEFAULTS, RANGES
+from sdruntime.serving.message import Asked
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("steps", 0, "steps 0 is outside 1 to 1,000"),
+    ("steps", 1001, "steps 1001 is outside 1 to 1,000"),
+    ("steps", True, "steps True: expected a whole number from 1 to 1,000"),
+    ("steps", "20", "steps '20': expected a whole number"),
+    ("steps", 20.0, "steps 20.0: expected a whole number"),
+    ("steps", None, "steps None: expected a whole number"),
+    ("seed", -1, "seed -1 is outside 0 to 18,446,744,073,709,551,615"),
+    ("seed", 2**64, "seed 18446744073709551616 is outside"),
+    ("seed", np.bool_(True), "seed .*: expected a whole number"),
+    ("guidance", math.nan, "guidance nan is outside 0 to 100"),
+    ("guidance", math.inf, "guidance inf is outside 0 to 100"),
+    ("guidance", 10**400, "guidance 1000.* is outside 0 to 100"),
+    ("guidance", "7.5", "guidance '7.5': expected a number from 0 to 100"),
+    ("guidance", False, "guidance False: expected a number"),
+    ("rescale", -0.1, "rescale -0.1 is outside 0 to 1"),
+    ("strength", 0, r"strength 0 is outside 0 \(excluded\) to 1"),
+    ("strength", 1.5, "strength 1.5 is outside"),
+    ("size", 512, r"size 512: expected \(width, height\) in pixels"),
+    ("size", "512x512", r"size '512x512': expected \(width, height\)"),
+    ("size", (512,), r"size \(512,\): expected \(width, height\)"),
+    ("size", (512, 0), "height 0 is outside 1 to 16,384"),
+    ("size", (1 << 20, 512), "width 1048576 is outside 1 to 16,384"),
+    ("size", (512.0, 512), "width 512.0: expected a whole number"),
+    ("prompt", None, "prompt None: expected text"),
+    ("negative", 3, "negative 3: expected text"),
+    ("sampler", 3, "sampler 3: expected text"),
+    ("sampler", "eulr", "unknown sampler 'eulr': did you mean"),
+    ("schedule", "karas", "unknown schedule 'karas': did you mean karras"),
+    ("fit", "stretch", "unknown fit 'stretch'"),
+    ("options", {"num_train_timesteps": 5}, "option num_train_timesteps: the model was trained"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+def test_a_wrong_value_is_named_when_the_request_is_made(name: str, value: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message) as caught:
+        Request(**{"prompt": "a cat", name: value})
+    assert isinstance(caught.value, UnknownName) == message.startswith("unknown")
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    made = Request(
+        prompt="a cat",
+        seed=np.uint64(2**64 - 1),
+        steps=np.int16(3),
+        guidance=np.float32(7.5),
+        rescale=np.float16(0.5),
+        strength=np.int64(1),
+        size=np.array([512, 768]),  # type: ignore[arg-type]
+    )
+    values = [made.seed, made.steps, made.guidance, made.rescale, made.strength, *(made.size or ())]
+    assert values == [2**64 - 1, 3, 7.5, 0.5, 1.0, 512, 768]
+    assert [type(value) for value in values] == [int, int, float, float, float, int, int]
+
+
+def test_the_ends_of_each_range_belong_to_it() -> None:
+    for name, allowed in RANGES.items():
+        for value in (allowed.low + (0.001 if allowed.above else 0), allowed.high):
+            assert getattr(Request(**{"prompt": "a cat", name: value}), name) == value
+
+
+def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    given = vars(parser().parse_args(["generate", "bundle", "a cat", "-o", "out.png"]))
+    for name in ("steps", "guidance", "rescale", "negative", "sampler", "schedule", "fit"):
+        assert given[name] == DEFAULTS[name]
+    with pytest.raises(SystemExit):
+        parser().parse_args(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name in ("steps", "guidance", "rescale", "strength"):
+        assert f"{RANGES[name]} ({DEFAULTS[name]:g})" in told
+
+
+def test_the_service_has_its_defaults() -> None:
+    shared = set(Asked.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
+    assert {"steps", "guidance", "rescale", "strength", "negative", "sampler", "schedule"} <= shared
+    assert {name: getattr(Asked(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
