@@ -16,6 +16,7 @@ import numpy as np
 
 from sdexport.bench.timing import Array
 from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.roles import role
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.noise import NoiseStream
 
@@ -74,15 +75,15 @@ class Diffusers:
 
     def call(self, name: str, component: str, feeds: Mapping[str, Array]) -> None:
         """One component, as a bundle calls it, its inputs brought to the device and the end awaited."""
-        torch, (unet, decode) = self._torch, self._parts[name]
+        torch, (unet, decode), kind = self._torch, self._parts[name], role(component).kind
         with torch.inference_mode():
             given = {key: torch.from_numpy(array).to(self._device) for key, array in feeds.items()}
-            cast = {key: value if component.startswith("text") else value.to(self._dtype) for key, value in given.items()}
-            if component == "unet":
+            cast = {key: value if kind == "text encoder" else value.to(self._dtype) for key, value in given.items()}
+            if kind == "denoiser":
                 added = {key: cast[key] for key in ("text_embeds", "time_ids") if key in cast}
                 extra = {"added_cond_kwargs": added} if added else {}
                 unet(cast["sample"], given["timestep"], encoder_hidden_states=cast["encoder_hidden_states"], **extra)
-            elif component == "vae_decoder":
+            elif kind == "VAE decoder":
                 decode(cast["latent_sample"])
             else:
                 getattr(self._pipe, component)(given["input_ids"], output_hidden_states=True)

@@ -13,6 +13,7 @@ from sdruntime.backends import BACKENDS, backend
 from sdruntime.backends.base.engine import CPU, AroundEngine, Engine, EngineOptions
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.roles import role
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.system.cuda import Cuda, devices
@@ -78,7 +79,7 @@ class _ClockedPipeline(Pipeline):
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         engine = super().engine(component, rows=rows, **dims)
-        return _ClockedEngine(engine, self.clock) if self.clock is not None and component == "unet" else engine
+        return _ClockedEngine(engine, self.clock) if self.clock is not None and role(component).kind == "denoiser" else engine
 
 
 class BundleDrawer:

@@ -15,7 +15,7 @@ from sdruntime.backends.base.engine import CPU
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.change import remove_engine
 from sdruntime.bundle.manifest import EngineSpec, Manifest
-from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.bundle.roles import role
 from sdruntime.engines.choose import Machine, choose_engine
 from sdruntime.errors import quoted
 from sdruntime.pipeline.pipeline import SCHEDULER
@@ -42,14 +42,14 @@ def chosen(bundle: Bundle, name: str, machine: Machine, size: tuple[int, int]) -
             part,
             machine,
             name=name,
-            **({} if part.startswith("text") else {"height": height, "width": width}),
+            **({} if role(part).rows == "texts" else {"height": height, "width": width}),
         )
         for part in parts(bundle.manifest)
     ]
 
 
 def parts(manifest: Manifest) -> list[str]:
-    return [name for name in manifest.components if name not in ("vae_encoder", STEP)]
+    return [name for name in manifest.components if not role(name).late]
 
 
 def costs(
@@ -74,7 +74,7 @@ def costs(
     rows = batch * (2 if guidance > 1 else 1)
     for spec in specs:
         most = max(profile["batch"][2] if "batch" in profile else rows for profile in spec.profiles)
-        if spec.component == "unet" and most < rows:
+        if role(spec.component).rows == "guided" and most < rows:
             found.append(
                 f"unet takes {most} rows and a step has {rows}, so it is called {-(-rows // most)} times: {build} --batch {batch}"
             )

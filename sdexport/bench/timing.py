@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sdruntime.backends.base.engine import Engine
 from sdruntime.backends.base.feeds import shape_of
 from sdruntime.bundle.manifest import ComponentSpec, Manifest
+from sdruntime.bundle.roles import role
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.pipeline.result import Result
@@ -140,7 +141,7 @@ def call_dims(
 ) -> dict[str, int]:
     """The dimensions of a call of the component `name` for `batch` pictures of one prompt. `size`: (width, height) in pixels."""
     width, height = (side // manifest.model.vae_factor for side in size)
-    rows = {"unet": batch * (1 + guided)}.get(name, (1 + guided) if name.startswith("text_encoder") else batch)
+    rows = {"guided": batch * (1 + guided), "texts": 1 + guided}.get(role(name).rows, batch)
     known = {"batch": rows, "height": height, "width": width, "sequence": manifest.text_length}
     return {dim: known[dim] for dim in component.dimensions}
 

@@ -31,6 +31,7 @@ from sdruntime.backends.base.engine import CPU
 from sdruntime.bundle.bundle import Bundle, disk_full_as_error, sha256
 from sdruntime.bundle.limits import any_shape
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, Manifest, Precision
+from sdruntime.bundle.roles import role
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SdruntimeError
 from sdruntime.system.process import Message, serve
@@ -117,7 +118,7 @@ class Reference:
 
     def engine(self, name: str) -> TorchEngine:
         if name not in self._open:
-            if not all(other.startswith("text_encoder") for other in (name, *self._open)):
+            if not all(role(other).stage == "text" for other in (name, *self._open)):
                 self._open.clear()  # their memory goes first
             self._open[name] = TorchEngine(self._checkpoint, self._table[name], self._manifest.components[name], self._scratch)
         return self._open[name]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES
 from sdruntime.bundle.records import json_from_record, json_from_text, record_from_json, twins
+from sdruntime.bundle.roles import of_kind
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.system.document import LARGEST
 from sdruntime.system.durable import replace_file
@@ -326,10 +327,9 @@ def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str
 
 def _text_lengths(components: Mapping[str, ComponentSpec]) -> Iterator[tuple[str, int]]:
     """Of each text encoder its name and the tokens that it takes, 0 where its inputs do not say."""
-    for name, spec in components.items():
-        if name.startswith("text_encoder"):
-            shape = next((tensor.shape for tensor in spec.inputs if tensor.name == "input_ids"), ())
-            yield name, shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
+    for name in of_kind(components, "text encoder"):
+        shape = next((tensor.shape for tensor in components[name].inputs if tensor.name == "input_ids"), ())
+        yield name, shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
 
 
 def _unclear_texts(components: Mapping[str, ComponentSpec]) -> Iterable[str]:

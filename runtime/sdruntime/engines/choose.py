@@ -13,6 +13,7 @@ from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import AMPERE_UP, CPU, PLATFORM
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Manifest, Precision
+from sdruntime.bundle.roles import role
 from sdruntime.engines.shapes import dims_in_pixels, shapes_in_pixels
 from sdruntime.errors import EngineError, EnvironmentFault, SettingError, quoted
 from sdruntime.system.cuda import Device, check_device, devices
@@ -181,7 +182,7 @@ def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
     """The option that asks for engines of these dimensions, where they are a picture's."""
     if not {"width", "height"} <= dims.keys():
         return ""
-    factor = 1 if component == "vae_encoder" else manifest.model.vae_factor
+    factor = role(component).factor(manifest.model.vae_factor)
     return f" --size {factor * dims['width']}x{factor * dims['height']}"
 
 

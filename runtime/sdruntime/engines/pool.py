@@ -14,7 +14,7 @@ from sdruntime.backends.base.building import Stage
 from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.bundle.roles import role
 from sdruntime.engines.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.engines.memory import memory_plan
 from sdruntime.engines.speed import cpu_speeds, to_measure
@@ -23,7 +23,6 @@ from sdruntime.system.cuda import Cuda
 
 KEPT_CHOICES = 256
 OPENERS = 2  # engines on the CPU that are opened at a time
-_STAGES = {STEP: "unet", "text_encoder_2": "text_encoder", "vae_encoder": "vae", "vae_decoder": "vae"}
 
 
 class Engines:
@@ -131,7 +130,7 @@ class Engines:
     @property
     def room(self) -> int:
         """How many images with guidance one call of the UNet takes at most."""
-        chosen = next((spec for spec in self.chosen if spec.component == "unet"), None) or self.engine("unet").spec
+        chosen = next(filter(self._denoises, self.chosen), None) or self.engine("unet").spec
         alike = [
             spec
             for spec in (chosen, *self.bundle.manifest.engines)
@@ -145,7 +144,7 @@ class Engines:
         return [
             choose_engine(self.bundle, name, self._machine, name=self._backend, rows=self._usual_rows(name))
             for name in self.bundle.manifest.components
-            if name not in ("vae_encoder", STEP)
+            if not role(name).late
         ]
 
     def _open_first(self, spec: EngineSpec) -> None:
@@ -154,13 +153,17 @@ class Engines:
     def _size_of(self, spec: EngineSpec) -> int:
         return sum(self.bundle.manifest.files[path].size for path in spec.files)
 
+    @staticmethod
+    def _denoises(spec: EngineSpec) -> bool:
+        return role(spec.component).kind == "denoiser"
+
     def _usual_rows(self, component: str) -> int:
         """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
-        return 2 if component == "unet" and self._machine.speeds else 1
+        return 2 if role(component).rows == "guided" and self._machine.speeds else 1
 
     def _compares_speeds(self) -> bool:
         """Whether it is the CPU that generates, with speeds that are not known."""
-        return not self._machine.speeds and any(spec.component == "unet" and spec.target == CPU for spec in self.chosen)
+        return not self._machine.speeds and any(self._denoises(spec) and spec.target == CPU for spec in self.chosen)
 
     def _compare_speeds(self) -> None:
         """Choose again with the measured speeds of the CPU's engines."""
@@ -182,8 +185,8 @@ class Engines:
         """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
         under_way = self._busy()
         for name, engine in list((self.opened or {}).items()):
-            stage = _STAGES.get(engine.spec.component, engine.spec.component)
-            if stage != _STAGES.get(component, component) and not (stage == "unet" and under_way) and engine.spec.target != CPU:
+            stage = role(engine.spec.component).stage
+            if stage != role(component).stage and not (stage == "denoise" and under_way) and engine.spec.target != CPU:
                 engine.close()
                 del (self.opened or {})[name]
 

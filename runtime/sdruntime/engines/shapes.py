@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from sdruntime.bundle.manifest import EngineSpec, Manifest, ModelSpec, Profile
-from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.bundle.roles import role
 from sdruntime.errors import SettingError
 from sdruntime.system.sizes import Size, parse_size
 
@@ -73,10 +73,10 @@ class Shapes:
 
     def profiles(self, component: str, manifest: Manifest) -> tuple[Profile, ...]:
         """(min, opt, max) of each named dimension of a component, in its own units, once for each size and batch."""
-        scale = 1 if component == "vae_encoder" else manifest.model.vae_factor
-        batches = self.batches if component.startswith("vae") else tuple(map(self._rows, self.batches))
-        channels = manifest.model.latent_channels
-        if component.startswith("text_encoder") or component == STEP:  # any number of texts, or of jobs
+        part, channels = role(component), manifest.model.latent_channels
+        scale = part.factor(manifest.model.vae_factor)
+        batches = self.batches if part.rows == "images" else tuple(map(self._rows, self.batches))
+        if part.rows in ("texts", "jobs"):  # any number of them
             batches = ((1, min(2, batches[-1][2]), max(high for _, _, high in batches)),)
         found: list[Profile] = []
         for size, batch in itertools.product(self.sizes, batches):
@@ -124,7 +124,7 @@ def _sides_first(component: str, model: ModelSpec, ranges: Mapping[str, tuple[in
     """Width and height as one size, under the name ""; the other ranges as they are."""
     if not {"width", "height"} <= ranges.keys():
         return dict(ranges)
-    factor = 1 if component == "vae_encoder" else model.vae_factor
+    factor = role(component).factor(model.vae_factor)
     low, high = (f"{factor * width}x{factor * height}" for width, height in zip(ranges["width"], ranges["height"], strict=True))
     return {"": (low, high)} | {name: pair for name, pair in ranges.items() if name not in ("width", "height")}
 

@@ -22,7 +22,7 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
-from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.bundle.roles import role
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.noise import NoiseStream
@@ -142,15 +142,16 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
     model = manifest.model
     small = (2 * model.size_multiple, 3 * model.size_multiple)
     for component, spec in manifest.components.items():
-        if component == STEP:
+        part = role(component)
+        if not part.has_reference:
             continue
         below = {tensor.name: _RANGES[tensor.name] for tensor in spec.inputs if tensor.name in _RANGES}
         below |= {tensor.name: vocabulary[component] for tensor in spec.inputs if tensor.dtype != "float32"}
         for name, rows, (height, width) in (("small", 2, small), ("own", 1, model.default_size)):
             sized = {"height", "width"} <= set(spec.dimensions)
-            if name == "own" and (not sized or (component.startswith("vae") and height * width > _LARGEST_VAE)):
+            if name == "own" and (not sized or (part.stage == "vae" and height * width > _LARGEST_VAE)):
                 continue
-            unit = 1 if component == "vae_encoder" else model.vae_factor
+            unit = part.factor(model.vae_factor)
             every = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": manifest.text_length}
             dims = {dim: every[dim] for dim in spec.dimensions}
             made.append(Case(component=component, name=name, seed=1000 + len(made), dims=dims, below=below))

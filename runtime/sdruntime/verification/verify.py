@@ -18,6 +18,7 @@ from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.limits import any_shape
 from sdruntime.bundle.manifest import EngineSpec, Manifest
+from sdruntime.bundle.roles import of_kind, role
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.choose import Machine, misfit
 from sdruntime.engines.finite import checked_rows
@@ -236,12 +237,12 @@ class _Verification:
 
     def _undrawable(self, group: list[EngineSpec], usable: list[EngineSpec]) -> str | None:
         """Why the drawings cannot be had of these engines."""
-        needed = {component for component in self.components if component != "vae_encoder"}
+        needed = {component for component in self.components if not role(component).late}
         if lacking := sorted(needed - {engine.component for engine in usable}):
             faults = [fault for engine in group if engine.component in lacking and (fault := self.misfit(engine))]
             return faults[0] if faults else f"no engine of {', '.join(lacking)}"
         (width, height), factor = self.golden.drawings[0].size, self.bundle.manifest.model.vae_factor
-        for component in ("unet", "vae_decoder"):
+        for component in of_kind(self.components, "denoiser", "VAE decoder"):
             engines = [engine for engine in usable if engine.component == component]
             if not any(engine.admits(width=width // factor, height=height // factor) for engine in engines):
                 return f"no engine of {component} takes pictures of {width}x{height}"

@@ -17,11 +17,12 @@ from sdruntime.backends.ort.session import warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
+from sdruntime.bundle.roles import role
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError
 
 # In float32 these are run as they were saved. What the highest level adds on a CPU, convolutions in a layout of its own, makes a
 # UNet slower and copies its weights, while a VAE gains a tenth (benchmarks/README.md); in fp16 it folds the casts of the weights.
-_AS_SAVED = ("unet", "text_encoder", "text_encoder_2")
+_AS_SAVED = ("text", "denoise")  # stages
 
 
 class OrtEngine:
@@ -81,7 +82,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = options.threads
     if spec.target == CPU:
-        if spec.component in _AS_SAVED and spec.precision == "fp32":
+        if role(spec.component).stage in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
     if options.session.get(DIRECTLY, "0") != "0":

@@ -1,0 +1,51 @@
+"""What each component of a bundle is to the pipeline: one table, which everything that treats components differently reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["text encoder", "denoiser", "VAE decoder", "VAE encoder", "sampler step"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """`rows`: what the axis `batch` (or `jobs`) counts: texts, images, the rows of guided images (two each), or jobs.
+
+    `stage`: engines of one stage are in memory together where it is short. `in_pixels`: `height` and `width` are those of the
+    image, not of its latents. `late`: opened at its first use, for most images need none. `has_reference`: PyTorch has an answer
+    to hold it to.
+    """
+
+    kind: Kind
+    rows: Literal["texts", "images", "guided", "jobs"]
+    stage: Literal["text", "denoise", "vae"]
+    in_pixels: bool = False
+    late: bool = False
+    has_reference: bool = True
+
+    def factor(self, vae_factor: int) -> int:
+        """Pixels of the image for one unit of the component's `height` and `width`, by the VAE's factor."""
+        return 1 if self.in_pixels else vae_factor
+
+
+_TEXT_ENCODER = Role(kind="text encoder", rows="texts", stage="text")
+ROLES: Mapping[str, Role] = {
+    "text_encoder": _TEXT_ENCODER,
+    "text_encoder_2": _TEXT_ENCODER,
+    "unet": Role(kind="denoiser", rows="guided", stage="denoise"),
+    "vae_decoder": Role(kind="VAE decoder", rows="images", stage="vae"),
+    "vae_encoder": Role(kind="VAE encoder", rows="images", stage="vae", in_pixels=True, late=True),
+    "step": Role(kind="sampler step", rows="jobs", stage="denoise", late=True, has_reference=False),
+}
+
+
+def role(component: str) -> Role:
+    """The role of a component by its name; one that nothing here knows is treated as a denoiser is, and is never called."""
+    return ROLES.get(component, ROLES["unet"])
+
+
+def of_kind(components: Iterable[str], *kinds: Kind) -> list[str]:
+    """The components whose role is one of `kinds`."""
+    return [name for name in components if name in ROLES and ROLES[name].kind in kinds]
