@@ -85,14 +85,19 @@ class SettingError(SdruntimeError, ValueError):
 
 
 class UnknownName(SettingError):
-    """`name` is not one of `known`; `near` holds the names that look like it. `forms`: what is expected, by name."""
+    """`name` is not one of `known`; `near` holds the names that look like it.
 
-    def __init__(self, what: str, name: str, known: Iterable[str], *, forms: Mapping[str, str] | None = None) -> None:
+    `forms`: what is expected, by name. `listed_by`: what lists the known names, where they are too many for a message.
+    """
+
+    def __init__(
+        self, what: str, name: str, known: Iterable[str], *, forms: Mapping[str, str] | None = None, listed_by: str = ""
+    ) -> None:
         known = sorted(set(known))
         by_folded = {other.casefold(): other for other in known}
         found = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5) if len(name) < 200 else []
         self.near = tuple(by_folded[other] for other in found)
-        hint = f"did you mean {', '.join(self.near)}?" if self.near else f"known: {', '.join(known) or 'none'}"
+        hint = f"did you mean {', '.join(self.near)}?" if self.near else listed_by or f"known: {', '.join(known) or 'none'}"
         listed = "".join(f"\n  - {each}: {form}" for each, form in (forms or {}).items())
         super().__init__(f"unknown {what} {name!r:.200}: {hint}{listed}")
 
@@ -152,3 +157,8 @@ def plain(error: BaseException) -> str:
 def quoted(path: str | os.PathLike[str]) -> str:
     """A path as a shell takes it, for the commands in messages."""
     return shlex.quote(os.fspath(path))
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may show it: names from elsewhere may hold characters that move its cursor or hide lines."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)

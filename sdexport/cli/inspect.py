@@ -19,7 +19,7 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
     """Tell what a bundle holds, and whether every byte of it is as it was written."""
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.bundle.records import json_from_record
-    from sdruntime.errors import BundleError
+    from sdruntime.errors import BundleError, printable
 
     opened = Bundle.open(bundle)
     if changed := opened.changed_files():
@@ -31,26 +31,28 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
         if as_json:
             document(**audit_document(manifest))
         else:
-            click.echo("\n".join(audit_lines(manifest)))
+            click.echo(printable("\n".join(audit_lines(manifest))))
         return
     if as_json:
         document(manifest=json_from_record(manifest))
         return
+
+    def say(line: str) -> None:
+        click.echo(printable(line))
+
     model, made = manifest.model, manifest.provenance
-    click.echo(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
-    click.echo(f"from {made.get('source', 'unknown')}, {made.get('revision', 'no revision')}, {made.get('created', 'no date')}")
-    click.echo(
-        f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the picture's sides, times {model.scaling_factor}"
-    )
+    say(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
+    say(f"from {made.get('source', 'unknown')}, {made.get('revision', 'no revision')}, {made.get('created', 'no date')}")
+    say(f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the picture's sides, times {model.scaling_factor}")
     for name, component in manifest.components.items():
         size = sum(manifest.files[path].size for path in component.files)
-        click.echo(f"{name}: {size:,} bytes")
+        say(f"{name}: {size:,} bytes")
         for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
             for tensor in tensors:
-                click.echo(f"  {arrow} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+                say(f"  {arrow} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
     for engine in manifest.engines:
-        click.echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
-    click.echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+        say(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
+    say(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
 
 
 @click.command()

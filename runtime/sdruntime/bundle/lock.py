@@ -35,7 +35,11 @@ def locked(folder: Path) -> Iterator[None]:
     while True:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            token = _try(folder, handle)
+            try:
+                token = _try(folder, handle)
+            except NotADirectoryError as error:
+                fault = f"{NAME} is a file or a link, and a lock is a folder: remove {folder / NAME}"
+                raise BundleError(folder, [fault]) from error
             if token is not None:
                 try:
                     yield

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from sdruntime.cli.terminal import document
-from sdruntime.errors import quoted
+from sdruntime.errors import printable, quoted
 
 if TYPE_CHECKING:
     from sdruntime.bundle.bundle import Bundle
@@ -27,7 +27,7 @@ def inspect(options: argparse.Namespace) -> None:
         document(**bundle_document(bundle, machine))
         return
     for line in bundle_lines(bundle, machine):
-        print(line)
+        print(printable(line))
 
 
 def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
@@ -39,7 +39,7 @@ def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
         document(stale=[{"engine": name, "reason": reason} for name, reason in reasons.items()])
         return
     for name, reason in reasons.items():
-        print(f"{name}: {reason}")
+        print(printable(f"{name}: {reason}"))
     print(f"build them again: sdruntime build {quoted(bundle.folder)} --stale" if reasons else "no engine is stale")
 
 
@@ -57,4 +57,4 @@ def doctor(options: argparse.Namespace) -> None:
     for line in machine_lines(found):
         print(line)
     for line in bundle_lines(bundle, machine) if bundle else ():
-        print(line)
+        print(printable(line))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TextIO
 
+from sdruntime.errors import printable
+
 REDRAW = 0.5  # seconds between two looks of a line on a terminal
 LOG_EVERY = 15.0  # seconds between two lines of one stage in a log
 NARROWEST_BAR, WIDEST_BAR = 8, 40
@@ -115,12 +117,12 @@ class Progress:
     def note(self, message: str) -> None:
         """A line for people, on standard error."""
         self.clear()
-        print(message, file=self.stream, flush=True)
+        print(printable(message), file=self.stream, flush=True)
 
     def print(self, text: str) -> None:
         """A line of the command's result, on standard output."""
         self.clear()
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     def close(self) -> None: ...
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sdruntime.errors import SettingError, UnknownName, plain, quoted
+from sdruntime.errors import SettingError, UnknownName, plain, printable, quoted
 
 SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
@@ -136,4 +136,4 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory: free some, or request a smaller size or count"
     names = [str(name) for name in (error.filename, error.filename2) if name is not None] if isinstance(error, OSError) else []
-    return ": ".join([*names, plain(error)])
+    return printable(": ".join([*names, plain(error)]))

@@ -169,7 +169,7 @@ def test_a_linked_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine" / HERE.token()).touch()
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / ".lock").symlink_to(tmp_path / "mine")
-    with pytest.raises(OSError, match=r"\.lock"), locked(tmp_path / "bundle"):
+    with pytest.raises(BundleError, match=r"\.lock is a file or a link"), locked(tmp_path / "bundle"):
         pass
     assert len(list((tmp_path / "mine").iterdir())) == 1
 
@@ -194,3 +194,11 @@ def test_the_lock_is_that_of_the_folder_that_is_there_at_last(tmp_path: Path) ->
     thread.join()
     assert [path.name for path in place.iterdir()] == ["mark"]
     assert list((tmp_path / "former").iterdir()) == []
+
+
+def test_a_file_under_the_locks_name_is_told_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(BundleError) as caught, locked(tmp_path):
+        pass
+    assert caught.value.faults == (f".lock is a file or a link, and a lock is a folder: remove {tmp_path / '.lock'}",)
+    assert (tmp_path / ".lock").is_file()

@@ -283,3 +283,21 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path:
     done = subprocess.run([sys.executable, "-c", interrupted, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_control_characters_of_a_bundle_do_not_reach_the_terminal(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bundle.folder / "manifest.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["model"]["name"] = "a\x1b[2Jb\rc\u202ed"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert main(["inspect", str(bundle.folder)]) == 0
+    assert capsys.readouterr().out.startswith(r"a\x1b[2Jb\rc\u202ed: sd1")
+    assert main(["generate", str(bundle.folder), "a cat", "-o", "\x1b[31mout.gif"]) == 2
+    assert r"\x1b[31mout.gif" in capsys.readouterr().err
+
+
+def test_an_unknown_sampler_like_no_other_names_the_command_that_lists_them(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table", str(bundle.folder), "--sampler", "Restart"]) == 2
+    assert capsys.readouterr().err == "error: unknown sampler 'Restart': `sdruntime samplers` lists them\n"

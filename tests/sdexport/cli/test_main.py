@@ -82,12 +82,12 @@ def test_inspect_shows_tensors_and_refuses_a_changed_byte(copy: Path) -> None:
 
 
 def test_doctor_tells_versions_and_what_installs_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sdexport.trace.cache
+    import sdexport.trace.versions
 
     document = json.loads(run("doctor", "--json").stdout)
     assert document["libraries"].keys() >= {"torch", "diffusers", "onnx"}
     assert document["engines"].keys() >= {"onnxruntime"}
-    monkeypatch.setattr(sdexport.trace.cache, "versions", lambda: {"torch": "2.9", "diffusers": "missing"})
+    monkeypatch.setattr(sdexport.trace.versions, "versions", lambda: {"torch": "2.9", "diffusers": "missing"})
     assert "missing: diffusers: pip install diffusers" in run("doctor").stdout
 
 

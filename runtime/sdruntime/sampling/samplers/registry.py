@@ -79,7 +79,7 @@ def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
                 sampler, implied = _NAMES[stem]
                 return sampler, dict(implied) if schedule is None else {**implied, "schedule": schedule}
     known = {name for row in SAMPLERS.values() for name in (row.name, *row.a1111, row.diffusers) if name}
-    raise UnknownName("sampler", name, known)
+    raise UnknownName("sampler", name, known, listed_by="`sdruntime samplers` lists them")
 
 
 def resolve_schedule(name: str) -> str:
