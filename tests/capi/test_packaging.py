@@ -16,6 +16,8 @@ from cplusplus import EXAMPLES, HEADER, ROOT, exported, functions_of_header, req
 
 import sdruntime
 from sdruntime.__main__ import main
+from sdruntime.errors import EnvironmentFault
+from sdruntime.serving import capi
 
 ABI = int(re.search(r"#define SDR_ABI_MAJOR (\d+)", HEADER.read_text(encoding="utf-8"))[1])  # type: ignore[index]
 PROGRAM = """
@@ -100,41 +102,47 @@ def test_pkg_config_serves_a_host_in_c(moved: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "host", LD_LIBRARY_PATH=str(moved / "lib")) == f"{sdruntime.__version__} 2 same\n"
 
 
-def test_without_cmake_the_compiler_builds_the_same(capi_prefix: Path, tmp_path: Path) -> None:
-    """With the flags of `sdruntime capi` a program finds it, wherever it runs."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("c++", "as", "ld"):
-        (tools / name).symlink_to(str(shutil.which(name)))
-    capi = (sys.executable, "-m", "sdruntime", "capi")
-    prefix = tmp_path / "a prefix"
-    built = run(*capi, "--build", prefix, PATH=str(tools), CXXFLAGS="-O0 -Werror").strip()
-    assert built == str(prefix / "lib" / "libsdruntime.so")
-    assert exported(Path(built)) == functions_of_header()
-    assert soname(Path(built)) == f"libsdruntime.so.{ABI}"
-    ours, theirs = (
-        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "cmake" not in path.parts}
-        for folder in (prefix, capi_prefix)
-    )
-    assert ours == theirs
-    where = {"PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
-    assert run("pkg-config", "--modversion", "sdruntime", **where).strip() == sdruntime.__version__
+def test_with_the_flags_of_capi_a_program_finds_the_library_wherever_it_runs(capi_prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "host.c").write_text(PROGRAM)
-    flags = run(*capi, "--cflags", "--libs", prefix).replace("\n", " ")
+    flags = run(sys.executable, "-m", "sdruntime", "capi", "--cflags", "--libs", capi_prefix).replace("\n", " ")
     run("sh", "-c", f"cc '{tmp_path}/host.c' {flags} -o '{tmp_path}/host'")
     assert run(tmp_path / "host") == f"{sdruntime.__version__} 2 same\n"
+
+
+def test_without_cmake_the_build_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "c++").symlink_to(str(shutil.which("c++")))
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    with pytest.raises(EnvironmentFault) as raised:
+        capi.build_library(tmp_path / "sdr")
+    first, *ways = str(raised.value).splitlines()
+    assert "CMake 3.16 or later is not on PATH" in first
+    assert [way.strip() for way in ways] == ["sudo apt-get install cmake", f"{tmp_path}/bin/python -m pip install cmake"]
+    assert raised.value.exit_code == 3
+    assert not (tmp_path / "sdr").exists()
+    (tmp_path / "bin").mkdir()
+    cmake = tmp_path / "bin" / "cmake"
+    cmake.write_text("#!/bin/sh\n")
+    cmake.chmod(0o755)
+    assert capi.find_cmake() == str(cmake), "pip puts it beside the interpreter"
 
 
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"PATH": "/nowhere"}, "none of c++, g++, clang++ is on PATH: sudo apt-get install g++"),
+        ({"CXX": "", "PATH": "TOOLS"}, "none of c++, g++, clang++ is on PATH: sudo apt-get install g++"),
         ({"CXX": "no-such-compiler -m32"}, "CXX is no-such-compiler, which is not there"),
         ({"CXX": "false"}, "the C library was not built"),
     ],
     ids=["no compiler", "CXX is not there", "it fails"],
 )
 def test_a_build_that_cannot_be_says_why(tmp_path: Path, variables: dict[str, str], told: str) -> None:
+    tools = tmp_path / "TOOLS"
+    tools.mkdir()
+    (tools / "cmake").symlink_to(str(shutil.which("cmake")))
+    variables = {key: value.replace("TOOLS", str(tools)) for key, value in variables.items()}
     printed = run(sys.executable, "-m", "sdruntime", "capi", "--build", tmp_path, code=3, **variables)
     assert told in printed
     assert not (tmp_path / "lib").exists()

@@ -1,7 +1,4 @@
-"""The C library's headers and sources, which come with this package, and what builds them into a folder.
-
-CMake builds where there is one, else the compiler directly: both leave the same library, headers and pkg-config file.
-"""
+"""The C library's headers and sources, which come with this package, and its build by CMake."""
 
 from __future__ import annotations
 
@@ -11,15 +8,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from sdruntime.errors import EnvironmentFault, SettingError
 
 COMPILERS = ("c++", "g++", "clang++")
-# Keep equal to capi/CMakeLists.txt.
-COMPILE = ("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
-LINK = ("-shared", "-pthread", "-ldl", "-Wl,-z,nodelete")
 
 
 def add_arguments(each: argparse.ArgumentParser) -> None:
@@ -42,7 +37,7 @@ def answers(options: argparse.Namespace) -> dict[str, str]:
     if options.libs is not None:
         found["libs"] = shlex.join(link_flags(Path(options.libs) if options.libs else None))
     if options.version:
-        found["version"] = header_versions()[0]
+        found["version"] = library_version()
     if not found:
         raise SettingError("capi: give --build DIR, --include, --cflags, --libs [DIR] or --version, or several of them")
     return found
@@ -53,8 +48,8 @@ def source_folder() -> Path:
 
     Raises EnvironmentFault where it is in neither place.
     """
-    here = Path(__file__).parent
-    places = (here / "native", here.parent / "capi")
+    package = Path(__file__).parents[1]
+    places = (package / "native", package.parent / "capi")
     for place in places:
         if (place / "CMakeLists.txt").is_file():
             return place
@@ -66,13 +61,12 @@ def include_folder() -> Path:
     return source_folder() / "include"
 
 
-def header_versions() -> tuple[str, int]:
-    """That of the library, and the major number of its ABI, as the header has them."""
+def library_version() -> str:
+    """Return the library's version, as its header has it."""
     text = (include_folder() / "sdruntime" / "sdruntime.h").read_text(encoding="utf-8")
-    version, abi = re.search(r'#define SDR_VERSION "(.+)"', text), re.search(r"#define SDR_ABI_MAJOR (\d+)", text)
+    version = re.search(r'#define SDR_VERSION "(.+)"', text)
     assert version
-    assert abi
-    return version[1], int(abi[1])
+    return version[1]
 
 
 def compile_flags() -> list[str]:
@@ -88,17 +82,36 @@ def link_flags(prefix: Path | None = None) -> list[str]:
 
 
 def build_library(prefix: Path) -> Path:
-    """Compile the library and install it with its headers and what find_package and pkg-config read; returns lib/libsdruntime.so.
+    """Compile the library and install it with its headers and what find_package and pkg-config read.
 
-    Raises EnvironmentFault where there is no C++ compiler, or where the build fails, with its last lines.
+    Returns the path of lib/libsdruntime.so. Raises EnvironmentFault if CMake or a C++ compiler is missing, or if the build fails,
+    with its last lines.
     """
-    source, compiler, cmake, prefix = source_folder(), find_compiler(), shutil.which("cmake"), prefix.resolve()
+    source, cmake, compiler, prefix = source_folder(), find_cmake(), find_compiler(), prefix.resolve()
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_INSTALL_PREFIX": str(prefix),
+        "CMAKE_INSTALL_LIBDIR": "lib",  # also where the system's is lib64
+        "BUILD_SHARED_LIBS": "ON",
+    }
+    defines = [f"-D{key}={value}" for key, value in settings.items()]
     with tempfile.TemporaryDirectory(prefix="sdruntime-capi-") as folder:
-        if cmake:
-            build_with_cmake(cmake, compiler, source, Path(folder), prefix)
-        else:
-            build_with_compiler(compiler, source, Path(folder), prefix)
+        run([cmake, "-S", str(source), "-B", folder, *defines], CXX=shlex.join(compiler))
+        run([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)])
+        run([cmake, "--install", folder])
     return prefix / "lib" / "libsdruntime.so"
+
+
+def find_cmake() -> str:
+    """Return the path of CMake: the one on PATH, or the one that pip installed beside this interpreter."""
+    here = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    if found := shutil.which("cmake", path=here):
+        return found
+    raise EnvironmentFault(
+        "the C library cannot be built: CMake 3.16 or later is not on PATH. Install it with one of\n"
+        "  sudo apt-get install cmake\n"
+        f"  {shlex.quote(sys.executable)} -m pip install cmake"
+    )
 
 
 def find_compiler() -> list[str]:
@@ -109,41 +122,6 @@ def find_compiler() -> list[str]:
             return [found, *command[1:]]
     what = f"CXX is {named[0]}, which is not there" if named else f"none of {', '.join(COMPILERS)} is on PATH"
     raise EnvironmentFault(f"no C++ compiler: {what}: sudo apt-get install g++, or set CXX to one")
-
-
-def build_with_cmake(cmake: str, compiler: list[str], source: Path, folder: Path, prefix: Path) -> None:
-    settings = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_INSTALL_PREFIX": str(prefix),
-        "CMAKE_INSTALL_LIBDIR": "lib",  # also where the system's is lib64
-        "BUILD_SHARED_LIBS": "ON",
-    }
-    defines = [f"-D{key}={value}" for key, value in settings.items()]
-    run([cmake, "-S", str(source), "-B", str(folder), *defines], CXX=shlex.join(compiler))
-    run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
-    run([cmake, "--install", str(folder)])
-
-
-def build_with_compiler(compiler: list[str], source: Path, folder: Path, prefix: Path) -> None:
-    version, abi = header_versions()
-    soname, library = f"libsdruntime.so.{abi}", f"libsdruntime.so.{version}"
-    sources = [str(path) for path in sorted((source / "src").rglob("*.cpp"))]
-    flags = [*COMPILE, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{source / 'include'}", f"-I{source / 'src'}"]
-    exports = f"-Wl,--version-script={source / 'src' / 'sdruntime.map'}"
-    run([*compiler, *flags, *sources, *LINK, f"-Wl,-soname,{soname}", exports, "-o", str(folder / library)])
-    lib = prefix / "lib"
-    (lib / "pkgconfig").mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source / "include", prefix / "include", dirs_exist_ok=True)
-    (lib / library).unlink(missing_ok=True)  # a program that runs keeps the former one
-    shutil.copy(folder / library, lib / library)
-    for name, target in ((soname, library), ("libsdruntime.so", soname)):
-        (lib / name).unlink(missing_ok=True)
-        (lib / name).symlink_to(target)
-    text = (source / "cmake" / "sdruntime.pc.in").read_text(encoding="utf-8")
-    values = {"PREFIX": "${pcfiledir}/../..", "LIBDIR": "${prefix}/lib", "INCLUDEDIR": "${prefix}/include", "VERSION": version}
-    for key, value in values.items():
-        text = text.replace(f"@SDR_{key}@", value)
-    (lib / "pkgconfig" / "sdruntime.pc").write_text(text, encoding="utf-8")
 
 
 def run(command: list[str], **variables: str) -> None:
