@@ -1,10 +1,10 @@
-"""A checkpoint of real weights, checked: built, verified, and its pictures held against diffusers'.
+"""Build and verify a checkpoint with real weights, and compare its images with diffusers.
 
     python -m benchmarks.real_check MODEL [--work FOLDER] [--rows FILE] [--steps 20] [--precision fp32 --precision fp16]
-    python -m benchmarks.real_check --table       # the README's table anew, from the rows
+    python -m benchmarks.real_check --table       # rewrite the table of docs/verification.md from the rows
 
-MODEL is a diffusers folder or a hub id. For each precision the steps of `STEPS` run in turn; 8 prompts are drawn at the model's
-own size, by ONNX Runtime (the best target that is here) and by diffusers in fp32, from the same noise. One row of JSON is added
+MODEL is a diffusers folder or a hub id. For each precision the steps of `STEPS` run in turn; 8 images are generated at the model's
+own size, by ONNX Runtime (the best available target) and by diffusers in fp32, from the same noise. One row of JSON is added
 to reports/real-check.jsonl, without paths. Exit codes: 0; 1 where a step failed or a number does not hold.
 """
 
@@ -32,7 +32,7 @@ from sdruntime.verification.tolerance import TOLERANCES
 
 SCHEMA = 1
 ROWS = ROOT / "reports" / "real-check.jsonl"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "verification.md"
 BEGIN, END = "<!-- real-check: begin -->", "<!-- real-check: end -->"
 NOBODY = "Nobody has run it on real weights yet."
 # against diffusers in fp32: dB, and SSIM, at the least of the prompts
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of the eight")
     parser.add_argument("--precision", action="append", choices=list(FLOORS))
-    parser.add_argument("--table", action="store_true", help="write the README's table anew from the rows")
+    parser.add_argument("--table", action="store_true", help="rewrite the table of docs/verification.md from the rows")
     options = parser.parse_args(arguments)
     failed = False
     if options.model:
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not options.table:
         parser.error("name a MODEL: a diffusers folder or a hub id")
     if options.table or (options.model and options.rows == ROWS):
-        README.write_text(with_table(README.read_text(encoding="utf-8"), rows_of(ROWS)), encoding="utf-8")
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), rows_of(ROWS)), encoding="utf-8")
     return int(failed)
 
 

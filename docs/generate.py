@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def limits() -> str:
-    """The limits of every precision, as a table."""
+    """Return the limits of every precision as a table."""
     lines = [
         "| precision | component: PSNR | cosine | largest error, relative | image: PSNR | SSIM |",
         "|---|---|---|---|---|---|",
@@ -31,12 +31,12 @@ def limits() -> str:
 
 
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "README.md": {"limits": limits},
+    "docs/verification.md": {"limits": limits},
 }
 
 
 def generated(page: str, parts: Mapping[str, Callable[[], str]]) -> str:
-    """The page with its generated parts written anew. Raises ValueError for a part that has no place in it."""
+    """Return the page with its generated parts replaced. Raises ValueError if the page lacks the markers of a part."""
     for name, part in parts.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if begin not in page or end not in page:

@@ -1,4 +1,4 @@
-"""`make real-check` on the shapes example, which is small and trained, and the README's table of what was checked."""
+"""`make real-check` on the shapes example, which is small and trained, and the table of what was checked in docs/verification.md."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from benchmarks import real_check
 
 
-def test_the_readme_shows_the_rows_that_are_there() -> None:
-    readme = real_check.README.read_text(encoding="utf-8")
+def test_the_page_shows_the_rows_that_are_there() -> None:
+    page = real_check.PAGE.read_text(encoding="utf-8")
     rows = real_check.rows_of(real_check.ROWS)
-    assert readme == real_check.with_table(readme, rows)
-    assert (real_check.NOBODY in readme) == (not rows)
+    assert page == real_check.with_table(page, rows)
+    assert (real_check.NOBODY in page) == (not rows)
 
 
 def test_a_row_becomes_a_line_and_a_failure_shows() -> None:
