@@ -3,9 +3,9 @@
     python -m benchmarks.real_check MODEL [--work FOLDER] [--rows FILE] [--steps 20] [--precision fp32 --precision fp16]
     python -m benchmarks.real_check --table       # rewrite the table of docs/verification.md from the rows
 
-MODEL is a diffusers folder or a hub id. For each precision the steps of `STEPS` run in turn; 8 images are generated at the model's
-own size, by ONNX Runtime (the best available target) and by diffusers in fp32, from the same noise. One row of JSON is added
-to reports/real-check.jsonl, without paths. Exit codes: 0; 1 where a step failed or a number does not hold.
+MODEL is a diffusers folder or a hub id. For each precision the steps of `STEPS` run in turn; 8 images are generated at the
+model's own size, by ONNX Runtime (the best available target) and by diffusers in fp32, from the same noise. One row of JSON,
+without paths, is added to reports/real-check.jsonl. Exit codes: 0; 1 if a step failed or a limit was missed.
 """
 
 from __future__ import annotations

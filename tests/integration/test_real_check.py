@@ -1,4 +1,4 @@
-"""`make real-check` on the shapes example, which is small and trained, and the table of what was checked in docs/verification.md."""
+"""`make real-check` on the shapes example, which is small and trained, and its table in docs/verification.md."""
 
 from __future__ import annotations
 
