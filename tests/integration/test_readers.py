@@ -40,14 +40,14 @@ def test_diffusers_onnx_pipeline_draws_the_same_picture(shapes_bundle: Path) -> 
     assert psnr(picture, (theirs * 255).round().astype(np.uint8)) >= 50
 
 
-def test_the_thirty_lines_of_the_docs_draw_the_same_picture(shapes_checkpoint: Path, shapes_bundle: Path) -> None:
+def test_the_loop_of_the_docs_generates_the_same_image(shapes_checkpoint: Path, shapes_bundle: Path) -> None:
     text = (ROOT / "docs" / "plain-onnxruntime.md").read_text(encoding="utf-8")
     (code, *_) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, "plain-onnxruntime.md", "exec"), names)
     reference = Reference(shapes_checkpoint)
     ids = [reference.pipe.tokenizer(prompt, padding="max_length", max_length=77).input_ids for prompt in (PROMPT, "")]
-    decoded = names["draw"](shapes_bundle, *map(np.array, ids), NoiseStream(7).normal((1, 4, 8, 8)))[0]
+    decoded = names["generate"](shapes_bundle, *map(np.array, ids), NoiseStream(7).normal((1, 4, 8, 8)))[0]
     _, theirs = reference.draw(
         PROMPT,
         scheduler="DDIMScheduler",
