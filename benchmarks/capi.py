@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.serving.capi import build_library, compile_flags, link_flags
 
 ROUNDS = 7
@@ -42,7 +42,7 @@ def main() -> None:
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(shutil.copytree(options.bundle, Path(folder) / "bundle"))
-        for _ in build_engines(bundle, Asked(backend="fake", size="64x64:1024x1024")):
+        for _ in build_engines(bundle, BuildRequest(backend="fake", size="64x64:1024x1024")):
             pass
         prefix, program = Path(folder) / "prefix", Path(folder) / "capi"
         build_library(prefix)

@@ -36,7 +36,7 @@ from sdruntime.backends import backend
 from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.base.feeds import shape_of
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.system import processor
@@ -64,7 +64,7 @@ def our_bundle(options: argparse.Namespace, row: str) -> Path:
         shutil.rmtree(making, ignore_errors=True)
         shutil.copytree(options.folder / "bundle", making, copy_function=os.link)
         shape = {"size": f"{options.size}x{options.size}", "batch": "1"} if name == "openvino" else {}
-        for _ in build_engines(making, Asked(backend=name, options=settings, **shape)):  # type: ignore[arg-type]
+        for _ in build_engines(making, BuildRequest(backend=name, options=settings, **shape)):  # type: ignore[arg-type]
             pass
         making.rename(place)
     return place

@@ -99,17 +99,15 @@ def write_weights(path: Path, wanted: Mapping[str, tuple[int, ...]], kind: str) 
 
 
 def ours(checkpoint: Path, out: Path) -> None:
-    from sdexport.trace.component import Job, Stage
-    from sdexport.trace.process import run_apart
+    from sdexport.trace.component import ComponentJob
+    from sdexport.trace.process import run_job
+    from sdruntime.system.events import finish
 
-    job = Job(checkpoint=str(checkpoint), component="unet", precision="fp16", allow_pickle=False, out=str(out))
-    marks: list[tuple[str, float]] = []
+    job = ComponentJob(checkpoint=str(checkpoint), component="unet", precision="fp16", allow_pickle=False, out=str(out))
+    marks: dict[str, float] = {}
     start = time.perf_counter()
-    for stage in run_apart(job):
-        if isinstance(stage, Stage) and (not marks or marks[-1][0] != stage.name):
-            marks.append((stage.name, time.perf_counter() - start))
-        elif not isinstance(stage, Stage):
-            print(json.dumps({"stages": dict(marks), "peak": stage}))
+    peak = finish(run_job(job), lambda stage: marks.setdefault(stage.name, time.perf_counter() - start))
+    print(json.dumps({"stages": marks, "peak": peak}))
 
 
 def theirs(checkpoint: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
 from sdruntime.sampling.compile import compile_table
@@ -57,7 +57,7 @@ def main() -> None:
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(shutil.copytree(options.bundle, Path(folder) / "bundle"))
-        for _ in build_engines(bundle, Asked(backend="fake", size="64x64:1024x1024")):
+        for _ in build_engines(bundle, BuildRequest(backend="fake", size="64x64:1024x1024")):
             pass
         schedule = Bundle.open(bundle).read_json(SCHEDULER)
         with Pipeline.open(bundle, backend="fake") as pipe:

@@ -25,13 +25,14 @@ from typing import Any
 from benchmarks.export_full_size import ROOT
 from benchmarks.gpu.checkpoint import MODELS
 from benchmarks.gpu.tasks import environment
-from sdexport.build.events import Options
+from sdexport.build.events import ExportOptions
 from sdexport.build.export import export
 from sdexport.precision.activations import session_of
 from sdexport.precision.audit import judged
 from sdexport.precision.probe import load_activations
-from sdexport.trace.component import AUDIT, MODEL, PROBE, Job, Stage
-from sdexport.trace.process import run_apart
+from sdexport.trace.component import AUDIT, MODEL, PROBE, ComponentJob
+from sdexport.trace.process import run_job
+from sdruntime.system.events import finish
 from sdruntime.system.process import module_command
 from sdruntime.verification.metrics import Difference
 
@@ -45,10 +46,10 @@ def prepared(model: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         script = ROOT / "benchmarks" / "gpu" / "checkpoint.py"
         subprocess.run([sys.executable, str(script), model, str(checkpoint), "F32"], check=True, cwd=ROOT)
     if not bundle.exists():
-        for _ in export(str(checkpoint), bundle, Options(verify=False)):
+        for _ in export(str(checkpoint), bundle, ExportOptions(verify=False)):
             pass
     if not (bundle / "unet" / "activations.json").exists():
-        job = Job(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(bundle))
+        job = ComponentJob(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(bundle))
         seconds, peak = timed(job)
         yield "probe", {"seconds": seconds["probe"], "peak": peak}
 
@@ -58,7 +59,7 @@ def audited(model: str, component: str, folder: Path) -> dict[str, Any]:
     out = folder / f"{model}-fp16" / component
     out.mkdir(parents=True, exist_ok=True)
     (out / AUDIT).unlink(missing_ok=True)
-    job = Job(
+    job = ComponentJob(
         checkpoint=str(folder / model),
         component=component,
         precision="fp16",
@@ -82,18 +83,20 @@ def audited(model: str, component: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def timed(job: Job) -> tuple[dict[str, float], int]:
+def timed(job: ComponentJob) -> tuple[dict[str, float], int]:
     """Seconds of each stage, and the peak of memory."""
     taken: dict[str, float] = {}
-    peak, name, begun = 0, "", time.perf_counter()
-    for event in run_apart(job):
+    name, begun = "", time.perf_counter()
+
+    def end_stage(following: str) -> None:
+        nonlocal name, begun
         now = time.perf_counter()
         if name:
             taken[name] = round(taken.get(name, 0.0) + now - begun, 1)
-        if isinstance(event, Stage):
-            name, begun = event.name, now
-        else:
-            peak = event
+        name, begun = following, now
+
+    peak = finish(run_job(job), lambda stage: end_stage(stage.name))
+    end_stage("")
     return taken, peak
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdruntime.bundle.bundle import Bundle, write_bundle
 from sdruntime.bundle.manifest import ComponentSpec, ModelSpec, TensorSpec
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 CELLS = ("batch", 4, "height", "width")
 TENSORS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
@@ -97,6 +97,6 @@ def make_bundle(folder: Path) -> Bundle:
 
 def with_fake_engines(bundle: Bundle) -> Bundle:
     """The bundle with a fake engine of each component, for every size."""
-    for _ in build_engines(bundle.folder, Asked(backend="fake")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake")):
         pass
     return Bundle.open(bundle.folder)

@@ -59,10 +59,10 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory, trace_cache: Path) -
 
 
 def _export(checkpoint: Path, folder: Path, **options: object) -> Path:
-    from sdexport.build.events import Options
+    from sdexport.build.events import ExportOptions
     from sdexport.build.export import build
 
-    for _ in build(str(checkpoint), folder, Options(**({"verify": False} | options))):  # type: ignore[arg-type]
+    for _ in build(str(checkpoint), folder, ExportOptions(**({"verify": False} | options))):  # type: ignore[arg-type]
         pass
     return folder
 

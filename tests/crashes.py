@@ -24,15 +24,15 @@ import sdruntime.backends.fake.build
 import sdruntime.backends.fake.engine
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.staging import staging
-from sdruntime.engines.building import Asked, build_engines, rebuild_stale
+from sdruntime.engines.building import BuildRequest, build_engines, rebuild_stale
 from sdruntime.errors import SdruntimeError
 from sdruntime.system import owner
 
-SIZED = Asked(backend="fake", size="64x64,128x64", components=("unet", "vae_decoder"))
+SIZED = BuildRequest(backend="fake", size="64x64,128x64", components=("unet", "vae_decoder"))
 
 
 def add(place: Path) -> None:
-    for _ in build_engines(place, Asked(backend="fake", components=("unet", "vae_decoder"))):
+    for _ in build_engines(place, BuildRequest(backend="fake", components=("unet", "vae_decoder"))):
         pass
 
 

@@ -26,7 +26,7 @@ from crashes import CHANGES, fault, leftovers
 import sdruntime.bundle.change
 import sdruntime.bundle.staging
 from sdruntime.bundle.bundle import Bundle, opening
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError
 from sdruntime.pipeline.pipeline import Pipeline
 
@@ -37,7 +37,7 @@ Work = Callable[[], object]
 
 def sized(place: Path, number: int) -> int:
     """Add one engine; how many were added or present."""
-    asked = Asked(backend="fake", size=SIZES[number], components=("unet",))
+    asked = BuildRequest(backend="fake", size=SIZES[number], components=("unet",))
     return sum(event.state in ("done", "present") for event in build_engines(place, asked))
 
 
@@ -106,7 +106,7 @@ def one_round(kind: str, place: Path) -> list[str]:
     labels = [engine.name.partition("-fp32-")[2].rpartition("-b")[0] for engine in engines]
     if kind != "export" and (set(labels) != expected(kind) or len(labels) != len(expected(kind))):
         wrong.append(f"engines: {labels}")
-    list(build_engines(place, Asked(backend="fake", components=("text_encoder",))))
+    list(build_engines(place, BuildRequest(backend="fake", components=("text_encoder",))))
     (place.parent / "over").unlink()
     return wrong + [f"left over: {name}" for name in leftovers(place)]
 

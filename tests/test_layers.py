@@ -12,7 +12,7 @@ from places import ROOT
 
 ORDER = {
     "sdruntime": "errors arrays system sampling bundle backends engines pipeline serving verification cli __main__",
-    "sdruntime.system": "memory document files jetson nvtx process processor sizes cuda owner durable cache",
+    "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
     "sdruntime.sampling": "noise_schedule grids prediction samplers table compile executor noise guidance job",
     "sdruntime.sampling.samplers": (
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow registry"

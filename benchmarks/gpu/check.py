@@ -22,7 +22,7 @@ from sdexport.bench.subject import bare
 from sdexport.bench.timing import Array, drawn, psnr, text_of
 from sdruntime.backends import BACKENDS
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.system.cuda import Cuda
@@ -54,7 +54,7 @@ def cpu_pictures(bundle: Path, place: Path, prompt: str) -> Path:
     """The pictures of `asked` by ONNX Runtime on the CPU, as a file of arrays: what every backend is held against."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         copy = bare(bundle, Path(folder) / "bundle")
-        for _ in build_engines(copy, Asked(backend="onnxruntime", target="cpu")):
+        for _ in build_engines(copy, BuildRequest(backend="onnxruntime", target="cpu")):
             pass
         with Pipeline.open(copy, backend="onnxruntime") as pipe:
             pictures = {name: np.stack(drawn(pipe, each, on_device=False)) for name, each in asked(prompt).items()}
@@ -101,7 +101,7 @@ def check(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> Non
 def _built(bundle: Path, told: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
     told["built"] = {}
     static = BACKENDS[told["backend"]].static
-    wanted = Asked(
+    wanted = BuildRequest(
         backend=told["backend"],
         target=told["target"],
         batch="1:1:4" if static else None,

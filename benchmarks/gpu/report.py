@@ -52,7 +52,7 @@ def shapes_bundles(work: Path) -> list[Path]:
         if not (bundle / "manifest.json").exists():
             if why_not := reference.missing(device="cpu"):
                 raise RuntimeError(f"{why_not}, so none can be exported here: export two elsewhere, and name them with --shapes")
-            from sdexport.build.events import Options as Export
+            from sdexport.build.events import ExportOptions as Export
             from sdexport.build.export import build
 
             for _ in build(str(SHAPES), bundle, Export(precision=precision, verify=False)):

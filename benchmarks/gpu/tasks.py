@@ -29,7 +29,7 @@ from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.sampler_step import NAME as STEP
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.system.cuda import Cuda
@@ -53,7 +53,7 @@ def build(job: Job, save: Save) -> None:
     told: dict[str, Any] = {"built": {}}
     if job["backend"] == "onnxruntime":
         preload()
-    asked = Asked(
+    asked = BuildRequest(
         backend=job["backend"],
         target=job["target"],
         batch=job["batches"] if BACKENDS[job["backend"]].static else None,

@@ -27,7 +27,7 @@ from sdruntime.backends import BACKENDS, OFFERED
 from sdruntime.backends.base.engine import CPU
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import AUTO, Machine
 from sdruntime.errors import EngineError, SdruntimeError, SettingError, UnknownName
 from sdruntime.pipeline.pipeline import SCHEDULER
@@ -92,8 +92,8 @@ def bench(
     against: Sequence[str] = (),
     model: str | None = None,
     rebuild: bool = False,
-) -> Iterator[Measuring | dict[str, Any]]:
-    """Measure the engines of `backend`, and each of `against` (a backend, or one of `TORCH`) beside them; the last event is the
+) -> Generator[Measuring, None, dict[str, Any]]:
+    """Measure the engines of `backend`, and each of `against` (a backend, or one of `TORCH`) beside them; returns the
     document.
 
     `model`: the checkpoint for torch, the bundle's own source where None. `rebuild`: build the engines anew in a scratch copy,
@@ -135,14 +135,14 @@ def bench(
             if entry.name in unbuilt:
                 entry.told["error"] = unbuilt[entry.name]
         yield from _measure(entries, manifest, settings, size, stack)
-        yield _document(bundle, machine, settings, size, entries, busy)
+        return _document(bundle, machine, settings, size, entries, busy)
 
 
 def _build(folder: Path, name: str, settings: Settings, size: tuple[int, int]) -> Generator[Measuring, None, dict[str, float]]:
     """Returns the seconds of each component."""
     seconds: dict[str, float] = {}
     static = BACKENDS[name].static
-    asked = Asked(
+    asked = BuildRequest(
         backend=name,
         size=f"{size[0]}x{size[1]}",
         batch=str(settings.batch) if static else None,

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdexport.trace.component import Stage
+from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.manifest import Precision
-from sdruntime.engines.building import Asked, BuildEvent
+from sdruntime.engines.building import BuildEvent, BuildRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ExportOptions:
     """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
     of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32.
     `verify`: golden numbers are made, and what this machine can run is held to them."""
 
     revision: str | None = None
     precision: Precision = "fp32"
-    engines: tuple[Asked, ...] = ()
+    engines: tuple[BuildRequest, ...] = ()
     allow_pickle: bool = False
     audit: bool = True
     verify: bool = True
@@ -29,7 +29,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class ExportProgress:
     """A step of the export: component `index` of `count`, and the stage that it is in."""
 
     component: str
@@ -46,7 +46,7 @@ class EngineProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
+class ExportResult:
     """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes. `checks`:
     how many outputs and pictures were held to their numbers. `changes`: a line for each setting of the checkpoint that diffusers'
     pipeline changes when it opens it, as it is changed in the bundle."""
@@ -57,6 +57,3 @@ class Built:
     peak: int
     checks: int = 0
     changes: tuple[str, ...] = ()
-
-
-Event = Progress | EngineProgress | Built

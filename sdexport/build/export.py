@@ -11,10 +11,10 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from sdexport.build.events import Built, EngineProgress, Event, Options, Progress
+from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress, ExportResult
 from sdexport.build.files import component_specs, described, write_rest
 from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of
 from sdexport.checkpoint.card import read_card
@@ -22,12 +22,12 @@ from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
 from sdexport.checkpoint.hub import Located, locate
 from sdexport.families.components import Component, components
 from sdexport.precision.probe import check_environment
-from sdexport.trace.component import AUDIT, PROBE, Job, Stage
-from sdexport.trace.process import run_apart
+from sdexport.trace.component import AUDIT, PROBE, ComponentJob
+from sdexport.trace.process import run_job
 from sdexport.trace.sampler_step import write_step
-from sdexport.verification.golden import GoldenJob
-from sdexport.verification.golden import run_apart as golden_apart
+from sdexport.verification.golden import GoldenJob, run_golden
 from sdexport.verification.verify import Proof, verified_apart
+from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.bundle import write_bundle
 from sdruntime.bundle.records import read_json, record_from_json
@@ -35,14 +35,15 @@ from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.bundle.staging import check_place, staging
 from sdruntime.engines.building import build_engines
 from sdruntime.errors import BundleError
+from sdruntime.system.events import finish, mapped
 from sdruntime.system.process import peak_memory
 from sdruntime.verification.verify import held
 
 REFERENCE = "reference"  # a folder that is there while half precision is audited
 
 
-def build(model: str, out: Path, options: Options) -> Iterator[Event]:
-    """Build the bundle `out` from a diffusers folder or a hub id. The last event is `Built`.
+def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress | EngineProgress, None, ExportResult]:
+    """Build the bundle `out` from a diffusers folder or a hub id. The last event is `ExportResult`.
 
     A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
     errors for the disk and the engines.
@@ -51,7 +52,7 @@ def build(model: str, out: Path, options: Options) -> Iterator[Event]:
         asked.resolve_library(options.precision)
     exported = yield from export(model, out, options)
     written = yield from _engines(out, options)
-    yield dataclasses.replace(
+    return dataclasses.replace(
         exported,
         up_to_date=exported.up_to_date and written == 0,
         written=exported.written + written,
@@ -65,7 +66,7 @@ def model_name(located: Located) -> str:
     return name if owner else read_card(located.folder).name or name
 
 
-def export(model: str, out: Path, options: Options) -> Generator[Progress, None, Built]:
+def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress, None, ExportResult]:
     """The bundle without its engines; the last event is returned. Engines that the model cannot have are refused before the work.
 
     Raises as `build` does.
@@ -81,7 +82,7 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
         asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
     inputs = digest_of_inputs(checkpoint, table, options)
     if is_current(out, inputs, verified=options.verify):
-        return Built(folder=out, up_to_date=True, written=0, peak=peak_memory(), changes=checkpoint.changes)
+        return ExportResult(folder=out, up_to_date=True, written=0, peak=peak_memory(), changes=checkpoint.changes)
     if options.audited:
         check_environment()
     with staging(out) as folder:
@@ -104,7 +105,7 @@ def export(model: str, out: Path, options: Options) -> Generator[Progress, None,
             proof = yield from _proved(checkpoint, options, folder, len(table))
             peak = max(peak, proof.peak)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Built(
+    return ExportResult(
         folder=out, up_to_date=False, written=written, peak=peak + peak_memory(), checks=proof.checks, changes=checkpoint.changes
     )
 
@@ -124,37 +125,33 @@ def _lies_in(place: Path, folder: Path) -> bool:
 
 
 def _reference(
-    checkpoint: Checkpoint, table: Sequence[Component], options: Options, folder: Path
-) -> Generator[Progress, None, int]:
+    checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions, folder: Path
+) -> Generator[ExportProgress, None, int]:
     """The same in float32, probed: what half precision is measured by. Returns the peak memory."""
     folder.mkdir()
     peak = yield from _export(checkpoint, table, options, folder, None, full=True)
     write_rest(checkpoint, table, folder)
     specs = component_specs(table, {})
     write_bundle(folder, model=checkpoint.model, precision="fp32", components=specs, provenance={})
-    job = Job(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(folder))
-    for stage in run_apart(job):
-        if isinstance(stage, Stage):
-            yield Progress(component=PROBE, index=0, count=1, stage=stage)
-        else:
-            peak = max(peak, stage)
-    return peak
+    job = ComponentJob(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(folder))
+    progress = functools.partial(ExportProgress, component=PROBE, index=0, count=1)
+    return max(peak, (yield from mapped(run_job(job), functools.partial(_staged, progress))))
 
 
 def _export(
     checkpoint: Checkpoint,
     table: Sequence[Component],
-    options: Options,
+    options: ExportOptions,
     folder: Path,
     reference: Path | None,
     *,
     full: bool = False,
-) -> Generator[Progress, None, int]:
+) -> Generator[ExportProgress, None, int]:
     """Each component in its own process; returns the peak memory of the largest."""
     peak = 0
     for index, component in enumerate(table):
         (folder / component.name).mkdir()
-        job = Job(
+        job = ComponentJob(
             checkpoint=str(checkpoint.folder),
             component=component.name,
             precision=options.precision,
@@ -164,15 +161,16 @@ def _export(
             first=index == 0,
             reference=str(reference or ""),
         )
-        for stage in run_apart(job):
-            if isinstance(stage, Stage):
-                yield Progress(component=component.name, index=index, count=len(table), stage=stage)
-            else:
-                peak = max(peak, stage)
+        progress = functools.partial(ExportProgress, component=component.name, index=index, count=len(table))
+        peak = max(peak, (yield from mapped(run_job(job), functools.partial(_staged, progress))))
         (folder / component.name / "config.json").write_text(json.dumps(described(component.config), indent=2) + "\n")
         if reference is not None:
             shutil.rmtree(reference / component.name)  # half of a large model's disk, before the next one is written
     return peak
+
+
+def _staged(progress: Callable[..., ExportProgress], stage: Stage) -> ExportProgress:
+    return progress(stage=stage)
 
 
 def _audits(table: Sequence[Component], folder: Path) -> dict[str, Audit]:
@@ -188,21 +186,21 @@ def _audits(table: Sequence[Component], folder: Path) -> dict[str, Audit]:
     return found
 
 
-def _proved(checkpoint: Checkpoint, options: Options, folder: Path, count: int) -> Generator[Progress, None, Proof]:
+def _proved(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count: int) -> Generator[ExportProgress, None, Proof]:
     """Golden numbers, and the ONNX held to them where ONNX Runtime is here; the peak is of both processes.
 
     Raises VerificationFailed.
     """
-    progress = functools.partial(Progress, component="golden", index=count, count=count)
+    progress = functools.partial(ExportProgress, component="golden", index=count, count=count)
     yield progress(stage=Stage(name="reference"))
     job = GoldenJob(checkpoint=str(checkpoint.folder), bundle=str(folder), allow_pickle=options.allow_pickle)
-    peak = max(each for each in golden_apart(job) if isinstance(each, int))
+    peak = finish(run_golden(job))
     yield progress(stage=Stage(name="verify"))
     proof = verified_apart(folder, what=checkpoint.model.name)
     return dataclasses.replace(proof, peak=max(peak, proof.peak))
 
 
-def _engines(folder: Path, options: Options) -> Generator[EngineProgress, None, int]:
+def _engines(folder: Path, options: ExportOptions) -> Generator[EngineProgress, None, int]:
     """The engines that were asked for; returns the bytes written."""
     written = 0
     for asked in options.engines:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sdexport.build.events import Options
+from sdexport.build.events import ExportOptions
 from sdexport.checkpoint.folder import Checkpoint
 from sdexport.checkpoint.hub import Located
 from sdexport.families.components import Component
@@ -21,7 +21,7 @@ from sdruntime.errors import BundleError
 from sdruntime.verification.golden import DOCUMENT
 
 
-def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: Options) -> str:
+def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions) -> str:
     """The hash of everything that the ONNX and the files beside it follow from."""
     names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
     files = [checkpoint.folder / name for name in names]
@@ -54,7 +54,7 @@ def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
         return False
 
 
-def provenance_of(located: Located, checkpoint: Checkpoint, options: Options, inputs: str) -> dict[str, Any]:
+def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     made = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
     provenance = {

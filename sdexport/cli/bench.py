@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from sdexport.cli.reporting import shared, with_progress
 from sdruntime.cli.terminal import check_output
 
 if TYPE_CHECKING:
-    from sdexport.bench.bench import Measuring
     from sdruntime.cli.progress import Progress
 
 
@@ -44,12 +42,15 @@ def bench(
     from sdexport.bench.chart import busy_warning, svg
     from sdexport.bench.chart import markdown as lines
     from sdruntime.system.durable import replace_file
+    from sdruntime.system.events import finish
     from sdruntime.system.sizes import parse_size
 
     settings = Settings(
         size=parse_size(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
     )
-    found = _measured(events(bundle, settings, **options), shown)
+    found = finish(
+        events(bundle, settings, **options), lambda event: shown.show("bench", event.what, done=event.done, total=event.total)
+    )
     if markdown:
         replace_file(markdown, ("\n".join(lines(found)) + "\n").encode())
     if picture:
@@ -57,12 +58,3 @@ def bench(
     for warning in filter(None, (busy_warning(found), *found["warnings"])):
         shown.note(f"warning: {warning}")
     shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
-
-
-def _measured(events: Iterable[Measuring | dict[str, Any]], shown: Progress) -> dict[str, Any]:
-    """Show a benchmark; returns its document."""
-    for event in events:
-        if isinstance(event, dict):
-            return event
-        shown.show("bench", event.what, done=event.done, total=event.total)
-    raise AssertionError("a benchmark tells its end")

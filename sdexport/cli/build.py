@@ -59,14 +59,16 @@ def build(
         raise click.UsageError("name a MODEL, or a --recipe")
     if no_audit and recipe is None and precision == "fp32":
         shown.note("warning: --no-audit has no effect: fp32 is not audited")
-    from sdexport.build.events import Options
+    from sdexport.build.events import ExportOptions
     from sdexport.build.export import build as events
     from sdexport.recipes.recipe import read_recipe
     from sdexport.recipes.run import options_of
-    from sdruntime.engines.building import Asked
+    from sdruntime.engines.building import BuildRequest
 
-    engines = tuple(Asked(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
-    options = Options(precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify)
+    engines = tuple(BuildRequest(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
+    options = ExportOptions(
+        precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify
+    )
     if recipe is not None:
         found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
         options = options_of(found)

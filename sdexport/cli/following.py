@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from sdexport.build.events import EngineProgress, Progress
-    from sdruntime.cli.progress import Progress as Shown
+    from sdexport.build.events import EngineProgress, ExportProgress
+    from sdruntime.cli.progress import Progress
+
+Result = TypeVar("Result")
 
 
-End = TypeVar("End")
+def followed(events: Generator[ExportProgress | EngineProgress, None, Result], shown: Progress) -> Result:
+    """Run a build with its progress shown; return its result."""
+    from sdexport.build.events import EngineProgress
+    from sdruntime.system.events import finish
 
-
-def followed(events: Iterable[Progress | EngineProgress | End], shown: Shown) -> End:
-    """Show a build; returns its end, the first event that is no step."""
-    from sdexport.build.events import EngineProgress, Progress
-
-    for event in events:
-        if isinstance(event, Progress):
-            stage = event.stage
-            shown.show(event.component, stage.name, done=stage.done, total=stage.total, unit="B")
-        elif isinstance(event, EngineProgress):
-            each = event.event
-            if each.stage is None:
-                shown.show(each.engine, "" if each.state == "begin" else each.state)
+    def show(event: ExportProgress | EngineProgress) -> None:
+        if isinstance(event, EngineProgress):
+            engine, stage, state = event.event.engine, event.event.stage, event.event.state
+            if stage is None:
+                shown.show(engine, "" if state == "begin" else state)
             else:
-                shown.show(each.engine, each.stage.name, done=each.stage.done, total=each.stage.total)
+                shown.show(engine, stage.name, done=stage.done, total=stage.total)
         else:
-            return event
-    raise AssertionError("a build tells its end")
+            shown.show(event.component, event.stage.name, done=event.stage.done, total=event.stage.total, unit="B")
+
+    return finish(events, show)

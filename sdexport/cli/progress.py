@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sdruntime.cli.progress import Log, Progress, Stage, bar, is_terminal
+from sdruntime.cli.progress import Activity, Log, Progress, bar, is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -29,7 +29,7 @@ class Rows(Progress):
         super().__init__(stream, clock)
         self._bars: Bars | None = None
         self._tasks: dict[str, Any] = {}
-        self._stage: Stage | None = None
+        self._stage: Activity | None = None
 
     def show(self, task: str, stage: str = "", *, done: int = 0, total: int = 0, unit: str = "") -> None:
         if self._bars is None:
@@ -41,7 +41,7 @@ class Rows(Progress):
         now, former = self.clock(), self._stage
         same = former is not None and (former.task, former.stage, former.total) == (task, stage, total)
         begun = former.begun if former is not None and same else now
-        self._stage = Stage(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
+        self._stage = Activity(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
         numbers = "  ".join([self._stage.count(), *self._stage.pace(now)]) if total else ""
         self._bars.update(self._tasks[task], stage=stage, completed=done if total else 0, total=total or 1, numbers=numbers)
 

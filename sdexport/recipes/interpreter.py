@@ -24,7 +24,7 @@ from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Precision
 from sdruntime.cli.progress import LINES
-from sdruntime.engines.building import Asked, BuildEvent
+from sdruntime.engines.building import BuildEvent, BuildRequest
 from sdruntime.errors import (
     DeviceMissing,
     EngineError,
@@ -48,7 +48,7 @@ class Interpreter:
 
     python: str
 
-    def check(self, asked: Asked, precision: Precision) -> None:
+    def check(self, asked: BuildRequest, precision: Precision) -> None:
         """Raises EnvironmentFault where it does not run sdruntime, LibraryMissing, and DeviceMissing where it has no target."""
         library = _libraries(self).get(asked.backend)
         if library is None:
@@ -58,7 +58,7 @@ class Interpreter:
         if not library["targets"]:
             raise DeviceMissing(f"{self.python}: {asked.backend} {library['version']} builds on the GPU, and sees none here")
 
-    def build(self, folder: Path, asked: Asked, *, verify: bool) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
         """As `sdruntime.engines.building.build_engines`; what it says is raised as the error that its exit code stands for."""
         before = Bundle.open(folder).manifest.engines
         unverified = () if verify else ("--no-verify",)
@@ -139,7 +139,7 @@ def _libraries(interpreter: Interpreter) -> dict[str, Any]:
     return found
 
 
-def arguments(asked: Asked) -> list[str]:
+def arguments(asked: BuildRequest) -> list[str]:
     """What `sdruntime build` takes for the same."""
     found = ["--backend", asked.backend]
     for name in ("target", "size", "batch", "guidance"):

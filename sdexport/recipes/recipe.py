@@ -15,7 +15,7 @@ from sdexport.recipes.toml import Where, read_toml
 from sdruntime.backends import BACKENDS, OFFERED, backend
 from sdruntime.bundle.manifest import ModelSpec, Precision
 from sdruntime.bundle.sampler_step import NAME as STEP
-from sdruntime.engines.building import Asked
+from sdruntime.engines.building import BuildRequest
 from sdruntime.engines.shapes import Guidance, Shapes
 from sdruntime.errors import SettingError, UnknownName, shown
 
@@ -38,7 +38,7 @@ class Recipe:
 
     name: str
     model: str
-    engines: tuple[Asked, ...]
+    engines: tuple[BuildRequest, ...]
     description: str = ""
     revision: str | None = None
     precision: Precision = "fp32"
@@ -113,14 +113,14 @@ class _Reader:
             engines=self.engines(document),
         )
 
-    def engines(self, document: Mapping[str, Any]) -> tuple[Asked, ...]:
+    def engines(self, document: Mapping[str, Any]) -> tuple[BuildRequest, ...]:
         tables = document.get("engines")
         if not isinstance(tables, list) or not tables:
             self.fault(("engines",), "missing" if tables is None else "expected [[engines]] tables")
             return ()
         return tuple(asked for index, table in enumerate(tables) for asked in self.asked(table, ("engines", index)))
 
-    def asked(self, table: Any, where: Where) -> list[Asked]:
+    def asked(self, table: Any, where: Where) -> list[BuildRequest]:
         """One for each target, and each component that has settings of its own."""
         if not self.is_table(table, where, ENGINES):
             return []
@@ -132,12 +132,12 @@ class _Reader:
         apart = self.components(table, where, name)
         found = []
         for target in targets or [None]:
-            found.append(Asked(backend=name, target=target, **shapes, options=options, without=tuple(apart)))
+            found.append(BuildRequest(backend=name, target=target, **shapes, options=options, without=tuple(apart)))
             for component, own in apart.items():
                 if own is not None:
                     merged = {**shapes, **own[0]}
                     both = {**options, **own[1]}
-                    found.append(Asked(backend=name, target=target, **merged, options=both, components=(component,)))
+                    found.append(BuildRequest(backend=name, target=target, **merged, options=both, components=(component,)))
         return found
 
     def components(
@@ -160,7 +160,7 @@ class _Reader:
         return found
 
     def shapes(self, table: Mapping[str, Any], where: Where) -> dict[str, Any]:
-        """The keyword arguments of Asked for what the table says of shapes."""
+        """The keyword arguments of BuildRequest for what the table says of shapes."""
         found: dict[str, Any] = {}
         forms: dict[str, tuple[Any, str]] = {
             "size": (str, "text such as '512x512'"),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sdexport.build.events import EngineProgress, Options, Progress
+from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress
 from sdexport.build.export import export
 from sdexport.errors import SdexportError
 from sdexport.recipes.recipe import Recipe, read_recipe, recipe_file
 from sdruntime.bundle.manifest import Precision
-from sdruntime.engines.building import Asked, BuildEvent, build_engines
+from sdruntime.engines.building import BuildEvent, BuildRequest, build_engines
 from sdruntime.errors import SdruntimeError, SettingError
 from sdruntime.verification.verify import held
 
@@ -24,11 +24,11 @@ FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
 class Builder(Protocol):
     """What builds engines into a bundle."""
 
-    def check(self, asked: Asked, precision: Precision) -> None:
+    def check(self, asked: BuildRequest, precision: Precision) -> None:
         """Raise what can be refused before the work."""
         ...
 
-    def build(self, folder: Path, asked: Asked, *, verify: bool) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
         """`verify`: hold each to the bundle's golden numbers before it is added."""
         ...
 
@@ -36,10 +36,10 @@ class Builder(Protocol):
 class Here:
     """This interpreter."""
 
-    def check(self, asked: Asked, precision: Precision) -> None:
+    def check(self, asked: BuildRequest, precision: Precision) -> None:
         asked.resolve_library(precision)
 
-    def build(self, folder: Path, asked: Asked, *, verify: bool) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
         return build_engines(folder, asked, check=held if verify else None)
 
 
@@ -73,8 +73,8 @@ class Outcome:
                 self.failures.append(Failure(what=what, error=error))
 
 
-def options_of(recipe: Recipe) -> Options:
-    return Options(
+def options_of(recipe: Recipe) -> ExportOptions:
+    return ExportOptions(
         revision=recipe.revision,
         precision=recipe.precision,
         engines=recipe.engines,
@@ -90,8 +90,8 @@ def run_recipe(
     model: str | None = None,
     builder: Builder | None = None,
     taken: Collection[Path | None] = (),
-) -> Iterator[Progress | EngineProgress | Outcome]:
-    """Run the recipe `name`, a path or a name of engines/, into a folder of `output`; the last event is its `Outcome`.
+) -> Generator[ExportProgress | EngineProgress, None, Outcome]:
+    """Run the recipe `name`, a path or a name of engines/, into a folder of `output`; returns its `Outcome`.
 
     `model` takes the place of the recipe's. Engines that cannot be built are failures, and the others are built; nothing is
     exported where all of them are known to fail. `taken`: bundles of other recipes, which this one may not replace. Raises
@@ -105,10 +105,10 @@ def run_recipe(
             raise SettingError(f"{recipe_file(name)}: {outcome.bundle} is another recipe's bundle: give this one another name")
         yield from _run(recipe if model is None else recipe.of(model), outcome.bundle, outcome, builder or Here())
     outcome.seconds = time.monotonic() - begun
-    yield outcome
+    return outcome
 
 
-def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> Iterator[Progress | EngineProgress]:
+def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> Iterator[ExportProgress | EngineProgress]:
     able = []
     for asked in recipe.engines:
         with outcome.keeping(_label(asked)):
@@ -127,5 +127,5 @@ def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> It
                     kept.append(event)
 
 
-def _label(asked: Asked) -> str:
+def _label(asked: BuildRequest) -> str:
     return " ".join(filter(None, (asked.backend, asked.target, *asked.components)))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sdexport.checkpoint.bounds import at_most
 from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
@@ -19,6 +19,7 @@ from sdexport.checkpoint.unpickle import unpickled
 from sdexport.errors import ExportError
 from sdexport.families.components import Component, components
 from sdexport.trace.cache import load_trace, store_trace, trace_key
+from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import disk_full_as_error
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.records import json_from_record
@@ -31,13 +32,9 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 PROBE = "probe"  # in place of a component: draw with the float32 bundle, to see what its components are fed
 AUDIT = "audit.json"
 
-StageName = Literal[
-    "check", "trace", "kept trace", "probe", "audit", "confirm", "precision", "weights", "done", "reference", "verify"
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ComponentJob:
     """`component` of the checkpoint in `checkpoint`, written to the existing folder `out`.
 
     `full`: in float32, of the weights that `precision` takes (a checkpoint may have others for fp16). `reference`: the bundle of
@@ -58,16 +55,7 @@ class Job:
         return "fp32" if self.full else self.precision
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """What a job begins, or how many bytes of `total` its weights have come to."""
-
-    name: StageName
-    done: int = 0
-    total: int = 0
-
-
-def run(job: Job) -> Iterator[Stage]:
+def run(job: ComponentJob) -> Iterator[Stage]:
     """Make the component. Raises SdexportError, and sdruntime's OutOfSpace."""
     out = Path(job.out)
     if job.component == PROBE:
@@ -122,7 +110,7 @@ def _shapes(component: Component) -> Mapping[str, tuple[int, ...]]:
     return to_onnx.weight_shapes(ir.from_proto(onnx.load_from_string(kept)), component)
 
 
-def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, out: Path) -> Iterator[Stage]:
+def _made(component: Component, stored: Mapping[str, StoredTensor], job: ComponentJob, out: Path) -> Iterator[Stage]:
     key = trace_key(component)
     kept = load_trace(key)
     yield Stage(name="trace" if kept is None else "kept trace")
@@ -169,7 +157,7 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Job, ou
 
 
 def _written(
-    model: ir.Model, component: Component, stored: Mapping[str, StoredTensor], job: Job, out: Path, keep: frozenset[str]
+    model: ir.Model, component: Component, stored: Mapping[str, StoredTensor], job: ComponentJob, out: Path, keep: frozenset[str]
 ) -> Generator[Stage, None, int]:
     """The graph in its precision, around the nodes of `keep`, and its weights. Returns the bytes that were read for them."""
     import onnx

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from sdexport.checkpoint.folder import Checkpoint
-from sdexport.trace.component import MODEL, Job
-from sdexport.trace.process import run_apart
+from sdexport.trace.component import MODEL, ComponentJob
+from sdexport.trace.process import run_job
 from sdruntime.arrays import Array
 from sdruntime.backends.ort.build import library
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.system.events import finish
 from sdruntime.verification.golden import Case, read_golden
 from sdruntime.verification.metrics import Difference
 from sdruntime.verification.tolerance import Tolerance
@@ -58,15 +59,14 @@ def bisect(bundle: Bundle, checkpoint: Checkpoint, component: str, *, allow_pick
     golden, _ = read_golden(bundle)
     case = next(case for case in golden.cases if case.component == component)
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job(
+        job = ComponentJob(
             checkpoint=str(checkpoint.folder),
             component=component,
             precision="fp32",
             allow_pickle=allow_pickle,
             out=scratch,
         )
-        for _ in run_apart(job):
-            pass
+        finish(run_job(job))
         ours, reference = bundle.folder / bundle.manifest.components[component].onnx, Path(scratch) / MODEL
         tolerance, precision = golden.tolerances[bundle.manifest.precision], bundle.manifest.precision
         return _walked(ours, reference, case, case.feeds(bundle.manifest.components[component]), tolerance, precision)

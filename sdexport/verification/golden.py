@@ -34,8 +34,7 @@ from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, Manifest, Preci
 from sdruntime.bundle.roles import role
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SdruntimeError
-from sdruntime.system.process import Message, serve
-from sdruntime.system.process import run_apart as messages_of
+from sdruntime.system.process import Message, run_apart, serve
 from sdruntime.verification.golden import (
     Case,
     Golden,
@@ -184,14 +183,18 @@ def opened(folder: Path, precision: Precision, *, allow_pickle: bool) -> Checkpo
     return read_checkpoint(folder, name=folder.name, precision=precision, allow_pickle=allow_pickle)
 
 
-def run_apart(job: GoldenJob) -> Generator[str | int, None, None]:
-    """`make_golden` in its own process: yields what it yields, then the peak of its memory in bytes."""
-    messages = messages_of(
+def run_golden(job: GoldenJob) -> Generator[str, None, int]:
+    """`make_golden` in its own process: yields what it yields, and returns the peak of its memory in bytes."""
+    peak = 0
+    messages = run_apart(
         __name__, dataclasses.asdict(job), what="golden numbers", failed=ExportError, killed=ProcessKilled, advice=_ADVICE
     )
     with contextlib.closing(messages):
         for message in messages:
-            yield message["begin"] if "begin" in message else int(message["peak"])
+            if "begin" in message:
+                yield message["begin"]
+            peak = message.get("peak", peak)
+    return peak
 
 
 def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:

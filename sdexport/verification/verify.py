@@ -16,7 +16,7 @@ from sdexport.verification.golden import Reference, checkpoint_hash, opened
 from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import LibraryMissing, VerificationFailed
-from sdruntime.system.process import run_apart as messages_of
+from sdruntime.system.process import run_apart
 from sdruntime.verification.golden import Case, read_golden
 from sdruntime.verification.report import Check, PictureCheck, Report
 from sdruntime.verification.verify import ITS_ONNX, verify
@@ -35,7 +35,7 @@ class Proof:
 def verified_apart(folder: Path, *, what: str) -> Proof:
     """Hold the bundle's ONNX to its golden numbers, where ONNX Runtime is here. Raises VerificationFailed."""
     checks, peak = 0, 0
-    messages = messages_of(
+    messages = run_apart(
         "sdruntime.verification.verify",
         {"bundle": str(folder)},
         what="verification",

@@ -11,7 +11,7 @@ import pytest
 from capi.building import ROOT, SANITIZERS, STAND_IN, Library, build_library
 from once import once
 
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 FIXTURE = ROOT / "tests" / "runtime" / "fixture-bundle-1"
 Build = Callable[[str], Library]
@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny, of random weights, with engines of ONNX Runtime."""
     pytest.importorskip("onnxruntime")
     folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("capi") / "bundle"))
-    for _ in build_engines(folder, Asked(backend="onnxruntime")):
+    for _ in build_engines(folder, BuildRequest(backend="onnxruntime")):
         pass
     return folder
 

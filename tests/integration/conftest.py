@@ -15,7 +15,7 @@ from places import SHAPES
 from benchmarks.gpu import gate
 from benchmarks.gpu.check import faults
 from benchmarks.gpu.clean import cleaned
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 Ready = Callable[[Path], Path]
 
@@ -28,7 +28,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     def with_engines(bundle: Path) -> Path:
         if bundle not in made:
             made[bundle] = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("ready") / bundle.name))
-            for _ in build_engines(made[bundle], Asked(backend="onnxruntime")):
+            for _ in build_engines(made[bundle], BuildRequest(backend="onnxruntime")):
                 pass
         return made[bundle]
 

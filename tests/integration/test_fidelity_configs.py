@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from generators import job_here
 from integration.reference import psnr
 
 import sdexport.build.export
@@ -76,10 +77,10 @@ def lists_in_a_unet(folder: Path) -> None:
 
 def built(checkpoint: Path, spoil: Callable[[Path], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The edited copy and its bundle, made without processes of their own."""
-    monkeypatch.setattr(sdexport.build.export, "run_apart", sdexport.trace.component.run)
+    monkeypatch.setattr(sdexport.build.export, "run_job", job_here)
     folder = Path(shutil.copytree(checkpoint, place / "checkpoint"))
     spoil(folder)
-    for _ in sdexport.build.export.build(str(folder), place / "bundle", sdexport.build.events.Options(verify=False)):
+    for _ in sdexport.build.export.build(str(folder), place / "bundle", sdexport.build.events.ExportOptions(verify=False)):
         pass
     return folder, place / "bundle"
 

@@ -18,7 +18,7 @@ from integration.test_environments import ROOT, run
 
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.change import remove_engine
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 
 RTX = "1.7.1.116"
@@ -220,7 +220,7 @@ def test_the_very_graph_of_the_engine_gives_the_fp32_picture(request: pytest.Fix
     pictures = []
     for each in (name, name.removesuffix("_fp16")):
         bundle = bare(request.getfixturevalue(f"{each}_bundle"), tmp_path / each)
-        for _ in build_engines(bundle, Asked(backend="onnxruntime")):
+        for _ in build_engines(bundle, BuildRequest(backend="onnxruntime")):
             pass
         with Pipeline.open(bundle) as pipe:
             pictures.append(pipe(PROMPT, steps=20, seed=3).pixels[0])

@@ -10,7 +10,7 @@ from bundles import make_bundle
 from places import FIXTURE
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture bundle of random weights, with ONNX Runtime's engines: small, and its images are not flat."""
     pytest.importorskip("onnxruntime")
     folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("fixture") / "bundle"))
-    for _ in build_engines(folder, Asked(backend="onnxruntime")):
+    for _ in build_engines(folder, BuildRequest(backend="onnxruntime")):
         pass
     return folder
 

@@ -16,7 +16,7 @@ from trt.small import small_bundle
 from trt.surface import VERSIONS, Offline, Surface, Version
 from trt.surface import surface as surface_
 
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 NEWEST = "tensorrt 11.4.0.106"
 DRAWN = ("text_encoder", "unet", "vae_decoder", "step")  # what a picture takes
@@ -96,7 +96,7 @@ def small_with_engines(place: Path, surface: Surface) -> Path:
 def with_engines(bundle: Path, place: Path, machine: Machine, **asked: object) -> Path:
     """A copy of a bundle with the engines of a fake machine."""
     copy = Path(shutil.copytree(bundle, place))
-    for _ in build_engines(copy, Asked(backend=machine.backend, **asked)):  # type: ignore[arg-type]
+    for _ in build_engines(copy, BuildRequest(backend=machine.backend, **asked)):  # type: ignore[arg-type]
         pass
     return copy
 

@@ -24,7 +24,7 @@ from sdruntime.backends.trt.engine import open_engine
 from sdruntime.backends.trt.worker import plan_from_onnx
 from sdruntime.bundle.bundle import Bundle, write_bundle
 from sdruntime.bundle.manifest import Precision
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import EngineError
 
 BACKEND = ROOT / "runtime" / "sdruntime" / "backends" / "trt"
@@ -181,7 +181,9 @@ def small_bundle(folder: Path, precision: Precision = "fp32") -> Bundle:
 
 def built_and_run(here: Machine, folder: Path, target: str | None = None, session: str = "", **options: str) -> None:
     """Build the decoder with these options, open it and run it once."""
-    asked = Asked(backend=here.backend, components=("vae_decoder",), size="64x64:64x64:128x128", target=target, options=options)
+    asked = BuildRequest(
+        backend=here.backend, components=("vae_decoder",), size="64x64:64x64:128x128", target=target, options=options
+    )
     for _ in build_engines(folder, asked):
         pass
     bundle, shared = Bundle.open(folder), Shared()

@@ -10,7 +10,7 @@ from trt.machine import Machine
 from trt.surface import Surface
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 
 PROMPT = "a cat in the red and"
@@ -21,7 +21,7 @@ def test_the_picture_is_the_ort_backends(
 ) -> None:
     here = machine(surface)
     folder = with_engines(sd1_bundle, tmp_path / "bundle", here)
-    for _ in build_engines(folder, Asked(backend="onnxruntime", target="cpu")):
+    for _ in build_engines(folder, BuildRequest(backend="onnxruntime", target="cpu")):
         pass
     pictures = []
     for backend in (here.backend, "onnxruntime"):

@@ -10,7 +10,7 @@ from sdruntime.cli.terminal import Failed, document, pairs
 from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
-    from sdruntime.engines.building import Asked
+    from sdruntime.engines.building import BuildRequest
 
 
 def build(options: argparse.Namespace) -> None:
@@ -67,10 +67,10 @@ def refuse_beside_stale(options: argparse.Namespace) -> None:
             raise SettingError(f"{names.get(name, f'--{name}')} beside --stale: those engines are built again as they were")
 
 
-def asked_of(options: argparse.Namespace) -> Asked:
-    from sdruntime.engines.building import Asked
+def asked_of(options: argparse.Namespace) -> BuildRequest:
+    from sdruntime.engines.building import BuildRequest
 
-    return Asked(
+    return BuildRequest(
         backend=options.backend,
         target=options.target,
         size=options.size,

@@ -28,7 +28,7 @@ _ASCII = {_FULL: "#", _EMPTY: "-", "…": "~"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class Activity:
     """What is being done: `done` of `total` in `unit` ("B" for bytes), a total of 0 where it is not known; since `begun`."""
 
     task: str
@@ -57,7 +57,7 @@ class Stage:
         return [told, f"ETA {duration((self.total - self.done) / rate)}"]
 
 
-def terminal_line(stage: Stage, now: float, columns: int) -> str:
+def terminal_line(stage: Activity, now: float, columns: int) -> str:
     """`stage` in at most `columns` characters: the bar takes what the words leave; where they are long the rate goes first."""
     words = [duration(now - stage.begun)]
     barred = stage.total > 0
@@ -87,7 +87,7 @@ def bar(fraction: float, width: int) -> str:
     return _FULL * full + _EMPTY * (width - full)
 
 
-def log_line(stage: Stage, now: float, when: float) -> str:
+def log_line(stage: Activity, now: float, when: float) -> str:
     """`stage` as a line of a log: `when` is the time of day, in seconds since the epoch."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
     parts = [f"{stage.count()}", *stage.pace(now)] if stage.total else []
@@ -141,7 +141,7 @@ class _Shown(Progress):
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream, clock)
         self._lock, self._done = threading.RLock(), threading.Event()
-        self._stage: Stage | None = None
+        self._stage: Activity | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> _Shown:
@@ -162,7 +162,7 @@ class _Shown(Progress):
             now, former = self.clock(), self._stage
             same = former is not None and (former.task, former.stage, former.total) == (task, stage, total)
             begun = former.begun if former is not None and same else now
-            self._stage = Stage(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
+            self._stage = Activity(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
             self.draw(self._stage, now, new=not same)
 
     def tick(self) -> None:
@@ -170,7 +170,7 @@ class _Shown(Progress):
             if self._stage is not None:
                 self.draw(self._stage, self.clock(), new=False)
 
-    def draw(self, stage: Stage, now: float, *, new: bool) -> None:
+    def draw(self, stage: Activity, now: float, *, new: bool) -> None:
         raise NotImplementedError
 
     def _run(self) -> None:
@@ -183,7 +183,7 @@ class Line(_Shown):
 
     every = REDRAW
 
-    def draw(self, stage: Stage, now: float, *, new: bool) -> None:
+    def draw(self, stage: Activity, now: float, *, new: bool) -> None:
         text = terminal_line(stage, now, max(columns_of(self.stream) - 1, 1))
         if not _can_write(self.stream):
             text = "".join(_ASCII.get(letter, letter) for letter in text)
@@ -206,7 +206,7 @@ class Log(_Shown):
         super().__init__(stream, clock)
         self._wall, self._last = wall, 0.0
 
-    def draw(self, stage: Stage, now: float, *, new: bool) -> None:
+    def draw(self, stage: Activity, now: float, *, new: bool) -> None:
         if new or now - self._last >= LOG_EVERY:
             self._last = now
             print(log_line(stage, now, self._wall()), file=self.stream, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -19,10 +18,11 @@ from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.choose import fits_version
 from sdruntime.engines.shapes import Guidance, Shapes
 from sdruntime.errors import LibraryMissing, UnknownName
+from sdruntime.system.events import mapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class BuildRequest:
     """Which engines are wanted: those of a backend, for a target, in shapes as `Shapes.parse` reads them.
 
     `target` None: the best that the library has here. `components` empty: all but those in `without`. `options`: the backend's
@@ -89,7 +89,7 @@ class BuildEvent:
 Check = Callable[[Bundle, EngineSpec], str]
 
 
-def build_engines(folder: Path | str, asked: Asked, *, check: Check | None = None) -> Iterator[BuildEvent]:
+def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | None = None) -> Iterator[BuildEvent]:
     """Build an engine of each component and add it to the bundle; one that is there already is left alone.
 
     `check` is given each engine in its bundle before it is added (`sdruntime.verification.verify.held`): what it returns is a
@@ -158,8 +158,7 @@ def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generat
         event = functools.partial(BuildEvent, component=request.component, engine=name)
         yield event(state="begin")
         work = backend(request.backend, "build").build_engine(bundle, dataclasses.replace(request, stem=name), scratch)
-        with contextlib.closing(work):
-            built = yield from _stages(work, event)
+        built = yield from mapped(work, lambda stage: event(state="stage", stage=stage))
         paths = {f"{ENGINES}/{path.name}": path for path in built.files}
         written = sum(path.stat().st_size for path in built.files)
         engine = EngineSpec(
@@ -189,15 +188,6 @@ def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generat
     else:
         yield event(state="present", notes=("another build added it meanwhile",))
     return bundle
-
-
-def _stages(building: Generator[Stage, None, Any], event: Callable[..., BuildEvent]) -> Generator[BuildEvent, None, Any]:
-    while True:
-        try:
-            stage = next(building)
-        except StopIteration as end:
-            return end.value
-        yield event(state="stage", stage=stage)
 
 
 def _identity(engine: EngineSpec | EngineRequest) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from sdruntime.serving.batcher import QUEUE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class OpenOptions:
     """How a bundle is opened; see EngineOptions and Batcher. `device`: as `cuda.device_index` reads it. `stream`: the handle of a
     CUDA stream of the caller's, on which all work is done then: TensorRT engines only. `memory`: bytes of the GPU, and a need
     above it is refused with both numbers."""
@@ -43,11 +43,11 @@ class Options:
 class Open:
     op: Literal["open"]
     bundle: str
-    options: Options = field(default_factory=Options)
+    options: OpenOptions = field(default_factory=OpenOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class RequestMessage:
     """A Request but for its image. `width` and `height` in pixels, both or neither; `seed` null: a random one."""
 
     prompt: str
@@ -92,7 +92,7 @@ class Submit:
 
     op: Literal["submit"]
     job: int
-    request: Asked
+    request: RequestMessage
     preview: bool = False
     png: bool = False
     image: tuple[int, int] | None = None

@@ -2,7 +2,7 @@
 
 A message is a JSON object in UTF-8, with a blob of bytes where that is said. From the host:
 
-    {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.Options`
+    {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.OpenOptions`
     {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows
     {"op": "cancel", "job": ID}                                 of a job that is over: nothing
     {"op": "close"}                                             cancels what is not done; answered by "closed", the last event

@@ -14,7 +14,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.feeds import shape_of
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def test_a_built_engine_has_it_and_the_numbers_of_the_bundle(
 ) -> None:
     """A text encoder's attention has a mask, which is left to the plain nodes."""
     folder = Path(copytree(request.getfixturevalue(exported), tmp_path / "bundle"))
-    for _ in build_engines(folder, Asked(backend="onnxruntime", components=(component,))):
+    for _ in build_engines(folder, BuildRequest(backend="onnxruntime", components=(component,))):
         pass
     bundle = Bundle.open(folder)
     spec = bundle.manifest.components[component]

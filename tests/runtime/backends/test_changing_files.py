@@ -21,7 +21,7 @@ from sdruntime.backends.base.engine import Engine, EngineOptions, Shared
 from sdruntime.backends.base.feeds import shape_of
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import save_manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError, SettingError
 from sdruntime.pipeline.text.conditioning import Conditioner
 
@@ -38,7 +38,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Engines of one backend."""
     pytest.importorskip(request.param)
     folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp(request.param) / "bundle"))
-    for _ in build_engines(folder, Asked(backend=request.param, size="64x64:128x128", components=COMPONENTS)):
+    for _ in build_engines(folder, BuildRequest(backend=request.param, size="64x64:128x128", components=COMPONENTS)):
         pass
     return folder
 
@@ -119,7 +119,7 @@ def test_a_profile_that_is_compiled_later_is_of_the_weights_that_were_opened(fol
     bundle = Bundle.open(folder)
     if bundle.manifest.engines[0].backend != "openvino":
         pytest.skip("profiles are compiled one by one in OpenVINO alone")
-    for _ in build_engines(folder, Asked(backend="openvino", size="64x64,128x128", components=("vae_decoder",))):
+    for _ in build_engines(folder, BuildRequest(backend="openvino", size="64x64,128x128", components=("vae_decoder",))):
         pass
     bundle = Bundle.open(folder)
     spec = next(each for each in bundle.manifest.engines if len(each.profiles) > 1)
@@ -227,7 +227,7 @@ def test_in_single_precision_too(sd1_bundle: Path, tmp_path: Path, name: str) ->
     """Weights that a library would not even have to convert."""
     pytest.importorskip(name)
     folder = Path(shutil.copytree(sd1_bundle, tmp_path / "bundle"))
-    for _ in build_engines(folder, Asked(backend=name, size="64x64", components=COMPONENTS)):
+    for _ in build_engines(folder, BuildRequest(backend=name, size="64x64", components=COMPONENTS)):
         pass
     for component in COMPONENTS:
         with opened(folder, component) as engine:

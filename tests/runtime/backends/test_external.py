@@ -16,7 +16,7 @@ from sdruntime.backends.onnx_file.external import external_tensors, locations
 from sdruntime.backends.onnx_file.wire import delimited
 from sdruntime.bundle.bundle import Bundle, file_spec
 from sdruntime.bundle.manifest import save_manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError
 
 onnx = pytest.importorskip("onnx")
@@ -208,7 +208,7 @@ def test_no_library_sees_a_model_that_refers_elsewhere(backend: str, tmp_path: P
     monkeypatch.chdir(tmp_path)
     before = [engine.name for engine in Bundle.open(folder).manifest.engines]
     with pytest.raises(BundleError, match=rf"{path}: tensor 'outside': its bytes are in another file \('here.data'\)"):
-        list(build_engines(folder, Asked(backend=backend, size="64x64", components=("text_encoder",))))
+        list(build_engines(folder, BuildRequest(backend=backend, size="64x64", components=("text_encoder",))))
     assert [engine.name for engine in Bundle.open(folder).manifest.engines] == before
 
 

@@ -20,7 +20,7 @@ from sdruntime.backends.base.feeds import shape_of
 from sdruntime.backends.ov.build import has_bf16, library
 from sdruntime.bundle.bundle import Bundle, file_spec
 from sdruntime.bundle.manifest import save_manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine, choose_engine
 from sdruntime.engines.shapes import Shapes
 from sdruntime.errors import BundleError, EngineError, LibraryMissing, SettingError, UnknownName
@@ -37,7 +37,7 @@ ASKED: dict[str, Any] = {"seed": 7, "steps": 4, "sampler": "dpmpp_2m", "size": (
 
 
 def build(folder: Path, backend: str, *, size: str = "64x64", **asked: Any) -> Bundle:
-    for _ in build_engines(folder, Asked(backend=backend, size=size, **asked)):
+    for _ in build_engines(folder, BuildRequest(backend=backend, size=size, **asked)):
         pass
     return Bundle.open(folder)
 
@@ -221,7 +221,7 @@ def test_what_openvino_cannot_read_is_one_clear_error(folder: Path, tmp_path: Pa
 
 def test_where_nothing_is_said_the_models_own_size_is_built(folder: Path) -> None:
     bundle = Bundle.open(folder)
-    shapes = Asked(backend="openvino").shapes(bundle.manifest.model)
+    shapes = BuildRequest(backend="openvino").shapes(bundle.manifest.model)
     assert shapes == Shapes.parse(bundle.manifest.model, static=True)
 
 

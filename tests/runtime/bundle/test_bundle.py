@@ -9,7 +9,7 @@ from bundles import tree
 
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import REVISION, load_manifest, save_manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError
 
 
@@ -118,7 +118,7 @@ def test_faults_of_a_manifest_come_with_their_paths(bundle: Bundle) -> None:
 
 
 def test_an_engine_of_no_component_or_with_other_dimensions_is_refused(bundle: Bundle) -> None:
-    *_, _ = build_engines(bundle.folder, Asked(backend="fake", components=("unet",)))
+    *_, _ = build_engines(bundle.folder, BuildRequest(backend="fake", components=("unet",)))
     (engine,) = load_manifest(bundle.folder).engines
     with pytest.raises(ValueError, match="no component 'clip'"):
         dataclasses.replace(load_manifest(bundle.folder), engines=(dataclasses.replace(engine, component="clip"),))

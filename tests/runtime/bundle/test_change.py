@@ -16,15 +16,15 @@ from sdruntime import backends
 from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.change import add_engine, building, remove_engine
 from sdruntime.bundle.manifest import EngineSpec, load_manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError
 from sdruntime.system.owner import Owner
 
-UNET = Asked(backend="fake", components=("unet",))
+UNET = BuildRequest(backend="fake", components=("unet",))
 PROFILE = {"batch": (1, 1, 1), "height": (8, 8, 8), "width": (8, 8, 8), "sequence": (77, 77, 77)}
 
 
-def build(folder: Path, asked: Asked = UNET) -> list[tuple[str, str]]:
+def build(folder: Path, asked: BuildRequest = UNET) -> list[tuple[str, str]]:
     return [(event.state, event.engine) for event in build_engines(folder, asked) if event.state in ("done", "present")]
 
 
@@ -89,7 +89,7 @@ def test_an_engine_file_that_a_living_build_has_placed_is_left_alone(bundle: Bun
         def neighbour(made: Bundle) -> None:
             assert made.changed_files() == []
             build(bundle.folder)
-            build(bundle.folder, Asked(backend="fake", components=("vae_decoder",)))
+            build(bundle.folder, BuildRequest(backend="fake", components=("vae_decoder",)))
 
         added = {f"engines/{name}.json": scratch / f"{name}.json"}
         after, was_added = add_engine(bundle, engine(name), added, check=neighbour)
@@ -222,7 +222,7 @@ def test_a_pipeline_opens_the_engines_of_the_bundle_as_it_is_then(bundle: Bundle
     (first,) = (each for each in with_fake_engines(bundle).manifest.engines if each.component == "unet")
     pipe = Pipeline.open(bundle.folder, backend="fake")
     fixed = Pipeline.open(Bundle.open(bundle.folder), backend="fake")
-    build(bundle.folder, Asked(backend="fake", size="64x64,512x512", components=("unet",)))
+    build(bundle.folder, BuildRequest(backend="fake", size="64x64,512x512", components=("unet",)))
     remove_engine(bundle, first)
     if entered:
         pipe.__enter__()

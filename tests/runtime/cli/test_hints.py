@@ -11,14 +11,14 @@ from bundles import SCHEDULER
 
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 LEAKS = re.compile(r"\[Errno|Traceback|\bb'|codec can't|\(\d+, \d+|<class|Error\(|BUNDLE|\bfake\b|NOT_IMPLEMENTED")
 
 
 @pytest.fixture
 def places(bundle: Bundle, tmp_path: Path) -> dict[str, Path]:
-    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64:512x512")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64:512x512")):
         pass
     found = {"bundle": bundle.folder, "out": tmp_path / "out.png", "text": tmp_path / "text.json", "bytes": tmp_path / "bytes"}
     found["checkpoint"] = tmp_path / "a model"
@@ -83,7 +83,7 @@ def test_bf16_on_onnxruntimes_cpu_is_refused_before_a_build(bundle: Bundle) -> N
     from sdruntime.errors import SettingError
 
     with pytest.raises(SettingError, match=r"does not compute bf16 on a CPU: use --backend openvino, or export with --precision"):
-        Asked(backend="onnxruntime", target="cpu").resolve_library("bf16")
+        BuildRequest(backend="onnxruntime", target="cpu").resolve_library("bf16")
 
 
 def test_a_warning_names_the_bundle(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

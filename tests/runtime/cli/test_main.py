@@ -17,7 +17,7 @@ from bundles import SCHEDULER, make_bundle
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import NAME
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.sampling.samplers import SAMPLERS
@@ -26,7 +26,7 @@ from sdruntime.sampling.samplers import SAMPLERS
 @pytest.fixture
 def ready(bundle: Bundle) -> Path:
     """A bundle with fake engines."""
-    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64:512x512")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64:512x512")):
         pass
     return bundle.folder
 

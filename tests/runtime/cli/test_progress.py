@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from sdruntime.cli.progress import LOG_EVERY, Line, Log, Progress, Stage, bar, log_line, progress_on, terminal_line
+from sdruntime.cli.progress import LOG_EVERY, Activity, Line, Log, Progress, bar, log_line, progress_on, terminal_line
 
-STEPS = Stage(task="denoise", stage="images 1 to 8 of 10", done=5, total=20, unit="steps", begun=100.0)
-BYTES = Stage(task="load", stage="unet, text_encoder", done=1_200_000_000, total=3_438_000_000, unit="B", begun=100.0)
-LONG = Stage(task="build unet-tensorrt-rtx1.7.0.11-ampere+-fp16-64x64-512x512-2048x2048-b1-8", stage="optimise", begun=0.0)
+STEPS = Activity(task="denoise", stage="images 1 to 8 of 10", done=5, total=20, unit="steps", begun=100.0)
+BYTES = Activity(task="load", stage="unet, text_encoder", done=1_200_000_000, total=3_438_000_000, unit="B", begun=100.0)
+LONG = Activity(task="build unet-tensorrt-rtx1.7.0.11-ampere+-fp16-64x64-512x512-2048x2048-b1-8", stage="optimise", begun=0.0)
 
 
 class Terminal(io.StringIO):
@@ -37,7 +37,7 @@ def test_a_line_has_the_count_the_rate_and_the_time_that_is_left() -> None:
 
 
 @pytest.mark.parametrize("stage", [STEPS, BYTES, LONG])
-def test_no_line_is_wider_than_the_terminal(stage: Stage) -> None:
+def test_no_line_is_wider_than_the_terminal(stage: Activity) -> None:
     for columns in range(1, 200):
         line = terminal_line(stage, stage.begun + 61, columns)
         assert len(line) <= columns

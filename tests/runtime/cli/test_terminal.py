@@ -11,12 +11,12 @@ import pytest
 
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 
 
 @pytest.fixture
 def ready(bundle: Bundle) -> Path:
-    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64:512x512")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64:512x512")):
         pass
     return bundle.folder
 

@@ -10,7 +10,7 @@ from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.building import Library
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine, choose_engine, misfit, warn_if_slow
 from sdruntime.engines.shapes import Shapes
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SdruntimeError, SettingError, UnknownName
@@ -23,7 +23,7 @@ GPU = Device(name="a GPU", capability=(9, 0), memory=1 << 36)
 
 
 def built(bundle: Bundle, **asked: str) -> Bundle:
-    for _ in build_engines(bundle.folder, Asked(backend="fake", **asked)):  # type: ignore[arg-type]
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", **asked)):  # type: ignore[arg-type]
         pass
     return Bundle.open(bundle.folder)
 
@@ -52,7 +52,7 @@ def test_a_build_adds_engines_once_and_changes_nothing_else(bundle: Bundle) -> N
     once = built(bundle)
     assert [engine.component for engine in once.manifest.engines] == list(bundle.manifest.components)
     assert set(once.manifest.files) - set(bundle.manifest.files) == {engine.files[0] for engine in once.manifest.engines}
-    states = [event.state for event in build_engines(bundle.folder, Asked(backend="fake"))]
+    states = [event.state for event in build_engines(bundle.folder, BuildRequest(backend="fake"))]
     assert states == ["present"] * 4
     assert Bundle.open(bundle.folder).manifest == once.manifest
 
@@ -96,18 +96,18 @@ def test_shapes_out_of_order_are_refused(asked: dict[str, str], told: str) -> No
 
 def test_an_unknown_backend_component_or_target_is_refused(bundle: Bundle) -> None:
     with pytest.raises(UnknownName, match="did you mean onnxruntime"):
-        list(build_engines(bundle.folder, Asked(backend="onnxrt")))
+        list(build_engines(bundle.folder, BuildRequest(backend="onnxrt")))
     with pytest.raises(UnknownName, match="did you mean unet"):
-        list(build_engines(bundle.folder, Asked(backend="fake", components=("uent",))))
+        list(build_engines(bundle.folder, BuildRequest(backend="fake", components=("uent",))))
     with pytest.raises(DeviceMissing, match="target 'cuda': fake 1 has cpu"):
-        list(build_engines(bundle.folder, Asked(backend="fake", target="cuda")))
+        list(build_engines(bundle.folder, BuildRequest(backend="fake", target="cuda")))
 
 
 def test_all_components_but_those_left_out(bundle: Bundle) -> None:
-    asked = Asked(backend="fake", without=("vae_encoder", "text_encoder"))
+    asked = BuildRequest(backend="fake", without=("vae_encoder", "text_encoder"))
     assert [event.component for event in build_engines(bundle.folder, asked) if event.state == "done"] == ["unet", "vae_decoder"]
     with pytest.raises(UnknownName, match="did you mean vae_encoder"):
-        list(build_engines(bundle.folder, Asked(backend="fake", without=("vae_encodr",))))
+        list(build_engines(bundle.folder, BuildRequest(backend="fake", without=("vae_encodr",))))
 
 
 def test_cuda_comes_before_the_cpu_and_the_fake_only_by_name(bundle: Bundle) -> None:
@@ -168,7 +168,7 @@ def test_a_library_that_fails_on_a_full_disk_is_told_as_a_full_disk(bundle: Bund
 
     monkeypatch.setattr("sdruntime.backends.ort.build.split_upsampling", bytes)
     monkeypatch.setattr("sdruntime.backends.ort.build.open_session", failing)
-    asked = Asked(backend="onnxruntime", size="64x64")
+    asked = BuildRequest(backend="onnxruntime", size="64x64")
     with pytest.raises(SdruntimeError, match=r"ONNX Runtime .* cannot build it"):
         list(build_engines(bundle.folder, asked))
     monkeypatch.setattr("sdruntime.backends.ort.build._ROOM", 1 << 80)

@@ -11,7 +11,7 @@ import pytest
 from sdruntime.arrays import Array
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.finite import checked_rows, is_finite
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.pipeline import Pipeline
@@ -22,7 +22,7 @@ BAD = (np.nan, np.inf, -np.inf)
 
 @pytest.fixture
 def pipe(bundle: Bundle) -> Iterator[Pipeline]:
-    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64:128x128")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64:128x128")):
         pass
     with Pipeline.open(bundle.folder, backend="fake") as opened:
         yield opened

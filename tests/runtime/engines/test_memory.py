@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.memory import MemoryPlan, Part, memory_plan
 from sdruntime.errors import OutOfSpace
 
@@ -54,7 +54,7 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_buffers_are_those_of_the_largest_profile(bundle: Bundle) -> None:
-    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64,128x64", batch="1,2", guidance="on")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64,128x64", batch="1,2", guidance="on")):
         pass
     engines = [dataclasses.replace(engine, target="sm86") for engine in Bundle.open(bundle.folder).manifest.engines]
     parts = {part.component: part for part in memory_plan(bundle.manifest, []).parts}
@@ -68,7 +68,7 @@ def test_buffers_are_those_of_the_largest_profile(bundle: Bundle) -> None:
 
 
 def test_engines_of_the_cpu_take_nothing_of_a_gpu(bundle: Bundle) -> None:
-    for _ in build_engines(bundle.folder, Asked(backend="fake")):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake")):
         pass
     manifest = Bundle.open(bundle.folder).manifest
     assert memory_plan(manifest, manifest.engines).total == 0

@@ -11,7 +11,7 @@ import sdruntime.backends.fake.build
 import sdruntime.backends.fake.engine
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked, build_engines, rebuild_stale, stale_engines
+from sdruntime.engines.building import BuildRequest, build_engines, rebuild_stale, stale_engines
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -22,7 +22,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
 @pytest.fixture
 def upgraded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle of two engines of fake 1, where fake 2 is installed now."""
-    for _ in build_engines(bundle.folder, Asked(backend="fake", size="64x64,128x64", components=("unet", "vae_decoder"))):
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64,128x64", components=("unet", "vae_decoder"))):
         pass
     install(monkeypatch, "2")
     return bundle.folder
@@ -67,7 +67,7 @@ def test_stale_engines_are_built_again_as_they_were_asked_for(upgraded: Path, ca
 
 
 def test_a_stale_engine_whose_successor_is_there_just_goes(upgraded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in build_engines(upgraded, Asked(backend="fake", size="64x64,128x64", components=("unet",))):
+    for _ in build_engines(upgraded, BuildRequest(backend="fake", size="64x64,128x64", components=("unet",))):
         pass
     assert [event.component for event in rebuild_stale(upgraded) if event.state == "done"] == ["vae_decoder"]
     assert sorted(engine.name.split("-")[0] for engine in Bundle.open(upgraded).manifest.engines) == ["unet", "vae_decoder"]

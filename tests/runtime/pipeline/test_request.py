@@ -11,7 +11,7 @@ import pytest
 from sdruntime import Request, SettingError, UnknownName
 from sdruntime.cli.parser import parser
 from sdruntime.pipeline.request import DEFAULTS, RANGES
-from sdruntime.serving.message import Asked
+from sdruntime.serving.message import RequestMessage
 
 WRONG: list[tuple[str, Any, str]] = [
     ("steps", 0, "steps 0 is outside 1 to 1,000"),
@@ -87,6 +87,6 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
 
 
 def test_the_service_has_its_defaults() -> None:
-    shared = set(Asked.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
+    shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
     assert {"steps", "guidance", "rescale", "strength", "negative", "sampler", "schedule"} <= shared
-    assert {name: getattr(Asked(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
+    assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}

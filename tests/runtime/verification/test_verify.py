@@ -20,7 +20,7 @@ from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.onnx_file.external import external_tensors
 from sdruntime.bundle.bundle import Bundle, file_spec
 from sdruntime.bundle.manifest import save_manifest
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine
 from sdruntime.errors import LibraryMissing
 from sdruntime.pipeline.pipeline import Pipeline
@@ -108,9 +108,9 @@ def test_a_layer_changed_by_one_percent_fails_with_code_4(copy: Path, capsys: py
 
 def test_engines_are_run_and_those_that_cannot_be_are_told(copy: Path) -> None:
     for size in ("64x64", "96x96"):
-        for _ in build_engines(copy, Asked(backend="onnxruntime", size=size, batch="1", guidance="on")):
+        for _ in build_engines(copy, BuildRequest(backend="onnxruntime", size=size, batch="1", guidance="on")):
             pass
-    for _ in build_engines(copy, Asked(backend="fake")):
+    for _ in build_engines(copy, BuildRequest(backend="fake")):
         pass
     bundle = Bundle.open(copy)
     stale = dataclasses.replace(bundle.manifest.engines[0], version="0.1")

@@ -24,7 +24,7 @@ from sdexport.bench.subject import costs
 from sdexport.errors import BenchError
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.engines.building import Asked, build_engines
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine
 from sdruntime.system.cuda import Device
 
@@ -39,7 +39,7 @@ def document(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     place = tmp_path_factory.mktemp("bench")
     bundle = Path(shutil.copytree(sd1_bundle, place / "bundle"))
     for name in ("onnxruntime", "fake"):
-        for _ in build_engines(bundle, Asked(backend=name)):
+        for _ in build_engines(bundle, BuildRequest(backend=name)):
             pass
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STARTS", 1)

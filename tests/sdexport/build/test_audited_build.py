@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from generators import whole
 from places import SHAPES
 from sdexport_cli import run
 
-from sdexport.build.events import Built, Options, Progress
+from sdexport.build.events import ExportOptions, ExportProgress, ExportResult
 from sdexport.build.export import build
 from sdexport.errors import AuditError, EnvironmentFault, ExportError
 from sdexport.precision.activations import Likeness
 from sdexport.precision.audit import limit
 from sdexport.precision.probe import PROMPTS, STEPS, probe
-from sdexport.trace.component import Job
+from sdexport.trace.component import ComponentJob
 from sdexport.trace.component import run as run_job
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.bundle import Bundle
@@ -63,7 +64,7 @@ def test_every_component_is_within_the_limits(request: pytest.FixtureRequest, na
 
 
 def test_the_shapes_checkpoint_in_fp16(tmp_path: Path, trace_cache: Path) -> None:
-    for _ in build(str(SHAPES / "checkpoint"), tmp_path / "shapes", Options(precision="fp16")):
+    for _ in build(str(SHAPES / "checkpoint"), tmp_path / "shapes", ExportOptions(precision="fp16")):
         pass
     for audit in audits(tmp_path / "shapes").values():
         assert Likeness(cosine=audit.cosine, psnr=audit.psnr).within(limit("fp16"))
@@ -71,15 +72,15 @@ def test_the_shapes_checkpoint_in_fp16(tmp_path: Path, trace_cache: Path) -> Non
 
 
 def test_two_builds_give_equal_bytes(sd1_checkpoint: Path, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
-    events = list(build(str(sd1_checkpoint), tmp_path / "again", Options(precision="fp16", verify=False)))
-    stages = [event.stage.name for event in events if isinstance(event, Progress)]
+    events = whole(build(str(sd1_checkpoint), tmp_path / "again", ExportOptions(precision="fp16", verify=False)))
+    stages = [event.stage.name for event in events if isinstance(event, ExportProgress)]
     assert "probe" in stages
     assert stages.count("audit") == 4
     one, other = (load_manifest(folder) for folder in (sd1_fp16_bundle, tmp_path / "again"))
     assert dataclasses.replace(one, provenance={}) == dataclasses.replace(other, provenance={})
     assert not list((tmp_path / "again").rglob("*.npz")), "nothing of the audit's work is left"
-    again = list(build(str(sd1_checkpoint), tmp_path / "again", Options(precision="fp16", verify=False)))
-    assert isinstance(again[-1], Built)
+    again = whole(build(str(sd1_checkpoint), tmp_path / "again", ExportOptions(precision="fp16", verify=False)))
+    assert isinstance(again[-1], ExportResult)
     assert again[-1].up_to_date
 
 
@@ -130,12 +131,12 @@ def test_inspect_tells_the_nodes_the_reasons_and_the_numbers(sd1_checkpoint: Pat
 
 
 @pytest.fixture
-def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> Job:
+def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> ComponentJob:
     """The making of a VAE's encoder in fp16, beside its float32 twin that was probed."""
     reference = Path(shutil.copytree(sd1_bundle, tmp_path / "reference"))
     probe(reference)
     (tmp_path / "out").mkdir()
-    return Job(
+    return ComponentJob(
         checkpoint=str(sd1_checkpoint),
         component="vae_encoder",
         precision="fp16",
@@ -148,7 +149,7 @@ def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> Job:
 @pytest.mark.filterwarnings("ignore:the text encoder takes")
 @pytest.mark.parametrize("times", [0, 2, 100])
 def test_a_choice_whose_graph_does_not_hold_is_followed_by_wider_ones(
-    audited_job: Job, times: int, monkeypatch: pytest.MonkeyPatch
+    audited_job: ComponentJob, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And where not even the whole component in float32 holds, that is told."""
     kept: list[int] = []
@@ -184,7 +185,7 @@ def test_what_is_not_finite_in_float32_already_is_told(sd1_checkpoint: Path, sd1
     with pytest.raises(
         ExportError, match=r"^text_encoder: node \S+ \(LayerNormalization\) gives infinity in float32 already, at prompt"
     ):
-        list(build(str(broken), tmp_path / "out", Options(precision="fp16")))
+        whole(build(str(broken), tmp_path / "out", ExportOptions(precision="fp16")))
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
@@ -193,7 +194,7 @@ def test_a_machine_without_onnx_runtime_is_told_before_the_work(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match=r"pip install onnxruntime, or build with --no-audit"):
-        list(build(str(sd1_checkpoint), tmp_path / "out", Options(precision="fp16")))
+        whole(build(str(sd1_checkpoint), tmp_path / "out", ExportOptions(precision="fp16")))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,31 +5,33 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from generators import whole
 from places import SHAPES
 
 import sdexport.build.export
-from sdexport.build.events import Built, EngineProgress, Options, Progress
+from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress, ExportResult
 from sdexport.build.export import _lies_in, build
 from sdexport.errors import CheckpointError, ExportError, PrecisionError
-from sdexport.trace.component import Job, Stage
+from sdexport.trace.component import ComponentJob
+from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.building import Asked
+from sdruntime.engines.building import BuildRequest
 from sdruntime.errors import BundleError, OutOfSpace, SdruntimeError, SettingError, UnknownName
 
 KINDS = ("sd1", "sd2_v", "sdxl")
 
 
-ASKED = Asked(backend="onnxruntime", size="64x64", batch="2")
+ASKED = BuildRequest(backend="onnxruntime", size="64x64", batch="2")
 
 
-def built(checkpoint: Path, out: Path, **options: Any) -> Built:
-    *_, last = build(str(checkpoint), out, Options(**({"verify": False} | options)))
-    assert isinstance(last, Built)
+def built(checkpoint: Path, out: Path, **options: Any) -> ExportResult:
+    *_, last = whole(build(str(checkpoint), out, ExportOptions(**({"verify": False} | options))))
+    assert isinstance(last, ExportResult)
     return last
 
 
@@ -76,15 +78,15 @@ def test_the_index_is_of_the_class_that_diffusers_opens(sd1_bundle: Path) -> Non
 
 def test_a_second_build_does_nothing(sd1_checkpoint: Path, copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    events = list(build(str(sd1_checkpoint), copy, Options(verify=False)))
-    assert events == [Built(folder=copy, up_to_date=True, written=0, peak=events[-1].peak)]
+    events = whole(build(str(sd1_checkpoint), copy, ExportOptions(verify=False)))
+    assert events == [ExportResult(folder=copy, up_to_date=True, written=0, peak=events[-1].peak)]
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
 def test_builds_of_the_same_inputs_are_equal(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
     """The traces are kept; all but the manifest's date follows from the inputs."""
-    events = list(build(str(sd1_checkpoint), tmp_path / "bundle", Options(verify=False)))
-    assert {event.stage.name for event in events if isinstance(event, Progress)} == {
+    events = whole(build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions(verify=False)))
+    assert {event.stage.name for event in events if isinstance(event, ExportProgress)} == {
         "check",
         "kept trace",
         "precision",
@@ -113,8 +115,8 @@ def test_changed_weights_make_a_new_bundle_from_the_kept_traces(sd1_checkpoint: 
     weights = load_file(path)
     save_file({name: 2 * weight for name, weight in weights.items()}, path)
     before = contents(copy)
-    events = list(build(str(finetuned), copy, Options(verify=False)))
-    assert not any(isinstance(event, Progress) and event.stage.name == "trace" for event in events)
+    events = whole(build(str(finetuned), copy, ExportOptions(verify=False)))
+    assert not any(isinstance(event, ExportProgress) and event.stage.name == "trace" for event in events)
     after = contents(copy)
     assert {name for name in before if before[name] != after[name]} >= {"unet/model.onnx.data", "manifest.json"}
     assert before["vae_decoder/model.onnx.data"] == after["vae_decoder/model.onnx.data"]
@@ -122,17 +124,17 @@ def test_changed_weights_make_a_new_bundle_from_the_kept_traces(sd1_checkpoint: 
 
 def test_the_date_is_the_one_that_is_set(sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    monkeypatch.setattr(sdexport.build.export, "run_apart", fake_run)
+    monkeypatch.setattr(sdexport.build.export, "run_job", fake_run)
     built(sd1_checkpoint, tmp_path / "bundle")
     assert Bundle.open(tmp_path / "bundle").manifest.provenance["created"] == "1970-01-01T00:00:00Z"
 
 
-def fake_run(job: Job) -> Iterator[Stage | int]:
+def fake_run(job: ComponentJob) -> Generator[Stage, None, int]:
     """A component in no time."""
     for name in ("model.onnx", "model.onnx.data"):
         (Path(job.out) / name).write_bytes(b"x")
     yield Stage(name="done")
-    yield 1
+    return 1
 
 
 @pytest.mark.parametrize(
@@ -141,12 +143,13 @@ def fake_run(job: Job) -> Iterator[Stage | int]:
 def test_a_build_that_fails_leaves_the_former_bundle(
     sd1_checkpoint: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def failing(job: Job) -> Iterator[Stage | int]:
-        yield from fake_run(job)
+    def failing(job: ComponentJob) -> Generator[Stage, None, int]:
+        peak = yield from fake_run(job)
         if job.component == "vae_decoder":
             raise error
+        return peak
 
-    monkeypatch.setattr(sdexport.build.export, "run_apart", failing)
+    monkeypatch.setattr(sdexport.build.export, "run_job", failing)
     before = contents(copy)
     with pytest.raises(OutOfSpace if isinstance(error, OSError) else type(error)):
         built(sd1_checkpoint, copy, precision="fp16")
@@ -230,42 +233,42 @@ def test_pickled_weights_with_the_flag_give_the_same_bundle(sd1_checkpoint: Path
 
 
 def test_engines_are_built_into_the_bundle_and_added_to_one_that_is_there(sd1_checkpoint: Path, copy: Path) -> None:
-    events = list(build(str(sd1_checkpoint), copy, Options(engines=(ASKED,), verify=False)))
+    events = whole(build(str(sd1_checkpoint), copy, ExportOptions(engines=(ASKED,), verify=False)))
     assert any(isinstance(event, EngineProgress) for event in events)
-    assert not any(isinstance(event, Progress) for event in events), "the ONNX is up to date"
+    assert not any(isinstance(event, ExportProgress) for event in events), "the ONNX is up to date"
     engines = Bundle.open(copy).manifest.engines
     assert {engine.component for engine in engines} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
     assert built(sd1_checkpoint, copy, engines=(ASKED,)).up_to_date
 
 
 def test_an_interrupted_build_keeps_the_engines_that_were_done(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
-    events = build(str(sd1_checkpoint), tmp_path / "bundle", Options(engines=(ASKED,), verify=False))
+    events = build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions(engines=(ASKED,), verify=False))
     for event in events:
         if isinstance(event, EngineProgress) and (event.event.state, event.event.component) == ("begin", "vae_encoder"):
             break
     events.close()  # type: ignore[attr-defined]
     assert [engine.component for engine in Bundle.open(tmp_path / "bundle").manifest.engines] == ["text_encoder"]
     assert not list((tmp_path / "bundle").glob(".*"))
-    again = list(build(str(sd1_checkpoint), tmp_path / "bundle", Options(engines=(ASKED,), verify=False)))
+    again = whole(build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions(engines=(ASKED,), verify=False)))
     states = [(each.event.component, each.event.state) for each in again if isinstance(each, EngineProgress)]
     assert states[0] == ("text_encoder", "present")
     assert [component for component, state in states if state == "done"] == ["vae_encoder", "vae_decoder", "unet"]
-    assert not any(isinstance(event, Progress) for event in again), "nothing is exported again"
+    assert not any(isinstance(event, ExportProgress) for event in again), "nothing is exported again"
 
 
 @pytest.mark.parametrize(
     ("asked", "kind"),
     [
-        (Asked(backend="onnxruntim"), UnknownName),
-        (Asked(backend="onnxruntime", size="63x64"), SettingError),
-        (Asked(backend="onnxruntime", batch="4:1"), SettingError),
-        (Asked(backend="onnxruntime", components=("uent",)), UnknownName),
+        (BuildRequest(backend="onnxruntim"), UnknownName),
+        (BuildRequest(backend="onnxruntime", size="63x64"), SettingError),
+        (BuildRequest(backend="onnxruntime", batch="4:1"), SettingError),
+        (BuildRequest(backend="onnxruntime", components=("uent",)), UnknownName),
     ],
 )
 def test_wrong_engine_options_are_told_before_the_long_work(
-    sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked, kind: type[SdruntimeError]
+    sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: BuildRequest, kind: type[SdruntimeError]
 ) -> None:
-    monkeypatch.setattr(sdexport.build.export, "run_apart", None)
+    monkeypatch.setattr(sdexport.build.export, "run_job", None)
     with pytest.raises(kind):
         built(sd1_checkpoint, tmp_path / "bundle", engines=(asked,))
     assert list(tmp_path.iterdir()) == []

@@ -96,10 +96,12 @@ def test_another_interpreter_tells_its_progress(tmp_path: Path) -> None:
     import sys
 
     from sdexport.recipes.interpreter import Interpreter
-    from sdruntime.engines.building import Asked
+    from sdruntime.engines.building import BuildRequest
 
     folder = make_bundle(tmp_path / "bundle").folder
-    events = list(Interpreter(python=sys.executable).build(folder, Asked(backend="fake", components=("unet",)), verify=False))
+    events = list(
+        Interpreter(python=sys.executable).build(folder, BuildRequest(backend="fake", components=("unet",)), verify=False)
+    )
     names = {event.engine for event in events}
     assert [(event.state, event.stage and event.stage.name) for event in events] == [
         ("begin", None),

@@ -12,7 +12,7 @@ from sdexport.errors import RecipeError
 from sdexport.recipes import recipe as recipes
 from sdexport.recipes.recipe import Recipe, read_recipe, recipe_file
 from sdexport.recipes.run import options_of
-from sdruntime.engines.building import Asked
+from sdruntime.engines.building import BuildRequest
 from sdruntime.errors import SettingError, UnknownName
 
 FOLDER = ROOT / "engines"
@@ -91,8 +91,8 @@ def test_a_recipe_is_data_that_the_build_takes_already(tmp_path: Path) -> None:
     for target in ("sm86", "ampere+"):
         each = {"backend": "tensorrt-rtx", "target": target, "size": sizes, "guidance": "any"}
         expected += [
-            Asked(**each, batch="1,2:4", options=options, without=("vae_encoder", "vae_decoder")),  # type: ignore[arg-type]
-            Asked(**each, batch="1", options=options | {"workspace": "1G"}, components=("vae_decoder",)),  # type: ignore[arg-type]
+            BuildRequest(**each, batch="1,2:4", options=options, without=("vae_encoder", "vae_decoder")),  # type: ignore[arg-type]
+            BuildRequest(**each, batch="1", options=options | {"workspace": "1G"}, components=("vae_decoder",)),  # type: ignore[arg-type]
         ]
     found = read(tmp_path, text)
     assert found == Recipe(
@@ -100,14 +100,14 @@ def test_a_recipe_is_data_that_the_build_takes_already(tmp_path: Path) -> None:
         model="owner/name",
         revision="v1",
         precision="bf16",
-        engines=(*expected, Asked(backend="onnxruntime")),
+        engines=(*expected, BuildRequest(backend="onnxruntime")),
     )
     assert (found.of("path").model, found.of("path").revision) == ("path", None)
 
 
 def test_what_is_not_said_has_the_defaults_of_the_command_line(tmp_path: Path) -> None:
     found = read(tmp_path, HEAD + '[[engines]]\nbackend = "tensorrt"')
-    assert found == Recipe(name="mine", model="owner/name", engines=(Asked(backend="tensorrt"),), precision="fp32")
+    assert found == Recipe(name="mine", model="owner/name", engines=(BuildRequest(backend="tensorrt"),), precision="fp32")
 
 
 def test_a_recipe_may_leave_the_audit_and_the_verification_out(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import sdruntime.backends.fake.build as fake
 from sdexport.recipes.interpreter import Interpreter, arguments
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.engines.building import Asked
+from sdruntime.engines.building import BuildRequest
 from sdruntime.errors import EngineError, EnvironmentFault, LibraryMissing, SdruntimeError, VerificationFailed
 
 ENGINES = '[[engines]]\nbackend = "fake"\nsize = "{size}"\n'
@@ -115,7 +115,7 @@ def test_a_size_that_the_model_cannot_have_is_told_before_the_export(
 ) -> None:
     import sdexport.build.export
 
-    monkeypatch.setattr(sdexport.build.export, "run_apart", None)
+    monkeypatch.setattr(sdexport.build.export, "run_job", None)
     write("odd", sd1_checkpoint, ENGINES.format(size="63x64"))
     assert "63 is not a multiple of" in rows("odd", code=2)["odd"]["failed"][0]["error"]
     write("gone", Path("/nowhere"), ENGINES.format(size="64x64"))
@@ -166,7 +166,7 @@ def test_build_takes_a_recipe_and_a_model_beside_it_but_no_other_option(place: P
     assert "engines/bad.toml: 2 faults" in result.stderr
 
 
-ASKED = Asked(
+ASKED = BuildRequest(
     backend="fake",
     target="cpu",
     size="64x64,128x64:128x128",
@@ -178,8 +178,8 @@ ASKED = Asked(
 )
 
 
-@pytest.mark.parametrize("asked", [ASKED, Asked(backend="tensorrt")])
-def test_the_other_interpreter_is_asked_for_the_same(asked: Asked) -> None:
+@pytest.mark.parametrize("asked", [ASKED, BuildRequest(backend="tensorrt")])
+def test_the_other_interpreter_is_asked_for_the_same(asked: BuildRequest) -> None:
     from sdruntime.cli.build import asked_of
     from sdruntime.cli.parser import parser
 
@@ -245,7 +245,7 @@ esac""",
 )
 def test_an_interpreter_that_cannot_is_told_before_the_work(tmp_path: Path, text: str, kind: type, told: str) -> None:
     with pytest.raises(kind, match=told):
-        Interpreter(python=script(tmp_path, text)).check(Asked(backend="tensorrt"), "fp16")
+        Interpreter(python=script(tmp_path, text)).check(BuildRequest(backend="tensorrt"), "fp16")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_another_interpreter_is_told_not_to_verify_and_its_failures_are_ours(pla
         "print('error: b: engine e is not added: 1 check failed\\n  - unet e: PSNR 12 dB', file=sys.stderr)\nsys.exit(4)\n"
     )
     script.chmod(0o755)
-    other, asked = Interpreter(python=str(script)), Asked(backend="fake")
+    other, asked = Interpreter(python=str(script)), BuildRequest(backend="fake")
     with pytest.raises(VerificationFailed, match="engine e is not added: 1 check failed") as raised:
         list(other.build(place / "engines/built/good", asked, verify=True))
     assert raised.value.faults == ("unet e: PSNR 12 dB",)

@@ -57,7 +57,7 @@ def test_the_key_follows_what_a_trace_depends_on(unet: Component, monkeypatch: p
     assert trace_key(dataclasses.replace(unet, config={**unet.config, "act_fn": "gelu"})) != key
     assert trace_key(dataclasses.replace(unet, outputs=unet.inputs[:1])) != key
     assert trace_key(dataclasses.replace(unet, config={**unet.config, "_name_or_path": "elsewhere"})) == key
-    monkeypatch.setattr("sdexport.trace.versions.versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("sdexport.trace.cache.versions", lambda: {"torch": "0.0"})
     assert trace_key(unet) != key
 
 

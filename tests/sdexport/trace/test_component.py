@@ -9,7 +9,7 @@ import pytest
 from sdexport_cli import run
 
 from sdexport.errors import ExportError
-from sdexport.trace.component import Job
+from sdexport.trace.component import ComponentJob
 from sdexport.trace.component import run as stages
 
 
@@ -29,7 +29,9 @@ def test_missing_weights_of_all_components_are_told_before_any_is_exported(
     without(model / "unet" / "diffusion_pytorch_model.safetensors", "conv_out.weight", "conv_in.bias")
     without(model / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.weight")
     out.mkdir()
-    job = Job(checkpoint=str(model), component="text_encoder", precision="fp32", allow_pickle=False, out=str(out), first=True)
+    job = ComponentJob(
+        checkpoint=str(model), component="text_encoder", precision="fp32", allow_pickle=False, out=str(out), first=True
+    )
     seen = []
     with pytest.raises(ExportError) as caught:
         seen.extend(stage.name for stage in stages(job))

@@ -9,24 +9,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from generators import whole
 
 import sdruntime.errors
 from sdexport import errors
-from sdexport.trace.component import Job, Stage
-from sdexport.trace.process import run_apart
+from sdexport.trace.component import ComponentJob
+from sdexport.trace.process import run_job
+from sdruntime.backends.base.building import Stage
 from sdruntime.system.process import _from_message, _to_message, peak_memory
 
 
 @pytest.fixture
-def job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> Job:
+def job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> ComponentJob:
     """The text encoder, whose trace is kept already."""
     out = tmp_path / "text_encoder"
     out.mkdir()
-    return Job(checkpoint=str(sd1_checkpoint), component="text_encoder", precision="fp32", allow_pickle=False, out=str(out))
+    return ComponentJob(
+        checkpoint=str(sd1_checkpoint), component="text_encoder", precision="fp32", allow_pickle=False, out=str(out)
+    )
 
 
-def test_a_job_makes_the_component_and_tells_its_peak(job: Job, sd1_bundle: Path) -> None:
-    events = list(run_apart(job))
+def test_a_job_makes_the_component_and_tells_its_peak(job: ComponentJob, sd1_bundle: Path) -> None:
+    events = whole(run_job(job))
     names = [event.name for event in events if isinstance(event, Stage)]
     assert list(dict.fromkeys(names)) == ["kept trace", "precision", "weights", "done"]
     assert isinstance(events[-1], int)
@@ -35,12 +39,12 @@ def test_a_job_makes_the_component_and_tells_its_peak(job: Job, sd1_bundle: Path
         assert (Path(job.out) / name).read_bytes() == (sd1_bundle / "text_encoder" / name).read_bytes()
 
 
-def test_the_errors_of_a_job_come_through(job: Job, tmp_path: Path) -> None:
+def test_the_errors_of_a_job_come_through(job: ComponentJob, tmp_path: Path) -> None:
     spoilt = Path(shutil.copytree(job.checkpoint, tmp_path / "spoilt"))
     (spoilt / "vae" / "config.json").unlink()
-    wrong = Job(checkpoint=str(spoilt), component="unet", precision="fp32", allow_pickle=False, out=job.out)
+    wrong = ComponentJob(checkpoint=str(spoilt), component="unet", precision="fp32", allow_pickle=False, out=job.out)
     with pytest.raises(errors.CheckpointError, match="1 fault") as caught:
-        list(run_apart(wrong))
+        whole(run_job(wrong))
     assert caught.value.faults == ("vae/config.json is missing",)
 
 
@@ -73,21 +77,23 @@ def replaced_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
         ("print('{\"sta', end='', flush=True); import os; os.kill(os.getpid(), 9)", errors.ProcessKilled, "SIGKILL"),
     ],
 )
-def test_a_death_is_told_as_what_it_was(job: Job, monkeypatch: pytest.MonkeyPatch, code: str, kind: type, said: str) -> None:
+def test_a_death_is_told_as_what_it_was(
+    job: ComponentJob, monkeypatch: pytest.MonkeyPatch, code: str, kind: type, said: str
+) -> None:
     replaced_child(monkeypatch, code)
     with pytest.raises(kind, match=said) as caught:
-        list(run_apart(job))
+        whole(run_job(job))
     assert str(caught.value).startswith("text_encoder: ")
 
 
-def test_a_job_that_is_left_ends_its_process(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_job_that_is_left_ends_its_process(job: ComponentJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     stage = '{"stage": {"name": "trace"}}'
     replaced_child(
         monkeypatch,
         f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); print('{stage}', flush=True); time.sleep(60)",
     )
-    events = run_apart(job)
+    events = run_job(job)
     next(events)
     events.close()
     with pytest.raises(ProcessLookupError):

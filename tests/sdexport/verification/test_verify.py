@@ -6,22 +6,24 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from generators import job_here, whole
 from sdexport_cli import run
 
 import sdexport.build.export
 import sdexport.checkpoint.folder
 import sdexport.trace.component
 import sdexport.verification.bisect
-from sdexport.build.events import Built, Options, Progress
+from sdexport.build.events import ExportOptions, ExportProgress, ExportResult
 from sdexport.build.export import build
-from sdexport.trace.component import Job, Stage
-from sdexport.verification.golden import make_golden
+from sdexport.trace.component import ComponentJob
+from sdexport.verification.golden import GoldenJob, make_golden
 from sdexport.verification.verify import Proof
+from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle, file_spec
 from sdruntime.bundle.manifest import ModelSpec, save_manifest
 from sdruntime.errors import NotFinite, VerificationFailed
@@ -42,10 +44,14 @@ def here(sd1_proved_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise VerificationFailed(what, report.faults())
         return Proof(checks=report.ran, peak=0)
 
-    monkeypatch.setattr(sdexport.build.export, "run_apart", sdexport.trace.component.run)
-    monkeypatch.setattr(sdexport.build.export, "golden_apart", lambda job: [*make_golden(job), 0])
+    def golden_here(job: GoldenJob) -> Generator[str, None, int]:
+        yield from make_golden(job)
+        return 0
+
+    monkeypatch.setattr(sdexport.build.export, "run_job", job_here)
+    monkeypatch.setattr(sdexport.build.export, "run_golden", golden_here)
     monkeypatch.setattr(sdexport.build.export, "verified_apart", verified)
-    monkeypatch.setattr(sdexport.verification.bisect, "run_apart", sdexport.trace.component.run)
+    monkeypatch.setattr(sdexport.verification.bisect, "run_job", job_here)
 
 
 @pytest.fixture
@@ -91,17 +97,17 @@ def test_a_build_adds_golden_numbers_and_nothing_else(sd1_bundle: Path, sd1_prov
 def test_a_bundle_without_golden_numbers_is_made_again_and_one_with_them_stays(
     sd1_checkpoint: Path, sd1_bundle: Path, sd1_proved_bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    *_, last = build(str(sd1_checkpoint), copy, Options())
-    assert isinstance(last, Built)
+    *_, last = whole(build(str(sd1_checkpoint), copy, ExportOptions()))
+    assert isinstance(last, ExportResult)
     assert last.up_to_date
-    *_, last = build(str(sd1_checkpoint), copy, Options(verify=False))
-    assert isinstance(last, Built)
+    *_, last = whole(build(str(sd1_checkpoint), copy, ExportOptions(verify=False)))
+    assert isinstance(last, ExportResult)
     assert last.up_to_date, "golden numbers too many are no reason to build"
     without = Path(shutil.copytree(sd1_bundle, copy.with_name("without")))
-    events = list(build(str(sd1_checkpoint), without, Options()))
-    stages = [event.stage.name for event in events if isinstance(event, Progress) and event.component == "golden"]
+    events = whole(build(str(sd1_checkpoint), without, ExportOptions()))
+    stages = [event.stage.name for event in events if isinstance(event, ExportProgress) and event.component == "golden"]
     assert stages == ["reference", "verify"]
-    assert isinstance(events[-1], Built)
+    assert isinstance(events[-1], ExportResult)
     assert events[-1].checks == 11
     with np.load(without / NUMBERS) as one, np.load(sd1_proved_bundle / NUMBERS) as other:
         assert one.files == other.files
@@ -113,16 +119,17 @@ def test_a_bundle_without_golden_numbers_is_made_again_and_one_with_them_stays(
 def test_numbers_that_do_not_hold_fail_the_build_and_keep_the_former_bundle(
     sd1_checkpoint: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faulty(job: Job) -> Iterator[Stage | int]:
-        yield from sdexport.trace.component.run(job)
+    def faulty(job: ComponentJob) -> Generator[Stage, None, int]:
+        yield from job_here(job)
         if job.component == "unet":
             scale(Path(job.out), CONV, 1.01)
+        return 0
 
-    monkeypatch.setattr(sdexport.build.export, "run_apart", faulty)
-    monkeypatch.setattr(sdexport.build.export, "_is_current", lambda *_, **__: False)
+    monkeypatch.setattr(sdexport.build.export, "run_job", faulty)
+    monkeypatch.setattr(sdexport.build.export, "is_current", lambda *_, **__: False)
     before = contents(copy)
     with pytest.raises(VerificationFailed, match=r"unet its ONNX, ONNX Runtime small out_sample: largest error") as told:
-        list(build(str(sd1_checkpoint), copy, Options()))
+        whole(build(str(sd1_checkpoint), copy, ExportOptions()))
     assert told.value.exit_code == 4
     assert contents(copy) == before
     assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
@@ -134,7 +141,7 @@ def test_a_fault_of_what_is_between_the_networks_fails_the_build(
     # every network is right, the latents are not: diffusers has no shift
     monkeypatch.setattr(sdexport.checkpoint.folder, "ModelSpec", functools.partial(ModelSpec, shift_factor=0.5))
     with pytest.raises(VerificationFailed) as told:
-        list(build(str(sd1_checkpoint), tmp_path / "bundle", Options()))
+        whole(build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions()))
     assert len(told.value.faults) == 2, "the two images, and no network"
 
 
@@ -147,7 +154,7 @@ def test_numbers_that_are_not_finite_in_float32_already_are_told(sd1_checkpoint:
     weights["text_model.final_layer_norm.weight"][3] = 3e38
     save_file(weights, path)
     with pytest.raises(NotFinite, match=r"text_encoder, golden case small, row \d, in PyTorch: .* of last_hidden_state"):
-        list(build(str(large), tmp_path / "bundle", Options()))
+        whole(build(str(large), tmp_path / "bundle", ExportOptions()))
 
 
 def test_beside_its_checkpoint_a_bundle_passes(copy: Path, sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -199,7 +206,8 @@ def test_bad_input_gets_one_message_and_its_code(
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:the text encoder takes 77 tokens")  # a prompt of the audit
 def test_half_precision_passes_its_own_limits(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
-    *_, last = build(str(sd1_checkpoint), tmp_path / "bundle", Options(precision="fp16"))
-    assert isinstance(last, Built)
+    *_, last = whole(build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions(precision="fp16")))
+    assert isinstance(last, ExportResult)
     assert last.checks == 11
