@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="auto", show_default=True, help="Whose engines are measured.")
-@click.option("--against", multiple=True, help="Beside them: torch, torch-bf16, torch-compile, or a backend; may be repeated.")
-@click.option("--model", help="The checkpoint for torch, a folder or a hub id, where the bundle's own source is not to be found.")
-@click.option("--rebuild", is_flag=True, help="Build the engines in a scratch copy, for these shapes, and time it.")
+@click.option("--backend", default="auto", show_default=True, help="The backend to measure.")
+@click.option("--against", multiple=True, help="Compare with torch, torch-bf16, torch-compile or a backend; may be repeated.")
+@click.option("--model", help="The checkpoint for torch, a folder or a model id, if the bundle's source cannot be found.")
+@click.option("--rebuild", is_flag=True, help="Also time building the engines for these shapes, in a temporary copy.")
 @click.option("--steps", default=20, show_default=True)
-@click.option("--batch", default=1, show_default=True, help="Pictures of one call.")
-@click.option("--size", help="WxH in pixels; the model's own if not given.")
+@click.option("--batch", default=1, show_default=True, help="Images per call.")
+@click.option("--size", help="WxH in pixels; default: the model's own.")
 @click.option("--guidance", default=7.5, show_default=True)
 @click.option("--seconds", default=120.0, show_default=True, help="Time limit of the whole run, without building engines.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the tables to this file.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Also draw the ratios, as SVG, to this file.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also write a chart of the ratios to this file, as SVG.")
 @shared
 @with_progress
 def bench(
     bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, shown: Progress, **options: Any
 ) -> None:
-    """Measure a bundle beside what you would otherwise run: components, whole pictures, memory, cold start."""
+    """Benchmark a bundle and compare it with diffusers or another backend: components, whole images, memory, cold start."""
     for path, option in ((markdown, "--markdown"), (picture, "--picture")):
         if path is not None:
             check_output(path, option)

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder, replaced as a whole.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="The file that says all but this; MODEL replaces its own.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder. An existing bundle is replaced.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Build this recipe. MODEL, if given, replaces the recipe's model.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--backend", "backends", multiple=True, help="Also build engines for this library here; may be repeated.")
-@click.option("--target", help="What the engines are for: current, ampere+, sm86, …, cuda, cpu.")
-@click.option("--size", help="Pictures that the engines take: 512x512, or MIN:MAX, or MIN:OPT:MAX, or a list A,B.")
-@click.option("--batch", help="Images in one call of the engines: 4, or 1:4, or 1:2:4, or a list 1,2,4.")
+@click.option("--backend", "backends", multiple=True, help="Also build engines for this library on this machine; may be repeated.")
+@click.option("--target", help="What the engines are built for: current, ampere+, sm86, …, cuda, cpu.")
+@click.option("--size", help="Image sizes of the engines: 512x512, or MIN:MAX, or MIN:OPT:MAX, or a list A,B.")
+@click.option("--batch", help="Images per call of the engines: 4, or 1:4, or 1:2:4, or a list 1,2,4.")
 @click.option(
-    "--guidance", type=click.Choice(["on", "off", "any"]), help="Whether the engines' pictures are drawn with guidance."
+    "--guidance", type=click.Choice(["on", "off", "any"]), help="Build engines for images with guidance, without, or both."
 )
-@click.option("--no-audit", is_flag=True, help="Half precision without measuring what must stay float32: quicker, and unproven.")
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights too. Only for a checkpoint that you trust.")
-@click.option("--no-verify", is_flag=True, help="Neither make golden numbers nor hold the bundle to them.")
+@click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
+@click.option("--allow-pickle", is_flag=True, help="Also read pickled weights. Only for a checkpoint that you trust.")
+@click.option("--no-verify", is_flag=True, help="Skip the reference outputs and the check against PyTorch.")
 @shared
 @with_progress
 def build(
@@ -50,11 +50,11 @@ def build(
     as_json: bool,
     shown: Shown,
 ) -> None:
-    """Export MODEL, a diffusers folder or a hub id, to a bundle."""
+    """Export MODEL, a diffusers folder or a Hugging Face model id, to a bundle."""
     if recipe is not None:
         _refuse_beside_a_recipe(click.get_current_context())
     elif not backends and (target or size or batch or guidance):
-        raise click.UsageError("--target, --size, --batch and --guidance are of engines: name a --backend too")
+        raise click.UsageError("--target, --size, --batch and --guidance apply to engines: add a --backend")
     if model is None and recipe is None:
         raise click.UsageError("name a MODEL, or a --recipe")
     if no_audit and recipe is None and precision == "fp32":

@@ -23,22 +23,22 @@ WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of th
 
 @click.command()
 @click.argument("recipes", metavar="[RECIPE]...", nargs=-1)
-@click.option("--model", help="A folder or hub id in place of the recipe's own; for one RECIPE.")
+@click.option("--model", help="Use this folder or model id instead of the recipe's own; for a single RECIPE.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     default=Path("engines/built"),
     show_default=True,
-    help="Where the bundles go: a folder for each recipe.",
+    help="Where to write the bundles, one folder per recipe.",
 )
-@click.option("--python", help="Build the engines with this interpreter: it has the engine library and numpy, and no torch.")
+@click.option("--python", help="Build the engines with this interpreter, which needs the engine library and NumPy, but no torch.")
 @shared
 @with_progress
 def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool, shown: Shown) -> None:
-    """Build the bundle and the engines of each RECIPE: a path, or a name of engines/; all of engines/ where none is named.
+    """Build the bundle and the engines of each RECIPE, a path or a name in engines/; without one, all of engines/.
 
-    What is there already stays, and what fails does not stop the rest.
+    Engines that exist already are kept. If a recipe fails, the others are still built.
     """
     from sdexport.recipes.interpreter import Interpreter
     from sdexport.recipes.recipe import recipe_names

@@ -13,10 +13,10 @@ from sdruntime.cli.terminal import document
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", is_flag=True, help="Tell which nodes stay in float32 beside half precision, why, and the numbers.")
+@click.option("--precision", is_flag=True, help="List the nodes kept in float32 in a half precision bundle, with reasons and numbers.")
 @shared
 def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
-    """Tell what a bundle holds, and whether every byte of it is as it was written."""
+    """Show the contents of a bundle, and check the hash of every file."""
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.bundle.records import json_from_record
     from sdruntime.errors import BundleError, printable
@@ -43,7 +43,7 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
     model, made = manifest.model, manifest.provenance
     say(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
     say(f"from {made.get('source', 'unknown')}, {made.get('revision', 'no revision')}, {made.get('created', 'no date')}")
-    say(f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the picture's sides, times {model.scaling_factor}")
+    say(f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the image's sides, times {model.scaling_factor}")
     for name, component in manifest.components.items():
         size = sum(manifest.files[path].size for path in component.files)
         say(f"{name}: {size:,} bytes")
@@ -58,7 +58,7 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
 @click.command()
 @shared
 def doctor(as_json: bool, quiet: bool) -> None:
-    """Tell what this machine can export, and which engines it can build; for what is missing, the line that installs it."""
+    """Show what this machine can export and which engines it can build, and how to install what is missing."""
     import platform
 
     from sdexport.trace.cache import cache_folder

@@ -23,7 +23,7 @@ from sdexport.cli.verify import verify
 @click.version_option(__version__, prog_name="sdexport")
 @shared
 def main(**_: Any) -> None:
-    """Stable Diffusion out of PyTorch: a diffusers checkpoint becomes a bundle that sdruntime runs."""
+    """Export Stable Diffusion checkpoints to bundles, which sdruntime runs without PyTorch."""
 
 
 for command in (build, engines, inspect, verify, bench, doctor):

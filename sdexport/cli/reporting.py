@@ -66,7 +66,7 @@ class Commands(click.Group):
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that may stand before and after the command."""
-    quiet = click.option("-q", "--quiet", is_flag=True, callback=_also_before, help="Show no progress.")
+    quiet = click.option("-q", "--quiet", is_flag=True, callback=_also_before, help="Hide progress.")
     what = "Print one JSON document on standard output, also of a failure."
     return click.option("--json", "as_json", is_flag=True, callback=_also_before, help=what)(quiet(command))
 

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="Run this checkpoint, the bundle's own, in PyTorch beside it.")
-@click.option("--bisect", "bisects", is_flag=True, help="Name the first node of each failing component that is too far off.")
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of MODEL too. Only for one that you trust.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the pictures side by side.")
+@click.option("--against", metavar="MODEL", help="Compare with this checkpoint, the bundle's own, run in PyTorch.")
+@click.option("--bisect", "bisects", is_flag=True, help="For each failing component, name the first node that is too far off.")
+@click.option("--allow-pickle", is_flag=True, help="Also read pickled weights of MODEL. Only for a checkpoint that you trust.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the images side by side.")
 @shared
 @with_progress
 def verify(
     bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool, shown: Progress
 ) -> None:
-    """Hold BUNDLE, its ONNX and every engine that runs here, to its golden numbers."""
+    """Check BUNDLE against its reference outputs: its ONNX and every engine that this machine can run."""
     if bisects and against is None:
-        raise click.UsageError("--bisect compares with the graph of the checkpoint: name it with --against")
+        raise click.UsageError("--bisect compares with the checkpoint: name it with --against")
     if allow_pickle and against is None:
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: name it with --against")
     if html is not None:

@@ -19,8 +19,8 @@ COMPILERS = ("c++", "g++", "clang++")
 
 def add_arguments(each: argparse.ArgumentParser) -> None:
     each.add_argument("--include", action="store_true", help="print the folder of the headers")
-    each.add_argument("--cflags", action="store_true", help="print what the compiler takes")
-    each.add_argument("--libs", nargs="?", const="", metavar="DIR", help="print what the linker takes, for a library in DIR")
+    each.add_argument("--cflags", action="store_true", help="print the options for the compiler")
+    each.add_argument("--libs", nargs="?", const="", metavar="DIR", help="print the options for the linker, for a library in DIR")
     each.add_argument("--version", action="store_true", help="print the library's version")
     each.add_argument("--build", type=Path, metavar="DIR", help="build the library and install it into DIR, then print its path")
 
