@@ -106,7 +106,7 @@ def bench(
     if not (torches := [name for name in against if name in TORCH]) and model is not None:
         raise SettingError(f"model {model} without a rival that runs it: add --against torch")
     if torches and (lacking := missing(CPU)):
-        raise EnvironmentFault(f"{torches[0]} cannot run here: {lacking}: pip install torch diffusers transformers")
+        raise EnvironmentFault(f"{torches[0]} cannot run: {lacking}: pip install torch diffusers transformers")
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     size = settings.size or manifest.model.default_size[::-1]
@@ -193,9 +193,7 @@ def _checkpoint(manifest: Manifest, model: str | None) -> Path:
     """Raises SettingError where the bundle's source is not to be found here; what `locate` raises for a model that was named."""
     source = model or str(manifest.provenance.get("source", ""))
     if model is None and "/" not in source:
-        raise SettingError(
-            f"torch needs the checkpoint that the bundle was made of, {source or 'of which it tells nothing'}: give --model"
-        )
+        raise SettingError(f"torch needs the checkpoint of the bundle, {source or 'which the bundle does not name'}: add --model")
     return locate(source, precision=manifest.precision, allow_pickle=False).folder
 
 

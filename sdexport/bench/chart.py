@@ -30,7 +30,7 @@ def markdown(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {column}: p50 (least to p95), rounds, ratio to the best | {' | '.join(cells)} |"
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "host outside the UNet, ms a step": lambda each: _number(each.get("host_outside_unet_per_step", {}).get("p50_ms")),
-        "cold start to the first picture, s": lambda each: f"{each['cold']['whole_s']:.2f}",
+        "cold start to the first image, s": lambda each: f"{each['cold']['whole_s']:.2f}",
         "of it import, load, warm-up": lambda each: ", ".join(
             f"{each['cold'][part]:.2f}" for part in ("import_s", "load_s", "warmup_s")
         ),

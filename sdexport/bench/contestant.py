@@ -70,11 +70,11 @@ class Contestant:
         finally:
             watchdog.cancel()
         if self._late:
-            raise BenchError(f"{self.name}: no answer within the time for the whole benchmark: give it more --seconds")
+            raise BenchError(f"{self.name}: no result within the time limit of the benchmark: increase --seconds")
         if not line.endswith("\n"):
             code = self._child.wait()
             self._notes.seek(0)
-            said = next((each.strip() for each in reversed(self._notes.read().splitlines()) if each.strip()), "it said nothing")
+            said = next((each.strip() for each in reversed(self._notes.read().splitlines()) if each.strip()), "no output")
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with code {code}: {said}"
             raise BenchError(f"{self.name}: its process {how}")
         told: Message = json.loads(line)

@@ -60,15 +60,15 @@ def costs(
     on_gpu, on_cpu = [spec for spec in specs if spec.target != CPU], [spec for spec in specs if spec.target == CPU]
     if guidance > 1 and unguided:
         found.append(
-            f"guidance {guidance:g} doubles the UNet's rows, and {bundle.manifest.model.name} draws without: --guidance 1"
+            f"guidance {guidance:g} doubles the UNet's rows, and {bundle.manifest.model.name} needs no guidance: --guidance 1"
         )
     if on_cpu and machine.devices:
         names = ", ".join(spec.component for spec in on_cpu)
-        found.append(f"{names} on the CPU although {machine.devices[0].name} is here: {build} --target cuda")
+        found.append(f"{names} on the CPU although this machine has {machine.devices[0].name}: {build} --target cuda")
     if slow := [spec.component for spec in on_gpu if spec.precision == "fp32"]:
         found.append(f"{', '.join(slow)} in fp32 on a GPU: {build_command(bundle, 'fp16')} takes about half the time")
     if slow := [spec.component for spec in on_cpu if spec.precision == "fp16"]:
-        found.append(f"{', '.join(slow)} in fp16 on a CPU, which computes in fp32 and converts: --precision fp32 is quicker here")
+        found.append(f"{', '.join(slow)} in fp16 on a CPU, which computes in fp32 and converts: --precision fp32 is faster")
     if wide := [spec.component for spec in specs if BACKENDS[spec.backend].static and _is_dynamic(spec)]:
         found.append(f"{', '.join(wide)} built for a range of shapes: engines of one --size and --batch are quicker")
     rows = batch * (2 if guidance > 1 else 1)

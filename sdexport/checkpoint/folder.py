@@ -180,7 +180,7 @@ class _Reader:
         file = chosen(name, there, self.precision)
         if file is None:
             others = sorted(path for path in there if path.endswith((".safetensors", ".bin")))
-            beside = f": {', '.join(others[:8])} are there, but none of them is what diffusers opens" if others else ""
+            beside = f": {', '.join(others[:8])} exist, but diffusers opens none of them" if others else ""
             self.faults.append(f"{name}/{expected(name)} is missing{beside}")
             return (), False
         if file.pickled and not self.allow_pickle:

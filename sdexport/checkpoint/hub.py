@@ -97,7 +97,7 @@ def _kept(model: str, revision: str | None, reason: Exception) -> Located:
     except errors.LocalEntryNotFoundError:
         first = re.sub(r"\[Errno -?\d+\] ", "", str(reason).strip().split("\n", 1)[0])
         raise EnvironmentFault(
-            f"{model}: the hub cannot be reached ({type(reason).__name__}: {first}), and there is no copy of it here: "
-            "download it where there is a network, and give its folder"
+            f"{model}: the hub cannot be reached ({type(reason).__name__}: {first}), and there is no local copy: "
+            "download it on a machine with a network, and use its folder"
         ) from reason
     return Located(folder=folder, source=model, revision=folder.name)

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder. An existing bundle is replaced.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Build this recipe. MODEL, if given, replaces the recipe's model.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder. Replaces an existing bundle."
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="Build this recipe. MODEL replaces the recipe's model.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--backend", "backends", multiple=True, help="Also build engines for this library on this machine; may be repeated.")
+@click.option("--backend", "backends", multiple=True, help="Also build engines for this library; may be repeated.")
 @click.option("--target", help="What the engines are built for: current, ampere+, sm86, …, cuda, cpu.")
 @click.option("--size", help="Image sizes of the engines: 512x512, or MIN:MAX, or MIN:OPT:MAX, or a list A,B.")
 @click.option("--batch", help="Images per call of the engines: 4, or 1:4, or 1:2:4, or a list 1,2,4.")
@@ -97,7 +99,7 @@ def build(
         elif options.verify:
             why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
             command = f"sdruntime verify {quoted(built.folder)}"
-            shown.note(f"warning: nothing here could check the numbers ({why}): on the device, {command} does")
+            shown.note(f"warning: the bundle could not be checked on this machine ({why}): check it on the device with {command}")
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:
@@ -105,4 +107,4 @@ def _refuse_beside_a_recipe(context: click.Context) -> None:
         name = option.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if given and name not in ("model", "output", "recipe", "no_audit", "no_verify", "as_json"):
-            raise click.UsageError(f"{option.opts[0]} beside --recipe: the recipe says it; change {context.params['recipe']}")
+            raise click.UsageError(f"{option.opts[0]} cannot be used with --recipe: change it in {context.params['recipe']}")

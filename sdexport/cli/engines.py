@@ -46,7 +46,7 @@ def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: s
 
     names = recipes or recipe_names()
     if not names:
-        raise click.UsageError("there is no recipe in engines/: name the file of one")
+        raise click.UsageError("no recipe in engines/: name a recipe file")
     if model and len(names) != 1:
         raise click.UsageError("--model takes the place of one recipe's: name that RECIPE")
     builder = Interpreter(python=python) if python else None

@@ -13,7 +13,7 @@ from sdruntime.cli.terminal import document
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", is_flag=True, help="List the nodes kept in float32 in a half precision bundle, with reasons and numbers.")
+@click.option("--precision", is_flag=True, help="List the nodes kept in float32, with reasons and numbers.")
 @shared
 def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
     """Show the contents of a bundle, and check the hash of every file."""

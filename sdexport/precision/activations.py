@@ -144,7 +144,7 @@ def _maker(value: ir.Value) -> str:
 
 def _unsound(maker: str, what: str, where: str, label: str) -> str:
     return (
-        f"{where}: {maker} gives {what} in float32 already, at {label}: no precision mends that; "
+        f"{where}: {maker} gives {what} in float32 already, at {label}: no precision fixes that; "
         "check the checkpoint's weights (a damaged download, a broken merge)"
     )
 

@@ -68,9 +68,9 @@ def probe(folder: Path) -> None:
         random = np.random.default_rng(_SEED)
         probed.at = f"latents of {_SIGMAS:g} sigma"
         pipe.decode([(_SIGMAS * random.standard_normal(latents[0].shape)).astype(np.float32)])
-        probed.at = "a picture that the VAE decoded"
+        probed.at = "an image that the VAE decoded"
         _encode(pipe, np.clip(pictures[0], -1, 1))
-        probed.at = "a random picture"
+        probed.at = "a random image"
         _encode(pipe, random.uniform(-1, 1, pictures[0].shape).astype(np.float32))
     for component, engine in probed.engines.items():
         save_activations(folder / component, engine.measuring.activations)

@@ -56,7 +56,7 @@ class Interpreter:
         if library["version"] is None:
             raise LibraryMissing(f"{self.python}: {library['missing']}")
         if not library["targets"]:
-            raise DeviceMissing(f"{self.python}: {asked.backend} {library['version']} builds on the GPU, and sees none here")
+            raise DeviceMissing(f"{self.python}: {asked.backend} {library['version']} builds on the GPU, and finds none")
 
     def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
         """As `sdruntime.engines.building.build_engines`; what it says is raised as the error that its exit code stands for."""
@@ -122,7 +122,7 @@ class Interpreter:
             raise VerificationFailed(where.rpartition(": ")[0], [fault.removeprefix("  - ") for fault in faults])
         if begin is not None:
             raise _ERRORS.get(code, SdruntimeError)("\n".join(notes[begin:]).removeprefix("error: "))
-        last = next((line.strip() for line in reversed(notes) if line.strip()), "it said nothing")
+        last = next((line.strip() for line in reversed(notes) if line.strip()), "no output")
         if code < 0:
             raise EnvironmentFault(f"{self.python} was ended by {signal.Signals(-code).name}: {last}")
         advice = f"Python 3.10 or later with numpy is needed: {shlex.quote(self.python)} -m pip install 'numpy>=1.26'"

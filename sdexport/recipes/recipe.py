@@ -101,7 +101,7 @@ class _Reader:
             is_path = False
         revision = self.text(document, (), "revision")
         if revision and is_path:
-            self.fault(("revision",), "a folder has none: only a model of the hub")
+            self.fault(("revision",), "a folder has no revision: only a model of the hub")
         return Recipe(
             name=name,
             description=self.text(document, (), "description") or "",
@@ -200,7 +200,7 @@ class _Reader:
     def known_keys(self, table: Mapping[str, Any], where: Where, known: Collection[str]) -> None:
         for key in table:
             if key not in known:
-                self.fault((*where, key), UnknownName("key", key, known) if known else f"unknown key {key!r}: there is none here")
+                self.fault((*where, key), UnknownName("key", key, known) if known else f"unknown key {key!r}: none is allowed")
 
     def text(self, table: Mapping[str, Any], where: Where, key: str, *, needed: bool = False) -> str | None:
         value = table.get(key)

@@ -187,7 +187,7 @@ def run_golden(job: GoldenJob) -> Generator[str, None, int]:
     """`make_golden` in its own process: yields what it yields, and returns the peak of its memory in bytes."""
     peak = 0
     messages = run_apart(
-        __name__, dataclasses.asdict(job), what="golden numbers", failed=ExportError, killed=ProcessKilled, advice=_ADVICE
+        __name__, dataclasses.asdict(job), what="reference outputs", failed=ExportError, killed=ProcessKilled, advice=_ADVICE
     )
     with contextlib.closing(messages):
         for message in messages:

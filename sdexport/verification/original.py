@@ -72,8 +72,8 @@ def _images(pipe: Any, drawings: list[Drawing], *, steps: int, guidance: float, 
         ).images
     except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
         raise ExportError(
-            f"diffusers' {name} cannot generate an image from this checkpoint ({type(error).__name__}: {error}), so nothing says "
-            "which image is right; --no-verify builds the bundle without reference images"
+            f"diffusers' {name} cannot generate an image from this checkpoint ({type(error).__name__}: {error}), so there is "
+            "no reference image; --no-verify builds the bundle without reference images"
         ) from error
     if not np.isfinite(images).all():
         raise NotFinite(f"the image of diffusers' {name} is not finite: the checkpoint is damaged, or its scheduler does not fit")

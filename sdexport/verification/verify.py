@@ -72,7 +72,7 @@ def first_nodes(bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow
     failed = dict.fromkeys(each.component for each in report.checks if each.status == "fail" and each.engine == ITS_ONNX)
     found = [bisect(bundle, checkpoint, component, allow_pickle=allow_pickle).line() for component in failed]
     if not report.passed and not failed:
-        found = ["every node of the ONNX holds: what fails is an engine of it"]
+        found = ["every node of the ONNX is within the limits: an engine built from it fails"]
     return dataclasses.replace(report, notes=(*report.notes, *found))
 
 

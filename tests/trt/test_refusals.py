@@ -180,7 +180,7 @@ def test_a_shape_outside_every_profile(here: Machine, small_folder: Path) -> Non
 def test_no_driver(machine: Make, surfaces: dict[str, Surface], small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = machine(surfaces[NEWEST])
     monkeypatch.setattr(here.driver, "soname", "gone")
-    refused(small_folder, EngineError, 5, "built for sm86, here is no CUDA device", "--backend onnxruntime")
+    refused(small_folder, EngineError, 5, "built for sm86, but there is no CUDA device", "--backend onnxruntime")
     refused(small_folder, DeviceMissing, 3, "no NVIDIA driver: libcuda.so.1", "nvidia-smi", device=1)
     bundle = Bundle.open(small_folder)
     with pytest.raises(DeviceMissing, match="no NVIDIA driver"):
@@ -189,7 +189,7 @@ def test_no_driver(machine: Make, surfaces: dict[str, Surface], small_folder: Pa
 
 def test_a_driver_without_devices(machine: Make, surfaces: dict[str, Surface], small_folder: Path) -> None:
     machine(surfaces[NEWEST], devices=0)
-    refused(small_folder, EngineError, 5, "built for sm86, here is no CUDA device", "--backend onnxruntime")
+    refused(small_folder, EngineError, 5, "built for sm86, but there is no CUDA device", "--backend onnxruntime")
 
 
 def test_a_device_that_is_not_there(here: Machine, small_folder: Path) -> None:

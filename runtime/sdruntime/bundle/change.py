@@ -109,7 +109,7 @@ def add_engine(
             return manifest
         sources = bundle.manifest.components[engine.component].files
         if [manifest.files.get(path) for path in sources] != [bundle.manifest.files[path] for path in sources]:
-            raise BundleError(bundle.folder, [f"{engine.component} was exported anew meanwhile: build its engine again"])
+            raise BundleError(bundle.folder, [f"{engine.component} was exported again in the meantime: rebuild its engine"])
         return dataclasses.replace(manifest, engines=(*manifest.engines, engine), files={**manifest.files, **specs})
 
     def adopt(manifest: Manifest) -> Manifest:
@@ -194,7 +194,7 @@ def _place(folder: Path, built: Mapping[str, Path]) -> None:
         for path, source in built.items():
             name = path.removeprefix(f"{ENGINES}/")
             if "/" in name or name in names:
-                raise BundleError(folder, [f"{path}: a new engine may not take the place of a file that is there"])
+                raise BundleError(folder, [f"{path}: a new engine may not replace an existing file"])
             os.rename(source, name, dst_dir_fd=handle)
         os.fsync(handle)
     sync_folder(folder)

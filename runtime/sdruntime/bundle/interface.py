@@ -54,7 +54,7 @@ def _faults(
 ) -> Iterator[str]:
     by_name = {tensor.name: tensor for tensor in found}
     if complete:
-        yield from (f"{where}: {name} is none that the pipeline feeds" for name in by_name if name not in wanted)
+        yield from (f"{where}: {name} is not an input of the pipeline" for name in by_name if name not in wanted)
     for name, shape in wanted.items():
         tensor = by_name.get(name)
         if tensor is None:

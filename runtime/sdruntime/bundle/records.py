@@ -30,7 +30,7 @@ _hints = functools.cache(get_type_hints)
 
 
 def json_from_text(text: str, *, infinity: bool = True) -> Any:
-    """Parse JSON. Raises ValueError for a key that stands twice, NaN, a number beyond float64, and nesting deeper than DEEPEST.
+    """Parse JSON. Raises ValueError for a key that appears twice, NaN, a number beyond float64, and nesting deeper than DEEPEST.
 
     With `infinity`, Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every config of a
     DPM-Solver.
@@ -54,7 +54,7 @@ def json_from_text(text: str, *, infinity: bool = True) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) < len(items):
-            raise ValueError(f"the key {twins(key for key, _ in items)[0]!r:.200} stands twice")
+            raise ValueError(f"the key {twins(key for key, _ in items)[0]!r:.200} appears twice")
         return found
 
     try:

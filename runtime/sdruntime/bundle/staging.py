@@ -59,13 +59,13 @@ def check_place(place: Path) -> None:
     if not place.exists():
         return
     if not place.is_dir():
-        raise BundleError(place, [f"there is a file here, no bundle: {_INSTEAD}"])
+        raise BundleError(place, [f"this is a file, not a bundle: {_INSTEAD}"])
     if not any(place.iterdir()):
         return
     try:
         document = manifest_document(opened_folder(place))
     except BundleError as error:
-        raise BundleError(place, [f"there is something here that is no bundle: {_INSTEAD}", *error.faults]) from error
+        raise BundleError(place, [f"this is not a bundle: {_INSTEAD}", *error.faults]) from error
     files, components = document.get("files"), document.get("components")
     if not isinstance(files, dict) or not isinstance(components, dict):
         raise BundleError(place, [f"its manifest does not list its files, so it cannot be replaced: {_INSTEAD}"])

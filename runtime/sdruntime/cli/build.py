@@ -64,7 +64,7 @@ def refuse_beside_stale(options: argparse.Namespace) -> None:
     names = {"components": "--component"}
     for name in ("target", "size", "batch", "guidance", "components", "without", "option"):
         if getattr(options, name):
-            raise SettingError(f"{names.get(name, f'--{name}')} beside --stale: those engines are built again as they were")
+            raise SettingError(f"{names.get(name, f'--{name}')} cannot be used with --stale")
 
 
 def asked_of(options: argparse.Namespace) -> BuildRequest:

@@ -72,7 +72,7 @@ def machine_lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield "GPU: none (no NVIDIA driver, or it sees no device)"
     for name, library in document["libraries"].items():
         if library["version"]:
-            targets = ", ".join(library["targets"]) or "nothing here: it needs a GPU"
+            targets = ", ".join(library["targets"]) or "not on this machine: it needs a GPU"
             yield f"{name} {library['version']}: builds for {targets}"
         else:
             yield f"{name}: {library['missing']}"
@@ -99,7 +99,7 @@ def bundle_document(bundle: Bundle, machine: Machine) -> dict[str, Any]:
 def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}"
-    yield f"pictures of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.size_multiple}"
+    yield f"images of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.size_multiple}"
     yield f"{len(manifest.files)} files, {sum(spec.size for spec in manifest.files.values()):,} bytes"
     for name, component in manifest.components.items():
         yield f"{name:<16}{sum(manifest.files[path].size for path in component.files):>16,} bytes of ONNX"

@@ -41,9 +41,9 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.system.sizes import parse_size
 
     if options.fit is not None and options.image is None:
-        raise SettingError(f"--fit {options.fit} without --image: it says how that image is brought to the size")
+        raise SettingError(f"--fit {options.fit} has no effect without --image")
     if options.strength is not None and options.image is None:
-        raise SettingError(f"--strength {options.strength:g} without --image: it says how much of that image is changed")
+        raise SettingError(f"--strength {options.strength:g} has no effect without --image")
     settings = {
         "negative": options.negative,
         "steps": options.steps,

@@ -41,8 +41,10 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu (the best of this machine)")
     each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
     each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
-    each.add_argument("--guidance", choices=["on", "off", "any"], help="build for images with guidance (two rows each), without, or both")
-    each.add_argument("--component", action="append", default=[], dest="components", help="build only this component; may be repeated")
+    each.add_argument(
+        "--guidance", choices=["on", "off", "any"], help="for images with guidance (two rows each), without, or both"
+    )
+    each.add_argument("--component", action="append", default=[], dest="components", help="only this component; may be repeated")
     each.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="skip this component; may be repeated")
     library = "a setting of the engine library, such as optimization_level=5"
     each.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=library)
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--grid", action="store_true", help="write all images as one sheet")
     each.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
     each.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
-    each.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size (without it, another size is an error)")
+    each.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
     setting(each, "strength", "how much of --image is changed", otherwise=False)
     setting(each, "steps", "number of denoising steps")
     setting(each, "guidance", "how closely to follow the prompt; at 1 or less, the negative prompt has no effect")
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
     each.add_argument("--size", metavar="WxH", help="size in pixels (the model's own)")
     each.add_argument("--count", type=int, default=1, help="images per prompt (1)")
-    each.add_argument("--backend", default="auto", help="which engines to use: auto, tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
+    each.add_argument("--backend", default="auto", help="tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
     each.add_argument("--device", type=int, default=0, help="which GPU (0)")
     each.add_argument("--threads", type=int, default=0, help="CPU threads (0: the library decides)")
     each.add_argument("--session", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine library")
@@ -102,7 +104,7 @@ def shared(each: argparse.ArgumentParser, default: object) -> None:
 
 
 def setting(each: argparse.ArgumentParser, name: str, what: str, *, otherwise: bool = True) -> None:
-    """Add a number of a Request, with its range and default in the help. `otherwise`: use the default if it is omitted, else None."""
+    """Add a number of a Request, with range and default in the help. `otherwise`: the default applies if it is omitted, else None."""
     allowed, default = RANGES[name], DEFAULTS[name]
     described = f"{what}: {allowed} ({default:g})"
     number = int if allowed.whole else float

@@ -61,9 +61,9 @@ def misfit(engine: EngineSpec, machine: Machine) -> str | None:
     if library.version is None:
         return library.missing
     if not fits_version(engine, library.version):
-        return f"built with {engine.backend} {engine.version}, here is {library.version}"
+        return f"built with {engine.backend} {engine.version}, installed is {library.version}"
     if engine.platform not in ("", PLATFORM):
-        return f"built on {engine.platform}, here is {PLATFORM}"
+        return f"built on {engine.platform}, this is {PLATFORM}"
     return _wrong_device(engine, machine, library)
 
 
@@ -71,9 +71,9 @@ def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str
     if engine.target in CPU_OR_CUDA:
         if engine.target not in library.targets:
             return f"built for {engine.target}, here is {', '.join(library.targets)}"
-        return "built for cuda, here is no CUDA device" if engine.target == "cuda" and not machine.devices else None
+        return "built for cuda, but there is no CUDA device" if engine.target == "cuda" and not machine.devices else None
     if machine.device is None:
-        return f"built for {engine.target}, here is no CUDA device"
+        return f"built for {engine.target}, but there is no CUDA device"
     here = machine.device.capability
     if engine.target == AMPERE_UP:
         return (
@@ -135,9 +135,9 @@ def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine, folder: Path) 
     slow = sorted({engine.component for engine in engines if engine.target == "cpu" and engine.backend != "fake"})
     if slow and machine.devices:
         warnings.warn(
-            f"{', '.join(slow)} will run on the CPU although {machine.devices[0].name} is here: no engine of the bundle fits "
-            f'that; pip install "sdruntime[onnxruntime-gpu]" and sdruntime build {quoted(folder)} --backend onnxruntime '
-            "--target cuda",
+            f"{', '.join(slow)} will run on the CPU although this machine has {machine.devices[0].name}: no engine of the "
+            f'bundle fits it; pip install "sdruntime[onnxruntime-gpu]" and sdruntime build {quoted(folder)} --backend '
+            "onnxruntime --target cuda",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -156,16 +156,16 @@ def _advice(
             command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {each}{size}"
             return f"{command}, or {other}" if other else command
     if name != AUTO:
-        return f"{name} cannot be used here: {why_not[name]}\n" + (
+        return f"{name} cannot be used: {why_not[name]}\n" + (
             other or _advice(bundle, component, machine, AUTO, dims, fitting=())
         )
-    return "no engine library can be used here:" + "".join(f"\n  - {each}: {reason}" for each, reason in why_not.items())
+    return "no engine library is usable:" + "".join(f"\n  - {each}: {reason}" for each, reason in why_not.items())
 
 
 def _cannot_build(name: str, machine: Machine, precision: Precision) -> str | None:
     """Why no engine of this backend can be built for this machine."""
     if BACKENDS[name].loop and not machine.devices:
-        return "it needs an NVIDIA GPU, and this machine has none"
+        return "it needs an NVIDIA GPU, and this machine has no NVIDIA GPU"
     library: Library = machine.libraries.get(name) or backend(name, "engine").here(name)
     if library.version is None:
         return library.missing

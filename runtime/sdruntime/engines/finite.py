@@ -65,5 +65,5 @@ def advice(precision: Precision | None = None, bundle: Path | None = None) -> st
         return f"where the engine is fp16, {advice('fp16')}; {advice('fp32', bundle)}"
     if precision == "fp32":
         command = f"`sdruntime verify {quoted(bundle)}`" if bundle else "`sdruntime verify`"
-        return f"in fp32 that is no overflow: check the engine with {command}"
+        return f"in fp32 this is no overflow: check the engine with {command}"
     return f"{precision} overflowed: build the bundle with --precision {'bf16 or fp32' if precision == 'fp16' else 'fp32'}"

@@ -80,7 +80,7 @@ class MemoryPlan:
         if not low_memory and self.lowest <= room:
             hint = "open it with --low-memory, which loads one component at a time"
         else:
-            hint = "close what else uses the GPU, or build engines for a smaller --size or --batch"
+            hint = "close other programs that use the GPU, or build engines for a smaller --size or --batch"
         raise OutOfSpace(f"{where}: the engines need {needed:,} bytes and {limit}: {hint}{table}")
 
 

@@ -66,7 +66,7 @@ def first_step(steps: int, strength: float) -> int:
     if not 0 < strength <= 1:
         raise SettingError(f"strength {strength!r}: it must lie above 0 and up to 1")
     if int(steps * strength) < 1:
-        raise SettingError(f"strength {strength:g} of {steps} steps leaves none to do: raise one of them")
+        raise SettingError(f"strength {strength:g} of {steps} steps leaves no steps to run: raise one of them")
     return steps - int(steps * strength)
 
 

@@ -120,7 +120,7 @@ class Batcher:
         self.queue, self.running = queue, pipeline.engines.room if running is None else running
         for name, value in (("queue", self.queue), ("running", self.running)):
             if value < 1:
-                raise SettingError(f"{name} {value}: at least 1 picture")
+                raise SettingError(f"{name} {value}: at least 1 image")
         self._pipe, self._steppers = pipeline, functools.partial(pipeline.device_steppers, ahead=0)
         self._changed = threading.Condition()  # guards what follows
         self._held: dict[Drawing, _Entry] = {}
@@ -173,8 +173,8 @@ class Batcher:
                 raise SdruntimeError("the batcher is not open: submit inside `with Batcher(pipe) as batcher:`")
             if len(self._held) >= self.running + self.queue:
                 raise QueueFull(
-                    f"{len(self._held)} pictures are under way, and the queue holds {self.queue} beside the {self.running} that "
-                    "run: wait for one of them, or open it with a longer queue"
+                    f"{len(self._held)} requests are running or waiting, and the queue holds {self.queue} besides the "
+                    f"{self.running} that run: wait for one of them, or open it with a longer queue"
                 )
             entry = _Entry(drawing=drawing, request=request, progress=progress, preview=preview)
             self._held[drawing] = entry

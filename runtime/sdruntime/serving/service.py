@@ -140,7 +140,7 @@ class Service:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
             if asked.job in self._jobs:
-                raise SettingError(f"job {asked.job} is under way already")
+                raise SettingError(f"job {asked.job} is already running")
             _check_buffer(self._pipe, asked, request, apart=self._apart)
             self._jobs[asked.job] = self._batcher.submit(
                 request,
@@ -231,7 +231,7 @@ class Service:
         if isinstance(error, CancelledError):
             return {"code": CANCELLED, "message": "cancelled", **reason}
         if isinstance(error, MemoryError):
-            return {"code": 3, "message": "out of memory: ask for a smaller size, or let fewer pictures run at a time", **reason}
+            return {"code": 3, "message": "out of memory: request a smaller size, or run fewer images at a time", **reason}
         if isinstance(error, SdruntimeError):
             return {"code": error.exit_code, "message": str(error), **reason}
         self._log("error", _traceback(error))
@@ -286,11 +286,11 @@ def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: boo
     if apart:
         raise Unsupported(f"{where}: a process of its own cannot reach the caller's device memory: open the bundle in process")
     if all(spec.target == CPU for spec in pipe.engines.chosen):
-        raise Unsupported(f"{where}: the engines run on the CPU: leave it out and take the bytes of the picture")
+        raise Unsupported(f"{where}: the engines run on the CPU: omit it and read the image's bytes")
     _, height, width = pipe.latent_shape(request)
     needed, given = 3 * height * width * pipe.model.vae_factor**2, asked.device_buffer_size or 0
     if asked.device_buffer < 1 or given < needed:
-        raise BufferTooSmall(f"{where}: {given:,} bytes at {asked.device_buffer:#x}, but the picture has {needed:,}")
+        raise BufferTooSmall(f"{where}: {given:,} bytes at {asked.device_buffer:#x}, but the image has {needed:,}")
 
 
 def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:

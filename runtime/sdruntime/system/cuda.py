@@ -79,8 +79,8 @@ def check_device(index: int) -> None:
     """Raises DeviceMissing where this process sees no GPU with this number."""
     if load_driver() is None:
         raise DeviceMissing(
-            f"no NVIDIA driver: {' and '.join(DRIVERS)} were looked for where the system loads libraries from, and none "
-            "starts; install the driver (`nvidia-smi` must list the GPU), or use --backend onnxruntime on the CPU"
+            f"no NVIDIA driver: {' and '.join(DRIVERS)} cannot be loaded from the system's library path: "
+            "install the driver (`nvidia-smi` must list the GPU), or use --backend onnxruntime on the CPU"
         )
     found = [each.name for each in devices()]
     if not 0 <= index < len(found):
@@ -103,7 +103,7 @@ def device_index(device: int | str) -> int:
     found = [index for index, each in enumerate(devices()) if each.uuid.startswith(digits)]
     if len(found) != 1:
         shown = ", ".join(f"GPU-{each.uuid}" for each in devices()) or "none"
-        raise DeviceMissing(f"device {device!r}: {len(found)} GPUs have a UUID that begins so; here are: {shown}")
+        raise DeviceMissing(f"device {device!r}: {len(found)} GPUs have a UUID that begins with it; available: {shown}")
     return found[0]
 
 
@@ -152,7 +152,8 @@ class Cuda:
         if code == _OUT_OF_MEMORY:
             raise OutOfSpace(
                 f"{needs or f'{name} needs more memory'} on {self.device.name}, and {(free or self.free_memory)():,} are free: "
-                "close what else uses the GPU, draw smaller or fewer pictures at a time, or open the bundle with --low-memory"
+                "close other programs that use the GPU, generate smaller or fewer images at a time, or open the bundle with "
+                "--low-memory"
             )
         if code:
             raise CudaError(f"{name} failed on device {self.index}: {self.error(code)}")

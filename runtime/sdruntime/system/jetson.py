@@ -26,7 +26,7 @@ class Jetson:
         """How this interpreter gets to JetPack's TensorRT, where it does not see it."""
         if not self.system_tensorrt:
             return "sudo apt install python3-libnvinfer, then a venv that sees it: python3 -m venv --system-site-packages VENV"
-        return "JetPack's TensorRT is there for the system's Python: python3 -m venv --system-site-packages VENV sees it"
+        return "JetPack installs TensorRT for the system's Python: use python3 -m venv --system-site-packages VENV"
 
 
 def jetson(root: Path = Path("/")) -> Jetson | None:

@@ -75,7 +75,7 @@ def run_apart(
             child.stdout.close()
         if child.returncode != 0:
             notes.seek(0)
-            last = next((line.strip() for line in reversed(notes.read().splitlines()) if line.strip()), "it said nothing")
+            last = next((line.strip() for line in reversed(notes.read().splitlines()) if line.strip()), "no output")
             if child.returncode > 0:
                 raise failed(f"{what}: its process failed with code {child.returncode}: {last}")
             name = signal.Signals(-child.returncode).name

@@ -220,7 +220,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     Raises BundleError where it has none, telling how to make them, or where they are damaged.
     """
     if DOCUMENT not in bundle.manifest.files or NUMBERS not in bundle.manifest.files:
-        fault = "no golden numbers: it was built with --no-verify, or by an sdexport that made none"
+        fault = "no reference outputs: it was built with --no-verify, or by an older sdexport"
         raise BundleError(bundle.folder, [f"{fault}; this builds it with them: {build_command(bundle)}"])
     document = bundle.read_json(DOCUMENT)
     if not isinstance(document, dict) or (document.get("format"), document.get("revision")) != (FORMAT, REVISION):

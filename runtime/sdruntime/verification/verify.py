@@ -63,7 +63,7 @@ def verify(
     built = [engine for engine in bundle.manifest.engines if engine.backend != "fake" and engine.component != STEP]
     reasons = [work.misfit(engine) for engine in (*own, *built)]
     if all(reasons) and bundle.manifest.precision != "bf16":
-        raise LibraryMissing(f"nothing here can run this bundle: {'; '.join(sorted(set(map(str, reasons))))}")
+        raise LibraryMissing(f"nothing on this machine can run this bundle: {'; '.join(sorted(set(map(str, reasons))))}")
     for component in work.components:
         for engine in (*own, *built):
             if engine.component == component:
@@ -172,7 +172,7 @@ class _Verification:
             model = self.bundle.manifest.model
             sizes = " or ".join(dims_in_pixels(spec.component, model, case.dims) for case in cases)
             built = shapes_in_pixels(spec, model)
-            yield check(status="skip", reason=f"built for {built}; the golden numbers are of {sizes}")
+            yield check(status="skip", reason=f"built for {built}; the reference outputs are for {sizes}")
             return
         shared = Shared()
         try:
@@ -245,7 +245,7 @@ class _Verification:
         for component in of_kind(self.components, "denoiser", "VAE decoder"):
             engines = [engine for engine in usable if engine.component == component]
             if not any(engine.admits(width=width // factor, height=height // factor) for engine in engines):
-                return f"no engine of {component} takes pictures of {width}x{height}"
+                return f"no engine of {component} takes images of {width}x{height}"
         return None
 
 

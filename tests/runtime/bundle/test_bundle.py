@@ -87,7 +87,7 @@ def test_a_listed_file_of_unknown_kind_is_refused(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"format": "sdexport-bundle", "format": "x"}', "stands twice"),
+        ('{"format": "sdexport-bundle", "format": "x"}', "appears twice"),
         ('{"format": "sdexport-bundle", "revision": NaN}', "NaN"),
         ('{"format": "other"}', "not the manifest of a bundle"),
         ("[]", "not the manifest of a bundle"),

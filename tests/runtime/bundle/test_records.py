@@ -84,7 +84,7 @@ def test_infinity_is_read_but_is_no_number_of_a_record() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": 1e999}', "1e999"),
         ("[" * 100_000, "nested too deeply"),

@@ -225,7 +225,7 @@ def test_table_prints_the_numbers_of_a_bundle_or_of_a_file(
     assert main(["table"]) == 2
     config.write_text('{"a": 1, "a": 2}')
     assert main(["table", "--config", str(config)]) == 2
-    assert "stands twice" in capsys.readouterr().err
+    assert "appears twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "value"), [("thresholding", True), ("clip_sample", True), ("beta_schedule", "new")])

@@ -215,7 +215,7 @@ def test_what_has_no_effect_is_told_in_a_line(
 @pytest.mark.parametrize("more", [["--size", "64x64"], ["--option", "a=1"], ["--component", "unet"], ["--target", "cpu"]])
 def test_what_stale_would_ignore_is_refused(ready: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     assert main(["build", str(ready), "--stale", *more]) == 2
-    assert f"{more[0]} beside --stale" in capsys.readouterr().err
+    assert f"{more[0]} cannot be used with --stale" in capsys.readouterr().err
     assert main(["build", str(ready), "--backend", "fake", "--component", "unet", "--without", "unet"]) == 2
 
 

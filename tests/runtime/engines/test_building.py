@@ -153,7 +153,7 @@ def test_a_patch_release_of_the_library_fits_and_a_missing_library_says_how_to_i
 def test_the_cpu_beside_a_gpu_is_warned_of() -> None:
     with pytest.warns(
         RuntimeWarning,
-        match=r"unet will run on the CPU although a GPU is here.*build 'a bundle' --backend onnxruntime --target cuda",
+        match=r"unet will run on the CPU although this machine has a GPU.*build 'a bundle' --backend onnxruntime --target cuda",
     ):
         warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}, devices=(GPU,)), Path("a bundle"))
     warn_if_slow([ort("cpu")], Machine(libraries={"onnxruntime": ORT_CPU}), Path("a bundle"))
@@ -191,7 +191,7 @@ def test_a_backend_that_cannot_run_here_is_named_with_what_fits(bundle: Bundle) 
         choose_engine(with_engines(bundle, ort("cpu")), "unet", here, name="tensorrt")
     assert str(caught.value).splitlines() == [
         "no tensorrt engine of unet fits this machine: (the bundle has no tensorrt engine of it)",
-        "tensorrt cannot be used here: it needs an NVIDIA GPU, and this machine has none",
+        "tensorrt cannot be used here: it needs an NVIDIA GPU, and this machine has no NVIDIA GPU",
         "leave --backend out: the bundle's onnxruntime engine fits",
     ]
     with pytest.raises(EngineError) as caught:

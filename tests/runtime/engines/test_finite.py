@@ -95,7 +95,7 @@ def test_the_unet_is_named_with_its_step_and_sampler(pipe: Pipeline, number: flo
         NotFinite, match=r"unet, step 3 of 5, sampler euler: 1 of 256 numbers of out_sample are NaN or inf"
     ) as told:
         pipe("a prompt", steps=5, sampler="euler", seed=1, size=(64, 64))
-    assert str(told.value).endswith(f"in fp32 that is no overflow: check the engine with `sdruntime verify {pipe.bundle.folder}`")
+    assert str(told.value).endswith(f"in fp32 this is no overflow: check the engine with `sdruntime verify {pipe.bundle.folder}`")
     assert told.value.exit_code == 1
 
 

@@ -188,7 +188,7 @@ def test_missing_and_unreadable_files_are_named_together(folder):
         "special_tokens_map.json",
     ]
     assert "missing" in found[0]
-    assert "'pad_token' stands twice" in found[2]
+    assert "'pad_token' appears twice" in found[2]
 
 
 def test_a_file_of_rubbish_is_not_fifty_thousand_faults(folder):

@@ -299,5 +299,5 @@ def test_a_sampler_from_outside_is_one_row(monkeypatch: pytest.MonkeyPatch) -> N
     config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
     ours, theirs = (compile_table(config, steps=7, sampler=name) for name in ("My Own", "ddim"))
     np.testing.assert_allclose(ours.X, theirs.X, rtol=1e-12)
-    with pytest.raises(SettingError, match="sampler DDIM!: ddim answers to this name already"):
+    with pytest.raises(SettingError, match="sampler DDIM!: ddim has this name already"):
         register(replace(SAMPLERS["ddim"], name="DDIM!"))

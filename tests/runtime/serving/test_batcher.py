@@ -125,7 +125,7 @@ def test_a_full_queue_is_told_and_a_cancelled_job_makes_room(parts: Parts, pipe:
 
     def fill() -> None:
         held.extend(batcher.submit(asked(k)) for k in (2, 3))
-        with pytest.raises(QueueFull, match=r"3 pictures are under way, and the queue holds 2 beside the 1 that run"):
+        with pytest.raises(QueueFull, match=r"3 requests are running or waiting, and the queue holds 2 besides the 1 that run"):
             batcher.submit(asked(4))
         assert held[0].cancel()
         assert (held[0].done(), held[0].cancelled()) == (True, True)
@@ -333,7 +333,7 @@ def test_a_thread_that_ends_loses_no_job(parts: Parts, pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("limits", [{"queue": 0}, {"running": 0}, {"running": -1}])
 def test_limits_below_one_are_refused(pipe: Pipeline, limits: dict[str, int]) -> None:
-    with pytest.raises(SettingError, match="at least 1 picture"):
+    with pytest.raises(SettingError, match="at least 1 image"):
         Batcher(pipe, **limits)
 
 

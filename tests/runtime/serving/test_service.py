@@ -193,7 +193,7 @@ def test_a_device_buffer_is_refused_where_the_engines_or_the_process_cannot_reac
         ({"device": "gpu"}, 2, "device 'gpu': expected a number, cuda:NUMBER, or a UUID"),
         ({"device": 3}, 3, "no NVIDIA driver"),
         ({"device": "cuda:0"}, 3, "no NVIDIA driver"),
-        ({"device": "GPU-12345678-9abc-def0-1234-56789abcdef0"}, 3, "0 GPUs have a UUID that begins so; here are: none"),
+        ({"device": "GPU-12345678-9abc-def0-1234-56789abcdef0"}, 3, "0 GPUs have a UUID that begins with it; available: none"),
         ({"stream": 4096}, 2, "stream: engines of fake do not work on a CUDA stream of the caller's"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_number_that_is_taken_does_not_end_the_job_that_has_it(host: Host, fol
     host.open(folder)
     host.submit(1, request={"steps": 300, "width": 1024, "height": 1024})
     host.submit(1)
-    assert "job 1 is under way already" in host.wait("log")["message"]
+    assert "job 1 is already running" in host.wait("log")["message"]
     assert host.wait("done", "failed", job=1)["event"] == "done"
     host.submit(1)  # free again
     assert host.wait("done", "failed", job=1, count=2)["event"] == "done"

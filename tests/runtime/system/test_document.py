@@ -163,7 +163,7 @@ def test_twins_are_found_without_comparing_all_with_all() -> None:
 
 def test_a_key_that_stands_twice_among_many() -> None:
     text = ",".join(f'"key{number}": 0' for number in range(100_000))
-    with pytest.raises(ValueError, match="the key 'key7' stands twice"):
+    with pytest.raises(ValueError, match="the key 'key7' appears twice"):
         json_from_text(f'{{{text}, "key7": 1}}')
 
 

@@ -38,6 +38,4 @@ def test_the_system_s_tensorrt_is_found_for_this_python(root: Path) -> None:
     (root / "usr/lib" / f"python3.{sys.version_info.minor}" / "dist-packages" / "tensorrt").mkdir(parents=True)
     found = jetson(root)
     assert found is not None
-    assert (
-        found.hint == "JetPack's TensorRT is there for the system's Python: python3 -m venv --system-site-packages VENV sees it"
-    )
+    assert found.hint == "JetPack installs TensorRT for the system's Python: use python3 -m venv --system-site-packages VENV"

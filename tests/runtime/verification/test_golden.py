@@ -95,7 +95,7 @@ def test_a_vae_is_not_run_at_a_size_that_takes_gigabytes(bundle: Bundle) -> None
 def test_the_fixture_has_none_and_opens(bundle: Bundle) -> None:
     for each in (Bundle.open(FIXTURE), bundle):
         with pytest.raises(
-            BundleError, match=r"no golden numbers.*; this builds it with them: sdexport build path/to/[\w-]+ --precision fp"
+            BundleError, match=r"no reference outputs.*; this builds it with them: sdexport build path/to/[\w-]+ --precision fp"
         ):
             read_golden(each)
 

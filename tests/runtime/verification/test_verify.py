@@ -173,14 +173,14 @@ def test_nan_in_an_engine_is_a_failed_check(copy: Path) -> None:
 def test_without_a_library_that_is_told(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = Machine(libraries={"onnxruntime": Library(missing='pip install "sdruntime[onnxruntime]"')})
     monkeypatch.setattr(Machine, "here", lambda *_, **__: nothing)
-    with pytest.raises(LibraryMissing, match="nothing here can run this bundle: pip install"):
+    with pytest.raises(LibraryMissing, match="nothing on this machine can run this bundle: pip install"):
         list(verify(copy))
     assert main(["verify", str(copy)]) == 3
 
 
 def test_a_bundle_without_golden_numbers_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(FIXTURE)]) == 5
-    assert "no golden numbers" in capsys.readouterr().err
+    assert "no reference outputs" in capsys.readouterr().err
 
 
 class Seen(HTMLParser):

@@ -135,7 +135,7 @@ def test_without_a_network_the_copy_in_the_cache_is_taken(
     offline(monkeypatch, tmp_path)
     located = locate("owner/name", precision="fp32", allow_pickle=False)
     assert (located.folder, located.revision) == (repository / "snapshots" / "c0ffee", "c0ffee")
-    with pytest.raises(EnvironmentFault, match="there is no copy of it here"):
+    with pytest.raises(EnvironmentFault, match="there is no local copy"):
         locate("owner/name", precision="fp32", allow_pickle=False, revision="v1")
 
 

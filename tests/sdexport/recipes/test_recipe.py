@@ -130,7 +130,7 @@ def test_a_path_is_meant_from_the_recipes_folder(tmp_path: Path) -> None:
     assert read(tmp_path, f'model = "owner/name"{engines}').model == "owner/name"
     assert read(tmp_path, f'model = "{tmp_path}"{engines}').model == str(tmp_path)
     assert faults(tmp_path, f'model = "sd/mine"\nrevision = "v1"{engines}') == [
-        "2: revision: a folder has none: only a model of the hub"
+        "2: revision: a folder has no revision: only a model of the hub"
     ]
 
 

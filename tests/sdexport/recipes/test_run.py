@@ -159,7 +159,7 @@ def test_build_takes_a_recipe_and_a_model_beside_it_but_no_other_option(place: P
     for more in (("--precision", "fp32"), ("--size", "64x64"), ("--backend", "fake"), ("--allow-pickle",)):
         result = run("build", "--recipe", "engines/good.toml", "-o", "out", *more)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert f"{more[0]} beside --recipe: the recipe says it; change engines/good.toml" in result.stderr
+        assert f"{more[0]} cannot be used with --recipe: change it in engines/good.toml" in result.stderr
     assert "name a MODEL, or a --recipe" in run("build", "-o", "out").stderr
     result = run("build", "--recipe", "engines/bad.toml", "-o", "out")
     assert result.exit_code == 2
@@ -239,7 +239,7 @@ esac""",
         (
             'echo \'{"libraries": {"tensorrt": {"version": "10.3.0", "targets": [], "missing": ""}}}\'',
             EnvironmentFault,
-            "python: tensorrt 10.3.0 builds on the GPU, and sees none here",
+            "python: tensorrt 10.3.0 builds on the GPU, and finds none",
         ),
     ],
 )

@@ -201,7 +201,7 @@ def entry(first: object, last: object, shape: object = (1,), dtype: object = "F3
         ({"x": entry(0, 4), "y": entry(2, 6)}, "y: overlaps"),
         ({"x": entry(0, 4), "y": entry(8, 12)}, "y: leaves a gap"),
         ({"x": entry(4, 8)}, "x: leaves a gap"),
-        (b'{"x": 1, "x": 2}', "'x' stands twice"),
+        (b'{"x": 1, "x": 2}', "'x' appears twice"),
         ({"x": entry(0.0, 4.0)}, "data_offsets"),
         ({"x": entry(0, 4, [1.0])}, "shape"),
         ({"x": entry(0, 4, [float("inf")])}, "shape"),

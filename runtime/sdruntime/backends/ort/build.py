@@ -49,7 +49,7 @@ def resolve_target(name: str, target: str | None, precision: Precision, options:
     try:
         found = check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
     except DeviceMissing as error:
-        mend = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU is here"
+        mend = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU found"
         raise DeviceMissing(f"{error}: {mend}") from None
     if precision == "bf16" and found == "cpu":
         raise SettingError(

@@ -31,7 +31,7 @@ def _computed_in(text: str) -> str | None:
 
 # name: (how its text is read, what is expected)
 OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
-    "inference_precision": (_computed_in, "f32, or bf16 where the CPU has it; f32 where left out"),
+    "inference_precision": (_computed_in, "f32, or bf16 if the CPU supports it; default: f32"),
 }
 
 

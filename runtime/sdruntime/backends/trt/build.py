@@ -77,7 +77,7 @@ def resolve_target(name: str, target: str | None, precision: Precision, options:
 def _ahead(trt: Any, target: str | None, here: Sequence[Device]) -> str:
     known = [*capabilities(trt), AMPERE_UP]
     if target == CURRENT and not here:
-        raise DeviceMissing(f"target 'current': no NVIDIA GPU is here; name what to build for: {', '.join(known)}")
+        raise DeviceMissing(f"target 'current': no NVIDIA GPU found; name a target to build for: {', '.join(known)}")
     if target in (None, CURRENT):
         return here[0].target if here and here[0].target in known else AMPERE_UP
     if target not in known:
@@ -88,15 +88,15 @@ def _ahead(trt: Any, target: str | None, here: Sequence[Device]) -> str:
 def _of_this_gpu(target: str | None, here: Sequence[Device]) -> str:
     if not here:
         raise DeviceMissing(
-            "TensorRT builds on the GPU that the engine is for, and none is here: copy the bundle to the device and build there, "
-            "or build ahead with --backend tensorrt-rtx --target sm86"
+            "TensorRT builds on the GPU that the engine is for, and this machine has no GPU: copy the bundle to the "
+            "device and build there, or build ahead with --backend tensorrt-rtx --target sm86"
         )
     if target == AMPERE_UP and here[0].capability < (8, 0):
         raise DeviceMissing(f"target {AMPERE_UP}: {here[0].name} is {here[0].target}, and an Ampere GPU or later must build it")
     if target not in (None, CURRENT, AMPERE_UP, here[0].target):
         if not re.fullmatch(r"sm\d{2,3}", target or ""):
             raise UnknownName("target", target or "", [here[0].target, CURRENT, AMPERE_UP])
-        raise DeviceMissing(f"target {target}: TensorRT builds for the GPU that is here, {here[0].name} ({here[0].target})")
+        raise DeviceMissing(f"target {target}: TensorRT builds for this machine's GPU, {here[0].name} ({here[0].target})")
     return AMPERE_UP if target == AMPERE_UP else here[0].target
 
 
@@ -119,8 +119,8 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
         if hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY")
         else "this version cannot (10.16 can)",
         "tiling": None if hasattr(trt, "TilingOptimizationLevel") else "this version cannot (10.16 can)",
-        "strip": "it needs an RTX GPU at the build, and none is here" if rtx and not here else None,
-        "timing_cache": "it keeps none" if rtx else None,
+        "strip": "building with it needs an RTX GPU, and this machine has none" if rtx and not here else None,
+        "timing_cache": "not supported: it does not use a timing cache" if rtx else None,
     }
     for key, reason in lacking.items():
         if reason is not None and read.get(key) not in (None, False, "none"):
@@ -135,14 +135,14 @@ def _check_memory(request: EngineRequest, weights: int) -> None:
     if needed > free > 0:
         raise OutOfSpace(
             f"{request.stem}: building takes at least {needed:,} bytes of memory, and {free:,} are available: free some, or "
-            "build where there is more and copy the bundle"
+            "build on a larger machine and copy the bundle"
         )
     if not FLAVOURS[request.backend].ahead:
         with Cuda.open() as cuda:
             free, where = cuda.free_memory(), cuda.device.name
         if weights > free:
             raise OutOfSpace(
-                f"{request.stem}: building takes at least {weights:,} bytes on {where}, and {free:,} are free: close what else "
+                f"{request.stem}: building takes at least {weights:,} bytes on {where}, and {free:,} are free: close other programs that "
                 "uses the GPU"
             )
 
@@ -173,7 +173,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
             what=request.stem,
             failed=EngineError,
             killed=OutOfSpace,
-            advice="free some, or build where there is more",
+            advice="free some, or build on a larger machine",
         )
         with contextlib.closing(messages):
             for message in messages:

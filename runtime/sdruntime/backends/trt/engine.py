@@ -215,7 +215,8 @@ def _refusal(bundle: Bundle, spec: EngineSpec, held: Session, size: int, library
     if any(words in reasons for words in _OUT_OF_MEMORY):
         return OutOfSpace(
             f"engine {spec.name}: {size:,} bytes and what it needs beside them do not fit on {device}, where "
-            f"{held.cuda.free_memory():,} are free ({reasons}): close what else uses the GPU, or open it with --low-memory"
+            f"{held.cuda.free_memory():,} are free ({reasons}): close other programs "
+            f"that use the GPU, or open it with --low-memory"
         )
     return EngineError(
         f"engine {spec.name}: {library} cannot open it on {device}: {reasons}; "

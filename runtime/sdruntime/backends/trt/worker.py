@@ -207,10 +207,10 @@ def _cause(what: str, trt: Any, log: Any) -> SdruntimeError:
     if short is not None:
         sizes = [int(found[1]) << 20 if "MB" in pattern.pattern else int(found[1])
                  for text in texts for pattern in _NEEDED if (found := pattern.search(text))]  # fmt: skip
-        needed = f"needs {max(sizes):,} bytes" if sizes else "needs more than there is"
+        needed = f"needs {max(sizes):,} bytes" if sizes else "needs more than is available"
         return OutOfSpace(
             f"{what}: out of memory while building: {needed}, {_free():,} are free ({short.strip()}); close what else uses the "
-            "memory, ask for a smaller size or batch, or give --option workspace=1G"
+            "memory, build for a smaller size or batch, or add --option workspace=1G"
         )
     errors = log.errors()
     reason = next((text for text in errors if "could not find any implementation" not in text.lower()), None)

@@ -61,7 +61,7 @@ def write_file(path: Path | str, data: bytes, *, overwrite: bool = True) -> None
 def png_from_image(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:
     """A PNG file of uint8 [H, W, 3] with `text` as tEXt, or as iTXt where it is not Latin-1. Raises SettingError."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise SettingError(f"a picture is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+        raise SettingError(f"an image is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
     height, width = image.shape[:2]
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
     texts = [_text_chunk(key, value) for key, value in (text or {}).items()]

@@ -82,6 +82,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         if not isinstance(key, str):
             raise SettingError(f"option {key!r}: its name must be text")
         if key in TRAINING:
-            raise SettingError(f"option {key}: the model was trained with the value in its scheduler_config.json; leave it out")
+            raise SettingError(f"option {key}: the model was trained with the value in its scheduler_config.json; omit it")
         if key not in OPTIONS:
             raise UnknownName("sampler option", key, OPTIONS)

@@ -51,7 +51,7 @@ def register(row: Sampler) -> None:
     A diffusers class fixes nothing, for the file says the rest. Raises SettingError where the row's own name is taken.
     """
     if (taken := _NAMES.get(folded(row.name))) is not None:
-        raise SettingError(f"sampler {row.name}: {taken[0].name} answers to this name already; give another")
+        raise SettingError(f"sampler {row.name}: {taken[0].name} has this name already; use another")
     _ROWS[row.name] = row
     for name in (row.name, *row.a1111):
         _NAMES.setdefault(folded(name), (row, row.implied))
