@@ -58,7 +58,7 @@ def replaced(place: Path) -> None:
     try:
         sized(place, 0)
     except BundleError as error:
-        if "replaced" not in str(error) and "exported anew" not in str(error):
+        if "replaced" not in str(error) and "exported again" not in str(error):
             raise
 
 

@@ -119,7 +119,7 @@ def _title(document: Mapping[str, Any]) -> str:
     settings = document["settings"]
     width, height = settings["size"]
     guided = f"guidance {settings['guidance']:g}" if settings["guidance"] > 1 else "no guidance"
-    pictures = "1 picture" if settings["batch"] == 1 else f"{settings['batch']} pictures"
+    pictures = "1 image" if settings["batch"] == 1 else f"{settings['batch']} images"
     return (
         f"{document['bundle']['name']}, {document['bundle']['precision']}: {pictures} of {width}×{height}, "
         f"{settings['steps']} steps, {guided}"

@@ -124,12 +124,12 @@ def test_the_page_is_what_is_generated() -> None:
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     assert page == support.page(support.read(ROOT / "reports")), "run: python -m benchmarks.gpu.support"
     if not list((ROOT / "reports").glob("*.json")):
-        assert "**Nothing of this project has run on a GPU so far.**" in page
+        assert "**Nothing in this project has run on a GPU so far.**" in page
 
 
 def test_a_report_makes_a_row_and_ends_the_confession() -> None:
     page = support.page([json.loads(FIXTURE.read_text(encoding="utf-8"))])
-    assert "Nothing of this project has run" not in page
+    assert "Nothing in this project has run" not in page
     row = "NVIDIA GeForce RTX 4070 (8.9) | TensorRT 11.4.0.106 | ran | 61.3 dB | 41.2 dB | 412 ms | 580.95.05, 13.0 | 2026-11-20"
     assert f"| {row} |" in page
     assert "| TensorRT 11.4.0.106 | ran on NVIDIA GeForce RTX 4070, calls checked against the API |" in page

@@ -82,7 +82,7 @@ def test_memory_that_runs_out_at_any_allocation(here: Machine, folder: Path, on_
                 here.driver.fail_next(name, 2, after=k)
                 with pytest.raises(OutOfSpace, match=free) as caught:
                     draw(pipe, on_device=on_device)
-                assert "are free: close other programs that uses the GPU" in str(caught.value)
+                assert "are free: close other programs that use the GPU" in str(caught.value)
                 again = draw(pipe, on_device=on_device)  # where there is room again, the same pipeline draws the same
                 assert same(again, reference)
             assert_nothing_left(here)  # though the error, with all that its traceback sees, is still here

@@ -73,7 +73,7 @@ def test_an_engine_of_another_version(machine: Make, surfaces: dict[str, Surface
         small_folder,
         EngineError,
         5,
-        "built with tensorrt 11.4.0.106, here is 10.16.1.11",
+        "built with tensorrt 11.4.0.106, installed is 10.16.1.11",
         f"sdruntime build {small_folder} --backend",
     )
     assert DESERIALISED not in here.trt.used

@@ -104,7 +104,7 @@ def shared(each: argparse.ArgumentParser, default: object) -> None:
 
 
 def setting(each: argparse.ArgumentParser, name: str, what: str, *, otherwise: bool = True) -> None:
-    """Add a number of a Request, with range and default in the help. `otherwise`: the default applies if it is omitted, else None."""
+    """Add a number of a Request, with range and default in the help. `otherwise`: if omitted, it has its default, not None."""
     allowed, default = RANGES[name], DEFAULTS[name]
     described = f"{what}: {allowed} ({default:g})"
     number = int if allowed.whole else float

@@ -70,7 +70,7 @@ def misfit(engine: EngineSpec, machine: Machine) -> str | None:
 def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str | None:
     if engine.target in CPU_OR_CUDA:
         if engine.target not in library.targets:
-            return f"built for {engine.target}, here is {', '.join(library.targets)}"
+            return f"built for {engine.target}, this machine has {', '.join(library.targets)}"
         return "built for cuda, but there is no CUDA device" if engine.target == "cuda" and not machine.devices else None
     if machine.device is None:
         return f"built for {engine.target}, but there is no CUDA device"

@@ -292,7 +292,7 @@ class Pipeline:
         rows = sum(len(job.rows) for job in jobs)
         return {"rows": rows, "height": height, "width": width, "sequence": jobs[0].sequence}
 
-    def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "picture {}".format) -> list[Array]:
+    def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "image {}".format) -> list[Array]:
         """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.
 
         `during` says of a picture, by its number, whose it is, for the error: NotFinite.

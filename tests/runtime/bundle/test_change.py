@@ -155,7 +155,7 @@ def test_an_engine_of_other_weights_is_not_added(bundle: Bundle) -> None:
     files = {**bundle.manifest.files, "unet/model.onnx": bundle.manifest.files["vae_decoder/model.onnx"]}
     older = Bundle(bundle.folder, dataclasses.replace(bundle.manifest, files=files))
     with (  # noqa: PT012
-        pytest.raises(BundleError, match="unet was exported anew"),
+        pytest.raises(BundleError, match="unet was exported again"),
         building(bundle, "unet-x") as (name, scratch),
     ):
         (scratch / "unet-x.json").write_text("{}")

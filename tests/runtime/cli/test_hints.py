@@ -39,7 +39,7 @@ CASES = [
         "known: onnxruntime, openvino, tensorrt",
     ),
     (["generate", "{bundle}", "x", "-o", "{out}", "--backend", "fast"], "unknown backend 'fast'"),
-    (["generate", "{bundle}", "x", "-o", "{out}", "--backend", "tensorrt"], "tensorrt cannot be used here"),
+    (["generate", "{bundle}", "x", "-o", "{out}", "--backend", "tensorrt"], "tensorrt cannot be used"),
     (["generate", "{bundle}", "x", "-o", "{out}", "--image", "{here}/none.png"], "none.png: cannot be read: no such file"),
     (["generate", "{bundle}", "x", "-o", "{out}", "--image", "{bytes}"], "bytes: "),
     (

@@ -163,7 +163,7 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--strength", "0.5"], "--strength 0.5 without --image"),
+        (["--strength", "0.5"], "--strength 0.5 has no effect without --image"),
         (["--threads", "-1"], "threads -1: expected 0 or more"),
         (["--device", "-1"], "device -1: expected 0 or more"),
         (["--guidance", "-5"], "guidance -5.0 is outside 0 to 100"),

@@ -138,8 +138,8 @@ def test_the_error_says_why_each_engine_does_not_fit_and_what_to_do(bundle: Bund
         choose_engine(crowd, "unet", Machine(libraries={"onnxruntime": ORT_CPU}), height=4, width=64)
     assert caught.value.exit_code == 5
     lines = str(caught.value).splitlines()
-    assert lines[1].endswith("built with onnxruntime 1.20.1, here is 1.32.0")
-    assert lines[2].endswith("built for cuda, here is cpu")
+    assert lines[1].endswith("built with onnxruntime 1.20.1, installed is 1.32.0")
+    assert lines[2].endswith("built for cuda, this machine has cpu")
     assert lines[3].endswith("built for 64x64 to 2048x2048, batch 1 to 16, sequence 77; requested is 512x32")
     assert lines[4] == f"build one: sdruntime build {bundle.folder} --backend onnxruntime --size 512x32"
 
@@ -191,7 +191,7 @@ def test_a_backend_that_cannot_run_here_is_named_with_what_fits(bundle: Bundle) 
         choose_engine(with_engines(bundle, ort("cpu")), "unet", here, name="tensorrt")
     assert str(caught.value).splitlines() == [
         "no tensorrt engine of unet fits this machine: (the bundle has no tensorrt engine of it)",
-        "tensorrt cannot be used here: it needs an NVIDIA GPU, and this machine has no NVIDIA GPU",
+        "tensorrt cannot be used: it needs an NVIDIA GPU, and this machine has no NVIDIA GPU",
         "leave --backend out: the bundle's onnxruntime engine fits",
     ]
     with pytest.raises(EngineError) as caught:

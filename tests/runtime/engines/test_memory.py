@@ -28,7 +28,7 @@ def test_weights_add_up_and_activations_share_a_place() -> None:
         (2800 * MIB, {}, None),
         (2700 * MIB, {}, "need 2,934,964,224 bytes and 2,831,155,200 are free: open it with --low-memory"),
         (2700 * MIB, {"low_memory": True}, None),
-        (2000 * MIB, {"low_memory": True}, "are free: close other programs that uses the GPU, or build engines for a smaller"),
+        (2000 * MIB, {"low_memory": True}, "are free: close other programs that use the GPU, or build engines for a smaller"),
         (1000 * MIB, {}, "close other programs that use the GPU"),
         (9000 * MIB, {"budget": 2700 * MIB}, "the budget is 2,831,155,200: open it with --low-memory"),
         (9000 * MIB, {"budget": 2700 * MIB, "low_memory": True}, None),

@@ -43,12 +43,12 @@ def test_inspect_lists_what_no_longer_fits_and_the_command_that_mends_it(
     assert main(["inspect", str(upgraded), "--stale"]) == 0
     *engines, last = capsys.readouterr().out.splitlines()
     assert [line.split("-fake1-")[0] for line in engines] == ["unet", "vae_decoder"]
-    assert all(line.endswith(": built with fake 1, here is 2") for line in engines)
+    assert all(line.endswith(": built with fake 1, installed is 2") for line in engines)
     assert last == f"build them again: sdruntime build {upgraded} --stale"
     assert main(["inspect", str(upgraded), "--stale", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1
-    assert {each["reason"] for each in found["stale"]} == {"built with fake 1, here is 2"}
+    assert {each["reason"] for each in found["stale"]} == {"built with fake 1, installed is 2"}
     assert [each["engine"].split("-")[0] for each in found["stale"]] == ["unet", "vae_decoder"]
 
 

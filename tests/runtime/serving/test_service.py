@@ -188,7 +188,7 @@ def test_a_device_buffer_is_refused_where_the_engines_or_the_process_cannot_reac
         ({"backend": "tensorrt-x"}, 2, "did you mean tensorrt"),
         ({"thread": 2}, 2, "options.thread: unknown key; did you mean threads, stream?"),
         ({"threads": -1}, 2, "threads -1"),
-        ({"queue": 0}, 2, "queue 0: at least 1 picture"),
+        ({"queue": 0}, 2, "queue 0: at least 1 image"),
         ({"memory": 0}, 2, "memory 0: at least 1 byte"),
         ({"device": "gpu"}, 2, "device 'gpu': expected a number, cuda:NUMBER, or a UUID"),
         ({"device": 3}, 3, "no NVIDIA driver"),

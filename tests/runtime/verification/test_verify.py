@@ -118,7 +118,7 @@ def test_engines_are_run_and_those_that_cannot_be_are_told(copy: Path) -> None:
     report = report_of(bundle, verify(bundle))
     assert report.passed, report.faults()
     told = {(each.component, each.status): each.reason for each in report.checks if each.reason}
-    assert "built with onnxruntime 0.1, here is" in told["text_encoder", "skip"]
+    assert "built with onnxruntime 0.1, installed is" in told["text_encoder", "skip"]
     assert "built for 96x96, batch 2, sequence 77; the golden numbers are of 48x32" in told["unet", "skip"]
     assert not any("fake" in each.engine for each in report.checks)
     ran = {each.engine for each in report.checks if each.status == "pass"}

@@ -146,7 +146,7 @@ def test_where_there_is_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     result = run("engines")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "there is no recipe in engines/" in result.stderr
+    assert "no recipe in engines/" in result.stderr
 
 
 def test_build_takes_a_recipe_and_a_model_beside_it_but_no_other_option(place: Path, sd1_checkpoint: Path) -> None:

@@ -119,7 +119,7 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
         if hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY")
         else "this version cannot (10.16 can)",
         "tiling": None if hasattr(trt, "TilingOptimizationLevel") else "this version cannot (10.16 can)",
-        "strip": "building with it needs an RTX GPU, and this machine has none" if rtx and not here else None,
+        "strip": "building with it needs an RTX GPU" if rtx and not here else None,
         "timing_cache": "not supported: it does not use a timing cache" if rtx else None,
     }
     for key, reason in lacking.items():
@@ -142,8 +142,8 @@ def _check_memory(request: EngineRequest, weights: int) -> None:
             free, where = cuda.free_memory(), cuda.device.name
         if weights > free:
             raise OutOfSpace(
-                f"{request.stem}: building takes at least {weights:,} bytes on {where}, and {free:,} are free: close other programs that "
-                "uses the GPU"
+                f"{request.stem}: building takes at least {weights:,} bytes on {where}, and {free:,} are free: "
+                "close other programs that use the GPU"
             )
 
 

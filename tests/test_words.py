@@ -1,0 +1,82 @@
+"""Text that users read is plain English: phrases of CONTRIBUTING's glossary that must not come back."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+# what the phrase is, and what to write
+PHRASES = {
+    r"\bpictures?\b": "image",
+    r"\bdr(?:ew|awn|awing|awings)\b|\bdraws? (?:an?|the|one|it|images?|with|from)\b": "generate",
+    r"\b(?:is|was|were|are|been|be) asked\b|\basked (?:for|of)\b": "request, requested",
+    r"\bthe former\b": "the existing bundle, the previous version",
+    r"\bgiven back\b|\bgives? (?:it|them|memory) back\b": "released",
+    r"\bleft out\b|\bleaves? (?:it|them|that|this|\w+ing) out\b|\bleaving out\b": "omit, skip, default",
+    r"\b(?:is|are|was|were|be|been) told\b|\btells? (?:of|what|which|how|whether|that)\b": "report, show, list",
+    r"\banew\b": "again, rebuild",
+    r"\bgolden numbers?\b": "reference outputs",
+    r"\bin company\b|\bmany callers\b": "concurrent requests",
+    r"\bhas none\b|\bis no Python\b": "is not available, non-Python",
+    r"\b(?:is|are) here\b(?! (?:refused|never|followed))|\bnothing here\b": "installed, available, on this machine",
+    r"\bwhat (?:it|they|PyTorch) answered\b": "reference outputs",
+    r"\bevery word that\b|\bmends? it\b|\bwhat mends\b": "how to fix it",
+}
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "engines/*.md", "examples/*/*.md", "benchmarks/*.md", "reports/*.md", "runtime/*.md")
+    for path in ROOT.glob(pattern)
+)
+SOURCES = sorted(path for top in ("runtime/sdruntime", "sdexport") for path in (ROOT / top).rglob("*.py"))
+
+
+def faults(text: str) -> list[str]:
+    """Return each phrase of the text that is listed, with what to write instead."""
+    flat = " ".join(text.split())
+    found = (
+        (match.group(), instead) for phrase, instead in PHRASES.items() for match in re.finditer(phrase, flat, re.IGNORECASE)
+    )
+    return [f"{phrase!r}: write {instead}" for phrase, instead in found]
+
+
+def prose(page: str) -> str:
+    """Return a Markdown page without its code, and CONTRIBUTING without its glossary."""
+    page = page.partition("\n## Language\n")[0]
+    page = re.sub(r"^```.*?^```|<!--.*?-->", "", page, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", page)
+
+
+def literals(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and text of what users read: strings of several words, and the docstrings of click commands."""
+    tree = ast.parse(source)
+    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = (node.body for node in ast.walk(tree) if isinstance(node, scopes) and node.body)
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings and " " in node.value:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.FunctionDef) and any("click.command" in ast.unparse(each) for each in node.decorator_list):
+            yield node.lineno, ast.get_docstring(node) or ""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_are_in_plain_words(path: Path) -> None:
+    assert faults(prose(path.read_text(encoding="utf-8"))) == []
+
+
+def test_messages_and_help_texts_are_in_plain_words() -> None:
+    found = []
+    for path in SOURCES:
+        for line, text in literals(path.read_text(encoding="utf-8")):
+            found += [f"{path.relative_to(ROOT)}:{line}: {fault}" for fault in faults(text)]
+    assert found == []
+
+
+def test_a_phrase_is_found() -> None:
+    assert faults("the picture\nis left out") == ["'picture': write image", "'left out': write omit, skip, default"]
+    assert faults(prose("`picture` and\n```\na picture\n```\nan image")) == []
