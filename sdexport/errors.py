@@ -7,7 +7,7 @@ SdexportError                 1   something failed
 │   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
 ├── BenchError                1   a contestant of a benchmark failed
 └── ExportError               1   a component's graph could not be made, or is not sound
-    ├── PrecisionError        1   values that the asked precision cannot hold; carries every fault
+    ├── PrecisionError        1   values that the requested precision cannot represent; lists every fault
     └── AuditError            1   a graph in half precision that is too far from its float32 one
 
 A message says what was wrong, where, the numbers, and the command or the change that mends it.
@@ -66,7 +66,7 @@ class ExportError(SdexportError):
 
 
 class PrecisionError(ExportError):
-    """Values that the asked precision cannot hold. `faults` holds one line for each tensor."""
+    """Values that the requested precision cannot represent. `faults` holds one line for each tensor."""
 
     def __init__(self, where: object, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)

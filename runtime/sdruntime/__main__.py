@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fail(error: BaseException, as_json: bool, **fields: Any) -> int:
-    """Tell of an error, for people and as the one document of --json; returns its exit code."""
+    """Report an error, as text or as the document of --json, and return its exit code."""
     if isinstance(error, UsageError):
         print(error.usage, file=sys.stderr)
     reason = reason_of(error)

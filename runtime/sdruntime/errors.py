@@ -2,12 +2,12 @@
 
 SdruntimeError                 1   something failed
 ├── NotFinite                  1   an engine returned NaN or infinite numbers
-├── QueueFull                  1   too many pictures wait already
+├── QueueFull                  1   too many requests are waiting
 ├── VerificationFailed         4   numbers are not those that the bundle promises; carries every fault
 ├── SettingError               2   a value that the caller gave: size, steps, sampler, prompt, scheduler setting
 │   ├── UnknownName            2   a name that is not in a list; carries the near ones
 │   ├── Unsupported            2   not with these engines, or not from another process
-│   └── BufferTooSmall         2   the picture has more bytes than the caller's memory
+│   └── BufferTooSmall         2   the image has more bytes than the caller's memory
 ├── EnvironmentFault           3   this machine lacks something
 │   ├── LibraryMissing         3   an engine library is not installed
 │   ├── DeviceMissing          3   no such GPU
@@ -53,7 +53,7 @@ class SdruntimeError(Exception):
 
 
 class NotFinite(SdruntimeError):
-    """An engine returned numbers that are NaN or infinite: what follows from them would be no picture.
+    """An engine returned NaN or infinite values, from which no image can follow.
 
     `row`: the first of the call's rows that are so, where one call is to blame.
     """
@@ -64,7 +64,7 @@ class NotFinite(SdruntimeError):
 
 
 class QueueFull(SdruntimeError):
-    """As many pictures wait as the queue holds: try again later."""
+    """The queue is full: try again later."""
 
 
 class VerificationFailed(SdruntimeError):
@@ -103,11 +103,11 @@ class UnknownName(SettingError):
 
 
 class Unsupported(SettingError):
-    """What is asked for cannot be had from these engines, or from another process."""
+    """These engines, or a worker process, do not support what was requested."""
 
 
 class BufferTooSmall(SettingError):
-    """The picture has more bytes than the memory that the caller gave for it."""
+    """The image has more bytes than the memory that the caller provided."""
 
 
 class EnvironmentFault(SdruntimeError):
@@ -121,7 +121,7 @@ class LibraryMissing(EnvironmentFault):
 
 
 class DeviceMissing(EnvironmentFault):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 class OutOfSpace(EnvironmentFault):

@@ -1,7 +1,7 @@
 """A bundle measured beside what its user would otherwise run: each contestant in a process of its own, called in turn.
 
-Every number is of this run. What cannot be told (the build time of an engine that was there already, the size of an engine that
-torch has not) is left out of the document.
+Every number is of this run. What is unknown (the build time of an engine that was there already, the size of an engine that
+torch has not) is missing in the document.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Measuring:
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """A contestant: what its process is told, and what is known of it."""
+    """A contestant: its process's job and its results."""
 
     name: str
     job: dict[str, Any]
@@ -96,8 +96,8 @@ def bench(
     """Measure the engines of `backend`, and each of `against` (a backend, or one of `TORCH`) beside them; returns the
     document.
 
-    `model`: the checkpoint for torch, the bundle's own source where None. `rebuild`: build the engines anew in a scratch copy,
-    for the shapes that are measured, and tell how long it took. A rival that fails is told of in the document; that the bundle's
+    `model`: the checkpoint for torch, the bundle's own source where None. `rebuild`: rebuild the engines in a temporary copy,
+    for the measured shapes, and report the time. A contestant that fails is reported in the document; that the bundle's
     own engines fail raises BenchError, and sdruntime's errors where none of them fits.
     """
     for name in against:

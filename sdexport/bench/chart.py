@@ -1,4 +1,4 @@
-"""A benchmark's document as Markdown tables, and as a picture: SVG, a bar for each contestant in each column."""
+"""A benchmark's document as Markdown tables, and as an image: SVG, a bar for each contestant in each column."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One contestant of a benchmark, in a process of its own: what it holds in memory is its own, and so is its cold start.
 
-The child runs this module with the job. It opens, draws a first picture and tells how long each part took; then it does
-what the parent asks, one JSON line for one JSON line, until its standard input ends.
+The child runs this module with the job. It opens, generates a first image and reports how long each part took; then it serves
+the parent's requests, one JSON line for one JSON line, until its standard input ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHORT = 0.02  # seconds: calls below it are made three in a row, the first of th
 
 
 class Contestant:
-    """The parent's end. Making it starts the child, `opened` waits for its first picture; leaving the context ends it.
+    """The parent's end. Making it starts the child, `opened` waits for its first image; leaving the context ends it.
 
     `job`: kind ("bundle", or one of `TORCH`), bundle, backend, checkpoint, request (the fields of a Request), batch, pictures (a
     file for the first ones). `deadline`, on time.monotonic's clock: what has not answered by then is killed.
@@ -47,14 +47,14 @@ class Contestant:
         )
 
     def opened(self) -> Message:
-        """`cold`: seconds of its `import_s`, `load_s`, `warmup_s` (the first picture) and of the `whole_s`, from the start of the
-        process to that picture, as this side saw it; `peak_memory`, `device_memory`, `versions`. Raises BenchError."""
+        """`cold`: seconds of its `import_s`, `load_s`, `warmup_s` (the first image) and of the `whole_s`, from the start of the
+        process to that image, as this side saw it; `peak_memory`, `device_memory`, `versions`. Raises BenchError."""
         told = self._read()
         told["cold"]["whole_s"] = time.monotonic() - self._begun
         return told
 
     def ask(self, do: str, **arguments: Any) -> Sequence[float]:
-        """Seconds of what the child was asked to do. Raises BenchError."""
+        """Return the seconds of the requested work. Raises BenchError."""
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # what ended it is told below
             print(json.dumps({"do": do, **arguments}), file=self._child.stdin, flush=True)
@@ -133,7 +133,7 @@ def _obey(drawer: Drawer, message: Message) -> list[float]:
 
 
 def _listen(asked: queue.SimpleQueue[str]) -> None:
-    """Pass on what the parent asks. The pipe ends when the parent does, and this process with it."""
+    """Pass on the parent's requests. The pipe ends when the parent does, and this process with it."""
     for line in sys.stdin:
         asked.put(line)
     os._exit(1)

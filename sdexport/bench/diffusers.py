@@ -1,4 +1,4 @@
-"""diffusers on the same checkpoint, eager and compiled, drawing what our pipelines draw: same noise, steps and scheduler.
+"""Run diffusers on the same checkpoint, eager and compiled, with the same noise, steps and scheduler as our pipelines.
 
 What a bundle is measured against, and what a user would otherwise run.
 """
@@ -24,7 +24,7 @@ EAGER, COMPILED = "diffusers eager", "diffusers torch.compile(max-autotune)"
 
 
 def missing(device: str = "cuda") -> str:
-    """Why diffusers cannot draw here; empty where it can."""
+    """Return why diffusers cannot run on this machine; empty if it can."""
     for name in ("torch", "diffusers", "transformers"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
@@ -65,7 +65,7 @@ class Diffusers:
         self._parts = {EAGER: (pipe.unet, pipe.vae.decode)}
 
     def compile(self, mode: str = "max-autotune") -> None:
-        """As diffusers' own guide to speed has it. The compiling itself happens with the first picture of each shape."""
+        """As diffusers' own guide to speed has it. The compiling itself happens with the first image of each shape."""
         compiled = self._torch.compile
         unet = compiled(self._pipe.unet, mode=mode, fullgraph=True)
         self._parts[COMPILED] = (unet, compiled(self._pipe.vae.decode, mode=mode, fullgraph=True))
@@ -91,7 +91,7 @@ class Diffusers:
                 torch.cuda.synchronize()
 
     def draw(self, name: str, asked: list[Request]) -> list[Array]:
-        """Pictures uint8 [H, W, 3] of requests that differ in nothing but their seeds."""
+        """Images uint8 [H, W, 3] of requests that differ in nothing but their seeds."""
         first, pipe, torch = asked[0], self._pipe, self._torch
         pipe.unet, pipe.vae.decode = self._parts[name]
         side = pipe.unet.config.sample_size
@@ -112,7 +112,7 @@ class Diffusers:
         return list((images * 255).round().astype(np.uint8))
 
     def first(self, name: str, asked: list[Request]) -> float:
-        """Seconds of the first picture: for the compiled one, the compiling."""
+        """Seconds of the first image: for the compiled one, the compiling."""
         begun = time.perf_counter()
         self.draw(name, asked)
         return round(time.perf_counter() - begun, 2)

@@ -1,4 +1,4 @@
-"""What a contestant's process holds: a bundle's engines, or torch. Each draws the same pictures and calls the same components."""
+"""What a contestant's process runs: a bundle's engines, or torch. Both generate the same images with the same components."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Clock:
 
 
 def requests(job: Message, *, few: int = 1) -> list[Request]:
-    """The pictures of one call: seeds rise from the request's own."""
+    """The images of one call: seeds rise from the request's own."""
     asked = dict(job["request"])
     asked["size"], asked["steps"] = tuple(asked["size"]), max(few, asked["steps"])
     seed = asked.pop("seed")

@@ -22,7 +22,7 @@ from sdruntime.pipeline.pipeline import SCHEDULER
 from sdruntime.system import processor
 from sdruntime.verification.golden import build_command
 
-FEW_STEPS = ("turbo", "lightning", "lcm", "hyper", "schnell")  # in the names of models that are distilled to draw unguided
+FEW_STEPS = ("turbo", "lightning", "lcm", "hyper", "schnell")  # in the names of models that need no guidance
 
 
 def bare(bundle: Path, place: Path) -> Path:
@@ -34,7 +34,7 @@ def bare(bundle: Path, place: Path) -> Path:
 
 
 def chosen(bundle: Bundle, name: str, machine: Machine, size: tuple[int, int]) -> list[EngineSpec]:
-    """The engines that a pipeline of this backend opens for such pictures. Raises EngineError, UnknownName."""
+    """The engines that a pipeline of this backend opens for such images. Raises EngineError, UnknownName."""
     width, height = (side // bundle.manifest.model.vae_factor for side in size)
     return [
         choose_engine(
@@ -86,7 +86,7 @@ def _is_dynamic(spec: EngineSpec) -> bool:
 
 
 def draws_unguided(bundle: Bundle) -> bool:
-    """Whether the checkpoint is one that was distilled to few steps without guidance, as far as its name and scheduler tell."""
+    """Whether the checkpoint is one that was distilled to few steps without guidance, judging by its name and scheduler."""
     name, scheduler = bundle.manifest.model.name.casefold(), str(bundle.read_json(SCHEDULER).get("_class_name"))
     return any(word in name for word in FEW_STEPS) or scheduler in ("LCMScheduler", "TCDScheduler")
 

@@ -1,4 +1,4 @@
-"""How anything is measured here: percentiles, contestants in turn, likeness of pictures, inputs of one component."""
+"""How anything is measured here: percentiles, contestants in turn, likeness of images, inputs of one component."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdruntime.pipeline.result import Result
 from sdruntime.verification.metrics import picture_psnr
 
 Array = NDArray[Any]
-Draw = Callable[[int], list[Array]]  # a seed -> pictures, uint8 [H, W, 3]
+Draw = Callable[[int], list[Array]]  # a seed -> images, uint8 [H, W, 3]
 Turn = Callable[[int], Sequence[float]]  # a round -> the seconds of one call or of some; rounds below 0 warm up
 WARM, LEAST, MOST = 2, 5, 40  # rounds
 _EVER = float("inf")
@@ -81,7 +81,7 @@ def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER
 
 
 def race(entries: Mapping[str, Draw], *, seconds: float, until: float = float("inf")) -> dict[str, Any]:
-    """Whole pictures, in turn. Each contestant: its times, or its `error`; and the PSNR of its pictures against the first one's,
+    """Whole images, in turn. Each contestant: its times, or its `error`; and the PSNR of its images against the first one's,
     of the same seed. `seconds`, `until`: see `in_turn`."""
     told: dict[str, Any] = {name: {} for name in entries}
     reference: list[Array] = []
@@ -131,7 +131,7 @@ def feeds_of(component: ComponentSpec, dims: Mapping[str, int], factor: int) -> 
 
 
 def dims_of(engine: Engine, pipe: Pipeline, *, batch: int, guided: bool) -> dict[str, int]:
-    """The dimensions of a call of this component for `batch` pictures of the model's own size."""
+    """The dimensions of a call of this component for `batch` images of the model's own size."""
     size = pipe.model.default_size[::-1]
     return call_dims(engine.spec.component, engine.component, pipe.bundle.manifest, size, batch=batch, guided=guided)
 
@@ -139,7 +139,7 @@ def dims_of(engine: Engine, pipe: Pipeline, *, batch: int, guided: bool) -> dict
 def call_dims(
     name: str, component: ComponentSpec, manifest: Manifest, size: tuple[int, int], *, batch: int, guided: bool
 ) -> dict[str, int]:
-    """The dimensions of a call of the component `name` for `batch` pictures of one prompt. `size`: (width, height) in pixels."""
+    """The dimensions of a call of the component `name` for `batch` images of one prompt. `size`: (width, height) in pixels."""
     width, height = (side // manifest.model.vae_factor for side in size)
     rows = {"guided": batch * (1 + guided), "texts": 1 + guided}.get(role(name).rows, batch)
     known = {"batch": rows, "height": height, "width": width, "sequence": manifest.text_length}
@@ -147,7 +147,7 @@ def call_dims(
 
 
 def drawn(pipe: Pipeline, asked: list[Request], *, on_device: bool) -> list[Array]:
-    """Whole pictures, from the prompt on."""
+    """Whole images, from the prompt on."""
     if on_device:
         return pipe(asked).pixels
     stream = pipe.stream(asked)

@@ -1,4 +1,4 @@
-"""What a build is asked for, and what it tells on its way."""
+"""The options of a build and the events that it yields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdruntime.engines.building import BuildEvent, BuildRequest
 class ExportOptions:
     """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
     of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32.
-    `verify`: golden numbers are made, and what this machine can run is held to them."""
+    `verify`: make reference outputs, and check against them what this machine can run."""
 
     revision: str | None = None
     precision: Precision = "fp32"
@@ -48,7 +48,7 @@ class EngineProgress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
     """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes. `checks`:
-    how many outputs and pictures were held to their numbers. `changes`: a line for each setting of the checkpoint that diffusers'
+    how many outputs and images were checked. `changes`: a line for each setting of the checkpoint that diffusers'
     pipeline changes when it opens it, as it is changed in the bundle."""
 
     folder: Path

@@ -1,7 +1,7 @@
 """The conductor: a checkpoint in, a bundle out, and what happens on the way as events.
 
 The ONNX and what belongs to it are written to a staging folder that takes the bundle's place by one rename; an export that fails
-or is interrupted leaves the former bundle as it was. Engines are added to the whole bundle, one by one. So the next try goes on
+or is interrupted leaves the existing bundle untouched. Engines are added to the whole bundle, one by one. So the next try goes on
 where this one ended: traces are kept, and engines that are there stay.
 """
 
@@ -48,7 +48,7 @@ def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProg
     A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
     errors for the disk and the engines.
     """
-    for asked in options.engines:  # what is wrong with these is told before the long work
+    for asked in options.engines:  # mistakes in these are reported before the long work
         asked.resolve_library(options.precision)
     exported = yield from export(model, out, options)
     written = yield from _engines(out, options)
@@ -201,7 +201,7 @@ def _proved(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count:
 
 
 def _engines(folder: Path, options: ExportOptions) -> Generator[EngineProgress, None, int]:
-    """The engines that were asked for; returns the bytes written."""
+    """The engines that were requested; returns the bytes written."""
     written = 0
     for asked in options.engines:
         for event in build_engines(folder, asked, check=held if options.verify else None):

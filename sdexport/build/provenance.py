@@ -41,7 +41,7 @@ def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options
 
 
 def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
-    """Whether `out` is a whole bundle made of the same inputs, its bytes as they were written; with golden numbers, if asked."""
+    """Return whether `out` is an intact bundle made of the same inputs; with reference outputs, if `verified`."""
 
     def current(bundle: Bundle) -> bool:
         if verified and DOCUMENT not in bundle.manifest.files:

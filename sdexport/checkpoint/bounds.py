@@ -1,4 +1,4 @@
-"""How deep a network may be: no deeper than its weights. A config is a few bytes, and what it asks for may be without end.
+"""How deep a network may be: no deeper than its weights. A config is a few bytes, and may request a network of any depth.
 
 `check_depth` looks at the names of the stored weights before anything is made; `at_most` ends the making of a module that has
 more weights than are stored, whatever key of the config multiplied them.
@@ -54,7 +54,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _layers(part: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, the last layer that it asks for) of each key that counts layers."""
+    """Yield (key, the last layer that it requests) for each key that counts layers."""
     if part.startswith("text_encoder"):
         yield from _last("num_hidden_layers", "encoder.layers", config.get("num_hidden_layers", 12))
         return

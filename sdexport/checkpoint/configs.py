@@ -210,7 +210,7 @@ _CLIP_TYPES = ("clip_text_model", "clip")
 
 
 def read_config(kind: str, written: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
-    """The value of every key that is read for a class, with its default where the file has none; faults are added by name.
+    """The value of every key that is read for a class, with its default if the file lacks it; faults are added by name.
 
     The class is the one that model_index.json names, whatever the config says of itself, as in diffusers.
     """
@@ -316,6 +316,6 @@ def text_width(unet: Mapping[str, Any]) -> int:
 
 
 def default_size(unet: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """(height, width) in pixels that a pipeline draws where nothing else is requested."""
+    """Return the default (height, width) of images, in pixels."""
     height, width = unet["sample_size"] if isinstance(unet["sample_size"], list) else (unet["sample_size"],) * 2
     return height * factor, width * factor

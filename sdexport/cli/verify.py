@@ -1,4 +1,4 @@
-"""The commands that hold a bundle to numbers: verify and bench."""
+"""The command verify."""
 
 from __future__ import annotations
 

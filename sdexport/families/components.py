@@ -1,7 +1,7 @@
 """The table of components: which networks a checkpoint becomes, from which of its folders, and with which tensors.
 
 Keep equal to DESIGN's "Component tensors". Dimension names are chosen by the call; those of an output that follow from the input
-(the picture's side from the latent's) have names of their own.
+(the image's side from the latent's) have names of their own.
 """
 
 from __future__ import annotations

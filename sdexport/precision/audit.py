@@ -3,7 +3,7 @@
 First what must: a node whose output overflows and those that take it, and a node with a constant that the type cannot hold. Then,
 where the rest in half precision is too far from float32 at the component's output, the nodes whose rounding costs most there are
 added until it is not, and each is taken out again that the limits do not need. Overflows are looked for in all activations,
-errors in some of them; a search is made on smaller pictures where the fault is seen in these, and what it finds is held to the
+errors in some of them; a search is made on smaller images where the fault is seen in these, and what it finds is held to the
 whole ones.
 """
 
@@ -183,10 +183,10 @@ class _Search:
         self.names = rounding.names
         self.inside = {name for core in attentions for name in core}
         self.feeds = list(judged(feeds))
-        self.twins: dict[int, Feed] = {}  # of these feeds, by their number: the same of a smaller picture
+        self.twins: dict[int, Feed] = {}  # of these feeds, by their number: the same of a smaller image
         self.known: dict[tuple[int, frozenset[str]], Likeness] = {}
         self.hard: list[Feed] = []  # what a search is made on, the last one is the newest
-        self.hardest = 0  # the number of the feed that this one is, or is the smaller picture of
+        self.hardest = 0  # the number of the feed that this one is, or is the smaller image of
 
     def choices(self, needed: frozenset[str]) -> Iterator[frozenset[str]]:
         kept = self.fewest(needed)
@@ -221,7 +221,7 @@ class _Search:
             kept = self._grown(needed)
 
     def costs(self, names: Sequence[str]) -> dict[str, float]:
-        """The error at the component's output where one node alone is rounded, of a smaller picture; of the first `_EACH`."""
+        """The error at the component's output where one node alone is rounded, of a smaller image; of the first `_EACH`."""
         return {name: self._cost([name]) for name in names[:_EACH]}
 
     def _twin(self, number: int) -> Feed:
@@ -285,13 +285,13 @@ class _Search:
         return sorted(names, key=lambda name: -costs[name])
 
     def _cost(self, half: Collection[str]) -> float:
-        """The error at the component's output where these nodes alone are rounded: of the hardest feed's smaller picture."""
+        """The error at the component's output where these nodes alone are rounded: of the hardest feed's smaller image."""
         twin = self._twin(self.hardest)
         return likeness(twin.outputs, self.rounding.run(twin, half)).error
 
 
 def _smaller(arrays: Mapping[str, Array], graph: ir.Graph) -> dict[str, Array]:
-    """The middle of pictures whose sides a call chooses; sides stay multiples of 8. Nodes' errors are ranked by these."""
+    """The middle of images whose sides a call chooses; sides stay multiples of 8. Nodes' errors are ranked by these."""
     found = dict(arrays)
     for value in graph.inputs:
         array = arrays.get(str(value.name))

@@ -1,8 +1,8 @@
-"""Real activations: what a few prompts, drawn by sdruntime's own pipeline over the float32 ONNX, put into each component.
+"""Record real activations: the inputs of each component while sdruntime's pipeline generates a few images with the float32 ONNX.
 
 The engines of that pipeline are the bundle's ONNX files themselves, run row by row with their values measured. What the UNet is
 fed is kept at each step, with and without the prompt, what the VAE decodes is what the UNet made, and there are 4-sigma latents
-and a random picture as well. All of it follows from seeds.
+and a random image as well. All of it follows from seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_environment() -> None:
 
 
 def probe(folder: Path) -> None:
-    """Draw with the float32 bundle in `folder`, and write what its components were fed, and their values' magnitudes, beside
+    """Generate with the float32 bundle in `folder`, and write the inputs of its components and their values' magnitudes beside
     their ONNX.
 
     Raises ExportError for numbers that are not finite, with the component, the node and the prompt.
@@ -103,7 +103,7 @@ def _encode(pipe: Pipeline, picture: Array) -> None:
 
 
 class _Probe:
-    """The measured engines of a bundle, and where a drawing is: its prompt and step, for a person."""
+    """The measured engines of a bundle, and the current prompt and step, for messages."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.at = bundle, ""

@@ -25,7 +25,7 @@ ENGINES = ("backend", "target", "size", "batch", "guidance", "options", "compone
 COMPONENT = ("size", "batch", "guidance", "options")
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", STEP)
 _TARGET = re.compile(r"current|ampere\+|sm\d{2,3}|cuda|cpu")
-# checks the form of sizes and batches; what the real model adds (its multiple) is told before the export begins
+# checks the form of sizes and batches; the real model's multiple is checked before the export begins
 _ANY_MODEL = ModelSpec(
     name="any", family="sd1", prediction_type="epsilon", scaling_factor=1.0, vae_factor=1, size_multiple=1, default_size=(1, 1)
 )
@@ -33,8 +33,8 @@ _ANY_MODEL = ModelSpec(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a bundle is built and with which engines. `model`: a folder, from here, or a hub id; `revision`: of the latter.
-    `audit`, `verify`: whether half precision is measured, and whether the bundle and its engines are held to golden numbers."""
+    """How a bundle is built and with which engines. `model`: a folder, relative to the file, or a model id; `revision`: of it.
+    `audit`, `verify`: whether to measure half precision, and whether to check the bundle and its engines."""
 
     name: str
     model: str
@@ -46,7 +46,7 @@ class Recipe:
     verify: bool = True
 
     def of(self, model: str) -> Recipe:
-        """The same for another checkpoint. The revision was the former's."""
+        """Return the recipe for another checkpoint, without the revision, which belonged to the first."""
         return dataclasses.replace(self, model=model, revision=None)
 
 
@@ -143,7 +143,7 @@ class _Reader:
     def components(
         self, table: Mapping[str, Any], where: Where, name: str
     ) -> dict[str, tuple[dict[str, Any], dict[str, str]] | None]:
-        """The components that are not as the others: their own shapes and options, or None for one that is left out."""
+        """The components that are not as the others: their own shapes and options, or None for one that is omitted."""
         found: dict[str, tuple[dict[str, Any], dict[str, str]] | None] = {}
         where = (*where, "components")
         tables = table.get("components", {})

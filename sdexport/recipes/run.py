@@ -29,7 +29,7 @@ class Builder(Protocol):
         ...
 
     def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
-        """`verify`: hold each to the bundle's golden numbers before it is added."""
+        """`verify`: hold each to the bundle's reference outputs before it is added."""
         ...
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
-PROBE = "probe"  # in place of a component: draw with the float32 bundle, to see what its components are fed
+PROBE = "probe"  # instead of a component: generate with the float32 bundle, to record the inputs of its components
 AUDIT = "audit.json"
 
 

@@ -1,1 +1,1 @@
-"""A bundle held to its checkpoint in PyTorch."""
+"""Compare a bundle with its checkpoint in PyTorch."""

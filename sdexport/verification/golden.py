@@ -1,7 +1,8 @@
-"""The golden numbers of a bundle: the checkpoint's own modules in PyTorch, in float32, on sdruntime.verification.golden's inputs.
+"""Make the reference outputs of a bundle with the checkpoint's own modules in PyTorch, in float32.
 
-In a process of its own, one network in memory at a time (two text encoders together, which are smaller than their UNet). The
-images are those of diffusers' own pipeline over these networks: `sdexport.verification.original`.
+The inputs are those of `sdruntime.verification.golden`. This runs in a process of its own, with one network in memory at a time
+(two text encoders together, which are smaller than their UNet). The images are those of diffusers' own pipeline over these
+networks: `sdexport.verification.original`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _OWN = "weights."  # as in sdexport.trace.to_onnx
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenJob:
-    """The golden numbers of the bundle in `bundle`, which is staged and has none, from the checkpoint that it was made of."""
+    """Make the reference outputs of the staged bundle in `bundle`, from the checkpoint that it was built from."""
 
     checkpoint: str
     bundle: str
@@ -135,7 +136,7 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
 
 
 def make_golden(job: GoldenJob) -> Iterator[str]:
-    """Write the golden numbers into the bundle: yields the name of each network that begins.
+    """Write the reference outputs into the bundle: yields the name of each network that begins.
 
     Raises NotFinite for a checkpoint whose numbers are not finite in float32 already.
     """

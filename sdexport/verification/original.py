@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Lend = Callable[[str], "nn.Module"]  # a component's name -> its wrapper of sdexport.families.modules, with its weights
 
-# schedulers whose noise is no plain draw from a generator, and the one whose image stands in for theirs
+# schedulers that do not take their noise straight from a generator, and the one whose image is used for them
 STAND_INS = {"DPMSolverSDEScheduler": ("euler", "EulerDiscreteScheduler")}
 
 
@@ -43,7 +43,7 @@ def stand_in(checkpoint: Checkpoint) -> str | None:
 
 
 def original_images(checkpoint: Checkpoint, drawings: Sequence[Drawing], lend: Lend) -> list[Array]:
-    """The image of each drawing, uint8 [H, W, 3], by diffusers' pipeline in float32 on the CPU.
+    """Generate the reference images, uint8 [H, W, 3], with diffusers' pipeline in float32 on the CPU.
 
     Those of one size and number of steps go together. Raises NotFinite, and ExportError where diffusers refuses the checkpoint.
     """

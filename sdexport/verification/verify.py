@@ -1,4 +1,4 @@
-"""A bundle held to its numbers: after a build in a process of its own, and beside its checkpoint in PyTorch."""
+"""Check a bundle: after a build in a process of its own, and against its checkpoint in PyTorch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ADVICE = "free some, build on a larger machine, or build with --no-verify"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """`checks`: how many outputs and pictures were held to their numbers; `peak`: bytes of memory."""
+    """`checks`: how many outputs and images were checked; `peak`: bytes of memory."""
 
     checks: int
     peak: int
 
 
 def verified_apart(folder: Path, *, what: str) -> Proof:
-    """Hold the bundle's ONNX to its golden numbers, where ONNX Runtime is here. Raises VerificationFailed."""
+    """Hold the bundle's ONNX to its reference outputs, where ONNX Runtime is here. Raises VerificationFailed."""
     checks, peak = 0, 0
     messages = run_apart(
         "sdruntime.verification.verify",

@@ -12,7 +12,7 @@ from sdruntime.errors import UnknownName
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """`folder`: where its two files are. `exact`: an engine needs the very version that built it, else major and minor are
-    enough. `static`: built for the asked shapes alone where nothing else is said, else for every size. `loop`: it can keep the
+    enough. `static`: built for the asked shapes alone by default, else for every size. `loop`: it can keep the
     sampler's loop on the GPU, so it builds the component `step` too."""
 
     folder: str

@@ -89,7 +89,7 @@ class Bundle:
     def lending(self, paths: Iterable[str], *, verified: bool = False) -> Iterator[dict[str, memoryview]]:
         """Yield maps of large files, by path, for a library that takes them in while the block runs.
 
-        Their hashes are checked meanwhile, or before the block where `verified`; their pages are given back meanwhile
+        Their hashes are checked meanwhile, or before the block where `verified`; their pages are released meanwhile
         (`giving_back`). What was made of them is to be believed after the block, and must not refer to them then. Raises
         BundleError, in place of what went wrong in the block because of it, where a hash is wrong or a file was written to.
         """

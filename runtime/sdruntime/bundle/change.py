@@ -100,7 +100,7 @@ def add_engine(
 
     `built`: new path in the bundle -> built file. `check` is given the bundle as it would be, before the manifest is written;
     where it raises, the bundle stays as it was. An engine for which `present` holds, which another build has added meanwhile,
-    stands in for this one. Raises BundleError if the component was exported anew since.
+    stands in for this one. Raises BundleError if the component was exported again since.
     """
     specs = {path: file_spec(source) for path, source in built.items()}  # hashed and synced before the lock is taken
 

@@ -99,7 +99,7 @@ def _depth_exceeds(value: Any, most: int) -> bool:
 
 
 def json_from_record(value: Any) -> Any:
-    """Plain lists and dicts from dataclasses, tuples and mappings, in the order of the fields. A None field is left out."""
+    """Plain lists and dicts from dataclasses, tuples and mappings, in the order of the fields. A None field is omitted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {name: json_from_record(item) for name, item in fields.items() if item is not None}

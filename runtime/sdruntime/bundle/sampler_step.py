@@ -6,7 +6,7 @@ input. Hence
     [next_state; sample] = weights · [state; uncond; cond; noise]
 
 for each job, with `state` the last x and the last model outputs in SLOTS rows (unused ones with weight 0). `cells` are the
-numbers of one picture's latents; `sample` is given twice, for the two rows that guidance takes.
+numbers of one image's latents; `sample` is given twice, for the two rows that guidance takes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build(options: argparse.Namespace) -> None:
-    """`sdruntime build`: engines, each held to the golden numbers before it is added."""
+    """`sdruntime build`: build engines and check each against the reference outputs before it is added."""
     from sdruntime.engines.building import build_engines, rebuild_stale
     from sdruntime.verification.verify import held
 

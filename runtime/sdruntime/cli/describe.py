@@ -24,7 +24,7 @@ from sdruntime.system.memory import available_memory
 
 
 def machine_document(machine: Machine) -> dict[str, Any]:
-    """`free`: bytes of each GPU; null where its driver would not tell."""
+    """`free`: bytes of each GPU; null if its driver does not report it."""
     board = jetson()
     return {
         "sdruntime": __version__,

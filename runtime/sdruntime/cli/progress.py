@@ -48,7 +48,7 @@ class Activity:
         return f"{self.done}/{self.total}"
 
     def pace(self, now: float) -> list[str]:
-        """The rate and the time that is left, where they can be told."""
+        """Return the rate and the remaining time, if they are known."""
         elapsed = now - self.begun
         if not 0 < self.done < self.total or elapsed <= 0:
             return []

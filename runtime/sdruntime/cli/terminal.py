@@ -114,7 +114,7 @@ def document(**fields: Any) -> None:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """The fields of a --json document that tell of an error: its name, exit code and reason; `faults` where it has several."""
+    """Return the fields of a --json document for an error: its name, exit code and reason; `faults` if it has several."""
     fields: dict[str, Any] = {"error": type(error).__name__, "code": code_of(error), "reason": reason_of(error)}
     if faults := getattr(error, "faults", ()):
         fields["faults"] = list(faults)

@@ -1,4 +1,4 @@
-"""The commands that hold a bundle to its golden numbers: build, which adds engines, and verify."""
+"""The command verify: check a bundle against its reference outputs."""
 
 from __future__ import annotations
 

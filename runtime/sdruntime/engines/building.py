@@ -120,7 +120,7 @@ def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | Non
 
 
 def stale_engines(bundle: Bundle) -> list[EngineSpec]:
-    """The engines whose library is here in another version than the one that they need: `rebuild_stale` makes them anew."""
+    """Return the engines that need another version of their library than the installed one; `rebuild_stale` rebuilds them."""
     found = []
     for engine in bundle.manifest.engines:
         if engine.backend in BACKENDS:
@@ -131,7 +131,7 @@ def stale_engines(bundle: Bundle) -> list[EngineSpec]:
 
 
 def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator[BuildEvent]:
-    """Build each stale engine again with this library, as it was asked for, and take the stale one out. Raises as above."""
+    """Rebuild each stale engine with this library, with the same request, and remove the stale one. Raises as above."""
     bundle = Bundle.open(folder)
     tidy(bundle.folder)
     for engine in stale_engines(bundle):

@@ -179,7 +179,7 @@ def _cannot_build(name: str, machine: Machine, precision: Precision) -> str | No
 
 
 def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
-    """The option that asks for engines of these dimensions, where they are a picture's."""
+    """Return the option that builds engines for these dimensions, if they are an image's."""
     if not {"width", "height"} <= dims.keys():
         return ""
     factor = role(component).factor(manifest.model.vae_factor)

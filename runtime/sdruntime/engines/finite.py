@@ -1,4 +1,4 @@
-"""No bad picture leaves silently: every output of an engine is looked at before it is used.
+"""Check every output of an engine for NaN and infinite values before it is used.
 
 A sum over a tensor is finite only if the tensor is, so one pass over the outputs is all that a good call costs: some microseconds
 beside the milliseconds of a step. A sum that overflows by itself is looked at again, number by number.

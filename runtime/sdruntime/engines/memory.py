@@ -1,7 +1,7 @@
-"""What a pipeline takes of a GPU's memory, told before anything is loaded.
+"""How much GPU memory a pipeline needs, computed before anything is loaded.
 
 Weights and buffers add up over components. Activations do not: components run one after the other in one arena, which is as large
-as the largest of them asks for.
+as the largest of them needs.
 """
 
 from __future__ import annotations

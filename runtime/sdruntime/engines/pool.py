@@ -26,9 +26,9 @@ OPENERS = 2  # engines on the CPU that are opened at a time
 
 
 class Engines:
-    """The best engine of each component for each shape, `chosen` when made, opened by `open` or when first asked for.
+    """The best engine of each component for each shape, `chosen` when made, opened by `open` or at the first use.
 
-    `given`: they are the caller's instead, who opens and closes them; it is asked for a component's before each use of it.
+    `given`: the caller opens and closes the engines instead; it returns a component's before each use.
     `busy` says whether jobs are on their way, whose UNet stays open. Raises EngineError where no engine fits this machine,
     UnknownName for a backend.
     """
@@ -49,7 +49,7 @@ class Engines:
         self._backend, self._busy = backend, busy
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
-        # a bundle that cannot run here is told of before anything is opened
+        # fail early if no engine of the bundle can run on this machine
         self.chosen = self._choose_all() if given is None else []
 
     def open(self) -> None:
@@ -139,7 +139,7 @@ class Engines:
         return max(1, max(profile["batch"][2] for spec in alike for profile in spec.profiles) // 2)
 
     def _choose_all(self) -> list[EngineSpec]:
-        """An engine of each component but those that are opened later: when the first picture comes in, and when a loop stays on
+        """An engine of each component but those that are opened later: when the first image comes in, and when a loop stays on
         the GPU."""
         return [
             choose_engine(self.bundle, name, self._machine, name=self._backend, rows=self._usual_rows(name))

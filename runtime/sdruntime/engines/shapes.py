@@ -1,4 +1,4 @@
-"""Which shapes engines are built for: said in pictures, turned into the profiles of each component."""
+"""Which shapes engines are built for: from sizes and counts of images to the profiles of each component."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST = 4  # times the default side
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
     """`sizes` in pixels (width, height) and `batches` in images of one call, each as (min, opt, max); every size goes with every
-    batch. `guidance`: whether a picture takes two rows of a UNet call (on), one (off), or the one or the other (any)."""
+    batch. `guidance`: whether an image takes two rows of a UNet call (on), one (off), or the one or the other (any)."""
 
     sizes: tuple[tuple[Size, Size, Size], ...]
     batches: tuple[tuple[int, int, int], ...]
@@ -48,7 +48,7 @@ class Shapes:
     ) -> Shapes:
         """From lists, separated by commas, of "WxH", "MIN:MAX" or "MIN:OPT:MAX" of sizes and of batches. Raises SettingError.
 
-        What is not said is, for a `static` engine, the model's own size, one image and guidance on; else every size from the
+        The default is, for a `static` engine, the model's own size, one image and guidance on; else every size from the
         smallest to four times the model's own side, 1 to 8 images, and guidance on or off.
         """
         height, width = model.default_size

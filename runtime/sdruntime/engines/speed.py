@@ -1,6 +1,6 @@
 """Which of a bundle's CPU engines is quickest here: a UNet call of each kind, timed once and kept in the user's cache.
 
-Once kept, the answer does not change: it belongs to the processor, the libraries' versions, the engines' files and the threads.
+Once cached, the result does not change: it belongs to the processor, the libraries' versions, the engines' files and the threads.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def cpu_speeds(bundle: Bundle, machine: Machine, options: EngineOptions) -> dict
 
 
 def measure(bundle: Bundle, race: Race, options: EngineOptions) -> dict[str, float]:
-    """The least seconds of some calls of each kind, in turn, after one to warm up. A kind that fails is told of and left out."""
+    """The least seconds of some calls of each kind, in turn, after one to warm up. A kind that fails is reported and skipped."""
     component, factor = bundle.manifest.components[UNET], bundle.manifest.model.vae_factor
     random = np.random.default_rng(0)
     feeds: dict[str, Array] = {}

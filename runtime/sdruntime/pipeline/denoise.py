@@ -24,7 +24,7 @@ def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[
     """Advance every job that is not done by one model call, and yield; until all are done.
 
     Jobs of one shape and one text length go together; `steppers` makes what advances such a group, a `Call` or several. They are
-    made anew when a job joins or leaves: the caller may change `jobs` between two steps. Raises NotFinite: after the very call
+    made again when a job joins or leaves: the caller may change `jobs` between two steps. Raises NotFinite: after the very call
     where the loop is here, at its end where it runs on a device. What a call raises is also the `error` of each job that it
     concerns; the other jobs are sound, and another `denoise` goes on with them.
     """
@@ -44,7 +44,7 @@ def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[
                     call.advance()
             yield
     except BaseException as error:
-        with contextlib.suppress(*() if isinstance(error, GeneratorExit) else (SdruntimeError,)):  # the first is told
+        with contextlib.suppress(*() if isinstance(error, GeneratorExit) else (SdruntimeError,)):  # the first one is reported
             _finish(calls)
         raise
     _finish(calls)
@@ -60,7 +60,7 @@ def check_latents(job: Job) -> None:
 
 @contextlib.contextmanager
 def _concerning(jobs: Sequence[Job]) -> Iterator[None]:
-    """What goes wrong in the block is the error of those jobs, where it is not told of one of them already."""
+    """Mark an error in the block as that of these jobs, unless it names one of them already."""
     try:
         yield
     except Exception as error:
@@ -84,7 +84,7 @@ def _finish(calls: list[Stepper]) -> None:
 
 
 class Call:
-    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written anew for each call. `unet`
+    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written again for each call. `unet`
     gives the engine, which may be another one in the next step. The unconditional rows come first."""
 
     def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:

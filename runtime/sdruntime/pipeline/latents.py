@@ -1,4 +1,4 @@
-"""Pictures <-> latents, through the VAE's engines."""
+"""Images <-> latents, through the VAE's engines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decode(
 
 
 def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec, bundle: Path | None = None) -> Array:
-    """Pictures float32 [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, H/f, W/f], a draw from the VAE's posterior.
+    """Images float32 [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, H/f, W/f], a draw from the VAE's posterior.
 
     `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20] as diffusers does. Raises NotFinite.
     """
@@ -53,6 +53,6 @@ def _channels(values: Sequence[float]) -> Array:
 
 def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:
     """SDXL's size conditioning, float32 [6]: original size, crop corner, target size, each (height, width) in pixels
-    (arXiv 2307.01952, section 2.2): an uncropped picture of the size that is drawn."""
+    (arXiv 2307.01952, section 2.2): an uncropped image of the generated size."""
     height, width = shape[1] * model.vae_factor, shape[2] * model.vae_factor
     return np.array([height, width, 0, 0, height, width], np.float32)

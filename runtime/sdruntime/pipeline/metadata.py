@@ -39,7 +39,7 @@ MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What generated an image, beside its request. `sampler`, `schedule`: AUTOMATIC1111's names, ours where it has none.
+    """What generated an image, beside its request. `sampler`, `schedule`: AUTOMATIC1111's names, or ours if it has no name.
 
     `ours`: our name of a schedule that shares its name there with another. `spacing`: the timestep_spacing in use, "" with a
     schedule. `backend`: the UNet's engine library, its version and target.

@@ -1,4 +1,4 @@
-"""Prompt -> tokens -> text encoder -> denoise -> VAE -> picture."""
+"""Prompt -> tokens -> text encoder -> denoise -> VAE -> image."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Loop = Generator[None, None, None]  # of `denoise`
 
 
 class Stream:
-    """The pictures on their way: iterate for a State after each model call, then take `result`.
+    """The images being generated: iterate for a State after each model call, then read `result`.
 
     Leaving the loop early is a way to stop: `result` is then made of the latents as they are.
     """
@@ -79,7 +79,7 @@ class Stream:
                 yield State(step=step, steps=steps, jobs=self.jobs)
 
     def _device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
-        """All steps at once only where nobody watches, and all jobs end together: when one ends they are grouped anew."""
+        """Run all steps at once only if nobody watches and all jobs end together; when one ends, they are grouped again."""
         together = len({job.run.steps - job.run.step for job in self.jobs if not job.done}) == 1
         return self._pipe.device_steppers(jobs, whole=together and not self.watched)
 
@@ -133,7 +133,7 @@ class Pipeline:
 
     @classmethod
     def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
-        """A pipeline over engines that the caller opens and closes: `given` is asked for a component's before each use of it."""
+        """A pipeline over engines that the caller opens and closes: `given` returns a component's before each use."""
         return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
 
     def __repr__(self) -> str:
@@ -194,10 +194,10 @@ class Pipeline:
         return str(self._schedule["_class_name"]) if row is None else row.name
 
     def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
-        """Draw. `settings` are those of `Request`, and `count`: pictures for each prompt. Picture k has the seed `seed` + k.
+        """Generate images. `settings` are those of `Request`, and `count`: images per prompt. Image k has the seed `seed` + k.
 
         Raises SettingError for a setting out of range, EngineError for a size that no engine takes, NotFinite for an engine whose
-        numbers are no picture.
+        numbers are no image.
         """
         stream = self.stream(prompt, on_device=True, **settings)
         stream.watched = False
@@ -293,9 +293,9 @@ class Pipeline:
         return {"rows": rows, "height": height, "width": width, "sequence": jobs[0].sequence}
 
     def decode(self, latents: Sequence[Array], during: Callable[[int], str] = "image {}".format) -> list[Array]:
-        """Each of the latents float32 [C, h, w] as a picture float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.
+        """Each of the latents float32 [C, h, w] as an image float32 [3, f·h, f·w] in about [-1, 1]; equal shapes go together.
 
-        `during` says of a picture, by its number, whose it is, for the error: NotFinite.
+        `during` names an image by its number, for the error NotFinite.
         """
         decoded: dict[int, Array] = {}
         for shape in dict.fromkeys(x.shape for x in latents):
@@ -373,6 +373,6 @@ def _under_way(loops: Iterable[Loop]) -> bool:
 
 
 def _abandon(loop: Loop) -> None:
-    """Close it; what goes wrong is told to whoever reads its latents, and does not hide why a pipeline is closed."""
+    """Close it. An error is raised to readers of its latents, and does not hide why the pipeline is closed."""
     with contextlib.suppress(SdruntimeError):
         loop.close()

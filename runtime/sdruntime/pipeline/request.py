@@ -182,7 +182,7 @@ def _sides(size: Any) -> tuple[int, int]:
 def requests(
     prompt: str | Request | Iterable[str | Request], *, count: int = 1, seed: int | None = None, **settings: Any
 ) -> list[Request]:
-    """One Request a picture: `count` for each prompt, in order. Picture k of them all has the seed `seed` + k.
+    """Return one Request per image: `count` for each prompt, in order. Image k of them all has the seed `seed` + k.
 
     `seed` None: a random one. A Request among the prompts stands for itself, with its own seed and settings; beside
     nothing but Requests other settings are refused. Raises SettingError.

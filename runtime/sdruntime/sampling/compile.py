@@ -62,7 +62,7 @@ def compile_table(
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Steps that image to image leaves out: it does the last int(steps·strength) (diffusers' img2img pipelines)."""
+    """Steps that image to image omits: it does the last int(steps·strength) (diffusers' img2img pipelines)."""
     if not 0 < strength <= 1:
         raise SettingError(f"strength {strength!r}: it must lie above 0 and up to 1")
     if int(steps * strength) < 1:

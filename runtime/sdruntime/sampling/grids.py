@@ -1,7 +1,7 @@
 """The way through the noise: a Path of steps from Point to Point, cut from a Curve as scheduler_config.json says.
 
 A grid is a function `(settings, steps, begin) -> Path`. `settings` holds every key that the sampler reads; `begin`
-counts the steps that an image-to-image start leaves out. Where papers differ from diffusers, grids follow diffusers:
+counts the steps that an image-to-image start omits. Where papers differ from diffusers, grids follow diffusers:
 the same checkpoint shall be asked about the same timesteps.
 """
 
@@ -64,7 +64,7 @@ def chained(points: list[Point], begin: int, start_sigma: float, levels: Levels)
 def spaced(spacing: str, steps: int, trained: int, offset: int, *, last: int | None = None, extra: int = 0) -> Array:
     """Timesteps, falling, by the three spacings of arXiv 2305.08891, table 2.
 
-    `extra` = 1 makes one more and drops the lowest, which is how the DPM-Solver family leaves out timestep 0. `last`
+    `extra` = 1 makes one more and drops the lowest, which is how the DPM-Solver family omits timestep 0. `last`
     is where the curve is cut (lambda_min_clipped). Raises SettingError where `offset` leads beyond the trained ones.
     """
     last = trained if last is None else last
@@ -216,7 +216,7 @@ def vp_grid(
     flow_from_one: bool = False,
     starts_trained: bool = False,
 ) -> Path:
-    """DPM-Solver's grid: whole timesteps, of which one more is cut and the lowest left out, or a schedule over all.
+    """DPM-Solver's grid: whole timesteps, of which one more is cut and the lowest omitted, or a schedule over all.
 
     `final` is the final_sigmas_type of the samplers that do not read that key. With `repeats_last` "sigma_min" means that
     a schedule's last sigma comes twice, otherwise it is the lowest trained sigma, even where a schedule ends below it.
@@ -277,7 +277,7 @@ def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> t
     trained = len(curve.sigmas)
     if kind == "simple":  # every n-th trained level, as ComfyUI and A1111 name it
         times = trained - 1 - np.floor(np.arange(steps) * (trained / steps))
-    elif kind == "sgm_uniform":  # evenly in t, the end left out
+    elif kind == "sgm_uniform":  # evenly in t, the end omitted
         times = np.linspace(trained - 1, 0, steps + 1)[:-1]
     else:  # normal: evenly in t, timestep 0 included (k-diffusion's get_sigmas)
         times = np.linspace(trained - 1, 0, steps)

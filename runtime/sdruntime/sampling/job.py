@@ -12,7 +12,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.sampling.executor import Run
 
-IN_FLIGHT = 2  # steps that are queued on a device before the host waits for the first of them, where nothing else is said
+IN_FLIGHT = 2  # steps that are queued on a device before the host waits for the first of them, by default
 Row = Mapping[str, Array]  # inputs of the UNet by name, for one row of a call: without the axis `batch`, to be read only
 
 
@@ -55,7 +55,7 @@ class Job:
 class State:
     """Between two model calls.
 
-    `jobs[k].run.x`, the latents of picture k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
+    `jobs[k].run.x`, the latents of image k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
     """
 
     step: int  # model calls so far

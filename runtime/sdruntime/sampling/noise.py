@@ -1,4 +1,4 @@
-"""Seeded normal noise in NumPy that follows `torch.randn` on a CPU generator, so that pictures compare by seed.
+"""Seeded normal noise in NumPy that follows `torch.randn` on a CPU generator, so that images compare by seed.
 
 Mersenne Twister (Matsumoto & Nishimura 1998) and Box-Muller (1958) in the order of torch's `normal_` for float32
 (aten/src/ATen/native/cpu/DistributionTemplates.h): draws of 16 and more in blocks of 16, smaller ones pair by pair in float64.

@@ -190,5 +190,5 @@ RATIO_SCHEDULES: Mapping[str, Callable[[float, float, int], Array]] = {
 
 
 def shifted(sigma: Array, shift: float) -> Array:
-    """Flow sigmas moved towards noise, for larger pictures (Stable Diffusion 3, arXiv 2403.03206, equation 23)."""
+    """Flow sigmas moved towards noise, for larger images (Stable Diffusion 3, arXiv 2403.03206, equation 23)."""
     return np.asarray(shift * sigma / (1 + (shift - 1) * sigma))

@@ -1,20 +1,20 @@
-"""A queue of pictures whose jobs share UNet calls: what a service draws with.
+"""A queue for concurrent requests, whose jobs share UNet calls.
 
     with Pipeline.open("bundle") as pipe, Batcher(pipe) as batcher:
         future = batcher.submit(Request(prompt="a red fox in snow", seed=7), progress=print)
-        picture = future.result()
+        image = future.result()
 
-**Policy.** One thread draws. Between two steps it lets jobs leave (VAE) and join (text encoder, VAE of a start image), one after
-the other, so a job that arrives while there is room waits for the step that is under way and for what joins or leaves before it.
-A lone job waits for no company. Jobs of one latent size and one text length share a call, whatever their step, sampler and
-prompt; each step advances every job that runs, and calls are padded and split to what the UNet's engines take. Jobs start in
-the order in which they came, `running` of them at a time: by default as many pictures as one call of the UNet's largest profile
-takes, both rows of guidance counted (`--batch` of the build), since more would slow those that run and quicken none. Each job
-that runs takes the activations of its rows, so lower `running` where memory is short. With TensorRT the loop stays on the GPU
-(`denoise`), and the host waits for each step there, so that a boundary is one.
+**Policy.** One thread generates. Between two steps, finished jobs leave (VAE) and new ones join (text encoder, VAE of a start
+image), one after the other. A new job waits for the current step and for the jobs that join or leave before it; a single job
+never waits for others. Jobs of the same latent size and text length share a call, whatever their step, sampler and prompt. Each
+step advances every running job, and calls are split and padded to what the UNet's engines take. Jobs start in the order of their
+submission, `running` of them at a time. The default is the number of images that one call of the UNet's largest profile takes,
+both rows of guidance counted (`--batch` of the build): more would slow down the running jobs and speed up none. Each running job
+needs memory for the activations of its rows, so lower `running` if memory is short. With TensorRT, the loop stays on the GPU
+(`denoise`) and the host waits for each step, so that jobs can join and leave there.
 
-**Bytes.** A job that runs alone from its first step to its last draws the picture of `Pipeline(...)` to the byte. In company
-it differs by what an engine's arithmetic does with the rows of a larger call.
+**Bytes.** A job that runs alone from its first step to its last returns the same bytes as `Pipeline(...)`. In a larger batch,
+the engine's arithmetic may change the last bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUEUE = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where a job is: `step` of `steps` model calls are done, none when it has just joined. `latents`: a copy, float32 [C, h, w],
-    where a preview was asked for."""
+    where a preview was requested."""
 
     step: int
     steps: int
@@ -62,7 +62,7 @@ class Timings:
 
 
 class Drawing(concurrent.futures.Future[Image]):
-    """A picture to come: a Future of the standard library that can be cancelled while it runs. Every method may be called from
+    """The future image of a request: a standard Future that can also be cancelled while it runs. Every method may be called from
     any thread. `timings`, and `warnings` (lines for a person), are complete once it is done."""
 
     def __init__(self, batcher: Batcher) -> None:
@@ -96,7 +96,7 @@ class Drawing(concurrent.futures.Future[Image]):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Entry:
-    """What the batcher holds of a drawing until it is done."""
+    """What the batcher keeps about a request until it is done."""
 
     drawing: Drawing
     request: Request
@@ -112,8 +112,8 @@ class Batcher:
     """A queue over an open pipeline, which nobody else uses meanwhile; leaving the context cancels what is not done and waits for
     the step that is under way. Leave it before the pipeline.
 
-    `queue`: how many pictures may wait beside those that run; `running`: how many run at a time (see above). Raises SettingError
-    for less than one of either. Every method may be called from any thread, callbacks included.
+    `queue`: how many requests may wait besides the running ones; `running`: how many run at a time (see above). Raises
+    SettingError for less than one of either. Every method may be called from any thread, callbacks included.
     """
 
     def __init__(self, pipeline: Pipeline, *, queue: int = QUEUE, running: int | None = None) -> None:
@@ -126,7 +126,7 @@ class Batcher:
         self._held: dict[Drawing, _Entry] = {}
         self._waiting: collections.deque[_Entry] = collections.deque()
         self._open = False
-        self._jobs: dict[Job, _Entry] = {}  # the drawing thread's own
+        self._jobs: dict[Job, _Entry] = {}  # used by the generating thread only
         self._thread = threading.Thread(target=self._draw, name="sdruntime-batcher", daemon=True)
 
     def __repr__(self) -> str:
@@ -152,10 +152,11 @@ class Batcher:
     ) -> Drawing:
         """Put a request into the queue, or a prompt with the `settings` of a Request and a random seed; it never waits.
 
-        What is wrong with its settings or its numbers is the drawing's exception. A call of several jobs that an engine fails is
-        made again for each of them alone, and what that raises is the job's (on a GPU the loop has gone on: it is all of theirs).
+        A wrong setting or NaN is the exception of its future. If an engine fails on a call of several jobs, the call is repeated
+        for each of them alone, and only a job whose own call fails gets the exception (on a GPU, all of them get it, since the
+        loop has gone on).
 
-        `progress` is called when the job joins and after each of its steps, `done` at its end, both on the thread that draws (or,
+        `progress` is called when the job joins and after each of its steps, `done` at its end, both on the generating thread (or,
         for a job that never ran, on the one that cancels or closes), which waits for them: be quick. What `progress` raises ends
         the job. `preview`: with the latents, which on a GPU waits for a copy.
         Raises QueueFull, SdruntimeError where the batcher is not open, SettingError for a setting that no request has.
@@ -216,7 +217,7 @@ class Batcher:
         entry.drawing.timings.total = time.monotonic() - entry.submitted
         entry.drawing._end(*(None, None) if cancelled else (picture, error))
 
-    # -- the thread that draws
+    # -- the generating thread
 
     def _draw(self) -> None:
         fault: BaseException | None = None
@@ -241,7 +242,7 @@ class Batcher:
                 self._end(entry, error=fault)
 
     def _wait(self) -> bool:
-        """For something to draw; False once that is over."""
+        """Wait for a job; return False once the batcher is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._waiting or not self._open)
             return self._open
@@ -267,7 +268,7 @@ class Batcher:
                 self._jobs[job] = entry
 
     def _leave(self) -> None:
-        """After a step: who is done, was cancelled, or cannot be told of it."""
+        """After a step: finish the jobs that are done, were cancelled, or whose callback failed."""
         for job, entry in list(self._jobs.items()):
             picture, error = None, None
             try:
@@ -293,7 +294,7 @@ class Batcher:
         return picture
 
     def _fail(self, error: Exception) -> None:
-        """End the jobs that an error concerns: those of its call, or all of them where none can be told."""
+        """End the jobs that an error concerns: those of its call, or all of them if that is unknown."""
         concerned = [job for job in self._jobs if job.error is not None] or list(self._jobs)
         for job in concerned:
             self._end(self._jobs.pop(job), error=job.error or error)

@@ -26,7 +26,7 @@ def add_arguments(each: argparse.ArgumentParser) -> None:
 
 
 def answers(options: argparse.Namespace) -> dict[str, str]:
-    """What the options of `add_arguments` ask for, by their names: one line each. `build` is done."""
+    """Return the lines that the options of `add_arguments` request, by name. Runs the build for `build`."""
     found = {}
     if options.build is not None:
         found["build"] = str(build_library(options.build))

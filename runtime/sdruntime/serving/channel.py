@@ -27,7 +27,7 @@ _PIECE = 1 << 16
 
 
 class Received(NamedTuple):
-    """A message, its blob (None where there is none, or it was skipped), and the bytes that the blob has."""
+    """A message, its blob (None if it has none or it was skipped), and the blob's size in bytes."""
 
     message: bytes
     blob: memoryview | None

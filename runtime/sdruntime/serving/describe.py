@@ -1,4 +1,4 @@
-"""What a service tells of its pipeline when it is ready."""
+"""The description of its pipeline that a service sends when it is ready."""
 
 from __future__ import annotations
 

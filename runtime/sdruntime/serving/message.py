@@ -86,9 +86,9 @@ class RequestMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """`image`: (width, height) of the picture to begin from, whose rows are the blob. `device_buffer`: the address of
+    """`image`: (width, height) of the start image, whose rows are the blob. `device_buffer`: the address of
     `device_buffer_size` bytes of the caller's on the engines' GPU, which get the rows too: rounded to uint8 on the host, then
-    copied on the engines' stream, and there when "done" is told."""
+    copied on the engines' stream, and complete when "done" is sent."""
 
     op: Literal["submit"]
     job: int

@@ -1,26 +1,26 @@
-"""The pictures of one bundle for a host that is no Python: messages in, events out, over a Batcher. What `runtime/capi` embeds.
+"""Serve one bundle to a non-Python host: messages in, events out, over a Batcher. `runtime/capi` embeds this.
 
-A message is a JSON object in UTF-8, with a blob of bytes where that is said. From the host:
+A message is a JSON object in UTF-8, some with a blob of bytes. From the host:
 
     {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.OpenOptions`
     {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows
-    {"op": "cancel", "job": ID}                                 of a job that is over: nothing
-    {"op": "close"}                                             cancels what is not done; answered by "closed", the last event
+    {"op": "cancel", "job": ID}                                 no effect on a finished job
+    {"op": "close"}                                             cancels all unfinished jobs; answered by "closed", the last event
 
 To the host, each job's events in order and ended by one "done" or "failed":
 
     {"event": "ready", "describe": {...}}                       `describe.pipeline_document`
-    {"event": "refused", "code": N, "message": TEXT}            and "reason", where a host may want to act on it: `REASONS`
+    {"event": "refused", "code": N, "message": TEXT}            and "reason", if a host may want to act on it: `REASONS`
     {"event": "started", "job", "steps"}
     {"event": "progress", "job", "step", "steps", "preview": [C, h, w]}     blob: float32 latents; both only with "preview": true
     {"event": "done", "job", "width", "height", "seed", "sampler", "timings", "warnings", "rgb": BYTES, "png": BYTES}
-                                                                blob: RGB8 rows, then the PNG's bytes where it was asked for
+                                                                blob: RGB8 rows, then the PNG's bytes if requested
     {"event": "failed", "job", "code", "message"}               and "reason", the same or "closed"
     {"event": "log", "level": "warning" or "error", "message"}
     {"event": "closed"}
 
 Codes are the exit codes of the command line (`errors`), and 130 for a cancelled job. `python -m sdruntime.serving.service FD` is
-the same in a process of its own, over the Unix socket FD (`channel`): it ends when the socket does.
+the same as a separate process, over the Unix socket FD (`channel`); it exits when the socket closes.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _start_image(asked: Submit, blob: bytes | memoryview | None, given: int) -> 
 
 
 def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: bool) -> None:
-    """Raises SettingError for a device buffer that the picture cannot be put into."""
+    """Raises SettingError for a device buffer that the image cannot be put into."""
     if asked.device_buffer is None:
         return
     where = f"device_buffer of job {asked.job}"
@@ -294,7 +294,7 @@ def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: boo
 
 
 def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:
-    """On the stream that the engines work on, which is waited for; on the thread that draws."""
+    """Copy on the engines' stream and wait for it, on the generating thread."""
     from sdruntime.backends.trt.session import session
 
     held = pipe.engines.shared.get(("cuda", pipe.engines.options.device), lambda: session(pipe.engines.options))
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sdruntime.serving.service: {error}", file=sys.stderr, flush=True)
         code = 1
     sys.stdout.flush()
-    os._exit(code)  # nobody waits for the pictures, and large libraries take seconds to take themselves down
+    os._exit(code)  # nobody waits for the images, and large libraries take seconds to shut down
 
 
 if __name__ == "__main__":

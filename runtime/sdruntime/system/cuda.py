@@ -57,7 +57,7 @@ class Device:
 
 @functools.cache
 def load_driver() -> Any:
-    """The driver's library, or None where there is none or it refuses to start (then there is no GPU to use)."""
+    """The driver's library, or None if it is missing or does not start (then there is no GPU to use)."""
     for name in DRIVERS:
         with contextlib.suppress(OSError):
             driver = ctypes.CDLL(name)
@@ -160,7 +160,7 @@ class Cuda:
 
     def release(self, name: str, *arguments: Any) -> None:
         """Call what gives something back, or waits for work that nobody wants any more. It never raises: what the driver answers
-        is an error of work before, and must not hide that, or keep others from being given back."""
+        is an error of work before, and must not hide that, or keep others from being released."""
         try:
             self._driver.cuCtxSetCurrent(self._context)
         finally:  # Ctrl-C may come in between
@@ -281,7 +281,7 @@ class Stream:
         self.cuda.call("cuStreamSynchronize", c_void_p(self.handle))
 
     def settle(self) -> None:
-        """Wait until nothing of this stream is under way, and what it uses can be given back. Never raises."""
+        """Wait until this stream is idle and what it uses can be released. Never raises."""
         self.cuda.release("cuStreamSynchronize", c_void_p(self.handle))
 
     def event(self) -> Event:

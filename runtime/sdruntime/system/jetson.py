@@ -1,4 +1,4 @@
-"""What a Jetson tells of itself: board, L4T release, power mode."""
+"""What a Jetson reports about itself: board, L4T release, power mode."""
 
 from __future__ import annotations
 

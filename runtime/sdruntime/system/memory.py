@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes of the system's memory that can be had without swapping (MemAvailable); 0 where the system does not tell."""
+    """Return the bytes of system memory available without swapping (MemAvailable); 0 if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

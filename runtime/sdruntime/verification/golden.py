@@ -1,7 +1,7 @@
-"""The golden numbers of a bundle: what its networks must answer, as their reference in PyTorch answered it in float32.
+"""The reference outputs of a bundle: what its networks returned in PyTorch, in float32.
 
     golden/golden.json    Golden: cases, drawings, tolerances, and which checkpoint was run
-    golden/numbers.npz    a sample of each output of each case; the picture of each drawing
+    golden/numbers.npz    a sample of each output of each case; the image of each drawing
 
 Inputs are not stored: `feeds` makes them again from a seed, the same on every machine to one unit in the last place.
 """
@@ -133,7 +133,7 @@ class Golden:
 
 
 def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, ...]:
-    """The calls that a bundle's golden numbers are of: each component at a small size in two rows, and at the model's own in one
+    """The calls of a bundle's reference outputs: each component at a small size in two rows, and at the model's own in one
     (a VAE up to 768×768 pixels). `step`, which is arithmetic without weights, has none.
 
     `vocabulary`: of each text encoder, how many tokens it knows.
@@ -159,7 +159,7 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
 
 
 def drawings_of(manifest: Manifest, *, steps: int = 6, sampler: str | None = None) -> tuple[Drawing, ...]:
-    """The images of a bundle's golden numbers: two prompts, the model's own examples first, at most 256 pixels a side where the
+    """The reference images of a bundle: two prompts, the model's own examples first, at most 256 pixels a side where the
     model allows it."""
     model = manifest.model
     multiple = math.lcm(model.size_multiple, 8)  # diffusers' pipelines take eights, whatever the VAE's factor
@@ -197,7 +197,7 @@ def sample_of(output: Array, seed: int) -> Array:
 
 
 def write_golden(bundle: Bundle, golden: Golden, numbers: Mapping[str, Array]) -> Bundle:
-    """The bundle with these golden numbers, in place of those that it had."""
+    """Return the bundle with these reference outputs instead of its own."""
     packed = io.BytesIO()
     np.savez_compressed(packed, **numbers)  # type: ignore[arg-type]
     document = json.dumps(json_from_record(golden), indent=1, allow_nan=False) + "\n"
@@ -215,9 +215,9 @@ def build_command(bundle: Bundle, precision: Precision | None = None) -> str:
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
-    """The golden numbers of a bundle.
+    """Return the reference outputs of a bundle.
 
-    Raises BundleError where it has none, telling how to make them, or where they are damaged.
+    Raises BundleError if it has none, with the command that makes them, or if they are damaged.
     """
     if DOCUMENT not in bundle.manifest.files or NUMBERS not in bundle.manifest.files:
         fault = "no reference outputs: it was built with --no-verify, or by an older sdexport"

@@ -40,12 +40,12 @@ class Difference:
 
 
 def picture_psnr(ours: Pixels, reference: Pixels) -> float:
-    """In dB, of uint8 pictures, with 255 as the peak; EQUAL at most."""
+    """In dB, of uint8 images, with 255 as the peak; EQUAL at most."""
     return _decibels(255.0, float(np.mean((ours.astype(np.float64) - reference) ** 2)))
 
 
 def ssim(ours: Pixels, reference: Pixels) -> float:
-    """Mean structural similarity of two uint8 pictures [H, W, 3], over all windows of 8×8 pixels of every channel.
+    """Mean structural similarity of two uint8 images [H, W, 3], over all windows of 8×8 pixels of every channel.
 
     Wang, Bovik, Sheikh, Simoncelli 2004, equation 13, with K1 = 0.01, K2 = 0.03 and uniform windows, as in their section III-B.
     """

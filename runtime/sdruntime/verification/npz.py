@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST = 16 << 20  # bytes, unpacked. A bundle's golden numbers have 1 MB
+LARGEST = 16 << 20  # bytes, unpacked. A bundle's reference outputs have 1 MB
 _HEADER = re.compile(rb"\{'descr': '([<|][fiub]\d)', 'fortran_order': False, 'shape': \(([\d, ]{0,200})\), \}\s*")
 _NOT_A_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError, IndexError)
 

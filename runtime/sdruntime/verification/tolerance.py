@@ -1,6 +1,6 @@
 """The limits that an engine of each precision must hold, in one table.
 
-`sdruntime verify` holds engines to them, `sdexport` its audit of half precision, and README and docs show them
+`sdruntime verify` applies them to engines, `sdexport` to its audit of half precision, and docs/verification.md shows them
 (`docs/generate.py`). bfloat16 has 8 significant bits where float16 has 11: its errors are up to 2³ = 8 times as large, 18 dB.
 """
 

@@ -1,4 +1,4 @@
-"""A bundle against its golden numbers: every engine that this machine can run, and its own ONNX through ONNX Runtime."""
+"""Check a bundle against its reference outputs: every engine that this machine can run, and its ONNX in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ Reference = Callable[[Case], Mapping[str, Array]]
 def verify(
     folder: Path | str | Bundle, *, options: EngineOptions | None = None, against: Reference | None = None
 ) -> Iterator[Check | PictureCheck]:
-    """Run what can be run: a Check for each output, a PictureCheck for each picture; what is passed over has its reason.
+    """Yield a Check for each output and a PictureCheck for each image; a skipped one has its reason.
 
-    `against` answers a case with whole outputs, in place of the stored samples. Raises BundleError for a bundle without golden
-    numbers, and LibraryMissing where there is no library that could run anything.
+    `against` returns whole outputs for a case, instead of the stored samples. Raises BundleError for a bundle without reference
+    outputs, and LibraryMissing where there is no library that could run anything.
     """
     bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
     golden, numbers = read_golden(bundle)
@@ -83,8 +83,8 @@ def subjects(bundle: Bundle) -> int:
 
 
 def held(bundle: Bundle, engine: EngineSpec) -> str:
-    """Hold one engine to the golden numbers, for a build. Returns why it could not be run here; "" where it was, or where the
-    bundle has no golden numbers of it. Raises VerificationFailed."""
+    """Check one engine against the reference outputs, for a build. Returns why it could not run here; "" if it did, or if the
+    bundle has no reference outputs for it. Raises VerificationFailed."""
     if DOCUMENT not in bundle.manifest.files or engine.backend == "fake" or engine.component == STEP:
         return ""
     golden, numbers = read_golden(bundle)

@@ -46,7 +46,7 @@ class Built:
     platform: str = ""
     seconds: float = 0.0
     peak: int = 0
-    notes: tuple[str, ...] = ()  # for a person: where the engine is short of what was asked for
+    notes: tuple[str, ...] = ()  # for a person: where the engine is short of what was requested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
 
 
 def library() -> Any:
-    """The module openvino, its telemetry left out: importing it would send an event. Raises LibraryMissing."""
+    """Return the module openvino with its telemetry disabled: importing it would send an event. Raises LibraryMissing."""
     silenced = "openvino" not in sys.modules and _TELEMETRY not in sys.modules
     if silenced:
         sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # an import of it fails; openvino has a stub for that

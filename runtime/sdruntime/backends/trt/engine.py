@@ -166,7 +166,7 @@ def here(name: str) -> Library:
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> TrtEngine:
-    """Deserialise a plan from the file that was hashed, which is given back at once.
+    """Deserialise a plan from the file that was hashed, which is released at once.
 
     Raises BundleError for a changed plan, DeviceMissing, OutOfSpace, EngineError for what TensorRT refuses.
     """

@@ -1,7 +1,7 @@
 """What became of a half-precision graph: the layers of a built engine that are not in half, and its attentions that were fused.
 
 Read from the engine inspector's JSON at detailed verbosity, which spells types and layers differently from version to version, so
-what is not recognised is left out and never guessed.
+what is not recognised is omitted and never guessed.
 """
 
 from __future__ import annotations

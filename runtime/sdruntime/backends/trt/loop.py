@@ -1,6 +1,6 @@
 """The sampler's loop on a GPU: a UNet call, the component `step`, and nothing of the host between two steps.
 
-A step is recorded once as a CUDA graph and launched again for every step of every picture of its shape. What differs from step to
+A step is recorded once as a CUDA graph and launched again for every step of every image of its shape. What differs from step to
 step (timesteps, coefficients, noise) is worked out beforehand for all of them and copied into its place on the device; guidance
 and the sampler's sum happen there. The host only looks, by asking for events, how far the device has come.
 

@@ -26,7 +26,7 @@ class Arena:
     moves: int = 0
 
     def reserve(self, size: int) -> Buffer:
-        """The arena, at least `size` bytes. Growing waits for the work that still uses the former one. Raises OutOfSpace."""
+        """The arena, at least `size` bytes. Growing waits for the work that still uses the previous one. Raises OutOfSpace."""
         if self.buffer is None or self.buffer.size < size:
             self.close()
             self.buffer = self.cuda.allocate(size, "the activations of an engine")

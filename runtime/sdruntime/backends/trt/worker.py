@@ -77,7 +77,7 @@ def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> tupl
 
 
 def _network_flags(trt: Any) -> int:
-    """Strongly typed: asked for in 10.x, always so in 11.x."""
+    """Strongly typed: requested in 10.x, always so in 11.x."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -194,7 +194,7 @@ def _timing_cache(trt: Any, config: Any, job: Mapping[str, Any]) -> Any:
     if FLAVOURS[job["backend"]].ahead or job["options"].get("timing_cache") is False or not devices():
         return None
     cache = config.create_timing_cache(read_cached(_timing_name(trt)) or b"")
-    if not config.set_timing_cache(cache, False):  # of another build of the library: begin anew
+    if not config.set_timing_cache(cache, False):  # of another build of the library: start again
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache

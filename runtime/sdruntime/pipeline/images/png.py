@@ -1,4 +1,4 @@
-"""Pictures: float arrays of the VAE to and from uint8, and PNG files, by NumPy and zlib alone.
+"""Images: float arrays of the VAE to and from uint8, and PNG files, by NumPy and zlib alone.
 
 to_uint8, from_uint8                [.., 3, H, W] in [-1, 1]  <->  uint8 [.., H, W, 3]
 write_file                          bytes -> a file that is wholly there

@@ -57,7 +57,7 @@ class Conditioner:
 
     tokenizers: Mapping[str, Tokenizer]
     bundle: Path | None = None
-    _kept: dict[str, Condition] = field(default_factory=dict)  # the text asked for last at the end
+    _kept: dict[str, Condition] = field(default_factory=dict)  # the most recently used text is the last
 
     @classmethod
     def open(cls, bundle: Bundle) -> Conditioner:

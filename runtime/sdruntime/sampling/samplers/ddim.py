@@ -1,4 +1,4 @@
-"""DDIM and DDPM: the clean estimate and the noise that is left, mixed anew for the next level."""
+"""DDIM and DDPM: the clean estimate and the noise that is left, mixed again for the next level."""
 
 from __future__ import annotations
 

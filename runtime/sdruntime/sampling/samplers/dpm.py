@@ -151,7 +151,7 @@ def forward_differences(block: list[tuple[float, X]], h: float, solver_type: str
 
 
 def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algorithm, midpoint: bool) -> X:
-    """One step of the exponential integrator from s to t, its noise left out (arXiv 2211.01095, section 4 and 5).
+    """One step of the exponential integrator from s to t, its noise omitted (arXiv 2211.01095, section 4 and 5).
 
     `midpoint` is the second-order rule that takes D1 with half the weight of D0, in place of the exact integral.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
 
-# What the diffusers classes read, with their defaults. Keys that only filter pictures (clip_sample, thresholding) have
+# What the diffusers classes read, with their defaults. Keys that only filter images (clip_sample, thresholding) have
 # false here whatever the class says: they count where a file writes them true.
 TRAINED: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
