@@ -78,9 +78,7 @@ def _change(root: list[Any], chance: random.Random) -> None:
             {other: value}
         )
     elif kind == 6 and isinstance(value, int | float) and not isinstance(value, bool):
-        holder[key] = chance.choice(
-            [-value, value + 1, value - 1, value * 2, value * 1000, value / 3 if value else 0.1, value * 10**9]
-        )
+        holder[key] = chance.choice([-value, value + 1, value - 1, value * 2, value * 1000, _third(value), value * 10**9])
     elif kind == 6 and isinstance(value, str):
         at = chance.randint(0, len(value))
         holder[key] = (
@@ -159,6 +157,14 @@ def run(target: str, seed: int, count: int, only: int | None = None) -> dict[str
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
     return {"target": target, "escapes": escapes, **outcomes}
+
+
+def _third(value: float) -> float:
+    """Of a whole number beyond float64 a whole number."""
+    try:
+        return value / 3 if value else 0.1
+    except OverflowError:
+        return value // 3
 
 
 def _held() -> int:

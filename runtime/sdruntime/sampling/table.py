@@ -25,8 +25,8 @@ MOST_STEPS = 1000  # a table of them takes 4 MB at most and half a second; its c
 class Table:
     """C model calls: start (a, b), t [C] float32, scale [C], X [C, ·], M [C, ·], N [C, ·] float64, draws [C] int.
 
-    x[0] = a·image latent + b·unit noise; a is 0 for text to image. Columns count backwards from the newest. Raises
-    SettingError where shapes disagree, a number is not finite, or a row reaches behind the beginning.
+    x[0] = a·image latent + b·unit noise; a is 0 for text to image. Columns count backwards from the newest. The arrays are
+    read-only. Raises SettingError where shapes disagree, a number is not finite, or a row reaches behind the beginning.
     """
 
     start: tuple[float, float]
@@ -56,6 +56,11 @@ class Table:
         faults += [f"{name} holds a number that is not finite" for name in numbers if not np.isfinite(getattr(self, name)).all()]
         if faults:
             raise SettingError("not a table: " + "; ".join(faults))
+        for name in ("t", "scale", "X", "M", "N", "draws"):  # a table is kept, and shared by jobs
+            array = getattr(self, name)
+            own = array.copy() if array.flags.writeable else array
+            own.flags.writeable = False
+            object.__setattr__(self, name, own)
 
     @property
     def steps(self) -> int:

@@ -263,3 +263,14 @@ def test_a_table_is_not_changed_by_its_copy() -> None:
     table = small()
     assert replace(table, start=(1.0, 2.0)).start == (1.0, 2.0)
     assert table.start == (0.0, 1.0)
+
+
+def test_the_arrays_of_a_table_are_its_own_and_read_only() -> None:
+    table = compile_table(SD15, steps=4, sampler="ddim")
+    scale = np.ones(4)
+    own = replace(table, scale=scale)
+    scale[:] = 7
+    assert own.scale.tolist() == [1] * 4
+    for name in ("t", "scale", "X", "M", "N", "draws"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(own, name)[0] = 0
