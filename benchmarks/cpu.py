@@ -32,9 +32,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdruntime.arrays import Array
-from sdruntime.backends import backend
 from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.base.feeds import shape_of
+from sdruntime.backends.ort.build import library as onnxruntime
+from sdruntime.backends.ov.build import library as openvino
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
@@ -73,12 +75,12 @@ def our_bundle(options: argparse.Namespace, row: str) -> Path:
 def ours(row: str, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
     bundle = Bundle.open(our_bundle(options, row))
     spec = next(each for each in bundle.manifest.engines if each.component == component and each.admits(**dims))
-    call: Call = backend(OURS[row][0], "engine").open_engine(bundle, spec, EngineOptions(threads=options.threads), Shared())
+    call: Call = BACKENDS[OURS[row][0]].open_engine(bundle, spec, EngineOptions(threads=options.threads), Shared())
     return call
 
 
 def plain_onnxruntime(options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
-    ort = backend("onnxruntime", "build").library()
+    ort = onnxruntime()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
@@ -89,7 +91,7 @@ def plain_onnxruntime(options: argparse.Namespace, component: str, dims: dict[st
 
 def plain_openvino(precision: str | None, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
     """`precision` None: what OpenVINO takes by itself, bf16 where the CPU has it."""
-    core = backend("openvino", "build").library().Core()
+    core = openvino().Core()
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": options.threads}
     settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
     path = str(options.folder / "bundle" / component / "model.onnx")

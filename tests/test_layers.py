@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from sdruntime.backends.registry import BACKENDS
+
 ORDER = {
     "sdruntime": "errors arrays system sampling bundle backends engines pipeline serving verification cli __main__",
     "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
@@ -18,13 +20,13 @@ ORDER = {
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow registry"
     ),
     "sdruntime.bundle": "roles limits audit records manifest interface sampler_step lending bundle lock change staging",
-    "sdruntime.backends": "base onnx_file fake ort ov trt",
-    "sdruntime.backends.base": "building engine feeds subpixel",
+    "sdruntime.backends": "base onnx_file fake ort ov trt registry",
+    "sdruntime.backends.base": "building engine feeds subpixel session backend",
     "sdruntime.backends.onnx_file": "wire external graph",
-    "sdruntime.backends.fake": "build engine",
-    "sdruntime.backends.ort": "attention weights subpixel session build engine",
-    "sdruntime.backends.ov": "subpixel constants build engine",
-    "sdruntime.backends.trt": "session library inspection binding build worker engine loop",
+    "sdruntime.backends.fake": "build engine backend",
+    "sdruntime.backends.ort": "attention weights subpixel session build engine backend",
+    "sdruntime.backends.ov": "subpixel constants build engine backend",
+    "sdruntime.backends.trt": "library inspection binding build worker engine loop backend",
     "sdruntime.engines": "shapes finite memory choose building speed pool",
     "sdruntime.pipeline": "images text latents denoise request metadata result pipeline",
     "sdruntime.pipeline.images": "pixels png imagefile",
@@ -106,6 +108,36 @@ def test_every_folder_has_a_row(package: str) -> None:
     assert {name.rpartition(".")[0] for name in modules(package, ROOTS[package])} == {
         folder for folder in ORDER if folder.split(".")[0] == package
     }
+
+
+OF_ONE_BACKEND = {  # ONNX Runtime is the tool with which sdexport measures graphs, whatever a bundle's engines are
+    "sdexport.__init__": "sdruntime.backends.ort.__init__",
+    "sdexport.verification.bisect": "sdruntime.backends.ort.build",
+}
+
+
+def test_nothing_above_the_backends_imports_from_one_of_them() -> None:
+    found = {}
+    known = {name: path for package, root in ROOTS.items() for name, path in modules(package, root).items()}
+    for name, path in known.items():
+        for _, other in imported(path, set(known)):
+            shared = other.startswith(("sdruntime.backends.base", "sdruntime.backends.registry"))
+            if other.startswith("sdruntime.backends.") and not shared and not name.startswith("sdruntime.backends."):
+                found[name] = other
+    assert found == OF_ONE_BACKEND
+
+
+def test_nothing_above_the_backends_compares_a_backend_s_name() -> None:
+    found = []
+    for package, root in ROOTS.items():
+        for name, path in modules(package, root).items():
+            if name.startswith("sdruntime.backends."):
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                operands = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+                if any(isinstance(each, ast.Constant) and each.value in list(BACKENDS) for each in operands):
+                    found.append(f"{name}:{node.lineno}")
+    assert found == []
 
 
 def test_no_source_folder_is_crowded() -> None:

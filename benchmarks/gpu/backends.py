@@ -14,8 +14,9 @@ import numpy as np
 
 from benchmarks.gpu.gate import BACKENDS
 from sdruntime import __version__
-from sdruntime.backends import backend
 from sdruntime.backends.base.engine import AMPERE_UP
+from sdruntime.backends.ort.build import library
+from sdruntime.backends.registry import backend
 from sdruntime.bundle.manifest import Precision
 from sdruntime.errors import SdruntimeError
 from sdruntime.system.cuda import Cuda, devices
@@ -39,12 +40,12 @@ def look(name: str, precision: Precision = "fp16") -> Loaded:
         raise ValueError(f"backend {name!r}: known are {', '.join(BACKENDS)}")
     if name == "onnxruntime":
         preload()
-    library = backend(name, "engine").here(name)
+    library = backend(name).here()
     if library.version is None:
         return Loaded(name=name, missing=library.missing)
     wanted = "cuda" if name == "onnxruntime" else None
     try:
-        target = backend(name, "build").resolve_target(name, wanted, precision, {})
+        target = backend(name).resolve_target(wanted, precision, {})
     except SdruntimeError as error:
         return Loaded(name=name, version=library.version, missing=str(error))
     return Loaded(name=name, version=library.version, target=target, listed=target != AMPERE_UP)
@@ -55,7 +56,7 @@ def preload() -> None:
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
     with contextlib.suppress(Exception):  # without them the provider says itself what it lacks
-        backend("onnxruntime", "build").library().preload_dlls()
+        library().preload_dlls()
 
 
 def gpu(index: int = 0) -> dict[str, Any]:

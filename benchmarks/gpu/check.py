@@ -20,7 +20,7 @@ from benchmarks.gpu.measure import loop
 from sdexport.bench.diffusers import EAGER, Diffusers
 from sdexport.bench.subject import bare
 from sdexport.bench.timing import Array, drawn, psnr, text_of
-from sdruntime.backends import BACKENDS
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
@@ -116,7 +116,7 @@ def _built(bundle: Path, told: dict[str, Any], save: Callable[[dict[str, Any]], 
 
 
 def _drawn(bundle: Path, job: Mapping[str, Any], told: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
-    on_device, wanted = BACKENDS[told["backend"]].loop, asked(job["prompt"])
+    on_device, wanted = BACKENDS[told["backend"]].loop is not None, asked(job["prompt"])
     with Cuda.open() as cuda:  # holds the context, so that what the libraries keep in it is counted once
         begun = time.perf_counter()
         with Pipeline.open(bundle, backend=told["backend"]) as pipe:

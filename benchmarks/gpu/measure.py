@@ -11,8 +11,8 @@ from typing import Any
 from unittest import mock
 
 from sdexport.bench.timing import feeds_of, repeated
-from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.engine import Engine
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.system.cuda import Cuda

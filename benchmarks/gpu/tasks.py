@@ -25,8 +25,8 @@ from benchmarks.gpu.measure import component as measure_component
 from benchmarks.gpu.measure import loop
 from sdexport.bench.diffusers import COMPILED, EAGER, Diffusers
 from sdexport.bench.timing import dims_of, drawn, psnr, race, ratio, repeated, text_of
-from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.building import BuildRequest, build_engines

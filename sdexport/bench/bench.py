@@ -23,8 +23,8 @@ from sdexport.bench.subject import bare, chosen, costs, draws_unguided, machine_
 from sdexport.bench.timing import Turn, call_dims, in_turn, psnr, summary
 from sdexport.checkpoint.hub import locate
 from sdexport.errors import BenchError, EnvironmentFault
-from sdruntime.backends import BACKENDS, OFFERED
 from sdruntime.backends.base.engine import CPU
+from sdruntime.backends.registry import BACKENDS, OFFERED
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.engines.building import BuildRequest, build_engines

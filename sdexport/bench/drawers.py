@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.bench.timing import Array, drawn, feeds_of
-from sdruntime.backends import BACKENDS, backend
 from sdruntime.backends.base.engine import CPU, AroundEngine, Engine, EngineOptions
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.roles import role
@@ -86,14 +86,14 @@ class BundleDrawer:
     """A bundle's engines of one backend."""
 
     def __init__(self, job: Message, arrived: list[float]) -> None:
-        backend(job["backend"], "engine").here(job["backend"])  # imports the library
+        BACKENDS[job["backend"]].here()  # imports the library
         arrived.append(time.monotonic())
         self._job, self._stack = job, contextlib.ExitStack()
         self._cuda = self._stack.enter_context(Cuda.open()) if devices() else None
         self._before = self._cuda.free_memory() if self._cuda else 0
         self._pipe = _ClockedPipeline(Bundle.open(job["bundle"]), backend=job["backend"], options=EngineOptions())
         self._stack.enter_context(self._pipe)
-        self._feeds, self._on_device = _Feeds(self._pipe.bundle), BACKENDS[job["backend"]].loop
+        self._feeds, self._on_device = _Feeds(self._pipe.bundle), BACKENDS[job["backend"]].loop is not None
 
     def draw(self) -> list[Array]:
         return drawn(self._pipe, requests(self._job), on_device=True)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.engine import CPU
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.change import remove_engine
 from sdruntime.bundle.manifest import EngineSpec, Manifest

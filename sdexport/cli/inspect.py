@@ -63,10 +63,10 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
     from sdexport.trace.cache import cache_folder
     from sdexport.trace.versions import versions
-    from sdruntime.backends import BACKENDS, backend
+    from sdruntime.backends.registry import BACKENDS, OFFERED
 
     found = versions()
-    engines = {name: backend(name, "engine").here(name) for name in BACKENDS if name != "fake"}
+    engines = {name: BACKENDS[name].here() for name in OFFERED}
     missing = {name: f"pip install {name}" for name, version in found.items() if version == "missing"}
     missing |= {name: library.missing for name, library in engines.items() if library.version is None}
     folder = cache_folder()

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from sdexport.errors import RecipeError
 from sdexport.recipes.toml import Where, read_toml
-from sdruntime.backends import BACKENDS, OFFERED, backend
+from sdruntime.backends.registry import BACKENDS, OFFERED
 from sdruntime.bundle.manifest import ModelSpec, Precision
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.building import BuildRequest
@@ -176,7 +176,7 @@ class _Reader:
     def options(self, table: Mapping[str, Any], where: Where, name: str) -> dict[str, str]:
         """As the command line would give them: text."""
         where = (*where, "options")
-        known = backend(name, "build").OPTIONS if name in BACKENDS else None
+        known = BACKENDS[name].options if name in BACKENDS else None
         options = table.get("options", {})
         if not self.is_table(options, where, options if known is None else known):
             return {}

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdruntime import __version__
 from sdruntime.backends.base.engine import CPU
+from sdruntime.backends.registry import BACKENDS, is_hidden
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.bundle.records import json_from_record
@@ -35,7 +36,7 @@ def machine_document(machine: Machine) -> dict[str, Any]:
         "libraries": {
             name: {"version": each.version, "targets": list(each.targets), "missing": each.missing}
             for name, each in machine.libraries.items()
-            if name != "fake"
+            if not is_hidden(name)
         },
         "devices": [
             {**json_from_record(device), "target": device.target, "free": _free(index)}
@@ -76,7 +77,7 @@ def machine_lines(document: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} {library['version']}: builds for {targets}"
         else:
             yield f"{name}: {library['missing']}"
-            if board and name == "tensorrt" and board["hint"]:
+            if board and BACKENDS[name].in_jetpack and board["hint"]:
                 yield f"  {board['hint']}"
 
 
@@ -128,6 +129,6 @@ def _timed(bundle: Bundle, machine: Machine) -> tuple[Mapping[str, int], Mapping
 def _plans(manifest: Manifest) -> dict[str, MemoryPlan]:
     groups: dict[str, list[EngineSpec]] = {}
     for engine in manifest.engines:
-        if engine.target != CPU and engine.backend != "fake":
+        if engine.target != CPU and not is_hidden(engine.backend):
             groups.setdefault(f"{engine.backend} {engine.version} for {engine.target}", []).append(engine)
     return {name: memory_plan(manifest, engines) for name, engines in groups.items()}

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sdruntime.backends import BACKENDS, backend
 from sdruntime.backends.base.building import EngineRequest, Stage
+from sdruntime.backends.registry import BACKENDS, backend
 from sdruntime.bundle.bundle import ENGINES, Bundle, disk_full_as_error
 from sdruntime.bundle.change import add_engine, building, remove_engine, tidy
 from sdruntime.bundle.manifest import EngineSpec, ModelSpec, Precision
 from sdruntime.bundle.sampler_step import NAME as STEP
-from sdruntime.engines.choose import fits_version
 from sdruntime.engines.shapes import Guidance, Shapes
 from sdruntime.errors import LibraryMissing, UnknownName
 from sdruntime.system.events import mapped
@@ -40,8 +39,7 @@ class BuildRequest:
 
     def shapes(self, model: ModelSpec) -> Shapes:
         """Raises SettingError; UnknownName for a backend that does not exist."""
-        backend(self.backend, "build")
-        static = BACKENDS[self.backend].static
+        static = backend(self.backend).static
         return Shapes.parse(model, size=self.size, batch=self.batch, guidance=self.guidance, static=static)
 
     def resolve(self, model: ModelSpec, precision: Precision, components: Iterable[str]) -> tuple[Shapes, str, str]:
@@ -62,10 +60,10 @@ class BuildRequest:
 
     def resolve_library(self, precision: Precision) -> tuple[str, str]:
         """The part of `resolve` that needs no model: the library's version and the target's full name. Raises as it does."""
-        library = backend(self.backend, "engine").here(self.backend)
+        library = backend(self.backend).here()
         if library.version is None:
             raise LibraryMissing(library.missing)
-        return library.version, backend(self.backend, "build").resolve_target(self.backend, self.target, precision, self.options)
+        return library.version, backend(self.backend).resolve_target(self.target, precision, self.options)
 
     def chosen(self, components: Iterable[str]) -> tuple[str, ...]:
         """Which of a bundle's components engines are wanted of."""
@@ -101,7 +99,7 @@ def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | Non
     tidy(bundle.folder)
     manifest = bundle.manifest
     shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
-    wanted_here = [name for name in manifest.components if name != STEP or BACKENDS[asked.backend].loop]
+    wanted_here = [name for name in manifest.components if name != STEP or backend(asked.backend).loop]
     for component in asked.chosen(wanted_here):
         stem = f"{component}-{asked.backend}{version}-{target}-{manifest.precision}-{shapes.label}"
         request = EngineRequest(
@@ -123,9 +121,9 @@ def stale_engines(bundle: Bundle) -> list[EngineSpec]:
     """Return the engines that need another version of their library than the installed one; `rebuild_stale` rebuilds them."""
     found = []
     for engine in bundle.manifest.engines:
-        if engine.backend in BACKENDS:
-            library = backend(engine.backend, "engine").here(engine.backend)
-            if library.version is not None and not fits_version(engine, library.version):
+        if known := BACKENDS.get(engine.backend):
+            version = known.here().version
+            if version is not None and not known.reads(engine, version):
                 found.append(engine)
     return found
 
@@ -135,10 +133,8 @@ def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator
     bundle = Bundle.open(folder)
     tidy(bundle.folder)
     for engine in stale_engines(bundle):
-        here = backend(engine.backend, "engine").here(engine.backend).version
-        target = backend(engine.backend, "build").resolve_target(
-            engine.backend, engine.target, bundle.manifest.precision, engine.options
-        )
+        here = backend(engine.backend).here().version
+        target = backend(engine.backend).resolve_target(engine.target, bundle.manifest.precision, engine.options)
         request = EngineRequest(
             component=engine.component,
             backend=engine.backend,
@@ -157,7 +153,7 @@ def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generat
     with disk_full_as_error(bundle.folder), building(bundle, request.stem) as (name, scratch):
         event = functools.partial(BuildEvent, component=request.component, engine=name)
         yield event(state="begin")
-        work = backend(request.backend, "build").build_engine(bundle, dataclasses.replace(request, stem=name), scratch)
+        work = backend(request.backend).build_engine(bundle, dataclasses.replace(request, stem=name), scratch)
         built = yield from mapped(work, lambda stage: event(state="stage", stage=stage))
         paths = {f"{ENGINES}/{path.name}": path for path in built.files}
         written = sum(path.stat().st_size for path in built.files)

@@ -8,18 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdruntime.backends import BACKENDS, backend
 from sdruntime.backends.base.building import Library
-from sdruntime.backends.base.engine import AMPERE_UP, CPU, PLATFORM
+from sdruntime.backends.base.engine import CPU
+from sdruntime.backends.registry import BACKENDS, OFFERED, backend, is_hidden
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.manifest import EngineSpec, Manifest, Precision
+from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.bundle.roles import role
 from sdruntime.engines.shapes import dims_in_pixels, shapes_in_pixels
-from sdruntime.errors import EngineError, EnvironmentFault, SettingError, quoted
+from sdruntime.errors import EngineError, quoted
 from sdruntime.system.cuda import Device, check_device, devices
 
 AUTO = "auto"
-CPU_OR_CUDA = ("cpu", "cuda")  # targets that are no compute capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ class Machine:
         if device:
             check_device(device)
         known = [name for name in names if name in BACKENDS]
-        return cls(libraries={name: backend(name, "engine").here(name) for name in known}, devices=devices(), chosen=device)
+        return cls(libraries={name: BACKENDS[name].here() for name in known}, devices=devices(), chosen=device)
 
     @property
     def device(self) -> Device | None:
@@ -56,44 +55,9 @@ def kind(engine: EngineSpec) -> str:
 def misfit(engine: EngineSpec, machine: Machine) -> str | None:
     """Why `engine` cannot run here; None where it can."""
     library = machine.libraries.get(engine.backend)
-    if library is None:
+    if library is None or engine.backend not in BACKENDS:
         return f"this sdruntime knows no backend {engine.backend!r}"
-    if library.version is None:
-        return library.missing
-    if not fits_version(engine, library.version):
-        return f"built with {engine.backend} {engine.version}, installed is {library.version}"
-    if engine.platform not in ("", PLATFORM):
-        return f"built on {engine.platform}, this is {PLATFORM}"
-    return _wrong_device(engine, machine, library)
-
-
-def _wrong_device(engine: EngineSpec, machine: Machine, library: Library) -> str | None:
-    if engine.target in CPU_OR_CUDA:
-        if engine.target not in library.targets:
-            return f"built for {engine.target}, this machine has {', '.join(library.targets)}"
-        return "built for cuda, but there is no CUDA device" if engine.target == "cuda" and not machine.devices else None
-    if machine.device is None:
-        return f"built for {engine.target}, but there is no CUDA device"
-    here = machine.device.capability
-    if engine.target == AMPERE_UP:
-        return (
-            None if here >= (8, 0) else f"built for compute capability 8.0 and later, {machine.device.name} has {_dotted(here)}"
-        )
-    if engine.target != f"sm{here[0]}{here[1]}":
-        return f"built for {engine.target}, {machine.device.name} is sm{here[0]}{here[1]}"
-    return None
-
-
-def fits_version(engine: EngineSpec, here: str) -> bool:
-    """Whether the library in version `here` reads `engine`: the same version where the backend is exact (or a later one of the
-    same major, for a version-compatible engine), else the same major and minor release."""
-    if engine.backend not in BACKENDS:
-        return False
-    if not BACKENDS[engine.backend].exact:
-        return here.split(".")[:2] == engine.version.split(".")[:2]
-    if engine.options.get("version_compatible") == "true":
-        return _numbers(here)[:1] == _numbers(engine.version)[:1] and _numbers(here) >= _numbers(engine.version)
-    return here == engine.version
+    return BACKENDS[engine.backend].misfit(engine, library, machine.device)
 
 
 def choose_engine(
@@ -108,12 +72,12 @@ def choose_engine(
     for a backend that does not exist.
     """
     if name != AUTO:
-        backend(name, "engine")
+        backend(name)
     model, reasons = bundle.manifest.model, []
     found: list[EngineSpec] = []
     others: list[EngineSpec] = []
     for engine in bundle.manifest.engines:
-        if engine.component != component or (engine.backend == "fake" and name != "fake"):
+        if engine.component != component or (is_hidden(engine.backend) and name != engine.backend):
             continue
         why_not = misfit(engine, machine)
         if why_not is None and not engine.admits(**dims):
@@ -132,7 +96,7 @@ def choose_engine(
 
 def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine, folder: Path) -> None:
     """A RuntimeWarning where a CUDA device stands by while the CPU does the work. `folder`: the bundle's."""
-    slow = sorted({engine.component for engine in engines if engine.target == "cpu" and engine.backend != "fake"})
+    slow = sorted({engine.component for engine in engines if engine.target == CPU and not is_hidden(engine.backend)})
     if slow and machine.devices:
         warnings.warn(
             f"{', '.join(slow)} will run on the CPU although this machine has {machine.devices[0].name}: no engine of the "
@@ -149,8 +113,9 @@ def _advice(
     """What mends it: the command that builds an engine which can run here, or another backend, whose engines are `fitting`."""
     other = f"leave --backend out: the bundle's {fitting[0]} engine fits" if fitting else ""
     why_not = {}
-    for each in [name] if name != AUTO else [each for each in BACKENDS if each != "fake"]:
-        why_not[each] = _cannot_build(each, machine, bundle.manifest.precision)
+    for each in [name] if name != AUTO else OFFERED:
+        library = machine.libraries.get(each) or BACKENDS[each].here()
+        why_not[each] = BACKENDS[each].cannot_build(library, machine.device, bundle.manifest.precision)
         if why_not[each] is None:
             size = _size(bundle.manifest, component, dims)
             command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {each}{size}"
@@ -160,22 +125,6 @@ def _advice(
             other or _advice(bundle, component, machine, AUTO, dims, fitting=())
         )
     return "no engine library is usable:" + "".join(f"\n  - {each}: {reason}" for each, reason in why_not.items())
-
-
-def _cannot_build(name: str, machine: Machine, precision: Precision) -> str | None:
-    """Why no engine of this backend can be built for this machine."""
-    if BACKENDS[name].loop and not machine.devices:
-        return "it needs an NVIDIA GPU, and this machine has no NVIDIA GPU"
-    library: Library = machine.libraries.get(name) or backend(name, "engine").here(name)
-    if library.version is None:
-        return library.missing
-    try:
-        backend(name, "build").resolve_target(name, None, precision, {})
-    except SettingError as error:  # for a precision; what is missing, the library said
-        return str(error)
-    except EnvironmentFault:
-        pass
-    return None
 
 
 def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
@@ -208,11 +157,3 @@ def _computed(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> int:
     most = max(high for _, _, high in sizes)
     left = rows % most
     return rows - left + (min(max(low, left) for low, _, high in sizes if left <= high) if left else 0)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from sdruntime.backends import backend as backend_module
 from sdruntime.backends.base.building import Stage
 from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.roles import role
@@ -123,9 +123,8 @@ class Engines:
             return engines[spec.name]
         if self.options.low_memory and spec.target != CPU:
             self._make_room(spec.component)
-        opened: Engine = backend_module(spec.backend, "engine").open_engine(self.bundle, spec, self.options, self.shared)
-        engines[spec.name] = opened
-        return opened
+        engines[spec.name] = BACKENDS[spec.backend].open_engine(self.bundle, spec, self.options, self.shared)
+        return engines[spec.name]
 
     @property
     def room(self) -> int:

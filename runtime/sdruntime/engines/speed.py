@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends import backend
-from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.backends.base.engine import CPU, EngineOptions, Shared
 from sdruntime.backends.base.feeds import shape_of
+from sdruntime.backends.registry import backend, is_hidden
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.engines.choose import Machine, kind, misfit
@@ -49,7 +49,7 @@ class Race:
         manifest = bundle.manifest
         kinds: dict[str, list[EngineSpec]] = {}
         for engine in manifest.engines:
-            fits = engine.component == UNET and engine.target == CPU and engine.backend != "fake"
+            fits = engine.component == UNET and engine.target == CPU and not is_hidden(engine.backend)
             if fits and misfit(engine, machine) is None:
                 kinds.setdefault(kind(engine), []).append(engine)
         if len(kinds) < 2:
@@ -109,7 +109,7 @@ def measure(bundle: Bundle, race: Race, options: EngineOptions) -> dict[str, flo
         calls: dict[str, Callable[[], object]] = {}
         for name, spec in race.engines.items():
             try:
-                engine: Engine = backend(spec.backend, "engine").open_engine(bundle, spec, options, shared)
+                engine = backend(spec.backend).open_engine(bundle, spec, options, shared)
                 stack.callback(engine.close)
                 engine(feeds)
             except SdruntimeError as error:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.building import Stage
 from sdruntime.backends.base.engine import Engine, EngineOptions
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.interface import interface_faults
 from sdruntime.bundle.sampler_step import NAME as STEP
@@ -276,11 +276,10 @@ class Pipeline:
         run ahead of the device.
         """
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
-        if self.engines.given is None and BACKENDS[unet.spec.backend].loop and self.engines.has(STEP, cells=cells):
-            from sdruntime.backends.trt.loop import device_calls
-
+        loop = BACKENDS[unet.spec.backend].loop if self.engines.given is None else None
+        if loop is not None and self.engines.has(STEP, cells=cells):
             whole = whole and self.engines.options.whole_loop
-            if calls := device_calls(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):
+            if calls := loop(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):
                 return calls
         return self.steppers(jobs)
 

@@ -42,8 +42,9 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.engine import CPU, EngineOptions
+from sdruntime.backends.base.session import session
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.limits import LARGEST_SIDE
 from sdruntime.bundle.records import json_from_text
 from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
@@ -118,7 +119,7 @@ class Service:
         with contextlib.ExitStack() as stack, _RECORDING, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
             pipe = Pipeline.open(asked.bundle, backend=options.backend, options=engine_options)
-            strangers = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].loop}
+            strangers = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].gpu_only}
             if options.stream and strangers:
                 raise Unsupported(
                     f"stream: engines of {', '.join(sorted(strangers))} do not work on a CUDA stream of the caller's: build them "
@@ -295,8 +296,6 @@ def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: boo
 
 def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:
     """Copy on the engines' stream and wait for it, on the generating thread."""
-    from sdruntime.backends.trt.session import session
-
     held = pipe.engines.shared.get(("cuda", pipe.engines.options.device), lambda: session(pipe.engines.options))
     held.staging.upload(pointer, image)
 

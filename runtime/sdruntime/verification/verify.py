@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends import BACKENDS, backend
 from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
+from sdruntime.backends.registry import OFFERED, backend, is_hidden
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.limits import any_shape
 from sdruntime.bundle.manifest import EngineSpec, Manifest
@@ -60,7 +60,7 @@ def verify(
     machine = Machine.here(options.device, {ONNX, *(engine.backend for engine in bundle.manifest.engines)})
     work = _Verification(bundle, golden, numbers, machine, options, against)
     own = [onnx_spec(bundle.manifest, name, machine.libraries[ONNX].version or "0") for name in work.components]
-    built = [engine for engine in bundle.manifest.engines if engine.backend != "fake" and engine.component != STEP]
+    built = [engine for engine in bundle.manifest.engines if not is_hidden(engine.backend) and engine.component != STEP]
     reasons = [work.misfit(engine) for engine in (*own, *built)]
     if all(reasons) and bundle.manifest.precision != "bf16":
         raise LibraryMissing(f"nothing on this machine can run this bundle: {'; '.join(sorted(set(map(str, reasons))))}")
@@ -69,15 +69,15 @@ def verify(
             if engine.component == component:
                 yield from work.engine(engine)
     yield from work.pictures(ITS_ONNX, ONNX, own)
-    for name in BACKENDS:
-        if group := [engine for engine in bundle.manifest.engines if engine.backend == name and name != "fake"]:
+    for name in OFFERED:
+        if group := [engine for engine in bundle.manifest.engines if engine.backend == name]:
             yield from work.pictures(name, name, group)
 
 
 def subjects(bundle: Bundle) -> int:
     """How many engines and pipelines `verify` has something to say of."""
     manifest = bundle.manifest
-    engines = [engine for engine in manifest.engines if engine.backend != "fake"]
+    engines = [engine for engine in manifest.engines if not is_hidden(engine.backend)]
     components = sum(name != STEP for name in manifest.components) + sum(engine.component != STEP for engine in engines)
     return components + 1 + len({engine.backend for engine in engines})
 
@@ -85,7 +85,7 @@ def subjects(bundle: Bundle) -> int:
 def held(bundle: Bundle, engine: EngineSpec) -> str:
     """Check one engine against the reference outputs, for a build. Returns why it could not run here; "" if it did, or if the
     bundle has no reference outputs for it. Raises VerificationFailed."""
-    if DOCUMENT not in bundle.manifest.files or engine.backend == "fake" or engine.component == STEP:
+    if DOCUMENT not in bundle.manifest.files or is_hidden(engine.backend) or engine.component == STEP:
         return ""
     golden, numbers = read_golden(bundle)
     options = EngineOptions()
@@ -102,7 +102,7 @@ def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, referenc
     golden = read_golden(bundle)[0]
     versions = ", ".join(f"{name} {version}" for name, version in golden.reference.items())
     checks = tuple(each for each in found if isinstance(each, Check))
-    here = Machine.here(names={ONNX, *(engine.backend for engine in bundle.manifest.engines if engine.backend != "fake")})
+    here = Machine.here(names={ONNX, *(engine.backend for engine in bundle.manifest.engines if not is_hidden(engine.backend))})
     applied = dict.fromkeys(each.tolerance for each in checks if each.difference is not None) or [bundle.manifest.precision]
     return Report(
         bundle=bundle.folder.name,
@@ -155,8 +155,6 @@ class _Verification:
         return [name for name in self.bundle.manifest.components if name != STEP]
 
     def misfit(self, engine: EngineSpec) -> str | None:
-        if engine.backend == ONNX and engine.target == CPU and engine.precision == "bf16":
-            return "ONNX Runtime computes no bf16 on the CPU"
         return misfit(engine, self.machine)
 
     def engine(self, spec: EngineSpec) -> Iterator[Check]:
@@ -176,7 +174,7 @@ class _Verification:
             return
         shared = Shared()
         try:
-            opened = backend(spec.backend, "engine").open_engine(self.bundle, spec, self.options, shared)
+            opened = backend(spec.backend).open_engine(self.bundle, spec, self.options, shared)
             with opened as engine:
                 for case in fitting:
                     yield from self.case(engine, case)

@@ -16,9 +16,9 @@ import pytest
 from places import FIXTURE, TESTS
 
 from sdruntime.arrays import Array
-from sdruntime.backends import backend
 from sdruntime.backends.base.engine import Engine, EngineOptions, Shared
 from sdruntime.backends.base.feeds import shape_of
+from sdruntime.backends.registry import backend
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import save_manifest
 from sdruntime.engines.building import BuildRequest, build_engines
@@ -52,7 +52,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 def opened(folder: Path, component: str) -> Engine:
     bundle = Bundle.open(folder)
     spec = next(engine for engine in bundle.manifest.engines if engine.component == component)
-    found: Engine = backend(spec.backend, "engine").open_engine(bundle, spec, EngineOptions(threads=1), Shared())
+    found = backend(spec.backend).open_engine(bundle, spec, EngineOptions(threads=1), Shared())
     return found
 
 
@@ -123,7 +123,7 @@ def test_a_profile_that_is_compiled_later_is_of_the_weights_that_were_opened(fol
         pass
     bundle = Bundle.open(folder)
     spec = next(each for each in bundle.manifest.engines if len(each.profiles) > 1)
-    with backend("openvino", "engine").open_engine(bundle, spec, EngineOptions(threads=1), Shared()) as engine:
+    with backend("openvino").open_engine(bundle, spec, EngineOptions(threads=1), Shared()) as engine:
         small = outputs(engine)["sample"]
         overwrite(folder / spec.files[-1])
         with pytest.raises(BundleError, match="changed since it was written"):
@@ -163,8 +163,9 @@ def test_no_engine_is_made_of_changed_files_and_no_graph_reaches_a_library(
     is never returned."""
     bundle, reached = Bundle.open(folder), []
     spec = next(engine for engine in bundle.manifest.engines if engine.component == "text_encoder")
-    module: Any = backend(spec.backend, "engine")
     if spec.backend == "openvino":
+        from sdruntime.backends.ov import engine as module
+
         monkeypatch.setattr(module, "own_constants", lambda *_: reached.append(spec.files[1]))
     else:
         import onnxruntime
@@ -193,7 +194,7 @@ def test_nothing_refers_to_the_weights_of_an_open_session(folder: Path) -> None:
     spec = bundle.manifest.engines[0]
     options = EngineOptions(session={"session.use_external_initializer_file_buffers_directly": "1"})
     with pytest.raises(SettingError, match="must be 0"):
-        backend("onnxruntime", "engine").open_engine(bundle, spec, options, Shared())
+        backend("onnxruntime").open_engine(bundle, spec, options, Shared())
 
 
 def test_a_tokenizers_files_are_those_that_the_manifest_lists(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ int socket(int domain, int type, int protocol) {
 """
 SESSION = "ort.InferenceSession({model!r}, providers=['CPUExecutionProvider'])"
 LOADERS = {
-    "sdruntime": "from sdruntime.backends import backend; ort = backend('onnxruntime', 'build').library(); s = {session}",
+    "sdruntime": "from sdruntime.backends.ort.build import library; ort = library(); s = {session}",
     "sdexport": "import pathlib; from sdexport.precision import activations as a; s = a.session_of(pathlib.Path({model!r}))",
     "a library of sdexport's": "import sdexport; import onnxruntime as ort; s = {session}",
 }

@@ -8,11 +8,12 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import make_bundle, tree, with_fake_engines
 
-from sdruntime import backends
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.change import add_engine, building, remove_engine
 from sdruntime.bundle.manifest import EngineSpec, load_manifest
@@ -110,15 +111,14 @@ def test_two_builds_of_one_name_get_two(bundle: Bundle) -> None:
 
 
 def test_the_same_engine_built_twice_at_once_is_there_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = backends.backend("fake", "build")
-    original = fake.build_engine
+    fake = BACKENDS["fake"]
 
-    def slow(bundle: Bundle, request: object, folder: Path) -> Iterator[object]:
-        monkeypatch.setattr(fake, "build_engine", original)
+    def slow(bundle: Bundle, request: Any, folder: Path) -> Iterator[Any]:
+        monkeypatch.setitem(BACKENDS, "fake", fake)
         assert [state for state, _ in build(bundle.folder)] == ["done"]  # the neighbour is quicker
-        return (yield from original(bundle, request, folder))
+        return (yield from fake.build_engine(bundle, request, folder))
 
-    monkeypatch.setattr(fake, "build_engine", slow)
+    monkeypatch.setitem(BACKENDS, "fake", dataclasses.replace(fake, build_engine=slow))
     events = list(build_engines(bundle.folder, UNET))
     assert (events[-1].state, events[-1].notes) == ("present", ("another build added it meanwhile",))
     opened = Bundle.open(bundle.folder)
@@ -134,16 +134,15 @@ def test_an_engine_of_a_bundle_that_was_exported_anew_is_not_added(
         shutil.rmtree(bundle.folder)
         make_bundle(bundle.folder)
 
-    fake = backends.backend("fake", "build")
-    original = fake.build_engine
+    fake = BACKENDS["fake"]
 
-    def replacing(bundle: Bundle, request: object, folder: Path) -> Iterator[object]:
-        result = yield from original(bundle, request, folder)
+    def replacing(bundle: Bundle, request: Any, folder: Path) -> Iterator[Any]:
+        result = yield from fake.build_engine(bundle, request, folder)
         replace()
         return result
 
     if when == "building":
-        monkeypatch.setattr(fake, "build_engine", replacing)
+        monkeypatch.setitem(BACKENDS, "fake", dataclasses.replace(fake, build_engine=replacing))
     check = (lambda *_: replace() or "") if when == "checking" else None
     with pytest.raises(BundleError, match="replaced by another export while an engine"):
         list(build_engines(bundle.folder, UNET, check=check))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from bundles import MODEL
 
-from sdruntime.backends import BACKENDS
 from sdruntime.backends.base.building import Library
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.engines.building import BuildRequest, build_engines
@@ -176,13 +176,11 @@ def test_a_library_that_fails_on_a_full_disk_is_told_as_a_full_disk(bundle: Bund
         list(build_engines(bundle.folder, asked))
 
 
-def test_every_backend_has_the_same_two_files() -> None:
-    from sdruntime.backends import backend
-
-    for name in BACKENDS:
-        assert callable(backend(name, "build").build_engine)
-        assert callable(backend(name, "engine").open_engine)
-        assert isinstance(backend(name, "engine").here(name), Library)
+def test_every_backend_says_what_this_machine_has_of_it() -> None:
+    for name, backend in BACKENDS.items():
+        library = backend.here()
+        assert backend.name == name
+        assert (library.version is None) == bool(library.missing)
 
 
 def test_a_backend_that_cannot_run_here_is_named_with_what_fits(bundle: Bundle) -> None:

@@ -10,6 +10,7 @@ from bundles import with_fake_engines
 
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import EngineOptions
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.cli.describe import bundle_document, bundle_lines
@@ -36,7 +37,7 @@ def unet(backend: str, *, rows: tuple[int, int] = (1, 16), cells: tuple[int, int
         version=LIBRARIES[backend].version or "",
         target="cpu",
         precision="fp32",
-        files=(f"engines/{backend}{len(changes)}.onnx",),
+        files=(f"engines/{backend}{len(changes)}{BACKENDS[backend].ending}",),
         profiles=({"batch": (rows[0], *rows), "height": side, "width": side, "sequence": (77, 77, 77)},),
     )
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -16,8 +17,8 @@ import pytest
 from places import ROOT
 from sdexport_cli import run
 
-import sdruntime.backends.fake.build as fake
 from sdexport.recipes.interpreter import Interpreter, arguments
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.engines.building import BuildRequest
@@ -93,15 +94,15 @@ def test_engines_that_fail_do_not_stop_the_others_of_the_recipe(
     place: Path, sd1_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("good", sd1_checkpoint, ENGINES.format(size="64x64") + ENGINES.format(size="128x128"))
-    real = fake.build_engine
+    fake = BACKENDS["fake"]
 
     def failing(bundle: Bundle, request: Any, folder: Path) -> Iterator[Any]:
         if request.component == "vae_decoder" and "64x64" in request.stem:
             raise EngineError("no tactic for this layer\nbeware")
-        return real(bundle, request, folder)
+        return fake.build_engine(bundle, request, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fake, "build_engine", failing)
+        patch.setitem(BACKENDS, "fake", dataclasses.replace(fake, build_engine=failing))
         row = rows("good", code=5)["good"]
         assert row["failed"] == [{"engines": "fake", "error": "no tactic for this layer\nbeware", "exit_code": 5}]
         assert built(row) == ["text_encoder", "vae_encoder", "vae_encoder", "vae_decoder", "unet"], "texts have no size"

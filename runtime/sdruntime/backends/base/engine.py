@@ -1,13 +1,4 @@
-"""The seam between the pipeline and an engine library: a call with named arrays.
-
-Each folder of `sdruntime.backends` holds the same two files:
-
-    build.py    OPTIONS                                                its settings: how each is read, and what is expected
-                resolve_target(name, target, precision, options)       the target's full name; refusals before the work
-                build_engine(bundle, request, folder)                  ONNX -> files: yields Stages, returns Built
-    engine.py   open_engine(bundle, spec, options, shared) -> Engine   files -> Engine
-                here(name) -> Library                                  what this machine has of the library
-"""
+"""The seam between the pipeline and an engine library: a call with named arrays."""
 
 from __future__ import annotations
 
@@ -21,10 +12,11 @@ from typing import Any, Protocol, TypeVar
 from sdruntime.arrays import Array
 from sdruntime.bundle.limits import MOST_THREADS
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
-from sdruntime.errors import SettingError
+from sdruntime.errors import SdruntimeError, SettingError
 
 T = TypeVar("T")
 CPU = "cpu"  # the target of engines that need no GPU
+CUDA = "cuda"  # the target of engines for any CUDA device
 AMPERE_UP = "ampere+"  # the target of engines for every GPU of compute capability 8.0 and later
 PLATFORM = f"{platform.system()}-{platform.machine()}".lower()
 
@@ -41,15 +33,23 @@ class Engine(Protocol):
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """The component's outputs, by name, for C-contiguous inputs of the types and shapes of its ComponentSpec.
 
-        The outputs are the caller's: no later call writes to them. Raises EngineError for shapes outside `spec.profiles`.
+        The outputs are the caller's: no later call writes to them. Raises EngineError for shapes outside `spec.profiles`, and
+        the error of `closed` after `close`.
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what the engine holds. Closing it again does nothing."""
+        ...
 
     def __enter__(self) -> Engine: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def closed(spec: EngineSpec) -> SdruntimeError:
+    """Return the error for a use of an engine after it was closed."""
+    return SdruntimeError(f"engine {spec.name} is closed: open it again")
 
 
 class AroundEngine:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
 
-from sdruntime.backends.base.building import Built, EngineRequest, Stage, check_names
+from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, check_names
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
 
-VERSION = "1"
+NAME, VERSION = "fake", "1"
+ENDING = ".json"
 TARGETS = ("cpu",)
-OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}  # as in backends/trt
+OPTIONS: BackendOptions = {}
 
 
-def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
-    return check_names(f"{name} {VERSION}", target, TARGETS, options, known=OPTIONS)
+def resolve_target(target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+    return check_names(f"{NAME} {VERSION}", target, TARGETS, options, known=OPTIONS)
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
-    path = folder / f"{request.stem}.json"
+    path = folder / f"{request.stem}{ENDING}"
     yield Stage(name="fill", done=1, total=1)
     path.write_text(json.dumps({"fill": 0.0}) + "\n")
     return Built(files=(path,), version=VERSION, precision=bundle.manifest.precision)

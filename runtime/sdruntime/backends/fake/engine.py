@@ -10,7 +10,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
-from sdruntime.backends.base.engine import EngineOptions, Shared
+from sdruntime.backends.base.engine import EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, shape_of
 from sdruntime.backends.fake.build import TARGETS, VERSION
 from sdruntime.bundle.bundle import Bundle
@@ -27,8 +27,11 @@ class FakeEngine:
         self.calls: deque[dict[str, int]] = deque(maxlen=KEPT_CALLS)
         self._fill, self._factor = fill, factor
         self._made: dict[tuple[int, ...], dict[str, Array]] = {}
+        self._closed = False
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._closed:
+            raise closed(self.spec)
         dims = check_feeds(self.component, self.spec, feeds)
         self.calls.append(dims)
         key = tuple(dims.values())
@@ -40,6 +43,7 @@ class FakeEngine:
         return self._made[key]
 
     def close(self) -> None:
+        self._closed = True
         self._made.clear()
 
     def __enter__(self) -> FakeEngine:
@@ -49,7 +53,7 @@ class FakeEngine:
         self.close()
 
 
-def here(name: str = "fake") -> Library:
+def here() -> Library:
     return Library(version=VERSION, targets=TARGETS)
 
 

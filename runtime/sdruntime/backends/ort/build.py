@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdruntime.backends.base.building import Built, EngineRequest, Stage, check_names
+from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, check_names
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
@@ -21,9 +21,10 @@ from sdruntime.bundle.manifest import Precision
 from sdruntime.errors import BundleError, DeviceMissing, LibraryMissing, SdruntimeError, SettingError
 from sdruntime.system.cuda import devices
 
+NAME, ENDING = "onnxruntime", ".onnx"
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
 INSTALL = 'pip install "sdruntime[onnxruntime]"'
-OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}  # as in backends/trt
+OPTIONS: BackendOptions = {}
 _ROOM = 1 << 20  # bytes: a disk with less is full
 _EMBEDDED = 1024  # bytes: smaller tensors stay in the model file
 
@@ -43,17 +44,17 @@ def targets(ort: Any) -> tuple[str, ...]:
     return tuple(target for target, provider in PROVIDERS.items() if provider in available and (target == "cpu" or devices()))
 
 
-def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+def resolve_target(target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
     """Raises LibraryMissing, DeviceMissing for a target that this ONNX Runtime was not built with, UnknownName."""
     ort = library()
     try:
-        found = check_names(f"{name} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
+        found = check_names(f"{NAME} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
     except DeviceMissing as error:
         mend = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU found"
         raise DeviceMissing(f"{error}: {mend}") from None
     if precision == "bf16" and found == "cpu":
         raise SettingError(
-            f"{name} {ort.__version__} does not compute bf16 on a CPU: use --backend openvino, or export with --precision fp32"
+            f"{NAME} {ort.__version__} does not compute bf16 on a CPU: use --backend openvino, or export with --precision fp32"
         )
     return found
 
@@ -63,7 +64,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     ort, begun = library(), time.monotonic()
     yield Stage(name="optimise")
     component = bundle.manifest.components[request.component]
-    model, data = folder / f"{request.stem}.onnx", folder / f"{request.stem}.onnx.data"
+    model, data = folder / f"{request.stem}{ENDING}", folder / f"{request.stem}{ENDING}.data"
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

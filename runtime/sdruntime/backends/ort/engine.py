@@ -10,7 +10,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
-from sdruntime.backends.base.engine import CPU, EngineOptions, Shared
+from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, check_tensors
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.session import warn_of_unknown
@@ -32,6 +32,8 @@ class OrtEngine:
         self.spec, self.component, self._session = spec, component, session
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._session is None:
+            raise closed(self.spec)
         dims = check_feeds(self.component, self.spec, feeds)
         outputs: dict[str, Array] = {}
         try:
@@ -63,7 +65,7 @@ class OrtEngine:
         self.close()
 
 
-def here(name: str = "onnxruntime") -> Library:
+def here() -> Library:
     try:
         ort = library()
     except LibraryMissing as error:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdruntime.backends.base.building import Built, EngineRequest, Stage, check_names
+from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, check_names
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.ov.subpixel import split_upsampling
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
 from sdruntime.errors import LibraryMissing, SdruntimeError, SettingError
 
+NAME, ENDING = "openvino", ".xml"
 DEVICE = "CPU"
 TARGETS = ("cpu",)
 _TELEMETRY = "openvino_telemetry"
@@ -29,8 +30,7 @@ def _computed_in(text: str) -> str | None:
     return text if text in ("f32", "bf16") else None
 
 
-# name: (how its text is read, what is expected)
-OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+OPTIONS: BackendOptions = {
     "inference_precision": (_computed_in, "f32, or bf16 if the CPU supports it; default: f32"),
 }
 
@@ -55,10 +55,10 @@ def version_of(ov: Any) -> str:
     return str(ov.__version__).split("-")[0]
 
 
-def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+def resolve_target(target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
     """Raises LibraryMissing, DeviceMissing, UnknownName, and SettingError for an option's value, or for bf16 without it here."""
     ov = library()
-    found = check_names(f"{name} {version_of(ov)}", target, TARGETS, options, known=OPTIONS)
+    found = check_names(f"{NAME} {version_of(ov)}", target, TARGETS, options, known=OPTIONS)
     read_options(options)
     if options.get("inference_precision") == "bf16" and not has_bf16(ov.Core()):
         raise SettingError("option inference_precision=bf16: this CPU does not compute in bf16: leave the option out")
@@ -83,7 +83,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     ov, begun = library(), time.monotonic()
     yield Stage(name="convert")
     component = bundle.manifest.components[request.component]
-    files = folder / f"{request.stem}.xml", folder / f"{request.stem}.bin"
+    files = folder / f"{request.stem}{ENDING}", folder / f"{request.stem}.bin"
     bf16 = read_options(request.options).get("inference_precision") == "bf16"
     try:
         with lending_onnx(bundle, component.files) as onnx:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
-from sdruntime.backends.base.engine import EngineOptions, Shared
+from sdruntime.backends.base.engine import EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
 from sdruntime.backends.ov.constants import own_constants
@@ -62,9 +62,9 @@ class OvEngine:
         network.request(0, settings)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        dims = check_feeds(self.component, self.spec, feeds)
         if self._network is None:
-            raise SdruntimeError(f"engine {self.spec.name} is closed")
+            raise closed(self.spec)
+        dims = check_feeds(self.component, self.spec, feeds)
         try:
             request = self._network.request(self.spec.admitting(**dims)[0], self._settings)
             outputs = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
@@ -82,7 +82,7 @@ class OvEngine:
         self.close()
 
 
-def here(name: str = "openvino") -> Library:
+def here() -> Library:
     try:
         ov = library()
     except LibraryMissing as error:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends.trt.session import Session, aligned
+from sdruntime.backends.base.session import Session, aligned
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import EngineError
 from sdruntime.system.cuda import Pinned

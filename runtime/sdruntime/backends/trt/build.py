@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdruntime.backends.base.building import Built, EngineRequest, Stage, unknown_option
+from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, unknown_option
 from sdruntime.backends.base.engine import AMPERE_UP, PLATFORM
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
@@ -22,6 +22,7 @@ from sdruntime.system.memory import available_memory
 from sdruntime.system.process import run_apart
 from sdruntime.system.sizes import parse_bytes
 
+ENDING = ".plan"
 WORKER = "sdruntime.backends.trt.worker"
 
 
@@ -44,8 +45,7 @@ def _tiling(text: str) -> str | None:
     return text if text in ("none", "fast", "moderate", "full") else None
 
 
-# name: (how its text is read, what is expected)
-OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+OPTIONS: BackendOptions = {
     "optimization_level": (_level, "0 (quickest build) to 5; TensorRT's own default is 3"),
     "workspace": (_size, "bytes that a layer may use for scratch, such as 512M or 4G"),
     "version_compatible": (_flag, "true or false"),
@@ -152,7 +152,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     trt = library(request.backend)
     component = bundle.manifest.components[request.component]
     _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))
-    plan = folder / f"{request.stem}.plan"
+    plan = folder / f"{request.stem}{ENDING}"
     precision: Precision = "fp32" if request.component == STEP else bundle.manifest.precision
     job = {
         "backend": request.backend,

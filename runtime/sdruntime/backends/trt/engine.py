@@ -10,12 +10,12 @@ from typing import Any
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
-from sdruntime.backends.base.engine import AMPERE_UP, EngineOptions, Shared
+from sdruntime.backends.base.engine import AMPERE_UP, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds
+from sdruntime.backends.base.session import Session, session
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.backends.trt.library import FLAVOURS, capabilities, library, messages
-from sdruntime.backends.trt.session import Session, session
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import (
@@ -70,11 +70,15 @@ class TrtEngine:
             binding.close()
 
     def _binding(self, dims: Mapping[str, int]) -> Binding:
+        if self._plan.engine is None:
+            raise closed(self.spec)
         self.session.cuda.use()  # the calling thread may be another one than before
         profile = self.spec.admitting(**dims)[0]
         return Binding(self.spec, self.component, self._plan, self.session, dims, profile)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._plan.engine is None:
+            raise closed(self.spec)
         dims = check_feeds(self.component, self.spec, feeds)
         with annotate(self.spec.component):
             binding = self.bind(dims)

@@ -20,9 +20,9 @@ from typing import NoReturn
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends.base.engine import Engine
+from sdruntime.backends.base.engine import Engine, closed
+from sdruntime.backends.base.session import aligned
 from sdruntime.backends.trt.engine import TrtEngine
-from sdruntime.backends.trt.session import aligned
 from sdruntime.bundle.sampler_step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
 from sdruntime.errors import SdruntimeError
 from sdruntime.sampling.job import IN_FLIGHT, Job, stacked
@@ -43,7 +43,7 @@ class Frame:
         self, unet: TrtEngine, step: TrtEngine, dims: dict[str, int], *, capacity: int, guided: bool, cells: int
     ) -> None:
         self.capacity, self.guided, self.cells, self.rows = capacity, guided, cells, dims["batch"]
-        self.session, self.busy = unet.session, False
+        self.session, self.busy, self._spec, self._closed = unet.session, False, unet.spec, False
         self._graph: Graph | None = None
         self._ran, self._captured_at = False, -1
         self._whole: tuple[int, int, Graph] | None = None  # steps, the arena's moves, and all of the steps as one graph
@@ -78,6 +78,11 @@ class Frame:
         self.step.place("noise", self._inputs.pointer + self.offsets[2])
         self.state = self.session.cuda.pinned((capacity, SLOTS, cells), np.float32)
         stack.callback(self.state.close)
+
+    def check_open(self) -> None:
+        """Raises the error of a closed engine once the UNet's engine was closed: its memory is another's by then."""
+        if self._closed:
+            raise closed(self._spec)
 
     def load(self, program: Array) -> None:
         """Bring the blocks of all steps, uint8 [steps, block], to the device. The stream must be idle."""
@@ -164,6 +169,7 @@ class Frame:
         self._program_room.close()
 
     def close(self) -> None:
+        self._closed = True
         self._stack.close()
 
 
@@ -234,6 +240,7 @@ class DeviceCall:
 
     def advance(self) -> None:
         """Queue one step. Waits, by looking at events, while more than `ahead` steps are under way."""
+        self._frame.check_open()
         if self._launch_all and self._index == 0:
             self._launched = self._frame.run_all(self.steps)
         if not self._launched:
@@ -251,6 +258,7 @@ class DeviceCall:
 
     def fetch(self) -> None:
         """Bring what the samplers hold back to the host: the one wait for the device."""
+        self._frame.check_open()
         state = self._frame.download_state()
         for k, job in enumerate(self.jobs):
             job.run.restore(state[k])

@@ -1,0 +1,18 @@
+"""The record of the fake backend."""
+
+from __future__ import annotations
+
+from sdruntime.backends.base.backend import Backend
+from sdruntime.backends.fake.build import ENDING, NAME, OPTIONS, build_engine, resolve_target
+from sdruntime.backends.fake.engine import here, open_engine
+
+FAKE = Backend(
+    name=NAME,
+    ending=ENDING,
+    options=OPTIONS,
+    here=here,
+    resolve_target=resolve_target,
+    build_engine=build_engine,
+    open_engine=open_engine,
+    hidden=True,
+)

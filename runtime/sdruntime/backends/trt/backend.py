@@ -1,0 +1,44 @@
+"""The records of TensorRT and TensorRT-RTX."""
+
+from __future__ import annotations
+
+import functools
+
+from sdruntime.backends.base.backend import Backend
+from sdruntime.backends.trt.build import ENDING, OPTIONS, build_engine, resolve_target
+from sdruntime.backends.trt.engine import here, open_engine
+from sdruntime.backends.trt.loop import device_calls
+from sdruntime.bundle.manifest import EngineSpec
+
+
+def reads(engine: EngineSpec, here: str) -> bool:
+    """Whether version `here` opens `engine`: the very version that built it, or, for a version-compatible engine, a later one of
+    the same major."""
+    if engine.options.get("version_compatible") != "true":
+        return here == engine.version
+    return _numbers(here)[:1] == _numbers(engine.version)[:1] and _numbers(here) >= _numbers(engine.version)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _backend(name: str, *, in_jetpack: bool = False) -> Backend:
+    return Backend(
+        name=name,
+        ending=ENDING,
+        options=OPTIONS,
+        here=functools.partial(here, name),
+        resolve_target=functools.partial(resolve_target, name),
+        build_engine=build_engine,
+        open_engine=open_engine,
+        reads=reads,
+        static=True,
+        gpu_only=True,
+        in_jetpack=in_jetpack,
+        loop=device_calls,
+    )
+
+
+TENSORRT = _backend("tensorrt", in_jetpack=True)
+TENSORRT_RTX = _backend("tensorrt-rtx")
