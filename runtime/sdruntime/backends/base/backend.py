@@ -49,11 +49,11 @@ class Backend:
     `build_engine(bundle, request, folder)` writes the engine's files. `open_engine` raises BundleError, EngineError,
     DeviceMissing, OutOfSpace.
 
-    `reads`: whether a version of the library can open an engine. `lacking`: (target, precision) that it cannot compute, and how
-    that is said. `static`: engines are built for the requested shapes alone unless something else is said, else for every size.
-    `gpu_only`: its engines need an NVIDIA GPU, and work on a CUDA stream of the caller's where one is given. `in_jetpack`:
-    a Jetson's system brings it. `loop`: it can keep the sampler's loop on the GPU, so it builds the component `step` too.
-    `hidden`: for tests; it is never chosen or listed unless it is named.
+    `reads`: whether a version of the library can open an engine. `lacking`: each (target, precision) that it cannot compute, and
+    the reason to report. `static`: engines are built for the requested shapes alone by default, else for every size.
+    `gpu_only`: its engines need an NVIDIA GPU, and work on the caller's CUDA stream if one is given. `in_jetpack`: JetPack brings
+    it. `loop`: it can keep the sampler's loop on the GPU, so it builds the component `step` too. `hidden`: for tests, and never
+    chosen or listed unless it is named.
     """
 
     name: str
@@ -78,17 +78,17 @@ class Backend:
         if library.version is None:
             return library.missing
         if not engine.files[0].endswith(self.ending):
-            return f"{engine.files[0]} is no {self.ending} file, which engines of {self.name} are"
+            return f"{engine.files[0]} is not a {self.ending} file, as engines of {self.name} are"
         if not self.reads(engine, library.version):
-            return f"built with {self.name} {engine.version}, here is {library.version}"
+            return f"built with {self.name} {engine.version}, installed is {library.version}"
         if engine.platform not in ("", PLATFORM):
-            return f"built on {engine.platform}, here is {PLATFORM}"
+            return f"built on {engine.platform}, this is {PLATFORM}"
         return _wrong_device(engine, library, device)
 
     def cannot_build(self, library: Library, device: Device | None, precision: Precision) -> str | None:
         """Why no engine can be built here that runs here; None where one can."""
         if self.gpu_only and device is None:
-            return "it needs an NVIDIA GPU, and this machine has none"
+            return "it needs an NVIDIA GPU, and this machine has no NVIDIA GPU"
         if library.version is None:
             return library.missing
         try:
@@ -103,10 +103,10 @@ class Backend:
 def _wrong_device(engine: EngineSpec, library: Library, device: Device | None) -> str | None:
     if engine.target in (CPU, CUDA):
         if engine.target not in library.targets:
-            return f"built for {engine.target}, here is {', '.join(library.targets)}"
-        return "built for cuda, here is no CUDA device" if engine.target == CUDA and device is None else None
+            return f"built for {engine.target}, this machine has {', '.join(library.targets)}"
+        return "built for cuda, but there is no CUDA device" if engine.target == CUDA and device is None else None
     if device is None:
-        return f"built for {engine.target}, here is no CUDA device"
+        return f"built for {engine.target}, but there is no CUDA device"
     if engine.target == AMPERE_UP:
         major, minor = device.capability
         old = f"built for compute capability 8.0 and later, {device.name} has {major}.{minor}"
