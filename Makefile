@@ -27,7 +27,7 @@ BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 help:
 	@sed -n 's/^## //p' Makefile
 
-# The environment is made anew only when what it is made from changes.
+# The environment is rebuilt only when its inputs change.
 $(READY): $(CONSTRAINTS) pyproject.toml runtime/pyproject.toml
 	@echo "== environment: $(VENV), from $(CONSTRAINTS) (some minutes the first time)"
 	@test -x $(BIN)/python || $(BASE) -m venv $(VENV)
@@ -35,13 +35,13 @@ $(READY): $(CONSTRAINTS) pyproject.toml runtime/pyproject.toml
 		--editable './runtime[onnxruntime]' --editable '.[test,check]'
 	@touch $@
 
-## make demo        build the shapes example to a bundle and draw a sheet of pictures with it
+## make demo        export the shapes example to a bundle and generate a sheet of images with it
 demo: $(READY)
 	@echo "== export: examples/shapes/checkpoint -> $(OUT)/shapes"
 	@$(BIN)/sdexport build examples/shapes/checkpoint --output $(OUT)/shapes --backend onnxruntime
-	@echo "== pictures: $(OUT)/sheet.png"
+	@echo "== images: $(OUT)/sheet.png"
 	@$(BIN)/python examples/shapes/sheet.py $(OUT)/shapes -o $(OUT)/sheet.png
-	@echo "== done: look at $(OUT)/sheet.png, then ask for your own:"
+	@echo "== done: look at $(OUT)/sheet.png, then generate your own:"
 	@echo "   $(BIN)/sdruntime generate $(OUT)/shapes \"a large green square on the right on a white background\" --guidance 2 -o $(OUT)/mine.png"
 
 ## make engines     every recipe of engines/ built for this machine: RECIPE=sd15 for one, MODEL=path with another checkpoint,
@@ -121,7 +121,7 @@ dist: $(READY)
 	@rm -f dist.log
 	@$(BIN)/python -m twine check --strict dist/*
 
-## make golden      the golden numbers, read off diffusers and torch again
+## make golden      the tests' golden tables, read from diffusers and torch again
 golden: $(READY)
 	@for script in tests/golden/make*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -134,7 +134,7 @@ bench: demo
 	@$(BIN)/python benchmarks/export_full_size.py sd15 --json benchmarks/results/export-sd15.json
 	@$(BIN)/python benchmarks/export_full_size.py sdxl --ours-only --json benchmarks/results/export-sdxl.json
 
-## make real-check  MODEL=path: real weights built, verified, and their pictures held against diffusers'; a row in reports/
+## make real-check  MODEL=path: build and verify real weights, and compare images with diffusers; adds a row to reports/
 real-check: $(READY)
 	@test -n "$(MODEL)" || { echo "make real-check MODEL=path: a diffusers folder or a hub id" >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.real_check "$(MODEL)" $(ARGS)

@@ -162,7 +162,7 @@ except Failed as failed:
 """
     printed = run(sys.executable, "-c", program, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}:{ROOT / 'tests'}"})
     assert printed.startswith(f"3 {NO_PYTHON} ")
-    assert "Python 3.99 was asked for" in printed
+    assert "Python 3.99 was requested" in printed
 
 
 def test_a_child_of_fork_is_told_in_process(host: Path, bundle: Path) -> None:

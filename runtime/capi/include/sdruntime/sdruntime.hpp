@@ -121,8 +121,8 @@ using ProgressFunction = std::function<bool(const Progress &)>;
 // Called for each line of a runtime's log, on a thread of the library, never two at a time. What it throws is dropped.
 using LogFunction = std::function<void(int32_t level, const char *message)>;
 
-// One picture that was asked for. Destroying it cancels what has not ended, and waits for a progress function of its own that runs on
-// another thread. From inside a callback it does not wait: destroy there only the Job that is told of, or one without a function.
+// One requested image. Destroying it cancels a job that has not ended, and waits for its progress function if that runs on another
+// thread. Inside a callback it does not wait: there, destroy only the callback's own Job, or one without a progress function.
 class [[nodiscard]] Job {
 public:
     Job() noexcept = default;
@@ -135,8 +135,8 @@ public:
     }
     ~Job() { sdr_job_free(handle_); }
 
-    // Until the picture is there. Throws Error otherwise (cancelled() where it was), or what the progress function threw; the same at
-    // each call. Functions that read the picture throw Error then.
+    // Wait for the image. Throws Error otherwise (cancelled() where it was), or what the progress function threw; the same at
+    // each call. Functions that read the image throw Error then.
     void wait() { ended(sdr_job_wait(handle_, -1)); }
 
     // The same within a time. False where that is over and the job goes on.
@@ -151,7 +151,7 @@ public:
     }
 
 #if defined(__cpp_lib_jthread)
-    // The same; a stop that is asked for, before or meanwhile, cancels the job. One after the end does nothing.
+    // The same; a requested stop, before or meanwhile, cancels the job. One after the end does nothing.
     void wait(std::stop_token token) {
         const std::stop_callback on_stop(std::move(token), [handle = handle_] { sdr_status_free(sdr_job_cancel(handle)); });
         wait();
@@ -165,7 +165,7 @@ public:
         return found;
     }
 
-    // Ask that it end at its next step; wait tells when it has. One that has ended keeps its end.
+    // Cancel the job at its next step; wait returns when it has ended. A job that has ended is unchanged.
     void cancel() { check(sdr_job_cancel(handle_)); }
 
     // Size, seed, seconds. Its texts are valid as long as the job.
@@ -303,7 +303,7 @@ public:
         return job;
     }
 
-    // End all work and wait for that; jobs that have ended keep their pictures. Throws Error.
+    // End all work and wait for that; jobs that have ended keep their images. Throws Error.
     void close() { check(sdr_runtime_close(handle_)); }
 
     // The handle, still this object's; NULL where it was moved from.

@@ -260,7 +260,7 @@ sdr_status *sdr_job_png(sdr_job *job, const uint8_t **bytes, size_t *size) {
         *size = 0;
         const auto found = job_of(job);
         const auto picture = found->picture();
-        if (!found->png_asked()) throw usage(SDR_REASON_NOT_ASKED, "no PNG was asked for: set sdr_job_params.png");
+        if (!found->png_asked()) throw usage(SDR_REASON_NOT_ASKED, "no PNG was requested: set sdr_job_params.png");
         *bytes = picture->blob.data() + picture->rgb;
         *size = picture->png;
     });

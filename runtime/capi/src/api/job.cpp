@@ -98,7 +98,7 @@ std::shared_ptr<const Picture> Job::picture() const {
     const std::lock_guard lock(mutex_);
     if (failure_) throw *failure_;
     if (!picture_)
-        throw usage(SDR_REASON_NOT_FINISHED, "the job has no picture yet, at step " + std::to_string(step_) + " of " + std::to_string(steps_) + ": sdr_job_wait first");
+        throw usage(SDR_REASON_NOT_FINISHED, "the job has no image yet, at step " + std::to_string(step_) + " of " + std::to_string(steps_) + ": sdr_job_wait first");
     return picture_;
 }
 

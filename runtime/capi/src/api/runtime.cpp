@@ -348,7 +348,7 @@ void Runtime::done(const Json &event, const Blob &blob) {
     picture.blob = blob;
     const size_t rows = 3 * static_cast<size_t>(picture.width) * static_cast<size_t>(picture.height);
     if (picture.rgb != rows || picture.png > blob.size() || blob.size() - picture.png != picture.rgb)
-        throw JsonError("a picture of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(picture.png) + " in a blob of " + std::to_string(blob.size()));
+        throw JsonError("an image of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(picture.png) + " in a blob of " + std::to_string(blob.size()));
     const auto job = last_of(event);
     if (job && closes())
         job->failed(ended_by_closing());

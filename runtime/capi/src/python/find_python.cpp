@@ -111,7 +111,7 @@ Python named(const std::string &name, const std::string &place, Search &search) 
     }
     Python found = at(place);
     search.note(name + ": " + place + (found.empty() ? ", which is no virtual environment, interpreter or libpython" : ""));
-    if (found.empty()) throw search.failure(name + " leads to no Python");
+    if (found.empty()) throw search.failure(name + " contains no Python");
     return found;
 }
 

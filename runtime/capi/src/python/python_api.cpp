@@ -88,7 +88,7 @@ void check_version(PythonApi &api, Search &search) {
     int minor = 0;
     if (std::sscanf(whole.c_str(), "3.%d", &minor) != 1 || minor < 10) {
         search.note("Python " + api.version + " was found; 3.10 is the oldest that serves");
-        throw search.failure("no Python that serves");
+        throw search.failure("no usable Python");
     }
 }
 
@@ -103,7 +103,7 @@ const PythonApi *start_now(const std::string &given) {
     check_version(*api, search);
     if (present && !python.version.empty() && python.version != minor_of(api->version)) {
         search.note("in this process: Python " + api->version);
-        throw search.failure("this process has Python " + api->version + " already, and Python " + python.version + " was asked for");
+        throw search.failure("this process has Python " + api->version + " already, and Python " + python.version + " was requested");
     }
     api->site = python.site;
     if (running) return api.release();
