@@ -131,7 +131,7 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         host.submit(job, request=LONG)
     failed = host.wait("failed", job=3)
     assert (failed["code"], failed["reason"]) == (1, "queue_full")
-    assert "the queue holds 2 beside the 1 that run" in failed["message"]
+    assert "the queue holds 2 besides the 1 that run" in failed["message"]
     host.close()
     ends = [host.wait("failed", job=job) for job in range(3)]
     assert [(each["code"], each["reason"]) for each in ends] == [(130, "closed")] * 3
