@@ -123,8 +123,8 @@ def test_a_device_buffer_that_is_too_small_is_refused_with_both_sizes(drive: Dri
     said = drive("open", f"buffer={BYTES}", f"size={BYTES - 1}", "draw", "size=0", "draw", f"size={BYTES}", "draw", "close")
     short, none, enough = said["job"]
     assert short[:2] == none[:2] == (2, TOO_SMALL)
-    assert re.search(r"device_buffer.* 24,575 bytes at 0x\w+, but the picture has 24,576", short[2])
-    assert re.search(r"device_buffer.* 0 bytes at 0x\w+, but the picture has 24,576", none[2])
+    assert re.search(r"device_buffer.* 24,575 bytes at 0x\w+, but the image has 24,576", short[2])
+    assert re.search(r"device_buffer.* 0 bytes at 0x\w+, but the image has 24,576", none[2])
     assert enough == (0, 0, "")
 
 

@@ -175,7 +175,7 @@ def test_the_caller_s_stream_and_device_buffer(here: Machine, small_folder: Path
         host.submit(3, request=WIDE, device_buffer=buffer.pointer, device_buffer_size=size - 1)
         failed = host.wait("failed", job=3)
         assert failed["code"] == 2
-        assert re.search(r"24,575 bytes at 0x\w+, but the picture has 24,576", failed["message"])
+        assert re.search(r"24,575 bytes at 0x\w+, but the image has 24,576", failed["message"])
         assert here.gpus.counts["cuStreamCreate"] == made  # none but the caller's
         assert here.gpus.counts["launches"] > 0
 

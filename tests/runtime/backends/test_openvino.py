@@ -143,7 +143,7 @@ def test_bf16_where_the_cpu_has_it_and_the_option_asks(pictures: dict[str, Array
 def test_an_option_that_is_not_known_or_not_readable_is_refused(folder: Path) -> None:
     with pytest.raises(UnknownName, match="did you mean inference_precision"):
         build(folder, "openvino", options={"inference_precison": "bf16"})
-    with pytest.raises(SettingError, match="f32, or bf16 where the CPU has it"):
+    with pytest.raises(SettingError, match="f32, or bf16 if the CPU supports it"):
         build(folder, "openvino", options={"inference_precision": "fp8"})
 
 

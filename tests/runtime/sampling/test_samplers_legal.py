@@ -23,7 +23,7 @@ REASONS = (
     "where alpha is 0",
     "Runge-Kutta",
     "takes no more",
-    "leaves none to do",
+    "leaves no steps to run",
     "the model was trained on",
     "true together",
     "takes flow_shift only",

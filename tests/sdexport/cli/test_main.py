@@ -49,7 +49,7 @@ def test_build_tells_bytes_and_peak_memory(sd1_checkpoint: Path, sd1_bundle: Pat
         (["build", "{empty}", "-o", "{out}"], 2, "model_index.json is missing"),
         (["build", "{checkpoint}"], 2, "Missing option '-o'"),
         (["build", "{checkpoint}", "-o", "{out}", "--precision", "int3"], 2, "'int3' is not one of"),
-        (["build", "{checkpoint}", "-o", "{out}", "--size", "64x64"], 2, "name a --backend too"),
+        (["build", "{checkpoint}", "-o", "{out}", "--size", "64x64"], 2, "add a --backend"),
         (["build", "{checkpoint}", "-o", "{out}", "--backend", "tensorflow"], 2, "unknown backend 'tensorflow'"),
         (["build", "{checkpoint}", "-o", "{checkpoint}"], 5, "choose another place"),
         (["build", "{checkpoint}", "-o", "{checkpoint}/README.md"], 5, "choose another place"),

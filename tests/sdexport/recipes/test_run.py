@@ -231,7 +231,7 @@ esac""",
             "failed with code 1: ModuleNotFoundError: no numpy; Python 3.10 or later with numpy is needed: .*pip install 'numpy",
         ),
         ('echo "error: no such\n  - thing" >&2; exit 5', EngineError, "^no such\n  - thing$"),
-        ("kill -9 $$", EnvironmentFault, "was ended by SIGKILL: it said nothing"),
+        ("kill -9 $$", EnvironmentFault, "was ended by SIGKILL: no output"),
         (
             'echo \'{"libraries": {"tensorrt": {"version": null, "targets": [], "missing": "pip install it"}}}\'',
             LibraryMissing,

@@ -184,8 +184,8 @@ def test_the_first_node_that_leaves_the_tolerance_is_named(copy: Path, sd1_check
         (["{copy}", "--bisect"], 2, "name it with --against"),
         (["{copy}", "--against", "{other}"], 2, "not the checkpoint of this bundle: its weights are "),
         (["{copy}", "--against", "nowhere"], 2, "no such folder, and not a hub id"),
-        (["{plain}"], 5, "no golden numbers: it was built with --no-verify"),
-        (["{plain}", "--against", "{checkpoint}"], 5, "no golden numbers"),
+        (["{plain}"], 5, "no reference outputs: it was built with --no-verify"),
+        (["{plain}", "--against", "{checkpoint}"], 5, "no reference outputs"),
     ],
 )
 def test_bad_input_gets_one_message_and_its_code(
