@@ -209,7 +209,7 @@ def test_what_costs_speed_is_told_in_a_line(tmp_path: Path) -> None:
     assert sum(f"sdexport build path/to/checkpoint --precision fp16 -o {bundle.folder}" in line for line in found) == 1
     for said in (
         "needs no guidance",
-        "vae_decoder on the CPU although A GPU",
+        "vae_decoder on the CPU although this machine has A GPU",
         "unet in fp32 on a GPU",
         "range of shapes",
         "2 times",
