@@ -19,7 +19,9 @@ ORDER = {
     "sdruntime.sampling.samplers": (
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow registry"
     ),
-    "sdruntime.bundle": "roles limits audit records manifest interface sampler_step lending bundle lock change staging",
+    "sdruntime.bundle": (
+        "roles limits audit records dimensions manifest interface sampler_step lending bundle lock change staging"
+    ),
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building engine feeds subpixel session backend",
     "sdruntime.backends.onnx_file": "wire external graph",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from sdruntime.bundle.audit import Audit
+from sdruntime.bundle.dimensions import named_in
 from sdruntime.bundle.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES
 from sdruntime.bundle.records import json_from_record, json_from_text, record_from_json, twins
 from sdruntime.bundle.roles import of_kind
@@ -82,18 +83,18 @@ class ComponentSpec:
     config: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    optional_inputs: tuple[TensorSpec, ...] = ()  # a UNet's ControlNet residuals: fed as zeros where a call has none
+    optional_inputs: tuple[TensorSpec, ...] = ()  # such as ControlNet residuals: engines take them, and get zeros by default
     audit: Audit | None = None  # of a graph in half precision, where one was made
 
     def __post_init__(self) -> None:
         if not self.files or not self.inputs or not self.outputs:
             raise ValueError("a component needs a file, an input and an output")
         _refuse_twins("tensor", [tensor.name for tensor in (*self.inputs, *self.optional_inputs, *self.outputs)])
-        known = {prefix + dim for dim in self.dimensions for prefix in ("", "image_", "latent_")}
-        for tensor in self.outputs:
-            for dim in tensor.shape:
-                if isinstance(dim, str) and dim not in known:
-                    raise ValueError(f"tensor {tensor.name}: dimension {dim!r} does not follow from those of the inputs")
+        own = set(self.dimensions)
+        images = {prefix + dim for dim in own for prefix in ("image_", "latent_")}
+        _check_dimensions(self.inputs, own, parts=False)
+        _check_dimensions(self.optional_inputs, own)
+        _check_dimensions(self.outputs, own | images)
 
     @property
     def onnx(self) -> str:
@@ -102,8 +103,13 @@ class ComponentSpec:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The names of the dimensions that a call chooses, in the order of the inputs."""
-        dims = [dim for tensor in (*self.inputs, *self.optional_inputs) for dim in tensor.shape if isinstance(dim, str)]
+        dims = [dim for tensor in self.inputs for dim in tensor.shape if isinstance(dim, str) and "/" not in dim]
         return tuple(dict.fromkeys(dims))
+
+    @property
+    def engine_inputs(self) -> tuple[TensorSpec, ...]:
+        """What an engine takes: the optional inputs too."""
+        return (*self.inputs, *self.optional_inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,6 +349,14 @@ def _unclear_texts(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
 
 def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
     return all(profile[name][0] <= size <= profile[name][2] for name, size in dims.items() if name in profile)
+
+
+def _check_dimensions(tensors: Iterable[TensorSpec], known: Collection[str], *, parts: bool = True) -> None:
+    """Raise ValueError for a dimension that follows from none of `known`, and for a part of one where there are no `parts`."""
+    for tensor in tensors:
+        for dim in tensor.shape:
+            if isinstance(dim, str) and (named_in(dim) not in known or (dim not in known and not parts)):
+                raise ValueError(f"tensor {tensor.name}: dimension {dim!r} does not follow from those of the inputs")
 
 
 def _refuse_twins(what: str, names: list[str]) -> None:

@@ -94,7 +94,7 @@ def _part(manifest: Manifest, engine: EngineSpec) -> Part:
     sizes = []
     for profile in engine.profiles:
         dims = {name: high for name, (_, _, high) in profile.items()}
-        tensors = (*component.inputs, *component.outputs)
+        tensors = (*component.engine_inputs, *component.outputs)
         sizes.append(sum(math.prod(shape_of(each, dims, factor)) * np.dtype(each.dtype).itemsize for each in tensors))
     return Part(
         component=engine.component,

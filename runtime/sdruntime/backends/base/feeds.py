@@ -8,6 +8,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
+from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, TensorSpec
 from sdruntime.errors import EngineError
 
@@ -24,7 +25,7 @@ def check_feeds(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, 
 
 def check_tensors(component: ComponentSpec, spec: EngineSpec, inputs: Collection[str], outputs: Collection[str]) -> None:
     """Raise EngineError where an opened engine does not take what the component is fed, or lacks one of its outputs."""
-    fed, taken = {tensor.name for tensor in component.inputs}, {tensor.name for tensor in component.outputs}
+    fed, taken = {tensor.name for tensor in component.engine_inputs}, {tensor.name for tensor in component.outputs}
     if set(inputs) != fed or not taken <= set(outputs):
         has = f"{', '.join(sorted(inputs))} -> {', '.join(sorted(outputs))}"
         belongs = f"{', '.join(sorted(fed))} -> {', '.join(sorted(taken))}"
@@ -33,19 +34,27 @@ def check_tensors(component: ComponentSpec, spec: EngineSpec, inputs: Collection
 
 def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
     """The size of each named dimension in `feeds`. Raises EngineError where names, types or shapes are not the component's."""
-    expected = {tensor.name: tensor for tensor in component.inputs}
-    if feeds.keys() != expected.keys():
-        raise EngineError(f"{spec.component}: fed {', '.join(feeds)}, but it takes {', '.join(expected)}")
+    expected = {tensor.name: tensor for tensor in component.engine_inputs}
+    needed = {tensor.name for tensor in component.inputs}
+    if not needed <= feeds.keys() <= expected.keys():
+        optional = ", ".join(tensor.name for tensor in component.optional_inputs)
+        raise EngineError(
+            f"{spec.component}: fed {', '.join(feeds)}, but it takes {', '.join(name for name in expected if name in needed)}"
+            + (f" and optionally {optional}" if optional else "")
+        )
     dims: dict[str, int] = {}
-    for name, array in feeds.items():
-        tensor = expected[name]
+    for tensor in component.engine_inputs:  # the optional ones at the end: their sizes follow from those of the others
+        if tensor.name not in feeds:
+            continue
+        array = feeds[tensor.name]
         fits = array.dtype == np.dtype(tensor.dtype) and array.ndim == len(tensor.shape)
         for size, dim in zip(array.shape, tensor.shape, strict=False):
-            fits = fits and size == (dims.setdefault(dim, size) if isinstance(dim, str) else dim)
+            own = isinstance(dim, str) and "/" not in dim
+            fits = fits and size == (dims.setdefault(str(dim), size) if own else size_of(dim, dims))
         if not fits:
             shape = ", ".join(map(str, tensor.shape))
             raise EngineError(
-                f"{spec.component}.{name}: expected {tensor.dtype} [{shape}], got {array.dtype} {list(array.shape)}"
+                f"{spec.component}.{tensor.name}: expected {tensor.dtype} [{shape}], got {array.dtype} {list(array.shape)}"
             )
     return dims
 
@@ -55,7 +64,16 @@ def shape_of(tensor: TensorSpec, dims: Mapping[str, int], factor: int) -> tuple[
     known = dict(dims)
     for name, size in dims.items():
         known[f"image_{name}"], known[f"latent_{name}"] = size * factor, size // factor
-    return tuple(known[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+    return tuple(size_of(dim, known) for dim in tensor.shape)
+
+
+def filled(component: ComponentSpec, dims: Mapping[str, int], feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return `feeds` with zeros for each optional input that it lacks. `dims`: the size of each named dimension."""
+    absent = [tensor for tensor in component.optional_inputs if tensor.name not in feeds]
+    if not absent:
+        return feeds
+    zeros = {each.name: np.zeros([size_of(dim, dims) for dim in each.shape], each.dtype) for each in absent}
+    return {**feeds, **zeros}
 
 
 def call_rows(engine: Engine, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -12,10 +12,11 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import EngineOptions, Shared, closed
-from sdruntime.backends.base.feeds import check_feeds
+from sdruntime.backends.base.feeds import check_feeds, filled
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
 from sdruntime.backends.ov.constants import own_constants
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, quoted
 
@@ -41,15 +42,15 @@ class Network:
                 (weights,) = lent.values()
                 model = self._core.read_model(self._text, self._ov.Tensor(_bytes(weights), shared_memory=True))
                 own_constants(self._ov, model)
-                model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.inputs})
+                model.reshape({tensor.name: self._shape(tensor.shape, sizes) for tensor in self._component.engine_inputs})
                 compiled = self._core.compile_model(model, DEVICE, dict(settings))
                 self._held.append(weights)
             self._requests[profile] = compiled.create_infer_request()
         return self._requests[profile]
 
     def _shape(self, dims: tuple[int | str, ...], sizes: Mapping[str, tuple[int, int, int]]) -> Any:
-        limits = [(sizes[dim][0], sizes[dim][2]) if isinstance(dim, str) else (dim, dim) for dim in dims]
-        return self._ov.PartialShape([self._ov.Dimension(low, high) for low, high in limits])
+        least, most = ({name: limits[end] for name, limits in sizes.items()} for end in (0, 2))
+        return self._ov.PartialShape([self._ov.Dimension(size_of(dim, least), size_of(dim, most)) for dim in dims])
 
 
 class OvEngine:
@@ -67,7 +68,7 @@ class OvEngine:
         dims = check_feeds(self.component, self.spec, feeds)
         try:
             request = self._network.request(self.spec.admitting(**dims)[0], self._settings)
-            outputs = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+            outputs = request.infer(dict(filled(self.component, dims, feeds)), share_inputs=True, share_outputs=False)
             return {tensor.name: outputs[tensor.name] for tensor in self.component.outputs}
         except (RuntimeError, KeyError) as error:
             raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.session import Session, aligned
+from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import EngineError
 from sdruntime.system.cuda import Pinned
@@ -57,17 +58,17 @@ class Binding:
         stream = self._session.stream
         self._demand(self._context.set_optimization_profile_async(profile, stream.handle), f"take its profile {profile}")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for tensor in component.inputs:
-            shape = tuple(dims[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+        for tensor in component.engine_inputs:
+            shape = tuple(size_of(dim, dims) for dim in tensor.shape)
             self._demand(self._context.set_input_shape(tensor.name, shape), f"take {tensor.name} as {list(shape)}")
             self.shapes[tensor.name] = shape
         unknown = self._context.infer_shapes()
         self._demand(not unknown, f"tell its shapes without {', '.join(unknown)}")
         for tensor in component.outputs:
             self.shapes[tensor.name] = tuple(self._context.get_tensor_shape(tensor.name))
-        self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*component.inputs, *component.outputs)}
+        self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*component.engine_inputs, *component.outputs)}
         self.sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items()}
-        self._inputs = [tensor.name for tensor in component.inputs]
+        self._inputs = [tensor.name for tensor in component.engine_inputs]
         self._outputs = [tensor.name for tensor in component.outputs]
         self._need = int(self._context.update_device_memory_size_for_shapes())
 

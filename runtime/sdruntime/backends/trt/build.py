@@ -160,7 +160,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
         "plan": str(plan),
         "target": request.target,
         "precision": precision,
-        "inputs": {tensor.name: list(tensor.shape) for tensor in component.inputs},
+        "inputs": {tensor.name: list(tensor.shape) for tensor in component.engine_inputs},
         "profiles": [dict(profile) for profile in request.profiles],
         "options": read_options(request.backend, trt, request.options, devices()),
     }

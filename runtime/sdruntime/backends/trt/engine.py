@@ -11,7 +11,7 @@ from typing import Any
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import AMPERE_UP, EngineOptions, Shared, closed
-from sdruntime.backends.base.feeds import check_feeds
+from sdruntime.backends.base.feeds import check_feeds, filled
 from sdruntime.backends.base.session import Session, session
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
@@ -83,7 +83,7 @@ class TrtEngine:
         with annotate(self.spec.component):
             binding = self.bind(dims)
             try:
-                binding.upload(feeds)
+                binding.upload(filled(self.component, dims, feeds))
                 binding.enqueue()
                 return binding.download()
             except BaseException:
@@ -256,7 +256,7 @@ def _check_tensors(trt: Any, plan: Plan, bundle: Bundle, spec: EngineSpec, compo
     """The plan's tensors are the component's, by name, direction and type. Raises BundleError with every difference."""
     found = {plan.engine.get_tensor_name(index) for index in range(plan.engine.num_io_tensors)}
     faults = [f"{spec.name}: has a tensor {name!r} that {spec.component} has not" for name in sorted(found)]
-    for tensors, mode in ((component.inputs, trt.TensorIOMode.INPUT), (component.outputs, trt.TensorIOMode.OUTPUT)):
+    for tensors, mode in ((component.engine_inputs, trt.TensorIOMode.INPUT), (component.outputs, trt.TensorIOMode.OUTPUT)):
         for tensor in tensors:
             if tensor.name not in found:
                 faults.append(f"{spec.name}: {spec.component} has a tensor {tensor.name!r}, which it lacks")

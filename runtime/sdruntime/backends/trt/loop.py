@@ -13,7 +13,7 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine, closed
+from sdruntime.backends.base.feeds import filled
 from sdruntime.backends.base.session import aligned
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.bundle.sampler_step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
@@ -44,6 +45,7 @@ class Frame:
     ) -> None:
         self.capacity, self.guided, self.cells, self.rows = capacity, guided, cells, dims["batch"]
         self.session, self.busy, self._spec, self._closed = unet.session, False, unet.spec, False
+        self.component, self.dims = unet.component, dims
         self._graph: Graph | None = None
         self._ran, self._captured_at = False, -1
         self._whole: tuple[int, int, Graph] | None = None  # steps, the arena's moves, and all of the steps as one graph
@@ -330,13 +332,13 @@ def _fits(job: Job) -> bool:
     return job.rescale == 0 and len(x) + len(m) <= SLOTS
 
 
-def _conditions(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
+def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
     """The UNet's inputs that stay the same: unconditional rows first, then conditional ones, then rows of padding."""
     rows = [job.rows[-1] for job in jobs]
     if frame.guided:
         rows = [job.rows[0] for job in jobs] + rows
     fixed = {"sample": _samples(jobs, frame), **stacked(rows)}
-    return {name: _padded(array, frame.rows) for name, array in fixed.items()}
+    return filled(frame.component, frame.dims, {name: _padded(array, frame.rows) for name, array in fixed.items()})
 
 
 def _samples(jobs: Sequence[Job], frame: Frame) -> Array:

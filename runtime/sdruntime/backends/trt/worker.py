@@ -19,6 +19,7 @@ from sdruntime.backends.base.engine import AMPERE_UP
 from sdruntime.backends.trt.inspection import inspection_from_json
 from sdruntime.backends.trt.library import FLAVOURS, capabilities_of, library, messages
 from sdruntime.bundle.bundle import disk_full_as_error
+from sdruntime.bundle.dimensions import size_of
 from sdruntime.errors import EngineError, OutOfSpace, SdruntimeError
 from sdruntime.system.cache import read_cached, write_cached
 from sdruntime.system.cuda import Cuda, devices
@@ -151,7 +152,8 @@ def _profile(builder: Any, inputs: Mapping[str, Sequence[int | str]], ranges: Ma
     profile = builder.create_optimization_profile()
     for name, shape in inputs.items():
         if any(isinstance(dim, str) for dim in shape):
-            low, best, high = (tuple(ranges[dim][k] if isinstance(dim, str) else dim for dim in shape) for k in range(3))
+            sizes = [{dim: limits[k] for dim, limits in ranges.items()} for k in range(3)]
+            low, best, high = (tuple(size_of(dim, each) for dim in shape) for each in sizes)
             profile.set_shape(name, low, best, high)
     return profile
 
