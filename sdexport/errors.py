@@ -2,7 +2,7 @@
 
 SdexportError                 1   something failed
 ├── CheckpointError           2   the checkpoint is not whole, or not one that this exporter knows; carries every fault
-├── RecipeError               2   a recipe cannot be used; carries every fault with its line
+├── RecipeError               2   a recipe cannot be used; carries every fault with its field
 ├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
 │   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
 ├── BenchError                1   a contestant of a benchmark failed
@@ -38,7 +38,7 @@ class CheckpointError(SdexportError):
 
 
 class RecipeError(SdexportError):
-    """A recipe cannot be used. `faults` holds every reason that was found, each with its file and line."""
+    """A recipe cannot be used. `faults` holds every reason that was found, each with the path of its field."""
 
     exit_code = 2
 

@@ -96,7 +96,7 @@ def test_the_shapes_recipe_beside_a_bad_one_then_again(place: Path) -> None:
     arguments = ("engines", ROOT / "engines/shapes.toml", bad, "-o", place / "out")
     result = run(*arguments)
     assert result.exit_code == 2
-    assert f"{bad}:3: engines[0].backend: unknown backend 'tensorrt-rxt': did you mean tensorrt-rtx" in result.stderr
+    assert "engines[0].backend: unknown backend 'tensorrt-rxt': did you mean tensorrt-rtx" in result.stderr
     table = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
     assert table["shapes"][1:4] == ["9", "0", "0"], "step is TensorRT's alone"
     assert table["bad"][1:4] == ["0", "0", "1"]

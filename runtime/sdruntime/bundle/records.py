@@ -1,8 +1,9 @@
 """Strict JSON, and frozen dataclasses read from it with every fault named.
 
-The reader follows the type hints of a dataclass: str, int, float, bool, Literal, X | None, tuple[X, ...], tuple[X, Y],
-Mapping[str, X] and nested dataclasses. A missing key, an unknown key, a wrong type and a value that the dataclass itself refuses
-are faults; all of them are collected, each under its full path ("engines[2].ranges.batch[1]").
+The reader follows the type hints of a dataclass: str, int, float, bool, Literal, X | Y, tuple[X, ...], tuple[X, Y],
+Mapping[str, X], nested dataclasses, and Annotated[X, check]. A missing key, an unknown key, a wrong type and a value that `check`
+or the dataclass itself refuses with a ValueError are faults; all of them are collected, each under its full path
+("engines[2].ranges.batch[1]").
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import math
 import re
 import types
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sdruntime.errors import shown
 from sdruntime.system.document import LARGEST, read_document
 
 DEEPEST = 64  # objects and lists within each other. A manifest has 6
@@ -26,7 +28,7 @@ _LONG = re.compile("[0-9]{309}")  # digits of what may be beyond float64
 _COMPARED = 20  # unknown keys that are compared with the known ones: each takes a while
 _WRONG = object()
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_hints = functools.cache(get_type_hints)
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 
 
 def json_from_text(text: str, *, infinity: bool = True) -> Any:
@@ -122,8 +124,14 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         return _read_record(kind, value, where, faults)
+    if origin is Annotated:
+        return _read_checked(args[0], args[1], value, where, faults)
     if origin is Literal:
-        return value if value in args else _fault(faults, where, f"{value!r} is not one of {', '.join(map(str, args))}")
+        return (
+            value
+            if any(value == each and type(value) is type(each) for each in args)
+            else _fault(faults, where, f"{value!r} is not one of {', '.join(map(str, args))}")
+        )
     if origin in (Union, types.UnionType):
         return _read_union(args, value, where, faults)
     if origin is tuple:
@@ -164,19 +172,54 @@ def _read_record(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return _fault(faults, where, str(error))
 
 
+def _read_checked(kind: Any, check: Callable[[Any], None], value: Any, where: str, faults: list[str]) -> Any:
+    result = _read(kind, value, where, faults)
+    if result is not _WRONG:
+        try:
+            check(result)
+        except ValueError as error:
+            return _fault(faults, where, str(error))
+    return result
+
+
 def _read_union(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
-    if value is None and type(None) in args:
+    """The first of the types that `value` is. Where it is none, the faults are those of the type that has its form."""
+    kinds = [kind for kind in args if kind is not type(None)]
+    if value is None and len(kinds) < len(args):
         return None
-    tries = []
-    for kind in args:
-        if kind is not type(None):
-            found: list[str] = []
-            result = _read(kind, value, where, found)
-            if result is not _WRONG and not found:
-                return result
-            tries.append(found)
-    faults.extend(tries[-1])
+    told: list[str] = []
+    for kind in kinds:
+        found: list[str] = []
+        result = _read(kind, value, where, found)
+        if result is not _WRONG and not found:
+            return result
+        if len(kinds) == 1 or _form_of(value) in _forms(kind):
+            told = found
+    if not told:
+        return _fault(
+            faults, where, f"expected {' or '.join(form for kind in kinds for form in _forms(kind))}, got {_shown(value)}"
+        )
+    faults.extend(told)
     return _WRONG
+
+
+def _forms(kind: Any) -> list[str]:
+    """In words, what JSON values a type is read from."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _forms(args[0])
+    if origin is Literal:
+        return [json.dumps(each) for each in args]
+    if origin in (Union, types.UnionType):
+        return [form for each in args for form in _forms(each)]
+    if origin is tuple:
+        return ["a list"]
+    return [_SCALARS[kind]] if kind in _SCALARS else ["an object"]
+
+
+def _form_of(value: Any) -> str:
+    """In words, what a JSON value is."""
+    return _SCALARS.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 
 def _read_tuple(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
@@ -190,7 +233,10 @@ def _read_tuple(args: tuple[Any, ...], value: Any, where: str, faults: list[str]
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value, default=str)  # TOML has dates
+    except (ValueError, RecursionError):  # a number of 5,000 digits
+        return shown(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -94,3 +94,38 @@ def test_infinity_is_read_but_is_no_number_of_a_record() -> None:
 def test_json_that_is_not_strict_is_refused(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         json_from_text(text)
+
+
+def even(value: int | str) -> None:
+    if int(value) % 2:
+        raise ValueError(f"{value} is odd")
+
+
+Even = Annotated[int | str, even]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    one: Even = 0
+    some: Even | tuple[Even, ...] = 0
+    off: Literal[False] | Leaf | None = None
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"one": 2, "some": [4, "6"], "off": False}, []),
+        ({"one": 3, "some": "5"}, ["one: 3 is odd", "some: 5 is odd"]),
+        ({"some": [2, 3, True]}, ["some[1]: 3 is odd", "some[2]: expected a whole number or text, got true"]),
+        ({"some": 1.5}, ["some: expected a whole number or text or a list, got 1.5"]),
+        ({"off": True}, ["off: expected false or an object, got true"]),
+        ({"off": 0}, ["off: expected false or an object, got 0"]),
+        ({"off": {"kind": "a", "size": 0}}, ["off: size 0 is not positive"]),
+        ({"off": {"sort": "a"}}, ["off.sort: unknown key", "off.kind: missing"]),
+    ],
+)
+def test_a_checked_value_and_a_choice_of_forms(document: dict[str, Any], told: list[str]) -> None:
+    faults: list[str] = []
+    record = record_from_json(Checked, document, where="", faults=faults)
+    assert faults == told
+    assert faults or record == Checked(one=2, some=(4, "6"), off=False)
