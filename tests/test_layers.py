@@ -34,7 +34,7 @@ ORDER = {
     "sdruntime.pipeline.images": "pixels png imagefile",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
-    "sdruntime.verification": "tolerance npz metrics golden report html verify",
+    "sdruntime.verification": "tolerance npz metrics golden report html verify build",
     "sdruntime.cli": "terminal progress describe outputs build capi inspect verify generate sampling parser",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
     "sdexport.checkpoint": "bounds card configs opening tree safetensors weight_files names tokenizer unpickle hub folder",
@@ -43,7 +43,7 @@ ORDER = {
     "sdexport.trace": "versions data_file sampler_step cache to_onnx component process",
     "sdexport.verification": "bisect original golden verify",
     "sdexport.build": "events files provenance export",
-    "sdexport.recipes": "toml recipe interpreter run",
+    "sdexport.recipes": "recipe interpreter run",
     "sdexport.bench": "timing subject diffusers drawers contestant bench chart",
     "sdexport.cli": "following progress reporting bench build engines inspect verify main",
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdruntime.cli.parser import parser
-from sdruntime.cli.progress import progress_on, wants_lines
+from sdruntime.cli.progress import progress_on
 from sdruntime.cli.terminal import Failed, UsageError, code_of, document, failure, print_any_text, reason_of, wants_json
 from sdruntime.errors import SdruntimeError
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(given)
         with (
-            progress_on(quiet=options.quiet or (options.json and not wants_lines())) as options.progress,
+            progress_on(quiet=options.quiet or options.json) as options.progress,
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("default")

@@ -22,7 +22,6 @@ from sdruntime.errors import printable
 REDRAW = 0.5  # seconds between two looks of a line on a terminal
 LOG_EVERY = 15.0  # seconds between two lines of one stage in a log
 NARROWEST_BAR, WIDEST_BAR = 8, 40
-LINES = {"SDRUNTIME_PROGRESS": "lines"}  # the environment of a program that reads a command's log, which --json has then too
 _FULL, _EMPTY = "━", "─"
 _ASCII = {_FULL: "#", _EMPTY: "-", "…": "~"}
 
@@ -218,10 +217,6 @@ def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Progres
     if quiet:
         return Progress(stream)
     return Line(stream) if is_terminal(stream) else Log(stream)
-
-
-def wants_lines() -> bool:
-    return LINES.items() <= os.environ.items()
 
 
 def is_terminal(stream: TextIO) -> bool:

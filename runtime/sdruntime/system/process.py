@@ -6,6 +6,7 @@ lines; an error travels back as its class and its text.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -41,21 +42,36 @@ def module_command(module: str, *arguments: str, python: str = sys.executable) -
 
 
 def run_apart(
-    module: str, job: Mapping[str, Any], *, what: str, failed: type[Exception], killed: type[Exception], advice: str
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    what: str,
+    failed: Callable[[str], Exception],
+    killed: Callable[[str], Exception],
+    advice: str,
+    python: str = sys.executable,
+    path: str | None = None,
+    patience: float = 0.0,
 ) -> Generator[Message, None, None]:
     """Run a job in `module`: yields its messages, then {"peak": the most bytes of memory that it had}.
 
     Raises what the job raised; `killed` when a signal ended it (`advice` says what to do about too little memory); `failed` when
     it ended in another way. `what` names the work in those two.
+
+    `python`: the interpreter, which finds modules in the folder `path` first. `patience`: a job that the caller leaves early is
+    interrupted and has so many seconds to clean up before it is killed. A terminal's Ctrl-C reaches it through the caller alone.
     """
+    paths = [each for each in (path, os.environ.get("PYTHONPATH")) if each]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as notes:
         child = subprocess.Popen(
-            module_command(module, json.dumps(job)),
+            module_command(module, json.dumps(job), python=python),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=notes,
             text=True,
             encoding="utf-8",
+            env=os.environ if path is None else os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=patience > 0,
         )
         assert child.stdin is not None
         assert child.stdout is not None
@@ -69,6 +85,10 @@ def run_apart(
                 yield message
             child.wait()
         finally:
+            if patience and child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(patience)
             child.kill()
             child.wait()
             child.stdin.close()
@@ -103,6 +123,8 @@ def serve(
         tell({"error": _to_message(error)})
     except MemoryError:
         tell({"error": _to_message(memory)})
+    except KeyboardInterrupt:
+        os._exit(130)
     tell({"peak": peak_memory()})
     os._exit(0)  # large libraries take seconds to take themselves down
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -17,12 +18,15 @@ import pytest
 from places import ROOT
 from sdexport_cli import run
 
-from sdexport.recipes.interpreter import Interpreter, arguments
+from sdexport.recipes.interpreter import Interpreter
+from sdruntime.backends.base.building import Stage
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.engines.building import BuildRequest
-from sdruntime.errors import EngineError, EnvironmentFault, LibraryMissing, SdruntimeError, VerificationFailed
+from sdruntime.bundle.records import json_from_record
+from sdruntime.engines.building import BuildEvent, BuildRequest
+from sdruntime.errors import EngineError, EnvironmentFault, LibraryMissing, VerificationFailed
+from sdruntime.verification.build import _record, build_job, check_job, event_of
 
 ENGINES = '[[engines]]\nbackend = "fake"\nsize = "{size}"\n'
 
@@ -71,8 +75,9 @@ def test_a_bundle_that_is_exported_gets_the_engines_and_a_second_run_builds_noth
 def test_bad_recipes_do_not_stop_the_good_ones_and_a_table_tells_of_all(place: Path) -> None:
     result = run("engines")  # all of engines/: bad, good, gpu
     assert result.exit_code == 3, "what this machine lacks is worse than a recipe's fault"
-    assert "engines/bad.toml:4: engines[0].size: size '64': WIDTHxHEIGHT" in result.stderr
-    assert "engines/bad.toml:5: engines[0].targets: unknown key 'targets': did you mean target?" in result.stderr
+    assert "engines/bad.toml: 2 faults" in result.stderr
+    assert "engines[0].size: size '64': WIDTHxHEIGHT" in result.stderr
+    assert "engines[0].targets: unknown key; did you mean target?" in result.stderr
     table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
     assert table["recipe"] == "built there already failed engine bytes ONNX bytes seconds".split()
     assert table["bad"][:3] == ["0", "0", "1"]
@@ -180,11 +185,14 @@ ASKED = BuildRequest(
 
 
 @pytest.mark.parametrize("asked", [ASKED, BuildRequest(backend="tensorrt")])
-def test_the_other_interpreter_is_asked_for_the_same(asked: BuildRequest) -> None:
-    from sdruntime.cli.build import asked_of
-    from sdruntime.cli.parser import parser
-
-    assert asked_of(parser().parse_args(["build", "BUNDLE", *arguments(asked)])) == asked
+def test_the_other_interpreter_gets_the_same_request_and_its_events_arrive_whole(asked: BuildRequest) -> None:
+    for job in (check_job(asked, "fp16"), build_job("b", asked, verify=True)):
+        assert _record(BuildRequest, json.loads(json.dumps(job))["asked"]) == asked
+    for event in (
+        BuildEvent(component="unet", engine="e", state="stage", stage=Stage(name="fill", done=1, total=3)),
+        BuildEvent(component="unet", engine="e", state="done", size=7, seconds=0.5, peak=9, notes=("slow", "large")),
+    ):
+        assert event_of(json.loads(json.dumps({"event": json_from_record(event)}))) == event
 
 
 def test_engines_by_another_interpreter(place: Path, sd1_checkpoint: Path) -> None:
@@ -206,20 +214,52 @@ def script(place: Path, text: str) -> str:
     return str(path)
 
 
-def test_what_the_other_interpreter_built_before_it_failed_is_told(place: Path) -> None:
-    some = f'"{sys.executable}" "$@" --component text_encoder --component vae_encoder'
-    fails = script(
-        place,
-        f"""case "$*" in
-*" build "*) {some}; echo "error: the rest failed" >&2; exit 1;;
-*) exec "{sys.executable}" "$@";;
-esac""",
-    )
-    row = rows("good", "--python", fails, code=1)["good"]
+FAILS = """
+import dataclasses
+from sdruntime.backends.registry import BACKENDS
+from sdruntime.errors import EngineError
+real = BACKENDS["fake"]
+def failing(bundle, request, folder):
+    if request.component == "vae_decoder":
+        %s
+    return real.build_engine(bundle, request, folder)
+BACKENDS["fake"] = dataclasses.replace(real, build_engine=failing)
+"""
+
+
+def customize(place: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Interpreters that are started from now on run this first."""
+    (place / "patch").mkdir()
+    (place / "patch" / "sitecustomize.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (place / "patch", ROOT / "runtime"))))
+
+
+def test_what_the_other_interpreter_built_before_it_failed_is_reported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    customize(place, monkeypatch, FAILS % "raise EngineError('error: no tactic\\n  - for this layer')")
+    row = rows("good", "--python", sys.executable, code=5)["good"]
     assert built(row) == ["text_encoder", "vae_encoder"]
     assert all(each["bytes"] > 0 for each in row["built"])
-    assert row["failed"][0]["error"] == "the rest failed"
+    assert row["failed"][0]["error"] == "error: no tactic\n  - for this layer", "whatever the text, it is the error's own"
+    monkeypatch.delenv("PYTHONPATH")
     assert built(rows("good", "--python", sys.executable)["good"]) == ["vae_decoder", "unet"]
+
+
+def test_an_interpreter_that_is_killed_during_a_build(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    customize(place, monkeypatch, FAILS % "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    row = rows("good", "--python", sys.executable, code=3)["good"]
+    assert built(row) == ["text_encoder", "vae_encoder"]
+    assert "was ended by SIGKILL: the system was probably out of memory" in row["failed"][0]["error"]
+
+
+def test_a_build_that_is_left_early_is_interrupted_and_cleans_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    customize(place, monkeypatch, FAILS % "import time; time.sleep(600)")
+    folder = place / "engines/built/good"
+    events = Interpreter(python=sys.executable).build(folder, BuildRequest(backend="fake"), verify=False)
+    states = [(event.component, event.state) for event in itertools.islice(events, 7)]
+    assert states[-1] == ("vae_decoder", "begin")
+    events.close()  # type: ignore[attr-defined]
+    assert [engine.component for engine in Bundle.open(folder).manifest.engines] == ["text_encoder", "vae_encoder"]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize(
@@ -230,23 +270,16 @@ esac""",
             EnvironmentFault,
             "failed with code 1: ModuleNotFoundError: no numpy; Python 3.10 or later with numpy is needed: .*pip install 'numpy",
         ),
-        ('echo "error: no such\n  - thing" >&2; exit 5', EngineError, "^no such\n  - thing$"),
-        ("kill -9 $$", EnvironmentFault, "was ended by SIGKILL: no output"),
-        (
-            'echo \'{"libraries": {"tensorrt": {"version": null, "targets": [], "missing": "pip install it"}}}\'',
-            LibraryMissing,
-            "python: pip install it",
-        ),
-        (
-            'echo \'{"libraries": {"tensorrt": {"version": "10.3.0", "targets": [], "missing": ""}}}\'',
-            EnvironmentFault,
-            "python: tensorrt 10.3.0 builds on the GPU, and finds none",
-        ),
+        ("kill -9 $$", EnvironmentFault, "was ended by SIGKILL"),
+        (f'exec "{sys.executable}" "$@"', LibraryMissing, "^--python .*/python: tensorrt cannot be imported"),
     ],
 )
-def test_an_interpreter_that_cannot_is_told_before_the_work(tmp_path: Path, text: str, kind: type, told: str) -> None:
+def test_an_interpreter_that_cannot_is_reported_before_the_work(tmp_path: Path, text: str, kind: type, told: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{text}\n")
+    python.chmod(0o755)
     with pytest.raises(kind, match=told):
-        Interpreter(python=script(tmp_path, text)).check(BuildRequest(backend="tensorrt"), "fp16")
+        Interpreter(python=str(python)).check(BuildRequest(backend="tensorrt"), "fp16")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +299,7 @@ def test_make_engines_is_this_command(given: list[str], expected: list[str]) -> 
 
 
 def test_no_interpreter(place: Path) -> None:
-    assert "--python /nowhere: cannot be started: No such file" in run("engines", "good", "--python", "/nowhere").stderr
+    assert "--python /nowhere: cannot be started: no such program" in run("engines", "good", "--python", "/nowhere").stderr
 
 
 def test_a_recipe_that_verifies_adds_no_engine_that_fails(
@@ -283,17 +316,18 @@ def test_a_recipe_that_verifies_adds_no_engine_that_fails(
     assert built(rows("good")["good"]) == ["text_encoder", "vae_encoder", "vae_decoder", "unet"]
 
 
-def test_another_interpreter_is_told_not_to_verify_and_its_failures_are_ours(place: Path, tmp_path: Path) -> None:
-    script = tmp_path / "python"
-    script.write_text(
-        f"#!{sys.executable}\nimport sys\n"
-        "if '--no-verify' in sys.argv: sys.exit('error: told so')\n"
-        "print('error: b: engine e is not added: 1 check failed\\n  - unet e: PSNR 12 dB', file=sys.stderr)\nsys.exit(4)\n"
+def test_another_interpreter_verifies_unless_it_shall_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    customize(
+        place,
+        monkeypatch,
+        "import sdruntime.verification.verify as verify\n"
+        "from sdruntime.errors import VerificationFailed\n"
+        "def failing(bundle, engine):\n"
+        "    raise VerificationFailed('engine e is not added', ['unet e: PSNR 12 dB'])\n"
+        "verify.held = failing\n",
     )
-    script.chmod(0o755)
-    other, asked = Interpreter(python=str(script)), BuildRequest(backend="fake")
+    other, asked = Interpreter(python=sys.executable), BuildRequest(backend="fake", components=("unet",))
     with pytest.raises(VerificationFailed, match="engine e is not added: 1 check failed") as raised:
         list(other.build(place / "engines/built/good", asked, verify=True))
     assert raised.value.faults == ("unet e: PSNR 12 dB",)
-    with pytest.raises(SdruntimeError, match="told so"):
-        list(other.build(place / "engines/built/good", asked, verify=False))
+    assert [event.state for event in other.build(place / "engines/built/good", asked, verify=False)][-1] == "done"
