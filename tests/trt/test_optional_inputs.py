@@ -1,4 +1,4 @@
-"""An optional input of the UNet: used where a job has it and zeros elsewhere, in ONNX Runtime, TensorRT and its loop."""
+"""An optional input of the UNet, used where a job has it and zeros elsewhere, in each engine library and in the GPU loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trt.machine import Machine
 from trt.small import small_bundle
 
 from sdruntime.arrays import Array
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
@@ -37,6 +38,11 @@ def test_jobs_with_and_without_it_share_a_loop(here: Machine, tmp_path: Path) ->
         pass
     with Pipeline.open(folder, backend="onnxruntime") as pipe:
         some, none = (drawn(pipe, on_device=False, residuals=each) for each in ({2: 0.3}, {}))
+    if BACKENDS["openvino"].here().version is not None:
+        for _ in build_engines(folder, BuildRequest(backend="openvino", size="64x64", components=DRAWN[:3])):
+            pass
+        with Pipeline.open(folder, backend="openvino") as pipe:
+            np.testing.assert_allclose(drawn(pipe, on_device=False, residuals={2: 0.3}), some, atol=1e-4)
     for changed, plain, seed in zip(some, none, SEEDS, strict=True):
         assert (np.abs(changed - plain).max() > 0.1) == (seed == 2)
     with Pipeline.open(folder, backend=here.backend) as pipe:

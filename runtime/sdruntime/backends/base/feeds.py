@@ -34,23 +34,24 @@ def check_tensors(component: ComponentSpec, spec: EngineSpec, inputs: Collection
 
 def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
     """The size of each named dimension in `feeds`. Raises EngineError where names, types or shapes are not the component's."""
-    expected = {tensor.name: tensor for tensor in component.engine_inputs}
-    needed = {tensor.name for tensor in component.inputs}
-    if not needed <= feeds.keys() <= expected.keys():
+    tensors, needed = component.engine_inputs, [tensor.name for tensor in component.inputs]
+    if sum(tensor.name in feeds for tensor in tensors) != len(feeds) or not all(name in feeds for name in needed):
         optional = ", ".join(tensor.name for tensor in component.optional_inputs)
         raise EngineError(
-            f"{spec.component}: fed {', '.join(feeds)}, but it takes {', '.join(name for name in expected if name in needed)}"
+            f"{spec.component}: fed {', '.join(feeds)}, but it takes {', '.join(needed)}"
             + (f" and optionally {optional}" if optional else "")
         )
     dims: dict[str, int] = {}
-    for tensor in component.engine_inputs:  # the optional ones at the end: their sizes follow from those of the others
+    for tensor in tensors:  # the optional ones at the end: their sizes follow from those of the others
         if tensor.name not in feeds:
             continue
         array = feeds[tensor.name]
         fits = array.dtype == np.dtype(tensor.dtype) and array.ndim == len(tensor.shape)
         for size, dim in zip(array.shape, tensor.shape, strict=False):
-            own = isinstance(dim, str) and "/" not in dim
-            fits = fits and size == (dims.setdefault(str(dim), size) if own else size_of(dim, dims))
+            if isinstance(dim, str):
+                fits = fits and size == (size_of(dim, dims) if "/" in dim else dims.setdefault(dim, size))
+            else:
+                fits = fits and size == dim
         if not fits:
             shape = ", ".join(map(str, tensor.shape))
             raise EngineError(
