@@ -93,7 +93,7 @@ def test_only_a_bundle_is_replaced(tmp_path: Path) -> None:
         assert "no bundle" in refusal(app)
     (app / "manifest.json").write_text(json.dumps({"format": "sdexport-bundle", "revision": 1}))
     assert "does not list its files" in refusal(app)
-    assert "a file here" in refusal(app / "index.html")
+    assert "this is a file" in refusal(app / "index.html")
 
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ def test_a_rival_that_is_not_installed_is_refused_before_anything_is_measured(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     result = run("bench", bundle, "--against", "torch", "--model", "somewhere")
     assert result.exit_code == 3
-    assert "torch cannot run here: diffusers is not installed: pip install" in result.stderr
+    assert "torch cannot run: diffusers is not installed: pip install" in result.stderr
 
 
 def test_a_bundle_is_left_as_it_was(document: dict[str, Any], sd1_bundle: Path) -> None:
