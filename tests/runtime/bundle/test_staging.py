@@ -87,10 +87,10 @@ def test_only_a_bundle_is_replaced(tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()
     (app / "index.html").write_text("a web app")
-    assert "no bundle" in refusal(app)
+    assert "not a bundle" in refusal(app)
     for manifest in ("{}", '{"name": "an app"}', '{"format": "sdexport-bundle", "revision": 999}', "not JSON", "[]"):
         (app / "manifest.json").write_text(manifest)
-        assert "no bundle" in refusal(app)
+        assert "not a bundle" in refusal(app)
     (app / "manifest.json").write_text(json.dumps({"format": "sdexport-bundle", "revision": 1}))
     assert "does not list its files" in refusal(app)
     assert "this is a file" in refusal(app / "index.html")

@@ -159,7 +159,7 @@ def test_a_build_that_fails_leaves_the_former_bundle(
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(sd1_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(BundleError, match="no bundle: choose another place"):
+    with pytest.raises(BundleError, match="not a bundle: choose another place"):
         built(sd1_checkpoint, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -183,7 +183,7 @@ def test_an_export_never_replaces_its_checkpoint(tmp_path: Path) -> None:
             built(checkpoint, out)
     (checkpoint / "manifest.json").write_text('{"name": "some web app"}')
     for out in (checkpoint, tmp_path):
-        with pytest.raises(BundleError, match="no bundle: choose another place"):
+        with pytest.raises(BundleError, match="not a bundle: choose another place"):
             built(checkpoint, out)
     with pytest.raises(BundleError, match="a symbolic link is never replaced"):
         built(checkpoint, tmp_path / "way")
