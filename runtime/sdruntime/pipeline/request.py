@@ -175,7 +175,7 @@ def _sides(size: Any) -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, Sequence | np.ndarray) and not isinstance(size, str) else ()
     if len(sides) != 2:
         raise SettingError(f"size {shown(size)}: expected (width, height) in pixels")
-    width, height = (SIDE.number(name, side) for name, side in zip(("width", "height"), sides, strict=True))
+    width, height = (SIDE.number(f"size: {name}", side) for name, side in zip(("width", "height"), sides, strict=True))
     return width, height
 
 

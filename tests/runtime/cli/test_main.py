@@ -114,7 +114,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
     ("arguments", "code", "told"),
     [
         (["--size", "100x64"], 2, "size 100x64: both sides must be multiples of 64, such as 128x64"),
-        (["--size", "0x0"], 2, "width 0 is outside 1 to 16,384"),
+        (["--size", "0x0"], 2, "size: width 0 is outside 1 to 16,384"),
         (["--size", "big"], 2, "WIDTHxHEIGHT"),
         (["--size", "1024x1024"], 5, "built for 64x64 to 512x512, batch 1 to 16, sequence 77; requested is 1024x1024"),
         (["--steps", "0"], 2, "steps 0"),
