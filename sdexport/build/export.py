@@ -7,6 +7,7 @@ where this one ended: traces are kept, and engines that are there stay.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -204,7 +205,8 @@ def _engines(folder: Path, options: ExportOptions) -> Generator[EngineProgress, 
     """The engines that were requested; returns the bytes written."""
     written = 0
     for asked in options.engines:
-        for event in build_engines(folder, asked, check=held if options.verify else None):
-            written += event.size
-            yield EngineProgress(event=event)
+        with contextlib.closing(build_engines(folder, asked, check=held if options.verify else None)) as events:
+            for event in events:
+                written += event.size
+                yield EngineProgress(event=event)
     return written

@@ -9,7 +9,7 @@ import contextlib
 import shlex
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Interpreter:
             error.args = (f"--python {self.python}: {error}",)
             raise
 
-    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
         """As `sdruntime.engines.building.build_engines`. Left early, the build is interrupted and cleans up."""
         with contextlib.closing(self._messages(build_job(str(folder.resolve()), asked, verify=verify))) as messages:
             for message in messages:

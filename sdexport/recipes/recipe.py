@@ -227,6 +227,8 @@ def _joined(value: object) -> str:
 
 
 def _option_text(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 1024:  # not even Python writes out a number of 5,000 digits
+        return f"a number of {value.bit_length():,} bits"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

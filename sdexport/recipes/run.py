@@ -28,7 +28,7 @@ class Builder(Protocol):
         """Raise what can be refused before the work."""
         ...
 
-    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
         """`verify`: hold each to the bundle's reference outputs before it is added."""
         ...
 
@@ -39,7 +39,7 @@ class Here:
     def check(self, asked: BuildRequest, precision: Precision) -> None:
         asked.resolve_library(precision)
 
-    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Iterator[BuildEvent]:
+    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
         return build_engines(folder, asked, check=held if verify else None)
 
 
@@ -119,8 +119,9 @@ def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> It
     exported = yield from export(recipe.model, bundle, options_of(recipe))
     outcome.exported = exported.written
     for asked in able:
-        with outcome.keeping(_label(asked)):
-            for event in builder.build(bundle, asked, verify=recipe.verify):
+        build = contextlib.closing(builder.build(bundle, asked, verify=recipe.verify))
+        with outcome.keeping(_label(asked)), build as events:
+            for event in events:
                 yield EngineProgress(event=event)
                 kept = {"done": outcome.built, "present": outcome.present}.get(event.state)
                 if kept is not None:

@@ -161,7 +161,7 @@ def test_a_device_that_is_not_there_is_told(drive: Drive, isolation: str) -> Non
         "2": (3, r"device 2: the driver shows 2 \(Fake RTX 3060, Fake RTX 3060\), counted from 0"),
         "cuda:7": (3, r"device 7: the driver shows 2 "),
         "GPU-ffffffff": (3, r"device 'GPU-ffffffff': 0 GPUs have a UUID that begins with it; available: GPU-0000.*, GPU-0101"),
-        "the second": (2, r"device 'the second': a number, cuda:NUMBER, or a UUID"),
+        "the second": (2, r"device 'the second': expected a number, cuda:NUMBER, or a UUID"),
     }
     said = drive(*(word for name in wrong for word in (f"device={name}", "open")), isolation=isolation, devices=2)
     for (code, pattern), found in zip(wrong.values(), said["open"][1:], strict=True):

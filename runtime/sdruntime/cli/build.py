@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -29,28 +30,29 @@ def build(options: argparse.Namespace) -> None:
     shown, done, begun = options.progress, [], time.monotonic()
     events = build_engines(options.bundle, asked, check=check) if asked else rebuild_stale(options.bundle, check=check)
     try:
-        for event in events:
-            if event.state in ("begin", "stage"):
-                stage = event.stage
-                name, at, total = ("", 0, 0) if stage is None else (stage.name, stage.done, stage.total)
-                shown.show(f"build {event.engine}", name, done=at, total=total)
-                continue
-            for text in event.notes:
-                shown.note(f"warning: {text}")
-            done.append(
-                {
-                    "component": event.component,
-                    "engine": event.engine,
-                    "state": event.state,
-                    "bytes": event.size,
-                    "seconds": round(event.seconds, 3),
-                    "peak_memory": event.peak,
-                    "notes": list(event.notes),
-                }
-            )
-            if not options.json:
-                what = "already present" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
-                shown.print(f"{event.engine}: {what}")
+        with contextlib.closing(events):
+            for event in events:
+                if event.state in ("begin", "stage"):
+                    stage = event.stage
+                    name, at, total = ("", 0, 0) if stage is None else (stage.name, stage.done, stage.total)
+                    shown.show(f"build {event.engine}", name, done=at, total=total)
+                    continue
+                for text in event.notes:
+                    shown.note(f"warning: {text}")
+                done.append(
+                    {
+                        "component": event.component,
+                        "engine": event.engine,
+                        "state": event.state,
+                        "bytes": event.size,
+                        "seconds": round(event.seconds, 3),
+                        "peak_memory": event.peak,
+                        "notes": list(event.notes),
+                    }
+                )
+                if not options.json:
+                    what = "already present" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
+                    shown.print(f"{event.engine}: {what}")
     except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
         raise Failed(error, engines=done) from error
     if options.json:

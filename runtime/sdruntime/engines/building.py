@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +87,7 @@ class BuildEvent:
 Check = Callable[[Bundle, EngineSpec], str]
 
 
-def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | None = None) -> Iterator[BuildEvent]:
+def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | None = None) -> Generator[BuildEvent, None, None]:
     """Build an engine of each component and add it to the bundle; one that is there already is left alone.
 
     `check` is given each engine in its bundle before it is added (`sdruntime.verification.verify.held`): what it returns is a
@@ -128,7 +128,7 @@ def stale_engines(bundle: Bundle) -> list[EngineSpec]:
     return found
 
 
-def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Iterator[BuildEvent]:
+def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Generator[BuildEvent, None, None]:
     """Rebuild each stale engine with this library, with the same request, and remove the stale one. Raises as above."""
     bundle = Bundle.open(folder)
     tidy(bundle.folder)

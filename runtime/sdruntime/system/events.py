@@ -25,11 +25,14 @@ def mapped(events: Generator[Event, None, Result], change: Callable[[Event], Oth
 
 
 def finish(events: Generator[Event, None, Result], handle: Callable[[Event], object] = lambda event: None) -> Result:
-    """Run a generator to its end, with `handle` called for each event; return what it returns."""
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        handle(event)
+    """Run a generator to its end, with `handle` called for each event; return what it returns. It is closed in any case."""
+    try:
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            handle(event)
+    finally:
+        events.close()

@@ -36,7 +36,7 @@ def work(job: Message, tell: Callable[[Message], None]) -> None:
         asked.resolve_library(job["precision"])
         return
     events = build_engines(job["bundle"], asked, check=held if job["verify"] else None)
-    with contextlib.closing(events):  # type: ignore[type-var]
+    with contextlib.closing(events):
         for event in events:
             tell({"event": json_from_record(event)})
 

@@ -74,7 +74,7 @@ def test_a_module_is_not_made_beyond_its_weights(sd1_checkpoint: Path, name: str
 
 
 def test_keys_that_make_transformers_load_code_are_dropped(folder: Path) -> None:
-    from sdexport.build.files import _described
+    from sdexport.build.files import described
     from sdexport.families.modules import TextEncoder
 
     keys = {"_attn_implementation": "someone/kernels", "attn_implementation": "someone/kernels", "return_dict": False}
@@ -83,4 +83,4 @@ def test_keys_that_make_transformers_load_code_are_dropped(folder: Path) -> None
     module = TextEncoder(config)
     assert module.weights.config._attn_implementation == "eager"
     assert not hasattr(module.weights.config, "auto_map")
-    assert not {key for key in _described(config) if key.startswith("_attn")} | {"auto_map"} & _described(config).keys()
+    assert not {key for key in described(config) if key.startswith("_attn")} | {"auto_map"} & described(config).keys()

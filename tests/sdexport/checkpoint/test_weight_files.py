@@ -63,7 +63,7 @@ def faults(folder: Path, **options: Any) -> tuple[str, ...]:
 def test_what_lies_there_instead_is_named(folder: Path) -> None:
     (folder / "unet" / f"{UNET}.safetensors").rename(folder / "unet" / f"{UNET}.non_ema.safetensors")
     (fault,) = faults(folder)
-    assert fault.startswith(f"unet/{UNET}.safetensors is missing: {UNET}.non_ema.safetensors are there")
+    assert fault.startswith(f"unet/{UNET}.safetensors is missing: {UNET}.non_ema.safetensors exist")
 
 
 def test_shards_in_pickles_are_read_by_their_index(folder: Path) -> None:
