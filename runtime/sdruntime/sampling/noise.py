@@ -17,6 +17,9 @@ from sdruntime.errors import SettingError
 
 _BLOCK = 16
 _TURN = np.float32(2 * math.pi)
+_STEP = 2 * math.pi / (1 << 14)
+_CIRCLE = np.exp(1j * _STEP * np.arange((1 << 14) + 1))  # cosine + i·sine at every _STEP
+_DOUBT = 2.0**-46
 
 
 class NoiseStream:
@@ -85,6 +88,26 @@ def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
     radius = np.sqrt(-2 * np.log((1 - blocks[:, 0]).astype(np.float64)))
     angle = (_TURN * blocks[:, 1]).astype(np.float64)  # a float32 angle, as torch's
     noise = np.empty_like(blocks)
-    noise[:, 0] = radius * np.cos(angle)
-    noise[:, 1] = radius * np.sin(angle)
+    pairs = _on_circle(angle)
+    pairs *= radius
+    wide = pairs.view(np.float64).reshape(*radius.shape, 2)
+    low, high = ((wide * share).astype(np.float32) for share in (1 - _DOUBT, 1 + _DOUBT))
+    if radius.all() and np.array_equal(low, high):
+        noise.swapaxes(1, 2)[...] = low
+    else:  # one draw in some hundreds has a number so near the middle of two float32 that only the library's own sine decides
+        noise[:, 0] = radius * np.cos(angle)
+        noise[:, 1] = radius * np.sin(angle)
     return noise.reshape(-1)
+
+
+def _on_circle(angle: NDArray[np.float64]) -> NDArray[np.complex128]:
+    """cos + i·sin of `angle` in [0, 2π], both to 2**-47 of themselves, in a quarter of the time of np.cos and np.sin:
+    a table's nearest point, turned by what is left (Taylor; the next terms are under 6e-17)."""
+    nearest = np.rint(angle / _STEP)
+    left = angle - nearest * _STEP
+    square = left * left
+    turn = np.empty(angle.shape, np.complex128)
+    turn.real = 1 - square / 2
+    turn.imag = left - left * square / 6
+    turn *= _CIRCLE[nearest.astype(np.intp)]
+    return turn

@@ -59,6 +59,28 @@ def test_a_seed_that_torch_would_not_take_is_refused(seed):
         NoiseStream(seed)
 
 
-def test_the_smallest_uniform_numbers_give_zeros():
-    """A radius of -0, the square root of -2·log(1): not NaN."""
-    assert np.array_equal(noise._box_muller(np.zeros(16, np.float32)), np.zeros(16, np.float32))
+def straight(uniform):
+    """Box-Muller with the library's own sine and cosine, in float64, rounded once."""
+    blocks = uniform.reshape(-1, 2, 8)
+    radius = np.sqrt(-2 * np.log((1 - blocks[:, 0]).astype(np.float64)))
+    angle = (np.float32(2 * np.pi) * blocks[:, 1]).astype(np.float64)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32).reshape(-1)
+
+
+@pytest.mark.parametrize("doubt", [2.0**-46, 2.0**-26, 1.0])  # at 1 every draw is left to the library
+def test_the_short_way_round_the_circle_changes_no_bit(doubt, monkeypatch):
+    monkeypatch.setattr(noise, "_DOUBT", doubt)
+    twister = np.random.RandomState(1)
+    for _ in range(50):
+        uniform = (twister.randint(0, 1 << 24, size=16384) * 2.0**-24).astype(np.float32)
+        uniform[:32] = 0  # radius and angle 0: even the sign of zero is kept
+        assert np.array_equal(noise._box_muller(uniform).view(np.int32), straight(uniform).view(np.int32))
+
+
+def test_every_angle_that_can_be_drawn_is_well_within_the_doubt():
+    for first in range(0, 1 << 24, 1 << 20):
+        uniform = (np.arange(max(first, 1), first + (1 << 20)) * 2.0**-24).astype(np.float32)
+        angle = (np.float32(2 * np.pi) * uniform).astype(np.float64)
+        near = noise._on_circle(angle)
+        for ours, exact in ((near.real, np.cos(angle)), (near.imag, np.sin(angle))):
+            assert np.abs(ours / exact - 1).max() <= 2.0**-49
