@@ -17,7 +17,7 @@ ORDER = {
     "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
     "sdruntime.sampling": "noise_schedule grids prediction samplers table compile executor noise guidance job",
     "sdruntime.sampling.samplers": (
-        "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow registry"
+        "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow"
     ),
     "sdruntime.bundle": (
         "roles limits audit records dimensions manifest interface sampler_step lending bundle lock change staging"
@@ -145,7 +145,7 @@ def test_nothing_above_the_backends_compares_a_backend_s_name() -> None:
 def test_no_source_folder_is_crowded() -> None:
     tops = (ROOT / "runtime" / "sdruntime", ROOT / "sdexport", ROOT / "runtime" / "capi" / "src")
     folders = [*tops, *(path for top in tops for path in top.rglob("*/") if path.name != "__pycache__")]
-    entries = {folder: [path for path in folder.iterdir() if path.stem not in ("__pycache__", "__init__")] for folder in folders}
+    entries = {folder: [path for path in folder.iterdir() if path.name != "__pycache__"] for folder in folders}
     assert {str(folder.relative_to(ROOT)): len(paths) for folder, paths in entries.items() if len(paths) > MOST_ENTRIES} == {}
 
 

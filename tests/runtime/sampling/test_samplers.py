@@ -16,8 +16,7 @@ from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import run
 from sdruntime.sampling.grids import SCHEDULES
 from sdruntime.sampling.noise_schedule import Point, Space
-from sdruntime.sampling.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, identified, resolve
-from sdruntime.sampling.samplers.registry import folded
+from sdruntime.sampling.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, folded, identified, resolve
 
 NAMES = list(SAMPLERS)
 DISTILLED = ("lcm", "tcd")
@@ -283,7 +282,8 @@ def test_a_row_cannot_name_a_key_that_it_does_not_read() -> None:
 
 def test_a_sampler_from_outside_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registered, it has a table, answers to its names, and takes no name of another."""
-    from sdruntime.sampling.samplers import register, registry
+    from sdruntime.sampling import samplers as registry
+    from sdruntime.sampling.samplers import register
 
     monkeypatch.setattr(registry, "_ROWS", dict(SAMPLERS))
     monkeypatch.setattr(registry, "_NAMES", dict(registry._NAMES))

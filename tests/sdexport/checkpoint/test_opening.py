@@ -14,8 +14,7 @@ import pytest
 from sdexport.checkpoint.folder import read_checkpoint
 from sdexport.checkpoint.opening import _IDLE, _KNOWN, SCHEDULERS, opened_scheduler, opened_unet
 from sdexport.errors import CheckpointError
-from sdruntime.sampling.samplers import SAMPLERS, resolve
-from sdruntime.sampling.samplers.registry import settled
+from sdruntime.sampling.samplers import SAMPLERS, resolve, settled
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 CLASSES = [name for name in SCHEDULERS if name != "DPMSolverSDEScheduler"]  # which needs torchsde
