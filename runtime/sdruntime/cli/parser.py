@@ -14,7 +14,7 @@ from sdruntime.cli.inspect import doctor, inspect
 from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
-from sdruntime.pipeline.request import DEFAULTS, RANGES
+from sdruntime.pipeline.ranges import NUMBERS, RANGES
 from sdruntime.serving.capi import add_arguments
 
 
@@ -105,7 +105,7 @@ def shared(each: argparse.ArgumentParser, default: object) -> None:
 
 def setting(each: argparse.ArgumentParser, name: str, what: str, *, otherwise: bool = True) -> None:
     """Add a number of a Request, with range and default in the help. `otherwise`: if omitted, it has its default, not None."""
-    allowed, default = RANGES[name], DEFAULTS[name]
+    allowed, default = RANGES[name], NUMBERS[name]
     described = f"{what}: {allowed} ({default:g})"
     number = int if allowed.whole else float
     each.add_argument(f"--{name}", type=number, default=default if otherwise else None, help=described)

@@ -5,60 +5,24 @@ The defaults and ranges here are those of the command line, of the service and o
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.bundle.limits import LARGEST_SIDE
 from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
+from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIDE
 from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
-from sdruntime.sampling.table import MOST_STEPS
 
 MOST_IMAGES = 10_000  # of one call
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The numbers that a setting may have, both ends included; `above`: `low` itself is not among them."""
-
-    low: int
-    high: int
-    whole: bool = False
-    above: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.low}{' (excluded)' if self.above else ''} to {self.high:,}"
-
-    def number(self, name: str, value: Any) -> Any:
-        """`value` as Python's int or float; NumPy's numbers are welcome, truth values are not numbers. Raises SettingError."""
-        if isinstance(value, bool | np.bool_) or not isinstance(value, Integral if self.whole else Real):
-            kind = "a whole number" if self.whole else "a number"
-            raise SettingError(f"{name} {shown(value)}: expected {kind} from {self}")
-        try:
-            number: int | float = int(value) if isinstance(value, Integral) else float(value)
-        except OverflowError:  # beyond float64, by its own conversion
-            number = math.inf
-        if not self.low <= number <= self.high or (self.above and number == self.low):  # NaN is in no range
-            raise SettingError(f"{name} {shown(value)} is outside {self}")
-        return number if self.whole else float(number)
-
-
-SIDE = Range(1, LARGEST_SIDE, whole=True)  # of an image, in pixels
-RANGES: Mapping[str, Range] = {
-    "seed": Range(0, 2**64 - 1, whole=True),
-    "steps": Range(1, MOST_STEPS, whole=True),
-    "guidance": Range(0, 100),  # models are used with 1 to 30
-    "rescale": Range(0, 1),
-    "strength": Range(0, 1, above=True),
-}
 # What diffusers' pipelines call what is a setting here.
 DIFFUSERS: Mapping[str, str] = {
     "num_inference_steps": "steps=…",
@@ -99,16 +63,16 @@ class Request:
 
     prompt: str
     negative: str | None = None
-    seed: int = 0
-    steps: int = 20
+    seed: int = NUMBERS["seed"]
+    steps: int = NUMBERS["steps"]
     sampler: str | None = None
     schedule: str | None = None
-    guidance: float = 7.5
-    rescale: float = 0.0
+    guidance: float = NUMBERS["guidance"]
+    rescale: float = NUMBERS["rescale"]
     size: tuple[int, int] | None = None
     image: ImageLike | None = None
     fit: Fit | None = None
-    strength: float = 0.8
+    strength: float = NUMBERS["strength"]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
