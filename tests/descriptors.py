@@ -16,3 +16,12 @@ def open_files(process: int | None = None) -> int:
         gc.collect()
     folder = Path(f"/proc/{process or 'self'}/fd")
     return len(list(folder.iterdir())) if folder.exists() else 0
+
+
+def open_links(path: Path) -> list[str]:
+    """Return the descriptors of this process that lead to `path`, on Linux."""
+    return [
+        each.name
+        for each in Path("/proc/self/fd").iterdir()
+        if each.is_symlink() and os.path.realpath(each) == str(path.resolve())
+    ]

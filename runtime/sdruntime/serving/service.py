@@ -168,6 +168,8 @@ class Service:
                 self._opened.close()
             except Exception as error:
                 self._log("error", _traceback(error))
+            with self._lock:
+                self._pipe = self._batcher = None  # with the bundle's descriptor: a host may count its files once it is told
             self._tell({"event": "closed"})
 
         threading.Thread(target=close, name="sdruntime-close", daemon=True).start()

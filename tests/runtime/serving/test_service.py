@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import json
 import os
 import random
 import signal
@@ -12,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle, with_fake_engines
-from descriptors import open_files
+from descriptors import open_files, open_links
 from hosts import WAIT, Host, Worker
 
 from sdruntime.engines.pool import Engines
 from sdruntime.pipeline.images.png import image_from_png
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.serving.service import main
+from sdruntime.serving.service import Service, main
 
 LONG = {"steps": 999, "width": 2048, "height": 2048}  # seconds, also with engines that return at once
 ENDS = ("ready", "refused", "done", "failed", "closed")
@@ -331,6 +333,29 @@ def test_many_threads_with_random_cancels_lose_nothing(host: Host, folder: Path)
     codes = {each["code"] for each in host.events if each["event"] == "failed"}
     assert codes == {1, 2, 130}
     assert sum(each == ["done"] for each in ends) > 40
+
+
+def test_nothing_of_the_bundle_is_open_when_a_host_is_told_that_it_is_closed(inside: Host, folder: Path) -> None:
+    """Nor is it left to the garbage collector, which a host that counts its files does not wait for."""
+    held: list[bool] = []
+    emit = inside.emit
+
+    def counting(message: bytes, blob: Any) -> None:
+        if json.loads(message)["event"] in ("done", "closed"):
+            held.append(bool(open_links(folder)))
+        emit(message, blob)
+
+    inside.send = Service(counting).handle
+    gc.collect()
+    gc.disable()
+    try:
+        inside.open(folder)
+        inside.submit(1)
+        inside.wait("done", job=1)
+        inside.close()
+    finally:
+        gc.enable()
+    assert held == [True, False]
 
 
 def _open_files(host: Host) -> list[int]:
