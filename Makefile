@@ -10,6 +10,8 @@ TINY   := .cache/tiny-sd1
 PREFIX ?= /usr/local
 # processes that run the tests; a file of tests stays in one
 JOBS   ?= 2
+# C and C++; abi1 is the header of the first release, which never changes
+C_FILES = $(shell find benchmarks examples runtime/capi tests/capi -name abi1 -prune -o -name '*.[ch]' -print -o -name '*.[ch]pp' -print)
 PYTEST  = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 GPU_VENV   := .venv-gpu
 GPU_PYTHON := $(GPU_VENV)/bin/python
@@ -19,7 +21,7 @@ GATE        = $(PYTHON) benchmarks/gpu/gate.py $(MAKE) --no-print-directory
 # PYTHON=… of `make engines` is an interpreter for the engines; the environment is made with python3 then
 BASE   := $(if $(filter engines,$(MAKECMDGOALS)),python3,$(PYTHON))
 
-.PHONY: help demo engines test test-quick test-full check dist golden bench real-check clean
+.PHONY: help demo engines test test-quick test-full check format dist golden bench real-check clean
 .PHONY: capi install-capi
 .PHONY: gpu-test gpu-test-here gpu-bench gpu-bench-here gpu-report gpu-report-here
 .DEFAULT_GOAL := help
@@ -109,9 +111,18 @@ capi:
 install-capi: capi
 	@cmake --install build/capi --prefix "$(abspath $(PREFIX))"
 
-## make check       ruff and strict mypy
+## make check       ruff, clang-format, and strict mypy for the oldest and the newest Python
 check: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	@$(MAKE) --no-print-directory -j 2 types-3.10 types-3.13
+types-%: $(READY)
+	@$(BIN)/mypy --python-version $*
+
+## make format      every file of Python, C and C++ as `make check` wants it
+format: $(READY)
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(C_FILES)
 
 ## make dist        wheels and source archives of both packages in dist/, checked
 dist: $(READY)

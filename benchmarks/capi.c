@@ -75,8 +75,8 @@ int main(int argc, char **argv) {
     describe = (now() - begun) / CALLS;
     qsort(pictures, PICTURES, sizeof *pictures, by_size);
     qsort(copies, PICTURES, sizeof *copies, by_size);
-    printf("{\"open_ms\": %.3f, \"poll_us\": %.4f, \"describe_us\": %.4f, \"picture_ms\": %.4f, \"copy_ms\": %.4f}\n", 1e3 * opened,
-           1e6 * poll, 1e6 * describe, 1e3 * pictures[PICTURES / 2], 1e3 * copies[PICTURES / 2]);
+    printf("{\"open_ms\": %.3f, \"poll_us\": %.4f, \"describe_us\": %.4f, \"picture_ms\": %.4f, \"copy_ms\": %.4f}\n",
+           1e3 * opened, 1e6 * poll, 1e6 * describe, 1e3 * pictures[PICTURES / 2], 1e3 * copies[PICTURES / 2]);
     sdr_job_free(job);
     sdr_runtime_free(runtime);
     return 0;

@@ -178,14 +178,18 @@ void draw(Engines &engines, Client &client, const std::string &line) {
         const auto runtime = engines.current();
         sdruntime::Job job = runtime->submit(params);
         if (const std::lock_guard lock(working); jobs++ == 0) engines.heard();  // who has no work is not heard of
-        const Finally done([] { const std::lock_guard lock(working); --jobs; });
+        const Finally done([] {
+            const std::lock_guard lock(working);
+            --jobs;
+        });
         for (int told = 0; !job.wait_for(GLANCE);) {
             client.listen(std::chrono::milliseconds(0));
             if (client.gone()) return;  // ~Job cancels
             if (over) return client.say("error 130 the service ends");
             if (engines.silent()) {
                 engines.replace(runtime);
-                return client.say("error 1 the worker gave no sign for " + std::to_string(patience.count()) + " s: a new one was started");
+                return client.say("error 1 the worker gave no sign for " + std::to_string(patience.count()) +
+                                  " s: a new one was started");
             }
             if (const auto now = job.poll(); now.step > told) {
                 engines.heard();

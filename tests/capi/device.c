@@ -86,7 +86,8 @@ static const char *after(const char *word, const char *key) {
 
 static void act(const char *word) {
     const char *value;
-    if ((value = after(word, "isolation="))) opening.isolation = strcmp(value, "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
+    if ((value = after(word, "isolation=")))
+        opening.isolation = strcmp(value, "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
     else if ((value = after(word, "bundle="))) opening.bundle = value;
     else if ((value = after(word, "device="))) opening.device = value;
     else if ((value = after(word, "memory="))) opening.memory_cap = strtoull(value, NULL, 10);

@@ -15,8 +15,8 @@
 #include <unistd.h>
 
 #include "transport/descriptor.hpp"
-#include "wire/json.hpp"
 #include "transport/socket.hpp"
+#include "wire/json.hpp"
 
 namespace {
 
@@ -55,13 +55,20 @@ int memory_file(size_t size, bool sealed) {
 
 std::vector<int> descriptors(char kind) {
     switch (kind) {
-        case 's': return {memory_file(100000, true)};
-        case 'u': return {memory_file(100000, false)};
-        case '2': return {memory_file(100000, true), memory_file(100000, true)};
-        case '-': return {memory_file(10, true)};
-        case 'n': return {open("/dev/null", O_RDONLY)};
-        case 'd': return {open("/", O_RDONLY | O_DIRECTORY)};
-        default: return {};
+        case 's':
+            return {memory_file(100000, true)};
+        case 'u':
+            return {memory_file(100000, false)};
+        case '2':
+            return {memory_file(100000, true), memory_file(100000, true)};
+        case '-':
+            return {memory_file(10, true)};
+        case 'n':
+            return {open("/dev/null", O_RDONLY)};
+        case 'd':
+            return {open("/", O_RDONLY | O_DIRECTORY)};
+        default:
+            return {};
     }
 }
 
@@ -99,9 +106,10 @@ std::string frames(const Bytes &given) {
     try {
         for (sdr::Message message; sdr::receive_message(reader.get(), -1, message); message = {}) {
             const auto *data = message.blob.data();
-            const uint64_t text = std::accumulate(message.json.begin(), message.json.end(), uint64_t{0}, [](uint64_t sum, char each) { return sum + static_cast<uint8_t>(each); });
-            told += std::to_string(message.json.size()) + ":" + std::to_string(text) + " " + std::to_string(message.blob.size()) + ":" +
-                    std::to_string(std::accumulate(data, data + message.blob.size(), uint64_t{0})) + "\n";
+            const uint64_t text = std::accumulate(message.json.begin(), message.json.end(), uint64_t{0},
+                                                  [](uint64_t sum, char each) { return sum + static_cast<uint8_t>(each); });
+            told += std::to_string(message.json.size()) + ":" + std::to_string(text) + " " + std::to_string(message.blob.size()) +
+                    ":" + std::to_string(std::accumulate(data, data + message.blob.size(), uint64_t{0})) + "\n";
         }
         return told + "end";
     } catch (const sdr::BadFrame &) {

@@ -22,8 +22,8 @@ static const char *const NAMES[ENDS] = {"done", "cancelled", "closed", "died", "
 static sdr_open_params how;
 static int workers; /* a job may kill its worker */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static sdr_runtime *current;     /* under mutex, as what follows */
-static sdr_job *seen[THREADS];   /* each thread's latest, for others to meddle with */
+static sdr_runtime *current;   /* under mutex, as what follows */
+static sdr_job *seen[THREADS]; /* each thread's latest, for others to meddle with */
 static long left, ends[ENDS], faults, opened;
 
 struct thread {
@@ -47,7 +47,8 @@ static int chance(struct thread *thread, unsigned percent) { return next(thread)
 static void fault(const char *what, sdr_status *status) {
     pthread_mutex_lock(&mutex);
     ++faults;
-    printf("FAULT %s: %d %d %s\n", what, (int)sdr_status_code(status), (int)sdr_status_reason(status), sdr_status_message(status));
+    printf("FAULT %s: %d %d %s\n", what, (int)sdr_status_code(status), (int)sdr_status_reason(status),
+           sdr_status_message(status));
     pthread_mutex_unlock(&mutex);
 }
 
@@ -92,13 +93,29 @@ static int spoil(struct thread *thread, sdr_job_params *params, int *late) {
     static const char bad[] = "\xff";
     *late = 0;
     switch (next(thread) % 7) {
-        case 0: params->prompt = NULL; return 1;
-        case 1: params->prompt = bad; return 1;
-        case 2: params->struct_size = (uint32_t)next(thread) % 8; return 1;
-        case 3: params->options = "{"; return 1;
-        case 4: params->width = -8; return 1;
-        case 5: params->steps = 0; *late = 1; return 1;
-        default: params->sampler = "none such"; *late = 1; return 1;
+        case 0:
+            params->prompt = NULL;
+            return 1;
+        case 1:
+            params->prompt = bad;
+            return 1;
+        case 2:
+            params->struct_size = (uint32_t)next(thread) % 8;
+            return 1;
+        case 3:
+            params->options = "{";
+            return 1;
+        case 4:
+            params->width = -8;
+            return 1;
+        case 5:
+            params->steps = 0;
+            *late = 1;
+            return 1;
+        default:
+            params->sampler = "none such";
+            *late = 1;
+            return 1;
     }
 }
 
@@ -138,12 +155,11 @@ static void submit(struct thread *thread, struct asked *asked, int *wrong) {
         const int32_t reason = sdr_status_reason(status);
         const int gone = reason == SDR_REASON_CLOSED || reason == SDR_REASON_BAD_HANDLE; /* the runtime, by another thread */
         if (asked->job) fault("a job beside a status", status);
-        if (reason == SDR_REASON_QUEUE_FULL)
-            ended(FULL);
-        else if (gone || (*wrong && !late && sdr_status_code(status) == SDR_USAGE) || (workers && reason == SDR_REASON_WORKER_DIED))
+        if (reason == SDR_REASON_QUEUE_FULL) ended(FULL);
+        else if (gone || (*wrong && !late && sdr_status_code(status) == SDR_USAGE) ||
+                 (workers && reason == SDR_REASON_WORKER_DIED))
             ended(REFUSED);
-        else
-            fault("submit", status);
+        else fault("submit", status);
     } else if (*wrong && !late) {
         fault("a wrong parameter was taken", NULL);
     }
@@ -175,10 +191,8 @@ static void finish(struct thread *thread, struct asked *asked, int wrong) {
     } else {
         status = sdr_job_wait(asked->job, LONGEST);
         found = end_of(status, wrong);
-        if (found == ENDS)
-            fault("an end", status);
-        else
-            ended(found);
+        if (found == ENDS) fault("an end", status);
+        else ended(found);
         __atomic_store_n(&asked->over, 1, __ATOMIC_RELEASE);
         sdr_status_free(status);
         status = sdr_job_rgb(asked->job, &rows, &stride);
@@ -236,7 +250,9 @@ static long memory(int written) {
     long sum = 0, found;
     FILE *file = fopen("/proc/self/smaps_rollup", "r"); /* counted page by page; statm is not */
     while (file && fgets(line, sizeof line, file))
-        if (written ? sscanf(line, names[1], &found) == 1 || sscanf(line, names[2], &found) == 1 : sscanf(line, names[0], &found) == 1) sum += found;
+        if (written ? sscanf(line, names[1], &found) == 1 || sscanf(line, names[2], &found) == 1
+                    : sscanf(line, names[0], &found) == 1)
+            sum += found;
     if (file) fclose(file);
     return sum;
 }
@@ -268,6 +284,7 @@ int main(int argc, char **argv) {
         printf("%s %ld\n", NAMES[k], ends[k]);
         sum += ends[k];
     }
-    printf("jobs %ld of %ld, %ld runtimes, %ld faults, children %d\n", sum, 2 * jobs, opened, faults, waitpid(-1, NULL, WNOHANG) >= 0);
+    printf("jobs %ld of %ld, %ld runtimes, %ld faults, children %d\n", sum, 2 * jobs, opened, faults,
+           waitpid(-1, NULL, WNOHANG) >= 0);
     return faults || sum != 2 * jobs;
 }

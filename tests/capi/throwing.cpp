@@ -12,7 +12,8 @@ int faults = 0, lines = 0;
 void expect(const char *what, sdr_status *status, int32_t code, int32_t reason) {
     if (sdr_status_code(status) != code || sdr_status_reason(status) != reason) {
         ++faults;
-        std::printf("%s: %d %d %s\n", what, static_cast<int>(sdr_status_code(status)), static_cast<int>(sdr_status_reason(status)), sdr_status_message(status));
+        std::printf("%s: %d %d %s\n", what, static_cast<int>(sdr_status_code(status)),
+                    static_cast<int>(sdr_status_reason(status)), sdr_status_message(status));
     }
     sdr_status_free(status);
 }

@@ -19,7 +19,8 @@
 #endif
 
 using namespace std::chrono_literals;
-using sdruntime::Error, sdruntime::Job, sdruntime::JobParams, sdruntime::OpenParams, sdruntime::Picture, sdruntime::Progress, sdruntime::Runtime, sdruntime::View;
+using sdruntime::Error, sdruntime::Job, sdruntime::JobParams, sdruntime::OpenParams, sdruntime::Picture, sdruntime::Progress,
+    sdruntime::Runtime, sdruntime::View;
 
 // wrapper_unit.cpp
 void draw_nothing(Runtime &runtime);
@@ -29,14 +30,16 @@ std::size_t rows_of(const Picture &picture);
 namespace {
 
 template <class T>
-constexpr bool MOVES_ONLY = !std::is_copy_constructible_v<T> && !std::is_copy_assignable_v<T> && std::is_nothrow_move_constructible_v<T> &&
-                            std::is_nothrow_move_assignable_v<T> && std::is_nothrow_default_constructible_v<T> && std::is_nothrow_swappable_v<T>;
+constexpr bool MOVES_ONLY =
+    !std::is_copy_constructible_v<T> && !std::is_copy_assignable_v<T> && std::is_nothrow_move_constructible_v<T> &&
+    std::is_nothrow_move_assignable_v<T> && std::is_nothrow_default_constructible_v<T> && std::is_nothrow_swappable_v<T>;
 static_assert(MOVES_ONLY<Runtime> && MOVES_ONLY<Job>);
 static_assert(std::is_base_of_v<std::runtime_error, Error> && std::is_nothrow_copy_constructible_v<Error>);
 static_assert(std::is_trivially_copyable_v<View<uint8_t>> && std::is_trivially_copyable_v<Picture> && View<float>().empty());
 static_assert(!std::is_convertible_v<OpenParams, Runtime>);
 #if defined(__cpp_lib_span) && defined(__cpp_lib_ranges)
-static_assert(std::ranges::contiguous_range<View<float>> && std::ranges::sized_range<View<float>> && std::is_convertible_v<const View<uint8_t> &, std::span<const uint8_t>>);
+static_assert(std::ranges::contiguous_range<View<float>> && std::ranges::sized_range<View<float>> &&
+              std::is_convertible_v<const View<uint8_t> &, std::span<const uint8_t>>);
 #endif
 
 int faults = 0;
@@ -51,8 +54,11 @@ void fails(int line, int32_t code, int32_t reason, Body body) {
         std::printf("line %d: nothing was thrown\n", line);
     } catch (const std::runtime_error &caught) {
         const auto *error = dynamic_cast<const Error *>(&caught);
-        if (error && error->code() == code && error->reason() == reason && error->cancelled() == (code == SDR_CANCELLED) && *error->what()) return;
-        std::printf("line %d: %d %d %s\n", line, error ? static_cast<int>(error->code()) : -1, error ? static_cast<int>(error->reason()) : -1, caught.what());
+        if (error && error->code() == code && error->reason() == reason && error->cancelled() == (code == SDR_CANCELLED) &&
+            *error->what())
+            return;
+        std::printf("line %d: %d %d %s\n", line, error ? static_cast<int>(error->code()) : -1,
+                    error ? static_cast<int>(error->reason()) : -1, caught.what());
     }
     ++faults;
 }
@@ -140,8 +146,7 @@ void unwinding(Runtime &runtime) {
         job = running.get();
         CHECK(!is_freed(job));
         throw std::logic_error("on the way");
-    } catch (const std::logic_error &) {
-    }
+    } catch (const std::logic_error &) {}
     const char *json = nullptr;
     sdr_status *status = sdr_runtime_describe(opened, &json);
     CHECK(sdr_status_reason(status) == SDR_REASON_BAD_HANDLE && is_freed(job));
@@ -173,23 +178,28 @@ void views(Runtime &runtime) {
     std::size_t stride = 0;
     sdruntime::check(sdr_job_rgb(job.get(), &rows, &stride));
     CHECK(picture.bytes.data() == rows && picture.stride == stride);  // no copy: the same memory
-    CHECK(picture.bytes.size() == stride * static_cast<std::size_t>(picture.height - 1) + 3 * static_cast<std::size_t>(picture.width));
+    CHECK(picture.bytes.size() ==
+          stride * static_cast<std::size_t>(picture.height - 1) + 3 * static_cast<std::size_t>(picture.width));
     CHECK(picture.row(1).data() == rows + stride && picture.row(picture.height - 1).end() == picture.bytes.end());
-    CHECK(static_cast<std::size_t>(std::count_if(picture.bytes.begin(), picture.bytes.end(), [](uint8_t) { return true; })) == picture.bytes.size());
+    CHECK(static_cast<std::size_t>(std::count_if(picture.bytes.begin(), picture.bytes.end(), [](uint8_t) { return true; })) ==
+          picture.bytes.size());
 #if defined(__cpp_lib_span) && defined(__cpp_lib_ranges)
     const std::span<const uint8_t> span = picture.row(0);
     CHECK(span.data() == rows && std::ranges::equal(span, picture.row(0)));
 #endif
     const std::size_t row = 3 * static_cast<std::size_t>(picture.width), wide = row + 5;
     std::vector<uint8_t> copy(job.copy_size(wide), 0xEE);
-    CHECK(copy.size() == wide * static_cast<std::size_t>(picture.height - 1) + row && job.copy_size() == row * static_cast<std::size_t>(picture.height));
+    CHECK(copy.size() == wide * static_cast<std::size_t>(picture.height - 1) + row &&
+          job.copy_size() == row * static_cast<std::size_t>(picture.height));
     job.copy_to(copy.data(), copy.size(), wide);
-    for (int32_t y = 0; y < picture.height; ++y) CHECK(std::equal(picture.row(y).begin(), picture.row(y).end(), copy.data() + static_cast<std::size_t>(y) * wide));
+    for (int32_t y = 0; y < picture.height; ++y)
+        CHECK(std::equal(picture.row(y).begin(), picture.row(y).end(), copy.data() + static_cast<std::size_t>(y) * wide));
     CHECK(copy[row] == 0xEE);
     FAILS(SDR_USAGE, SDR_REASON_BUFFER_TOO_SMALL, job.copy_to(copy.data(), 10));
 
     const sdr_result result = job.result();
-    CHECK(result.seed == 7 && result.width == picture.width && result.png_size == job.png().size() && std::strcmp(result.sampler, "ddim") == 0);
+    CHECK(result.seed == 7 && result.width == picture.width && result.png_size == job.png().size() &&
+          std::strcmp(result.sampler, "ddim") == 0);
     CHECK(job.png().size() > 50 && std::memcmp(job.png().data(), "\x89PNG", 4) == 0);
     Job plain = runtime.submit(asked());
     plain.wait();
@@ -225,7 +235,8 @@ void progress(Runtime &runtime) {
         }
     }
     FAILS(SDR_CANCELLED, SDR_REASON_CANCELLED, threw.picture());
-    Job plain = runtime.submit(asked(), [](const Progress &now) { return now.step == 3 ? throw 7 : true; });  // no std::exception, at the last step
+    Job plain = runtime.submit(
+        asked(), [](const Progress &now) { return now.step == 3 ? throw 7 : true; });  // no std::exception, at the last step
     try {
         plain.wait();
         CHECK(false);
@@ -284,7 +295,8 @@ void stopping(Runtime &runtime) {
     FAILS(SDR_CANCELLED, SDR_REASON_CANCELLED, first.wait(before.get_token()));
 
     std::stop_source during;
-    Job second = runtime.submit(asked(900), [&during](const Progress &now) { return now.step == 2 ? during.request_stop() : true; });
+    Job second =
+        runtime.submit(asked(900), [&during](const Progress &now) { return now.step == 2 ? during.request_stop() : true; });
     FAILS(SDR_CANCELLED, SDR_REASON_CANCELLED, second.wait(during.get_token()));
     CHECK(second.poll().step < 900);
 
@@ -298,7 +310,8 @@ void stopping(Runtime &runtime) {
 
     Gate gate;
     Job fourth = runtime.submit(asked(900), [&gate](const Progress &) { return gate.hold(); });
-    std::jthread waiter([&fourth](std::stop_token token) { FAILS(SDR_CANCELLED, SDR_REASON_CANCELLED, fourth.wait(std::move(token))); });
+    std::jthread waiter(
+        [&fourth](std::stop_token token) { FAILS(SDR_CANCELLED, SDR_REASON_CANCELLED, fourth.wait(std::move(token))); });
     gate.reached();
     waiter.request_stop();
     gate.open();

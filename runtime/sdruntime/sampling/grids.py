@@ -308,7 +308,7 @@ def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str, repeat
 def flow_grid(settings: Settings, steps: int, begin: int) -> Path:
     """diffusers' flow-matching grid: evenly from 1 to the smallest trained sigma, which is shifted a second time."""
     trained, shift = settings["num_train_timesteps"], settings["shift"]
-    sigmas = shifted(np.linspace(1, float(shifted(np.float64(1 / trained), shift)), steps), shift)
+    sigmas = shifted(np.linspace(1, float(shifted(np.asarray(1 / trained), shift)), steps), shift)
     sigmas, kind = ended_at(sigmas, settings.get("shift_terminal")), chosen_schedule(settings)
     if kind is not None and kind in RATIO_SCHEDULES:
         sigmas = RATIO_SCHEDULES[kind](*sigma_bounds(settings, sigmas[0], sigmas[-1], True), steps)

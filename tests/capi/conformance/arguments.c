@@ -173,7 +173,8 @@ static void texts_that_are_not_utf8(void) {
 }
 
 static void options_that_are_no_object(void) {
-    static const char *const bad[] = {"", "{", "[]", "{\"a\":1,}", "{\"a\":1}x", "{\"a\":1,\"a\":2}", "{a:1}", "{\"a\":01}", "{\"a\":\"\\ud800\"}", "nul"};
+    static const char *const bad[] = {
+        "", "{", "[]", "{\"a\":1,}", "{\"a\":1}x", "{\"a\":1,\"a\":2}", "{a:1}", "{\"a\":01}", "{\"a\":\"\\ud800\"}", "nul"};
     sdr_runtime *runtime = open_runtime(), *none = NULL;
     sdr_open_params open = open_params();
     sdr_job_params params = job_params();
@@ -247,7 +248,8 @@ static void settings_out_of_range(void) {
     FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
     params = job_params();
     params.device_buffer = image;
-    if (settings.isolation == SDR_ISOLATION_PROCESS) FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_UNSUPPORTED);
+    if (settings.isolation == SDR_ISOLATION_PROCESS)
+        FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_UNSUPPORTED);
     /* what the engines' side judges is the job's own end */
     params = job_params();
     params.steps = 0;

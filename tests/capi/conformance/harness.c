@@ -9,7 +9,8 @@ static const char *only;
 
 int works(sdr_status *status) {
     if (!status) return 1;
-    printf("  status %d, reason %d: %s\n", (int)sdr_status_code(status), (int)sdr_status_reason(status), sdr_status_message(status));
+    printf("  status %d, reason %d: %s\n", (int)sdr_status_code(status), (int)sdr_status_reason(status),
+           sdr_status_message(status));
     sdr_status_free(status);
     return 0;
 }
@@ -17,8 +18,8 @@ int works(sdr_status *status) {
 void fails(sdr_status *status, int32_t code, int32_t reason, const char *file, int line) {
     if (sdr_status_code(status) != code || sdr_status_reason(status) != reason || (status && !*sdr_status_message(status))) {
         ++faults;
-        printf("  %s:%d: code %d and reason %d expected, not %d and %d: %s\n", file, line, (int)code, (int)reason, (int)sdr_status_code(status),
-               (int)sdr_status_reason(status), sdr_status_message(status));
+        printf("  %s:%d: code %d and reason %d expected, not %d and %d: %s\n", file, line, (int)code, (int)reason,
+               (int)sdr_status_code(status), (int)sdr_status_reason(status), sdr_status_message(status));
     }
     sdr_status_free(status);
 }

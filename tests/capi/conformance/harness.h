@@ -18,12 +18,12 @@ struct settings {
 extern struct settings settings;
 extern int faults; /* of the test that runs */
 
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) { \
-            ++faults; \
+#define CHECK(condition)                                             \
+    do {                                                             \
+        if (!(condition)) {                                          \
+            ++faults;                                                \
             printf("  %s:%d: %s\n", __FILE__, __LINE__, #condition); \
-        } \
+        }                                                            \
     } while (0)
 
 /* The call succeeds; else its status is printed and counted as a fault. */

@@ -88,25 +88,25 @@ enum {
 /* The reason, more precise than the code. New reasons may be added: treat an unknown one as SDR_REASON_NONE. */
 enum {
     SDR_REASON_NONE = 0,
-    SDR_REASON_BAD_HANDLE = 1,       /* SDR_USAGE: NULL, freed, or of another kind */
-    SDR_REASON_BAD_ARGUMENT = 2,     /* SDR_USAGE: NULL where a value belongs, out of range, options that are no JSON */
-    SDR_REASON_BAD_STRUCT = 3,       /* SDR_USAGE: struct_size is 0, or too small, or what is set is newer than this library */
-    SDR_REASON_BAD_TEXT = 4,         /* SDR_USAGE: not UTF-8 */
-    SDR_REASON_UNSUPPORTED = 5,      /* SDR_USAGE: not with this isolation, these engines, or this library */
-    SDR_REASON_REENTERED = 6,        /* SDR_USAGE: a call that waits, from inside a callback */
-    SDR_REASON_CLOSED = 7,           /* SDR_USAGE: the runtime was closed */
-    SDR_REASON_NOT_FINISHED = 8,     /* SDR_USAGE: the job has no image yet */
-    SDR_REASON_NOT_ASKED = 9,        /* SDR_USAGE: a PNG of a job that was submitted without `png` */
-    SDR_REASON_BUFFER_TOO_SMALL = 10,/* SDR_USAGE: the message has both sizes */
-    SDR_REASON_FORKED = 11,          /* SDR_USAGE: this is a child of the process that opened it */
-    SDR_REASON_QUEUE_FULL = 12,      /* SDR_FAILED: as many jobs wait as the queue holds; try again when one has started */
-    SDR_REASON_TIMEOUT = 13,         /* SDR_FAILED: the time of a wait is over; the job goes on */
-    SDR_REASON_CANCELLED = 14,       /* SDR_CANCELLED */
-    SDR_REASON_WORKER_DIED = 15,     /* SDR_FAILED: the worker was killed or crashed; the next job starts a new one */
-    SDR_REASON_CALLBACK = 16,        /* SDR_FAILED: the progress callback threw an exception */
-    SDR_REASON_NO_PYTHON = 17,       /* SDR_ENVIRONMENT: no interpreter; the message lists what was searched */
-    SDR_REASON_NO_RUNTIME = 18,      /* SDR_ENVIRONMENT: the interpreter has no sdruntime or no NumPy; the same */
-    SDR_REASON_OUT_OF_MEMORY = 19    /* SDR_ENVIRONMENT: of the host */
+    SDR_REASON_BAD_HANDLE = 1,        /* SDR_USAGE: NULL, freed, or of another kind */
+    SDR_REASON_BAD_ARGUMENT = 2,      /* SDR_USAGE: NULL where a value belongs, out of range, options that are no JSON */
+    SDR_REASON_BAD_STRUCT = 3,        /* SDR_USAGE: struct_size is 0, or too small, or what is set is newer than this library */
+    SDR_REASON_BAD_TEXT = 4,          /* SDR_USAGE: not UTF-8 */
+    SDR_REASON_UNSUPPORTED = 5,       /* SDR_USAGE: not with this isolation, these engines, or this library */
+    SDR_REASON_REENTERED = 6,         /* SDR_USAGE: a call that waits, from inside a callback */
+    SDR_REASON_CLOSED = 7,            /* SDR_USAGE: the runtime was closed */
+    SDR_REASON_NOT_FINISHED = 8,      /* SDR_USAGE: the job has no image yet */
+    SDR_REASON_NOT_ASKED = 9,         /* SDR_USAGE: a PNG of a job that was submitted without `png` */
+    SDR_REASON_BUFFER_TOO_SMALL = 10, /* SDR_USAGE: the message has both sizes */
+    SDR_REASON_FORKED = 11,           /* SDR_USAGE: this is a child of the process that opened it */
+    SDR_REASON_QUEUE_FULL = 12,       /* SDR_FAILED: as many jobs wait as the queue holds; try again when one has started */
+    SDR_REASON_TIMEOUT = 13,          /* SDR_FAILED: the time of a wait is over; the job goes on */
+    SDR_REASON_CANCELLED = 14,        /* SDR_CANCELLED */
+    SDR_REASON_WORKER_DIED = 15,      /* SDR_FAILED: the worker was killed or crashed; the next job starts a new one */
+    SDR_REASON_CALLBACK = 16,         /* SDR_FAILED: the progress callback threw an exception */
+    SDR_REASON_NO_PYTHON = 17,        /* SDR_ENVIRONMENT: no interpreter; the message lists what was searched */
+    SDR_REASON_NO_RUNTIME = 18,       /* SDR_ENVIRONMENT: the interpreter has no sdruntime or no NumPy; the same */
+    SDR_REASON_OUT_OF_MEMORY = 19     /* SDR_ENVIRONMENT: of the host */
 };
 
 /* The code. NULL: SDR_OK. A handle that is no status: SDR_USAGE. */
@@ -140,20 +140,20 @@ typedef void (*sdr_log_callback)(void *user, int32_t level, const char *message)
 
 typedef struct sdr_open_params {
     uint32_t struct_size;
-    int32_t isolation;      /* SDR_ISOLATION_IN_PROCESS, which is the default, or SDR_ISOLATION_PROCESS */
-    const char *bundle;     /* the bundle's folder, from the current one where it is relative; must not be NULL */
-    const char *backend;    /* "onnxruntime", "tensorrt", ...; NULL: the best engine that fits this machine */
-    const char *device;     /* which GPU: an index "1", "cuda:1", or a UUID "GPU-..." or the beginning of one; NULL: the first */
-    const char *python;     /* a virtual environment's folder, an interpreter, or a libpython; NULL: searched, see below */
-    int32_t threads;        /* of the CPU, for one operator; 0: the engines' library decides */
-    int32_t low_memory;     /* true: one component on the GPU at a time */
-    uint64_t memory_cap;    /* bytes of the GPU that may be used; a need above it is refused at open with both numbers; 0: no cap */
-    void *stream;           /* the caller's cudaStream_t, on which all work is done; NULL: one of the library's. In process only */
-    uint32_t queue;         /* the most jobs that wait to start; one more is refused (SDR_REASON_QUEUE_FULL). 0: 64 */
-    int32_t log_level;      /* the lowest level that is handed to `log`; SDR_LOG_INFO */
-    sdr_log_callback log;   /* NULL: no log */
-    void *log_user;         /* handed to `log` */
-    const char *options;    /* rare options, a JSON object: {"session": {"engine_host_code": "true"}, "measure": false}; NULL: none */
+    int32_t isolation;    /* SDR_ISOLATION_IN_PROCESS, which is the default, or SDR_ISOLATION_PROCESS */
+    const char *bundle;   /* the bundle's folder, from the current one where it is relative; must not be NULL */
+    const char *backend;  /* "onnxruntime", "tensorrt", ...; NULL: the best engine that fits this machine */
+    const char *device;   /* which GPU: an index "1", "cuda:1", or a UUID "GPU-..." or the beginning of one; NULL: the first */
+    const char *python;   /* a virtual environment's folder, an interpreter, or a libpython; NULL: searched, see below */
+    int32_t threads;      /* of the CPU, for one operator; 0: the engines' library decides */
+    int32_t low_memory;   /* true: one component on the GPU at a time */
+    uint64_t memory_cap;  /* bytes of the GPU that may be used; a need above it is refused at open with both numbers; 0: no cap */
+    void *stream;         /* the caller's cudaStream_t, on which all work is done; NULL: one of the library's. In process only */
+    uint32_t queue;       /* the most jobs that wait to start; one more is refused (SDR_REASON_QUEUE_FULL). 0: 64 */
+    int32_t log_level;    /* the lowest level that is handed to `log`; SDR_LOG_INFO */
+    sdr_log_callback log; /* NULL: no log */
+    void *log_user;       /* handed to `log` */
+    const char *options;  /* rare options as JSON: {"session": {"engine_host_code": "true"}, "measure": false}; NULL: none */
 } sdr_open_params;
 
 /* Set every field to its default. `struct_size`: sizeof(sdr_open_params). NULL: nothing. */
@@ -191,23 +191,17 @@ SDR_API void sdr_runtime_free(sdr_runtime *runtime);
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------------------- */
 
-enum {
-    SDR_JOB_QUEUED = 0,
-    SDR_JOB_RUNNING = 1,
-    SDR_JOB_DONE = 2,
-    SDR_JOB_FAILED = 3,
-    SDR_JOB_CANCELLED = 4
-};
+enum { SDR_JOB_QUEUED = 0, SDR_JOB_RUNNING = 1, SDR_JOB_DONE = 2, SDR_JOB_FAILED = 3, SDR_JOB_CANCELLED = 4 };
 
 /* How far a job is. The library sets struct_size: read a field that is newer than SDR_ABI_MINOR 0 only where struct_size covers it. */
 typedef struct sdr_progress {
     uint32_t struct_size;
-    int32_t step;            /* steps that are done: 1 to `steps` */
+    int32_t step; /* steps that are done: 1 to `steps` */
     int32_t steps;
     int32_t preview_channels;
     int32_t preview_height;
     int32_t preview_width;
-    const float *preview;    /* the current latents, [channels][height][width]; NULL if not requested */
+    const float *preview; /* the current latents, [channels][height][width]; NULL if not requested */
 } sdr_progress;
 
 /* Called after each step of one job, on a thread of the library, in order, never two at a time for one job. Another result than 0
@@ -220,20 +214,20 @@ typedef int32_t (*sdr_progress_callback)(void *user, sdr_job *job, const sdr_pro
 
 typedef struct sdr_job_params {
     uint32_t struct_size;
-    int32_t steps;                  /* 20 */
-    const char *prompt;             /* must not be NULL; "" is a prompt */
-    const char *negative;           /* what the image should not show; NULL: none */
-    uint64_t seed;                  /* 0; the same seed gives the same image */
-    int32_t random_seed;            /* true: `seed` is not used, a random one is; sdr_result has it */
-    int32_t width;                  /* in pixels; 0 with height 0: the model's own */
+    int32_t steps;        /* 20 */
+    const char *prompt;   /* must not be NULL; "" is a prompt */
+    const char *negative; /* what the image should not show; NULL: none */
+    uint64_t seed;        /* 0; the same seed gives the same image */
+    int32_t random_seed;  /* true: `seed` is not used, a random one is; sdr_result has it */
+    int32_t width;        /* in pixels; 0 with height 0: the model's own */
     int32_t height;
-    int32_t png;                    /* true: make the PNG's bytes as well, for sdr_job_png */
-    double guidance;                /* 7.5; at 1 or less, the negative prompt has no effect */
-    double rescale;                 /* guidance rescale, 0 to 1; 0 */
-    const char *sampler;            /* "dpmpp_2m", ...; NULL: the checkpoint's own */
-    const char *schedule;           /* "karras", ...; NULL: the checkpoint's own */
-    const char *options;            /* the sampler's own settings, a JSON object such as {"eta": 0.5}; NULL: none */
-    const uint8_t *image;           /* the start image, RGB8 rows from the top; NULL: text to image */
+    int32_t png;          /* true: make the PNG's bytes as well, for sdr_job_png */
+    double guidance;      /* 7.5; at 1 or less, the negative prompt has no effect */
+    double rescale;       /* guidance rescale, 0 to 1; 0 */
+    const char *sampler;  /* "dpmpp_2m", ...; NULL: the checkpoint's own */
+    const char *schedule; /* "karras", ...; NULL: the checkpoint's own */
+    const char *options;  /* the sampler's own settings, a JSON object such as {"eta": 0.5}; NULL: none */
+    const uint8_t *image; /* the start image, RGB8 rows from the top; NULL: text to image */
     int32_t image_width;
     int32_t image_height;
     size_t image_stride;            /* bytes from row to row; 0: 3 * image_width */
@@ -245,7 +239,7 @@ typedef struct sdr_job_params {
     void *device_buffer;            /* device memory of the caller's on the engines' GPU, for the image as RGB8 rows without gaps;
                                        in process only (SDR_REASON_UNSUPPORTED). Read it once sdr_job_wait has reported the end.
                                        NULL: none */
-    uint64_t device_buffer_size;    /* its bytes, 3 * width * height at least, or sdr_job_wait gives SDR_REASON_BUFFER_TOO_SMALL */
+    uint64_t device_buffer_size;    /* its bytes, 3 * width * height at least (SDR_REASON_BUFFER_TOO_SMALL) */
 } sdr_job_params;
 
 /* Set every field to its default. `struct_size`: sizeof(sdr_job_params). NULL: nothing. */
@@ -283,18 +277,18 @@ SDR_API void sdr_job_free(sdr_job *job);
 /* A finished image. Texts are the library's and valid until the job is freed. */
 typedef struct sdr_result {
     uint32_t struct_size;
-    int32_t width;          /* in pixels */
+    int32_t width; /* in pixels */
     int32_t height;
     int32_t reserved;
-    uint64_t seed;          /* that was used */
-    double queued;          /* seconds until the job started */
-    double encode;          /* seconds of its text encoders, and of its VAE encoder */
-    double denoise;         /* seconds from its first to its last step */
-    double decode;          /* seconds of its VAE decoder */
-    double total;           /* seconds from submit to the end */
-    size_t png_size;        /* bytes; 0 if no PNG was requested */
-    const char *sampler;    /* that was used */
-    const char *warnings;   /* a JSON array of strings; "[]" mostly */
+    uint64_t seed;        /* that was used */
+    double queued;        /* seconds until the job started */
+    double encode;        /* seconds of its text encoders, and of its VAE encoder */
+    double denoise;       /* seconds from its first to its last step */
+    double decode;        /* seconds of its VAE decoder */
+    double total;         /* seconds from submit to the end */
+    size_t png_size;      /* bytes; 0 if no PNG was requested */
+    const char *sampler;  /* that was used */
+    const char *warnings; /* a JSON array of strings; "[]" mostly */
 } sdr_result;
 
 /* Set struct_size, and every other field to 0. `struct_size`: sizeof(sdr_result). NULL: nothing. */

@@ -111,7 +111,9 @@ struct Picture {
     std::size_t stride = 0;
     View<uint8_t> bytes;
     // `y` from 0 to height - 1, which is not checked.
-    [[nodiscard]] View<uint8_t> row(int32_t y) const noexcept { return {bytes.data() + static_cast<std::size_t>(y) * stride, 3 * static_cast<std::size_t>(width)}; }
+    [[nodiscard]] View<uint8_t> row(int32_t y) const noexcept {
+        return {bytes.data() + static_cast<std::size_t>(y) * stride, 3 * static_cast<std::size_t>(width)};
+    }
 };
 
 // Called after each step, on a thread of the library; false cancels. What it throws cancels too, and Job::wait throws that again. It,
@@ -184,7 +186,8 @@ public:
         check(sdr_job_rgb(handle_, &rows, &made.stride));
         made.width = found.width;
         made.height = found.height;
-        made.bytes = View<uint8_t>(rows, made.stride * static_cast<std::size_t>(found.height - 1) + 3 * static_cast<std::size_t>(found.width));
+        made.bytes = View<uint8_t>(
+            rows, made.stride * static_cast<std::size_t>(found.height - 1) + 3 * static_cast<std::size_t>(found.width));
         return made;
     }
 
@@ -195,7 +198,9 @@ public:
         return needed;
     }
 
-    void copy_to(uint8_t *buffer, std::size_t size, std::size_t stride = 0) const { check(sdr_job_copy_rgb(handle_, buffer, size, stride, nullptr)); }
+    void copy_to(uint8_t *buffer, std::size_t size, std::size_t stride = 0) const {
+        check(sdr_job_copy_rgb(handle_, buffer, size, stride, nullptr));
+    }
 
     // Of a job that was submitted with JobParams::png. Valid as long as the job.
     [[nodiscard]] View<uint8_t> png() const {
@@ -226,7 +231,8 @@ private:
             progress.preview_height = now->preview_height;
             progress.preview_width = now->preview_width;
             if (now->preview)
-                progress.preview = View<float>(now->preview, static_cast<std::size_t>(now->preview_channels) * static_cast<std::size_t>(now->preview_height) *
+                progress.preview = View<float>(now->preview, static_cast<std::size_t>(now->preview_channels) *
+                                                                 static_cast<std::size_t>(now->preview_height) *
                                                                  static_cast<std::size_t>(now->preview_width));
             try {
                 return self->function(progress) ? 0 : 1;
@@ -268,7 +274,9 @@ public:
         sdr_open_params given = params;
         if (log) {
             log_ = std::make_unique<LogFunction>(std::move(log));
-            given.log = [](void *user, int32_t level, const char *message) { (*static_cast<LogFunction *>(user))(level, message); };
+            given.log = [](void *user, int32_t level, const char *message) {
+                (*static_cast<LogFunction *>(user))(level, message);
+            };
             given.log_user = log_.get();
         }
         check(sdr_runtime_open(&given, &handle_));

@@ -8,10 +8,10 @@
 
 #include "api/handles.hpp"
 #include "api/job.hpp"
-#include "transport/outbox.hpp"
 #include "api/params.hpp"
-#include "python/python_api.hpp"
 #include "api/runtime.hpp"
+#include "python/python_api.hpp"
+#include "transport/outbox.hpp"
 
 namespace sdr {
 namespace {
@@ -67,7 +67,8 @@ std::shared_ptr<T> freed(Table<T> Process::*table, Handle *handle, const char *f
     if (!handle) return nullptr;
     auto found = (Process::here().*table).take(id_of(handle));
     const char *debug = found ? nullptr : std::getenv("SDRUNTIME_DEBUG");
-    if (debug && std::strcmp(debug, "1") == 0) std::fprintf(stderr, "sdruntime: %s(%p): freed already, or no such handle\n", function, static_cast<void *>(handle));
+    if (debug && std::strcmp(debug, "1") == 0)
+        std::fprintf(stderr, "sdruntime: %s(%p): freed already, or no such handle\n", function, static_cast<void *>(handle));
     return found;
 }
 
@@ -83,13 +84,17 @@ void init(T *params, size_t size, const T &defaults) {
 void copy_rows(const Picture &picture, uint8_t *buffer, size_t size, size_t stride, size_t *needed) {
     const size_t row = 3 * static_cast<size_t>(picture.width), height = static_cast<size_t>(picture.height);
     if (!stride) stride = row;
-    if (stride < row) throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
-    if (stride > static_cast<size_t>(PTRDIFF_MAX) / height) throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is more than memory has");
+    if (stride < row)
+        throw usage(SDR_REASON_BAD_ARGUMENT,
+                    "stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
+    if (stride > static_cast<size_t>(PTRDIFF_MAX) / height)
+        throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is more than memory has");
     const size_t whole = stride * (height - 1) + row;
     if (needed) *needed = whole;
     if (!buffer && !size && needed) return;
     require(buffer, "buffer");
-    if (size < whole) throw usage(SDR_REASON_BUFFER_TOO_SMALL, "a buffer of " + std::to_string(size) + " bytes for " + std::to_string(whole));
+    if (size < whole)
+        throw usage(SDR_REASON_BUFFER_TOO_SMALL, "a buffer of " + std::to_string(size) + " bytes for " + std::to_string(whole));
     for (size_t k = 0; k < height; ++k) std::memcpy(buffer + k * stride, picture.blob.data() + k * row, row);
 }
 
@@ -214,7 +219,8 @@ sdr_status *sdr_job_result(sdr_job *job, sdr_result *result) {
         uint32_t size;
         std::memcpy(&size, result, sizeof size);
         if (size < sizeof size || size > LARGEST_STRUCT)
-            throw usage(SDR_REASON_BAD_STRUCT, "sdr_result.struct_size is " + std::to_string(size) + ": call sdr_result_init first");
+            throw usage(SDR_REASON_BAD_STRUCT,
+                        "sdr_result.struct_size is " + std::to_string(size) + ": call sdr_result_init first");
         const auto picture = job_of(job)->picture();
         sdr_result found = {};
         found.struct_size = size;

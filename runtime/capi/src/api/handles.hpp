@@ -62,7 +62,7 @@ struct Process {
     uint64_t new_id() { return next.fetch_add(16); }
 
     const pid_t pid;
-    const uint64_t first;   // handles below it are the parent's
+    const uint64_t first;  // handles below it are the parent's
     Process *const parent;
     std::atomic<uint64_t> next;
     Table<Runtime> runtimes;
@@ -87,7 +87,9 @@ std::shared_ptr<T> object_of(Table<T> Process::*table, const Handle *handle, con
     Process &process = Process::here();
     if (auto found = (process.*table).find(id_of(handle))) return found;
     if (id_of(handle) < process.first)
-        throw usage(SDR_REASON_FORKED, std::string(kind) + ": the handle belongs to the process that this one was forked from; open a runtime of its own here");
+        throw usage(SDR_REASON_FORKED,
+                    std::string(kind) +
+                        ": the handle belongs to the process that this one was forked from; open a runtime of its own here");
     throw usage(SDR_REASON_BAD_HANDLE, std::string(kind) + ": the handle was freed, or is none of this kind");
 }
 

@@ -81,14 +81,17 @@ void Job::poll(int32_t *state, int32_t *step, int32_t *steps) const {
 
 void Job::wait(int64_t timeout_ms) {
     if (InCallback::here() && timeout_ms != 0)
-        throw usage(SDR_REASON_REENTERED, "sdr_job_wait: a callback must not wait, since jobs wait for it; a timeout of 0 only looks");
+        throw usage(SDR_REASON_REENTERED,
+                    "sdr_job_wait: a callback must not wait, since jobs wait for it; a timeout of 0 only looks");
     std::unique_lock lock(mutex_);
     const auto over = [this] { return freed_ || (ended() && !calling_elsewhere()); };
     if (timeout_ms < 0) {
         changed_.wait(lock, over);
-    } else if (!changed_.wait_until(lock, std::chrono::steady_clock::now() + std::chrono::milliseconds(std::min(timeout_ms, LONGEST_MS)), over)) {
+    } else if (!changed_.wait_until(
+                   lock, std::chrono::steady_clock::now() + std::chrono::milliseconds(std::min(timeout_ms, LONGEST_MS)), over)) {
         throw Failure(SDR_FAILED, SDR_REASON_TIMEOUT,
-                      "sdr_job_wait: no end after " + std::to_string(timeout_ms) + " ms, at step " + std::to_string(step_) + " of " + std::to_string(steps_));
+                      "sdr_job_wait: no end after " + std::to_string(timeout_ms) + " ms, at step " + std::to_string(step_) +
+                          " of " + std::to_string(steps_));
     }
     if (freed_) throw usage(SDR_REASON_BAD_HANDLE, "sdr_job_wait: the job was freed meanwhile");
     if (failure_) throw *failure_;
@@ -98,7 +101,8 @@ std::shared_ptr<const Picture> Job::picture() const {
     const std::lock_guard lock(mutex_);
     if (failure_) throw *failure_;
     if (!picture_)
-        throw usage(SDR_REASON_NOT_FINISHED, "the job has no image yet, at step " + std::to_string(step_) + " of " + std::to_string(steps_) + ": sdr_job_wait first");
+        throw usage(SDR_REASON_NOT_FINISHED, "the job has no image yet, at step " + std::to_string(step_) + " of " +
+                                                 std::to_string(steps_) + ": sdr_job_wait first");
     return picture_;
 }
 

@@ -21,17 +21,19 @@ T taken_struct(const T *given, const char *name, size_t first_size, void (*init)
     uint32_t size;
     std::memcpy(&size, given, sizeof size);
     if (size < first_size || size > LARGEST_STRUCT)
-        throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ".struct_size is " + std::to_string(size) + ", not " + std::to_string(first_size) + " to " +
-                                               std::to_string(LARGEST_STRUCT) + ": call " + name + "_init first");
+        throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ".struct_size is " + std::to_string(size) + ", not " +
+                                               std::to_string(first_size) + " to " + std::to_string(LARGEST_STRUCT) + ": call " +
+                                               name + "_init first");
     T copy;
     init(&copy, sizeof copy);
     std::memcpy(&copy, given, std::min<size_t>(size, sizeof copy));
     const auto *bytes = reinterpret_cast<const unsigned char *>(given);
     for (size_t k = sizeof copy; k < size; ++k)
         if (bytes[k])
-            throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ": byte " + std::to_string(k) + " is set, which a newer header than that of this library (ABI " +
-                                                   std::to_string(SDR_ABI_MAJOR) + "." + std::to_string(SDR_ABI_MINOR) + ", " + std::to_string(sizeof copy) +
-                                                   " bytes) defines: install a newer library");
+            throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ": byte " + std::to_string(k) +
+                                                   " is set, which a newer header than that of this library (ABI " +
+                                                   std::to_string(SDR_ABI_MAJOR) + "." + std::to_string(SDR_ABI_MINOR) + ", " +
+                                                   std::to_string(sizeof copy) + " bytes) defines: install a newer library");
     return copy;
 }
 
@@ -56,9 +58,13 @@ Json object_of(const char *text, const char *field) {
 
 }  // namespace
 
-sdr_open_params taken(const sdr_open_params *given) { return taken_struct(given, "sdr_open_params", sizeof(sdr_open_params), sdr_open_params_init); }
+sdr_open_params taken(const sdr_open_params *given) {
+    return taken_struct(given, "sdr_open_params", sizeof(sdr_open_params), sdr_open_params_init);
+}
 
-sdr_job_params taken(const sdr_job_params *given) { return taken_struct(given, "sdr_job_params", sizeof(sdr_job_params), sdr_job_params_init); }
+sdr_job_params taken(const sdr_job_params *given) {
+    return taken_struct(given, "sdr_job_params", sizeof(sdr_job_params), sdr_job_params_init);
+}
 
 std::string text_of(const char *text, const char *field) {
     if (!text) return "";
@@ -100,7 +106,8 @@ Json::Object request_of(const sdr_job_params &params) {
     request.emplace_back("rescale", finite(params.rescale, "rescale"));
     if (params.width || params.height) {
         if (params.width <= 0 || params.height <= 0)
-            throw bad("size " + std::to_string(params.width) + "x" + std::to_string(params.height) + ": both above 0, or both 0 for the model's own");
+            throw bad("size " + std::to_string(params.width) + "x" + std::to_string(params.height) +
+                      ": both above 0, or both 0 for the model's own");
         request.emplace_back("width", params.width);
         request.emplace_back("height", params.height);
     }
@@ -113,10 +120,13 @@ Blob image_of(const sdr_job_params &params) {
     if (!params.image) return {};
     const int32_t width = params.image_width, height = params.image_height;
     if (width <= 0 || height <= 0 || width > LARGEST_SIDE || height > LARGEST_SIDE)
-        throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": each from 1 to " + std::to_string(LARGEST_SIDE));
+        throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": each from 1 to " +
+                  std::to_string(LARGEST_SIDE));
     const size_t row = 3 * static_cast<size_t>(width), stride = params.image_stride ? params.image_stride : row;
-    if (stride < row) throw bad("image_stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
-    if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height)) throw bad("image_stride " + std::to_string(stride) + " is more than memory has");
+    if (stride < row)
+        throw bad("image_stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
+    if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height))
+        throw bad("image_stride " + std::to_string(stride) + " is more than memory has");
     std::vector<uint8_t> rows(row * static_cast<size_t>(height));
     for (size_t k = 0; k < static_cast<size_t>(height); ++k) std::memcpy(rows.data() + k * row, params.image + k * stride, row);
     return Blob(std::move(rows));

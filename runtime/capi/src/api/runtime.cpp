@@ -5,11 +5,11 @@
 
 #include <cxxabi.h>
 
-#include "transport/descriptor.hpp"
-#include "python/find_python.hpp"
-#include "transport/in_process.hpp"
 #include "api/params.hpp"
+#include "python/find_python.hpp"
 #include "python/python_api.hpp"
+#include "transport/descriptor.hpp"
+#include "transport/in_process.hpp"
 #include "transport/worker.hpp"
 
 namespace sdr {
@@ -24,7 +24,8 @@ constexpr auto TIME_TO_CLOSE = 60s;  // for a worker to end its step, before it 
 sdr_open_params checked(sdr_open_params params) {
     if (!params.bundle) throw usage(SDR_REASON_BAD_ARGUMENT, "bundle is NULL");
     if (params.isolation != SDR_ISOLATION_IN_PROCESS && params.isolation != SDR_ISOLATION_PROCESS)
-        throw usage(SDR_REASON_BAD_ARGUMENT, "isolation " + std::to_string(params.isolation) + ": expected SDR_ISOLATION_IN_PROCESS or SDR_ISOLATION_PROCESS");
+        throw usage(SDR_REASON_BAD_ARGUMENT, "isolation " + std::to_string(params.isolation) +
+                                                 ": expected SDR_ISOLATION_IN_PROCESS or SDR_ISOLATION_PROCESS");
     if (params.stream && params.isolation == SDR_ISOLATION_PROCESS)
         throw usage(SDR_REASON_UNSUPPORTED, "stream: a CUDA stream belongs to one process; open with SDR_ISOLATION_IN_PROCESS");
     if (!params.queue) params.queue = USUAL_QUEUE;
@@ -38,11 +39,13 @@ std::string absolute(const char *path, const char *field) {
 }
 
 std::string open_message(const sdr_open_params &params) {
-    return Json(Json::Object{{"op", "open"}, {"bundle", absolute(params.bundle, "bundle")}, {"options", open_options(params)}}).text();
+    return Json(Json::Object{{"op", "open"}, {"bundle", absolute(params.bundle, "bundle")}, {"options", open_options(params)}})
+        .text();
 }
 
 int32_t level_of(const Json &level) {
-    static const std::pair<const char *, int32_t> names[] = {{"debug", SDR_LOG_DEBUG}, {"info", SDR_LOG_INFO}, {"warning", SDR_LOG_WARNING}, {"error", SDR_LOG_ERROR}};
+    static const std::pair<const char *, int32_t> names[] = {
+        {"debug", SDR_LOG_DEBUG}, {"info", SDR_LOG_INFO}, {"warning", SDR_LOG_WARNING}, {"error", SDR_LOG_ERROR}};
     for (const auto &[name, number] : names)
         if (level.is_string() && level.string() == name) return number;
     return level.is_string() ? SDR_LOG_INFO : static_cast<int32_t>(level.integer());
@@ -100,7 +103,8 @@ void Runtime::start() {
     }
     try {
         require_descriptors();
-        auto transport = isolation_ == SDR_ISOLATION_PROCESS ? worker_transport(*this, python_) : in_process_transport(*this, python_);
+        auto transport =
+            isolation_ == SDR_ISOLATION_PROCESS ? worker_transport(*this, python_) : in_process_transport(*this, python_);
         std::unique_lock lock(mutex_);
         transport_ = std::move(transport);
         transport_->send({open_message_, {}});
@@ -150,12 +154,17 @@ void Runtime::ready_for_jobs() {
 }
 
 uint64_t Runtime::submit(const sdr_job_params &params) {
-    Json::Object message{{"op", "submit"}, {"job", Json()}, {"request", request_of(params)}, {"preview", params.preview != 0}, {"png", params.png != 0}};
+    Json::Object message{{"op", "submit"},
+                         {"job", Json()},
+                         {"request", request_of(params)},
+                         {"preview", params.preview != 0},
+                         {"png", params.png != 0}};
     Blob image = image_of(params);
     if (image.size()) message.emplace_back("image", Json::Array{params.image_width, params.image_height});
     if (params.device_buffer) {
         if (isolation_ == SDR_ISOLATION_PROCESS)
-            throw usage(SDR_REASON_UNSUPPORTED, "device_buffer: device memory belongs to one process; open with SDR_ISOLATION_IN_PROCESS");
+            throw usage(SDR_REASON_UNSUPPORTED,
+                        "device_buffer: device memory belongs to one process; open with SDR_ISOLATION_IN_PROCESS");
         message.emplace_back("device_buffer", uint64_t{reinterpret_cast<uintptr_t>(params.device_buffer)});
         message.emplace_back("device_buffer_size", params.device_buffer_size);
     }
@@ -170,8 +179,10 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
         if (closing_) throw closed();
         if (phase_ != Phase::OPEN) continue;  // it died just now
         if (waiting_.size() >= queue_)
-            throw Failure(SDR_FAILED, SDR_REASON_QUEUE_FULL, "the queue is full: " + std::to_string(waiting_.size()) + " jobs wait, of at most " + std::to_string(queue_) +
-                                                                 "; submit again when one has started, or open with a larger sdr_open_params.queue");
+            throw Failure(SDR_FAILED, SDR_REASON_QUEUE_FULL,
+                          "the queue is full: " + std::to_string(waiting_.size()) + " jobs wait, of at most " +
+                              std::to_string(queue_) +
+                              "; submit again when one has started, or open with a larger sdr_open_params.queue");
         jobs_.emplace(id, job);
         waiting_.insert(id);
         process.jobs.put(id, job);
@@ -199,10 +210,8 @@ void Runtime::close() {
         if (phase_ == Phase::OPEN) {
             transport_->send({Json(Json::Object{{"op", "close"}}).text(), {}});
             const auto over = [this] { return phase_ != Phase::OPEN; };
-            if (transport_->in_process())
-                changed_.wait(lock, over);
-            else if (!changed_.wait_for(lock, TIME_TO_CLOSE, over))
-                transport_->hang_up();
+            if (transport_->in_process()) changed_.wait(lock, over);
+            else if (!changed_.wait_for(lock, TIME_TO_CLOSE, over)) transport_->hang_up();
         }
         phase_ = Phase::CLOSED;
     }
@@ -246,7 +255,8 @@ void Runtime::take_event(Message &&message) {
     } else if (name == "refused") {
         const int32_t reason = reason_of(event);
         const std::lock_guard lock(mutex_);
-        refused_.emplace(small(event["code"]), reason, event["message"].string() + (reason == SDR_REASON_NO_RUNTIME ? NAME_A_PYTHON : ""));
+        refused_.emplace(small(event["code"]), reason,
+                         event["message"].string() + (reason == SDR_REASON_NO_RUNTIME ? NAME_A_PYTHON : ""));
         phase_ = Phase::ENDED;
         changed_.notify_all();
     } else if (name == "closed") {
@@ -271,7 +281,8 @@ void Runtime::on_end(const std::string &why) noexcept {
         phase_ = Phase::ENDED;
         changed_.notify_all();
     }
-    end_jobs(closes() ? ended_by_closing() : Failure(SDR_FAILED, SDR_REASON_WORKER_DIED, why + "; the next job starts a new one"));
+    end_jobs(closes() ? ended_by_closing()
+                      : Failure(SDR_FAILED, SDR_REASON_WORKER_DIED, why + "; the next job starts a new one"));
 }
 
 void Runtime::end_jobs(const Failure &failure) {
@@ -318,8 +329,10 @@ void Runtime::progress(const Json &event, const Blob &blob) {
         now.preview_channels = small(shape[0]);
         now.preview_height = small(shape[1]);
         now.preview_width = small(shape[2]);
-        const uint64_t size = uint64_t{sizeof(float)} * static_cast<uint64_t>(now.preview_channels) * static_cast<uint64_t>(now.preview_height) * static_cast<uint64_t>(now.preview_width);
-        if (size != blob.size()) throw JsonError("a preview of " + std::to_string(size) + " bytes in a blob of " + std::to_string(blob.size()));
+        const uint64_t size = uint64_t{sizeof(float)} * static_cast<uint64_t>(now.preview_channels) *
+                              static_cast<uint64_t>(now.preview_height) * static_cast<uint64_t>(now.preview_width);
+        if (size != blob.size())
+            throw JsonError("a preview of " + std::to_string(size) + " bytes in a blob of " + std::to_string(blob.size()));
         now.preview = reinterpret_cast<const float *>(blob.data());
     }
     const auto job = job_of(event);
@@ -327,7 +340,9 @@ void Runtime::progress(const Json &event, const Blob &blob) {
     bool threw = false;
     if (!job->progress(now, threw)) return;
     cancel(*job);
-    if (threw) job->failed(Failure(SDR_FAILED, SDR_REASON_CALLBACK, "the progress callback threw an exception at step " + std::to_string(now.step)));
+    if (threw)
+        job->failed(Failure(SDR_FAILED, SDR_REASON_CALLBACK,
+                            "the progress callback threw an exception at step " + std::to_string(now.step)));
 }
 
 void Runtime::done(const Json &event, const Blob &blob) {
@@ -348,12 +363,11 @@ void Runtime::done(const Json &event, const Blob &blob) {
     picture.blob = blob;
     const size_t rows = 3 * static_cast<size_t>(picture.width) * static_cast<size_t>(picture.height);
     if (picture.rgb != rows || picture.png > blob.size() || blob.size() - picture.png != picture.rgb)
-        throw JsonError("an image of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(picture.png) + " in a blob of " + std::to_string(blob.size()));
+        throw JsonError("an image of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(picture.png) +
+                        " in a blob of " + std::to_string(blob.size()));
     const auto job = last_of(event);
-    if (job && closes())
-        job->failed(ended_by_closing());
-    else if (job)
-        job->done(std::move(picture));
+    if (job && closes()) job->failed(ended_by_closing());
+    else if (job) job->done(std::move(picture));
 }
 
 void Runtime::failed(const Json &event) {

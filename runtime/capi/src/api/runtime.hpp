@@ -66,7 +66,7 @@ private:
     std::condition_variable changed_;
     Phase phase_ = Phase::ENDED;
     bool closing_ = false;
-    std::optional<Failure> refused_;  // why it did not open, or ended
+    std::optional<Failure> refused_;    // why it did not open, or ended
     std::list<std::string> described_;  // the latest last; earlier ones are kept, since hosts may read them
     std::unique_ptr<Transport> transport_;
     std::unordered_map<uint64_t, std::shared_ptr<Job>> jobs_;  // those that have not ended

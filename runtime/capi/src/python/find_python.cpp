@@ -46,7 +46,8 @@ std::string config_value(const fs::path &path, const std::vector<std::string> &k
             const size_t from = text.find_first_not_of(" \t\r"), to = text.find_last_not_of(" \t\r");
             return from == std::string::npos ? std::string() : text.substr(from, to - from + 1);
         };
-        if (std::find(keys.begin(), keys.end(), trimmed(line.substr(0, equals))) != keys.end()) return trimmed(line.substr(equals + 1));
+        if (std::find(keys.begin(), keys.end(), trimmed(line.substr(0, equals))) != keys.end())
+            return trimmed(line.substr(equals + 1));
     }
     return "";
 }
@@ -62,7 +63,8 @@ std::vector<std::string> libraries_under(const fs::path &prefix, const std::stri
         if (!version.empty() && each != version) continue;
         for (const fs::path &folder : folders)
             for (const char *end : {".so.1.0", ".so"})
-                if (const fs::path file = folder / ("libpython" + each + end); fs::exists(file, error)) found.push_back(file.string());
+                if (const fs::path file = folder / ("libpython" + each + end); fs::exists(file, error))
+                    found.push_back(file.string());
         if (!version.empty()) found.push_back("libpython" + each + ".so.1.0");
     }
     return found;
@@ -149,10 +151,12 @@ Python common_python(Search &search) {
     Python found;
     std::istringstream path(variable("PATH"));
     for (std::string folder; found.interpreter.empty() && std::getline(path, folder, ':');)
-        if (!folder.empty() && access((fs::path(folder) / "python3").c_str(), X_OK) == 0) found = of_interpreter(fs::path(folder) / "python3");
+        if (!folder.empty() && access((fs::path(folder) / "python3").c_str(), X_OK) == 0)
+            found = of_interpreter(fs::path(folder) / "python3");
     search.note(found.interpreter.empty() ? "PATH: no python3" : "PATH: " + found.interpreter);
     found.libraries.push_back("libpython3.so");
-    for (int minor = NEWEST; minor >= OLDEST; --minor) found.libraries.push_back("libpython3." + std::to_string(minor) + ".so.1.0");
+    for (int minor = NEWEST; minor >= OLDEST; --minor)
+        found.libraries.push_back("libpython3." + std::to_string(minor) + ".so.1.0");
     return found;
 }
 

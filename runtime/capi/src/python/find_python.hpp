@@ -10,14 +10,15 @@ namespace sdr {
 
 struct Python {
     std::string interpreter;             // the program, "" where only a library was given
-    std::vector<std::string> libraries;  // files that may be its libpython, best first; names without a folder are the loader's to find
+    std::vector<std::string> libraries;  // may be its libpython, best first; the loader finds names without a folder
     std::string site;                    // the site-packages of a virtual environment, else ""
     std::string version;                 // "3.11", "" where no file tells it
 
     bool empty() const { return interpreter.empty() && libraries.empty(); }
 };
 
-constexpr const char *NAME_A_PYTHON = "\ngive the folder of a virtual environment with sdruntime in it, as sdr_open_params.python or SDRUNTIME_PYTHON";
+constexpr const char *NAME_A_PYTHON =
+    "\ngive the folder of a virtual environment with sdruntime in it, as sdr_open_params.python or SDRUNTIME_PYTHON";
 
 // What was looked at, and what was found there, for the status.
 class Search {

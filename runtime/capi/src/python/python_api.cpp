@@ -103,7 +103,8 @@ const PythonApi *start_now(const std::string &given) {
     check_version(*api, search);
     if (present && !python.version.empty() && python.version != minor_of(api->version)) {
         search.note("in this process: Python " + api->version);
-        throw search.failure("this process has Python " + api->version + " already, and Python " + python.version + " was requested");
+        throw search.failure("this process has Python " + api->version + " already, and Python " + python.version +
+                             " was requested");
     }
     api->site = python.site;
     if (running) return api.release();
@@ -133,15 +134,21 @@ const PythonApi *PythonApi::present() {
 const PythonApi &PythonApi::start(const std::string &given) {
     static std::mutex mutex;
     if (const pid_t owner = the_pid.load(); owner && owner != getpid())
-        throw usage(SDR_REASON_FORKED, "sdr_runtime_open: this process was forked from one that runs the interpreter already, which a child cannot use: "
-                                       "exec, or open with SDR_ISOLATION_PROCESS");
+        throw usage(
+            SDR_REASON_FORKED,
+            "sdr_runtime_open: this process was forked from one that runs the interpreter already, which a child cannot use: "
+            "exec, or open with SDR_ISOLATION_PROCESS");
     const std::lock_guard lock(mutex);
     if (const PythonApi *api = the_api.load()) {
-        if (!api->Py_IsInitialized()) throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON, "sdr_runtime_open: the host has ended the interpreter (Py_Finalize); it cannot begin again");
+        if (!api->Py_IsInitialized())
+            throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON,
+                          "sdr_runtime_open: the host has ended the interpreter (Py_Finalize); it cannot begin again");
         Search search;
         if (const Python asked = given_python(given, search); !asked.site.empty() && asked.site != api->site)
-            throw usage(SDR_REASON_UNSUPPORTED, "sdr_runtime_open: this process runs Python " + api->version + (api->site.empty() ? "" : " with " + api->site) +
-                                                    " already, and has one interpreter: " + asked.site + " needs SDR_ISOLATION_PROCESS");
+            throw usage(SDR_REASON_UNSUPPORTED, "sdr_runtime_open: this process runs Python " + api->version +
+                                                    (api->site.empty() ? "" : " with " + api->site) +
+                                                    " already, and has one interpreter: " + asked.site +
+                                                    " needs SDR_ISOLATION_PROCESS");
         return *api;
     }
     the_api = start_now(given);

@@ -66,8 +66,10 @@ void require_descriptors() {
         if (!next) {
             rlimit limit = {};
             getrlimit(RLIMIT_NOFILE, &limit);
-            throw Failure(SDR_ENVIRONMENT, SDR_REASON_NONE, "sdr_runtime_open: " + std::to_string(free.size()) + " file descriptors are free and " + std::to_string(NEEDED) +
-                                                                " are needed; this process may open " + std::to_string(limit.rlim_cur) + ": raise that (ulimit -n), or close some");
+            throw Failure(SDR_ENVIRONMENT, SDR_REASON_NONE,
+                          "sdr_runtime_open: " + std::to_string(free.size()) + " file descriptors are free and " +
+                              std::to_string(NEEDED) + " are needed; this process may open " + std::to_string(limit.rlim_cur) +
+                              ": raise that (ulimit -n), or close some");
         }
         free.push_back(std::move(next));
     }

@@ -4,11 +4,11 @@
 #include <mutex>
 #include <thread>
 
-#include "python/find_python.hpp"
 #include "api/handles.hpp"
-#include "transport/outbox.hpp"
+#include "python/find_python.hpp"
 #include "python/python_api.hpp"
 #include "python/service_source.hpp"
+#include "transport/outbox.hpp"
 
 namespace sdr {
 
@@ -106,7 +106,9 @@ PyObject *emit(PyObject *self, PyObject *arguments) {
     char *json = nullptr, *blob = nullptr;
     std::ptrdiff_t json_size = 0, blob_size = 0;
     PyObject *first = api.PyTuple_GetItem(arguments, 0), *second = first ? api.PyTuple_GetItem(arguments, 1) : nullptr;
-    if (!second || api.PyBytes_AsStringAndSize(first, &json, &json_size) != 0 || api.PyBytes_AsStringAndSize(second, &blob, &blob_size) != 0) return nullptr;
+    if (!second || api.PyBytes_AsStringAndSize(first, &json, &json_size) != 0 ||
+        api.PyBytes_AsStringAndSize(second, &blob, &blob_size) != 0)
+        return nullptr;
     const uint64_t id = api.PyLong_AsUnsignedLongLong(self);
     const char *fault = nullptr;
     PyThreadState *saved = api.PyEval_SaveThread();  // the arguments stay: the caller holds them
@@ -132,7 +134,8 @@ PyMethodDef emit_method = {"emit", emit, PY_VARARGS, "emit(message: bytes, blob:
 
 class InProcess : public Transport {
 public:
-    InProcess(Sink &sink, const std::string &python) : api_(PythonApi::start(python)), gate_(std::make_shared<Gate>(sink)), id_(Process::here().new_id()) {
+    InProcess(Sink &sink, const std::string &python)
+        : api_(PythonApi::start(python)), gate_(std::make_shared<Gate>(sink)), id_(Process::here().new_id()) {
         gates().put(id_, gate_);
         try {
             const Gil gil(api_);
@@ -170,12 +173,16 @@ private:
         api_.Py_IncRef(told.get());
         const Ref pair(api_, call(api_, api_.PyDict_GetItemString(names.get(), "start"), told.get(), site.release()));
         PyObject *handle = api_.PyTuple_GetItem(pair.get(), 0);
-        if (handle == api_.none) throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_RUNTIME, "no sdruntime for the interpreter: " + text(api_.PyTuple_GetItem(pair.get(), 1)) + NAME_A_PYTHON);
+        if (handle == api_.none)
+            throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_RUNTIME,
+                          "no sdruntime for the interpreter: " + text(api_.PyTuple_GetItem(pair.get(), 1)) + NAME_A_PYTHON);
         api_.Py_IncRef(handle);
         return handle;
     }
 
-    PyObject *bytes_as_text(const std::string &value) { return api_.PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<std::ptrdiff_t>(value.size())); }
+    PyObject *bytes_as_text(const std::string &value) {
+        return api_.PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<std::ptrdiff_t>(value.size()));
+    }
 
     std::string text(PyObject *string) {
         const Ref encoded(api_, api_.PyUnicode_AsUTF8String(string));
@@ -191,10 +198,8 @@ private:
             try {
                 Ref json(api_, bytes(api_, message.json.data(), message.json.size()));
                 PyObject *blob = api_.none;
-                if (message.blob.size())
-                    blob = Ref(api_, bytes(api_, message.blob.data(), message.blob.size())).release();
-                else
-                    api_.Py_IncRef(blob);
+                if (message.blob.size()) blob = Ref(api_, bytes(api_, message.blob.data(), message.blob.size())).release();
+                else api_.Py_IncRef(blob);
                 const Ref none(api_, call(api_, handle_, json.release(), blob));
             } catch (const std::exception &error) {
                 gate_->end(std::string("the service in this process raised an exception: ") + error.what());
@@ -213,6 +218,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Transport> in_process_transport(Sink &sink, const std::string &python) { return std::make_unique<InProcess>(sink, python); }
+std::unique_ptr<Transport> in_process_transport(Sink &sink, const std::string &python) {
+    return std::make_unique<InProcess>(sink, python);
+}
 
 }  // namespace sdr

@@ -127,14 +127,20 @@ Descriptor memory_file(const Blob &blob) {
 
 Blob from_memory_file(const Descriptor &file, size_t size) {
     struct stat about = {};
-    if (!file) throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and did not come: it was not sent, or this process may open no more files (ulimit -n)");
+    if (!file)
+        throw BadFrame(
+            "a memory file of " + std::to_string(size) +
+            " bytes was promised, and did not come: it was not sent, or this process may open no more files (ulimit -n)");
     if (fstat(file.get(), &about) != 0 || about.st_size < 0 || static_cast<size_t>(about.st_size) < size)
-        throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and one of " + std::to_string(about.st_size) + " came");
+        throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and one of " +
+                       std::to_string(about.st_size) + " came");
     const int seals = fcntl(file.get(), F_GET_SEALS);
     if (seals >= 0 && seals & F_SEAL_SHRINK && size) {
         void *mapped = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.get(), 0);
         if (mapped == MAP_FAILED) fail("mmap of " + std::to_string(size) + " bytes");
-        return Blob(std::shared_ptr<const uint8_t>(static_cast<const uint8_t *>(mapped), [size](const uint8_t *at) { munmap(const_cast<uint8_t *>(at), size); }), size);
+        return Blob(std::shared_ptr<const uint8_t>(static_cast<const uint8_t *>(mapped),
+                                                   [size](const uint8_t *at) { munmap(const_cast<uint8_t *>(at), size); }),
+                    size);
     }
     // one that can be cut short is copied: to read behind its end would raise SIGBUS
     std::vector<uint8_t> bytes(size);
@@ -167,7 +173,8 @@ bool receive_message(int socket, int process, Message &message) {
     const size_t json = get(header, 4), blob = get(header + 8, 8);
     const auto flags = static_cast<uint32_t>(get(header + 4, 4));
     if (json > LARGEST_JSON || blob > LARGEST_BLOB || flags & ~IN_MEMORY_FILE)
-        throw BadFrame("a header of " + std::to_string(json) + " bytes of JSON, a blob of " + std::to_string(blob) + ", flags " + std::to_string(flags));
+        throw BadFrame("a header of " + std::to_string(json) + " bytes of JSON, a blob of " + std::to_string(blob) + ", flags " +
+                       std::to_string(flags));
     message.json.clear();
     if (!receive_growing(socket, process, message.json, json)) return false;
     if (flags & IN_MEMORY_FILE) {

@@ -17,10 +17,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "transport/descriptor.hpp"
 #include "python/find_python.hpp"
-#include "transport/outbox.hpp"
 #include "python/service_source.hpp"
+#include "transport/descriptor.hpp"
+#include "transport/outbox.hpp"
 #include "transport/socket.hpp"
 
 extern "C" char **environ;
@@ -31,8 +31,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr int WORKER_END = 3;              // the worker's descriptor of the socket
-constexpr auto TIME_TO_LEAVE = 10000ms;    // for a worker whose socket has ended, before it is killed
+constexpr int WORKER_END = 3;            // the worker's descriptor of the socket
+constexpr auto TIME_TO_LEAVE = 10000ms;  // for a worker whose socket has ended, before it is killed
 
 std::string interpreter(const std::string &given) {
     Search search;
@@ -67,7 +67,8 @@ pid_t spawn(const std::string &program, int socket) {
     if (fcntl(2, F_GETFD) < 0) posix_spawn_file_actions_addopen(&files.actions, 2, "/dev/null", O_WRONLY, 0);
     posix_spawn_file_actions_adddup2(&files.actions, socket, WORKER_END);
     using CloseFrom = int (*)(posix_spawn_file_actions_t *, int);
-    if (const auto close_from = reinterpret_cast<CloseFrom>(dlsym(RTLD_DEFAULT, "posix_spawn_file_actions_addclosefrom_np"))) close_from(&files.actions, WORKER_END + 1);
+    if (const auto close_from = reinterpret_cast<CloseFrom>(dlsym(RTLD_DEFAULT, "posix_spawn_file_actions_addclosefrom_np")))
+        close_from(&files.actions, WORKER_END + 1);
     Attributes how;
     sigset_t none, all;
     sigemptyset(&none);
@@ -79,14 +80,19 @@ pid_t spawn(const std::string &program, int socket) {
     std::string arguments[] = {program, "-c", WORKER_SOURCE, std::to_string(WORKER_END)};
     char *pointers[] = {arguments[0].data(), arguments[1].data(), arguments[2].data(), arguments[3].data(), nullptr};
     pid_t pid = 0;
-    if (const int error = posix_spawn(&pid, program.c_str(), &files.actions, &how.attributes, pointers, environ)) fail(program, error);
+    if (const int error = posix_spawn(&pid, program.c_str(), &files.actions, &how.attributes, pointers, environ))
+        fail(program, error);
     return pid;
 }
 
 std::string told(int status) {
     if (WIFEXITED(status)) return "ended with exit code " + std::to_string(WEXITSTATUS(status));
     const int signal = WTERMSIG(status);
-    const char *name = signal == SIGKILL ? " (killed; the system does so when memory runs out)" : signal == SIGSEGV ? " (segmentation fault)" : signal == SIGBUS ? " (bus error)" : signal == SIGABRT ? " (aborted)" : "";
+    const char *name = signal == SIGKILL   ? " (killed; the system does so when memory runs out)"
+                       : signal == SIGSEGV ? " (segmentation fault)"
+                       : signal == SIGBUS  ? " (bus error)"
+                       : signal == SIGABRT ? " (aborted)"
+                                           : "";
     return "was ended by signal " + std::to_string(signal) + name;
 }
 
@@ -179,6 +185,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Transport> worker_transport(Sink &sink, const std::string &python) { return std::make_unique<Worker>(sink, python); }
+std::unique_ptr<Transport> worker_transport(Sink &sink, const std::string &python) {
+    return std::make_unique<Worker>(sink, python);
+}
 
 }  // namespace sdr

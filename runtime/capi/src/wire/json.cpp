@@ -56,12 +56,17 @@ const T &held(const Variant &value, const char *wanted) {
 size_t bad_utf8(std::string_view text) {
     for (size_t at = 0; at < text.size();) {
         const auto lead = static_cast<unsigned char>(text[at]);
-        const size_t more = lead < 0x80 ? 0 : lead >= 0xC2 && lead < 0xE0 ? 1 : (lead & 0xF0) == 0xE0 ? 2 : lead >= 0xF0 && lead < 0xF5 ? 3 : 4;
+        const size_t more = lead < 0x80                   ? 0
+                            : lead >= 0xC2 && lead < 0xE0 ? 1
+                            : (lead & 0xF0) == 0xE0       ? 2
+                            : lead >= 0xF0 && lead < 0xF5 ? 3
+                                                          : 4;
         if (more == 4 || text.size() - at <= more) return at;
         for (size_t k = 1; k <= more; ++k)
             if ((static_cast<unsigned char>(text[at + k]) & 0xC0) != 0x80) return at;
         const auto next = more ? static_cast<unsigned char>(text[at + 1]) : 0;
-        if ((lead == 0xE0 && next < 0xA0) || (lead == 0xED && next > 0x9F) || (lead == 0xF0 && next < 0x90) || (lead == 0xF4 && next > 0x8F))
+        if ((lead == 0xE0 && next < 0xA0) || (lead == 0xED && next > 0x9F) || (lead == 0xF0 && next < 0x90) ||
+            (lead == 0xF4 && next > 0x8F))
             return at;
         at += more + 1;
     }
@@ -144,7 +149,8 @@ private:
         uint32_t found = 0;
         const std::string_view digits = text_.substr(at_, 4);
         const char *end = digits.data() + digits.size();
-        if (digits.size() < 4 || std::from_chars(digits.data(), end, found, 16).ptr != end) fail("four hexadecimal digits belong after \\u");
+        if (digits.size() < 4 || std::from_chars(digits.data(), end, found, 16).ptr != end)
+            fail("four hexadecimal digits belong after \\u");
         at_ += 4;
         return found;
     }
@@ -199,7 +205,9 @@ private:
             digits();
         }
         const std::string_view spelled = text_.substr(from, at_ - from);
-        const auto fits = [spelled](auto &found) { return std::from_chars(spelled.data(), spelled.data() + spelled.size(), found).ec == std::errc(); };
+        const auto fits = [spelled](auto &found) {
+            return std::from_chars(spelled.data(), spelled.data() + spelled.size(), found).ec == std::errc();
+        };
         if (int64_t found = 0; whole && fits(found)) return Json(found);
         if (uint64_t found = 0; whole && fits(found)) return Json(found);
         std::istringstream stream{std::string(spelled)};  // from_chars of a double is younger than compilers that must serve
@@ -214,10 +222,8 @@ private:
 };
 
 Json::Json(uint64_t value) {
-    if (value <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
-        value_ = static_cast<int64_t>(value);
-    else
-        value_ = value;
+    if (value <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) value_ = static_cast<int64_t>(value);
+    else value_ = value;
 }
 
 Json::Json(const char *text) {

@@ -59,7 +59,8 @@ private:
     friend class JsonReader;
     void write(std::string &out) const;
 
-    std::variant<std::monostate, bool, int64_t, uint64_t, double, std::string, Array, Object> value_;  // uint64_t: above int64_t only
+    std::variant<std::monostate, bool, int64_t, uint64_t, double, std::string, Array, Object>
+        value_;  // uint64_t: above int64_t only
 };
 
 // The byte at which `text` ceases to be UTF-8 (surrogates, overlong forms and what is above U+10FFFF are none), or npos.
