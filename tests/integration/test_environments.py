@@ -7,11 +7,14 @@ too with the lowest versions that pyproject.toml promises. An interpreter that i
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from api_page import EXAMPLES
 from environments import ENVIRONMENTS, INSTALL, ROOT, Environment, interpreter, python_of, run
 from integration.reference import psnr
 
@@ -52,6 +55,34 @@ def test_it_draws_the_same_picture(python: Path, shapes_bundle: Path, tmp_path: 
         pictures.append(read_image(path))
     assert pictures[1].std() >= 10
     assert psnr(*pictures) >= 50
+
+
+WRONG = """
+from sdruntime import Pipeline, Request
+
+Request(prompt="a red fox", steps="20")
+Request(prompt="a red fox", step=20)
+with Pipeline.open("sd15") as pipe:
+    pipe("a red fox").pictures
+    name: int = pipe("a red fox").images[0].sampler
+"""
+
+
+def test_a_type_checker_knows_the_installed_package(tmp_path: Path) -> None:
+    """The examples of docs/api.md are free of faults for mypy --strict, and what is wrong is found."""
+    pytest.importorskip("mypy")
+    python = python_of(NEWEST)
+    programs = {"wrong.py": WRONG} | {f"example{number}.py": text for number, text in enumerate(EXAMPLES.values())}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+    options = ("--strict", "--python-executable", str(python), "--cache-dir", str(tmp_path / "cache"), "--no-error-summary")
+    done = subprocess.run(
+        (sys.executable, "-m", "mypy", *options, *programs), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    faults = re.findall(r"^(\S+):(\d+): error: .*\[([a-z-]+)\]$", done.stdout, flags=re.MULTILINE)
+    wrong = [("4", "arg-type"), ("5", "call-arg"), ("7", "attr-defined"), ("8", "assignment")]
+    assert faults == [("wrong.py", *each) for each in wrong]
 
 
 @pytest.mark.full

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
-from places import ROOT
-
-PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-SECTIONS = {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
-EXAMPLES = {
-    heading: "\n".join(blocks)
-    for heading, part in SECTIONS.items()
-    if (blocks := re.findall(r"```python\n(.*?)```", part, re.DOTALL))
-}
+from api_page import EXAMPLES, PAGE
 
 
 def test_no_example_is_missed() -> None:
