@@ -6,6 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OUT    ?= demo
+DIST   ?= dist
 TINY   := .cache/tiny-sd1
 PREFIX ?= /usr/local
 # processes that run the tests; a file of tests stays in one
@@ -124,13 +125,13 @@ format: $(READY)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(C_FILES)
 
-## make dist        wheels and source archives of both packages in dist/, checked
+## make dist        wheels and source archives of both packages in DIST=dist, checked
 dist: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) build twine
-	@rm -rf dist
-	@for package in runtime .; do $(BIN)/python -m build --outdir dist $$package > dist.log || { cat dist.log; exit 1; }; done
-	@rm -f dist.log
-	@$(BIN)/python -m twine check --strict dist/*
+	@rm -rf $(DIST) && mkdir -p $(DIST)
+	@for package in runtime .; do $(BIN)/python -m build --outdir $(DIST) $$package > $(DIST)/log || { cat $(DIST)/log; exit 1; }; done
+	@rm -f $(DIST)/log
+	@$(BIN)/python -m twine check --strict $(DIST)/*
 
 ## make golden      the tests' golden tables, read from diffusers and torch again
 golden: $(READY)

@@ -35,9 +35,9 @@ from sdruntime.verification.golden import (
     Golden,
     cases_of,
     digest_of,
-    drawings_of,
     picture_key,
     read_golden,
+    reference_images,
     sample_of,
     write_golden,
 )
@@ -175,7 +175,7 @@ def golden(folder: Path) -> Once:
         outputs = {spec.name: digest_of(output) for spec in bundle.manifest.components[case.component].outputs}
         numbers |= {case.key(name): sample_of(output, case.seed) for name in outputs}
         cases.append(json_from_record(case) | {"outputs": json_from_record(outputs)})
-    drawings = drawings_of(bundle.manifest)
+    drawings = reference_images(bundle.manifest)
     numbers |= {picture_key(index): np.zeros((*each.size[::-1], 3), np.uint8) for index, each in enumerate(drawings)}
     made = Golden(checkpoint="0" * 64, reference={"torch": "2.9"}, cases=(), drawings=drawings, tolerances=TOLERANCES)
     bundle = write_golden(bundle, made, numbers)

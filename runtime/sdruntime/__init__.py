@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sdruntime.pipeline.request import Request
     from sdruntime.pipeline.result import Image, Result
     from sdruntime.sampling.job import Job, State
-    from sdruntime.serving.batcher import Batcher, Drawing, Progress, Timings
+    from sdruntime.serving.batcher import Batcher, ImageFuture, Progress, Timings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,11 +38,11 @@ __all__ = [
     "Bundle",
     "BundleError",
     "DeviceMissing",
-    "Drawing",
     "EngineError",
     "EngineOptions",
     "EnvironmentFault",
     "Image",
+    "ImageFuture",
     "Job",
     "LibraryMissing",
     "NotFinite",
@@ -68,7 +68,7 @@ _HOMES = {
     "pipeline.request": ("Request",),
     "pipeline.result": ("Image", "Result"),
     "sampling.job": ("Job", "State"),
-    "serving.batcher": ("Batcher", "Drawing", "Progress", "Timings"),
+    "serving.batcher": ("Batcher", "ImageFuture", "Progress", "Timings"),
 }
 
 

@@ -12,7 +12,7 @@ from sdexport.cli.reporting import shared, with_progress
 from sdruntime.cli.terminal import check_output
 
 if TYPE_CHECKING:
-    from sdruntime.cli.progress import Progress
+    from sdruntime.cli.progress import Reporter
 
 
 @click.command()
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @shared
 @with_progress
 def bench(
-    bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, shown: Progress, **options: Any
+    bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, reporter: Reporter, **options: Any
 ) -> None:
     """Benchmark a bundle and compare it with diffusers or another backend: components, whole images, memory, cold start."""
     for path, option in ((markdown, "--markdown"), (picture, "--picture")):
@@ -49,12 +49,12 @@ def bench(
         size=parse_size(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
     )
     found = finish(
-        events(bundle, settings, **options), lambda event: shown.show("bench", event.what, done=event.done, total=event.total)
+        events(bundle, settings, **options), lambda event: reporter.show("bench", event.what, done=event.done, total=event.total)
     )
     if markdown:
         replace_file(markdown, ("\n".join(lines(found)) + "\n").encode())
     if picture:
         replace_file(picture, svg(found).encode())
     for warning in filter(None, (busy_warning(found), *found["warnings"])):
-        shown.note(f"warning: {warning}")
-    shown.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+        reporter.note(f"warning: {warning}")
+    reporter.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))

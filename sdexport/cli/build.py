@@ -14,7 +14,7 @@ from sdruntime.cli.terminal import document
 from sdruntime.errors import quoted
 
 if TYPE_CHECKING:
-    from sdruntime.cli.progress import Progress as Shown
+    from sdruntime.cli.progress import Reporter
 
 
 @click.command()
@@ -50,7 +50,7 @@ def build(
     allow_pickle: bool,
     no_verify: bool,
     as_json: bool,
-    shown: Shown,
+    reporter: Reporter,
 ) -> None:
     """Export MODEL, a diffusers folder or a Hugging Face model id, to a bundle."""
     if recipe is not None:
@@ -60,7 +60,7 @@ def build(
     if model is None and recipe is None:
         raise click.UsageError("name a MODEL, or a --recipe")
     if no_audit and recipe is None and precision == "fp32":
-        shown.note("warning: --no-audit has no effect: fp32 is not audited")
+        reporter.note("warning: --no-audit has no effect: fp32 is not audited")
     from sdexport.build.events import ExportOptions
     from sdexport.build.export import build as events
     from sdexport.recipes.recipe import read_recipe
@@ -77,7 +77,7 @@ def build(
         options = dataclasses.replace(options, audit=options.audit and not no_audit, verify=options.verify and not no_verify)
         model = found.model
     assert model is not None
-    built = followed(events(model, output, options), shown)
+    built = followed(events(model, output, options), reporter)
     if as_json:
         document(
             bundle=str(built.folder),
@@ -89,17 +89,19 @@ def build(
         )
         return
     for line in built.changes:
-        shown.note(f"note: {line}")
+        reporter.note(f"note: {line}")
     if built.up_to_date:
-        shown.print(f"{built.folder} is up to date")
+        reporter.print(f"{built.folder} is up to date")
     else:
-        shown.print(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
+        reporter.print(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
         if built.checks:
-            shown.print(f"{built.checks} checks against PyTorch passed")
+            reporter.print(f"{built.checks} checks against PyTorch passed")
         elif options.verify:
             why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
             command = f"sdruntime verify {quoted(built.folder)}"
-            shown.note(f"warning: the bundle could not be checked on this machine ({why}): check it on the device with {command}")
+            reporter.note(
+                f"warning: the bundle could not be checked on this machine ({why}): check it on the device with {command}"
+            )
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:

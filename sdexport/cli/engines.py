@@ -15,7 +15,7 @@ from sdruntime.cli.terminal import Failed, code_of, document, reason_of
 
 if TYPE_CHECKING:
     from sdexport.recipes.run import Failure, Outcome
-    from sdruntime.cli.progress import Progress as Shown
+    from sdruntime.cli.progress import Reporter
 
 
 WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
@@ -35,7 +35,9 @@ WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of th
 @click.option("--python", help="Build the engines with this interpreter, which needs the engine library and NumPy, but no torch.")
 @shared
 @with_progress
-def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool, shown: Shown) -> None:
+def engines(
+    recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool, reporter: Reporter
+) -> None:
     """Build the bundle and the engines of each RECIPE, a path or a name in engines/; without one, all of engines/.
 
     Engines that exist already are kept. If a recipe fails, the others are still built.
@@ -52,14 +54,14 @@ def engines(recipes: tuple[str, ...], model: str | None, output: Path, python: s
     builder = Interpreter(python=python) if python else None
     outcomes: list[Outcome] = []
     for name in names:
-        shown.clear()
+        reporter.clear()
         if not as_json:
-            shown.note(f"== {name}")
+            reporter.note(f"== {name}")
         taken = [outcome.bundle for outcome in outcomes]
-        outcomes.append(followed(run_recipe(name, output, model=model, builder=builder, taken=taken), shown))
+        outcomes.append(followed(run_recipe(name, output, model=model, builder=builder, taken=taken), reporter))
         for failure in outcomes[-1].failures:
-            shown.note(f"error: {_failed(failure)}")
-    shown.close()
+            reporter.note(f"error: {_failed(failure)}")
+    reporter.close()
     errors = [failure.error for outcome in outcomes for failure in outcome.failures]
     worst = min(errors, key=_rank, default=None)
     if as_json:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from sdexport.build.events import EngineProgress, ExportProgress
-    from sdruntime.cli.progress import Progress
+    from sdruntime.cli.progress import Reporter
 
 Result = TypeVar("Result")
 
 
-def followed(events: Generator[ExportProgress | EngineProgress, None, Result], shown: Progress) -> Result:
+def followed(events: Generator[ExportProgress | EngineProgress, None, Result], reporter: Reporter) -> Result:
     """Run a build with its progress shown; return its result."""
     from sdexport.build.events import EngineProgress
     from sdruntime.system.events import finish
@@ -21,10 +21,10 @@ def followed(events: Generator[ExportProgress | EngineProgress, None, Result], s
         if isinstance(event, EngineProgress):
             engine, stage, state = event.event.engine, event.event.stage, event.event.state
             if stage is None:
-                shown.show(engine, "" if state == "begin" else state)
+                reporter.show(engine, "" if state == "begin" else state)
             else:
-                shown.show(engine, stage.name, done=stage.done, total=stage.total)
+                reporter.show(engine, stage.name, done=stage.done, total=stage.total)
         else:
-            shown.show(event.component, event.stage.name, done=event.stage.done, total=event.stage.total, unit="B")
+            reporter.show(event.component, event.stage.name, done=event.stage.done, total=event.stage.total, unit="B")
 
     return finish(events, show)

@@ -1,4 +1,4 @@
-"""Progress of sdexport's commands: a row of rich for each task on a terminal, elsewhere the lines of sdruntime.cli.progress."""
+"""Reporter of sdexport's commands: a row of rich for each task on a terminal, elsewhere the lines of sdruntime.cli.progress."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sdruntime.cli.progress import Activity, Log, Progress, bar, is_terminal
+from sdruntime.cli.progress import Activity, Log, Reporter, bar, is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 
-def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Progress:
+def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Reporter:
     """What shows progress on `stream`, standard error if None: rows on a terminal, a log elsewhere, nothing where `quiet`."""
     stream = sys.stderr if stream is None else stream
     if quiet:
-        return Progress(stream)
+        return Reporter(stream)
     return Rows(stream) if is_terminal(stream) else Log(stream)
 
 
-class Rows(Progress):
+class Rows(Reporter):
     """A row for each task, as wide as the terminal: its bar begins empty, moves where a stage has a total, and ends full."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:

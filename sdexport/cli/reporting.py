@@ -76,11 +76,11 @@ def _also_before(context: click.Context, option: click.Parameter, value: bool) -
 
 
 def with_progress(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command `shown`, its progress, in place of `quiet`."""
+    """Give the command `reporter`, its progress, in place of `quiet`."""
 
     @functools.wraps(command)
     def watched(*, quiet: bool, **options: Any) -> None:
-        with progress_on(quiet=quiet or options["as_json"]) as shown:
-            command(shown=shown, **options)
+        with progress_on(quiet=quiet or options["as_json"]) as reporter:
+            command(reporter=reporter, **options)
 
     return watched

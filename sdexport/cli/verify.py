@@ -13,7 +13,7 @@ from sdruntime.cli.progress import columns_of
 from sdruntime.cli.terminal import Failed, check_output, document
 
 if TYPE_CHECKING:
-    from sdruntime.cli.progress import Progress
+    from sdruntime.cli.progress import Reporter
 
 
 @click.command()
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @shared
 @with_progress
 def verify(
-    bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool, shown: Progress
+    bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool, reporter: Reporter
 ) -> None:
     """Check BUNDLE against its reference outputs: its ONNX and every engine that this machine can run."""
     if bisects and against is None:
@@ -44,19 +44,19 @@ def verify(
 
     opened = Bundle.open(bundle)
     if against is None:
-        report = report_of(opened, watched(opened, checks(opened), shown))
+        report = report_of(opened, watched(opened, checks(opened), reporter))
     else:
-        shown.show("read the checkpoint")
+        reporter.show("read the checkpoint")
         checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
-        checked = watched(opened, verify_against(opened, checkpoint), shown)
+        checked = watched(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")
         if bisects:
-            shown.show("bisect")
+            reporter.show("bisect")
             report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
     if html is not None:
         write_page(report, html)
     if not as_json:
-        shown.print("\n".join(report.lines(columns_of(sys.stdout))))
+        reporter.print("\n".join(report.lines(columns_of(sys.stdout))))
     if not report.passed:
         raise Failed(VerificationFailed(bundle, report.faults()), **report.document())
     if as_json:

@@ -41,8 +41,8 @@ from sdruntime.verification.golden import (
     Golden,
     cases_of,
     digest_of,
-    drawings_of,
     picture_key,
+    reference_images,
     sample_of,
     write_golden,
 )
@@ -148,7 +148,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
         cases = cases_of(manifest, reference.vocabulary)
         sampler = stand_in(checkpoint)
         steps = fitting_steps(checkpoint.scheduler, GOLDEN_STEPS, sampler=sampler)
-        drawings = drawings_of(manifest, steps=steps, sampler=sampler)
+        drawings = reference_images(manifest, steps=steps, sampler=sampler)
         numbers: dict[str, Array] = {}
         answered: dict[str, list[Case]] = {}
 

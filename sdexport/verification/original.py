@@ -26,7 +26,7 @@ from sdexport.checkpoint.tree import read_own
 from sdexport.errors import ExportError
 from sdruntime.arrays import Array
 from sdruntime.errors import NotFinite
-from sdruntime.verification.golden import Drawing
+from sdruntime.verification.golden import ReferenceImage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ def stand_in(checkpoint: Checkpoint) -> str | None:
     return STAND_INS.get(checkpoint.scheduler["_class_name"], (None, ""))[0]
 
 
-def original_images(checkpoint: Checkpoint, drawings: Sequence[Drawing], lend: Lend) -> list[Array]:
+def original_images(checkpoint: Checkpoint, drawings: Sequence[ReferenceImage], lend: Lend) -> list[Array]:
     """Generate the reference images, uint8 [H, W, 3], with diffusers' pipeline in float32 on the CPU.
 
     Those of one size and number of steps go together. Raises NotFinite, and ExportError where diffusers refuses the checkpoint.
@@ -55,7 +55,7 @@ def original_images(checkpoint: Checkpoint, drawings: Sequence[Drawing], lend: L
     return found
 
 
-def _images(pipe: Any, drawings: list[Drawing], *, steps: int, guidance: float, width: int, height: int) -> list[Array]:
+def _images(pipe: Any, drawings: list[ReferenceImage], *, steps: int, guidance: float, width: int, height: int) -> list[Array]:
     import torch
 
     name = type(pipe).__name__

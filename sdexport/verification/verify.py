@@ -18,7 +18,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import LibraryMissing, VerificationFailed
 from sdruntime.system.process import run_apart
 from sdruntime.verification.golden import Case, read_golden
-from sdruntime.verification.report import Check, PictureCheck, Report
+from sdruntime.verification.report import Check, ImageCheck, Report
 from sdruntime.verification.verify import ITS_ONNX, verify
 
 _ADVICE = "free some, build on a larger machine, or build with --no-verify"
@@ -76,7 +76,7 @@ def first_nodes(bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow
     return dataclasses.replace(report, notes=(*report.notes, *found))
 
 
-def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | PictureCheck]:
+def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | ImageCheck]:
     """`sdruntime.verification.verify.verify` with the whole outputs of PyTorch, run beside it, in place of the stored samples."""
     with tempfile.TemporaryDirectory() as scratch:
         reference = Reference(checkpoint, bundle.manifest, Path(scratch) / "unpickled.safetensors")

@@ -22,7 +22,7 @@ from sdruntime.engines.memory import memory_plan
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
-from sdruntime.serving.batcher import Batcher, Drawing, Progress
+from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.system.cuda import Cuda, devices
 
 WIDE = {"seed": 3, "width": 128, "height": 64}
@@ -52,7 +52,7 @@ def pipe(small_folder: Path, here: Machine) -> Iterator[Pipeline]:
 def test_jobs_join_and_leave_a_loop_on_the_device(pipe: Pipeline, here: Machine) -> None:
     alone = [pipe(request).pixels[0] for request in crowd()]
     before = here.gpus.counts["launches"]
-    late: list[Drawing] = []
+    late: list[ImageFuture] = []
 
     def join(at: Progress) -> None:
         if at.step in (1, 2, 3, 4):
@@ -92,7 +92,7 @@ def test_a_step_that_is_told_is_done_on_the_device(pipe: Pipeline, here: Machine
 
 def test_numbers_that_are_not_finite_end_their_job_alone(pipe: Pipeline) -> None:
     alone = pipe(asked(1)).pixels[0]
-    bad: list[Drawing] = []
+    bad: list[ImageFuture] = []
 
     def join(at: Progress) -> None:
         if at.step == 1:
@@ -112,7 +112,7 @@ def test_jobs_in_low_memory(small_folder: Path, here: Machine, pipe: Pipeline) -
     """Components go and come between the steps, but the UNet stays while jobs are on their way."""
     alone = [pipe(asked(k)).pixels[0] for k in (1, 2)]
     pipe.close()
-    late: list[Drawing] = []
+    late: list[ImageFuture] = []
     with Pipeline.open(small_folder, options=EngineOptions(low_memory=True)) as low, Batcher(low) as batcher:
 
         def join(at: Progress) -> None:

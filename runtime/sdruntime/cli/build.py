@@ -27,7 +27,7 @@ def build(options: argparse.Namespace) -> None:
         raise SettingError("build: give --component or --without, and not both")
     asked = asked_of(options) if options.backend else None
     check = None if options.no_verify else held
-    shown, done, begun = options.progress, [], time.monotonic()
+    reporter, done, begun = options.progress, [], time.monotonic()
     events = build_engines(options.bundle, asked, check=check) if asked else rebuild_stale(options.bundle, check=check)
     try:
         with contextlib.closing(events):
@@ -35,10 +35,10 @@ def build(options: argparse.Namespace) -> None:
                 if event.state in ("begin", "stage"):
                     stage = event.stage
                     name, at, total = ("", 0, 0) if stage is None else (stage.name, stage.done, stage.total)
-                    shown.show(f"build {event.engine}", name, done=at, total=total)
+                    reporter.show(f"build {event.engine}", name, done=at, total=total)
                     continue
                 for text in event.notes:
-                    shown.note(f"warning: {text}")
+                    reporter.note(f"warning: {text}")
                 done.append(
                     {
                         "component": event.component,
@@ -52,7 +52,7 @@ def build(options: argparse.Namespace) -> None:
                 )
                 if not options.json:
                     what = "already present" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
-                    shown.print(f"{event.engine}: {what}")
+                    reporter.print(f"{event.engine}: {what}")
     except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
         raise Failed(error, engines=done) from error
     if options.json:

@@ -15,7 +15,7 @@ from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
     from sdruntime.backends.base.engine import EngineOptions
-    from sdruntime.cli.progress import Progress
+    from sdruntime.cli.progress import Reporter
     from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.request import Request
     from sdruntime.pipeline.result import Image, Result
@@ -64,11 +64,11 @@ def generate(options: argparse.Namespace) -> None:
         raise SettingError(f"--output - with {other}")
     outputs.check_sheet(len(asked) if options.grid else 1)
     places = outputs.paths(options.output, asked[:1] if options.grid else asked, overwrite=options.overwrite)
-    shown: Progress = options.progress
+    reporter: Reporter = options.progress
     written: list[dict[str, Any]] = []
     warned: list[str] = []
     if options.seed is None and not (options.json or options.quiet):  # it is in the document, and in the images
-        shown.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
+        reporter.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
 
     def write(path: Path, image: Image, *parts: Image) -> None:
         """`parts` are the images that `image` shows."""
@@ -77,7 +77,7 @@ def generate(options: argparse.Namespace) -> None:
         else:
             image.save(path, overwrite=options.overwrite)
             if not options.json:
-                shown.print(str(path))
+                reporter.print(str(path))
         written.extend({"file": str(path), "seed": each.seed, "prompt": each.request.prompt, "cut": each.cut} for each in parts)
 
     pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
@@ -87,15 +87,15 @@ def generate(options: argparse.Namespace) -> None:
             remaining = iter(places)
             named = {"sampler": options.sampler, "schedule": options.schedule, **settings["options"]}
             if not options.json and (line := meaning(pipe.bundle.read_json(SCHEDULER), **named)):
-                shown.note(line)
-            for result in drawn(pipe, asked, shown):
+                reporter.note(line)
+            for result in drawn(pipe, asked, reporter):
                 if options.grid:
                     images += result.images
                 else:
                     for image in result.images:
                         write(next(remaining), image, image)
                 for text in result.warnings:
-                    shown.note(f"warning: {text}")
+                    reporter.note(f"warning: {text}")
                     warned.append(text)
             if options.grid:
                 write(next(remaining), outputs.sheet(images), *images)
@@ -119,18 +119,18 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
     )
 
 
-def drawn(pipe: Pipeline, asked: Sequence[Request], shown: Progress) -> Iterator[Result]:
+def drawn(pipe: Pipeline, asked: Sequence[Request], reporter: Reporter) -> Iterator[Result]:
     """The images in groups that one call of the UNet takes, so that no more are in memory, whatever the count."""
     for stage in pipe.opening():
-        shown.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
+        reporter.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
     room = pipe.engines.room
     groups = [asked[start : start + room] for start in range(0, len(asked), room)]
     for index, group in enumerate(groups):
         what = f"images {index * room + 1} to {index * room + len(group)} of {len(asked)}" if len(asked) > 1 else ""
-        shown.show("encode prompts", what)
+        reporter.show("encode prompts", what)
         stream = pipe.stream(group, on_device=True)
-        shown.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")
+        reporter.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")
         for state in stream:
-            shown.show("denoise", what, done=state.step, total=state.steps, unit="steps")
-        shown.show("decode", what)
+            reporter.show("denoise", what, done=state.step, total=state.steps, unit="steps")
+        reporter.show("decode", what)
         yield stream.result

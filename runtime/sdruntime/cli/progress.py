@@ -1,7 +1,7 @@
-"""Progress on standard error: one line that is redrawn on a terminal, time-stamped lines in a log, nothing where it is disabled.
+"""Reporter on standard error: one line that is redrawn on a terminal, time-stamped lines in a log, nothing where it is disabled.
 
-    with progress_on(sys.stderr) as shown:
-        shown.show("generate", "step", done=3, total=20)
+    with progress_on(sys.stderr) as reporter:
+        reporter.show("generate", "step", done=3, total=20)
 
 A long task without news of its own is shown again by a thread: the elapsed time on a terminal, a line now and then in a log.
 """
@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
 
 
-class Progress:
+class Reporter:
     """Shows nothing: for `--quiet`, `--json`, and as the base of what does. `note` and `print` are said all the same."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -125,14 +125,14 @@ class Progress:
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
-class _Shown(Progress):
+class _Shown(Reporter):
     """Keeps the stage that is being done, and a thread that ticks."""
 
     every: float
@@ -211,11 +211,11 @@ class Log(_Shown):
             print(log_line(stage, now, self._wall()), file=self.stream, flush=True)
 
 
-def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Progress:
+def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Reporter:
     """What shows progress on `stream`, standard error if None: a line on a terminal, a log elsewhere, nothing where `quiet`."""
     stream = sys.stderr if stream is None else stream
     if quiet:
-        return Progress(stream)
+        return Reporter(stream)
     return Line(stream) if is_terminal(stream) else Log(stream)
 
 

@@ -12,8 +12,8 @@ from sdruntime.cli.terminal import Failed, check_output, document
 
 if TYPE_CHECKING:
     from sdruntime.bundle.bundle import Bundle
-    from sdruntime.cli.progress import Progress
-    from sdruntime.verification.report import Check, PictureCheck
+    from sdruntime.cli.progress import Reporter
+    from sdruntime.verification.report import Check, ImageCheck
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -40,13 +40,13 @@ def verify(options: argparse.Namespace) -> None:
         document(**report.document())
 
 
-def watched(bundle: Bundle, checks: Iterable[Check | PictureCheck], shown: Progress) -> Iterator[Check | PictureCheck]:
+def watched(bundle: Bundle, checks: Iterable[Check | ImageCheck], reporter: Reporter) -> Iterator[Check | ImageCheck]:
     """The checks as they are done: progress names the engine that the last one was of."""
     from sdruntime.verification.verify import subjects
 
     total, seen = subjects(bundle), set()
-    shown.show("verify", total=total)
+    reporter.show("verify", total=total)
     for each in checks:
         seen.add(each.subject)
-        shown.show("verify", each.subject, done=min(len(seen), total), total=total)
+        reporter.show("verify", each.subject, done=min(len(seen), total), total=total)
         yield each

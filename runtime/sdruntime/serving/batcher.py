@@ -61,7 +61,7 @@ class Timings:
     total: float = 0.0
 
 
-class Drawing(concurrent.futures.Future[Image]):
+class ImageFuture(concurrent.futures.Future[Image]):
     """The future image of a request: a standard Future that can also be cancelled while it runs. Every method may be called from
     any thread. `timings`, and `warnings` (lines for a person), are complete once it is done."""
 
@@ -98,7 +98,7 @@ class Drawing(concurrent.futures.Future[Image]):
 class _Entry:
     """What the batcher keeps about a request until it is done."""
 
-    drawing: Drawing
+    future: ImageFuture
     request: Request
     progress: Callable[[Progress], object] | None
     preview: bool
@@ -123,7 +123,7 @@ class Batcher:
                 raise SettingError(f"{name} {value}: at least 1 image")
         self._pipe, self._steppers = pipeline, functools.partial(pipeline.device_steppers, ahead=0)
         self._changed = threading.Condition()  # guards what follows
-        self._held: dict[Drawing, _Entry] = {}
+        self._held: dict[ImageFuture, _Entry] = {}
         self._waiting: collections.deque[_Entry] = collections.deque()
         self._open = False
         self._jobs: dict[Job, _Entry] = {}  # used by the generating thread only
@@ -147,9 +147,9 @@ class Batcher:
         *,
         progress: Callable[[Progress], object] | None = None,
         preview: bool = False,
-        done: Callable[[Drawing], object] | None = None,
+        done: Callable[[ImageFuture], object] | None = None,
         **settings: Any,
-    ) -> Drawing:
+    ) -> ImageFuture:
         """Put a request into the queue, or a prompt with the `settings` of a Request and a random seed; it never waits.
 
         A wrong setting or NaN is the exception of its future. If an engine fails on a call of several jobs, the call is repeated
@@ -166,9 +166,9 @@ class Batcher:
         if "count" in settings:
             raise SettingError("submit: count: a submission is one image; submit it several times")
         [request] = requests(request, **settings)
-        drawing = Drawing(self)
+        future = ImageFuture(self)
         if done is not None:
-            drawing.add_done_callback(done)  # type: ignore[arg-type]
+            future.add_done_callback(done)  # type: ignore[arg-type]
         with self._changed:
             if not self._open:
                 raise SdruntimeError("the batcher is not open: submit inside `with Batcher(pipe) as batcher:`")
@@ -177,11 +177,11 @@ class Batcher:
                     f"{len(self._held)} requests are running or waiting, and the queue holds {self.queue} besides the "
                     f"{self.running} that run: wait for one of them, or open it with a longer queue"
                 )
-            entry = _Entry(drawing=drawing, request=request, progress=progress, preview=preview)
-            self._held[drawing] = entry
+            entry = _Entry(future=future, request=request, progress=progress, preview=preview)
+            self._held[future] = entry
             self._waiting.append(entry)
             self._changed.notify()
-        return drawing
+        return future
 
     def close(self) -> None:
         """Cancel what is not done, and wait for the thread to end (but not in a callback). A second time does nothing."""
@@ -197,11 +197,11 @@ class Batcher:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _cancel(self, drawing: Drawing) -> bool:
+    def _cancel(self, future: ImageFuture) -> bool:
         with self._changed:
-            entry = self._held.get(drawing)
+            entry = self._held.get(future)
             if entry is None:
-                return drawing.cancelled()
+                return future.cancelled()
             entry.cancelled = True
             waits = entry in self._waiting
             if waits:
@@ -212,10 +212,10 @@ class Batcher:
 
     def _end(self, entry: _Entry, picture: Image | None = None, error: BaseException | None = None) -> None:
         with self._changed:
-            del self._held[entry.drawing]
+            del self._held[entry.future]
             cancelled = entry.cancelled
-        entry.drawing.timings.total = time.monotonic() - entry.submitted
-        entry.drawing._end(*(None, None) if cancelled else (picture, error))
+        entry.future.timings.total = time.monotonic() - entry.submitted
+        entry.future._end(*(None, None) if cancelled else (picture, error))
 
     # -- the generating thread
 
@@ -254,13 +254,13 @@ class Batcher:
                     return
                 entry = self._waiting.popleft()
             begun = time.monotonic()
-            entry.drawing.timings.queued, entry.drawing._joined = begun - entry.submitted, True
+            entry.future.timings.queued, entry.future._joined = begun - entry.submitted, True
             try:
                 [job] = self._pipe.jobs([entry.request])
                 entry.joined = time.monotonic()
-                entry.drawing.timings.encode = entry.joined - begun
-                entry.drawing.warnings += unused_lines([entry.request])
-                entry.drawing.warnings += job.warnings
+                entry.future.timings.encode = entry.joined - begun
+                entry.future.warnings += unused_lines([entry.request])
+                entry.future.warnings += job.warnings
                 _tell(job, entry)
             except BaseException as error:
                 self._end(entry, error=error)
@@ -286,11 +286,11 @@ class Batcher:
 
     def _decoded(self, job: Job, entry: _Entry) -> Image:
         begun = time.monotonic()
-        entry.drawing.timings.denoise = begun - entry.joined
+        entry.future.timings.denoise = begun - entry.joined
         check_latents(job)
         [picture] = self._pipe.images([entry.request], [job])
-        entry.drawing.warnings += Result(images=(picture,), folder=self._pipe.bundle.folder).warnings
-        entry.drawing.timings.decode = time.monotonic() - begun
+        entry.future.warnings += Result(images=(picture,), folder=self._pipe.bundle.folder).warnings
+        entry.future.timings.decode = time.monotonic() - begun
         return picture
 
     def _fail(self, error: Exception) -> None:

@@ -51,7 +51,7 @@ from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingE
 from sdruntime.pipeline.images.png import png_from_image
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
-from sdruntime.serving.batcher import Batcher, Drawing, Progress
+from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.serving.channel import BadFrame, Channel
 from sdruntime.serving.describe import pipeline_document
 from sdruntime.serving.message import Cancel, Open, Submit, message_from_json
@@ -74,7 +74,7 @@ class Service:
     def __init__(self, emit: Callable[[bytes, memoryview | None], object], *, apart: bool = False) -> None:
         self._emit, self._apart = emit, apart
         self._lock = threading.Lock()  # guards what follows
-        self._jobs: dict[int, Drawing] = {}
+        self._jobs: dict[int, ImageFuture] = {}
         self._pipe: Pipeline | None = None
         self._batcher: Batcher | None = None
         self._closing = False
@@ -147,14 +147,14 @@ class Service:
                 request,
                 progress=lambda progress: self._progress(asked, progress),
                 preview=asked.preview,
-                done=lambda drawing: self._finished(asked, drawing),
+                done=lambda future: self._finished(asked, future),
             )
 
     def _cancel(self, job: int) -> None:
         with self._lock:
-            drawing = self._jobs.get(job)
-        if drawing is not None:
-            drawing.cancel()
+            future = self._jobs.get(job)
+        if future is not None:
+            future.cancel()
 
     def _close(self) -> None:
         """On a thread of its own: the step that is under way is waited for."""
@@ -197,12 +197,12 @@ class Service:
         else:
             self._tell(event | {"preview": list(progress.latents.shape)}, progress.latents)
 
-    def _finished(self, asked: Submit, drawing: Drawing) -> None:
+    def _finished(self, asked: Submit, future: ImageFuture) -> None:
         with self._lock:
             self._jobs.pop(asked.job, None)
             pipe = self._pipe
         try:
-            image = drawing.result()
+            image = future.result()
             if asked.device_buffer is not None and pipe is not None:
                 _copy_to_device(pipe, image.pixels, asked.device_buffer)
             png = png_from_image(image.pixels, image.text()) if asked.png else b""
@@ -217,8 +217,8 @@ class Service:
             "height": height,
             "seed": image.seed,
             "sampler": image.sampler,
-            "timings": dataclasses.asdict(drawing.timings),
-            "warnings": drawing.warnings,
+            "timings": dataclasses.asdict(future.timings),
+            "warnings": future.warnings,
             "rgb": image.pixels.nbytes,
             "png": len(png),
         }

@@ -88,7 +88,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
+class ReferenceImage:
     """An image of the whole pipeline, with the checkpoint's own sampler, or `sampler`. `size`: pixels, (width, height)."""
 
     prompt: str
@@ -119,7 +119,7 @@ class Golden:
     checkpoint: str
     reference: Mapping[str, str]
     cases: tuple[Case, ...]
-    drawings: tuple[Drawing, ...]
+    drawings: tuple[ReferenceImage, ...]
     tolerances: Mapping[str, Tolerance]
     format: str = FORMAT
     revision: int = REVISION
@@ -158,14 +158,14 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
     return tuple(made)
 
 
-def drawings_of(manifest: Manifest, *, steps: int = 6, sampler: str | None = None) -> tuple[Drawing, ...]:
+def reference_images(manifest: Manifest, *, steps: int = 6, sampler: str | None = None) -> tuple[ReferenceImage, ...]:
     """The reference images of a bundle: two prompts, the model's own examples first, at most 256 pixels a side where the
     model allows it."""
     model = manifest.model
     multiple = math.lcm(model.size_multiple, 8)  # diffusers' pipelines take eights, whatever the VAE's factor
     height, width = (_small_side(side, multiple) for side in model.default_size)
     return tuple(
-        Drawing(
+        ReferenceImage(
             prompt=prompt, negative="a blurred text", seed=7 + k, steps=steps, guidance=5.0, size=(width, height), sampler=sampler
         )
         for k, prompt in enumerate((*model.prompts, *_PROMPTS)[: len(_PROMPTS)])

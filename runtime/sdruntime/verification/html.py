@@ -14,7 +14,7 @@ from sdruntime.errors import SettingError
 from sdruntime.pipeline.images.pixels import Pixels
 from sdruntime.pipeline.images.png import png_from_image
 from sdruntime.system.durable import replace_file
-from sdruntime.verification.report import PictureCheck, Report, Status, check_cells, image_cells, limit_name, verdict
+from sdruntime.verification.report import ImageCheck, Report, Status, check_cells, image_cells, limit_name, verdict
 from sdruntime.verification.tolerance import Tolerance
 
 _AMPLIFIED = 8  # times, in the image of a difference
@@ -111,7 +111,7 @@ def _heading(component: str, engine: str) -> str:
     return f'<tr><th colspan="9">{html.escape(component)} <span>{html.escape(engine)}</span></th></tr>'
 
 
-def _figures(check: PictureCheck) -> str:
+def _figures(check: ImageCheck) -> str:
     assert check.drawn is not None
     assert check.stored is not None
     apart = np.abs(check.drawn.astype(np.int16) - check.stored) * _AMPLIFIED

@@ -43,7 +43,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PictureCheck:
+class ImageCheck:
     """One image of the whole pipeline. `drawn` and `stored`: uint8 [H, W, 3]."""
 
     engines: str
@@ -76,14 +76,14 @@ class Report:
     precision: str
     reference: str
     checks: tuple[Check, ...]
-    pictures: tuple[PictureCheck, ...]
+    pictures: tuple[ImageCheck, ...]
     limits: Mapping[str, Tolerance]
     made: str
     machine: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def all(self) -> tuple[Check | PictureCheck, ...]:
+    def all(self) -> tuple[Check | ImageCheck, ...]:
         return (*self.checks, *self.pictures)
 
     @property
@@ -161,7 +161,7 @@ def check_cells(check: Check) -> dict[str, str]:
     return dict(zip(_CHECK_COLUMNS, (check.case, check.output, *numbers), strict=True))
 
 
-def image_cells(check: PictureCheck) -> dict[str, str]:
+def image_cells(check: ImageCheck) -> dict[str, str]:
     return {"PSNR dB": _decibels(check.psnr), "SSIM": "" if check.ssim is None else f"{check.ssim:.4f}"}
 
 

@@ -38,7 +38,7 @@ from sdruntime.verification.golden import (
     sample_of,
 )
 from sdruntime.verification.metrics import Difference, picture_psnr, ssim
-from sdruntime.verification.report import Check, PictureCheck, Report
+from sdruntime.verification.report import Check, ImageCheck, Report
 from sdruntime.verification.tolerance import Tolerance, tolerance_name
 
 ONNX = "onnxruntime"
@@ -48,8 +48,8 @@ Reference = Callable[[Case], Mapping[str, Array]]
 
 def verify(
     folder: Path | str | Bundle, *, options: EngineOptions | None = None, against: Reference | None = None
-) -> Iterator[Check | PictureCheck]:
-    """Yield a Check for each output and a PictureCheck for each image; a skipped one has its reason.
+) -> Iterator[Check | ImageCheck]:
+    """Yield a Check for each output and a ImageCheck for each image; a skipped one has its reason.
 
     `against` returns whole outputs for a case, instead of the stored samples. Raises BundleError for a bundle without reference
     outputs, and LibraryMissing where there is no library that could run anything.
@@ -96,7 +96,7 @@ def held(bundle: Bundle, engine: EngineSpec) -> str:
     return "; ".join(f"{engine.name} was not verified: {each.reason}" for each in checks if each.status == "skip")
 
 
-def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, reference: str = "") -> Report:
+def report_of(bundle: Bundle, found: Iterable[Check | ImageCheck], *, reference: str = "") -> Report:
     """The report of these checks, with the limits that were applied, the time and the machine."""
     found = list(found)
     golden = read_golden(bundle)[0]
@@ -110,7 +110,7 @@ def report_of(bundle: Bundle, found: Iterable[Check | PictureCheck], *, referenc
         precision=bundle.manifest.precision,
         reference=reference or f"its reference outputs ({versions})",
         checks=checks,
-        pictures=tuple(each for each in found if isinstance(each, PictureCheck)),
+        pictures=tuple(each for each in found if isinstance(each, ImageCheck)),
         limits={name: golden.tolerances[name] for name in applied},
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine={
@@ -203,11 +203,11 @@ class _Verification:
             faults = [*component_faults(difference, tolerance), *digest_faults(digest_of(ours), digest, tolerance)]
             yield _checked(engine.spec, case, name, difference, faults)
 
-    def pictures(self, title: str, name: str, group: list[EngineSpec]) -> Iterator[PictureCheck]:
+    def pictures(self, title: str, name: str, group: list[EngineSpec]) -> Iterator[ImageCheck]:
         """The drawings, by these engines of one backend."""
         usable = [engine for engine in group if not self.misfit(engine)]
         if why_not := self._undrawable(group, usable):
-            yield PictureCheck(engines=title, status="skip", reason=why_not)
+            yield ImageCheck(engines=title, status="skip", reason=why_not)
             return
         held = min((self.golden.tolerances[tolerance_name(each)] for each in usable), key=lambda each: each.picture_psnr)
         manifest = dataclasses.replace(self.bundle.manifest, engines=tuple(usable))
@@ -215,14 +215,14 @@ class _Verification:
             with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=name, options=self.options) as pipe:
                 images = pipe([drawing.request for drawing in self.golden.drawings]).pixels
         except SdruntimeError as error:
-            yield PictureCheck(engines=title, status="fail", reason=str(error))
+            yield ImageCheck(engines=title, status="fail", reason=str(error))
             return
         for index, (drawing, image) in enumerate(zip(self.golden.drawings, images, strict=True)):
             stored = self.numbers[picture_key(index)].astype(np.uint8)
             psnr, likeness = picture_psnr(image, stored), ssim(image, stored)
             limits = (("PSNR", psnr, held.picture_psnr), ("SSIM", likeness, held.ssim))
             reason = "; ".join(f"{what} {value:.4g}, under {least:g}" for what, value, least in limits if value < least)
-            yield PictureCheck(
+            yield ImageCheck(
                 engines=title,
                 prompt=drawing.prompt,
                 status="fail" if reason else "pass",

@@ -275,8 +275,8 @@ def test_a_closed_pipe_and_ctrl_c_end_without_a_traceback(ready: Path, tmp_path:
     assert pipe.stderr == ""
 
     interrupted = (
-        "import os, signal, sys, sdruntime.__main__ as line, sdruntime.cli.progress as shown\n"
-        "shown.Progress.show = shown._Shown.show = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import os, signal, sys, sdruntime.__main__ as line, sdruntime.cli.progress as progress\n"
+        "progress.Reporter.show = progress._Shown.show = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(line.main(sys.argv[1:]))"
     )
     arguments = ["generate", str(ready), "x", "--seed", "1", "--backend", "fake", "-o", str(tmp_path / "out.png")]

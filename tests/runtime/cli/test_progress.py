@@ -1,4 +1,4 @@
-"""Progress: widths that follow the terminal, a log that is never silent, and nothing left of it on the line."""
+"""Reporter: widths that follow the terminal, a log that is never silent, and nothing left of it on the line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from sdruntime.cli.progress import LOG_EVERY, Activity, Line, Log, Progress, bar, log_line, progress_on, terminal_line
+from sdruntime.cli.progress import LOG_EVERY, Activity, Line, Log, Reporter, bar, log_line, progress_on, terminal_line
 
 STEPS = Activity(task="denoise", stage="images 1 to 8 of 10", done=5, total=20, unit="steps", begun=100.0)
 BYTES = Activity(task="load", stage="unet, text_encoder", done=1_200_000_000, total=3_438_000_000, unit="B", begun=100.0)
@@ -103,6 +103,6 @@ def test_what_shows_progress_is_chosen_by_the_stream(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TERM", "xterm")
     assert type(progress_on(Terminal())) is Line
     assert type(progress_on(io.StringIO())) is Log
-    assert type(progress_on(Terminal(), quiet=True)) is Progress
+    assert type(progress_on(Terminal(), quiet=True)) is Reporter
     monkeypatch.setenv("TERM", "dumb")
     assert type(progress_on(Terminal())) is Log

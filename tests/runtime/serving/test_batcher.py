@@ -18,7 +18,7 @@ from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.job import Job
-from sdruntime.serving.batcher import Batcher, Drawing, Progress
+from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 
 WAIT = 60  # seconds after which a test is given up
 
@@ -69,7 +69,7 @@ def test_a_lone_job_draws_the_pipeline_s_picture_to_the_byte(parts: Parts, pipe:
 def test_jobs_in_company_draw_what_they_draw_alone_where_rows_do_not_meet(parts: Parts, pipe: Pipeline) -> None:
     alone = [pipe(request).pixels[0] for request in crowd()]
     with Batcher(pipe) as batcher:
-        held: list[Drawing] = []
+        held: list[ImageFuture] = []
         parts.at_call(len(parts.unet.calls) + 1, lambda: held.extend(map(batcher.submit, crowd()[1:])))
         first = batcher.submit(crowd()[0])
         pictures = [first.result(WAIT).pixels, *(each.result(WAIT).pixels for each in held)]
@@ -79,7 +79,7 @@ def test_jobs_in_company_draw_what_they_draw_alone_where_rows_do_not_meet(parts:
 
 def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batcher: Batcher) -> None:
     told: list[tuple[int, int]] = []  # calls before, step
-    late: list[Drawing] = []
+    late: list[ImageFuture] = []
 
     def progress(at: Progress) -> None:
         told.append((len(parts.unet.calls), at.step))
@@ -92,7 +92,7 @@ def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batch
 
 
 def test_jobs_of_other_sizes_run_beside_in_calls_of_their_own(parts: Parts, batcher: Batcher) -> None:
-    held: list[Drawing] = []
+    held: list[ImageFuture] = []
     parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=2, size=(128, 64))) for k in (2, 3)))
     batcher.submit(asked(1, steps=3)).result(WAIT)
     assert all(each.wait(WAIT) for each in held)
@@ -102,7 +102,7 @@ def test_jobs_of_other_sizes_run_beside_in_calls_of_their_own(parts: Parts, batc
 def test_calls_are_split_to_what_the_engine_takes(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "bundle", most=3)
     with parts.pipeline() as pipe, Batcher(pipe, running=4) as batcher:
-        held: list[Drawing] = []
+        held: list[ImageFuture] = []
         parts.at_call(1, lambda: held.extend(map(batcher.submit, [asked(2, steps=1), asked(3, steps=1)])))
         batcher.submit(asked(1, steps=2)).result(WAIT)
         assert all(each.wait(WAIT) for each in held)
@@ -121,7 +121,7 @@ def test_jobs_beyond_those_that_run_wait_in_order(parts: Parts, pipe: Pipeline) 
 
 def test_a_full_queue_is_told_and_a_cancelled_job_makes_room(parts: Parts, pipe: Pipeline) -> None:
     faults: list[str] = []
-    held: list[Drawing] = []
+    held: list[ImageFuture] = []
 
     def fill() -> None:
         held.extend(batcher.submit(asked(k)) for k in (2, 3))
@@ -140,7 +140,7 @@ def test_a_full_queue_is_told_and_a_cancelled_job_makes_room(parts: Parts, pipe:
 
 
 def test_a_cancelled_job_ends_at_the_next_boundary_and_the_others_go_on(parts: Parts, batcher: Batcher) -> None:
-    late: list[Drawing] = []
+    late: list[ImageFuture] = []
     running: list[bool] = []
 
     def act(feeds: Feeds) -> None:
@@ -160,7 +160,7 @@ def test_a_cancelled_job_ends_at_the_next_boundary_and_the_others_go_on(parts: P
 
 
 def test_progress_can_cancel(parts: Parts, batcher: Batcher) -> None:
-    drawing: list[Drawing] = []
+    drawing: list[ImageFuture] = []
     ready = threading.Event()
 
     def progress(at: Progress) -> None:
@@ -187,7 +187,7 @@ def test_progress_can_cancel(parts: Parts, batcher: Batcher) -> None:
 def test_a_wrong_setting_ends_its_job_alone(
     parts: Parts, batcher: Batcher, wrong: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
-    held: list[Drawing] = []
+    held: list[ImageFuture] = []
     parts.at_call(1, lambda: held.append(batcher.submit(asked(2, **wrong))))
     assert batcher.submit(asked(1)).result(WAIT).pixels.std() > 1
     with pytest.raises(kind, match=text):
@@ -204,7 +204,7 @@ def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Pa
             outputs["out_sample"][4, 0, 0, 0] = np.nan
 
     with Batcher(pipe) as batcher:
-        held: list[Drawing] = []
+        held: list[ImageFuture] = []
         parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=5)) for k in (2, 3)))
         parts.unet.after = spoil
         first = batcher.submit(asked(1, steps=5))
@@ -225,7 +225,7 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
             raise SdruntimeError("the engine failed")
 
     engine.before = fail
-    held: list[Drawing] = []
+    held: list[ImageFuture] = []
     parts.at_call(1, lambda: held.append(batcher.submit(asked(2))))
     assert batcher.submit(asked(1)).result(WAIT).pixels.std() > 1
     with pytest.raises(SdruntimeError, match="the engine failed"):
@@ -235,7 +235,7 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
 
 def test_an_engine_that_fails_ends_the_jobs_of_that_call(parts: Parts, batcher: Batcher) -> None:
     """A job of another size that was done in the same round gets its picture."""
-    held: list[Drawing] = []
+    held: list[ImageFuture] = []
     parts.at_call(1, lambda: held.extend([batcher.submit(asked(2, size=(128, 64))), batcher.submit(asked(3, steps=9))]))
 
     def fail(outputs: dict[str, Array]) -> None:
@@ -293,7 +293,7 @@ def test_timings_and_warnings(parts: Parts, batcher: Batcher) -> None:
 
 def test_closing_cancels_what_is_not_done_and_takes_nothing_more(parts: Parts, pipe: Pipeline) -> None:
     threads = threading.active_count()
-    drawings: list[Drawing] = []
+    drawings: list[ImageFuture] = []
     with Batcher(pipe, running=2) as batcher:
         started = threading.Event()
         parts.at_call(2, started.set)
@@ -356,7 +356,7 @@ def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipel
     alone = {seed: pipe(request).pixels[0] for seed, request in requests.items()}
     threads = threading.active_count()
     gc.collect()
-    jobs = sum(type(each) in (Job, Drawing) for each in gc.get_objects())
+    jobs = sum(type(each) in (Job, ImageFuture) for each in gc.get_objects())
 
     def client(number: int) -> dict[str, int]:
         chance, ends = random.Random(number), {"done": 0, "cancelled": 0, "refused": 0, "wrong": 0}
@@ -388,7 +388,7 @@ def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipel
         assert sum(each[name] for each in ends) > 0, name
     assert threading.active_count() == threads
     gc.collect()
-    assert sum(type(each) in (Job, Drawing) for each in gc.get_objects()) == jobs
+    assert sum(type(each) in (Job, ImageFuture) for each in gc.get_objects()) == jobs
 
 
 def _collect(faults: list[str], act: Callable[[], object]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from computed import Feeds, Parts, asked
 
 from sdruntime.errors import SdruntimeError
-from sdruntime.serving.batcher import Batcher, Drawing
+from sdruntime.serving.batcher import Batcher, ImageFuture
 
 WAIT = 60  # seconds after which a test is given up
 
@@ -28,7 +28,7 @@ def test_a_call_that_one_job_makes_fail_ends_that_job_alone(tmp_path: Path, kind
                 raise kind("the engine cannot take this row")
 
         bad = pipe.jobs([asked(2)])[0].rows[-1]["encoder_hidden_states"]
-        held: list[Drawing] = []
+        held: list[ImageFuture] = []
         parts.unet.before = fail
         with Batcher(pipe) as batcher:
             first = batcher.submit(asked(1, steps=5))

@@ -19,9 +19,9 @@ from sdruntime.verification.golden import (
     Golden,
     cases_of,
     digest_of,
-    drawings_of,
     picture_key,
     read_golden,
+    reference_images,
     sample_of,
     write_golden,
 )
@@ -39,7 +39,7 @@ def proved(bundle: Bundle) -> Bundle:
             output = random.standard_normal((2, 4, 40, 40)).astype(np.float32)
             digests[spec.name], numbers[case.key(spec.name)] = digest_of(output), sample_of(output, case.seed)
         cases.append(dataclasses.replace(case, outputs=digests))
-    drawings = drawings_of(bundle.manifest)
+    drawings = reference_images(bundle.manifest)
     for index, drawing in enumerate(drawings):
         numbers[picture_key(index)] = np.full((*drawing.size[::-1], 3), index, np.uint8)
     golden = Golden(checkpoint="0" * 64, reference={"torch": "2.9"}, cases=tuple(cases), drawings=drawings, tolerances=TOLERANCES)

@@ -24,7 +24,7 @@ from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine
 from sdruntime.errors import LibraryMissing
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.verification.golden import Golden, cases_of, digest_of, drawings_of, picture_key, sample_of, write_golden
+from sdruntime.verification.golden import Golden, cases_of, digest_of, picture_key, reference_images, sample_of, write_golden
 from sdruntime.verification.html import page
 from sdruntime.verification.metrics import EQUAL, Difference, picture_psnr, ssim
 from sdruntime.verification.tolerance import TOLERANCES
@@ -42,7 +42,7 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specs = {name: onnx_spec(bundle.manifest, name, ort.__version__) for name in bundle.manifest.components}
     numbers, cases = {}, []
     with Pipeline.over(bundle, lambda name: open_engine(bundle, specs[name], EngineOptions(), Shared())) as pipe:
-        drawings = drawings_of(bundle.manifest)
+        drawings = reference_images(bundle.manifest)
         images = pipe([drawing.request for drawing in drawings]).pixels
         for case in cases_of(bundle.manifest, {"text_encoder": 500}):
             outputs = pipe.engine(case.component)(case.feeds(bundle.manifest.components[case.component]))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sdexport.cli.progress import Rows, progress_on
-from sdruntime.cli.progress import Log, Progress
+from sdruntime.cli.progress import Log, Reporter
 
 
 class Terminal(io.StringIO):
@@ -57,4 +57,4 @@ def test_bars_begin_empty_move_and_end_full_in_the_terminals_width(monkeypatch: 
 def test_elsewhere_it_is_the_log_of_sdruntime() -> None:
     assert type(progress_on(Terminal())) is Rows
     assert type(progress_on(io.StringIO())) is Log
-    assert type(progress_on(Terminal(), quiet=True)) is Progress
+    assert type(progress_on(Terminal(), quiet=True)) is Reporter

@@ -13,12 +13,12 @@ from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
 from sdexport.errors import ExportError
 from sdexport.families.components import components
 from sdexport.verification.original import original_images
-from sdruntime.verification.golden import Drawing
+from sdruntime.verification.golden import ReferenceImage
 
 pytest.importorskip("diffusers")
 
 DRAWINGS = tuple(
-    Drawing(prompt=prompt, negative="blurred", seed=seed, steps=3, guidance=5.0, size=(16, 16))
+    ReferenceImage(prompt=prompt, negative="blurred", seed=seed, steps=3, guidance=5.0, size=(16, 16))
     for prompt, seed in (("a red cat", 3), ("an old map of an island", 2**40))
 )
 
@@ -81,6 +81,6 @@ def test_the_networks_that_are_not_lent_take_no_memory(sd1_checkpoint: Path) -> 
 
 def test_a_checkpoint_that_diffusers_cannot_run_is_told(sd1_checkpoint: Path) -> None:
     checkpoint = read_checkpoint(sd1_checkpoint, name="tiny")
-    drawing = Drawing(prompt="x", negative="", seed=1, steps=3, guidance=5.0, size=(12, 12))  # diffusers takes eights
+    drawing = ReferenceImage(prompt="x", negative="", seed=1, steps=3, guidance=5.0, size=(12, 12))  # diffusers takes eights
     with pytest.raises(ExportError, match=r"diffusers' StableDiffusionPipeline cannot generate .* divisible by 8"):
         original_images(checkpoint, [drawing], Lender(checkpoint))
