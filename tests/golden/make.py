@@ -188,6 +188,8 @@ class Brownian:
 def read_off(told: dict[str, Any], kind: torch.dtype = torch.float32) -> dict[str, Any]:
     """start, t, scale, draws, and all unrolled rows [calls + 1, 1 + calls + draws] of one case.
 
+    `sigmas` of a case are in the place of its `steps`.
+
     With torch.float64 the noise levels, as diffusers rounds them, and all that is computed from them are of that type.
     """
     config = dict(told["config"])
@@ -195,13 +197,17 @@ def read_off(told: dict[str, Any], kind: torch.dtype = torch.float32) -> dict[st
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
     made = getattr(module, name)
     scheduler = made.from_config({**config, **unclipped(set(inspect.signature(made.__init__).parameters))})
-    scheduler.set_timesteps(told["steps"])
+    if "sigmas" in told:
+        scheduler.set_timesteps(sigmas=told["sigmas"])
+    else:
+        scheduler.set_timesteps(told["steps"])
     for name in FLOAT32:
         if isinstance(held := getattr(scheduler, name, None), torch.Tensor):
             setattr(scheduler, name, held.to(kind))
     begin = 0
     if told["strength"] is not None:
-        begin = told["steps"] - min(int(told["steps"] * told["strength"]), told["steps"])
+        steps = told.get("steps", len(scheduler.timesteps))
+        begin = steps - min(int(steps * told["strength"]), steps)
     times = scheduler.timesteps[begin * scheduler.order :]
     if (told["strength"] is not None or told.get("placed")) and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin * scheduler.order)

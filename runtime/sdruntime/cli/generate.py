@@ -47,6 +47,7 @@ def generate(options: argparse.Namespace) -> None:
     settings = {
         "negative": options.negative,
         "steps": options.steps,
+        "sigmas": options.sigmas,
         "sampler": options.sampler,
         "schedule": options.schedule,
         "guidance": options.guidance,

@@ -14,7 +14,7 @@ from sdruntime.cli.inspect import doctor, inspect
 from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
-from sdruntime.pipeline.ranges import NUMBERS, RANGES
+from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
 from sdruntime.serving.capi import add_arguments
 
 
@@ -113,7 +113,16 @@ def setting(each: argparse.ArgumentParser, name: str, what: str, *, otherwise: b
 
 def sampling(each: argparse.ArgumentParser) -> None:
     each.add_argument("--sampler", help="a name from `sdruntime samplers` (the checkpoint's own)")
+    levels = f"noise levels from high to low in place of --steps: {SIGMAS} numbers from {SIGMA}, such as 14.6,6.5,2,0"
+    each.add_argument("--sigmas", type=numbers, metavar="S,S,…", help=levels)
     each.add_argument("--schedule", help="karras, exponential, beta, … (the checkpoint's own)")
     each.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampler, such as eta=0.5"
     )
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, such as 14.6,6.5,0") from None

@@ -16,6 +16,7 @@ def table(options: argparse.Namespace) -> None:
 
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.bundle.records import read_json
+    from sdruntime.pipeline.ranges import sigmas_of, steps_beside
     from sdruntime.sampling.compile import compile_table
     from sdruntime.sampling.samplers import meaning
     from sdruntime.sampling.samplers.keys import check_options
@@ -32,7 +33,9 @@ def table(options: argparse.Namespace) -> None:
     given = sampler_options(options)
     check_options(given)
     named = {"sampler": options.sampler, "schedule": options.schedule, **given}
-    made = compile_table(config, steps=options.steps, strength=options.strength, **named)
+    sigmas = None if options.sigmas is None else sigmas_of(options.sigmas)
+    steps = steps_beside(sigmas, options.steps)
+    made = compile_table(config, steps=steps, sigmas=sigmas, strength=options.strength, **named)
     if line := meaning(config, **named):
         options.progress.note(line)
     if options.json:

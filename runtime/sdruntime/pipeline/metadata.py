@@ -19,6 +19,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
 from sdruntime.pipeline.request import Request
+from sdruntime.sampling.own_sigmas import own_steps
 from sdruntime.sampling.samplers import A1111_SCHEDULES, identified, settled
 
 VERSION = f"sdruntime {__version__}"  # a bare number would be taken for a version of the web UI
@@ -42,7 +43,7 @@ class Origin:
     """What generated an image, beside its request. `sampler`, `schedule`: AUTOMATIC1111's names, or ours if it has no name.
 
     `ours`: our name of a schedule that shares its name there with another. `spacing`: the timestep_spacing in use, "" with a
-    schedule. `backend`: the UNet's engine library, its version and target.
+    schedule. `steps`: those that the request's sigmas make. `backend`: the UNet's engine library, its version and target.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Origin:
     schedule: str = AUTOMATIC
     ours: str = ""
     spacing: str = ""
+    steps: int | None = None
     backend: str = ""
     precision: str = ""
 
@@ -60,7 +62,9 @@ class Origin:
         row, kind = identified(config, **given)
         found, settings = settled(config, **given)
         name = row.a1111[0] if row and row.a1111 else row.name if row else found.diffusers or found.name
-        spacing = "" if kind else settings.get("timestep_spacing", "")
+        spacing, steps = "" if kind else settings.get("timestep_spacing", ""), None
+        if request.sigmas is not None:  # in the place of any schedule or spacing
+            kind, spacing, steps = None, "", own_steps(found, settings, request.sigmas)
         plain = AUTOMATIC if name in OWN_TIMESTEPS else SPACINGS.get(spacing, AUTOMATIC)
         return cls(
             model=model,
@@ -68,6 +72,7 @@ class Origin:
             schedule=A1111_SCHEDULES[kind] if kind else plain,
             ours="lu" if kind == "lu" else "",  # "Exponential" there, as is our exponential
             spacing=spacing,
+            steps=steps,
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
             precision=unet.precision if unet else "",
         )
@@ -78,7 +83,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
     options = dict(request.options)
     eta = options.pop("eta", None)
     settings = {
-        "Steps": request.steps,
+        "Steps": request.steps if origin.steps is None else origin.steps,
         "Sampler": origin.sampler,
         "Schedule type": origin.schedule,
         "CFG scale": request.guidance,
@@ -92,6 +97,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,
         "CFG Rescale": request.rescale or None,
         "RNG": RNG,
+        "Sigmas": None if request.sigmas is None else ", ".join(map(_number, request.sigmas)),
         "Timestep spacing": origin.spacing or None,
         "Sampler options": json.dumps(options, sort_keys=True, default=lambda number: number.item()) if options else None,
         "Backend": origin.backend or None,
@@ -113,8 +119,10 @@ def png_text(parameters: str) -> dict[str, str]:
     return {"parameters": parameters, XMP: MACHINE_MADE}
 
 
+def _number(value: float) -> str:
+    return str(value).removesuffix(".0")
+
+
 def _written(value: object) -> str:
-    text = str(value)
-    if isinstance(value, float):
-        text = text.removesuffix(".0")
+    text = _number(value) if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text

@@ -29,6 +29,7 @@ from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.imagefile import fitted
 from sdruntime.pipeline.images.pixels import from_uint8, to_uint8
 from sdruntime.pipeline.metadata import Origin
+from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request, requests, unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
@@ -324,13 +325,14 @@ class Pipeline:
     def _table(self, request: Request) -> Table:
         strength = request.strength if request.pixels is not None else None
         options = repr(sorted(request.options.items()))
-        key = (request.steps, request.sampler, request.schedule, strength, options)
+        key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, options)
         if key not in self._tables:
             if len(self._tables) >= KEPT_TABLES:
                 self._tables.clear()
             self._tables[key] = compile_table(
                 self._schedule,
-                steps=request.steps,
+                steps=steps_beside(request.sigmas, request.steps),
+                sigmas=request.sigmas,
                 sampler=request.sampler,
                 schedule=request.schedule,
                 strength=strength,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -50,3 +51,27 @@ RANGES: Mapping[str, Range] = {
     "strength": Range(0, 1, above=True),
 }
 NUMBERS: Mapping[str, Any] = {"seed": 0, "steps": 20, "guidance": 7.5, "rescale": 0.0, "strength": 0.8}  # the defaults
+
+# Noise levels in place of a number of steps: from high to low, each a ratio of noise to signal.
+SIGMA = Range(0, 1_000_000)
+SIGMAS = Range(1, MOST_STEPS + 1, whole=True)  # of one request; most samplers need 2
+
+
+def sigmas_of(value: Any) -> tuple[float, ...]:
+    """Falling noise levels, from a list of numbers. Raises SettingError."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not listed and not (isinstance(value, np.ndarray) and value.ndim == 1):
+        raise SettingError(f"sigmas {shown(value)}: expected a list of noise levels from high to low, such as [14.6, 6.5, 0]")
+    if not SIGMAS.low <= len(value) <= SIGMAS.high:
+        raise SettingError(f"sigmas: got {len(value):,} noise levels; expected {SIGMAS}")
+    levels = tuple(SIGMA.number(f"sigmas[{i}]", level) for i, level in enumerate(value))
+    kept = np.array(levels, np.float32).tolist()  # by a path
+    for i, (high, low) in enumerate(pairwise(kept), 1):
+        if low >= high:
+            raise SettingError(f"sigmas[{i}] {levels[i]!r}: expected less than the level before it, {levels[i - 1]!r}")
+    return levels
+
+
+def steps_beside(sigmas: Sequence[float] | None, steps: int) -> int | None:
+    """`steps`, or None where `sigmas` stand in their place: the default number of steps does not contradict them."""
+    return None if sigmas is not None and steps == NUMBERS["steps"] else steps

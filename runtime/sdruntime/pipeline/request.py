@@ -16,7 +16,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
-from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIDE
+from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIDE, sigmas_of
 from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
 
@@ -44,7 +44,7 @@ DIFFUSERS: Mapping[str, str] = {
 }
 # Settings of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
-    *("latents", "timesteps", "sigmas", "prompt_2", "negative_prompt_2", "clip_skip", "cross_attention_kwargs", "return_dict"),
+    *("latents", "timesteps", "prompt_2", "negative_prompt_2", "clip_skip", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     *("mask_image", "control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
 )
@@ -55,7 +55,8 @@ class Request:
     """One image. Every field is checked; raises SettingError with its name, its value and what belongs there.
 
     `negative` None: no negative prompt. `size` None: the model's own, (width, height) in pixels. `sampler` None: the
-    checkpoint's. `image` and `strength` (0 to 1]: image to image; a path, an array uint8 [H, W, 3], an Image or a Pillow image,
+    checkpoint's. `sigmas`: noise levels from high to low in place of `steps`, which is then omitted or their number of steps.
+    `image` and `strength` (0 to 1]: image to image; a path, an array uint8 [H, W, 3], an Image or a Pillow image,
     whose pixels are in `pixels`. `fit`: how an image of another size is brought to `size`, "resize" or "crop"; None refuses it.
     `options`: the sampler's own settings, such as eta. `guidance` of 1 or less disables the negative prompt. `rescale` 0 to 1:
     Lin et al. 2023, section 3.4.
@@ -65,6 +66,7 @@ class Request:
     negative: str | None = None
     seed: int = NUMBERS["seed"]
     steps: int = NUMBERS["steps"]
+    sigmas: Sequence[float] | None = None
     sampler: str | None = None
     schedule: str | None = None
     guidance: float = NUMBERS["guidance"]
@@ -82,6 +84,8 @@ class Request:
                 raise SettingError(f"{name} {shown(text)}: expected text")
         for name, allowed in RANGES.items():
             object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", sigmas_of(self.sigmas))
         if self.size is not None:
             object.__setattr__(self, "size", _sides(self.size))
         if self.sampler is not None:

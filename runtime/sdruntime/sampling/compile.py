@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from sdruntime.errors import SettingError, shown
 from sdruntime.sampling.grids import Path
 from sdruntime.sampling.noise_schedule import Point
+from sdruntime.sampling.own_sigmas import own_path, own_steps
 from sdruntime.sampling.prediction import clean_from_raw, input_scale
 from sdruntime.sampling.samplers import Sampler, settled
 from sdruntime.sampling.table import MOST_STEPS, Floats, Table
@@ -19,7 +20,8 @@ from sdruntime.sampling.table import MOST_STEPS, Floats, Table
 def compile_table(
     config: Mapping[str, Any],
     *,
-    steps: int,
+    steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
     sampler: str | None = None,
     schedule: str | None = None,
     strength: float | None = None,
@@ -27,13 +29,17 @@ def compile_table(
 ) -> Table:
     """The table of a checkpoint's scheduler_config.json (parsed), or of another sampler with from_config semantics.
 
-    `steps` is diffusers' num_inference_steps, 1 to num_train_timesteps or MOST_STEPS. `strength` in (0, 1] makes it image to
+    `steps` is diffusers' num_inference_steps, 1 to num_train_timesteps or MOST_STEPS. `sigmas` are noise levels in place of it
+    (own_sigmas.py says which samplers take them and how). `strength` in (0, 1] makes it image to
     image, with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
     Raises SettingError, UnknownName.
     """
     found, settings = settled(config, sampler=sampler, schedule=schedule, **options)
     trained = settings["num_train_timesteps"]
     most = min(trained, MOST_STEPS)
+    if sigmas is not None:
+        steps = own_steps(found, settings, sigmas, steps)
+        most = MOST_STEPS
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise SettingError(
             f"steps {shown(steps)}: it must be a whole number from 1 to {most} "
@@ -46,7 +52,7 @@ def compile_table(
         )
     begin = 0 if strength is None else first_step(steps, strength)
     try:
-        path = found.grid(settings, steps, begin)
+        path = found.grid(settings, steps, begin) if sigmas is None else own_path(found, settings, sigmas, begin)
         first = path.start_level or path.pairs[0][0]
         return traced(
             found,

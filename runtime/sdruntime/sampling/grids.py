@@ -199,10 +199,14 @@ def ve_grid(
         if kind == "karras" and whole_karras_times:
             times = times.round()
     sigmas = sigmas.astype(np.float32)  # as diffusers keeps them
-    top = float(sigmas.max())
-    start = top if spacing in ("linspace", "trailing") else math.hypot(1.0, top)
+    start = ve_start(settings, sigmas.max())
     points = [at_ratio(t, sigma, "ve") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
     return chained([*points, at_ratio(0.0, final_sigma(settings, "zero", curve), "ve")], begin, start, curve)
+
+
+def ve_start(settings: Settings, top: float) -> float:
+    """The factor of the initial noise of a path from sigma `top` down."""
+    return float(top) if settings["timestep_spacing"] in ("linspace", "trailing") else math.hypot(1.0, top)
 
 
 def vp_grid(
@@ -308,10 +312,15 @@ def _flow_path(settings: Settings, sigmas: Array, begin: int, final: str, repeat
 def flow_grid(settings: Settings, steps: int, begin: int) -> Path:
     """diffusers' flow-matching grid: evenly from 1 to the smallest trained sigma, which is shifted a second time."""
     trained, shift = settings["num_train_timesteps"], settings["shift"]
-    sigmas = shifted(np.linspace(1, float(shifted(np.asarray(1 / trained), shift)), steps), shift)
-    sigmas, kind = ended_at(sigmas, settings.get("shift_terminal")), chosen_schedule(settings)
+    return flow_path(settings, np.linspace(1, float(shifted(np.asarray(1 / trained), shift)), steps), begin)
+
+
+def flow_path(settings: Settings, sigmas: Array, begin: int) -> Path:
+    """From sigma to sigma and at last to 0, once they are shifted, or replaced by a schedule between the first and the last."""
+    trained, kind = settings["num_train_timesteps"], chosen_schedule(settings)
+    sigmas = ended_at(shifted(sigmas, settings["shift"]), settings.get("shift_terminal"))
     if kind is not None and kind in RATIO_SCHEDULES:
-        sigmas = RATIO_SCHEDULES[kind](*sigma_bounds(settings, sigmas[0], sigmas[-1], True), steps)
+        sigmas = RATIO_SCHEDULES[kind](*sigma_bounds(settings, sigmas[0], sigmas[-1], True), len(sigmas))
     elif kind is not None:
         raise SettingError(f"schedule {kind!r}: a flow grid takes {', '.join(RATIO_SCHEDULES)}")
     points = [at_ratio(sigma * trained, sigma, "flow") for sigma in sigmas.tolist()]

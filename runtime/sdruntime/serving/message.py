@@ -54,6 +54,7 @@ class RequestMessage:
     negative: str | None = None
     seed: int | None = None
     steps: int = DEFAULTS["steps"]
+    sigmas: tuple[float, ...] | None = None
     sampler: str | None = None
     schedule: str | None = None
     guidance: float = DEFAULTS["guidance"]
@@ -73,6 +74,7 @@ class RequestMessage:
             negative=self.negative,
             seed=secrets.randbelow(2**32) if self.seed is None else self.seed,
             steps=self.steps,
+            sigmas=self.sigmas,
             sampler=self.sampler,
             schedule=self.schedule,
             guidance=self.guidance,

@@ -220,6 +220,11 @@ def test_table_prints_the_numbers_of_a_bundle_or_of_a_file(
         tables.append(document(capsys)["table"])
     assert tables[0] == tables[1]
     assert len(tables[0]["t"]) == len(tables[0]["X"]) == 5
+    assert main(["table", *where, "--sampler", "euler", "--sigmas", "14.6,6.5, 1,0", "--json"]) == 0
+    assert len(document(capsys)["table"]["t"]) == 3
+    for wrong in ("14.6;0", "1,2"):
+        assert main(["table", *where, "--sampler", "euler", "--sigmas", wrong]) == 2
+        assert "sigmas" in capsys.readouterr().err
     assert main(["table", str(bundle.folder), "--steps", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert main(["table"]) == 2

@@ -112,6 +112,13 @@ def test_samplers_and_schedules_have_the_web_ui_s_names(given: dict[str, Any], s
     assert (found["Sampler"], found["Schedule type"]) == (sampler, schedule)
 
 
+def test_own_sigmas_stand_in_the_place_of_steps_and_schedule() -> None:
+    config = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "use_karras_sigmas": True}
+    found = read(Request(prompt="x", sigmas=[14.6, 2, 0.125]), config)
+    assert (found["Steps"], found["Schedule type"], found["Sigmas"]) == ("2", "Automatic", "14.6, 2, 0.125")
+    assert "Timestep spacing" not in found
+
+
 @pytest.mark.parametrize(
     ("config", "sampler", "schedule"),
     [
@@ -146,7 +153,12 @@ def again(found: dict[str, str]) -> list[str]:
     """The arguments of `sdruntime generate` that an image's settings say."""
     arguments = [found["Prompt"], "--steps", found["Steps"], "--sampler", found["Sampler"], "--guidance", found["CFG scale"]]
     arguments += ["--seed", found["Seed"], "--size", f"{found['Size-1']}x{found['Size-2']}"]
-    optional = {"--negative": "Negative prompt", "--rescale": "CFG Rescale", "--strength": "Denoising strength"}
+    optional = {
+        "--negative": "Negative prompt",
+        "--rescale": "CFG Rescale",
+        "--strength": "Denoising strength",
+        "--sigmas": "Sigmas",
+    }
     arguments += [part for flag, key in optional.items() if found.get(key) for part in (flag, found[key])]
     if "Timestep spacing" not in found and found["Schedule type"] != "Automatic":
         arguments += ["--schedule", found.get("Schedule", found["Schedule type"])]
@@ -165,6 +177,8 @@ def again(found: dict[str, str]) -> list[str]:
         ["--sampler", "euler", "--schedule", "sgm_uniform"],
         ["--sampler", "euler", "--schedule", "lu"],
         ["--image", "start.png", "--strength", "0.6", "--sampler", "Euler a"],
+        ["--sampler", "euler", "--sigmas", "14.6,6.5,2.25,0.7000000000000001,0"],
+        ["--sampler", "DPM++ 2M", "--sigmas", "10,2,0.5,0.1,1e-3", "--image", "start.png", "--strength", "0.75"],
     ],
     ids=" ".join,
 )

@@ -153,3 +153,20 @@ def test_reprs_are_short(ready: Bundle) -> None:
         "<Request 'a red fox in snow a red fox in snow a…', seed 7, image 128x64, steps 30, options {'eta': 0.5}>"
     )
     assert repr(Request(prompt="x")) == "<Request 'x', seed 0>"
+    assert repr(Request(prompt="x", sigmas=[2, 1, 0])) == "<Request 'x', seed 0, sigmas (2.0, 1.0, 0.0)>"
+
+
+def test_own_sigmas_beside_other_requests(ready: Bundle) -> None:
+    alike = {"sampler": "euler", "seed": 3, "size": (64, 64)}
+    levels = ([14.6, 4.0, 1.0, 0.0], [9.0, 4.0, 1.0, 0.0])
+    asked = [Request(prompt="x", sigmas=sigmas, **alike) for sigmas in levels]
+    with fake_pipeline(ready) as pipe:
+        stream = pipe.stream([*asked, Request(prompt="x", steps=5, **alike)])
+        assert [job.run.steps for job in stream.jobs] == [3, 3, 5]
+        for _ in stream:
+            pass
+        first, second, _ = (job.run.x for job in stream.jobs)
+        assert not np.array_equal(first, second)  # each has a table of its own
+        assert "Steps: 3, " in stream.result.images[0].text()["parameters"]
+        with pytest.raises(SettingError, match="steps 30: the 4 sigmas make 3 steps of euler"):
+            pipe("x", sigmas=levels[0], steps=30, **alike)

@@ -32,6 +32,18 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rescale", -0.1, "rescale -0.1 is outside 0 to 1"),
     ("strength", 0, r"strength 0 is outside 0 \(excluded\) to 1"),
     ("strength", 1.5, "strength 1.5 is outside"),
+    ("sigmas", "14.6,0", "sigmas '14.6,0': expected a list of noise levels from high to low"),
+    ("sigmas", 14.6, "sigmas 14.6: expected a list"),
+    ("sigmas", np.ones((1, 2)), "sigmas .*: expected a list"),
+    ("sigmas", [], "sigmas: got 0 noise levels; expected 1 to 1,001"),
+    ("sigmas", range(2_000, 0, -1), "sigmas: got 2,000 noise levels; expected 1 to 1,001"),
+    ("sigmas", [14.6, "1"], r"sigmas\[1\] '1': expected a number from 0 to 1,000,000"),
+    ("sigmas", [True, False], r"sigmas\[0\] True: expected a number"),
+    ("sigmas", [math.inf, 1], r"sigmas\[0\] inf is outside 0 to 1,000,000"),
+    ("sigmas", [14.6, math.nan], r"sigmas\[1\] nan is outside"),
+    ("sigmas", [14.6, -0.1], r"sigmas\[1\] -0.1 is outside"),
+    ("sigmas", [14.6, 2, 2.0, 0], r"sigmas\[2\] 2.0: expected less than the level before it, 2.0"),
+    ("sigmas", [1, 1 - 1e-9], r"sigmas\[1\] 0.999999999: expected less"),  # in float32 they are equal
     ("size", 512, r"size 512: expected \(width, height\) in pixels"),
     ("size", "512x512", r"size '512x512': expected \(width, height\)"),
     ("size", (512,), r"size \(512,\): expected \(width, height\)"),
@@ -64,7 +76,10 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
         rescale=np.float16(0.5),
         strength=np.int64(1),
         size=np.array([512, 768]),  # type: ignore[arg-type]
+        sigmas=np.array([14.5, 2, 0], np.float32),  # type: ignore[arg-type]
     )
+    assert made.sigmas == (14.5, 2.0, 0.0)
+    assert {type(sigma) for sigma in made.sigmas} == {float}
     values = [made.seed, made.steps, made.guidance, made.rescale, made.strength, *(made.size or ())]
     assert values == [2**64 - 1, 3, 7.5, 0.5, 1.0, 512, 768]
     assert [type(value) for value in values] == [int, int, float, float, float, int, int]
@@ -78,7 +93,7 @@ def test_the_ends_of_each_range_belong_to_it() -> None:
 
 def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
     given = vars(parser().parse_args(["generate", "bundle", "a cat", "-o", "out.png"]))
-    for name in ("steps", "guidance", "rescale", "negative", "sampler", "schedule", "fit"):
+    for name in ("steps", "sigmas", "guidance", "rescale", "negative", "sampler", "schedule", "fit"):
         assert given[name] == DEFAULTS[name]
     with pytest.raises(SystemExit):
         parser().parse_args(["generate", "--help"])
@@ -89,5 +104,5 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
 
 def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
-    assert {"steps", "guidance", "rescale", "strength", "negative", "sampler", "schedule"} <= shared
+    assert {"steps", "guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}

@@ -65,6 +65,13 @@ def test_ready_describes_what_was_opened(host: Host, folder: Path) -> None:
     assert (described["queue"], described["running"]) == (5, 8)
 
 
+def test_a_job_with_own_sigmas(host: Host, folder: Path) -> None:
+    host.open(folder)
+    host.submit(1, request={"steps": 4, "sampler": "euler", "sigmas": [9, 2, 1, 0.5, 0]})
+    host.wait("done", "failed", job=1)
+    assert host.of(1) == ["started", *["progress"] * 4, "done"]
+
+
 def test_a_job_s_events_in_order_and_its_picture(host: Host, folder: Path) -> None:
     host.open(folder)
     request = {"seed": 2**64 - 1, "sampler": "euler_a", "negative": "dog", "guidance": 3}
@@ -152,6 +159,8 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         ({"request": {"seed": -1}}, "seed -1 is outside"),
         ({"request": {"seed": 1.0}}, "request.seed: expected a whole number, got 1.0"),
         ({"request": {"steps": True}}, "request.steps: expected a whole number, got true"),
+        ({"request": {"sigmas": [2, "1"]}}, "request.sigmas"),
+        ({"request": {"sigmas": [1, 2.0]}}, "sigmas[1] 2.0: expected less than the level before it"),
         ({"request": {"prompt": None}}, "request.prompt: expected text, got null"),
         ({"request": {"guidance": "7"}}, 'request.guidance: expected a number, got "7"'),
         ({"request": {"width": None}}, "width None and height 64: give both or neither"),

@@ -36,4 +36,6 @@ def moved(x: X, m: X, s: Point, t: Point) -> X:
 def stay_above_zero(path: Path, key: str, value: Any) -> None:
     """Raise SettingError where a solver for the noise would step to sigma 0: there lambda, and its integral, is infinite."""
     if path.pairs[-1][1].sigma == 0:
-        raise SettingError(f"{key} {value!r} cannot step to sigma 0: it needs final_sigmas_type 'sigma_min'")
+        raise SettingError(
+            f"{key} {value!r} cannot step to sigma 0: it needs final_sigmas_type 'sigma_min', or sigmas that end above 0"
+        )

@@ -27,6 +27,7 @@ class Sampler:
     included; 0 where it does not (distilled models). `reads` names every key of scheduler_config.json that counts, with
     the default of the diffusers class; `options` are those of them that go to `solve`, `implied` what the name itself
     fixes ("dpmpp_2m": solver_order 2), `choices` the values of a key that differ from one class to another.
+    `takes_schedule`: its path may go through any falling sigmas, those of a named schedule or the caller's own (own_sigmas.py).
     """
 
     name: str

@@ -1,0 +1,58 @@
+"""A path through noise levels of the caller's, in place of a number of steps: what diffusers' pipelines take as `sigmas`.
+
+The samplers that take a schedule take these too. In diffusers only EulerDiscreteScheduler and FlowMatchEulerDiscreteScheduler do;
+the others follow their rules: sigmas are noise-to-signal ratios, the list holds the last level, and timesteps are interpolated in
+log sigma. A flow's list omits the 0 at the end and is shifted as the model's file says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from sdruntime.errors import SettingError
+from sdruntime.sampling.grids import Path, chained, flow_path, ve_start
+from sdruntime.sampling.noise_schedule import Curve, Settings, at_ratio
+from sdruntime.sampling.samplers import SAMPLERS, Sampler
+
+
+def own_steps(sampler: Sampler, settings: Settings, sigmas: Sequence[float], steps: int | None = None) -> int:
+    """Return the number of steps that `sigmas` make; `steps` is what the caller expects, if anything.
+
+    Raises SettingError for a sampler or settings without such a path, for too few sigmas, and for other `steps`.
+    """
+    flow = _predicts_flow(sampler)
+    if not sampler.takes_schedule:
+        others = [name for name, row in SAMPLERS.items() if row.takes_schedule and _predicts_flow(row) == flow]
+        raise SettingError(f"sigmas: {sampler.name} takes no noise levels; samplers that do: {', '.join(others)}")
+    if settings.get("schedule") is not None:
+        raise SettingError(f"sigmas with schedule {settings['schedule']!r}: give one of them")
+    if settings.get("use_flow_sigmas"):
+        raise SettingError("sigmas with use_flow_sigmas true: that grid takes flow_shift only; flow_euler takes sigmas")
+    if flow and (outside := [sigma for sigma in sigmas if not 0 < sigma <= 1]):
+        raise SettingError(f"sigmas: got {outside[0]:g}; {sampler.name} takes those above 0, up to 1; omit the 0 at the end")
+    made = len(sigmas) if flow else len(sigmas) - 1
+    if made < 1:
+        raise SettingError(f"sigmas: got {len(sigmas)}; {sampler.name} needs at least 2, for a step leads from one to the next")
+    if steps is not None and steps != made:
+        raise SettingError(f"steps {steps}: the {len(sigmas)} sigmas make {made} steps of {sampler.name}; omit steps")
+    return made
+
+
+def own_path(sampler: Sampler, settings: Settings, sigmas: Sequence[float], begin: int) -> Path:
+    """The Path through falling `sigmas`, without its first `begin` steps. Raises SettingError for levels that do not fall."""
+    levels = np.array(sigmas, np.float32).astype(float)  # as diffusers keeps them
+    if (low := next((low for high, low in pairwise(levels.tolist()) if low >= high), None)) is not None:
+        raise SettingError(f"sigmas: {low:g} is not below the level before it")
+    if sampler.space == "flow":
+        return flow_path(settings, levels, begin)
+    curve = Curve(settings, sampler.space)
+    points = [at_ratio(curve.time_of(sigma), sigma, sampler.space) for sigma in levels.tolist()]
+    start = ve_start(settings, levels[0]) if sampler.space == "ve" else 1.0
+    return chained(points, begin, start, curve)
+
+
+def _predicts_flow(sampler: Sampler) -> bool:
+    return bool(sampler.reads["prediction_type"] == "flow_prediction")
