@@ -14,12 +14,12 @@ from sdruntime.backends.base.engine import AMPERE_UP, PLATFORM
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.manifest import EngineSpec, Precision
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
 from sdruntime.system.cuda import Cuda, Device, devices
 from sdruntime.system.memory import available_memory
-from sdruntime.system.process import run_apart
+from sdruntime.system.process import Message, run_apart
 from sdruntime.system.sizes import parse_bytes
 
 ENDING = ".plan"
@@ -147,29 +147,33 @@ def _check_memory(request: EngineRequest, weights: int) -> None:
             )
 
 
+def build_job(bundle: Bundle, request: EngineRequest | EngineSpec) -> Message:
+    """What `worker` builds: `request`, or an engine of the bundle again. The ONNX file and the plan are for the caller to add."""
+    component = bundle.manifest.components[request.component]
+    return {
+        "backend": request.backend,
+        "component": request.component,
+        "target": request.target,
+        "precision": "fp32" if request.component == STEP else bundle.manifest.precision,
+        "inputs": {tensor.name: list(tensor.shape) for tensor in component.engine_inputs},
+        "profiles": [dict(profile) for profile in request.profiles],
+        "options": read_options(request.backend, library(request.backend), request.options, devices()),
+    }
+
+
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
     """Write `stem`.plan into `folder`. Raises EngineError with the cause that the library gave, OutOfSpace, LibraryMissing."""
     trt = library(request.backend)
     component = bundle.manifest.components[request.component]
     _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))
     plan = folder / f"{request.stem}{ENDING}"
-    precision: Precision = "fp32" if request.component == STEP else bundle.manifest.precision
-    job = {
-        "backend": request.backend,
-        "component": request.component,
-        "plan": str(plan),
-        "target": request.target,
-        "precision": precision,
-        "inputs": {tensor.name: list(tensor.shape) for tensor in component.engine_inputs},
-        "profiles": [dict(profile) for profile in request.profiles],
-        "options": read_options(request.backend, trt, request.options, devices()),
-    }
+    job = build_job(bundle, request)
     notes: tuple[str, ...]
     begun, memory, peak, notes = time.monotonic(), None, 0, ()
     with lending_onnx(bundle, component.files) as onnx:
         messages = run_apart(
             WORKER,
-            job | {"onnx": onnx},
+            job | {"onnx": onnx, "plan": str(plan)},
             what=request.stem,
             failed=EngineError,
             killed=OutOfSpace,
@@ -184,7 +188,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     return Built(
         files=(plan,),
         version=trt.__version__,
-        precision=precision,
+        precision=job["precision"],
         memory=memory,
         platform=PLATFORM,
         seconds=time.monotonic() - begun,

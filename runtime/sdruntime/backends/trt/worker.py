@@ -46,13 +46,26 @@ def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> tupl
     what the parser or the builder named as the cause, OutOfSpace.
     """
     log = messages(trt)
+    progress(Stage(name="parse"))
+    builder, network, _parser = network_from_onnx(job, trt, log)  # the parser holds the weights
+    plan = plan_from_network(job, trt, log, builder, network, progress)
+    attentions = sum(network.get_layer(index).type == trt.LayerType.SOFTMAX for index in range(network.num_layers))
+    return plan, attentions
+
+
+def network_from_onnx(job: Mapping[str, Any], trt: Any, log: Any) -> tuple[Any, Any, Any]:
+    """A builder, the network of a job's ONNX file, and the parser, which the network needs alive. Raises EngineError."""
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
-    progress(Stage(name="parse"))
     if not parser.parse_from_file(job["onnx"]):
         raise EngineError(f"{job['component']}: {_parser_error(trt, parser, log)}")
     _decompose_attentions(trt, network)
+    return builder, network, parser
+
+
+def plan_from_network(job: Mapping[str, Any], trt: Any, log: Any, builder: Any, network: Any, progress: Progress) -> Any:
+    """The serialised engine of a network under a job's settings. Raises as `plan_from_onnx` does."""
     config = builder.create_builder_config()
     _set_target(trt, config, job)
     _set_options(trt, config, job["options"])
@@ -73,8 +86,7 @@ def plan_from_onnx(job: Mapping[str, Any], trt: Any, progress: Progress) -> tupl
         raise _cause(f"{job['component']} for {job['target']}", trt, log)
     if timing is not None:
         write_cached(_timing_name(trt), memoryview(timing.serialize()))
-    attentions = sum(network.get_layer(index).type == trt.LayerType.SOFTMAX for index in range(network.num_layers))
-    return plan, attentions
+    return plan
 
 
 def _network_flags(trt: Any) -> int:
@@ -238,15 +250,20 @@ def _looks_into(job: Mapping[str, Any]) -> bool:
     return job["precision"] != "fp32" and _runs_here(job)
 
 
-def _opened(job: Mapping[str, Any], trt: Any, plan: Any, attentions: int) -> Message:
-    """What the engine itself tells, opened on its GPU: the bytes of activations that it asks for, and what its layers became."""
-    log = messages(trt)
+def opened_plan(job: Mapping[str, Any], trt: Any, log: Any, plan: Any) -> Any:
+    """The engine of a plan that this process has built. Raises EngineError."""
     runtime = trt.Runtime(log)
     if job["options"].get("version_compatible"):  # code of TensorRT's own, put there a moment ago
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"the engine that was just built cannot be opened here: {'; '.join(log.errors())}")
+    return engine
+
+
+def _told(job: Mapping[str, Any], trt: Any, plan: Any, attentions: int) -> Message:
+    """What the engine itself tells, opened on its GPU: the bytes of activations that it asks for, and what its layers became."""
+    engine = opened_plan(job, trt, messages(trt), plan)
     told: Message = {"memory": int(engine.device_memory_size_v2)}
     if _looks_into(job):
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -269,7 +286,7 @@ def work(job: Message, tell: Callable[[Message], None]) -> None:
     with disk_full_as_error(path.parent), path.open("wb") as file:
         file.write(memoryview(plan))
     if _runs_here(job):
-        tell(_opened(job, trt, plan, attentions))
+        tell(_told(job, trt, plan, attentions))
 
 
 if __name__ == "__main__":
