@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from trt.fake_network import dims, report
+from trt.fake_network import called_back, dims, report
 from trt.fake_plan import Shape, Tensor, compute, output_shapes
 from trt.memory import ALIGNMENT, POISON, Region
 from trt.streams import Work
@@ -23,6 +24,7 @@ class ExecutionContext:
         self._switch: tuple[int, list[bool]] | None = None  # the stream of the last profile switch, and whether it ran
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
+        self._allocators: dict[str, Any] = {}  # weak references: the real one holds none either
         self._memory: Region | None = None
         self._sized = False  # by update_device_memory_size_for_shapes, for the shapes as they are
         self._ready: Any = None  # the (profile, shapes) of the last run: what a capture needs
@@ -144,6 +146,30 @@ class ExecutionContext:
     def get_tensor_address(self, name: str) -> int:
         return self._addresses.get(name, 0)
 
+    def set_output_allocator(self, name: str, output_allocator: Any) -> bool:
+        if name not in [tensor.name for tensor in self._engine.plan.outputs]:
+            return self._error(f"Given invalid tensor name: {name}")
+        self._allocators[name] = weakref.ref(output_allocator)
+        return True
+
+    def _allocate_outputs(self, shapes: Mapping[str, Shape], stream_handle: int) -> None:
+        """Ask the user's allocators for the outputs that have one."""
+        for tensor in self._engine.plan.outputs:
+            if tensor.name in self._allocators:
+                allocator, size = self._allocators[tensor.name](), max(tensor.bytes_of(shapes[tensor.name]), 1)
+                if allocator is None:
+                    raise Strictness(f"the allocator of {tensor.name} was deleted")
+                ask = functools.partial(called_back, self._trt, "IOutputAllocator")
+                address = ask("reallocate_output_async", allocator, tensor.name, 0, size, ALIGNMENT, stream_handle)
+                ask("notify_shape", allocator, tensor.name, dims(self._trt, shapes[tensor.name]))
+                self._addresses[tensor.name] = address
+
+    def set_all_tensors_debug_state(self, flag: bool) -> bool:
+        return True
+
+    def set_debug_listener(self, listener: Any) -> bool:
+        return True
+
     def _region(self, tensor: Tensor, shape: Shape) -> Region:
         if not self._addresses.get(tensor.name):
             raise Strictness(f"no address is set of {tensor.name}")
@@ -170,6 +196,7 @@ class ExecutionContext:
         if self._switch is not None and self._switch[0] != stream_handle and not self._switch[1]:
             raise Strictness("the profile is still being switched on another stream")
         shapes, outputs = self._inputs(), self._outputs()
+        self._allocate_outputs(outputs, stream_handle)
         reads = {tensor: self._region(tensor, shapes[tensor.name]) for tensor in plan.inputs}
         writes = {tensor: self._region(tensor, outputs[tensor.name]) for tensor in plan.outputs}
         scratch = self._scratch()

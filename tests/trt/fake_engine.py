@@ -148,6 +148,9 @@ class Engine:
     def is_shape_inference_io(self, name: str) -> bool:
         return False
 
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return None
+
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
         if name not in [tensor.name for tensor in self.plan.inputs]:
             raise Strictness(f"{name!r} is no input: only inputs have ranges")

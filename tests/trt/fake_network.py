@@ -5,6 +5,7 @@ A behaviour is made with the module that it belongs to (`trt`), and has the memb
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from pathlib import Path
@@ -165,10 +166,14 @@ class OnnxParser:
 
 
 class NetworkTensor:
-    def __init__(self, trt: Any, tensor: Tensor, *, is_input: bool) -> None:
-        self._tensor, self.name = tensor, tensor.name
+    def __init__(self, trt: Any, tensor: Tensor, network: Network) -> None:
+        self._tensor, self._network, self.name = tensor, network, tensor.name
         self.shape, self.dtype = dims(trt, tensor.dims), trt.enum("DataType", tensor.dtype)
-        self.is_network_input, self.is_network_output, self.is_shape_tensor = is_input, not is_input, False
+        self.is_network_input, self.is_shape_tensor = tensor in network.inputs, False
+
+    @property
+    def is_network_output(self) -> bool:
+        return self._tensor in self._network.outputs
 
     def get_dimension_name(self, index: int) -> str | None:
         dim = self._tensor.shape[index]
@@ -183,8 +188,18 @@ class Attention:
 class Layer:
     """A layer. `attention` is there for the first of the two that an Attention becomes, seen as IAttentionInputLayer."""
 
-    def __init__(self, trt: Any, name: str, kind: str, attention: Any = None) -> None:
-        self.name, self.type, self.attention = name, trt.enum("LayerType", kind), attention
+    def __init__(self, network: Network, kind: str, node: Any, attention: Any = None) -> None:
+        self._network, self._inputs, self._outputs = network, list(node.input), list(node.output)
+        self.name, self.type, self.attention = node.name, network._trt.enum("LayerType", kind), attention
+
+    num_inputs = property(lambda self: len(self._inputs))
+    num_outputs = property(lambda self: len(self._outputs))
+
+    def get_input(self, index: int) -> Any:
+        return self._network.tensor(self._inputs[index])
+
+    def get_output(self, index: int) -> Any:
+        return self._network.tensor(self._outputs[index])
 
 
 class Network:
@@ -207,23 +222,60 @@ class Network:
             if node.op_type == "Attention":
                 attention = self._trt.make("IAttention", Attention())
                 self.attentions.append(attention)
-                self.layers.append(Layer(self._trt, node.name, "ATTENTION_INPUT", attention))
-                self.layers.append(Layer(self._trt, node.name, "ATTENTION_OUTPUT"))
+                self.layers.append(Layer(self, "ATTENTION_INPUT", node, attention))
+                self.layers.append(Layer(self, "ATTENTION_OUTPUT", node))
             else:
-                self.layers.append(Layer(self._trt, node.name, _LAYERS.get(node.op_type, "ELEMENTWISE")))
+                self.layers.append(Layer(self, _LAYERS.get(node.op_type, "ELEMENTWISE"), node))
 
     num_inputs = property(lambda self: len(self.inputs))
     num_outputs = property(lambda self: len(self.outputs))
     num_layers = property(lambda self: len(self.layers))
 
     def get_input(self, index: int) -> Any:
-        return self._item("ITensor", [NetworkTensor(self._trt, tensor, is_input=True) for tensor in self.inputs], index)
+        return self._item("ITensor", [NetworkTensor(self._trt, tensor, self) for tensor in self.inputs], index)
 
     def get_output(self, index: int) -> Any:
-        return self._item("ITensor", [NetworkTensor(self._trt, tensor, is_input=False) for tensor in self.outputs], index)
+        return self._item("ITensor", [NetworkTensor(self._trt, tensor, self) for tensor in self.outputs], index)
 
     def get_layer(self, index: int) -> Any:
         return self._item("ILayer", self.layers, index)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, arg0: int) -> Any:
+        if not 0 <= arg0 < len(self.layers):
+            raise IndexError("Out of bounds")
+        return self.get_layer(arg0)
+
+    def tensor(self, name: str) -> Any:
+        """By name; None for an optional one that is not there."""
+        return self._trt.make("ITensor", NetworkTensor(self._trt, self._tensors[name], self)) if name in self._tensors else None
+
+    def mark_output(self, tensor: Any) -> None:
+        if tensor.is_network_output:
+            raise Strictness(f"{tensor.name} is an output already")
+        self._end_with([*self.outputs, self._tensors[tensor.name]])
+
+    def unmark_output(self, tensor: Any) -> None:
+        self._end_with([each for each in self.outputs if each.name != tensor.name])
+
+    def _end_with(self, outputs: list[Tensor]) -> None:
+        import onnx
+
+        self.outputs = outputs
+        proto = onnx.load_model_from_string(self.onnx)
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in outputs)
+        self.onnx = proto.SerializeToString(deterministic=True)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that are no weights, by name."""
+        import onnx
+
+        graph = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(self.onnx)).graph
+        return {value.name: tensor_from_onnx(value) for value in (*graph.input, *graph.value_info, *graph.output)}
 
     def _item(self, name: str, items: list[Any], index: int) -> Any:
         if not 0 <= index < len(items):

@@ -24,7 +24,10 @@ from trt.surface import Class, Member, Surface
 
 BEHAVIOUR: dict[str, type] = {**NETWORK, **BUILD, **ENGINE, **REFIT}
 _AS_EVER = object()
-_SUBCLASSED = ("ILogger", "IProgressMonitor", "IStreamReader", "IStreamReaderV2", "IStreamWriter", "IOutputAllocator")
+_SUBCLASSED = (
+    *("ILogger", "IProgressMonitor", "IStreamReader", "IStreamReaderV2", "IStreamWriter", "IOutputAllocator"),
+    "IDebugListener",
+)
 
 
 class FakeTensorRT(types.ModuleType):
