@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from places import ROOT
+
 HEAVY = {
     "torch",
     "diffusers",
@@ -58,3 +60,14 @@ def test_sdexport_help_loads_click_and_nothing_heavy() -> None:
 
 def test_a_heavy_import_would_be_found() -> None:
     assert "onnxruntime" in third_party(loaded("import onnxruntime"))
+
+
+def test_a_walk_of_layers_loads_no_torch() -> None:
+    code = "import sdexport.verification.walk, sdexport.verification.layers"
+    assert third_party(loaded(code)) & HEAVY == {"onnx", "polygraphy"}
+
+
+def test_sdruntime_never_names_polygraphy() -> None:
+    """Its loader lets an engine run code."""
+    sources = (ROOT / "runtime" / "sdruntime").rglob("*.py")
+    assert [path for path in sources if "polygraphy" in path.read_text(encoding="utf-8").lower()] == []

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="Compare with this checkpoint, the bundle's own, run in PyTorch.")
-@click.option("--bisect", "bisects", is_flag=True, help="For each failing component, name the first node that is too far off.")
+@click.option(
+    "--bisect",
+    "bisects",
+    is_flag=True,
+    help="Name the first node that is too far off, of each ONNX and TensorRT engine that fails.",
+)
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights of MODEL. Only for a checkpoint that you trust.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the images side by side.")
 @shared
@@ -38,6 +43,7 @@ def verify(
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.cli.verify import watched
     from sdruntime.errors import VerificationFailed
+    from sdruntime.system.events import finish
     from sdruntime.verification.html import write_page
     from sdruntime.verification.verify import report_of
     from sdruntime.verification.verify import verify as checks
@@ -51,8 +57,8 @@ def verify(
         checked = watched(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")
         if bisects:
-            reporter.show("bisect")
-            report = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
+            walk = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)
+            report = finish(walk, lambda stage: reporter.show("bisect", stage.name, done=stage.done, total=stage.total))
     if html is not None:
         write_page(report, html)
     if not as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from sdexport.checkpoint.hub import locate
 from sdexport.errors import CheckpointError, ExportError, ProcessKilled
 from sdexport.verification.golden import Reference, checkpoint_hash, opened
 from sdruntime.arrays import Array
+from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import LibraryMissing, VerificationFailed
 from sdruntime.system.process import run_apart
@@ -65,15 +66,28 @@ def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = Fal
     return checkpoint
 
 
-def first_nodes(bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow_pickle: bool = False) -> Report:
-    """The report with a note for each component whose ONNX failed: the first node of it that leaves the tolerance."""
+def first_nodes(
+    bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow_pickle: bool = False
+) -> Generator[Stage, None, Report]:
+    """Return the report with a note for each failing ONNX, and for each failing TensorRT engine of an ONNX that passes: its first
+    node that leaves the tolerance."""
     from sdexport.verification.bisect import bisect
+    from sdexport.verification.walk import has_layers
 
-    failed = dict.fromkeys(each.component for each in report.checks if each.status == "fail" and each.engine == ITS_ONNX)
-    found = [bisect(bundle, checkpoint, component, allow_pickle=allow_pickle).line() for component in failed]
-    if not report.passed and not failed:
-        found = ["every node of the ONNX is within the limits: an engine built from it fails"]
-    return dataclasses.replace(report, notes=(*report.notes, *found))
+    failed: dict[tuple[str, str], str] = {}  # (component, engine) -> its first failing case
+    for check in report.checks:
+        if check.status == "fail" and check.case:
+            failed.setdefault((check.component, check.engine), check.case)
+    layered = {engine.name: engine for engine in bundle.manifest.engines if has_layers(engine)}
+    notes = []
+    for (component, name), case in failed.items():
+        if name == ITS_ONNX or (name in layered and (component, ITS_ONNX) not in failed):
+            engine = layered.get(name)
+            finding = yield from bisect(bundle, checkpoint, component, case, engine=engine, allow_pickle=allow_pickle)
+            notes.append(finding.line())
+    if not report.passed and not notes:
+        notes = ["no component's ONNX fails: the fault is in an engine whose layers cannot be compared, or in the pipeline"]
+    return dataclasses.replace(report, notes=(*report.notes, *notes))
 
 
 def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | ImageCheck]:

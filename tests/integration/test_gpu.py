@@ -6,22 +6,30 @@ makes its absence a failure. SHAPES=BUNDLE:BUNDLE (fp32 and fp16) stands in for 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import SHAPES, proved_bundle, scale, walk_job
 
 from benchmarks.gpu import gate, tasks
 from benchmarks.gpu.check import cpu_pictures, faults
 from benchmarks.gpu.report import PROMPT
 from sdexport.bench import diffusers as reference
+from sdexport.verification.walk import Finding
+from sdruntime.backends import registry
 from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import SdruntimeError
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.system.cuda import devices
+from sdruntime.system.events import finish
+from sdruntime.system.process import run_apart
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ("fp32", "fp16")
@@ -79,3 +87,22 @@ def test_a_backend_draws_the_cpus_pictures(
 def test_a_device_that_is_not_there_is_refused(shapes: dict[str, Path]) -> None:
     with pytest.raises(SdruntimeError), Pipeline.open(shapes["fp32"], options=EngineOptions(device=len(devices()))):
         pass
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_layer_of_an_engine_that_differs_is_named(backend: str, tmp_path: Path) -> None:
+    if (missing := registry.backend(backend).here().missing) and backend not in gate.required():
+        pytest.skip(missing)
+    bundle = proved_bundle(tmp_path / "bundle")
+    unet = Path(shutil.copytree(bundle / "unet", tmp_path / "unet")) / "model.onnx"
+    scale(bundle, "part", 1.5)
+    finish(build_engines(bundle, BuildRequest(backend=backend, components=("unet",), **SHAPES)))  # type: ignore[arg-type]
+    assert walked(bundle, bundle / "unet" / "model.onnx").output == ""
+    assert walked(bundle, unet).output == "some"
+
+
+def walked(bundle: Path, reference: Path) -> Finding:
+    """In a process of its own, as `sdexport verify --bisect` has it."""
+    job = dataclasses.asdict(walk_job(bundle, reference))
+    messages = run_apart("sdexport.verification.walk", job, what="walk", failed=SdruntimeError, killed=SdruntimeError, advice="")
+    return next(Finding(**message["finding"]) for message in messages if "finding" in message)

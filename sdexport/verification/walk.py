@@ -1,0 +1,199 @@
+"""The first node of a component whose output leaves the tolerance, beside the float32 graph of its checkpoint.
+
+Both graphs come of one trace, so a tensor has the same name in both. Outputs are marked some at a time, in the order of the
+nodes: memory is that of the marked outputs, and the walk ends where the first one is too far away.
+
+Run as `python -m sdexport.verification.walk`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends.base.building import Stage
+from sdruntime.backends.base.feeds import filled
+from sdruntime.backends.ort.weights import lending_onnx
+from sdruntime.backends.trt.library import FLAVOURS
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.errors import OutOfSpace, SdruntimeError
+from sdruntime.system.events import finish
+from sdruntime.system.process import Message, serve
+from sdruntime.verification.golden import Case, read_golden
+from sdruntime.verification.metrics import Difference
+from sdruntime.verification.tolerance import Tolerance, tolerance_name
+from sdruntime.verification.verify import component_faults
+
+if TYPE_CHECKING:
+    from sdexport.verification.layers import EngineLayers, OnnxLayers
+
+AT_ONCE = 48  # marked outputs of a run
+_LARGEST = {"fp16": 65504.0}  # beyond which a mask's −inf need not agree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkJob:
+    """`reference`: the path of the float32 graph. `case`: the reference case whose inputs are fed. `engine`, `backend`: the name
+    of one of the bundle's engines and its backend; "" for the bundle's own ONNX."""
+
+    bundle: str
+    reference: str
+    component: str
+    case: str
+    engine: str = ""
+    backend: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """The first of `count` nodes that leaves the tolerance; `output` empty: none does."""
+
+    component: str
+    case: str
+    count: int
+    engine: str = ""
+    node: str = ""
+    op: str = ""
+    output: str = ""
+    place: int = 0
+    reason: str = ""
+
+    def line(self) -> str:
+        where = " ".join(filter(None, (self.component, self.engine, self.case)))
+        if self.output:
+            return (
+                f"{where}: node {self.place} of {self.count} is the first to leave the tolerance: "
+                f"{self.op} {self.node} -> {self.output}: {self.reason}"
+            )
+        if self.engine:
+            return (
+                f"{where}: all of {self.count} nodes hold in an engine whose outputs they are: the fault is in how TensorRT "
+                "fuses them, which outputs prevent"
+            )
+        return f"{where}: all of {self.count} nodes hold"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one output, for Polygraphy: true where it holds."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def has_layers(engine: EngineSpec) -> bool:
+    """Whether an engine can be built again with tensors from within as outputs."""
+    return engine.backend in FLAVOURS
+
+
+def walk(job: WalkJob) -> Generator[Stage, None, Finding]:
+    """Yield how many nodes hold so far. Raises LibraryMissing, and what building an engine raises."""
+    from sdexport.verification.layers import EngineLayers, OnnxLayers
+
+    bundle = Bundle.open(job.bundle)
+    golden, _ = read_golden(bundle)
+    component = bundle.manifest.components[job.component]
+    case = next(each for each in golden.cases if (each.component, each.name) == (job.component, job.case))
+    feeds = filled(component, case.dims, case.feeds(component))
+    ours, reference = OnnxLayers(bundle.folder / component.onnx), OnnxLayers(Path(job.reference))
+    shared = {name: node for name, node in ours.nodes.items() if name in reference.nodes}
+    if not job.engine:
+        limits = golden.tolerances[bundle.manifest.precision], bundle.manifest.precision
+        return (yield from _walked(job, shared, ours, reference, feeds, *limits))
+    engine = next(each for each in bundle.manifest.engines if each.name == job.engine)
+    profile, feeds = _call_of(engine, case, feeds)
+    with lending_onnx(bundle, component.files) as path:
+        layers = EngineLayers(bundle, engine, path, profile=profile)
+        shared = {name: node for name, node in shared.items() if name in layers.nodes}
+        limits = golden.tolerances[tolerance_name(engine)], engine.precision
+        return (yield from _walked(job, shared, layers, reference, feeds, *limits))
+
+
+def _walked(
+    job: WalkJob,
+    nodes: Mapping[str, Any],
+    ours: OnnxLayers | EngineLayers,
+    reference: OnnxLayers,
+    feeds: Mapping[str, Array],
+    tolerance: Tolerance,
+    precision: str,
+) -> Generator[Stage, None, Finding]:
+    from polygraphy.comparator import Comparator
+
+    def verdicts(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Verdict]:
+        return {name: Verdict(_apart(array, other[name], tolerance, precision)) for name, array in one.items()}
+
+    names = list(nodes)
+    finding = Finding(component=job.component, case=job.case, engine=job.engine, count=len(names))
+    for first in range(0, len(names), AT_ONCE):
+        yield Stage(name=f"{job.component} {job.engine}".strip(), done=first, total=len(names))
+        marked = names[first : first + AT_ONCE]
+        results = Comparator.run([ours.runner(marked), reference.runner(marked)], data_loader=[feeds])
+        (compared,) = Comparator.compare_accuracy(results, compare_func=verdicts)
+        ((verdict_of,),) = compared.values()  # one pair of runners, fed once
+        for place, name in enumerate(marked, start=first + 1):
+            if reason := verdict_of[name].reason:
+                node = nodes[name]
+                return dataclasses.replace(
+                    finding, node=node.name or name, op=node.op_type, output=name, place=place, reason=reason
+                )
+    return finding
+
+
+def _call_of(engine: EngineSpec, case: Case, feeds: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
+    """The profile of an engine that takes a case's sizes, and its inputs with as many rows as that takes."""
+    profile = engine.admitting(**{name: size for name, size in case.dims.items() if name != "batch"})[0]
+    low, _, high = engine.profiles[profile]["batch"]
+    rows = min(max(case.dims["batch"], low), high)
+    return profile, {name: np.resize(array, (rows, *array.shape[1:])) for name, array in feeds.items()}
+
+
+def _apart(one: Array, other: Array, tolerance: Tolerance, precision: str) -> str:
+    if other.dtype.kind != "f" or one.dtype.kind != "f":
+        return ""
+    if one.shape != other.shape:
+        return f"shape {list(one.shape)}, not {list(other.shape)}"
+    limit = _LARGEST.get(precision, np.inf)
+    ours, reference = (np.clip(each.astype(np.float64), -limit, limit) for each in (one, other))
+    if not np.isfinite(reference).all():  # a mask of −inf; whatever follows from it is finite
+        return ""
+    if not np.isfinite(ours).all():
+        return f"{np.count_nonzero(~np.isfinite(ours)):,} of {ours.size:,} numbers are NaN or infinite"
+    if ours.size == 0:
+        return ""
+    return "; ".join(component_faults(Difference.of(ours, reference, float(np.abs(reference).max())), tolerance))
+
+
+def _prepare_polygraphy(backend: str) -> None:
+    """Set what Polygraphy reads of its environment, before it is imported: the TensorRT that it drives, and where libcudart is.
+
+    It looks in LD_LIBRARY_PATH and in the wheel of CUDA 12; the wheel of CUDA 13 has another folder.
+    """
+    flavour = FLAVOURS.get(backend)
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour is not None and flavour.ahead))
+    wheels = [str(folder) for place in sys.path for folder in sorted(Path(place).glob("nvidia/cu[0-9]*/lib"))]
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (os.environ.get("LD_LIBRARY_PATH"), *wheels)))
+
+
+def _work(job: Message, tell: Callable[[Message], None]) -> None:
+    _prepare_polygraphy(job["backend"])
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    finding = finish(walk(WalkJob(**job)), lambda stage: tell({"stage": dataclasses.asdict(stage)}))
+    tell({"finding": dataclasses.asdict(finding)})
+
+
+if __name__ == "__main__":
+    serve(_work, errors=(SdruntimeError,), memory=OutOfSpace("out of memory: free some, or verify on a larger machine"))
