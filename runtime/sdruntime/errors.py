@@ -41,7 +41,7 @@ def shown(value: object, most: int = 40) -> str:
     """Return a value as an error's text shows it: not all of a long one, and no failure for a number of 5,000 digits."""
     try:
         text = repr(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else type(value).__name__
     return text if len(text) <= most else f"{text[:most]}…"
 

@@ -237,7 +237,7 @@ def _option_faults(document: Mapping[str, Any]) -> Iterator[str]:
     tables = document.get("engines")
     for index, table in enumerate(tables if isinstance(tables, list) else []):
         name = table.get("backend") if isinstance(table, dict) else None
-        if name not in BACKENDS:
+        if not isinstance(name, str) or name not in BACKENDS:
             continue
         known, where = BACKENDS[name].options, f"engines[{index}]"
         components = table.get("components")

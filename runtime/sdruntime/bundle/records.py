@@ -130,7 +130,7 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         return (
             value
             if any(value == each and type(value) is type(each) for each in args)
-            else _fault(faults, where, f"{value!r} is not one of {', '.join(map(str, args))}")
+            else _fault(faults, where, f"{shown(value)} is not one of {', '.join(map(str, args))}")
         )
     if origin in (Union, types.UnionType):
         return _read_union(args, value, where, faults)
