@@ -214,7 +214,7 @@ engines[1].options.optimization_level: got 9; expected 0 (quickest build) to 5
         (HEAD + "[[engines]]\nbackend = 1979-05-27", ['engines[0].backend: expected text, got "1979-05-27"']),
         (HEAD + "[[engines]]\nbackend = 0x" + "f" * 5000, ["engines[0].backend: expected text, got a number of 20,000 bits"]),
         (HEAD + "[[engines]]\nbackend = {}", ["engines[0].backend: expected text, got {}"]),
-        (HEAD + "precision = 0x" + "f" * 5000, ["precision: a number of 20,000 bits is not one of "]),
+        (HEAD + "precision = 0x" + "f" * 5000, ["precision: a number of 20,000 bits is not one of ", "engines: missing"]),
     ],
 )
 def test_other_faults(text: str, told: list[str], tmp_path: Path) -> None:
