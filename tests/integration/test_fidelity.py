@@ -133,6 +133,18 @@ def test_image_to_image(both: tuple[Reference, Pipeline], name: str, strength: f
     assert_same_picture(picture, theirs, decoded, theirs_float)
 
 
+@pytest.mark.parametrize("strength", [None, 0.6])
+def test_own_sigmas(both: tuple[Reference, Pipeline], strength: float | None) -> None:
+    reference, pipe = both
+    height, width = pipe.model.default_size
+    noise = np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8)
+    start = {} if strength is None else {"image": noise, "strength": strength}
+    common = {"seed": 9, "sigmas": [14.6146, 8.0, 4.5, 2.25, 1.1, 0.5, 0.15, 0.0], **start}
+    theirs, theirs_float = reference.draw(PROMPT, scheduler="EulerDiscreteScheduler", guidance_scale=5.0, **common)
+    picture, decoded = ours(pipe, PROMPT, sampler="euler", guidance=5.0, **common)
+    assert_same_picture(picture, theirs, decoded, theirs_float)
+
+
 def test_without_a_negative_prompt_and_without_guidance(both: tuple[Reference, Pipeline]) -> None:
     reference, pipe = both
     for guidance in (7.5, 1.0):
