@@ -62,11 +62,6 @@ def test_a_heavy_import_would_be_found() -> None:
     assert "onnxruntime" in third_party(loaded("import onnxruntime"))
 
 
-def test_a_walk_of_layers_loads_no_torch() -> None:
-    code = "import sdexport.verification.walk, sdexport.verification.layers"
-    assert third_party(loaded(code)) & HEAVY == {"onnx", "polygraphy"}
-
-
 def test_sdruntime_never_names_polygraphy() -> None:
     """Its loader lets an engine run code."""
     sources = (ROOT / "runtime" / "sdruntime").rglob("*.py")

@@ -76,20 +76,20 @@ class Finding:
             )
         if self.engine:
             return (
-                f"{where}: all of {self.count} nodes hold in an engine whose outputs they are: the fault is in how TensorRT "
-                "fuses them, which outputs prevent"
+                f"{where}: all of {self.count} nodes hold while they are outputs, which TensorRT does not fuse across: "
+                "the fault is probably in a fusion"
             )
         return f"{where}: all of {self.count} nodes hold"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Of one output, for Polygraphy: true where it holds."""
+class Fault:
+    """What is wrong with an output. It is false, as Polygraphy has it of an output that does not match."""
 
     reason: str
 
     def __bool__(self) -> bool:
-        return not self.reason
+        return False
 
 
 def has_layers(engine: EngineSpec) -> bool:
@@ -131,8 +131,10 @@ def _walked(
 ) -> Generator[Stage, None, Finding]:
     from polygraphy.comparator import Comparator
 
-    def verdicts(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Verdict]:
-        return {name: Verdict(_apart(array, other[name], tolerance, precision)) for name, array in one.items()}
+    def faults(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Fault]:
+        """Without the outputs that hold: Polygraphy takes statistics of each that it is told."""
+        reasons = ((name, _apart(array, other[name], tolerance, precision)) for name, array in one.items())
+        return {name: Fault(reason) for name, reason in reasons if reason}
 
     names = list(nodes)
     finding = Finding(component=job.component, case=job.case, engine=job.engine, count=len(names))
@@ -140,14 +142,14 @@ def _walked(
         yield Stage(name=f"{job.component} {job.engine}".strip(), done=first, total=len(names))
         marked = names[first : first + AT_ONCE]
         results = Comparator.run([ours.runner(marked), reference.runner(marked)], data_loader=[feeds])
-        (compared,) = Comparator.compare_accuracy(results, compare_func=verdicts)
-        ((verdict_of,),) = compared.values()  # one pair of runners, fed once
-        for place, name in enumerate(marked, start=first + 1):
-            if reason := verdict_of[name].reason:
-                node = nodes[name]
-                return dataclasses.replace(
-                    finding, node=node.name or name, op=node.op_type, output=name, place=place, reason=reason
-                )
+        (compared,) = Comparator.compare_accuracy(results, compare_func=faults)
+        ((found,),) = compared.values()  # one pair of runners, fed once
+        if found:
+            name = min(found, key=names.index)
+            node, place = nodes[name], names.index(name) + 1
+            return dataclasses.replace(
+                finding, node=node.name or name, op=node.op_type, output=name, place=place, reason=found[name].reason
+            )
     return finding
 
 

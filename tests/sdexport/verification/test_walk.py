@@ -71,7 +71,7 @@ def test_a_layer_that_an_engine_computes_wrongly_is_named(
     monkeypatch.setattr("sdexport.verification.walk.AT_ONCE", 3)
     sound = finish(walk(walk_job(built, reference)))
     assert (sound.output, sound.count) == ("", 7)
-    assert sound.line().startswith(f"unet {engine.name} small: all of 7 nodes hold in an engine whose outputs they are")
+    assert sound.line().startswith(f"unet {engine.name} small: all of 7 nodes hold while they are outputs, which TensorRT does")
 
     compute = fake_context.compute
 
