@@ -1,10 +1,10 @@
-"""What is needed of CUDA, by ctypes on the NVIDIA driver (libcuda): devices, memory, streams, events, graphs.
+"""Call the CUDA driver (libcuda) with ctypes: devices, memory, streams, events, graphs.
 
-The driver is there wherever a GPU can be used, so nothing more is installed or searched for, and its functions keep their ABI.
-Work happens in the device's primary context, which the CUDA runtime inside TensorRT, ONNX Runtime and torch uses as well, and on
-streams that do not wait for the legacy default stream. Nothing here synchronises or resets a whole device.
+The driver is installed wherever a GPU can be used, so no other library is needed, and its functions keep their ABI. Work happens
+in the device's primary context, which the CUDA runtime inside TensorRT, ONNX Runtime and torch also uses, on streams that do not
+wait for the legacy default stream. No function of this module synchronises or resets a whole device.
 
-Reference: NVIDIA, CUDA Driver API. Functions with a suffix (_v2) are what cuda.h's plain names stand for.
+Reference: NVIDIA, CUDA Driver API. cuda.h maps the plain names to the functions with a suffix (_v2).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _NON_BLOCKING, _NO_TIMING = 1, 2  # CU_STREAM_NON_BLOCKING, CU_EVENT_DISABLE_TIM
 _DEFAULT_STREAMS = (0, 1, 2)  # none, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _OUT_OF_MEMORY, _NOT_READY = 2, 600
-ALIGNMENT = 256  # bytes: what TensorRT asks of every address
+ALIGNMENT = 256  # bytes: TensorRT requires it of every address
 
 
 class CudaError(SdruntimeError):
-    """A call of the driver failed: its name, and the error's name and text."""
+    """A driver call failed. The message has the function's name, and the error's name and text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A GPU, in the order of CUDA_VISIBLE_DEVICES. `memory`: bytes in all; `integrated`: it shares the system's memory."""
+    """A GPU. `memory`: total bytes; `integrated`: it shares the system's memory; `uuid`: 32 hexadecimal digits."""
 
     name: str
     capability: tuple[int, int]
@@ -51,13 +51,13 @@ class Device:
 
     @property
     def target(self) -> str:
-        """Its compute capability as engines name it: "sm89"."""
+        """The compute capability as engines name it, such as "sm89"."""
         return f"sm{self.capability[0]}{self.capability[1]}"
 
 
 @functools.cache
 def load_driver() -> Any:
-    """The driver's library, or None if it is missing or does not start (then there is no GPU to use)."""
+    """Return the driver's library, or None if it is missing or fails to initialise (then no GPU can be used)."""
     for name in DRIVERS:
         with contextlib.suppress(OSError):
             driver = ctypes.CDLL(name)
@@ -67,7 +67,7 @@ def load_driver() -> Any:
 
 @functools.cache
 def devices() -> tuple[Device, ...]:
-    """The GPUs that this process sees; nothing is allocated and no context is made."""
+    """Return the GPUs that this process sees, in the order of CUDA_VISIBLE_DEVICES. Allocates nothing and creates no context."""
     driver = load_driver()
     count = c_int()
     if driver is None or driver.cuDeviceGetCount(byref(count)):
@@ -76,21 +76,21 @@ def devices() -> tuple[Device, ...]:
 
 
 def check_device(index: int) -> None:
-    """Raises DeviceMissing where this process sees no GPU with this number."""
+    """Check that this process sees a GPU with this number. Raises DeviceMissing if it does not."""
     if load_driver() is None:
         raise DeviceMissing(
             f"no NVIDIA driver: {' and '.join(DRIVERS)} cannot be loaded from the system's library path: "
             "install the driver (`nvidia-smi` must list the GPU), or use --backend onnxruntime on the CPU"
         )
-    found = [each.name for each in devices()]
-    if not 0 <= index < len(found):
-        shown = f"{len(found)} ({', '.join(found)}), counted from 0" if found else "none"
+    names = [device.name for device in devices()]
+    if not 0 <= index < len(names):
+        shown = f"{len(names)} ({', '.join(names)}), counted from 0" if names else "none"
         raise DeviceMissing(f"device {index}: the driver shows {shown}; CUDA_VISIBLE_DEVICES may hide some")
 
 
 def device_index(device: int | str) -> int:
-    """The number of a GPU that is told by it (1, "1", "cuda:1") or by its UUID ("GPU-…" as `nvidia-smi -L` prints it, or how that
-    begins). Raises SettingError for another form, DeviceMissing."""
+    """Return the number of a GPU, given as a number (1, "1", "cuda:1") or as a UUID ("GPU-…" as `nvidia-smi -L` prints it, or its
+    beginning). Raises SettingError for any other form, DeviceMissing if there is no such GPU."""
     text = str(device).strip().lower()
     number = text.removeprefix("cuda:")
     if number.isdecimal():
@@ -100,11 +100,11 @@ def device_index(device: int | str) -> int:
     digits = text.removeprefix("gpu-").replace("-", "")
     if not re.fullmatch("[0-9a-f]{4,32}", digits):
         raise SettingError(f"device {device!r}: expected a number, cuda:NUMBER, or a UUID as `nvidia-smi -L` prints it")
-    found = [index for index, each in enumerate(devices()) if each.uuid.startswith(digits)]
-    if len(found) != 1:
-        shown = ", ".join(f"GPU-{each.uuid}" for each in devices()) or "none"
-        raise DeviceMissing(f"device {device!r}: {len(found)} GPUs have a UUID that begins with it; available: {shown}")
-    return found[0]
+    matches = [index for index, gpu in enumerate(devices()) if gpu.uuid.startswith(digits)]
+    if len(matches) != 1:
+        shown = ", ".join(f"GPU-{gpu.uuid}" for gpu in devices()) or "none"
+        raise DeviceMissing(f"device {device!r}: {len(matches)} GPUs have a UUID that begins with it; available: {shown}")
+    return matches[0]
 
 
 def _device(driver: Any, index: int) -> Device:
@@ -131,7 +131,7 @@ def _device(driver: Any, index: int) -> Device:
 
 
 class Cuda:
-    """One device's primary context, held from `open` to `close`. `use` makes it the calling thread's; every method does so."""
+    """One device's primary context, retained from `open` to `close`. Every method makes it the calling thread's."""
 
     def __init__(self, driver: Any, index: int) -> None:
         self._driver, self.index, self.device = driver, index, _device(driver, index)
@@ -141,13 +141,16 @@ class Cuda:
 
     @classmethod
     def open(cls, index: int = 0) -> Cuda:
-        """Raises DeviceMissing where there is no such device."""
+        """Open a device. Raises DeviceMissing if it does not exist."""
         check_device(index)
         return cls(load_driver(), index)
 
     def call(self, name: str, *arguments: Any, needs: str = "", free: Callable[[], int] | None = None) -> None:
-        """Call a function of the driver. Raises OutOfSpace for too little memory, with what it `needs` and what is free of the
-        device's or of another; CudaError for what else it returns."""
+        """Call a driver function.
+
+        Raises OutOfSpace if memory is short, with the text `needs` and the free bytes: those that `free` returns, by default the
+        device's. Raises CudaError for any other error code.
+        """
         code = getattr(self._driver, name)(*arguments)
         if code == _OUT_OF_MEMORY:
             raise OutOfSpace(
@@ -159,15 +162,18 @@ class Cuda:
             raise CudaError(f"{name} failed on device {self.index}: {self.error(code)}")
 
     def release(self, name: str, *arguments: Any) -> None:
-        """Call what gives something back, or waits for work that nobody wants any more. It never raises: what the driver answers
-        is an error of work before, and must not hide that, or keep others from being released."""
+        """Call a driver function that frees a resource, or waits for abandoned work. Never raises.
+
+        An error code would report a failure of earlier work; it must not hide that failure or stop other resources from being
+        released.
+        """
         try:
             self._driver.cuCtxSetCurrent(self._context)
         finally:  # Ctrl-C may come in between
             getattr(self._driver, name)(*arguments)
 
     def error(self, code: int) -> str:
-        """The name and the text of an error code."""
+        """Return the name and the text of an error code."""
         texts = []
         for function in ("cuGetErrorName", "cuGetErrorString"):
             text = c_char_p()
@@ -176,26 +182,29 @@ class Cuda:
         return f"{texts[0]} ({code}): {texts[1]}"
 
     def use(self) -> None:
+        """Make the context current on the calling thread."""
         self.call("cuCtxSetCurrent", self._context)
 
     def free_memory(self) -> int:
-        """Bytes that can still be allocated. An integrated GPU can have what the system can give up, caches included."""
+        """Return the bytes that can still be allocated. An integrated GPU can also have memory of the system's caches."""
         self.use()
         free, total = c_size_t(), c_size_t()
         self.call("cuMemGetInfo_v2", byref(free), byref(total))
         return max(free.value, available_memory()) if self.device.integrated else free.value
 
     def allocate(self, size: int, what: str) -> Buffer:
-        """`size` bytes of device memory. Raises OutOfSpace with what was needed and what is free."""
+        """Allocate `size` bytes of device memory for `what`. Raises OutOfSpace with the needed and the free bytes."""
         self.use()
         pointer = c_void_p()
         self.call("cuMemAlloc_v2", byref(pointer), c_size_t(max(size, 1)), needs=f"{what}: {size:,} bytes are needed")
         return Buffer(self, pointer.value or 0, size)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Pinned:
+        """Allocate an array in page-locked host memory. Raises OutOfSpace."""
         return Pinned(self, shape, np.dtype(dtype))
 
     def stream(self) -> Stream:
+        """Create a stream."""
         self.use()
         handle = c_void_p()
         self.call("cuStreamCreate", byref(handle), c_uint(_NON_BLOCKING))
@@ -228,7 +237,7 @@ class Buffer:
 
 
 class Pinned:
-    """An array in host memory that the device reads and writes at once (page-locked), until `close`."""
+    """An array in page-locked host memory, which the device reads and writes directly, until `close`."""
 
     __slots__ = ("_cuda", "_pointer", "array")
 
@@ -236,7 +245,7 @@ class Pinned:
         size = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         self._cuda, pointer = cuda, c_void_p()
         cuda.use()
-        needs = f"an array that lies in the system's memory: {size:,} bytes are needed, page-locked for work"
+        needs = f"an array in the system's memory: {size:,} page-locked bytes are needed"
         cuda.call("cuMemHostAlloc", byref(pointer), c_size_t(size), c_uint(0), needs=needs, free=available_memory)
         self._pointer = pointer.value or 0
         memory: Any = (ctypes.c_char * size).from_address(self._pointer)
@@ -254,11 +263,11 @@ class Pinned:
 
 
 class Stream:
-    """An order of work on the device. `handle` may be a caller's own (`owned` false), which is not destroyed here."""
+    """A CUDA stream. With `owned` false, `handle` is a stream of the caller's, which `close` does not destroy."""
 
     def __init__(self, cuda: Cuda, handle: int, *, owned: bool) -> None:
         if handle in _DEFAULT_STREAMS:
-            raise SettingError(f"stream {handle} is a default stream, which other streams or threads have a part in: make one")
+            raise SettingError(f"stream {handle} is a default stream, which other streams or threads also use: create a stream")
         self.cuda, self.handle, self._owned = cuda, handle, owned
 
     def upload(self, target: int, source: Pinned, size: int) -> None:
@@ -268,7 +277,7 @@ class Stream:
         self._copy("cuMemcpyDtoHAsync_v2", target.pointer, source, size)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Within the device."""
+        """Copy within the device."""
         self._copy("cuMemcpyDtoDAsync_v2", target, source, size)
 
     def _copy(self, function: str, target: int, source: int, size: int) -> None:
@@ -276,16 +285,16 @@ class Stream:
         self.cuda.call(function, c_void_p(target), c_void_p(source), c_size_t(size), c_void_p(self.handle))
 
     def synchronize(self) -> None:
-        """Wait for this stream alone."""
+        """Wait for this stream only."""
         self.cuda.use()
         self.cuda.call("cuStreamSynchronize", c_void_p(self.handle))
 
     def settle(self) -> None:
-        """Wait until this stream is idle and what it uses can be released. Never raises."""
+        """Wait until this stream is idle, so that its resources can be released. Never raises."""
         self.cuda.release("cuStreamSynchronize", c_void_p(self.handle))
 
     def event(self) -> Event:
-        """A mark after the work so far."""
+        """Record an event after the work queued so far."""
         self.cuda.use()
         handle = c_void_p()
         self.cuda.call("cuEventCreate", byref(handle), c_uint(_NO_TIMING))
@@ -298,13 +307,13 @@ class Stream:
         return event
 
     def wait(self, event: Event) -> None:
-        """Work that follows waits for `event` of another stream; the host does not."""
+        """Make later work of this stream wait for `event` of another stream. The host does not wait."""
         self.cuda.use()
         self.cuda.call("cuStreamWaitEvent", c_void_p(self.handle), c_void_p(event.handle), c_uint(0))
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[Graph]:
-        """Work of the block is recorded and not run; the Graph can be launched after the block."""
+        """Record the block's work without running it. The Graph can be launched after the block."""
         self.cuda.use()
         graph = Graph(self.cuda)
         self.cuda.call("cuStreamBeginCapture_v2", c_void_p(self.handle), c_int(_THREAD_LOCAL))
@@ -332,7 +341,7 @@ class Stream:
 
 
 class Event:
-    """A mark in a stream."""
+    """A point in a stream's work."""
 
     __slots__ = ("_cuda", "handle")
 
@@ -340,7 +349,7 @@ class Event:
         self._cuda, self.handle = cuda, handle
 
     def reached(self) -> bool:
-        """Whether the device has come by; does not wait."""
+        """Return whether the device has reached the event. Does not wait."""
         self._cuda.use()
         code = self._cuda._driver.cuEventQuery(c_void_p(self.handle))
         if code not in (0, _NOT_READY):
@@ -358,7 +367,7 @@ class Event:
 
 
 class Graph:
-    """Recorded work, launched as one."""
+    """Recorded work that is launched as a whole."""
 
     __slots__ = ("_cuda", "_executable")
 

@@ -1,6 +1,7 @@
-"""Documents: small files that are read whole. What a folder from elsewhere holds under their names may be anything.
+"""Documents: small files that are read whole. In an untrusted folder, anything may have such a file's name.
 
-A FIFO would block for ever and a device never end, so neither is opened. Links are followed: in a hub's cache every file is one.
+Reading a FIFO could block for ever and a device may never end, so neither is opened. Links are followed: in a hub's cache every
+file is a link.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-LARGEST = 8 << 20  # bytes. A manifest of a full-size bundle has 100 kB, CLIP's vocabulary 1 MB
+LARGEST = 8 << 20  # bytes. The manifest of a full-size bundle has 100 kB, CLIP's vocabulary 1 MB
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -22,9 +23,9 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os,
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError, and ValueError for anything else under that name."""
+    """Open a regular file for reading. Raises OSError, and ValueError if `path` is anything else."""
     _check_kind(Path(path).stat().st_mode)
-    descriptor = os.open(path, _FLAGS)  # another file may take the name between the two calls: this one does not block either
+    descriptor = os.open(path, _FLAGS)  # non-blocking: another file may take the name between the two calls
     try:
         _check_kind(os.fstat(descriptor).st_mode)
         return os.fdopen(descriptor, "rb")

@@ -1,4 +1,7 @@
-"""Writing so that a power cut leaves the old or the new: data is synced before its name, and folders are synced too."""
+"""Write files so that a power cut leaves the old or the new content: data is synced before its name, then the folder.
+
+Every file that is replaced as a whole is written by this module. Folders are replaced in `sdruntime.bundle.staging`.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ from pathlib import Path
 
 from sdruntime.system.owner import Owner, sweep
 
-_LONGEST = 100  # bytes of a file's own name in that of its temporary file
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # file systems without it, folders that may only be written
+_LONGEST = 100  # bytes of a file's name that its temporary file's name keeps
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # file systems without fsync, folders without read permission
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to a temporary file beside `path`, then rename it: `path` has the old content or the new, also after a power
-    cut. Leftovers of killed writers of `path` are removed. Raises OSError."""
+    """Write `data` to a temporary file beside `path`, then rename it, so that `path` has the old or the new content, also after a
+    power cut. Removes leftovers of killed writers of `path`. Raises OSError."""
     _write_file(path, data, lambda staged: staged.replace(path))
 
 
 def create_file(path: Path, data: bytes | memoryview) -> None:
-    """As `replace_file`, where no file may have the name yet, nor get it meanwhile. Raises FileExistsError, OSError."""
+    """Write `data` as `replace_file` does, but never replace a file. Raises FileExistsError, OSError."""
 
-    def give_name(staged: Path) -> None:
+    def publish(staged: Path) -> None:
         try:
             path.hardlink_to(staged)
         except FileExistsError:
@@ -33,10 +36,10 @@ def create_file(path: Path, data: bytes | memoryview) -> None:
         else:
             staged.unlink()
 
-    _write_file(path, data, give_name)
+    _write_file(path, data, publish)
 
 
-def _write_file(path: Path, data: bytes | memoryview, give_name: Callable[[Path], object]) -> None:
+def _write_file(path: Path, data: bytes | memoryview, publish: Callable[[Path], object]) -> None:
     prefix = temporary_prefix(path.name)
     sweep(path.parent, prefix)
     staged = path.with_name(f"{prefix}{Owner.here().token()}")
@@ -45,7 +48,7 @@ def _write_file(path: Path, data: bytes | memoryview, give_name: Callable[[Path]
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        give_name(staged)
+        publish(staged)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
@@ -53,12 +56,12 @@ def _write_file(path: Path, data: bytes | memoryview, give_name: Callable[[Path]
 
 
 def temporary_prefix(name: str) -> str:
-    """What the names of temporary files of a file `name` begin with."""
+    """Return the prefix of the names of temporary files for a file `name`."""
     return f".{name.encode()[:_LONGEST].decode(errors='ignore')}."
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last: without it a file whose data is synced may have no name after a power cut."""
+    """Sync the names in a folder. Without this, a file whose data is synced may have no name after a power cut."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -71,7 +74,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync every file and folder of a tree, links excepted."""
+    """Sync every file and folder of a tree, except links."""
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
@@ -85,7 +88,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder and its parents, each name synced."""
+    """Create a folder and its missing parents, and sync each name."""
     if not folder.exists():
         make_folders(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Generators that yield events and return a result: how one is passed on, and how one is run to its end."""
+"""Generators that yield events and return a result: map their events, or run them to the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def mapped(events: Generator[Event, None, Result], change: Callable[[Event], Other]) -> Generator[Other, None, Result]:
-    """Yield `change(event)` for each event; return what `events` returns. Closing it closes `events`."""
+    """Yield `change(event)` for each event and return the result of `events`. Closing this generator closes `events`."""
     try:
         while True:
             try:
@@ -25,7 +25,7 @@ def mapped(events: Generator[Event, None, Result], change: Callable[[Event], Oth
 
 
 def finish(events: Generator[Event, None, Result], handle: Callable[[Event], object] = lambda event: None) -> Result:
-    """Run a generator to its end, with `handle` called for each event; return what it returns. It is closed in any case."""
+    """Run a generator to its end, call `handle` for each event, and return its result. The generator is always closed."""
     try:
         while True:
             try:

@@ -1,6 +1,6 @@
-"""Files below a folder that is opened once: links are not followed, and nothing but regular files is opened.
+"""Files below a folder that is opened once: links are not followed, and only regular files are opened.
 
-Files are opened relative to the folder's descriptor: a folder that takes its name later is another one, and is not looked at.
+Files are opened relative to the folder's descriptor, so a folder that takes its name later is never read.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CHUNK = 1 << 24
-_TICK = 20_000_000  # nanoseconds; the kernel's clock for timestamps ticks every 1 to 10 ms
+_TICK = 20_000_000  # ns; the kernel's clock for timestamps ticks every 1 to 10 ms
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class FileFault(Exception):
-    """A file that is missing or must not be read. The text begins with the file's path in its folder."""
+    """A file is missing or must not be read. The message begins with the file's path in its folder."""
 
 
 class FileMissing(FileFault):
-    """There is no such file."""
+    """A file does not exist."""
 
 
 class Folder:
-    """A folder's descriptor, closed with the object. Raises FileFault for a folder that cannot be opened."""
+    """An open folder, closed when the object is deleted. Raises FileFault if it cannot be opened."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -38,12 +38,12 @@ class Folder:
             self._descriptor = os.open(path, _FOLDER)
         except OSError as error:
             raise FileFault(f"{path}: {os.strerror(error.errno or 0)}") from error
-        except ValueError as error:  # a NUL, or half of a surrogate pair
-            raise FileFault(f"{str(path)!a}: no path has such characters") from error
+        except ValueError as error:  # a NUL, or a lone surrogate
+            raise FileFault(f"{str(path)!a}: not a valid path") from error
         weakref.finalize(self, os.close, self._descriptor)
 
     def status(self, path: str) -> os.stat_result:
-        """Return the status of the regular file at `path`. Raises FileFault for anything else, and for a link on the way."""
+        """Return the status of the regular file at `path`. Raises FileFault for anything else, and for a link in the path."""
         with self._parent(path) as (parent, name):
             return _regular(path, os.stat(name, dir_fd=parent, follow_symlinks=False))
 
@@ -51,7 +51,7 @@ class Folder:
     def open(self, path: str) -> Iterator[int]:
         """Yield a descriptor for reading the regular file at `path`. Raises FileFault as `status` does."""
         with self._parent(path) as (parent, name):
-            # a FIFO or a device is not even opened; O_NONBLOCK is for one that takes the file's place just now
+            # a FIFO or a device is not opened; O_NONBLOCK is for one that takes the file's place after this check
             _regular(path, os.stat(name, dir_fd=parent, follow_symlinks=False))
             descriptor = os.open(name, _FILE, dir_fd=parent)
         try:
@@ -72,7 +72,7 @@ class Folder:
                 raise FileFault(f"{path}: {os.strerror(error.errno or 0)}") from error
 
     def in_place(self) -> bool:
-        """Whether the path still leads to this folder."""
+        """Return whether the path still leads to this folder."""
         return leads_to(self.path, self._descriptor)
 
     @contextlib.contextmanager
@@ -101,7 +101,7 @@ def _regular(path: str, status: os.stat_result) -> os.stat_result:
 
 
 def leads_to(path: Path, descriptor: int) -> bool:
-    """Whether `path` is that of an open file or folder."""
+    """Return whether `path` leads to this open file or folder."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except OSError:
@@ -109,13 +109,13 @@ def leads_to(path: Path, descriptor: int) -> bool:
 
 
 def read_all(descriptor: int, size: int) -> bytes:
-    """Return the first `size` bytes of an open file, fewer where it is shorter."""
+    """Return the first `size` bytes of an open file, fewer if it is shorter."""
     with open(descriptor, "rb", closefd=False) as file:
         return file.read(size)
 
 
 def hash_of(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> str:
-    """Return the SHA-256 of an open file, in hexadecimal. `stopped` is asked between two pieces, and ends it early."""
+    """Return the SHA-256 of an open file, in hexadecimal. Stops early once `stopped`, called before each piece, is true."""
     digest, at = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_CHUNK))
     while not stopped() and (count := os.preadv(descriptor, [buffer], at)):
@@ -126,10 +126,10 @@ def hash_of(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> str
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What of an open file's status is another one after a write to it.
+    """The part of an open file's status that changes when the file is written.
 
-    A write within a tick of the kernel's clock may leave the times as they are, so a stamp is only taken of a file that was at
-    rest for so long. A link to the file that is made or removed changes its ctime as well: `links` tells the two apart.
+    A write within a tick of the kernel's clock may leave the times unchanged, so a stamp is only taken once the file has been
+    unchanged for a tick. Adding or removing a hard link also changes the ctime; `links` distinguishes that from a write.
     """
 
     size: int
@@ -146,7 +146,7 @@ class Stamp:
             time.sleep(_TICK / 1e9)
 
     def holds(self, descriptor: int) -> bool:
-        """Whether nothing was written to the file since the stamp was taken."""
+        """Return whether the file is unchanged since the stamp was taken."""
         status = os.fstat(descriptor)
-        renamed = status.st_nlink != self.links or status.st_ctime_ns == self.changed
-        return (status.st_size, status.st_mtime_ns) == (self.size, self.written) and renamed
+        same_time = status.st_nlink != self.links or status.st_ctime_ns == self.changed
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.written) and same_time

@@ -1,4 +1,4 @@
-"""Named ranges for NVIDIA's profilers (Nsight Systems), where the package nvtx is installed; else nothing."""
+"""Named ranges for NVIDIA's profilers (Nsight Systems), if the package nvtx is installed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def _nvtx() -> Any:
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[Any]:
-    """A range called `name` around a block: a component of a pipeline, or a step of a sampler."""
+    """Return a context that marks its block as the range `name`: a component of a pipeline, or a step of a sampler."""
     nvtx = _nvtx()
-    found: contextlib.AbstractContextManager[Any] = (
+    marked: contextlib.AbstractContextManager[Any] = (
         contextlib.nullcontext() if nvtx is None else nvtx.annotate(name, domain="sdruntime")
     )
-    return found
+    return marked

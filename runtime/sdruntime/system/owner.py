@@ -1,8 +1,8 @@
-"""Temporary names that carry their owner, so that leftovers of killed processes can be removed, and nothing else.
+"""Temporary names that identify their owner, so that the leftovers of killed processes, and nothing else, can be removed.
 
-A temporary file or folder is named PREFIX + token. The token names the process (id, start time, boot, pid namespace, host), so
-that another process can find out whether it still runs. A folder is also locked (`flock`) while its owner lives: where the token
-alone cannot tell, as between two containers, the lock does.
+A temporary file or folder is named PREFIX + token. The token identifies the process (id, start time, boot, pid namespace, host),
+so that another process can find out whether it still runs. A folder is also locked (`flock`) while its owner runs: the lock
+decides where the token is not enough, as between two containers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process. Where the system cannot tell (no /proc), `start` is 0 and `boot` and `space` are those of no system."""
+    """A process. Without /proc, `start` and `space` are 0 and `boot` is all zeros."""
 
     pid: int
     start: int  # clock ticks after the boot
@@ -43,23 +43,24 @@ class Owner:
 
     @classmethod
     def here(cls) -> Owner:
+        """Return this process."""
         return cls(os.getpid(), started(os.getpid()) or 0, *_system())
 
     @classmethod
     def parse(cls, token: str) -> Owner | None:
-        """The owner that `token` names, None if it is not a token."""
-        found = _TOKEN.fullmatch(token)
-        return found and cls(int(found[1]), int(found[2]), found[3], int(found[4]), found[5])
+        """Return the owner that `token` identifies, or None if it is not a token."""
+        match = _TOKEN.fullmatch(token)
+        return match and cls(int(match[1]), int(match[2]), match[3], int(match[4]), match[5])
 
     def token(self) -> str:
-        """A new name of this owner's: no two are alike."""
+        """Return a new unique token of this owner."""
         return f"{self.pid}-{self.start}-{self.boot}-{self.space}-{self.host}-{secrets.token_hex(4)}"
 
     def gone(self) -> bool | None:
-        """Whether the process has ended; None if that cannot be known here (another host, another container)."""
+        """Return whether the process has ended, or None if that cannot be known (another host, another container)."""
         boot, space, host = _system()
         if self.boot != boot:
-            return True if self.host == host else None  # this host has been restarted since
+            return True if self.host == host else None  # the same host has restarted since
         if self.space != space:
             return None
         begun = started(self.pid)
@@ -68,7 +69,7 @@ class Owner:
 
 @contextlib.contextmanager
 def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent` that is this process's: removed with all that it holds at the end of the block."""
+    """Create a folder in `parent`, owned by this process and removed with its contents at the end of the block."""
     while True:
         path = parent / f"{prefix}{Owner.here().token()}"
         path.mkdir()
@@ -76,7 +77,7 @@ def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
             handle = os.open(path, _FOLDER)
             if hold(handle) is not False and leads_to(path, handle):
                 break
-            os.close(handle)  # taken for a leftover before it was locked
+            os.close(handle)  # another process removed it as a leftover before it was locked
     try:
         yield path
     finally:
@@ -87,24 +88,26 @@ def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def sweep(parent: Path, prefix: str) -> None:
-    """Remove the files and folders of `parent` named `prefix` + token whose owners are gone."""
+    """Remove the files and folders in `parent` named `prefix` + token whose owners have ended."""
     for path in leftovers(parent, prefix):
         remove_tree(path)
 
 
 def leftovers(parent: Path, prefix: str) -> list[Path]:
-    """The files and folders of `parent` named `prefix` + token whose owners are gone."""
+    """Return the files and folders in `parent` named `prefix` + token whose owners have ended."""
     return [path for path in _named(parent, prefix) if abandoned(path, path.name.removeprefix(prefix))]
 
 
 def in_use(parent: Path, prefix: str) -> list[Path]:
-    """The files and folders of `parent` named `prefix` + token whose owners may still live."""
+    """Return the files and folders in `parent` named `prefix` + token whose owners may still run."""
     return [path for path in _named(parent, prefix) if not abandoned(path, path.name.removeprefix(prefix))]
 
 
 def abandoned(path: Path, token: str) -> bool:
-    """Whether the owner of `path` is gone. One that cannot be known counts as gone after a day without a change. False for a name
-    that is not a token."""
+    """Return whether the owner of `path` has ended; False if `token` is not a token.
+
+    An owner whose state cannot be known counts as ended after a day without a change.
+    """
     owner = Owner.parse(token)
     if owner is None:
         return False
@@ -112,12 +115,12 @@ def abandoned(path: Path, token: str) -> bool:
         return gone
     try:
         status = path.lstat()
-        if owner.boot == Owner.here().boot and path.is_dir():  # same kernel: its locks tell
+        if owner.boot == Owner.here().boot and path.is_dir():  # same kernel: its locks are reliable
             handle = os.open(path, _FOLDER)
             try:
-                taken = hold(handle)
-                if taken is False or (taken and excludes(handle)):
-                    return bool(taken)
+                locked = hold(handle)
+                if locked is False or (locked and excludes(handle)):
+                    return bool(locked)
             finally:
                 os.close(handle)
     except OSError:
@@ -126,21 +129,21 @@ def abandoned(path: Path, token: str) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or a folder with all that it holds; links are never followed. What cannot be removed is a warning."""
+    """Remove a file, or a folder with its contents. Links are never followed. Warns if something cannot be removed."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
     except FileNotFoundError:
-        if path.exists():  # another process removes it too
+        if path.exists():  # another process is removing it too
             remove_tree(path)
     except OSError as error:
-        warnings.warn(f"{path}: left behind, it cannot be removed: {plain(error)}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{path}: cannot be removed: {plain(error)}", RuntimeWarning, stacklevel=2)
 
 
 def hold(handle: int) -> bool | None:
-    """Lock an open folder until it is closed. False: another holds it; None: this file system has no such locks."""
+    """Lock an open folder until it is closed. Return False if another process holds the lock, None without support for locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -149,7 +152,7 @@ def hold(handle: int) -> bool | None:
 
 
 def excludes(handle: int) -> bool:
-    """Whether the lock on a folder, which is held, keeps others out: some file systems only say yes."""
+    """Return whether the lock that is held on a folder excludes others: some file systems grant every lock."""
     other = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=handle)
     try:
         return hold(other) is False
@@ -158,9 +161,9 @@ def excludes(handle: int) -> bool:
 
 
 def names_in(folder: Path | int) -> list[str]:
-    """The names in a folder, or in one that is open."""
-    with os.scandir(folder) as found:
-        return sorted(entry.name for entry in found)
+    """Return the sorted names in a folder, given as a path or a descriptor."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries)
 
 
 def _named(parent: Path, prefix: str) -> list[Path]:
@@ -171,12 +174,12 @@ def _named(parent: Path, prefix: str) -> list[Path]:
 
 
 def started(pid: int) -> int | None:
-    """When a process started, in clock ticks after the boot (0 if unknown); None if it does not run."""
+    """Return when a process started, in clock ticks after the boot (0 if unknown), or None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:  # no /proc, or one that hides other users' processes
         return 0 if _runs(pid) else None
-    if fields[0] in "ZX" and int(fields[17]) <= 1:  # ended, and waits for its parent to notice; its threads may live on
+    if fields[0] in "ZX" and int(fields[17]) <= 1:  # a zombie, unless its other threads still run
         return None
     return int(fields[19])
 
@@ -193,7 +196,7 @@ def _runs(pid: int) -> bool:
 
 @functools.cache
 def _system() -> tuple[str, int, str]:
-    """This boot, pid namespace and host."""
+    """Return the identifiers of this boot, pid namespace and host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     except OSError:

@@ -1,7 +1,7 @@
-"""Work in a process of its own: its memory goes with it, and what kills it does not kill the caller.
+"""Run a job in a separate process: its memory is released when it ends, and a crash does not end the caller.
 
-The child runs a module (`module_command`) whose main calls `serve`. It gets its job as JSON and writes its messages as JSON
-lines; an error travels back as its class and its text.
+The child runs a module (`module_command`) whose main calls `serve`. It receives its job as JSON and writes its messages as JSON
+lines; an error is sent as its class and its text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 Message = dict[str, Any]
 
-# What `python -P -m` does, for Python 3.10 too: "" at the head of the path is the current folder. Keep equal to WORKER_SOURCE in
-# runtime/capi/src/service_source.hpp.
+# Does what `python -P -m` does, also in Python 3.10: "" at the head of the path is the current folder. Keep equal to
+# WORKER_SOURCE in runtime/capi/src/python/service_source.hpp.
 _RUN_MODULE = """\
 import sys
 if sys.path and sys.path[0] == "":
@@ -53,21 +53,22 @@ def run_apart(
     path: str | None = None,
     patience: float = 0.0,
 ) -> Generator[Message, None, None]:
-    """Run a job in `module`: yields its messages, then {"peak": the most bytes of memory that it had}.
+    """Run a job in `module`: yield its messages, then {"peak": its peak memory in bytes}.
 
-    Raises what the job raised; `killed` when a signal ended it (`advice` says what to do about too little memory); `failed` when
-    it ended in another way. `what` names the work in those two.
+    Raises the job's own error; `killed` if a signal ended it (`advice` says what to do if memory is short); `failed` if it ended
+    in another way. `what` names the work in those two.
 
-    `python`: the interpreter, which finds modules in the folder `path` first. `patience`: a job that the caller leaves early is
-    interrupted and has so many seconds to clean up before it is killed. A terminal's Ctrl-C reaches it through the caller alone.
+    `python`: the interpreter, which searches the folder `path` for modules first. `patience`: if the caller closes the generator
+    early, the job is interrupted and has this many seconds to clean up before it is killed; Ctrl-C in a terminal then reaches it
+    only through the caller.
     """
-    paths = [each for each in (path, os.environ.get("PYTHONPATH")) if each]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as notes:
+    paths = [folder for folder in (path, os.environ.get("PYTHONPATH")) if folder]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
             module_command(module, json.dumps(job), python=python),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=notes,
+            stderr=log,
             text=True,
             encoding="utf-8",
             env=os.environ if path is None else os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -77,7 +78,7 @@ def run_apart(
         assert child.stdout is not None
         try:
             for line in child.stdout:
-                if not line.endswith("\n"):  # ended in the middle of a message
+                if not line.endswith("\n"):  # the job ended in the middle of a message
                     break
                 message = json.loads(line)
                 if "error" in message:
@@ -94,8 +95,8 @@ def run_apart(
             child.stdin.close()
             child.stdout.close()
         if child.returncode != 0:
-            notes.seek(0)
-            last = next((line.strip() for line in reversed(notes.read().splitlines()) if line.strip()), "no output")
+            log.seek(0)
+            last = next((line.strip() for line in reversed(log.read().splitlines()) if line.strip()), "no output")
             if child.returncode > 0:
                 raise failed(f"{what}: its process failed with code {child.returncode}: {last}")
             name = signal.Signals(-child.returncode).name
@@ -106,31 +107,31 @@ def run_apart(
 def serve(
     work: Callable[[Message, Callable[[Message], None]], None], *, errors: tuple[type[Exception], ...], memory: Exception
 ) -> None:
-    """The main of a child: `work(job, tell)` once, its messages told on the standard output that the process began with.
+    """Run `work(job, send)` as the main of a child process. `send` writes a message to the process's standard output.
 
-    Those `errors` are told as messages; `memory` in place of a MemoryError.
+    The listed `errors` are sent as messages, and `memory` instead of a MemoryError.
     """
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no message
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print goes to standard error
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def tell(message: Message) -> None:
-        print(json.dumps(message), file=told, flush=True)
+    def send(message: Message) -> None:
+        print(json.dumps(message), file=output, flush=True)
 
     try:
-        work(json.loads(sys.argv[1]), tell)
+        work(json.loads(sys.argv[1]), send)
     except errors as error:
-        tell({"error": _to_message(error)})
+        send({"error": _to_message(error)})
     except MemoryError:
-        tell({"error": _to_message(memory)})
+        send({"error": _to_message(memory)})
     except KeyboardInterrupt:
         os._exit(130)
-    tell({"peak": peak_memory()})
-    os._exit(0)  # large libraries take seconds to take themselves down
+    send({"peak": peak_memory()})
+    os._exit(0)  # large libraries take seconds to shut down
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -138,7 +139,7 @@ def peak_memory() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    # ru_maxrss counts what the parent had at the fork too
+    # ru_maxrss also counts the parent's memory at the fork
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
@@ -148,7 +149,7 @@ def _to_message(error: Exception) -> Message:
 
 
 def _from_message(message: Message) -> Exception:
-    """The error of the child: its class, its text and its fields, without making it anew."""
+    """Return the child's error with its class, text and fields, without calling its constructor."""
     kind = getattr(importlib.import_module(message["module"]), message["kind"])
     error: Exception = kind.__new__(kind)
     error.args = (message["text"],)
@@ -157,6 +158,6 @@ def _from_message(message: Message) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """The parent writes nothing to its end of the pipe; it closes when the parent ends, however that comes about."""
+    """End this process when the parent ends, in whatever way: the parent writes nothing to the pipe, which closes then."""
     sys.stdin.read()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The processor of this machine: its name for a person, its fingerprint for a cache, its usable cores, its load."""
+"""The processor of this machine: its name, a fingerprint for caches, its usable cores, its load."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 
 def name() -> str:
     """Return the processor's model, such as "AMD EPYC 7763 64-Core Processor"."""
-    return _described().get("model name") or platform.processor() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def fingerprint() -> str:
-    """Return the processor's model, its features and its usable cores: results measured on one do not hold on another."""
-    known = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # the last three on ARM
-    described = _described()
-    model = " ".join(described[key] for key in known if key in described) or platform.processor() or platform.machine()
+    """Return the processor's model, features and usable cores. Timings apply only to processors with the same fingerprint."""
+    keys = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # the last three on ARM
+    described = _cpuinfo()
+    model = " ".join(described[key] for key in keys if key in described) or platform.processor() or platform.machine()
     return f"{model} x{cores()}"
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def busy(seconds: float) -> float | None:
-    """Watch the machine for so long, doing nothing, and return how much of all its cores others used, 0 to 1; None where the
-    system does not tell (/proc/stat)."""
+    """Sleep for `seconds` and return the fraction of all cores that other processes used, 0 to 1, or None if the system does not
+    report it (/proc/stat)."""
     before = _ticks()
     time.sleep(seconds)
     after = _ticks()
@@ -40,7 +40,7 @@ def busy(seconds: float) -> float | None:
 
 
 def _ticks() -> tuple[int, int] | None:
-    """The idle and the whole time of all cores since the start of the system, in clock ticks (proc(5))."""
+    """Return the idle and the total time of all cores since the system started, in clock ticks (proc(5))."""
     try:
         first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
     except OSError:
@@ -49,8 +49,8 @@ def _ticks() -> tuple[int, int] | None:
     return idle + iowait, user + nice + system + idle + iowait + irq + softirq + steal
 
 
-def _described() -> dict[str, str]:
-    """The fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
+def _cpuinfo() -> dict[str, str]:
+    """Return the fields of the first processor in /proc/cpuinfo, or nothing if there is no such file."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

@@ -172,7 +172,7 @@ engines[0].targets: unknown key; did you mean target?
 engines[0].batch[1]: batch 'four': 4, 1:4 or 1:2:4 is the form
 engines[0].batch[2]: expected a whole number or text, got true
 engines[0].backend: unknown backend 'tensort': did you mean tensorrt
-engines[1].size[1]: size '512': WIDTHxHEIGHT in pixels is the form
+engines[1].size[1]: size '512': expected WIDTHxHEIGHT in pixels
 engines[1].size[2]: width 512:512:256: MIN, OPT and MAX must rise
 engines[1].guidance: True is not one of on, off, any
 engines[1].options.strip: expected true or false or a whole number or text, got 1.5
