@@ -177,7 +177,7 @@ def _apart(one: Array, other: Array, tolerance: Tolerance, precision: str) -> st
     return "; ".join(component_faults(Difference.of(ours, reference, float(np.abs(reference).max())), tolerance))
 
 
-def _prepare_polygraphy(backend: str) -> None:
+def prepare_polygraphy(backend: str) -> None:
     """Set what Polygraphy reads of its environment, before it is imported: the TensorRT that it drives, and where libcudart is.
 
     It looks in LD_LIBRARY_PATH and in the wheel of CUDA 12; the wheel of CUDA 13 has another folder.
@@ -189,7 +189,7 @@ def _prepare_polygraphy(backend: str) -> None:
 
 
 def _work(job: Message, tell: Callable[[Message], None]) -> None:
-    _prepare_polygraphy(job["backend"])
+    prepare_polygraphy(job["backend"])
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.CRITICAL

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +139,29 @@ def test_an_engine_is_walked_in_a_process_of_its_own_as_far_as_its_gpu(rtx: Path
     assert next(messages) == {"stage": {"name": f"unet {walk_job(rtx, reference).engine}", "done": 0, "total": 7}}
     with pytest.raises(EngineError, match=r"the engine that was just built cannot be opened here: .*CUDA"):
         list(messages)
+
+
+@pytest.mark.parametrize(("backend", "module"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")])
+def test_polygraphy_drives_the_tensorrt_of_the_engine_and_finds_the_cuda_of_its_wheel(
+    backend: str, module: str, tmp_path: Path
+) -> None:
+    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    code = """
+import sys
+from sdexport.verification.walk import prepare_polygraphy
+sys.path.insert(0, sys.argv[2])
+prepare_polygraphy(sys.argv[1])
+import polygraphy.cuda, polygraphy.mod.trt_importer
+print(polygraphy.mod.trt_importer.tensorrt_module_and_version_string())
+try:
+    polygraphy.cuda.wrapper()
+except OSError as error:  # an empty file is no library
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    command = [sys.executable, "-c", code, backend, str(tmp_path)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[0].split(">")[0] == module
+    assert told[-1].startswith(str(library))
