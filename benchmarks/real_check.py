@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.gpu import ROOT
 from sdexport.bench.subject import machine_of
-from sdexport.bench.timing import drawn, text_of
+from sdexport.bench.timing import generate, text_of
 from sdruntime.engines.choose import Machine
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
@@ -80,10 +80,10 @@ class Check:
         with Pipeline.open(self.bundle) as pipe:
             size = pipe.model.default_size[::-1]
             asked = [Request(prompt=each, seed=k, steps=self.steps, size=size) for k, each in enumerate(self.prompts)]
-            ours = [drawn(pipe, [each], on_device=True)[0] for each in asked]
+            ours = [generate(pipe, [each], on_device=True)[0] for each in asked]
         checkpoint = locate(self.model, precision="fp32", allow_pickle=False).folder
         with contextlib.closing(Diffusers(checkpoint, device="cpu", precision="fp32")) as rival:
-            theirs = [rival.draw(EAGER, [each])[0] for each in asked]
+            theirs = [rival.generate(EAGER, [each])[0] for each in asked]
         decibels = [round(picture_psnr(a, b), 2) for a, b in zip(ours, theirs, strict=True)]
         alike = [round(ssim(a, b), 5) for a, b in zip(ours, theirs, strict=True)]
         flat = min(float(each.std()) for each in ours)

@@ -44,7 +44,7 @@ ORDER = {
     "sdexport.verification": "layers walk bisect original golden verify",
     "sdexport.build": "events files provenance export",
     "sdexport.recipes": "recipe interpreter run",
-    "sdexport.bench": "timing subject diffusers drawers contestant bench chart",
+    "sdexport.bench": "timing subject diffusers runners contestant bench chart",
     "sdexport.cli": "following progress reporting bench build engines inspect verify main",
 }
 ROOTS = {"sdruntime": ROOT / "runtime", "sdexport": ROOT}

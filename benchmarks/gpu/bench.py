@@ -64,7 +64,7 @@ class Bench:
         self.options, self._save = options, save
         self._until = time.monotonic() + 60 * options.minutes
         self.found: dict[str, Loaded] = {name: look(name) for name in options.backends}
-        why_not = reference.missing(options.rival_device) if options.rivals else "left out, as was asked"
+        why_not = reference.why_unavailable(options.rival_device) if options.rivals else "left out, as was asked"
         self.document: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -161,7 +161,7 @@ class Bench:
             checkpoint = kept if (kept / "model_index.json").exists() else None
         if (bundle / "manifest.json").exists():
             return bundle, checkpoint
-        if why_not := reference.missing(device="cpu"):
+        if why_not := reference.why_unavailable(device="cpu"):
             raise RuntimeError(
                 f"{why_not}, so none can be exported here: export one elsewhere, and name it with --bundle {model}="
             )

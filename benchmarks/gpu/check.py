@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.gpu.backends import look, preload
 from benchmarks.gpu.measure import loop
 from sdexport.bench.diffusers import EAGER, Diffusers
-from sdexport.bench.subject import bare
-from sdexport.bench.timing import Array, drawn, psnr, text_of
+from sdexport.bench.subject import copy_without_engines
+from sdexport.bench.timing import Array, generate, psnr, text_of
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
@@ -36,7 +36,7 @@ STEPS, CYCLES = 20, 3
 
 
 def asked(prompt: str) -> dict[str, list[Request]]:
-    """What is drawn, by name. Between them: one picture, a batch, jobs of unlike steps, samplers and guidance, image to image."""
+    """Return the requests by name: one image, a batch, jobs with different steps, samplers and guidance, image to image."""
     gray = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
     return {
         "one": [Request(prompt=prompt, seed=7, steps=STEPS, guidance=2.0)],
@@ -53,11 +53,11 @@ def asked(prompt: str) -> dict[str, list[Request]]:
 def cpu_pictures(bundle: Path, place: Path, prompt: str) -> Path:
     """The pictures of `asked` by ONNX Runtime on the CPU, as a file of arrays: what every backend is held against."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        copy = bare(bundle, Path(folder) / "bundle")
+        copy = copy_without_engines(bundle, Path(folder) / "bundle")
         for _ in build_engines(copy, BuildRequest(backend="onnxruntime", target="cpu")):
             pass
         with Pipeline.open(copy, backend="onnxruntime") as pipe:
-            pictures = {name: np.stack(drawn(pipe, each, on_device=False)) for name, each in asked(prompt).items()}
+            pictures = {name: np.stack(generate(pipe, each, on_device=False)) for name, each in asked(prompt).items()}
     path = place / f"reference-{bundle.name}.npz"
     np.savez(path, **pictures)  # type: ignore[arg-type]
     return path
@@ -66,7 +66,7 @@ def cpu_pictures(bundle: Path, place: Path, prompt: str) -> Path:
 def diffusers_pictures(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
     """Of "one" and "four", by diffusers in float32 on the same GPU, as the file `out`. Raises what diffusers raises."""
     with contextlib.closing(Diffusers(Path(job["checkpoint"]), device=job["device"], precision="fp32")) as rival:
-        pictures = {name: np.stack(rival.draw(EAGER, asked(job["prompt"])[name])) for name in ("one", "four")}
+        pictures = {name: np.stack(rival.generate(EAGER, asked(job["prompt"])[name])) for name in ("one", "four")}
     np.savez(job["out"], **pictures)  # type: ignore[arg-type]
     save({"out": job["out"]})
 
@@ -91,7 +91,7 @@ def check(job: Mapping[str, Any], save: Callable[[dict[str, Any]], None]) -> Non
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a runtime cache that cannot be kept is no fault here
         try:
-            _built(bare(bundle, Path(folder) / "bundle"), told, save)
+            _built(copy_without_engines(bundle, Path(folder) / "bundle"), told, save)
             _drawn(Path(folder) / "bundle", job, told, save)
         except Exception as error:  # what the library said is what this is for
             told["error"] = text_of(error)
@@ -122,7 +122,7 @@ def _drawn(bundle: Path, job: Mapping[str, Any], told: dict[str, Any], save: Cal
         with Pipeline.open(bundle, backend=told["backend"]) as pipe:
             told |= {"stage": "opened", "open_s": round(time.perf_counter() - begun, 3)}
             save(told)
-            pictures = {name: drawn(pipe, each, on_device=True) for name, each in wanted.items()}
+            pictures = {name: generate(pipe, each, on_device=True) for name, each in wanted.items()}
             told["std"] = {name: round(float(min(image.std() for image in each)), 1) for name, each in pictures.items()}
             told["psnr"] = {name: psnr(pictures[name], list(each)) for name, each in _kept(job["reference"]).items()}
             if job["diffusers"]:
@@ -131,7 +131,7 @@ def _drawn(bundle: Path, job: Mapping[str, Any], told: dict[str, Any], save: Cal
                 }
             told["loops"] = {}
             if on_device:
-                again = {name: drawn(pipe, each, on_device=False) for name, each in wanted.items()}
+                again = {name: generate(pipe, each, on_device=False) for name, each in wanted.items()}
                 told["psnr_loop"] = {name: psnr(pictures[name], each) for name, each in again.items()}
             for device in (True, False) if on_device else (False,):
                 steps = lambda n: [Request(prompt=job["prompt"], seed=7, steps=n, guidance=2.0)]  # noqa: E731
@@ -140,7 +140,7 @@ def _drawn(bundle: Path, job: Mapping[str, Any], told: dict[str, Any], save: Cal
         before = cuda.free_memory()
         for _ in range(CYCLES):
             with Pipeline.open(bundle, backend=told["backend"]) as pipe:
-                drawn(pipe, wanted["one"], on_device=True)
+                generate(pipe, wanted["one"], on_device=True)
         told |= {"left": before - cuda.free_memory(), "stage": "drawn"}
     save(told)
 

@@ -50,7 +50,7 @@ def shapes_bundles(work: Path) -> list[Path]:
     for precision in ("fp32", "fp16"):
         bundle = work / f"shapes-{precision}"
         if not (bundle / "manifest.json").exists():
-            if why_not := reference.missing(device="cpu"):
+            if why_not := reference.why_unavailable(device="cpu"):
                 raise RuntimeError(f"{why_not}, so none can be exported here: export two elsewhere, and name them with --shapes")
             from sdexport.build.events import ExportOptions as Export
             from sdexport.build.export import build
@@ -70,7 +70,7 @@ def reports(wanted: Wanted) -> dict[str, dict[str, Any]]:
         fp32 = next(each for each in wanted.shapes if Bundle.open(each).manifest.precision == "fp32")
         note("the CPU's pictures")
         drawn, rival = cpu_pictures(fp32, place, wanted.prompt), ""
-        why_not = reference.missing(wanted.bench.rival_device) if wanted.bench.rivals else "left out"
+        why_not = reference.why_unavailable(wanted.bench.rival_device) if wanted.bench.rivals else "left out"
         if not why_not and wanted.checkpoint is not None:
             out = str(place / "diffusers.npz")
             job = {"checkpoint": str(wanted.checkpoint), "prompt": wanted.prompt, "out": out}

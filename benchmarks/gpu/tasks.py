@@ -24,7 +24,7 @@ from benchmarks.gpu.check import check, diffusers_pictures
 from benchmarks.gpu.measure import component as measure_component
 from benchmarks.gpu.measure import loop
 from sdexport.bench.diffusers import COMPILED, EAGER, Diffusers
-from sdexport.bench.timing import dims_of, drawn, psnr, race, ratio, repeated, text_of
+from sdexport.bench.timing import dims_of, generate, psnr, race, ratio, repeated, text_of
 from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.manifest import EngineSpec
@@ -79,14 +79,14 @@ def alone(job: Job, save: Save) -> None:
             told["engine"] = described(pipe.engine("unet").spec)
             told["open_s"] = round(time.perf_counter() - begun, 3)
             begun = time.perf_counter()
-            pictures = drawn(pipe, requests(case), on_device=True)
+            pictures = generate(pipe, requests(case), on_device=True)
             told["first_picture_s"] = round(time.perf_counter() - begun, 3)
             told |= {"size": [pictures[0].shape[1], pictures[0].shape[0]], "std": round(float(pictures[0].std()), 1)}
             told["memory"] = before - cuda.free_memory()
             save(told)
             if BACKENDS[job["backend"]].loop:
-                told["psnr_numpy_loop"] = psnr(pictures, drawn(pipe, requests(case), on_device=False))
-            draw = functools.partial(drawn, pipe, requests(case), on_device=True)
+                told["psnr_numpy_loop"] = psnr(pictures, generate(pipe, requests(case), on_device=False))
+            draw = functools.partial(generate, pipe, requests(case), on_device=True)
             told["pictures"] = {"a graph for a step": repeated(draw, seconds=job["seconds"])}
             for on_device in (True, False) if BACKENDS[job["backend"]].loop else (False,):
                 name = "device" if on_device else "numpy"
@@ -110,7 +110,7 @@ def alone(job: Job, save: Save) -> None:
             told["pictures"][WHOLE] = {}
             try:
                 with Pipeline.open(job["bundle"], backend=job["backend"], options=EngineOptions(whole_loop=True)) as pipe:
-                    draw = functools.partial(drawn, pipe, requests(case), on_device=True)
+                    draw = functools.partial(generate, pipe, requests(case), on_device=True)
                     told["psnr_whole_loop"] = min(psnr(pictures, draw()) for _ in range(2))
                     told["pictures"][WHOLE] = repeated(draw, seconds=job["seconds"])
             except Exception as error:
@@ -185,11 +185,11 @@ def one_case(
     entries: dict[str, Any] = {}
     if rival is not None:
         for name in (EAGER, *([COMPILED] if compiled else [])):
-            entries[name] = lambda seed, name=name: rival.draw(name, requests(case, seed))
+            entries[name] = lambda seed, name=name: rival.generate(name, requests(case, seed))
     for name, pipe in pipes.items():
-        entries[name] = lambda seed, pipe=pipe: drawn(pipe, requests(case, seed), on_device=True)
+        entries[name] = lambda seed, pipe=pipe: generate(pipe, requests(case, seed), on_device=True)
         if BACKENDS[name].loop:
-            entries[f"{name}, {NUMPY_LOOP}"] = lambda seed, pipe=pipe: drawn(pipe, requests(case, seed), on_device=False)
+            entries[f"{name}, {NUMPY_LOOP}"] = lambda seed, pipe=pipe: generate(pipe, requests(case, seed), on_device=False)
     told = race(entries, seconds=job["seconds"], until=until)
     ratios = {
         name: {other: ratio(told[name], told[other]) for other in (EAGER, COMPILED, f"{name}, {NUMPY_LOOP}") if other in told}
@@ -203,9 +203,9 @@ def queue(pipe: Pipeline, case: Mapping[str, Any], count: int, seconds: float, u
     told = race(
         {
             "in a row": lambda seed: [
-                image for k in range(count) for image in drawn(pipe, requests(case, seed + k, count=1), on_device=True)
+                image for k in range(count) for image in generate(pipe, requests(case, seed + k, count=1), on_device=True)
             ],
-            "together": lambda seed: drawn(pipe, requests(case, seed, count=count), on_device=True),
+            "together": lambda seed: generate(pipe, requests(case, seed, count=count), on_device=True),
         },
         seconds=seconds,
         until=until,

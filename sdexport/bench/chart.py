@@ -1,4 +1,4 @@
-"""A benchmark's document as Markdown tables, and as an image: SVG, a bar for each contestant in each column."""
+"""Render a benchmark's document as Markdown tables, and as an SVG chart with a bar for each contestant in each column."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from sdexport.bench.bench import WHOLE
 
 COLOURS = ("#2c7fb8", "#d95f0e", "#31a354", "#756bb1", "#c51b8a", "#8c6d31", "#636363")
 WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 900, 190, 190, 22, 6, 102  # pixels
-BUSY = 0.1  # of all cores: above it times are not reliable
-CUT = 8.0  # a ratio beyond it has a bar that is cut there, so that the others stay legible
+BUSY = 0.1  # fraction of all cores used by other processes; times are not reliable above it
+CUT = 8.0  # longer bars are cut at this ratio, so that the others stay legible
 
 
 def markdown(document: Mapping[str, Any]) -> Iterator[str]:
-    """Line by line: what was measured and where, times with their ratio to the best, memory and start, what failed."""
-    told: Mapping[str, Any] = document["contestants"]
+    """Yield the lines: what was measured and where, times with their ratio to the best, memory, cold start and failures."""
+    contestants: Mapping[str, Any] = document["contestants"]
     if warning := busy_warning(document):
         yield from (f"**Warning: {warning}.**", "")
     yield f"### {_title(document)}"
     yield ""
     yield f"{_machine(document)}; {_versions(document)}"
-    ran = {name: each for name, each in told.items() if "error" not in each}
+    ran = {name: results for name, results in contestants.items() if "error" not in results}
     yield from ("", f"| | {' | '.join(ran)} |", "|---|" + "---:|" * len(ran))
     for column in columns_of(document):
         times = document["ratios"].get(column, {})
-        cells = [_time(_column(each, column), times.get(name)) for name, each in ran.items()]
+        cells = [_time(_column(results, column), times.get(name)) for name, results in ran.items()]
         yield f"| {column}: p50 (least to p95), rounds, ratio to the best | {' | '.join(cells)} |"
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "host outside the UNet, ms a step": lambda each: _number(each.get("host_outside_unet_per_step", {}).get("p50_ms")),
-        "cold start to the first image, s": lambda each: f"{each['cold']['whole_s']:.2f}",
-        "of it import, load, warm-up": lambda each: ", ".join(
-            f"{each['cold'][part]:.2f}" for part in ("import_s", "load_s", "warmup_s")
+        "host outside the UNet, ms per step": lambda run: _number(run.get("host_outside_unet_per_step", {}).get("p50_ms")),
+        "cold start to the first image, s": lambda run: f"{run['cold']['whole_s']:.2f}",
+        "of it import, load, warm-up": lambda run: ", ".join(
+            f"{run['cold'][part]:.2f}" for part in ("import_s", "load_s", "warmup_s")
         ),
-        "peak memory, MB": lambda each: f"{each['peak_memory'] / 1e6:,.0f}",
-        "device memory, MB": lambda each: f"{each['device_memory'] / 1e6:,.0f}" if "device_memory" in each else "",
-        "engines, MB": lambda each: f"{each['engine_bytes'] / 1e6:,.1f}" if "engine_bytes" in each else "",
-        "building them, s": lambda each: f"{sum(each['build_s'].values()):.1f}" if "build_s" in each else "",
-        "PSNR against the first, dB": lambda each: f"{each['psnr']:.1f}" if "psnr" in each else "",
+        "peak memory, MB": lambda run: f"{run['peak_memory'] / 1e6:,.0f}",
+        "device memory, MB": lambda run: f"{run['device_memory'] / 1e6:,.0f}" if "device_memory" in run else "",
+        "engines, MB": lambda run: f"{run['engine_bytes'] / 1e6:,.1f}" if "engine_bytes" in run else "",
+        "engine build, s": lambda run: f"{sum(run['build_s'].values()):.1f}" if "build_s" in run else "",
+        "PSNR against the first, dB": lambda run: f"{run['psnr']:.1f}" if "psnr" in run else "",
     }
     for label, cell in rows.items():
-        cells = [cell(each) for each in ran.values()]
+        cells = [cell(results) for results in ran.values()]
         if any(cells):
             yield f"| {label} | {' | '.join(cells)} |"
     yield ""
-    for name, each in told.items():
-        if "error" in each:
-            yield f"{name} did not run: {str(each['error']).splitlines()[0]}"
-        for column, found in each.get("components", {}).items():
-            if "error" in found:
-                yield f"{name}, {column}: {str(found['error']).splitlines()[0]}"
+    for name, results in contestants.items():
+        if "error" in results:
+            yield f"{name} did not run: {str(results['error']).splitlines()[0]}"
+        for column, result in results.get("components", {}).items():
+            if "error" in result:
+                yield f"{name}, {column}: {str(result['error']).splitlines()[0]}"
     yield from (f"note: {warning}" for warning in document["warnings"])
 
 
 def svg(document: Mapping[str, Any]) -> str:
-    """Bars as long as the ratio to the best, which is 1, each with its ratio and its median time; cut at `CUT`."""
+    """Return the chart: each bar is as long as its ratio to the best (1), cut at `CUT`, and labelled with ratio and median."""
     columns: Mapping[str, Mapping[str, float]] = document["ratios"]
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(document["contestants"])}
     longest = max((ratio for times in columns.values() for ratio in times.values()), default=1.0)
@@ -67,8 +67,8 @@ def svg(document: Mapping[str, Any]) -> str:
         top = y
         for name, ratio in times.items():
             length = min(ratio, CUT) * unit
-            found = _column(document["contestants"][name], column)
-            label = f"{ratio:.2f} ×  ({_number(found['p50_ms'])} ms, n {found['n']})"
+            result = _column(document["contestants"][name], column)
+            label = f"{ratio:.2f} ×  ({_number(result['p50_ms'])} ms, n {result['n']})"
             about = f"data-component={quoteattr(column)} data-contestant={quoteattr(name)}"
             size = f'x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colours[name]}"'
             parts.append(f'<rect class="bar" {about} {size}/>')
@@ -102,7 +102,7 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
 
 
 def busy_warning(document: Mapping[str, Any]) -> str:
-    """Why the times are not to be trusted, where the machine was busy before the benchmark began; else nothing."""
+    """Return a warning if the machine was busy before the benchmark began; empty if it was not."""
     busy = document["machine"]["busy"]
     if busy is None or busy <= BUSY:
         return ""
@@ -110,8 +110,8 @@ def busy_warning(document: Mapping[str, Any]) -> str:
 
 
 def columns_of(document: Mapping[str, Any]) -> list[str]:
-    """The components that were measured, and the whole."""
-    components = [name for each in document["contestants"].values() for name in each.get("components", {})]
+    """Return the measured components, then `WHOLE`."""
+    components = [name for results in document["contestants"].values() for name in results.get("components", {})]
     return [*dict.fromkeys(components), WHOLE]
 
 
@@ -119,9 +119,9 @@ def _title(document: Mapping[str, Any]) -> str:
     settings = document["settings"]
     width, height = settings["size"]
     guided = f"guidance {settings['guidance']:g}" if settings["guidance"] > 1 else "no guidance"
-    pictures = "1 image" if settings["batch"] == 1 else f"{settings['batch']} images"
+    images = "1 image" if settings["batch"] == 1 else f"{settings['batch']} images"
     return (
-        f"{document['bundle']['name']}, {document['bundle']['precision']}: {pictures} of {width}×{height}, "
+        f"{document['bundle']['name']}, {document['bundle']['precision']}: {images} of {width}×{height}, "
         f"{settings['steps']} steps, {guided}"
     )
 
@@ -136,21 +136,21 @@ def _machine(document: Mapping[str, Any]) -> str:
 
 def _versions(document: Mapping[str, Any]) -> str:
     versions = {**document["versions"]}
-    for each in document["contestants"].values():
-        versions |= each.get("versions", {})
+    for results in document["contestants"].values():
+        versions |= results.get("versions", {})
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _column(told: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = told.get("end_to_end", {}) if column == WHOLE else told.get("components", {}).get(column, {})
-    return found
+def _column(results: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    times: Mapping[str, Any] = results.get("end_to_end", {}) if column == WHOLE else results.get("components", {}).get(column, {})
+    return times
 
 
-def _time(found: Mapping[str, Any], ratio: float | None) -> str:
-    if "p50_ms" not in found:
+def _time(times: Mapping[str, Any], ratio: float | None) -> str:
+    if "p50_ms" not in times:
         return ""
     compared = "" if ratio is None else f", {ratio:.2f} ×"
-    return f"{_number(found['p50_ms'])} ({_number(found['min_ms'])} to {_number(found['p95_ms'])}) ms, n {found['n']}{compared}"
+    return f"{_number(times['p50_ms'])} ({_number(times['min_ms'])} to {_number(times['p95_ms'])}) ms, n {times['n']}{compared}"
 
 
 def _number(milliseconds: float | None) -> str:

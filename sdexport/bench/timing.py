@@ -1,4 +1,4 @@
-"""How anything is measured here: percentiles, contestants in turn, likeness of images, inputs of one component."""
+"""Measure times and compare images: percentiles, contestants in turn, PSNR, random inputs of one component."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from sdruntime.pipeline.result import Result
 from sdruntime.verification.metrics import picture_psnr
 
 Array = NDArray[Any]
-Draw = Callable[[int], list[Array]]  # a seed -> images, uint8 [H, W, 3]
-Turn = Callable[[int], Sequence[float]]  # a round -> the seconds of one call or of some; rounds below 0 warm up
+Generate = Callable[[int], list[Array]]  # a seed -> images, uint8 [H, W, 3]
+Turn = Callable[[int], Sequence[float]]  # a round -> the seconds of one or more calls; rounds below 0 warm up
 WARM, LEAST, MOST = 2, 5, 40  # rounds
 _EVER = float("inf")
 
 
 def psnr(one: Sequence[Array], other: Sequence[Array]) -> float:
-    """The lowest of pairs of uint8 images, in dB (`sdruntime.verification.metrics`); 0 for images of two shapes."""
+    """Return the lowest PSNR of the pairs of uint8 images, in dB (`sdruntime.verification.metrics`); 0 if shapes differ."""
     pairs = zip(one, other, strict=True)
     return round(min(picture_psnr(a, b) if a.shape == b.shape else 0.0 for a, b in pairs), 2)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Milliseconds: median, 95th percentile, least, largest; and of how many."""
+    """Return the median, 95th percentile, minimum and maximum in milliseconds, and the number of times `n`."""
     milliseconds = 1e3 * np.asarray(seconds)
-    middle, high = np.percentile(milliseconds, [50, 95])
-    return {"p50_ms": round(float(middle), 4), "p95_ms": round(float(high), 4), "min_ms": round(float(milliseconds.min()), 4)} | {
+    p50, p95 = np.percentile(milliseconds, [50, 95])
+    return {"p50_ms": round(float(p50), 4), "p95_ms": round(float(p95), 4), "min_ms": round(float(milliseconds.min()), 4)} | {
         "max_ms": round(float(milliseconds.max()), 4),
         "n": len(seconds),
     }
 
 
 def repeated(call: Callable[[], object], *, seconds: float) -> dict[str, Any]:
-    """`call` timed for about so long, after a warm-up."""
+    """Return the `summary` of calling `call` for about `seconds`, after a warm-up."""
     for _ in range(WARM):
         call()
     taken: list[float] = []
@@ -54,10 +54,11 @@ def repeated(call: Callable[[], object], *, seconds: float) -> dict[str, Any]:
 
 
 def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER) -> dict[str, list[float] | str]:
-    """Contestants in turn, A B C A B C, so that a change of the machine strikes all alike: the times of each, or what it raised.
+    """Call the entries in turn, A B C A B C, so that a change of the machine affects all alike.
 
-    Each gets LEAST to MOST rounds after WARM ones, and about `seconds`. One that has a time begins no round that would end after
-    `until` (of time.monotonic), judged by its last one. One that raised is not called again.
+    Returns the times of each in seconds, or the text of its error. Each entry gets WARM rounds to warm up, then LEAST to MOST
+    rounds for about `seconds`. Once an entry has a time, it starts no round that would end after `until` (time.monotonic),
+    judging by its last round. An entry that raised is not called again.
     """
     taken: dict[str, list[float]] = {name: [] for name in entries}
     failed: dict[str, str] = {}
@@ -71,7 +72,7 @@ def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER
             begun = time.monotonic()
             try:
                 times = turn(round_)
-            except Exception as error:  # recorded, and the others go on
+            except Exception as error:  # an entry that fails does not stop the others
                 failed[name] = text_of(error)
                 continue
             last[name] = time.monotonic() - begun
@@ -80,32 +81,35 @@ def in_turn(entries: Mapping[str, Turn], *, seconds: float, until: float = _EVER
     return {name: failed.get(name, times) for name, times in taken.items()}
 
 
-def race(entries: Mapping[str, Draw], *, seconds: float, until: float = float("inf")) -> dict[str, Any]:
-    """Whole images, in turn. Each contestant: its times, or its `error`; and the PSNR of its images against the first one's,
-    of the same seed. `seconds`, `until`: see `in_turn`."""
-    told: dict[str, Any] = {name: {} for name in entries}
+def race(entries: Mapping[str, Generate], *, seconds: float, until: float = float("inf")) -> dict[str, Any]:
+    """Generate whole images in turn; return the `summary` of each contestant's times, or its `error`.
+
+    Also returns the PSNR of its images against the first contestant's, for the same seed, and the standard deviation of its
+    first image. For `seconds` and `until` see `in_turn`.
+    """
+    results: dict[str, Any] = {name: {} for name in entries}
     reference: list[Array] = []
 
-    def turn(name: str, draw: Draw) -> Turn:
-        def drawing(round_: int) -> Sequence[float]:
+    def turn(name: str, generate: Generate) -> Turn:
+        def timed(round_: int) -> Sequence[float]:
             begun = time.perf_counter()
-            pictures = draw(0)
+            images = generate(0)
             spent = time.perf_counter() - begun
             if round_ < 0:
-                reference[:] = reference or pictures
-                told[name] = {"psnr": psnr(pictures, reference), "std": round(float(pictures[0].std()), 1)}
+                reference[:] = reference or images
+                results[name] = {"psnr": psnr(images, reference), "std": round(float(images[0].std()), 1)}
             return [spent]
 
-        return drawing
+        return timed
 
-    found = in_turn({name: turn(name, draw) for name, draw in entries.items()}, seconds=seconds, until=until)
-    for name, times in found.items():
-        told[name] = {"error": times} if isinstance(times, str) else told[name] | (summary(times) if times else {})
-    return told
+    taken = in_turn({name: turn(name, generate) for name, generate in entries.items()}, seconds=seconds, until=until)
+    for name, times in taken.items():
+        results[name] = {"error": times} if isinstance(times, str) else results[name] | (summary(times) if times else {})
+    return results
 
 
 def ratio(of: Mapping[str, Any], to: Mapping[str, Any]) -> float | None:
-    """How many times as long the second one takes; None where one has no time."""
+    """Return the median of `to` divided by the median of `of`; None if one of them has no time."""
     if "p50_ms" not in of or "p50_ms" not in to:
         return None
     return round(float(to["p50_ms"]) / float(of["p50_ms"]), 3)
@@ -116,7 +120,7 @@ def text_of(error: BaseException) -> str:
 
 
 def feeds_of(component: ComponentSpec, dims: Mapping[str, int], factor: int) -> dict[str, Array]:
-    """Inputs of a component at `dims`, random and always the same. `factor`: the VAE's."""
+    """Return random inputs of a component at `dims`, the same at every call. `factor` is the VAE's."""
     random = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
     for tensor in component.inputs:
@@ -131,7 +135,7 @@ def feeds_of(component: ComponentSpec, dims: Mapping[str, int], factor: int) -> 
 
 
 def dims_of(engine: Engine, pipe: Pipeline, *, batch: int, guided: bool) -> dict[str, int]:
-    """The dimensions of a call of this component for `batch` images of the model's own size."""
+    """Return the dimensions of a call of this engine for `batch` images of the model's own size."""
     size = pipe.model.default_size[::-1]
     return call_dims(engine.spec.component, engine.component, pipe.bundle.manifest, size, batch=batch, guided=guided)
 
@@ -139,18 +143,18 @@ def dims_of(engine: Engine, pipe: Pipeline, *, batch: int, guided: bool) -> dict
 def call_dims(
     name: str, component: ComponentSpec, manifest: Manifest, size: tuple[int, int], *, batch: int, guided: bool
 ) -> dict[str, int]:
-    """The dimensions of a call of the component `name` for `batch` images of one prompt. `size`: (width, height) in pixels."""
+    """Return the dimensions of a call of component `name` for `batch` images of one prompt; `size` is (width, height), pixels."""
     width, height = (side // manifest.model.vae_factor for side in size)
     rows = {"guided": batch * (1 + guided), "texts": 1 + guided}.get(role(name).rows, batch)
     known = {"batch": rows, "height": height, "width": width, "sequence": manifest.text_length}
     return {dim: known[dim] for dim in component.dimensions}
 
 
-def drawn(pipe: Pipeline, asked: list[Request], *, on_device: bool) -> list[Array]:
-    """Whole images, from the prompt on."""
+def generate(pipe: Pipeline, requests: list[Request], *, on_device: bool) -> list[Array]:
+    """Return the images of the requests, uint8 [H, W, 3]; `on_device` keeps the loop on the GPU if the backend can."""
     if on_device:
-        return pipe(asked).pixels
-    stream = pipe.stream(asked)
+        return pipe(requests).pixels
+    stream = pipe.stream(requests)
     for _ in stream:
         pass
     result: Result = stream.result

@@ -48,13 +48,13 @@ def bench(
     settings = Settings(
         size=parse_size(size) if size else None, **{name: options.pop(name) for name in ("steps", "batch", "guidance", "seconds")}
     )
-    found = finish(
+    document = finish(
         events(bundle, settings, **options), lambda event: reporter.show("bench", event.what, done=event.done, total=event.total)
     )
     if markdown:
-        replace_file(markdown, ("\n".join(lines(found)) + "\n").encode())
+        replace_file(markdown, ("\n".join(lines(document)) + "\n").encode())
     if picture:
-        replace_file(picture, svg(found).encode())
-    for warning in filter(None, (busy_warning(found), *found["warnings"])):
+        replace_file(picture, svg(document).encode())
+    for warning in filter(None, (busy_warning(document), *document["warnings"])):
         reporter.note(f"warning: {warning}")
-    reporter.print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
+    reporter.print(json.dumps(document, indent=1, allow_nan=False) if as_json else "\n".join(lines(document)))

@@ -166,7 +166,7 @@ def test_what_is_required_and_does_not_run_is_a_failure(
 def test_without_diffusers_a_bundle_must_be_named(
     here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("sdexport.bench.diffusers.missing", lambda device="cuda": "diffusers is not installed")
+    monkeypatch.setattr("sdexport.bench.diffusers.why_unavailable", lambda device="cuda": "diffusers is not installed")
     code, document = run(options(tmp_path, tmp_path, bundles={}, checkpoints={}, work=tmp_path / "work"), tmp_path)
     assert code == 1
     assert document["diffusers"] == "diffusers is not installed"

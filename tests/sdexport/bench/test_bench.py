@@ -84,7 +84,7 @@ def test_numbers_stand_in_sane_relations(document: dict[str, Any]) -> None:
         assert min(times.values()) == 1
 
 
-def test_the_picture_has_a_bar_for_each_contestant_in_each_column(document: dict[str, Any]) -> None:
+def test_the_chart_has_a_bar_for_each_contestant_in_each_column(document: dict[str, Any]) -> None:
     root = ElementTree.fromstring(document["files"]["svg"])
     bars = [each.attrib for each in root.iter("{http://www.w3.org/2000/svg}rect") if each.get("class") == "bar"]
     asked = {(column, name) for column, times in document["ratios"].items() for name in times}
@@ -103,7 +103,7 @@ def test_the_tables_hold_every_column_and_every_failure(document: dict[str, Any]
     quiet = document | {"machine": document["machine"] | {"busy": 0.01}}
     assert next(iter(markdown(quiet))).startswith("### ")
     assert "Warning" not in svg(quiet)
-    assert "building them" not in text
+    assert "engine build" not in text
     assert list(markdown(document)) == text.splitlines()
     assert svg(document) == document["files"]["svg"]
 
@@ -151,7 +151,7 @@ def test_a_contestant_that_never_answers_is_ended_at_the_deadline(monkeypatch: p
         with pytest.raises(BenchError, match=r"sleeper: no result within the time .* --seconds"):
             sleeper.opened()
         with pytest.raises(BenchError, match="no result within the time"):
-            sleeper.ask("draw")
+            sleeper.measure("generate")
 
 
 def test_the_busy_part_of_the_machine_is_read_from_its_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
