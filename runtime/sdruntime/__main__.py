@@ -1,4 +1,4 @@
-"""The command line of sdruntime: it and `check` alone print (by `command`), and it picks the exit code."""
+"""The command line of sdruntime: run one command, report its error and return the exit code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from sdruntime.errors import SdruntimeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 ok, 1 failed, 2 usage, 3 environment, 4 verification failed, 5 bundle or engine does not
-    fit, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = wants_json(given)
+    """Run one command and return its exit code.
+
+    0: success, 1: failed, 2: usage, 3: environment, 4: verification failed, 5: bundle or engine does not fit, 130: interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = wants_json(words)
     print_any_text()
     try:
-        options = parser().parse_args(given)
+        options = parser().parse_args(words)
         with (
             progress_on(quiet=options.quiet or options.json) as options.progress,
             warnings.catch_warnings(),
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest of the buffer
         return 128 + signal.SIGPIPE
     except Failed as failed:
         return fail(failed.error, as_json, **failed.fields)

@@ -41,7 +41,7 @@ def verify(
         check_output(html, "--html")
     from sdexport.verification.verify import first_nodes, reference_checkpoint, verify_against
     from sdruntime.bundle.bundle import Bundle
-    from sdruntime.cli.verify import watched
+    from sdruntime.cli.verify import with_progress
     from sdruntime.errors import VerificationFailed
     from sdruntime.system.events import finish
     from sdruntime.verification.html import write_page
@@ -50,11 +50,11 @@ def verify(
 
     opened = Bundle.open(bundle)
     if against is None:
-        report = report_of(opened, watched(opened, checks(opened), reporter))
+        report = report_of(opened, with_progress(opened, checks(opened), reporter))
     else:
         reporter.show("read the checkpoint")
         checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
-        checked = watched(opened, verify_against(opened, checkpoint), reporter)
+        checked = with_progress(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")
         if bisects:
             walk = first_nodes(opened, checkpoint, report, allow_pickle=allow_pickle)

@@ -1,4 +1,4 @@
-"""The command build: engines from a bundle's own ONNX."""
+"""The command `build`: engines from a bundle's own ONNX."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 def build(options: argparse.Namespace) -> None:
-    """`sdruntime build`: build engines and check each against the reference outputs before it is added."""
+    """Run `sdruntime build`: build engines, and check each against the reference outputs before it is added."""
     from sdruntime.engines.building import build_engines, rebuild_stale
     from sdruntime.verification.verify import held
 
     if options.stale == (options.backend is not None):
-        raise SettingError("build: give --backend for new engines or --stale for old ones, and not both")
+        raise SettingError("build: give --backend to build new engines or --stale to rebuild old ones, not both")
     if options.stale:
-        refuse_beside_stale(options)
+        check_stale_options(options)
     if options.components and options.without:
-        raise SettingError("build: give --component or --without, and not both")
-    asked = asked_of(options) if options.backend else None
+        raise SettingError("build: give --component or --without, not both")
+    request = request_of(options) if options.backend else None
     check = None if options.no_verify else held
     reporter, done, begun = options.progress, [], time.monotonic()
-    events = build_engines(options.bundle, asked, check=check) if asked else rebuild_stale(options.bundle, check=check)
+    events = build_engines(options.bundle, request, check=check) if request else rebuild_stale(options.bundle, check=check)
     try:
         with contextlib.closing(events):
             for event in events:
                 if event.state in ("begin", "stage"):
                     stage = event.stage
-                    name, at, total = ("", 0, 0) if stage is None else (stage.name, stage.done, stage.total)
-                    reporter.show(f"build {event.engine}", name, done=at, total=total)
+                    name, count, total = ("", 0, 0) if stage is None else (stage.name, stage.done, stage.total)
+                    reporter.show(f"build {event.engine}", name, done=count, total=total)
                     continue
                 for text in event.notes:
                     reporter.note(f"warning: {text}")
@@ -51,8 +51,8 @@ def build(options: argparse.Namespace) -> None:
                     }
                 )
                 if not options.json:
-                    what = "already present" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
-                    reporter.print(f"{event.engine}: {what}")
+                    result = "already present" if event.state == "present" else f"{event.size:,} bytes in {event.seconds:.1f} s"
+                    reporter.print(f"{event.engine}: {result}")
     except (SdruntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
         raise Failed(error, engines=done) from error
     if options.json:
@@ -61,15 +61,16 @@ def build(options: argparse.Namespace) -> None:
         print("no engine is stale")
 
 
-def refuse_beside_stale(options: argparse.Namespace) -> None:
-    """Stale engines are built again as they were requested: what says otherwise would be ignored."""
+def check_stale_options(options: argparse.Namespace) -> None:
+    """Check that no option that changes a build is combined with --stale, which rebuilds engines with their own settings."""
     names = {"components": "--component"}
     for name in ("target", "size", "batch", "guidance", "components", "without", "option"):
         if getattr(options, name):
             raise SettingError(f"{names.get(name, f'--{name}')} cannot be used with --stale")
 
 
-def asked_of(options: argparse.Namespace) -> BuildRequest:
+def request_of(options: argparse.Namespace) -> BuildRequest:
+    """Return the build request of the command's options."""
     from sdruntime.engines.building import BuildRequest
 
     return BuildRequest(

@@ -1,16 +1,16 @@
-"""The command capi."""
+"""The command `capi`: build the C library, and print the compiler options for it."""
 
 from __future__ import annotations
 
 import argparse
 
 from sdruntime.cli.terminal import document
-from sdruntime.serving.capi import answers
+from sdruntime.serving.capi import selected_lines
 
 
 def capi(options: argparse.Namespace) -> None:
-    found = answers(options)
+    lines = selected_lines(options)
     if options.json:
-        document(**found)
+        document(**lines)
     else:
-        print("\n".join(found.values()))
+        print("\n".join(lines.values()))

@@ -1,4 +1,4 @@
-"""A machine and a bundle, described: as a document for programs, and as lines for people."""
+"""Describe a machine and a bundle, as a JSON document and as lines of text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdruntime.system.memory import available_memory
 
 
 def machine_document(machine: Machine) -> dict[str, Any]:
-    """`free`: bytes of each GPU; null if its driver does not report it."""
+    """Return the description of a machine. `free`: free bytes of each GPU, or null if its driver does not report them."""
     board = jetson()
     return {
         "sdruntime": __version__,
@@ -34,8 +34,8 @@ def machine_document(machine: Machine) -> dict[str, Any]:
         "machine": platform.machine(),
         "memory": available_memory(),
         "libraries": {
-            name: {"version": each.version, "targets": list(each.targets), "missing": each.missing}
-            for name, each in machine.libraries.items()
+            name: {"version": library.version, "targets": list(library.targets), "missing": library.missing}
+            for name, library in machine.libraries.items()
             if not is_hidden(name)
         },
         "devices": [
@@ -55,6 +55,7 @@ def _free(index: int) -> int | None:
 
 
 def machine_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of text for a `machine_document`."""
     yield (
         f"sdruntime {document['sdruntime']}, Python {document['python']}, NumPy {document['numpy']}, {document['machine']}, "
         f"{document['memory'] >> 20:,} MiB available"
@@ -82,8 +83,11 @@ def machine_lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def bundle_document(bundle: Bundle, machine: Machine) -> dict[str, Any]:
-    """`memory`: for each backend and target of the bundle's GPU engines, what a pipeline of them takes, in bytes. `cpu_seconds`:
-    of a UNet call by kind of CPU engine; null where that was not measured here."""
+    """Return the description of a bundle.
+
+    `memory`: the bytes that a pipeline needs, for each backend and target of the bundle's GPU engines. `cpu_seconds`: seconds per
+    UNet call by kind of CPU engine, or null if they were not measured on this machine.
+    """
     manifest = bundle.manifest
     plans = {}
     for name, plan in _plans(manifest).items():
@@ -98,6 +102,7 @@ def bundle_document(bundle: Bundle, machine: Machine) -> dict[str, Any]:
 
 
 def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
+    """Yield the lines of text about a bundle and about which of its engines fit the machine."""
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}"
     yield f"images of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.size_multiple}"
@@ -112,7 +117,7 @@ def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
         yield f"no engines yet: sdruntime build {quoted(bundle.folder)} --backend onnxruntime"
     if timed := _timed(bundle, machine):
         dims, seconds = timed
-        ranked = ", ".join(f"{name} {each:.3g} s" for name, each in sorted(seconds.items(), key=lambda pair: pair[1]))
+        ranked = ", ".join(f"{name} {time:.3g} s" for name, time in sorted(seconds.items(), key=lambda pair: pair[1]))
         yield f"a UNet call on this CPU ({dims_in_pixels('unet', model, dims)}): {ranked}"
     for name, plan in _plans(manifest).items():
         yield f"memory on the GPU, {name}:"
@@ -120,13 +125,14 @@ def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
 
 
 def _timed(bundle: Bundle, machine: Machine) -> tuple[Mapping[str, int], Mapping[str, float]] | None:
-    """The sizes of the call and the seconds by kind, where a pipeline measured them on this machine."""
+    """Return the dimensions of the call and the seconds by kind, or None if no pipeline measured them on this machine."""
     race = Race.of(bundle, machine)
-    seconds = race and race.kept()
+    seconds = race and race.cached()
     return (race.dims, seconds) if race and seconds else None
 
 
 def _plans(manifest: Manifest) -> dict[str, MemoryPlan]:
+    """Return the memory plan of the GPU engines of each backend, version and target."""
     groups: dict[str, list[EngineSpec]] = {}
     for engine in manifest.engines:
         if engine.target != CPU and not is_hidden(engine.backend):

@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
-    """KEY=VALUE pairs, each VALUE read as JSON where it is, else as text."""
-    found: dict[str, Any] = {}
+    """Return the pairs of --option KEY=VALUE, with each VALUE read as JSON if it is valid JSON, else as text."""
+    settings: dict[str, Any] = {}
     for key, value in pairs(options.option, "eta=0.5"):
         try:
-            found[key] = json.loads(value)
+            settings[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            settings[key] = value
+    return settings
 
 
 def generate(options: argparse.Namespace) -> None:
+    """Run `sdruntime generate`."""
     from sdruntime.cli import outputs
     from sdruntime.pipeline.images.png import png_from_image
     from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
@@ -59,37 +60,37 @@ def generate(options: argparse.Namespace) -> None:
     }
     if options.strength is not None:
         settings["strength"] = options.strength
-    asked = requests(options.prompt, count=options.count, seed=options.seed, **settings)
+    all_requests = requests(options.prompt, count=options.count, seed=options.seed, **settings)
     if options.output == str(outputs.STDOUT) and (options.json or sys.stdout.isatty()):
         other = "--json: both write to standard output" if options.json else "a terminal: redirect it, or name a file"
         raise SettingError(f"--output - with {other}")
-    outputs.check_sheet(len(asked) if options.grid else 1)
-    places = outputs.paths(options.output, asked[:1] if options.grid else asked, overwrite=options.overwrite)
+    outputs.check_sheet(len(all_requests) if options.grid else 1)
+    places = outputs.paths(options.output, all_requests[:1] if options.grid else all_requests, overwrite=options.overwrite)
     reporter: Reporter = options.progress
     written: list[dict[str, Any]] = []
     warned: list[str] = []
-    if options.seed is None and not (options.json or options.quiet):  # it is in the document, and in the images
-        reporter.note(f"seed {asked[0].seed} (random): --seed {asked[0].seed} generates the same again")
+    if options.seed is None and not (options.json or options.quiet):  # the document and the images have the seed
+        reporter.note(f"seed {all_requests[0].seed} (random): --seed {all_requests[0].seed} generates the same image again")
 
     def write(path: Path, image: Image, *parts: Image) -> None:
-        """`parts` are the images that `image` shows."""
+        """Write one file. `parts`: the images on a sheet, or `image` itself."""
         if path == outputs.STDOUT:
             sys.stdout.buffer.write(png_from_image(image.pixels, image.text()))
         else:
             image.save(path, overwrite=options.overwrite)
             if not options.json:
                 reporter.print(str(path))
-        written.extend({"file": str(path), "seed": each.seed, "prompt": each.request.prompt, "cut": each.cut} for each in parts)
+        written.extend({"file": str(path), "seed": part.seed, "prompt": part.request.prompt, "cut": part.cut} for part in parts)
 
     pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
     try:
         with contextlib.closing(pipe):
-            images: list[Image] = []  # of a sheet
+            images: list[Image] = []  # for a sheet
             remaining = iter(places)
             named = {"sampler": options.sampler, "schedule": options.schedule, **settings["options"]}
             if not options.json and (line := meaning(pipe.bundle.read_json(SCHEDULER), **named)):
                 reporter.note(line)
-            for result in drawn(pipe, asked, reporter):
+            for result in generate_groups(pipe, all_requests, reporter):
                 if options.grid:
                     images += result.images
                 else:
@@ -107,6 +108,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """Return the engine options of the command's options."""
     from sdruntime.backends.base.engine import EngineOptions
     from sdruntime.system.sizes import parse_bytes
 
@@ -120,14 +122,14 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
     )
 
 
-def drawn(pipe: Pipeline, asked: Sequence[Request], reporter: Reporter) -> Iterator[Result]:
-    """The images in groups that one call of the UNet takes, so that no more are in memory, whatever the count."""
+def generate_groups(pipe: Pipeline, requests: Sequence[Request], reporter: Reporter) -> Iterator[Result]:
+    """Generate the images in groups of one UNet call, which limits the memory for any number of images."""
     for stage in pipe.opening():
         reporter.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
     room = pipe.engines.room
-    groups = [asked[start : start + room] for start in range(0, len(asked), room)]
+    groups = [requests[start : start + room] for start in range(0, len(requests), room)]
     for index, group in enumerate(groups):
-        what = f"images {index * room + 1} to {index * room + len(group)} of {len(asked)}" if len(asked) > 1 else ""
+        what = f"images {index * room + 1} to {index * room + len(group)} of {len(requests)}" if len(requests) > 1 else ""
         reporter.show("encode prompts", what)
         stream = pipe.stream(group, on_device=True)
         reporter.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")

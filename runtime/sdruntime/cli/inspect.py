@@ -1,4 +1,4 @@
-"""The commands inspect and doctor."""
+"""The commands `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def inspect(options: argparse.Namespace) -> None:
+    """Run `sdruntime inspect`."""
     from sdruntime.bundle.bundle import Bundle, opening
     from sdruntime.cli.describe import bundle_document, bundle_lines
     from sdruntime.engines.choose import Machine
@@ -31,6 +32,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
+    """List the stale engines, and how to rebuild them."""
     from sdruntime.engines.building import stale_engines
     from sdruntime.engines.choose import misfit
 
@@ -40,21 +42,22 @@ def inspect_stale(bundle: Bundle, machine: Machine, *, as_json: bool) -> None:
         return
     for name, reason in reasons.items():
         print(printable(f"{name}: {reason}"))
-    print(f"build them again: sdruntime build {quoted(bundle.folder)} --stale" if reasons else "no engine is stale")
+    print(f"rebuild them: sdruntime build {quoted(bundle.folder)} --stale" if reasons else "no engine is stale")
 
 
 def doctor(options: argparse.Namespace) -> None:
+    """Run `sdruntime doctor`."""
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.cli.describe import bundle_document, bundle_lines, machine_document, machine_lines
     from sdruntime.engines.choose import Machine
 
     machine = Machine.here()
     bundle = Bundle.open(options.bundle) if options.bundle else None
-    found = machine_document(machine)
+    description = machine_document(machine)
     if options.json:
-        document(**found, bundle=bundle and bundle_document(bundle, machine))
+        document(**description, bundle=bundle and bundle_document(bundle, machine))
         return
-    for line in machine_lines(found):
+    for line in machine_lines(description):
         print(line)
     for line in bundle_lines(bundle, machine) if bundle else ():
         print(printable(line))

@@ -1,6 +1,6 @@
-"""Where `generate` writes: a file, a folder, a pattern of names, or standard output; and many images as one sheet.
+"""Where `generate` writes: a file, a folder, a pattern of names or standard output; and how images form a sheet.
 
-Every path is known, and known to be writable, before anything is generated.
+Every path is checked to be writable before anything is generated.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _NAME_OF_PROMPT = 60  # characters
 
 
 def paths(output: str, requests: Sequence[Request], *, overwrite: bool) -> list[Path]:
-    """The path of each request's image.
+    """Return the path of each request's image.
 
-    A folder gets SEED.png. A name may have the fields {seed}, {index} (from 0) and {prompt} (its letters and digits, shortened),
-    with a format: {index:03}. Several images of a name without fields become NAME-SEED. "-" is standard output, for one image.
-    Raises SettingError for a name that cannot be written, that two images would have, or that exists without `overwrite`;
-    LibraryMissing for a format whose library is missing.
+    In a folder, images are named SEED.png. A name may have the fields {seed}, {index} (from 0) and {prompt} (its letters and
+    digits, shortened), with a format: {index:03}. Several images of a name without fields become NAME-SEED. "-" is standard
+    output, for one image. Raises SettingError for a file that cannot be written, that two images would share, or that exists
+    without `overwrite`; LibraryMissing for a format whose library is missing.
     """
     if output == str(STDOUT):
         if len(requests) > 1:
@@ -48,19 +48,20 @@ def paths(output: str, requests: Sequence[Request], *, overwrite: bool) -> list[
     elif "{" not in output and len(requests) > 1:
         path = Path(output)
         output = str(path.with_name(f"{path.stem}-{{seed}}{path.suffix}"))
-    found = [Path(_filled(output, index, request) if "{" in output else output) for index, request in enumerate(requests)]
-    check_ending(found[0], OPTION)
-    for path in found:
+    files = [Path(_filled(output, index, request) if "{" in output else output) for index, request in enumerate(requests)]
+    check_ending(files[0], OPTION)
+    for path in files:
         check_output(path, OPTION)
         if path.exists() and not overwrite:
             raise SettingError(f"{OPTION} {path}: this file exists: add --overwrite to replace it, or choose another name")
-    path, count = collections.Counter(found).most_common(1)[0]
+    path, count = collections.Counter(files).most_common(1)[0]
     if count > 1:
         raise SettingError(f"{OPTION} {output}: {count} images would be {path}: add {{seed}} or {{index}} to the name")
-    return found
+    return files
 
 
 def _filled(pattern: str, index: int, request: Request) -> str:
+    """Return the name of a request's image. Raises SettingError."""
     prompt = re.sub(r"[\W_]+", "-", request.prompt)[:_NAME_OF_PROMPT].strip("-") or "image"
     values = {"seed": request.seed, "index": index, "prompt": prompt}
     try:
@@ -77,13 +78,13 @@ def _filled(pattern: str, index: int, request: Request) -> str:
 
 
 def check_sheet(count: int) -> None:
-    """Raises SettingError for more images than a sheet has."""
+    """Check that so many images fit on a sheet. Raises SettingError."""
     if count > LARGEST_SHEET:
         raise SettingError(f"--grid of {count} images: at most {LARGEST_SHEET} are put side by side")
 
 
 def sheet(images: Sequence[Image]) -> Image:
-    """All images in rows, as near to a square as their count allows, with the settings of the first. They are of one size."""
+    """Return one image that shows images of one size in rows, as square as possible, with the settings of the first."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     height, width, channels = images[0].shape

@@ -19,6 +19,7 @@ from sdruntime.serving.capi import add_arguments
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     top = Parser(prog="sdruntime", description="Run Stable Diffusion from a bundle, without PyTorch.")
     top.add_argument("--version", action="version", version=f"sdruntime {__version__}")
     shared(top, False)
@@ -27,102 +28,104 @@ def parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: Callable[[argparse.Namespace], None], what: str, *, bundle: bool = True
     ) -> argparse.ArgumentParser:
-        each = commands.add_parser(name, help=what, description=what)
-        each.set_defaults(run=run)
+        sub = commands.add_parser(name, help=what, description=what)
+        sub.set_defaults(run=run)
         if bundle:
-            each.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that sdexport build wrote")
-        shared(each, argparse.SUPPRESS)  # keeps what was given before the command
-        return each
+            sub.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that sdexport build wrote")
+        shared(sub, argparse.SUPPRESS)  # keeps options before the command
+        return sub
 
-    each = command("build", build, "build engines from a bundle's ONNX models")
-    each.add_argument("--backend", help="tensorrt, tensorrt-rtx, onnxruntime or openvino")
-    each.add_argument("--stale", action="store_true", help="rebuild the engines that an upgrade of their library made unusable")
-    each.add_argument("--no-verify", action="store_true", help="do not check the engines against the reference outputs")
-    each.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu (the best of this machine)")
-    each.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
-    each.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
-    each.add_argument(
+    sub = command("build", build, "build engines from a bundle's ONNX models")
+    sub.add_argument("--backend", help="tensorrt, tensorrt-rtx, onnxruntime or openvino")
+    sub.add_argument("--stale", action="store_true", help="rebuild the engines that an upgrade of their library made unusable")
+    sub.add_argument("--no-verify", action="store_true", help="do not check the engines against the reference outputs")
+    sub.add_argument("--target", help="current, ampere+, sm86, …, cuda, cpu (the best of this machine)")
+    sub.add_argument("--size", metavar="WxH", help="the sizes to build for: 512x512, or MIN:MAX, MIN:OPT:MAX, or a list A,B")
+    sub.add_argument("--batch", metavar="N", help="images in one call: 4, or MIN:MAX, MIN:OPT:MAX, or a list 1,2,4")
+    sub.add_argument(
         "--guidance", choices=["on", "off", "any"], help="for images with guidance (two rows each), without, or both"
     )
-    each.add_argument("--component", action="append", default=[], dest="components", help="only this component; may be repeated")
-    each.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="skip this component; may be repeated")
+    sub.add_argument("--component", action="append", default=[], dest="components", help="only this component; may be repeated")
+    sub.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="skip this component; may be repeated")
     library = "a setting of the engine library, such as optimization_level=5"
-    each.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=library)
+    sub.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=library)
 
-    each = command("generate", generate, "generate images")
-    each.add_argument("prompt", nargs="+", metavar="PROMPT")
+    sub = command("generate", generate, "generate images")
+    sub.add_argument("prompt", nargs="+", metavar="PROMPT")
     where = (
         "a .png, .jpg or .webp file; a folder; a pattern: 'out-{seed}.png', with {index} and {prompt} too; - for standard output"
     )
-    each.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
-    each.add_argument("--overwrite", action="store_true", help="replace existing files")
-    each.add_argument("--grid", action="store_true", help="write all images as one sheet")
-    each.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
-    each.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
-    each.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
-    setting(each, "strength", "how much of --image is changed", otherwise=False)
-    setting(each, "steps", "number of denoising steps")
-    setting(each, "guidance", "how closely to follow the prompt; at 1 or less, the negative prompt has no effect")
-    setting(each, "rescale", "guidance rescale")
-    each.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
-    each.add_argument("--size", metavar="WxH", help="size in pixels (the model's own)")
-    each.add_argument("--count", type=int, default=1, help="images per prompt (1)")
-    each.add_argument("--backend", default="auto", help="tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
-    each.add_argument("--device", type=int, default=0, help="which GPU (0)")
-    each.add_argument("--threads", type=int, default=0, help="CPU threads (0: the library decides)")
-    each.add_argument("--session", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine library")
-    each.add_argument("--no-measure", action="store_true", help="do not time CPU engines to find the fastest")
-    each.add_argument("--low-memory", action="store_true", help="keep one component on the GPU at a time")
-    each.add_argument("--vram-budget", metavar="SIZE", help="how much GPU memory to use: 4G, 600M (all that is free)")
-    sampling(each)
+    sub.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
+    sub.add_argument("--overwrite", action="store_true", help="replace existing files")
+    sub.add_argument("--grid", action="store_true", help="write all images as one sheet")
+    sub.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
+    sub.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
+    sub.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
+    setting(sub, "strength", "how much of --image is changed", otherwise=False)
+    setting(sub, "steps", "number of denoising steps")
+    setting(sub, "guidance", "how closely to follow the prompt; at 1 or less, the negative prompt has no effect")
+    setting(sub, "rescale", "guidance rescale")
+    sub.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
+    sub.add_argument("--size", metavar="WxH", help="size in pixels (the model's own)")
+    sub.add_argument("--count", type=int, default=1, help="images per prompt (1)")
+    sub.add_argument("--backend", default="auto", help="tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
+    sub.add_argument("--device", type=int, default=0, help="which GPU (0)")
+    sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: the library decides)")
+    sub.add_argument("--session", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine library")
+    sub.add_argument("--no-measure", action="store_true", help="do not time CPU engines to find the fastest")
+    sub.add_argument("--low-memory", action="store_true", help="keep one component on the GPU at a time")
+    sub.add_argument("--vram-budget", metavar="SIZE", help="how much GPU memory to use: 4G, 600M (all that is free)")
+    sampling(sub)
 
-    each = command("table", table, "print a sampler's table of coefficients; with --json, in full precision", bundle=False)
-    each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
-    each.add_argument("--config", type=Path, metavar="scheduler_config.json", help="use this file instead of a bundle")
-    each.add_argument("--steps", type=int, default=20, help="number of denoising steps (20)")
-    each.add_argument("--strength", type=float, help="strength of an image-to-image request")
-    sampling(each)
+    sub = command("table", table, "print a sampler's table of coefficients; with --json, in full precision", bundle=False)
+    sub.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
+    sub.add_argument("--config", type=Path, metavar="scheduler_config.json", help="use this file instead of a bundle")
+    sub.add_argument("--steps", type=int, default=20, help="number of denoising steps (20)")
+    sub.add_argument("--strength", type=float, help="strength of an image-to-image request")
+    sampling(sub)
 
     command("samplers", samplers, "list the samplers with all of their names", bundle=False)
-    each = command("inspect", inspect, "show the contents of a bundle, and which of its engines fit this machine")
-    each.add_argument("--check", action="store_true", help="read every file and check its hash")
-    each.add_argument("--stale", action="store_true", help="list only the engines that an upgrade of their library made unusable")
-    each = command("verify", verify, "check a bundle and its engines against its reference outputs")
-    each.add_argument("--html", type=Path, metavar="FILE.html", help="also write a report with the images side by side")
-    each.add_argument("--device", type=int, default=0, help="which GPU (0)")
-    each.add_argument("--threads", type=int, default=0, help="CPU threads (0: the library decides)")
-    each = command("doctor", doctor, "show what this machine can build and run, and how to install the rest", bundle=False)
-    each.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="also check this bundle")
+    sub = command("inspect", inspect, "show the contents of a bundle, and which of its engines fit this machine")
+    sub.add_argument("--check", action="store_true", help="read every file and check its hash")
+    sub.add_argument("--stale", action="store_true", help="list only the engines that an upgrade of their library made unusable")
+    sub = command("verify", verify, "check a bundle and its engines against its reference outputs")
+    sub.add_argument("--html", type=Path, metavar="FILE.html", help="also write a report with the images side by side")
+    sub.add_argument("--device", type=int, default=0, help="which GPU (0)")
+    sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: the library decides)")
+    sub = command("doctor", doctor, "show what this machine can build and run, and how to install the rest", bundle=False)
+    sub.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="also check this bundle")
     add_arguments(command("capi", capi, "build the C library, and print the compiler options for it", bundle=False))
     return top
 
 
-def shared(each: argparse.ArgumentParser, default: object) -> None:
+def shared(sub: argparse.ArgumentParser, default: object) -> None:
     """Add the options that may stand before or after the command."""
-    each.add_argument("--json", action="store_true", default=default, help="print one JSON document, also if the command fails")
-    each.add_argument("-q", "--quiet", action="store_true", default=default, help="hide progress")
+    sub.add_argument("--json", action="store_true", default=default, help="print one JSON document, also if the command fails")
+    sub.add_argument("-q", "--quiet", action="store_true", default=default, help="hide progress")
 
 
-def setting(each: argparse.ArgumentParser, name: str, what: str, *, otherwise: bool = True) -> None:
-    """Add a number of a Request, with range and default in the help. `otherwise`: if omitted, it has its default, not None."""
+def setting(sub: argparse.ArgumentParser, name: str, what: str, *, otherwise: bool = True) -> None:
+    """Add a number of a Request, with its range and default in the help. `otherwise`: if omitted, it is the default, not None."""
     allowed, default = RANGES[name], NUMBERS[name]
     described = f"{what}: {allowed} ({default:g})"
     number = int if allowed.whole else float
-    each.add_argument(f"--{name}", type=number, default=default if otherwise else None, help=described)
+    sub.add_argument(f"--{name}", type=number, default=default if otherwise else None, help=described)
 
 
-def sampling(each: argparse.ArgumentParser) -> None:
-    each.add_argument("--sampler", help="a name from `sdruntime samplers` (the checkpoint's own)")
+def sampling(sub: argparse.ArgumentParser) -> None:
+    """Add the options of a sampler."""
+    sub.add_argument("--sampler", help="a name from `sdruntime samplers` (the checkpoint's own)")
     levels = f"noise levels from high to low in place of --steps: {SIGMAS} numbers from {SIGMA}, such as 14.6,6.5,2,0"
-    each.add_argument("--sigmas", type=numbers, metavar="S,S,…", help=levels)
-    each.add_argument("--schedule", help="karras, exponential, beta, … (the checkpoint's own)")
-    each.add_argument(
+    sub.add_argument("--sigmas", type=numbers, metavar="S,S,…", help=levels)
+    sub.add_argument("--schedule", help="karras, exponential, beta, … (the checkpoint's own)")
+    sub.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampler, such as eta=0.5"
     )
 
 
 def numbers(text: str) -> list[float]:
+    """Return comma-separated numbers."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, such as 14.6,6.5,0") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected comma-separated numbers, such as 14.6,6.5,0") from None

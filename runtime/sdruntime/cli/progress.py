@@ -1,9 +1,9 @@
-"""Reporter on standard error: one line that is redrawn on a terminal, time-stamped lines in a log, nothing where it is disabled.
+"""Report progress on standard error: one changing line on a terminal, time-stamped lines in a log, nothing if disabled.
 
     with progress_on(sys.stderr) as reporter:
         reporter.show("generate", "step", done=3, total=20)
 
-A long task without news of its own is shown again by a thread: the elapsed time on a terminal, a line now and then in a log.
+During a long stage a thread repeats the report: the elapsed time on a terminal, a line every few seconds in a log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TextIO
 
 from sdruntime.errors import printable
 
-REDRAW = 0.5  # seconds between two looks of a line on a terminal
+REDRAW = 0.5  # seconds between two updates of the line on a terminal
 LOG_EVERY = 15.0  # seconds between two lines of one stage in a log
 NARROWEST_BAR, WIDEST_BAR = 8, 40
 _FULL, _EMPTY = "━", "─"
@@ -28,7 +28,7 @@ _ASCII = {_FULL: "#", _EMPTY: "-", "…": "~"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activity:
-    """What is being done: `done` of `total` in `unit` ("B" for bytes), a total of 0 where it is not known; since `begun`."""
+    """A stage of a task, since `begun`: `done` of `total` in `unit` ("B" for bytes). `total` is 0 if it is not known."""
 
     task: str
     stage: str = ""
@@ -42,6 +42,7 @@ class Activity:
         return f"{self.task}: {self.stage}" if self.stage else self.task
 
     def count(self) -> str:
+        """Return the done and the total amount."""
         if self.unit == "B":
             return f"{_bytes(self.done)}/{_bytes(self.total)}"
         return f"{self.done}/{self.total}"
@@ -52,12 +53,15 @@ class Activity:
         if not 0 < self.done < self.total or elapsed <= 0:
             return []
         rate = self.done / elapsed
-        told = f"{_bytes(rate)}/s" if self.unit == "B" else f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
-        return [told, f"ETA {duration((self.total - self.done) / rate)}"]
+        speed = f"{_bytes(rate)}/s" if self.unit == "B" else f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+        return [speed, f"ETA {duration((self.total - self.done) / rate)}"]
 
 
 def terminal_line(stage: Activity, now: float, columns: int) -> str:
-    """`stage` in at most `columns` characters: the bar takes what the words leave; where they are long the rate goes first."""
+    """Return `stage` in at most `columns` characters.
+
+    The bar fills the rest of the line. If room is short, the rate is omitted first.
+    """
     words = [duration(now - stage.begun)]
     barred = stage.total > 0
     if barred:
@@ -81,13 +85,13 @@ def terminal_line(stage: Activity, now: float, columns: int) -> str:
 
 
 def bar(fraction: float, width: int) -> str:
-    """`width` characters, the full ones first: full only where all is done."""
+    """Return a bar of `width` characters. It is full only if everything is done."""
     full = int(width * min(max(fraction, 0.0), 1.0))
     return _FULL * full + _EMPTY * (width - full)
 
 
 def log_line(stage: Activity, now: float, when: float) -> str:
-    """`stage` as a line of a log: `when` is the time of day, in seconds since the epoch."""
+    """Return `stage` as a line of a log. `when`: the wall clock time, in seconds since the epoch."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
     parts = [f"{stage.count()}", *stage.pace(now)] if stage.total else []
     if now >= stage.begun + 1:
@@ -96,30 +100,31 @@ def log_line(stage: Activity, now: float, when: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return M:SS, or H:MM:SS from an hour on."""
     minutes, left = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
 
 
 class Reporter:
-    """Shows nothing: for `--quiet`, `--json`, and as the base of what does. `note` and `print` are said all the same."""
+    """A reporter that shows no progress, for `--quiet` and `--json`, and the base class of the others. It still prints notes."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.clock = stream, clock
 
     def show(self, task: str, stage: str = "", *, done: int = 0, total: int = 0, unit: str = "") -> None:
-        """What is being done now. The same task and stage again is an advance of it."""
+        """Show what is being done now. A call with the same task, stage and total advances it."""
 
     def clear(self) -> None:
-        """Nothing of the progress is left on the line."""
+        """Remove the progress from the line."""
 
     def note(self, message: str) -> None:
-        """A line for people, on standard error."""
+        """Print a message on standard error."""
         self.clear()
         print(printable(message), file=self.stream, flush=True)
 
     def print(self, text: str) -> None:
-        """A line of the command's result, on standard output."""
+        """Print a line of the command's result on standard output."""
         self.clear()
         print(printable(text), flush=True)
 
@@ -133,7 +138,7 @@ class Reporter:
 
 
 class _Shown(Reporter):
-    """Keeps the stage that is being done, and a thread that ticks."""
+    """A reporter that keeps the current stage, and a thread that shows it again."""
 
     every: float
 
@@ -158,9 +163,9 @@ class _Shown(Reporter):
 
     def show(self, task: str, stage: str = "", *, done: int = 0, total: int = 0, unit: str = "") -> None:
         with self._lock:
-            now, former = self.clock(), self._stage
-            same = former is not None and (former.task, former.stage, former.total) == (task, stage, total)
-            begun = former.begun if former is not None and same else now
+            now, last = self.clock(), self._stage
+            same = last is not None and (last.task, last.stage, last.total) == (task, stage, total)
+            begun = last.begun if last is not None and same else now
             self._stage = Activity(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
             self.draw(self._stage, now, new=not same)
 
@@ -178,7 +183,7 @@ class _Shown(Reporter):
 
 
 class Line(_Shown):
-    """One line of a terminal, as wide as that."""
+    """One changing line, as wide as the terminal."""
 
     every = REDRAW
 
@@ -195,7 +200,7 @@ class Line(_Shown):
 
 
 class Log(_Shown):
-    """Lines with time stamps: one where a stage begins, and another one every `LOG_EVERY` seconds while it lasts."""
+    """Lines with time stamps: one when a stage begins, and one every `LOG_EVERY` seconds while it lasts."""
 
     every = LOG_EVERY / 5
 
@@ -212,7 +217,7 @@ class Log(_Shown):
 
 
 def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Reporter:
-    """What shows progress on `stream`, standard error if None: a line on a terminal, a log elsewhere, nothing where `quiet`."""
+    """Return the reporter for `stream` (None: standard error): a line on a terminal, a log elsewhere, none if `quiet`."""
     stream = sys.stderr if stream is None else stream
     if quiet:
         return Reporter(stream)
@@ -224,7 +229,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def columns_of(stream: TextIO) -> int:
-    """The width of the terminal now: it may be resized meanwhile."""
+    """Return the terminal's current width in columns, or 80 if `stream` is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):

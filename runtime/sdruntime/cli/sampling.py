@@ -1,4 +1,4 @@
-"""The commands table and samplers."""
+"""The commands `table` and `samplers`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sdruntime.errors import SettingError, plain
 
 
 def table(options: argparse.Namespace) -> None:
+    """Run `sdruntime table`."""
     import numpy as np
 
     from sdruntime.bundle.bundle import Bundle
@@ -22,7 +23,7 @@ def table(options: argparse.Namespace) -> None:
     from sdruntime.sampling.samplers.keys import check_options
 
     if (options.bundle is None) == (options.config is None):
-        raise SettingError("table: give a BUNDLE or --config scheduler_config.json, and not both")
+        raise SettingError("table: give BUNDLE or --config scheduler_config.json, not both")
     if options.config is not None:
         try:
             config = read_json(options.config)
@@ -30,35 +31,39 @@ def table(options: argparse.Namespace) -> None:
             raise SettingError(f"--config {options.config}: {plain(error)}") from error
     else:
         config = Bundle.open(options.bundle).read_json("scheduler/scheduler_config.json")
-    given = sampler_options(options)
-    check_options(given)
-    named = {"sampler": options.sampler, "schedule": options.schedule, **given}
+    settings = sampler_options(options)
+    check_options(settings)
+    named = {"sampler": options.sampler, "schedule": options.schedule, **settings}
     sigmas = None if options.sigmas is None else sigmas_of(options.sigmas)
     steps = steps_beside(sigmas, options.steps)
-    made = compile_table(config, steps=steps, sigmas=sigmas, strength=options.strength, **named)
+    compiled = compile_table(config, steps=steps, sigmas=sigmas, strength=options.strength, **named)
     if line := meaning(config, **named):
         options.progress.note(line)
     if options.json:
-        document(table=json.loads(made.to_json()))
+        document(table=json.loads(compiled.to_json()))
         return
     print("step        t      scale   coefficients of x | model outputs | noises, each from the newest back")
-    for row in range(made.steps):
-        parts = [" ".join(f"{value:+.6g}" for value in np.trim_zeros(part[row], "b")) for part in (made.X, made.M, made.N)]
-        print(f"{row:4d} {made.t[row]:8.2f} {made.scale[row]:10.6f}   {' | '.join(parts)}")
+    for row in range(compiled.steps):
+        parts = [
+            " ".join(f"{value:+.6g}" for value in np.trim_zeros(part[row], "b")) for part in (compiled.X, compiled.M, compiled.N)
+        ]
+        coefficients = " | ".join(parts)
+        print(f"{row:4d} {compiled.t[row]:8.2f} {compiled.scale[row]:10.6f}   {coefficients}")
 
 
 def samplers(options: argparse.Namespace) -> None:
+    """Run `sdruntime samplers`."""
     from sdruntime.sampling.samplers import SAMPLERS
 
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "diffusers": each.diffusers,
-            "settings": dict(each.implied),
-            "a1111": list(each.a1111),
-            "about": each.about,
+            "diffusers": sampler.diffusers,
+            "settings": dict(sampler.implied),
+            "a1111": list(sampler.a1111),
+            "about": sampler.about,
         }
-        for name, each in SAMPLERS.items()
+        for name, sampler in SAMPLERS.items()
     ]
     if options.json:
         document(samplers=rows)

@@ -1,4 +1,4 @@
-"""What the commands share: their parser, documents, failures, KEY=VALUE, and the files that they write."""
+"""Shared parts of the commands: their parser, JSON documents, failures, KEY=VALUE options and output files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdruntime.errors import SettingError, UnknownName, plain, printable, quoted
 
 SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
-# What other programs call an option of ours.
+# Options of other programs, and ours for the same setting.
 ELSEWHERE = {
     "width": "--size WxH",
     "height": "--size WxH",
@@ -34,7 +34,7 @@ ELSEWHERE = {
 
 
 class UsageError(SettingError):
-    """Arguments that no command takes; `usage` says which it does."""
+    """The arguments are wrong. `usage`: the usage text of the command."""
 
     def __init__(self, message: str, usage: str) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class UsageError(SettingError):
 
 
 class Failed(Exception):
-    """A command failed with `error`, and its --json document has these fields beside it."""
+    """A command failed with `error`. `fields`: further fields of its --json document."""
 
     def __init__(self, error: BaseException, **fields: Any) -> None:
         super().__init__(str(error))
@@ -50,16 +50,16 @@ class Failed(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated option, and raises UsageError, with the near names of an unknown one."""
+    """A parser without abbreviated options. Raises UsageError, with suggestions for an unknown option."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, left = super().parse_known_args(args, namespace)
-        for each in left:
-            if each.startswith("-") and each != "-":
-                name = each.partition("=")[0]
+        options, unknown = super().parse_known_args(args, namespace)
+        for argument in unknown:
+            if argument.startswith("-") and argument != "-":
+                name = argument.partition("=")[0]
                 ours = ELSEWHERE.get(name.lstrip("-").replace("_", "-"), "")
                 if ours.partition(" ")[0] in self._option_string_actions:
                     self.error(f"unknown option of {self.prog} {name!r}: write {ours}")
@@ -67,37 +67,38 @@ class Parser(argparse.ArgumentParser):
                     raise UnknownName(f"option of {self.prog}", name, self._option_string_actions)
                 except UnknownName as error:
                     self.error(str(error))
-        return found, left
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.format_usage().rstrip())
 
 
 def print_any_text() -> None:
-    """Escape what standard output's encoding lacks, as standard error does: names from elsewhere may hold any character."""
+    """Escape characters that standard output cannot encode, as standard error does: file names may contain any character."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
-    """Whether --json stands among arguments that may be wrong otherwise."""
+    """Return whether --json is among the arguments, which may be wrong otherwise."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in own
 
 
 def pairs(texts: Sequence[str], example: str, option: str = "--option") -> Iterator[tuple[str, str]]:
-    found: dict[str, str] = {}
+    """Yield (key, value) of each KEY=VALUE text. Raises SettingError for another form, or two values of a key."""
+    values: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise SettingError(f"{option} {text!r}: KEY=VALUE is the form, such as {example}")
-        if found.setdefault(key, value) != value:
-            raise SettingError(f"{option} {key} was given twice, as {found[key]} and {value}: give one of them")
+            raise SettingError(f"{option} {text!r}: expected KEY=VALUE, such as {example}")
+        if values.setdefault(key, value) != value:
+            raise SettingError(f"{option} {key} was given twice, as {values[key]} and {value}: give one of them")
         yield key, value
 
 
 def check_output(path: Path, option: str) -> None:
-    """Raises SettingError where no file can be written there: before the work whose result it takes."""
+    """Check that a file can be written at `path`, before the work whose result it will hold. Raises SettingError."""
     folder = path.parent
     if path.is_dir():
         raise SettingError(f"{option} {path}: this is a folder: name a file in it")
@@ -109,6 +110,7 @@ def check_output(path: Path, option: str) -> None:
 
 
 def document(**fields: Any) -> None:
+    """Print a --json document."""
     json.dump({"schema": SCHEMA, **fields}, sys.stdout, indent=1, allow_nan=False)
     print()
 
@@ -122,15 +124,17 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def code_of(error: BaseException) -> int:
+    """Return the exit code for an error."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if isinstance(error, MemoryError):
         return 3
-    code = getattr(error, "exit_code", 1)  # also sdexport's errors
+    code = getattr(error, "exit_code", 1)  # sdexport's errors have it too
     return code if isinstance(code, int) else 1
 
 
 def reason_of(error: BaseException) -> str:
+    """Return the text of an error, with the names of its files."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""The command verify: check a bundle against its reference outputs."""
+"""The command `verify`: check a bundle against its reference outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """`sdruntime verify`."""
+    """Run `sdruntime verify`."""
     from sdruntime.backends.base.engine import EngineOptions
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.errors import VerificationFailed
@@ -29,7 +29,7 @@ def verify(options: argparse.Namespace) -> None:
         check_output(options.html, "--html")
     bundle = Bundle.open(options.bundle)
     engine_options = EngineOptions(device=options.device, threads=options.threads)
-    report = report_of(bundle, watched(bundle, checks(bundle, options=engine_options), options.progress))
+    report = report_of(bundle, with_progress(bundle, checks(bundle, options=engine_options), options.progress))
     if options.html:
         write_page(report, options.html)
     if not options.json:
@@ -40,13 +40,13 @@ def verify(options: argparse.Namespace) -> None:
         document(**report.document())
 
 
-def watched(bundle: Bundle, checks: Iterable[Check | ImageCheck], reporter: Reporter) -> Iterator[Check | ImageCheck]:
-    """The checks as they are done: progress names the engine that the last one was of."""
+def with_progress(bundle: Bundle, checks: Iterable[Check | ImageCheck], reporter: Reporter) -> Iterator[Check | ImageCheck]:
+    """Yield the checks as they are done, and show the engine of the last one as progress."""
     from sdruntime.verification.verify import subjects
 
     total, seen = subjects(bundle), set()
     reporter.show("verify", total=total)
-    for each in checks:
-        seen.add(each.subject)
-        reporter.show("verify", each.subject, done=min(len(seen), total), total=total)
-        yield each
+    for check in checks:
+        seen.add(check.subject)
+        reporter.show("verify", check.subject, done=min(len(seen), total), total=total)
+        yield check

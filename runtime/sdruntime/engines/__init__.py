@@ -1,1 +1,1 @@
-"""Engines of a bundle: which are built, which fit a machine, and those that a pipeline holds."""
+"""Engines of a bundle: build them, choose those that fit a machine, and hold those that a pipeline uses."""

@@ -1,4 +1,4 @@
-"""Engines into a bundle, from its own ONNX. Adds the engine's files and changes the manifest; nothing else."""
+"""Build engines from a bundle's own ONNX. A build adds the engine's files and changes the manifest, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sdruntime.system.events import mapped
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """Which engines are wanted: those of a backend, for a target, in shapes as `Shapes.parse` reads them.
+    """Which engines to build: for a backend and a target, in shapes as `Shapes.parse` reads them.
 
-    `target` None: the best that the library has here. `components` empty: all but those in `without`. `options`: the backend's
-    own settings.
+    `target` None: the best that the library supports on this machine. `components` empty: all except those in `without`.
+    `options`: settings of the backend.
     """
 
     backend: str
@@ -38,12 +38,12 @@ class BuildRequest:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self, model: ModelSpec) -> Shapes:
-        """Raises SettingError; UnknownName for a backend that does not exist."""
+        """Return the shapes to build for. Raises SettingError, and UnknownName for a backend that does not exist."""
         static = backend(self.backend).static
         return Shapes.parse(model, size=self.size, batch=self.batch, guidance=self.guidance, static=static)
 
     def resolve(self, model: ModelSpec, precision: Precision, components: Iterable[str]) -> tuple[Shapes, str, str]:
-        """The shapes, the library's version and the target's full name: everything that can be refused before the work is.
+        """Return the shapes, the library's version and the target's full name, after every check that needs no build.
 
         Raises SettingError, UnknownName, LibraryMissing and DeviceMissing.
         """
@@ -51,7 +51,7 @@ class BuildRequest:
         return shapes, *self.resolve_library(precision)
 
     def resolve_model(self, model: ModelSpec, components: Iterable[str]) -> Shapes:
-        """The part of `resolve` that needs no library. Raises SettingError and UnknownName."""
+        """Do the part of `resolve` that needs no library. Raises SettingError and UnknownName."""
         shapes = self.shapes(model)
         for component in (*self.components, *self.without):
             if component not in components:
@@ -59,20 +59,20 @@ class BuildRequest:
         return shapes
 
     def resolve_library(self, precision: Precision) -> tuple[str, str]:
-        """The part of `resolve` that needs no model: the library's version and the target's full name. Raises as it does."""
+        """Do the part of `resolve` that needs no model: return the library's version and the target's full name."""
         library = backend(self.backend).here()
         if library.version is None:
             raise LibraryMissing(library.missing)
         return library.version, backend(self.backend).resolve_target(self.target, precision, self.options)
 
     def chosen(self, components: Iterable[str]) -> tuple[str, ...]:
-        """Which of a bundle's components engines are wanted of."""
+        """Return the components of a bundle to build engines of."""
         return self.components or tuple(component for component in components if component not in self.without)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildEvent:
-    """A step of `build_engines`: an engine begins, is at a stage, is done, or was there already."""
+    """A step of `build_engines`: an engine begins, reaches a stage, is done, or was already present."""
 
     component: str
     engine: str
@@ -80,38 +80,40 @@ class BuildEvent:
     stage: Stage | None = None
     size: int = 0  # bytes written
     seconds: float = 0.0
-    peak: int = 0  # bytes of the builder's process, where it has one of its own
+    peak: int = 0  # bytes of memory of the builder's process, if it is a separate one
     notes: tuple[str, ...] = ()
 
 
 Check = Callable[[Bundle, EngineSpec], str]
 
 
-def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | None = None) -> Generator[BuildEvent, None, None]:
-    """Build an engine of each component and add it to the bundle; one that is there already is left alone.
+def build_engines(
+    folder: Path | str, requested: BuildRequest, *, check: Check | None = None
+) -> Generator[BuildEvent, None, None]:
+    """Build an engine of each requested component and add it to the bundle, unless an equal engine is present.
 
-    `check` is given each engine in its bundle before it is added (`sdruntime.verification.verify.held`): what it returns is a
-    note, and where it raises, the bundle stays as it was. Stopped at any point, the bundle holds the engines that were
-    done. Raises BundleError, SettingError, LibraryMissing, DeviceMissing, OutOfSpace, and EngineError for a graph that the
-    library cannot build.
+    `check` is called with the bundle and each engine before the engine is added (`sdruntime.verification.verify.held`). The text
+    it returns becomes a note; if it raises, the engine is not added. If the build is interrupted, the finished engines remain.
+    Raises BundleError, SettingError, LibraryMissing, DeviceMissing, OutOfSpace, and EngineError for a graph that the library
+    cannot build.
     """
     bundle = Bundle.open(folder)
     tidy(bundle.folder)
     manifest = bundle.manifest
-    shapes, version, target = asked.resolve(manifest.model, manifest.precision, manifest.components)
-    wanted_here = [name for name in manifest.components if name != STEP or backend(asked.backend).loop]
-    for component in asked.chosen(wanted_here):
-        stem = f"{component}-{asked.backend}{version}-{target}-{manifest.precision}-{shapes.label}"
+    shapes, version, target = requested.resolve(manifest.model, manifest.precision, manifest.components)
+    buildable = [name for name in manifest.components if name != STEP or backend(requested.backend).loop]
+    for component in requested.chosen(buildable):
+        stem = f"{component}-{requested.backend}{version}-{target}-{manifest.precision}-{shapes.label}"
         request = EngineRequest(
             component=component,
-            backend=asked.backend,
+            backend=requested.backend,
             target=target,
             profiles=shapes.profiles(component, manifest),
             stem=stem,
-            options=asked.options,
+            options=requested.options,
         )
-        wanted = (version, *_identity(request))
-        if any((engine.version, *_identity(engine)) == wanted for engine in bundle.manifest.engines):
+        identity = (version, *_identity(request))
+        if any((engine.version, *_identity(engine)) == identity for engine in bundle.manifest.engines):
             yield BuildEvent(component=component, engine=stem, state="present")
         else:
             bundle = yield from _add(bundle, request, check)
@@ -119,32 +121,35 @@ def build_engines(folder: Path | str, asked: BuildRequest, *, check: Check | Non
 
 def stale_engines(bundle: Bundle) -> list[EngineSpec]:
     """Return the engines that need another version of their library than the installed one; `rebuild_stale` rebuilds them."""
-    found = []
+    stale = []
     for engine in bundle.manifest.engines:
-        if known := BACKENDS.get(engine.backend):
-            version = known.here().version
-            if version is not None and not known.reads(engine, version):
-                found.append(engine)
-    return found
+        if owner := BACKENDS.get(engine.backend):
+            version = owner.here().version
+            if version is not None and not owner.reads(engine, version):
+                stale.append(engine)
+    return stale
 
 
 def rebuild_stale(folder: Path | str, *, check: Check | None = None) -> Generator[BuildEvent, None, None]:
-    """Rebuild each stale engine with this library, with the same request, and remove the stale one. Raises as above."""
+    """Rebuild each stale engine with the installed library, with the same settings, and remove the stale one.
+
+    Raises the errors of `build_engines`.
+    """
     bundle = Bundle.open(folder)
     tidy(bundle.folder)
     for engine in stale_engines(bundle):
-        here = backend(engine.backend).here().version
+        version = backend(engine.backend).here().version
         target = backend(engine.backend).resolve_target(engine.target, bundle.manifest.precision, engine.options)
         request = EngineRequest(
             component=engine.component,
             backend=engine.backend,
             target=target,
             profiles=engine.profiles,
-            stem=engine.name.replace(f"{engine.backend}{engine.version}", f"{engine.backend}{here}", 1),
+            stem=engine.name.replace(f"{engine.backend}{engine.version}", f"{engine.backend}{version}", 1),
             options=engine.options,
         )
-        twin = any((each.version, *_identity(each)) == (here, *_identity(request)) for each in bundle.manifest.engines)
-        if not twin:
+        present = any((other.version, *_identity(other)) == (version, *_identity(request)) for other in bundle.manifest.engines)
+        if not present:
             bundle = yield from _add(bundle, request, check)
         bundle = remove_engine(bundle, engine)
 
@@ -176,7 +181,7 @@ def _add(bundle: Bundle, request: EngineRequest, check: Check | None) -> Generat
             bundle,
             engine,
             paths,
-            check=check and (lambda made: notes.append(check(made, engine))),
+            check=check and (lambda changed: notes.append(check(changed, engine))),
             present=lambda other: (other.version, *_identity(other)) == (engine.version, *_identity(engine)),
         )
     if added:

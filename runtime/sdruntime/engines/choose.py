@@ -1,4 +1,4 @@
-"""Which of a bundle's engines fits this machine, and why the others do not."""
+"""Choose the engine of a bundle that fits this machine, and report why the others do not."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this machine has: the engine libraries by backend, and its GPUs. `speeds`: seconds of a UNet call by `kind` of CPU
-    engine, where that was measured (`sdruntime.engines.speed`)."""
+    """The engine libraries of this machine by backend, and its GPUs. `speeds`: seconds per UNet call by `kind` of CPU engine, if
+    they were measured (`sdruntime.engines.speed`)."""
 
     libraries: Mapping[str, Library]
     devices: tuple[Device, ...] = ()
@@ -33,9 +33,10 @@ class Machine:
 
     @classmethod
     def here(cls, device: int = 0, names: Iterable[str] = BACKENDS) -> Machine:
-        """`names`: the backends to look for, since looking imports their libraries; a name of none is passed over.
+        """Inspect this machine, with device number `device`.
 
-        Raises DeviceMissing for a device beyond the first one that is not there; without any GPU engines for the CPU remain.
+        `names`: the backends whose libraries are looked for, which imports them; unknown names are skipped. Raises DeviceMissing
+        if `device` is not 0 and does not exist. Without any GPU, only CPU engines can be chosen.
         """
         if device:
             check_device(device)
@@ -48,12 +49,12 @@ class Machine:
 
 
 def kind(engine: EngineSpec) -> str:
-    """What engines are alike in speed: their backend, and the settings that they were built with."""
+    """Return a name for engines of the same speed: their backend, and the settings that they were built with."""
     return " ".join([engine.backend, *(f"{key}={value}" for key, value in sorted(engine.options.items()))])
 
 
 def misfit(engine: EngineSpec, machine: Machine) -> str | None:
-    """Why `engine` cannot run here; None where it can."""
+    """Return why `engine` cannot run on this machine, or None if it can."""
     library = machine.libraries.get(engine.backend)
     if library is None or engine.backend not in BACKENDS:
         return f"this sdruntime knows no backend {engine.backend!r}"
@@ -63,18 +64,19 @@ def misfit(engine: EngineSpec, machine: Machine) -> str | None:
 def choose_engine(
     bundle: Bundle, component: str, machine: Machine, *, name: str = AUTO, rows: int = 1, **dims: int
 ) -> EngineSpec:
-    """The best engine of `component` for this machine: a GPU's before the CPU's, then, on the CPU, the quickest where
-    `machine.speeds` tell, then by backend in the order of BACKENDS.
+    """Return the best engine of `component` for this machine.
 
-    `name` is a backend, or "auto" for any but the fake. `dims` are sizes that the engine must admit. `rows` are those of the call
-    to come: among engines that are alike, the one whose profile has room for them with the least to spare, else the one that
-    takes the most. Raises EngineError with the reason against each engine and the command that builds one that fits; UnknownName
-    for a backend that does not exist.
+    GPU engines come before CPU engines, then the fastest CPU engine if `machine.speeds` are known, then backends in the order of
+    BACKENDS. Among equal engines, the best is the one whose profile takes `rows`, the rows of the next call, with the least
+    padding, or else the one that takes the most rows.
+
+    `name` is a backend, or "auto" for any except the fake. `dims` are sizes that the engine must admit. Raises EngineError with
+    the reason against each engine and the command that builds one that fits; UnknownName for a backend that does not exist.
     """
     if name != AUTO:
         backend(name)
     model, reasons = bundle.manifest.model, []
-    found: list[EngineSpec] = []
+    fitting: list[EngineSpec] = []
     others: list[EngineSpec] = []
     for engine in bundle.manifest.engines:
         if engine.component != component or (is_hidden(engine.backend) and name != engine.backend):
@@ -85,17 +87,17 @@ def choose_engine(
         if why_not is not None:
             reasons += [f"{engine.name}: {why_not}"] if name in (AUTO, engine.backend) else []
         else:
-            (found if name in (AUTO, engine.backend) else others).append(engine)
-    if not found:
+            (fitting if name in (AUTO, engine.backend) else others).append(engine)
+    if not fitting:
         of = "engine" if name == AUTO else f"{name} engine"
         against = "".join(f"\n  - {reason}" for reason in reasons) or f" (the bundle has no {of} of it)"
         advice = _advice(bundle, component, machine, name, dims, fitting=[engine.backend for engine in others])
         raise EngineError(f"no {of} of {component} fits this machine:{against}\n{advice}")
-    return min(found, key=lambda engine: (*_preference(engine, machine, rows, dims), *_waste(engine, rows, dims)))
+    return min(fitting, key=lambda engine: (*_preference(engine, machine, rows, dims), *_waste(engine, rows, dims)))
 
 
 def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine, folder: Path) -> None:
-    """A RuntimeWarning where a CUDA device stands by while the CPU does the work. `folder`: the bundle's."""
+    """Issue a RuntimeWarning if engines run on the CPU although there is a GPU. `folder`: the bundle's."""
     slow = sorted({engine.component for engine in engines if engine.target == CPU and not is_hidden(engine.backend)})
     if slow and machine.devices:
         warnings.warn(
@@ -110,25 +112,25 @@ def warn_if_slow(engines: Iterable[EngineSpec], machine: Machine, folder: Path) 
 def _advice(
     bundle: Bundle, component: str, machine: Machine, name: str, dims: Mapping[str, int], *, fitting: Sequence[str]
 ) -> str:
-    """What mends it: the command that builds an engine which can run here, or another backend, whose engines are `fitting`."""
-    other = f"leave --backend out: the bundle's {fitting[0]} engine fits" if fitting else ""
+    """Return the fix: the command that builds an engine for this machine, or another backend, one of those in `fitting`."""
+    other = f"omit --backend: the bundle's {fitting[0]} engine fits" if fitting else ""
     why_not = {}
-    for each in [name] if name != AUTO else OFFERED:
-        library = machine.libraries.get(each) or BACKENDS[each].here()
-        why_not[each] = BACKENDS[each].cannot_build(library, machine.device, bundle.manifest.precision)
-        if why_not[each] is None:
+    for offered in [name] if name != AUTO else OFFERED:
+        library = machine.libraries.get(offered) or BACKENDS[offered].here()
+        why_not[offered] = BACKENDS[offered].cannot_build(library, machine.device, bundle.manifest.precision)
+        if why_not[offered] is None:
             size = _size(bundle.manifest, component, dims)
-            command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {each}{size}"
+            command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {offered}{size}"
             return f"{command}, or {other}" if other else command
     if name != AUTO:
         return f"{name} cannot be used: {why_not[name]}\n" + (
             other or _advice(bundle, component, machine, AUTO, dims, fitting=())
         )
-    return "no engine library is usable:" + "".join(f"\n  - {each}: {reason}" for each, reason in why_not.items())
+    return "no engine library is usable:" + "".join(f"\n  - {offered}: {reason}" for offered, reason in why_not.items())
 
 
 def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
-    """Return the option that builds engines for these dimensions, if they are an image's."""
+    """Return the --size option for these dimensions, or "" if they have no width and height."""
     if not {"width", "height"} <= dims.keys():
         return ""
     factor = role(component).factor(manifest.model.vae_factor)
@@ -138,19 +140,19 @@ def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
 def _preference(engine: EngineSpec, machine: Machine, rows: int, dims: Mapping[str, int]) -> tuple[bool, float, int]:
     seconds = 0.0
     if engine.target == CPU:
-        seconds = machine.speeds.get(kind(engine), math.inf) * _computed(engine, rows, dims)
+        seconds = machine.speeds.get(kind(engine), math.inf) * _computed_rows(engine, rows, dims)
     return engine.target == CPU, seconds, list(BACKENDS).index(engine.backend)
 
 
 def _waste(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> tuple[bool, int]:
-    """Whether a call of `rows` must be split, and then how little at a time, else by how many rows it is padded."""
+    """Return (False, rows of padding), or (True, -the most rows at a time) if a call of `rows` must be split."""
     sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
     room = [max(low - rows, 0) for low, _, high in sizes if rows <= high]
     return (False, min(room)) if room else (True, -max(high for _, _, high in sizes))
 
 
-def _computed(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> int:
-    """How many rows a call of `rows` computes, the padding included, as `engine.call_rows` splits and pads it."""
+def _computed_rows(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> int:
+    """Return how many rows a call of `rows` computes with padding, as `call_rows` splits and pads it."""
     sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
     if any(low <= rows <= high for low, _, high in sizes):
         return rows

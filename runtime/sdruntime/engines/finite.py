@@ -1,10 +1,10 @@
 """Check every output of an engine for NaN and infinite values before it is used.
 
-A sum over a tensor is finite only if the tensor is, so one pass over the outputs is all that a good call costs: some microseconds
-beside the milliseconds of a step. A sum that overflows by itself is looked at again, number by number.
+A sum over a tensor is finite only if every number is, so a good call costs one pass over its outputs: some microseconds, against
+milliseconds per step. If a sum is not finite, each number is checked, since the sum itself may have overflowed.
 
-Where the loop runs on the device, its steps are not looked at one by one: the latents that come back at its end are, which hold
-whatever went wrong on the way, and then the decoder's output.
+If the loop runs on the device, its steps are not checked one by one. The final latents are, since NaN and infinite values persist
+in them, and then the decoder's output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdruntime.errors import NotFinite, quoted
 
 
 def is_finite(array: Array) -> bool:
-    """Whether no number of a float array is NaN or infinite."""
+    """Return whether no number of a float array is NaN or infinite."""
     with np.errstate(all="ignore"):
         return bool(np.isfinite(np.add.reduce(array, axis=None))) or bool(np.isfinite(array).all())
 
@@ -30,10 +30,10 @@ def is_finite(array: Array) -> bool:
 def checked_rows(
     engine: Engine, feeds: Mapping[str, Array], during: Callable[[int], str], bundle: Path | None = None
 ) -> Mapping[str, Array]:
-    """`call_rows`, and a look at what came out. `during` says of a row what was being done, and `bundle` where its bundle is,
-    for the error.
+    """Return the outputs of `call_rows`, after checking that they are finite.
 
-    Raises NotFinite, naming component, output, the work of the first bad row and the way out.
+    For the error, `during` describes the work of a row, and `bundle` is the bundle's folder. Raises NotFinite with the component,
+    the output, the work of the first bad row and how to fix it.
     """
     outputs = call_rows(engine, feeds)
     for name, array in outputs.items():
@@ -48,21 +48,21 @@ def _fault(
     bad = ~np.isfinite(array)
     row = int(np.argmax(bad.reshape(len(array), -1).any(axis=1)))
     count = f"{int(bad[row].sum()):,} of {array[row].size:,} numbers of {name} are NaN or infinite"
-    spoilt = [each for each, feed in feeds.items() if feed.dtype.kind == "f" and not np.isfinite(feed[row]).all()]
-    if spoilt:
-        way_out = f"they were so in its input already ({', '.join(spoilt)}): look at what made that"
+    bad_inputs = [key for key, feed in feeds.items() if feed.dtype.kind == "f" and not np.isfinite(feed[row]).all()]
+    if bad_inputs:
+        fix = f"so are numbers of its input ({', '.join(bad_inputs)}): check what computed that"
     else:
-        way_out = advice(spec.precision, bundle)
-    return NotFinite(f"{spec.component}, {during(row)}: {count} (engine {spec.name}); {way_out}", row)
+        fix = advice(spec.precision, bundle)
+    return NotFinite(f"{spec.component}, {during(row)}: {count} (engine {spec.name}); {fix}", row)
 
 
 def advice(precision: Precision | None = None, bundle: Path | None = None) -> str:
-    """Return what to do about an engine of this precision, where it is known, that returns numbers that are not finite.
+    """Return what to do about NaN or infinite outputs of an engine of this precision, None if it is unknown.
 
-    `bundle`: its folder, for the command; None for engines of the caller's.
+    `bundle`: the bundle's folder, for the command; None for the caller's own engines.
     """
     if precision is None:
-        return f"where the engine is fp16, {advice('fp16')}; {advice('fp32', bundle)}"
+        return f"if the engine is fp16, {advice('fp16')}; {advice('fp32', bundle)}"
     if precision == "fp32":
         command = f"`sdruntime verify {quoted(bundle)}`" if bundle else "`sdruntime verify`"
         return f"in fp32 this is no overflow: check the engine with {command}"

@@ -1,7 +1,7 @@
-"""How much GPU memory a pipeline needs, computed before anything is loaded.
+"""Compute how much GPU memory a pipeline needs, before anything is loaded.
 
-Weights and buffers add up over components. Activations do not: components run one after the other in one arena, which is as large
-as the largest of them needs.
+Weights and buffers add up over components. Activations do not: components run one after the other in one arena, whose size is the
+largest need of one component.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sdruntime.errors import OutOfSpace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One engine, in bytes: its files as they are loaded, its activations (None where its builder could not tell), and the inputs
-    and outputs of its largest profile."""
+    """The bytes of one engine: its loaded files, its activations (None if its builder did not report them), and the inputs and
+    outputs of its largest profile."""
 
     component: str
     engine: str
@@ -46,12 +46,12 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes with every engine loaded."""
+        """Bytes if every engine is loaded."""
         return sum(part.weights + part.buffers for part in self.parts) + self.arena
 
     @property
     def lowest(self) -> int:
-        """Bytes with one engine at a time (low memory)."""
+        """Bytes if one engine is loaded at a time (low memory)."""
         return max((part.total for part in self.parts), default=0)
 
     @property
@@ -59,18 +59,18 @@ class MemoryPlan:
         return all(part.activations is not None for part in self.parts)
 
     def lines(self) -> list[str]:
-        """For a person: a line for each engine, and the sums."""
-        told = [
+        """Return a line of text for each engine, and one with the sums."""
+        rows = [
             f"{part.component:<16}{part.weights:>14,} weights + "
-            + ("activations not known before it is opened" if part.activations is None else f"{part.activations:,} activations")
+            + ("activations unknown until it is opened" if part.activations is None else f"{part.activations:,} activations")
             + f" + {part.buffers:,} buffers"
             for part in self.parts
         ]
         least = "" if self.complete else "at least "
-        return [*told, f"{'all at once':<16}{least}{self.total:,} bytes; one at a time (--low-memory) {least}{self.lowest:,}"]
+        return [*rows, f"{'all at once':<16}{least}{self.total:,} bytes; one at a time (--low-memory) {least}{self.lowest:,}"]
 
     def check(self, free: int, *, budget: int | None = None, low_memory: bool = False, where: str) -> None:
-        """Raises OutOfSpace, with the numbers and the option that helps, where `free` bytes or the `budget` are too few."""
+        """Check that the engines fit in `free` bytes and the `budget`. Raises OutOfSpace with the numbers and the fix."""
         room = free if budget is None else min(free, budget)
         needed = self.lowest if low_memory else self.total
         if needed <= room:
@@ -85,7 +85,7 @@ class MemoryPlan:
 
 
 def memory_plan(manifest: Manifest, engines: Iterable[EngineSpec]) -> MemoryPlan:
-    """The plan of those `engines` that run on a GPU."""
+    """Return the plan of those `engines` that run on a GPU."""
     return MemoryPlan(parts=tuple(_part(manifest, engine) for engine in engines if engine.target != CPU))
 
 
@@ -95,7 +95,7 @@ def _part(manifest: Manifest, engine: EngineSpec) -> Part:
     for profile in engine.profiles:
         dims = {name: high for name, (_, _, high) in profile.items()}
         tensors = (*component.engine_inputs, *component.outputs)
-        sizes.append(sum(math.prod(shape_of(each, dims, factor)) * np.dtype(each.dtype).itemsize for each in tensors))
+        sizes.append(sum(math.prod(shape_of(tensor, dims, factor)) * np.dtype(tensor.dtype).itemsize for tensor in tensors))
     return Part(
         component=engine.component,
         engine=engine.name,

@@ -1,4 +1,4 @@
-"""The engines of a bundle that a pipeline holds: chosen for this machine, opened, and closed to make room."""
+"""The engines that a pipeline holds: choose them for this machine, open them, and close them to free memory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from sdruntime.errors import EngineError, SdruntimeError
 from sdruntime.system.cuda import Cuda
 
 KEPT_CHOICES = 256
-OPENERS = 2  # engines on the CPU that are opened at a time
+OPENERS = 2  # CPU engines that are opened at the same time
 
 
 class Engines:
-    """The best engine of each component for each shape, `chosen` when made, opened by `open` or at the first use.
+    """The best engine of each component for each shape. `chosen`: the first ones, opened by `open` or at the first use.
 
-    `given`: the caller opens and closes the engines instead; it returns a component's before each use.
-    `busy` says whether jobs are on their way, whose UNet stays open. Raises EngineError where no engine fits this machine,
-    UnknownName for a backend.
+    `given`: returns the caller's own engine of a component, called before each use; the caller opens and closes it. `busy`:
+    returns whether jobs are running, in which case the UNet stays open. Raises EngineError if no engine fits this machine,
+    UnknownName for an unknown backend.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Engines:
         self.chosen = self._choose_all() if given is None else []
 
     def open(self) -> None:
-        """Open what was chosen. Raises what the backends raise, OutOfSpace before anything is loaded on a GPU without room."""
+        """Open the chosen engines. Raises the backends' errors, and OutOfSpace before loading if GPU memory is short."""
         for _ in self.opening():
             pass
 
     def ready(self) -> dict[str, Engine]:
-        """The engines that are open, after `open` if this is the first use. Raises SdruntimeError after `close`."""
+        """Return the open engines by name, after `open` at the first use. Raises SdruntimeError after `close`."""
         if self.opened is None:
             if self.closed:
                 raise SdruntimeError("the pipeline is closed: open the bundle again with Pipeline.open(...)")
@@ -72,7 +72,7 @@ class Engines:
         return self.opened
 
     def opening(self) -> Iterator[Stage]:
-        """`open`, as a loop that the caller owns: a Stage for each engine that is loaded, in bytes of their files."""
+        """Open the engines as `open` does, and yield a Stage for each one that is loaded, with the bytes of its files."""
         self.closed = False
         if self._backend == AUTO:
             warn_if_slow(self.chosen, self._machine, self.bundle.folder)
@@ -82,20 +82,20 @@ class Engines:
                 self._compare_speeds()
         self.opened = {}
         self._check_memory()
-        first = sorted(self.chosen, key=self._size_of, reverse=True)  # while few others take memory
+        first = sorted(self.chosen, key=self._size_of, reverse=True)  # largest first, while few others use memory
         waiting = {spec.name: spec for spec in first if spec.target == CPU or not self.options.low_memory}
         total, done = sum(map(self._size_of, waiting.values())), 0
 
         def loading(count: int) -> Stage:
             return Stage(name=", ".join(spec.component for spec in [*waiting.values()][:count]), done=done, total=total)
 
-        with ThreadPoolExecutor(OPENERS) as pool:  # while one is hashed, its library takes in another one
-            opened = {pool.submit(self._open_first, spec): spec for spec in first if spec.target == CPU}
-            if opened:
+        with ThreadPoolExecutor(OPENERS) as pool:  # one engine is hashed while its library loads another
+            futures = {pool.submit(self._open_first, spec): spec for spec in first if spec.target == CPU}
+            if futures:
                 yield loading(OPENERS)
-            for future in as_completed(opened):
+            for future in as_completed(futures):
                 future.result()
-                done += self._size_of(waiting.pop(opened[future].name))
+                done += self._size_of(waiting.pop(futures[future].name))
                 if waiting:
                     yield loading(OPENERS)
         for spec in [*waiting.values()]:
@@ -104,6 +104,7 @@ class Engines:
             done += self._size_of(waiting.pop(spec.name))
 
     def close(self) -> None:
+        """Close every engine."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.shared.close)
             for engine in (self.opened or {}).values():
@@ -111,7 +112,7 @@ class Engines:
             self.opened, self.closed = None, True
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
-        """The best engine of a component for a call of `rows` that admits `dims`, opened now if need be.
+        """Return the best engine of a component that admits `dims`, for a call of `rows`. Opens it if needed.
 
         Raises EngineError, SdruntimeError.
         """
@@ -128,18 +129,17 @@ class Engines:
 
     @property
     def room(self) -> int:
-        """How many images with guidance one call of the UNet takes at most."""
+        """The largest number of images with guidance in one UNet call."""
         chosen = next(filter(self._denoises, self.chosen), None) or self.engine("unet").spec
-        alike = [
+        similar = [
             spec
             for spec in (chosen, *self.bundle.manifest.engines)
             if (spec.component, spec.backend, spec.target) == (chosen.component, chosen.backend, chosen.target)
         ]
-        return max(1, max(profile["batch"][2] for spec in alike for profile in spec.profiles) // 2)
+        return max(1, max(profile["batch"][2] for spec in similar for profile in spec.profiles) // 2)
 
     def _choose_all(self) -> list[EngineSpec]:
-        """An engine of each component but those that are opened later: when the first image comes in, and when a loop stays on
-        the GPU."""
+        """Return an engine of each component, except those opened later: for a start image and for a loop on the GPU."""
         return [
             choose_engine(self.bundle, name, self._machine, name=self._backend, rows=self._usual_rows(name))
             for name in self.bundle.manifest.components
@@ -157,22 +157,22 @@ class Engines:
         return role(spec.component).kind == "denoiser"
 
     def _usual_rows(self, component: str) -> int:
-        """Guidance is usual: measured speeds are weighed for its two rows of a UNet call."""
+        """Return the rows of a typical call: two for the UNet if speeds were measured, since guidance is typical."""
         return 2 if role(component).rows == "guided" and self._machine.speeds else 1
 
     def _compares_speeds(self) -> bool:
-        """Whether it is the CPU that generates, with speeds that are not known."""
+        """Return whether the CPU denoises and its engines' speeds are unknown."""
         return not self._machine.speeds and any(self._denoises(spec) and spec.target == CPU for spec in self.chosen)
 
     def _compare_speeds(self) -> None:
-        """Choose again with the measured speeds of the CPU's engines."""
+        """Measure the speeds of the CPU engines, and choose again."""
         if speeds := cpu_speeds(self.bundle, self._machine, self.options):
             self._machine = dataclasses.replace(self._machine, speeds=speeds)
             self._choices.clear()
             self.chosen = self._choose_all()
 
     def choose(self, component: str, rows: int = 1, **dims: int) -> EngineSpec:
-        """Which engine such a call would get. Raises EngineError."""
+        """Return the engine for a call of `rows` that admits `dims`, without opening it. Raises EngineError."""
         key = (component, rows, *dims.items())
         if key not in self._choices:
             if len(self._choices) >= KEPT_CHOICES:
@@ -181,16 +181,16 @@ class Engines:
         return self._choices[key]
 
     def _make_room(self, component: str) -> None:
-        """Close the engines of other stages, but not a UNet whose jobs are still on their way."""
-        under_way = self._busy()
+        """Close the GPU engines of other stages, except a UNet with running jobs."""
+        running = self._busy()
         for name, engine in list((self.opened or {}).items()):
             stage = role(engine.spec.component).stage
-            if stage != role(component).stage and not (stage == "denoise" and under_way) and engine.spec.target != CPU:
+            if stage != role(component).stage and not (stage == "denoise" and running) and engine.spec.target != CPU:
                 engine.close()
                 del (self.opened or {})[name]
 
     def _check_memory(self) -> None:
-        """Raises OutOfSpace before anything is loaded on a GPU that has no room for it."""
+        """Check the GPU's free memory before anything is loaded. Raises OutOfSpace."""
         plan = memory_plan(self.bundle.manifest, self.chosen)
         if plan.parts:
             with Cuda.open(self.options.device) as cuda:
@@ -198,13 +198,13 @@ class Engines:
             options, where = self.options, f"{self.bundle.manifest.model.name} on {name}"
             plan.check(free, budget=options.memory, low_memory=options.low_memory, where=where)
             return
-        unused = {"--vram-budget": self.options.memory is not None, "--low-memory": self.options.low_memory}
-        if given := [name for name, is_given in unused.items() if is_given]:
-            text = f"{' and '.join(given)}: no engine that was chosen runs on a GPU, whose memory this is about"
+        options_set = {"--vram-budget": self.options.memory is not None, "--low-memory": self.options.low_memory}
+        if unused := [name for name, is_set in options_set.items() if is_set]:
+            text = f"{' and '.join(unused)}: no effect, since no chosen engine runs on a GPU"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def has(self, component: str, **dims: int) -> bool:
-        """Whether the bundle has an engine of it for this machine and shape."""
+        """Return whether the bundle has an engine of a component for this machine that admits `dims`."""
         try:
             self.choose(component, **dims)
         except EngineError:

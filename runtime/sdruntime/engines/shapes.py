@@ -1,4 +1,4 @@
-"""Which shapes engines are built for: from sizes and counts of images to the profiles of each component."""
+"""The shapes that engines are built for: from image sizes and batch sizes to the profiles of each component."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LARGEST = 4  # times the default side
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """`sizes` in pixels (width, height) and `batches` in images of one call, each as (min, opt, max); every size goes with every
-    batch. `guidance`: whether an image takes two rows of a UNet call (on), one (off), or the one or the other (any)."""
+    """`sizes` in pixels (width, height) and `batches` in images per call, each as (min, opt, max). Every size is combined with
+    every batch. `guidance`: whether an image takes two rows of a UNet call (on), one (off), or either (any)."""
 
     sizes: tuple[tuple[Size, Size, Size], ...]
     batches: tuple[tuple[int, int, int], ...]
@@ -46,10 +46,10 @@ class Shapes:
         guidance: Guidance | None = None,
         static: bool = False,
     ) -> Shapes:
-        """From lists, separated by commas, of "WxH", "MIN:MAX" or "MIN:OPT:MAX" of sizes and of batches. Raises SettingError.
+        """Parse comma-separated lists of sizes and of batches, each one value, "MIN:MAX" or "MIN:OPT:MAX". Raises SettingError.
 
-        The default is, for a `static` engine, the model's own size, one image and guidance on; else every size from the
-        smallest to four times the model's own side, 1 to 8 images, and guidance on or off.
+        A size is written "WxH". Defaults for a `static` engine: the model's own size, one image and guidance on. For others:
+        every size from the smallest to four times the model's own side, 1 to 8 images, and guidance on or off.
         """
         height, width = model.default_size
         smallest = model.size_multiple
@@ -58,40 +58,40 @@ class Shapes:
             size = own if static else f"{smallest}x{smallest}:{own}:{LARGEST * width}x{LARGEST * height}"
         if batch is None:
             batch = "1" if static else f"1:1:{MOST_IMAGES}"
-        sizes = [_triple([parse_size(part) for part in each.split(":")], f"size {each!r}") for each in size.split(",")]
-        for side in {side for triple in sizes for each in triple for side in each}:
+        sizes = [_triple([parse_size(part) for part in text.split(":")], f"size {text!r}") for text in size.split(",")]
+        for side in {side for triple in sizes for pair in triple for side in pair}:
             if side % smallest:
                 raise SettingError(f"size {size}: {side} is not a multiple of {smallest}")
         batches = []
-        for each in batch.split(","):
-            if any(len(part) > 4 for part in each.split(":") if part.isdecimal()):
+        for text in batch.split(","):
+            if any(len(part) > 4 for part in text.split(":") if part.isdecimal()):
                 raise SettingError(f"batch {batch!r}: more than 9999 images in one call")
-            if not re.fullmatch(r"\d{1,4}(:\d{1,4}){0,2}", each):
-                raise SettingError(f"batch {batch!r}: 4, 1:4 or 1:2:4 is the form (min:opt:max images), or a list such as 1,2,4")
-            batches.append(_triple([int(part) for part in each.split(":")], f"batch {each!r}"))
+            if not re.fullmatch(r"\d{1,4}(:\d{1,4}){0,2}", text):
+                raise SettingError(f"batch {batch!r}: expected 4, 1:4 or 1:2:4 (min:opt:max images), or a list such as 1,2,4")
+            batches.append(_triple([int(part) for part in text.split(":")], f"batch {text!r}"))
         return cls(sizes=tuple(sizes), batches=tuple(batches), guidance=guidance or ("on" if static else "any"))
 
     def profiles(self, component: str, manifest: Manifest) -> tuple[Profile, ...]:
-        """(min, opt, max) of each named dimension of a component, in its own units, once for each size and batch."""
+        """Return (min, opt, max) of each named dimension of a component, in its own units, for each size and batch."""
         part, channels = role(component), manifest.model.latent_channels
         scale = part.factor(manifest.model.vae_factor)
         batches = self.batches if part.rows == "images" else tuple(map(self._rows, self.batches))
         if part.rows in ("texts", "jobs"):  # any number of them
             batches = ((1, min(2, batches[-1][2]), max(high for _, _, high in batches)),)
-        found: list[Profile] = []
+        profiles: list[Profile] = []
         for size, batch in itertools.product(self.sizes, batches):
             known = {
                 "batch": batch,
-                "width": tuple(each[0] // scale for each in size),
-                "height": tuple(each[1] // scale for each in size),
+                "width": tuple(width // scale for width, _ in size),
+                "height": tuple(height // scale for _, height in size),
                 "sequence": (manifest.text_length,) * 3,
                 "jobs": batch,
-                "cells": tuple(channels * (each[0] // scale) * (each[1] // scale) for each in size),
+                "cells": tuple(channels * (width // scale) * (height // scale) for width, height in size),
             }
             profile = {name: known[name] for name in manifest.components[component].dimensions}
-            if profile not in found:
-                found.append(profile)  # type: ignore[arg-type]
-        return tuple(found)
+            if profile not in profiles:
+                profiles.append(profile)  # type: ignore[arg-type]
+        return tuple(profiles)
 
     def _rows(self, batch: tuple[int, int, int]) -> tuple[int, int, int]:
         low, opt, high = batch
@@ -99,7 +99,7 @@ class Shapes:
 
     @property
     def label(self) -> str:
-        """For a file's name: limits joined by "-", the members of a list by "+"."""
+        """The shapes in an engine's file name: limits joined by "-", the members of a list by "+"."""
         sizes = ["-".join(dict.fromkeys(f"{w}x{h}" for w, h in (low, high))) for low, _, high in self.sizes]
         batches = ["-".join(dict.fromkeys((str(low), str(high)))) for low, _, high in self.batches]
         label = "+".join(dict.fromkeys(sizes)) + "-b" + "+".join(dict.fromkeys(batches))
@@ -107,21 +107,21 @@ class Shapes:
 
 
 def shapes_in_pixels(engine: EngineSpec, model: ModelSpec) -> str:
-    """For a person: what each profile of an engine takes, its sizes in pixels of the image."""
+    """Return a text with the ranges of each profile of an engine, with sizes in pixels of the image."""
     return " or ".join(
         ", ".join(_range(name, low, high) for name, (low, high) in _sides_first(engine.component, model, profile).items())
-        for profile in ({name: (low, high) for name, (low, _, high) in each.items()} for each in engine.profiles)
+        for profile in ({name: (low, high) for name, (low, _, high) in profile.items()} for profile in engine.profiles)
     )
 
 
 def dims_in_pixels(component: str, model: ModelSpec, dims: Mapping[str, int]) -> str:
-    """For a person: the dimensions of a call, its size in pixels of the image."""
-    found = _sides_first(component, model, {name: (size, size) for name, size in dims.items()})
-    return ", ".join(_range(name, low, high) for name, (low, high) in found.items())
+    """Return a text with the dimensions of a call, with its size in pixels of the image."""
+    ranges = _sides_first(component, model, {name: (size, size) for name, size in dims.items()})
+    return ", ".join(_range(name, low, high) for name, (low, high) in ranges.items())
 
 
 def _sides_first(component: str, model: ModelSpec, ranges: Mapping[str, tuple[int, int]]) -> dict[str, tuple[object, object]]:
-    """Width and height as one size, under the name ""; the other ranges as they are."""
+    """Return the ranges with width and height joined to one size in pixels, named "", before the others."""
     if not {"width", "height"} <= ranges.keys():
         return dict(ranges)
     factor = role(component).factor(model.vae_factor)
@@ -135,5 +135,5 @@ def _range(name: str, low: object, high: object) -> str:
 
 def _triple(parts: list[T], what: str) -> tuple[T, T, T]:
     if len(parts) > 3:
-        raise SettingError(f"{what}: one value, MIN:MAX or MIN:OPT:MAX is the form")
+        raise SettingError(f"{what}: expected one value, MIN:MAX or MIN:OPT:MAX")
     return parts[0], parts[len(parts) // 2 if len(parts) == 3 else 0], parts[-1]

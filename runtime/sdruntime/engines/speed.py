@@ -1,6 +1,6 @@
-"""Which of a bundle's CPU engines is quickest here: a UNet call of each kind, timed once and kept in the user's cache.
+"""Time a UNet call of each kind of a bundle's CPU engines on this machine, and cache the result for the user.
 
-Once cached, the result does not change: it belongs to the processor, the libraries' versions, the engines' files and the threads.
+A cached result does not change. Its key is the processor, the libraries' versions, the engines' files and the threads.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from sdruntime.system.memory import available_memory
 
 UNET = "unet"
 ROUNDS = 3
-BUDGET = 5.0  # seconds after which no further round is begun
+BUDGET = 5.0  # seconds after which no further round starts
 _ROWS, _TIMESTEP = 2, 500.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """One engine of each kind, the sizes that they are all called with, and the name that the result is kept under."""
+    """One engine of each kind, the dimensions that they are all called with, and the name of the cached result."""
 
     engines: Mapping[str, EngineSpec]
     dims: Mapping[str, int]
@@ -45,7 +45,7 @@ class Race:
 
     @classmethod
     def of(cls, bundle: Bundle, machine: Machine, *, threads: int = 0) -> Race | None:
-        """None where there is nothing to compare: fewer than two kinds fit this machine, or no size suits them all."""
+        """Return None if there is nothing to compare: fewer than two kinds fit this machine, or no size suits all of them."""
         manifest = bundle.manifest
         kinds: dict[str, list[EngineSpec]] = {}
         for engine in manifest.engines:
@@ -55,47 +55,50 @@ class Race:
         if len(kinds) < 2:
             return None
         for dims in _sizes(manifest, itertools.chain(*kinds.values())):
-            admitting = {name: [each for each in group if each.admits(**dims)] for name, group in kinds.items()}
+            admitting = {name: [engine for engine in group if engine.admits(**dims)] for name, group in kinds.items()}
             if all(admitting.values()):
                 engines = {name: group[0] for name, group in admitting.items()}
-                return cls(engines=engines, dims=dims, name=_kept_under(manifest, machine, engines, dims, threads))
+                return cls(engines=engines, dims=dims, name=_cache_name(manifest, machine, engines, dims, threads))
         return None
 
-    def kept(self) -> dict[str, float] | None:
-        """Seconds of a call by kind, where this was measured before."""
+    def cached(self) -> dict[str, float] | None:
+        """Return the cached seconds per call by kind, or None if they were not measured yet."""
         with contextlib.suppress(ValueError, TypeError, AttributeError):
-            found = json.loads(read_cached(self.name) or b"")
-            return {str(name): float(seconds) for name, seconds in found["seconds"].items()}
+            document = json.loads(read_cached(self.name) or b"")
+            return {str(name): float(seconds) for name, seconds in document["seconds"].items()}
         return None
 
-    def keep(self, seconds: Mapping[str, float]) -> None:
+    def store(self, seconds: Mapping[str, float]) -> None:
+        """Cache the seconds per call by kind."""
         write_cached(self.name, json.dumps({"dims": dict(self.dims), "seconds": dict(seconds)}).encode())
 
 
 def to_measure(bundle: Bundle, machine: Machine, options: EngineOptions) -> bool:
-    """Whether `cpu_speeds` would time engines now."""
+    """Return whether `cpu_speeds` would time engines now."""
     race = Race.of(bundle, machine, threads=options.threads) if options.measure and not options.session else None
-    return race is not None and race.kept() is None
+    return race is not None and race.cached() is None
 
 
 def cpu_speeds(bundle: Bundle, machine: Machine, options: EngineOptions) -> dict[str, float]:
-    """Seconds of a UNet call by kind of engine: what was kept, else measured now. Empty where there is nothing to compare, where
-    `options` say not to measure, and where the memory for all of them is not there."""
+    """Return seconds per UNet call by kind of engine, from the cache or measured now.
+
+    The result is empty if there is nothing to compare, if `options` disable measuring, or if memory for all engines is short.
+    """
     race = Race.of(bundle, machine, threads=options.threads)
     if race is None or not options.measure or options.session:
         return {}
-    seconds = race.kept()
+    seconds = race.cached()
     if seconds is None:
         weights = sum(bundle.manifest.files[path].size for engine in race.engines.values() for path in engine.files)
         if 2 * weights > available_memory() > 0:
             return {}
         seconds = measure(bundle, race, options)
-        race.keep(seconds)
+        race.store(seconds)
     return seconds
 
 
 def measure(bundle: Bundle, race: Race, options: EngineOptions) -> dict[str, float]:
-    """The least seconds of some calls of each kind, in turn, after one to warm up. A kind that fails is reported and skipped."""
+    """Return the least seconds of a UNet call of each kind, after a warm-up call. Warns of a kind that fails and skips it."""
     component, factor = bundle.manifest.components[UNET], bundle.manifest.model.vae_factor
     random = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
@@ -120,7 +123,7 @@ def measure(bundle: Bundle, race: Race, options: EngineOptions) -> dict[str, flo
 
 
 def least_seconds(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """The least seconds of each call over ROUNDS rounds, fewer where they take longer than BUDGET."""
+    """Return the least seconds of each call over ROUNDS rounds, or fewer if they take longer than BUDGET."""
     least = dict.fromkeys(calls, float("inf"))
     begun = time.perf_counter()
     for _ in range(ROUNDS):
@@ -134,20 +137,20 @@ def least_seconds(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]
 
 
 def _sizes(manifest: Manifest, engines: Iterable[EngineSpec]) -> Iterable[dict[str, int]]:
-    """Sizes to compare at, the quickest to run first: half the model's own, its own, and what the engines were tuned for."""
-    model, named = manifest.model, manifest.components[UNET].dimensions
+    """Yield dimensions to compare at, fastest first: half the model's size, its own size, and what the engines were tuned for."""
+    model, dimensions = manifest.model, manifest.components[UNET].dimensions
     for part in (2, 1):
         height, width = (side // part for side in model.default_size)
         if height % model.size_multiple == width % model.size_multiple == 0:
             cells = {"height": height // model.vae_factor, "width": width // model.vae_factor}
             known = {"batch": _ROWS, "sequence": manifest.text_length, **cells}
-            yield {name: known[name] for name in named if name in known}
+            yield {name: known[name] for name in dimensions if name in known}
     for engine in engines:
         for profile in engine.profiles:
             yield {name: opt for name, (_, opt, _) in profile.items()}
 
 
-def _kept_under(
+def _cache_name(
     manifest: Manifest, machine: Machine, engines: Mapping[str, EngineSpec], dims: Mapping[str, int], threads: int
 ) -> str:
     paths = [*manifest.components[UNET].files, *(path for engine in engines.values() for path in engine.files)]

@@ -25,7 +25,7 @@ def add_arguments(each: argparse.ArgumentParser) -> None:
     each.add_argument("--build", type=Path, metavar="DIR", help="build the library and install it into DIR, then print its path")
 
 
-def answers(options: argparse.Namespace) -> dict[str, str]:
+def selected_lines(options: argparse.Namespace) -> dict[str, str]:
     """Return the lines that the options of `add_arguments` request, by name. Runs the build for `build`."""
     found = {}
     if options.build is not None:

@@ -86,7 +86,7 @@ def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundl
         ({"size": "64x64:64x64:64x64:64x64"}, "MIN:OPT:MAX"),
         ({"batch": "0"}, "must rise from 1"),
         ({"batch": "4:1"}, "must rise"),
-        ({"batch": "many"}, "is the form"),
+        ({"batch": "many"}, "expected 4, 1:4"),
     ],
 )
 def test_shapes_out_of_order_are_refused(asked: dict[str, str], told: str) -> None:
@@ -190,7 +190,7 @@ def test_a_backend_that_cannot_run_here_is_named_with_what_fits(bundle: Bundle) 
     assert str(caught.value).splitlines() == [
         "no tensorrt engine of unet fits this machine: (the bundle has no tensorrt engine of it)",
         "tensorrt cannot be used: it needs an NVIDIA GPU, and this machine has no NVIDIA GPU",
-        "leave --backend out: the bundle's onnxruntime engine fits",
+        "omit --backend: the bundle's onnxruntime engine fits",
     ]
     with pytest.raises(EngineError) as caught:
         choose_engine(bundle, "unet", here, name="tensorrt")

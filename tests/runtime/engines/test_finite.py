@@ -145,7 +145,7 @@ def test_what_an_edit_spoilt_is_not_laid_on_the_engine(pipe: Pipeline) -> None:
     ):
         next(states)
     engine = Planted(fake(pipe, "vae_decoder"), "sample", 3, np.nan)
-    with pytest.raises(NotFinite, match=r"vae_decoder, 0: .*; they were so in its input already \(latent_sample\)"):
+    with pytest.raises(NotFinite, match=r"vae_decoder, 0: .*; so are numbers of its input \(latent_sample\)"):
         checked_rows(engine, {"latent_sample": np.full((1, 4, 8, 8), np.nan, np.float32)}, str)
 
 

@@ -49,7 +49,7 @@ def test_too_little_is_refused_with_the_numbers_and_the_option_that_helps(
 def test_what_is_not_known_is_said() -> None:
     unknown = MemoryPlan(parts=(dataclasses.replace(UNET, activations=None), VAE))
     assert not unknown.complete
-    assert "activations not known before it is opened" in unknown.lines()[0]
+    assert "activations unknown until it is opened" in unknown.lines()[0]
     assert unknown.lines()[-1].startswith("all at once     at least ")
 
 

@@ -44,7 +44,7 @@ def test_inspect_lists_what_no_longer_fits_and_the_command_that_mends_it(
     *engines, last = capsys.readouterr().out.splitlines()
     assert [line.split("-fake1-")[0] for line in engines] == ["unet", "vae_decoder"]
     assert all(line.endswith(": built with fake 1, installed is 2") for line in engines)
-    assert last == f"build them again: sdruntime build {upgraded} --stale"
+    assert last == f"rebuild them: sdruntime build {upgraded} --stale"
     assert main(["inspect", str(upgraded), "--stale", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1

@@ -169,7 +169,7 @@ model: missing
 precision: 'int8' is not one of fp32, fp16, bf16
 name: '../up' names the bundle's folder
 engines[0].targets: unknown key; did you mean target?
-engines[0].batch[1]: batch 'four': 4, 1:4 or 1:2:4 is the form
+engines[0].batch[1]: batch 'four': expected 4, 1:4 or 1:2:4
 engines[0].batch[2]: expected a whole number or text, got true
 engines[0].backend: unknown backend 'tensort': did you mean tensorrt
 engines[1].size[1]: size '512': expected WIDTHxHEIGHT in pixels

@@ -76,7 +76,7 @@ def test_bad_recipes_do_not_stop_the_good_ones_and_a_table_tells_of_all(place: P
     result = run("engines")  # all of engines/: bad, good, gpu
     assert result.exit_code == 3, "what this machine lacks is worse than a recipe's fault"
     assert "engines/bad.toml: 2 faults" in result.stderr
-    assert "engines[0].size: size '64': WIDTHxHEIGHT" in result.stderr
+    assert "engines[0].size: size '64': expected WIDTHxHEIGHT" in result.stderr
     assert "engines[0].targets: unknown key; did you mean target?" in result.stderr
     table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
     assert table["recipe"] == "built there already failed engine bytes ONNX bytes seconds".split()
