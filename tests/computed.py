@@ -11,7 +11,7 @@ import numpy as np
 from bundles import TENSORS, make_bundle
 
 from sdruntime.arrays import Array
-from sdruntime.backends.base.feeds import filled
+from sdruntime.backends.base.feeds import fill_optional_inputs
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.pipeline.pipeline import Pipeline
@@ -47,7 +47,7 @@ class Computing(FakeEngine):
     def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
         super().__call__(feeds)
         self.before(feeds)
-        outputs = self._work(filled(self.component, self.calls[-1], feeds))
+        outputs = self._work(fill_optional_inputs(self.component, self.calls[-1], feeds))
         self.after(outputs)
         return outputs
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.bench.timing import Array, feeds_of, generate
-from sdruntime.backends.base.engine import CPU, AroundEngine, Engine, EngineOptions
+from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, EngineWrapper
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
@@ -60,7 +60,7 @@ class _Feeds:
         return self._cache[key]
 
 
-class _ClockedEngine(AroundEngine):
+class _ClockedEngine(EngineWrapper):
     """An engine whose calls are timed."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:

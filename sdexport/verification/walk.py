@@ -20,7 +20,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Stage
-from sdruntime.backends.base.feeds import filled
+from sdruntime.backends.base.feeds import fill_optional_inputs
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import FLAVOURS
 from sdruntime.bundle.bundle import Bundle
@@ -105,7 +105,7 @@ def walk(job: WalkJob) -> Generator[Stage, None, Finding]:
     golden, _ = read_golden(bundle)
     component = bundle.manifest.components[job.component]
     case = next(each for each in golden.cases if (each.component, each.name) == (job.component, job.case))
-    feeds = filled(component, case.dims, case.feeds(component))
+    feeds = fill_optional_inputs(component, case.dims, case.feeds(component))
     ours, reference = OnnxLayers(bundle.folder / component.onnx), OnnxLayers(Path(job.reference))
     shared = {name: node for name, node in ours.nodes.items() if name in reference.nodes}
     if not job.engine:

@@ -1,1 +1,1 @@
-"""The engine libraries, each in a folder of its own; `registry` lists them."""
+"""Backends: one folder for each engine library. `registry` lists them."""

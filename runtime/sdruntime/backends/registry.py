@@ -1,4 +1,4 @@
-"""The backends by name, in the order of preference."""
+"""The backends by name, in order of preference."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from sdruntime.backends.ov.backend import OPENVINO
 from sdruntime.backends.trt.backend import TENSORRT, TENSORRT_RTX
 from sdruntime.errors import UnknownName
 
-BACKENDS = {each.name: each for each in (TENSORRT, TENSORRT_RTX, ONNXRUNTIME, OPENVINO, FAKE)}
-OFFERED = tuple(name for name, each in BACKENDS.items() if not each.hidden)  # to users
+BACKENDS = {backend.name: backend for backend in (TENSORRT, TENSORRT_RTX, ONNXRUNTIME, OPENVINO, FAKE)}
+OFFERED = tuple(name for name, entry in BACKENDS.items() if not entry.hidden)  # to users
 
 
 def backend(name: str) -> Backend:
-    """The backend of this name. Raises UnknownName."""
+    """Return the backend named `name`. Raises UnknownName."""
     if name not in BACKENDS:
         raise UnknownName("backend", name, OFFERED)
     return BACKENDS[name]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether engines of this backend are for tests; a name of no backend is not hidden, so that a report can say so."""
+    """Return whether `name` is a backend for tests only. An unknown name is not hidden, so that reports can list it."""
     return name in BACKENDS and BACKENDS[name].hidden

@@ -181,7 +181,7 @@ def test_a_second_graph_a_deep_one_and_a_long_key_hide_nothing() -> None:
     deep = b""
     for _ in range(60):  # a graph in an attribute of a node of a graph
         deep = delimited(1, delimited(5, delimited(6, deep)))
-    with pytest.raises(ValueError, match="more than 40 messages in each other"):
+    with pytest.raises(ValueError, match="more than 40 nested messages"):
         read(delimited(7, deep))
     with pytest.raises(ValueError, match="not a protobuf message"):
         read(b"\xba\x80\x80\x80\x80\x01\x00")

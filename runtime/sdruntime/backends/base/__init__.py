@@ -1,1 +1,1 @@
-"""What every backend is, is given and returns."""
+"""The types that all backends share: records, requests, results, and the engine protocol."""

@@ -1,6 +1,6 @@
-"""What a backend is: one record for each engine library, which `backends.registry` lists.
+"""The `Backend` record: one for each engine library, listed by `backends.registry`.
 
-Each folder of `sdruntime.backends` holds the same three files:
+Every backend folder has the same three files:
 
     build.py    OPTIONS, resolve_target, build_engine   ONNX -> files
     engine.py   open_engine, here                       files -> Engine
@@ -24,36 +24,39 @@ from sdruntime.system.cuda import Device
 
 
 class DeviceLoop(Protocol):
-    """Keeps the sampler's loop on a GPU."""
+    """Run the sampling loop on the GPU."""
 
     def __call__(
         self, jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False, ahead: int = IN_FLIGHT
     ) -> Sequence[Stepper]:
-        """What advances jobs of one shape, with the engines of the UNet and of the sampler's step; empty where these jobs or
-        engines do not allow it. `whole`: all steps may be launched at once. `ahead`: steps that the host may run ahead."""
+        """Return steppers for jobs of one shape, using the engines of the UNet and of the sampler step.
+
+        The result is empty if these jobs or engines cannot run on the GPU. `whole`: all steps may be launched at once. `ahead`:
+        how many steps the host may run ahead of the GPU.
+        """
         ...
 
 
-def same_release(engine: EngineSpec, here: str) -> bool:
-    """Whether the library's version `here` has the major and minor number of the one that built `engine`."""
-    return here.split(".")[:2] == engine.version.split(".")[:2]
+def same_release(engine: EngineSpec, installed: str) -> bool:
+    """Return whether the `installed` version has the same major and minor number as the version that built `engine`."""
+    return installed.split(".")[:2] == engine.version.split(".")[:2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """An engine library: what it can do, and how it is called.
+    """The capabilities and functions of an engine library.
 
-    `ending`: of the file that the library opens. `options`: the settings of a build. `here()`: what this machine has of the
-    library. `resolve_target(target, precision, options)` returns the target's full name, for None the best one for this machine,
-    and raises whatever can be refused before the work: LibraryMissing, DeviceMissing, UnknownName, SettingError.
+    `ending`: suffix of the file that the library opens. `options`: the build options. `here()`: the installed version and its
+    targets. `resolve_target(target, precision, options)` returns the full name of a target; None means the best one for this
+    machine. It checks everything that can be checked before the build: LibraryMissing, DeviceMissing, UnknownName, SettingError.
     `build_engine(bundle, request, folder)` writes the engine's files. `open_engine` raises BundleError, EngineError,
     DeviceMissing, OutOfSpace.
 
-    `reads`: whether a version of the library can open an engine. `lacking`: each (target, precision) that it cannot compute, and
-    the reason to report. `static`: engines are built for the requested shapes alone by default, else for every size.
-    `gpu_only`: its engines need an NVIDIA GPU, and work on the caller's CUDA stream if one is given. `in_jetpack`: JetPack brings
-    it. `loop`: it can keep the sampler's loop on the GPU, so it builds the component `step` too. `hidden`: for tests, and never
-    chosen or listed unless it is named.
+    `reads`: whether a version of the library can open an engine. `lacking`: the unsupported (target, precision) pairs, each with
+    the reason to report. `static`: by default, engines are built for the requested shapes only, not for every size.
+    `gpu_only`: its engines need an NVIDIA GPU, and use the caller's CUDA stream if one is passed. `in_jetpack`: included in
+    JetPack. `loop`: runs the sampling loop on the GPU, which needs an engine of the component `step`. `hidden`: for tests; never
+    chosen or listed unless named explicitly.
     """
 
     name: str
@@ -72,9 +75,9 @@ class Backend:
     hidden: bool = False
 
     def misfit(self, engine: EngineSpec, library: Library, device: Device | None) -> str | None:
-        """Why an engine of this backend cannot run with `library` on `device`; None where it can."""
-        if told := self.lacking.get((engine.target, engine.precision)):
-            return told
+        """Return why an engine of this backend cannot run with `library` on `device`, or None if it can."""
+        if reason := self.lacking.get((engine.target, engine.precision)):
+            return reason
         if library.version is None:
             return library.missing
         if not engine.files[0].endswith(self.ending):
@@ -86,16 +89,16 @@ class Backend:
         return _wrong_device(engine, library, device)
 
     def cannot_build(self, library: Library, device: Device | None, precision: Precision) -> str | None:
-        """Why no engine can be built here that runs here; None where one can."""
+        """Return why this machine cannot build an engine for itself, or None if it can."""
         if self.gpu_only and device is None:
             return "it needs an NVIDIA GPU, and this machine has no NVIDIA GPU"
         if library.version is None:
             return library.missing
         try:
             self.resolve_target(None, precision, {})
-        except SettingError as error:  # for a precision; what is missing, the library said
+        except SettingError as error:  # the precision is not supported
             return str(error)
-        except EnvironmentFault:
+        except EnvironmentFault:  # `library.missing` covers this
             pass
         return None
 
@@ -109,6 +112,6 @@ def _wrong_device(engine: EngineSpec, library: Library, device: Device | None) -
         return f"built for {engine.target}, but there is no CUDA device"
     if engine.target == AMPERE_UP:
         major, minor = device.capability
-        old = f"built for compute capability 8.0 and later, {device.name} has {major}.{minor}"
-        return None if device.capability >= (8, 0) else old
+        too_old = f"built for compute capability 8.0 and later, {device.name} has {major}.{minor}"
+        return None if device.capability >= (8, 0) else too_old
     return None if engine.target == device.target else f"built for {engine.target}, {device.name} is {device.target}"

@@ -1,4 +1,4 @@
-"""What a build of an engine is given, tells on its way and returns, whatever the library."""
+"""The request, progress and result of an engine build, the same for all backends."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sdruntime.errors import DeviceMissing, UnknownName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """What a backend is asked to build: one component, for a target, in some profiles (those of `EngineSpec`)."""
+    """A request to build an engine: a component, a target, and profiles as in `EngineSpec`."""
 
     component: str
     backend: str
     target: str
     profiles: tuple[Profile, ...]
-    stem: str  # the names of the files begin with it
-    options: Mapping[str, str] = field(default_factory=dict)  # settings of the backend, by its own names
+    stem: str  # prefix of the file names
+    options: Mapping[str, str] = field(default_factory=dict)  # the backend's build options, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Where a build is: `done` of `total` steps of what the library calls `name`; a total of 0 is not known."""
+    """The progress of a build: `done` of `total` steps of the phase that the library calls `name`. A total of 0 means unknown."""
 
     name: str
     done: int = 0
@@ -34,9 +34,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """The files that a backend wrote, the one to open first in front, the library's version, and what the build took.
+    """The result of a build.
 
-    `memory`: bytes of activations on the device, where the builder can tell. `peak`: bytes of the builder's own process.
+    `files`: the written files, starting with the one to open. `memory`: bytes of activations on the device, if known. `peak`:
+    peak memory of the builder process, in bytes.
     """
 
     files: tuple[Path, ...]
@@ -46,31 +47,34 @@ class Built:
     platform: str = ""
     seconds: float = 0.0
     peak: int = 0
-    notes: tuple[str, ...] = ()  # for a person: where the engine is short of what was requested
+    notes: tuple[str, ...] = ()  # human-readable: where the engine falls short of the request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """What this machine has of an engine library: its version and the targets that it builds for here, or why it has nothing."""
+    """An engine library on this machine: its version and the targets it can build for, or why it is not available."""
 
     version: str | None = None
     targets: tuple[str, ...] = ()
-    missing: str = ""  # for a person: what is missing, and the line that installs it
+    missing: str = ""  # human-readable: what is missing, and the command that installs it
 
 
-# name: (how its text is read, what is expected)
+# name: (parser of the value, description of valid values)
 BackendOptions = Mapping[str, tuple[Callable[[str], Any], str]]
 
 
 def unknown_option(library: str, option: str, known: BackendOptions) -> UnknownName:
-    """The error for an option of a backend that it does not have: it lists those that it has."""
+    """Return the error for an unknown build option, which lists the known ones."""
     return UnknownName(f"option of {library}", option, known, forms={name: form for name, (_, form) in known.items()})
 
 
 def check_names(
     library: str, target: str | None, targets: Sequence[str], options: Mapping[str, str], *, known: BackendOptions
 ) -> str:
-    """`target`, the first of `targets` where it is None. Raises DeviceMissing for another, UnknownName for an unknown option."""
+    """Return `target`, or the first of `targets` if it is None.
+
+    Raises UnknownName for an unknown option, DeviceMissing for a target that is not in `targets`.
+    """
     for option in options:
         if option not in known:
             raise unknown_option(library, option, known)

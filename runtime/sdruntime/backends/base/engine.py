@@ -1,4 +1,4 @@
-"""The seam between the pipeline and an engine library: a call with named arrays."""
+"""The interface between the pipeline and an engine library: a call with named arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLATFORM = f"{platform.system()}-{platform.machine()}".lower()
 
 
 class Engine(Protocol):
-    """One component, open on one device. Leaving it as a context, or `close`, releases everything that it holds there."""
+    """One component, open on one device. `close`, or leaving its context, releases everything it holds on the device."""
 
     @property
     def spec(self) -> EngineSpec: ...
@@ -31,15 +31,15 @@ class Engine(Protocol):
     def component(self) -> ComponentSpec: ...
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The component's outputs, by name, for C-contiguous inputs of the types and shapes of its ComponentSpec.
+        """Return the component's outputs by name. Inputs are C-contiguous, with the types and shapes of its ComponentSpec.
 
-        The outputs are the caller's: no later call writes to them. Raises EngineError for shapes outside `spec.profiles`, and
+        The caller owns the outputs: later calls do not write to them. Raises EngineError for shapes outside `spec.profiles`, and
         the error of `closed` after `close`.
         """
         ...
 
     def close(self) -> None:
-        """Release what the engine holds. Closing it again does nothing."""
+        """Release the engine's resources. Closing twice has no effect."""
         ...
 
     def __enter__(self) -> Engine: ...
@@ -48,12 +48,12 @@ class Engine(Protocol):
 
 
 def closed(spec: EngineSpec) -> SdruntimeError:
-    """Return the error for a use of an engine after it was closed."""
+    """Return the error for using an engine after it was closed."""
     return SdruntimeError(f"engine {spec.name} is closed: open it again")
 
 
-class AroundEngine:
-    """An engine around another one, which it calls and closes: a subclass says what it does beside a call."""
+class EngineWrapper:
+    """A wrapper that forwards calls and `close` to another engine. Subclasses add behavior around a call."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -72,7 +72,7 @@ class AroundEngine:
     def close(self) -> None:
         self._engine.close()
 
-    def __enter__(self) -> AroundEngine:
+    def __enter__(self) -> EngineWrapper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -81,20 +81,19 @@ class AroundEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How an engine is opened. Raises SettingError for a negative number, or too many threads.
+    """Options for opening an engine. Raises SettingError for a negative number or too many threads.
 
-    `threads` 0: the library decides. `session`: the library's own settings, by its own names.
-
-    `stream`: the handle of a CUDA stream of the caller's to work on, in place of one of its own.
+    `threads` 0: the library decides. `session`: the library's own session settings, by its own names. `stream`: the handle of the
+    caller's CUDA stream to use; 0: the engines create their own.
     """
 
-    device: int = 0  # which GPU
-    threads: int = 0  # of one operator
-    memory: int | None = None  # bytes of the GPU that a pipeline may use
-    low_memory: bool = False  # a pipeline holds one component on the GPU at a time
-    whole_loop: bool = False  # a pipeline that nobody watches launches all steps as one CUDA graph
+    device: int = 0  # index of the GPU
+    threads: int = 0  # within one operator
+    memory: int | None = None  # bytes of GPU memory that a pipeline may use
+    low_memory: bool = False  # a pipeline keeps one component on the GPU at a time
+    whole_loop: bool = False  # without progress callbacks, a pipeline launches all steps as one CUDA graph
     stream: int = 0
-    measure: bool = True  # "auto" may time the CPU's engines, the first time that it has several to choose from
+    measure: bool = True  # "auto" may benchmark CPU engines the first time it can choose between several
     session: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,23 +101,26 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise SettingError(f"{name} {value}: expected 0 or more")
-        if self.threads > MOST_THREADS:  # a library starts as many as it is told to
+        if self.threads > MOST_THREADS:  # libraries start any number without a check
             raise SettingError(f"threads {self.threads}: expected {MOST_THREADS} at most, or 0 for the library's own choice")
 
 
 class Shared:
-    """What the engines of one pipeline share on a device (a stream, an arena): made by the first one that asks for it, and
-    released with `close`, the last one made first, after the engines."""
+    """Resources that the engines of a pipeline share on a device, such as a stream or an arena.
+
+    Each is created on first use. Call `close` after closing the engines: it releases the resources in reverse order.
+    """
 
     def __init__(self) -> None:
         self._held: dict[Hashable, Any] = {}
         self._stack = contextlib.ExitStack()
 
     def get(self, key: Hashable, make: Callable[[], contextlib.AbstractContextManager[T]]) -> T:
+        """Return the resource of `key`, entering the context that `make` returns on first use."""
         if key not in self._held:
             self._held[key] = self._stack.enter_context(make())
-        held: T = self._held[key]
-        return held
+        resource: T = self._held[key]
+        return resource
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._held

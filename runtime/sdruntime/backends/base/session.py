@@ -1,6 +1,6 @@
-"""What the engines of one pipeline share on a device: its context, one stream, and one arena for activations.
+"""The device session that the engines of a pipeline share: the CUDA context, one stream, and one arena for activations.
 
-Components run one after the other, so the arena is as large as the largest of them asks for, not as their sum.
+Components run one after another, so the arena has the size of the largest one's activations, not of their sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sdruntime.system.cuda import ALIGNMENT, Buffer, Cuda, Pinned, Stream
 
 @dataclass(slots=True, eq=False)
 class Arena:
-    """Activation memory on a device; it grows and never shrinks. `moves` counts how often it has changed its place."""
+    """Activation memory on a device. It grows and never shrinks. `moves` counts how often its address has changed."""
 
     cuda: Cuda
     stream: Stream
@@ -26,7 +26,7 @@ class Arena:
     moves: int = 0
 
     def reserve(self, size: int) -> Buffer:
-        """The arena, at least `size` bytes. Growing waits for the work that still uses the previous one. Raises OutOfSpace."""
+        """Return a buffer of at least `size` bytes. Growing waits for work that still uses the old one. Raises OutOfSpace."""
         if self.buffer is None or self.buffer.size < size:
             self.close()
             self.buffer = self.cuda.allocate(size, "the activations of an engine")
@@ -36,20 +36,20 @@ class Arena:
     def close(self) -> None:
         buffer, self.buffer = self.buffer, None
         if buffer is not None:
-            with contextlib.closing(buffer):  # also where Ctrl-C comes meanwhile
+            with contextlib.closing(buffer):  # even if Ctrl-C interrupts the wait
                 self.stream.settle()
 
 
 @dataclass(slots=True, eq=False)
 class Staging:
-    """Host memory that arrays lie in on their way to the device; it grows and never shrinks."""
+    """Pinned host memory for uploads to the device. It grows and never shrinks."""
 
     cuda: Cuda
     stream: Stream
     pinned: Pinned | None = None
 
     def upload(self, pointer: int, array: Array) -> None:
-        """Copy uint8 [..] to device memory at `pointer`, in the stream's order, and wait for the stream. Raises OutOfSpace."""
+        """Copy a uint8 array to device memory at `pointer` on the stream, and wait for it. Raises OutOfSpace."""
         if self.pinned is None or self.pinned.array.size < array.size:
             self.close()
             self.pinned = self.cuda.pinned((array.size,), np.uint8)
@@ -66,6 +66,8 @@ class Staging:
 
 @dataclass(frozen=True, slots=True)
 class Session:
+    """A device's context, stream, activation arena and upload buffer."""
+
     cuda: Cuda
     stream: Stream
     arena: Arena = field(init=False)
@@ -78,19 +80,19 @@ class Session:
 
 @contextlib.contextmanager
 def session(options: EngineOptions) -> Iterator[Session]:
-    """The device of `options`, with a stream of its own or the caller's. Raises DeviceMissing."""
+    """Open a session on the device of `options`, with a new stream or the caller's. Raises DeviceMissing."""
     with Cuda.open(options.device) as cuda:
         stream = Stream(cuda, options.stream, owned=False) if options.stream else cuda.stream()
         with stream:
-            made = Session(cuda, stream)
+            opened = Session(cuda, stream)
             try:
-                yield made
+                yield opened
             finally:
                 stream.settle()
-                made.arena.close()
-                made.staging.close()
+                opened.arena.close()
+                opened.staging.close()
 
 
 def aligned(size: int) -> int:
-    """`size` rounded up to what every address on a device is a multiple of."""
+    """Return `size` rounded up to a multiple of the device's address alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT

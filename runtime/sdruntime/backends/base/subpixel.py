@@ -1,11 +1,11 @@
-"""Upsampling by two and a 3x3 convolution, as four 2x2 convolutions of the small image: 16 products in place of 36.
+"""Rewrite a 2x upsampling followed by a 3x3 convolution as four 2x2 convolutions of the small image: 16 products instead of 36.
 
-After nearest-neighbour upsampling several of a kernel's nine weights meet the same pixel, so they are added beforehand. Which
-ones depends on whether the pixel made is an even or an odd one, down and across: hence four kernels, whose results are
-interleaved (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?", arXiv:1609.07009). At the borders
-the zeros around the small image are the zeros around the large one, so it is the same function, up to the order of the sums.
+After nearest-neighbour upsampling, several of the kernel's nine weights apply to the same pixel, so they are added in advance.
+Which ones depends on whether the output pixel's row and column are even or odd: hence four kernels, whose results are interleaved
+(Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?", arXiv:1609.07009). Zero padding of the small
+image equals zero padding of the large one, so the result is the same up to the order of summation.
 
-A UNet has three of these pairs and a VAE's decoder has three, a fifth of its work.
+A UNet has three of these pairs; a VAE decoder has three as well, which are a fifth of its work.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from sdruntime.arrays import Array
 
-# [parity, weight of 2, weight of 3] along one axis; W[p,q] = TAPS[p] @ W @ TAPS[q].T
+# [parity, index in the 2-tap kernel, index in the 3-tap kernel] along one axis; W[p,q] = TAPS[p] @ W @ TAPS[q].T
 TAPS: Array = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # parities of row and column, in the order in which DepthToSpace (DCR) takes channels
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # parities of row and column, in the channel order of DepthToSpace (DCR)
 
 
 def pads(row: int, column: int) -> tuple[list[int], list[int]]:
-    """The zeros before and after the small image, down and across, for the pixels of these parities."""
+    """Return the zero padding (begin and end, each [rows, columns]) of the small image for output pixels of these parities."""
     return [1 - row, 1 - column], [row, column]

@@ -1,1 +1,1 @@
-"""Engines that compute nothing: the seam's fake, for tests and for measuring what the runtime itself costs."""
+"""A fake backend whose engines compute nothing, for tests and for measuring the runtime's own overhead."""

@@ -1,4 +1,4 @@
-"""ONNX -> file, for the fake backend: the value that every output of the engine is filled with."""
+"""ONNX -> file, for the fake backend. The file holds the value that fills every output."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ OPTIONS: BackendOptions = {}
 
 
 def resolve_target(target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
+    """Return "cpu". Raises DeviceMissing for another target, UnknownName for any option."""
     return check_names(f"{NAME} {VERSION}", target, TARGETS, options, known=OPTIONS)
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
+    """Write `stem`.json into `folder`."""
     path = folder / f"{request.stem}{ENDING}"
     yield Stage(name="fill", done=1, total=1)
     path.write_text(json.dumps({"fill": 0.0}) + "\n")

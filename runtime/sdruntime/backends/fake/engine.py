@@ -1,4 +1,4 @@
-"""File -> Engine, for the fake backend: outputs of the right types and shapes, all of one value, at once."""
+"""File -> Engine, for the fake backend: outputs of the right types and shapes, filled with one value."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KEPT_CALLS = 1000
 
 
 class FakeEngine:
-    """Remembers its newest calls; the outputs are views of one array for each shape, and read-only."""
+    """An engine that records its last KEPT_CALLS calls. Outputs are read-only views of one value, cached by shape."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, *, fill: float, factor: int) -> None:
         self.spec, self.component = spec, component
         self.calls: deque[dict[str, int]] = deque(maxlen=KEPT_CALLS)
         self._fill, self._factor = fill, factor
-        self._made: dict[tuple[int, ...], dict[str, Array]] = {}
+        self._outputs: dict[tuple[int, ...], dict[str, Array]] = {}
         self._closed = False
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -35,16 +35,16 @@ class FakeEngine:
         dims = check_feeds(self.component, self.spec, feeds)
         self.calls.append(dims)
         key = tuple(dims.values())
-        if key not in self._made:
-            self._made[key] = {
+        if key not in self._outputs:
+            self._outputs[key] = {
                 tensor.name: np.broadcast_to(np.asarray(self._fill, tensor.dtype), shape_of(tensor, dims, self._factor))
                 for tensor in self.component.outputs
             }
-        return self._made[key]
+        return self._outputs[key]
 
     def close(self) -> None:
         self._closed = True
-        self._made.clear()
+        self._outputs.clear()
 
     def __enter__(self) -> FakeEngine:
         return self
@@ -54,9 +54,11 @@ class FakeEngine:
 
 
 def here() -> Library:
+    """Return the version and targets of the fake backend, which is always available."""
     return Library(version=VERSION, targets=TARGETS)
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> FakeEngine:
+    """Open a fake engine. Raises BundleError if its file is damaged."""
     fill = bundle.read_json(spec.files[0])["fill"]
     return FakeEngine(spec, bundle.manifest.components[spec.component], fill=fill, factor=bundle.manifest.model.vae_factor)

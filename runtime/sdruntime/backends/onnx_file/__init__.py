@@ -1,1 +1,1 @@
-"""ONNX files read without the onnx package: their graph, and where their weights lie."""
+"""Read ONNX files without the onnx package: their graph, and where their weights are stored."""

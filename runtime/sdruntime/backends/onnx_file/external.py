@@ -1,8 +1,9 @@
-"""The tensors of an ONNX file whose bytes are in another file, read from its protobuf without the onnx package.
+"""External tensors of an ONNX file (tensors whose bytes are in another file), read from its protobuf without the onnx package.
 
-A library opens whatever file a tensor names, relative to the model's folder or, for a model in memory, to the current one. So
-every place in a model that may hold a tensor is looked at, and only weights of the main graph may be in another file, one that
-the manifest lists. The runtime maps and hashes it and hands its tensors over. The field numbers are those of onnx.proto.
+Engine libraries open any file that a tensor names, relative to the model's folder or, for a model in memory, to the current
+directory. So every place in a model that may hold a tensor is checked: only weights of the main graph may be external, in a file
+that the manifest lists. The runtime maps and hashes that file and passes the tensors to the library. Field numbers are those of
+onnx.proto.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sdruntime.backends.onnx_file.wire import fields, varints
 _DTYPES = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2"}  # TensorProto.DataType
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
 _MODEL, _TENSOR = "ModelProto", "TensorProto"
-# message: field -> the message in it, of all that may lead to a tensor
+# message type: field -> type of the message in it, for all fields that can lead to a tensor
 _MESSAGES: Mapping[str, Mapping[int, str]] = {
     _MODEL: {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "GraphProto": {1: "NodeProto", 5: _TENSOR, 15: "SparseTensorProto"},
@@ -36,13 +37,13 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = {
     "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
 }
-_MOST_AXES = 64  # of a tensor; their product is a number without end
-_DEPTH = 40  # messages in each other; protobuf itself stops at 100
-_WEIGHTS = (_MODEL, "GraphProto", _TENSOR)  # the way to the initialisers of the main graph
+_MOST_AXES = 64  # of a tensor: bounds the size of the product of its dimensions
+_DEPTH = 40  # nested messages; protobuf itself allows 100
+_WEIGHTS = (_MODEL, "GraphProto", _TENSOR)  # path to the initializers of the main graph
 
 
 def locations(files: Sequence[str]) -> dict[str, str]:
-    """Return the paths of a model's data files by the names that the model, the first of `files`, has for them."""
+    """Map the locations that a model (the first of `files`) uses for its data files to their paths in the bundle."""
     folder = PurePosixPath(files[0]).parent
     below = [PurePosixPath(path) for path in files[1:] if PurePosixPath(path).is_relative_to(folder)]
     return {path.relative_to(folder).as_posix(): path.as_posix() for path in below}
@@ -50,9 +51,9 @@ def locations(files: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalTensor:
-    """Where a tensor's bytes lie: `length` bytes from `offset` in the file `location`.
+    """The location of a tensor's data: `length` bytes at `offset` in the file `location`.
 
-    `kind` is its TensorProto.DataType. NumPy has no bfloat16: its `dtype` is that of the bits.
+    `kind` is its TensorProto.DataType. NumPy has no bfloat16, whose `dtype` is uint16: the raw bits.
     """
 
     name: str
@@ -65,32 +66,33 @@ class ExternalTensor:
 
 
 def external_tensors(model: memoryview, files: Collection[str]) -> list[ExternalTensor]:
-    """Return the weights of the main graph whose bytes are in another file, which must be one of `files`.
+    """Return the weights of the main graph that are stored in other files, each of which must be one of `files`.
 
-    Raises ValueError for a tensor elsewhere in the model (a constant, a branch, a function, a sparse tensor) or of another file,
-    and for a model that is not sound.
+    Raises ValueError for an external tensor elsewhere in the model (a constant, a branch, a function, a sparse tensor), for a
+    file that is not in `files`, and for a damaged model.
     """
-    return [_checked(way, tensor, files) for way, tensor in _tensors(model, (_MODEL,)) if _is_external(tensor)]
+    return [_checked(path, tensor, files) for path, tensor in _tensors(model, (_MODEL,)) if _is_external(tensor)]
 
 
-def _tensors(message: memoryview, way: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], memoryview]]:
-    """Yield every tensor below a message, with the kinds of messages that lead to it."""
-    inside = _MESSAGES[way[-1]]
-    if len(way) > _DEPTH:
-        raise ValueError(f"more than {_DEPTH} messages in each other")
+def _tensors(message: memoryview, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], memoryview]]:
+    """Yield every tensor below a message, with the types of the messages on the path to it."""
+    nested = _MESSAGES[path[-1]]
+    if len(path) > _DEPTH:
+        raise ValueError(f"more than {_DEPTH} nested messages")
     for field, value in fields(message):
-        if field in inside and isinstance(value, memoryview):
-            if inside[field] == _TENSOR:
-                yield (*way, _TENSOR), value
+        if field in nested and isinstance(value, memoryview):
+            if nested[field] == _TENSOR:
+                yield (*path, _TENSOR), value
             else:
-                yield from _tensors(value, (*way, inside[field]))
+                yield from _tensors(value, (*path, nested[field]))
 
 
 def _is_external(tensor: memoryview) -> bool:
     return any(field == _EXTERNAL_DATA or (field == _DATA_LOCATION and value != 0) for field, value in fields(tensor))
 
 
-def _checked(way: tuple[str, ...], message: memoryview, files: Collection[str]) -> ExternalTensor:
+def _checked(path: tuple[str, ...], message: memoryview, files: Collection[str]) -> ExternalTensor:
+    """Parse and check an external tensor. Raises ValueError."""
     dims: list[int] = []
     name, kind, entries = "", 0, {}
     for field, value in fields(message):
@@ -104,20 +106,20 @@ def _checked(way: tuple[str, ...], message: memoryview, files: Collection[str]) 
             pair = {number: str(text, "utf-8") for number, text in fields(value) if isinstance(text, memoryview)}
             entries[pair.get(1, "")] = pair.get(2, "")
     location = entries.get("location", "")
-    if way != _WEIGHTS:
-        where = next((each for each in way[1:] if each not in ("GraphProto", "NodeProto", "AttributeProto")), "a node")
-        raise ValueError(f"tensor {name!r}: its bytes are in another file ({location!r}), which {where} may not have")
+    if path != _WEIGHTS:
+        where = next((part for part in path[1:] if part not in ("GraphProto", "NodeProto", "AttributeProto")), "a node")
+        raise ValueError(f"tensor {name!r}: its bytes are in another file ({location!r}), which is not allowed in {where}")
     if location not in files:
         raise ValueError(f"refers to {location!r}, which the manifest does not list for it")
     if kind not in _DTYPES:
-        raise ValueError(f"tensor {name!r}: element type {kind} cannot be in another file here")
+        raise ValueError(f"tensor {name!r}: element type {kind} is not supported in another file")
     if len(dims) > _MOST_AXES:
         raise ValueError(f"tensor {name!r:.60}: {len(dims):,} axes, above {_MOST_AXES}")
     dtype = np.dtype(_DTYPES[kind])
     length = math.prod(dims) * dtype.itemsize
-    told, offset = _number(entries, "length", length), _number(entries, "offset", 0)
-    if told != length:
-        raise ValueError(f"tensor {name!r}: {told} bytes, but its shape {dims} needs {length}")
+    stored, offset = _number(entries, "length", length), _number(entries, "offset", 0)
+    if stored != length:
+        raise ValueError(f"tensor {name!r}: {stored} bytes, but its shape {dims} needs {length}")
     return ExternalTensor(name=name, kind=kind, dtype=dtype, shape=tuple(dims), location=location, offset=offset, length=length)
 
 

@@ -1,6 +1,6 @@
-"""The graph of an ONNX file, read and written without the onnx package: what it takes to put some nodes in the place of others.
+"""Read an ONNX graph, replace some of its nodes, and write it, without the onnx package.
 
-Everything that is not touched stays as it was, byte for byte. The field numbers are those of onnx.proto.
+Everything else is preserved byte for byte. Field numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
 _INPUT, _OUTPUT, _NAME, _OP, _ATTRIBUTE, _DOMAIN = 1, 2, 3, 4, 5, 7  # of NodeProto
 _FLOAT, _INT, _STRING, _GRAPH, _INTS, _GRAPHS = 1, 2, 3, 5, 7, 10  # AttributeProto.type
 _DIMS, _TYPE, _FLOATS, _INT64S, _TENSOR_NAME, _RAW = 1, 2, 4, 7, 8, 9  # of TensorProto
-_OF_TYPE = {1: "<f4", 7: "<i8"}  # TensorProto.data_type, as far as constants are read here
+_OF_TYPE = {1: "<f4", 7: "<i8"}  # TensorProto.data_type -> dtype, of constants that are read
 
 Attribute = int | float | str | list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
+    """A NodeProto: its tensors, its attributes by name and type, and its serialized bytes."""
+
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    ints: Mapping[str, list[int]]  # attributes, one int or several
+    ints: Mapping[str, list[int]]  # INT and INTS attributes
     floats: Mapping[str, float]
     texts: Mapping[str, str]
     raw: bytes | memoryview
-    nested: bool = False  # has graphs of its own
+    nested: bool = False  # has subgraphs
 
 
 @dataclass(slots=True, kw_only=True)
 class Graph:
+    """A graph's nodes, constants and outputs, and which nodes produce and consume each tensor."""
+
     nodes: list[Node]
-    constants: dict[str, list[int] | list[float]]  # tensors of int64 and float32 that lie in the file itself
+    constants: dict[str, list[int] | list[float]]  # int64 and float32 initializers stored in the file itself
     outputs: set[str]
     makers: dict[str, Node] = field(init=False)
     readers: dict[str, list[Node]] = field(init=False)
@@ -52,18 +56,21 @@ class Graph:
                 self.readers.setdefault(name, []).append(node)
 
     def maker(self, name: str, op: str) -> Node | None:
+        """Return the node that produces a tensor, if its operator is `op`."""
         node = self.makers.get(name)
         return node if node is not None and node.op == op else None
 
     def reader(self, name: str, op: str) -> Node | None:
-        """The only one that reads a tensor, and that is no output of the graph."""
+        """Return the only node that reads a tensor, if its operator is `op` and the tensor is not an output of the graph."""
         readers = self.readers.get(name, [])
         return readers[0] if len(readers) == 1 and readers[0].op == op and name not in self.outputs else None
 
 
 def read_graph(model: memoryview) -> Graph | None:
-    """The graph of a model; None where a node has graphs of its own, which may read any tensor of this one. Raises ValueError for
-    what is not a sound model."""
+    """Return the graph of a model, or None if a node has subgraphs, which can read any tensor of the graph.
+
+    Raises ValueError for a damaged model.
+    """
     nodes: list[Node] = []
     constants: dict[str, list[int] | list[float]] = {}
     outputs: set[str] = set()
@@ -83,7 +90,7 @@ def read_graph(model: memoryview) -> Graph | None:
 def make_node(
     op: str, inputs: Sequence[str], output: str, attributes: Mapping[str, Attribute] | None = None, *, domain: str = ""
 ) -> Node:
-    """A node with the name of its output."""
+    """Return a new node, named like its output."""
     attributes = attributes or {}
     raw = [delimited(_INPUT, name.encode()) for name in inputs]
     raw += [delimited(_OUTPUT, output.encode()), delimited(_NAME, output.encode()), delimited(_OP, op.encode())]
@@ -93,25 +100,28 @@ def make_node(
 
 
 def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence[Node]], constants: Mapping[str, Array]) -> bytes:
-    """The model with other nodes in the place of some of its own (by `id`) and with more constants, of int64 or float32; without
-    the nodes and the constants of which nothing is read in the end."""
-    nodes = _needed([each for node in graph.nodes for each in replaced.get(id(node), [node])], graph.outputs)
+    """Return the model with some nodes replaced and constants added, without nodes and constants that no output depends on.
+
+    `replaced`: the `id` of a node -> the nodes to insert instead. `constants`: int64 or float32 arrays.
+    """
+    nodes = _needed([new for node in graph.nodes for new in replaced.get(id(node), [node])], graph.outputs)
     read = {name for node in nodes for name in node.inputs}
     parts = [delimited(_GRAPH_NODE, node.raw) for node in nodes]
     for part, value in _graph_fields(model):
         if part != _GRAPH_NODE and not (part == _GRAPH_INITIALIZER and _read_constant(value)[0] not in read):
             parts.append(delimited(part, value))
     parts += [delimited(_GRAPH_INITIALIZER, _constant(name, values)) for name, values in constants.items() if name in read]
-    others = [(part, each) for part, each in fields(model) if part != _MODEL_GRAPH]
-    head = [number(part, each) if isinstance(each, int) else delimited(part, each) for part, each in others]
+    others = [(part, value) for part, value in fields(model) if part != _MODEL_GRAPH]
+    head = [number(part, value) if isinstance(value, int) else delimited(part, value) for part, value in others]
     return b"".join([*head, delimited(_MODEL_GRAPH, b"".join(parts))])
 
 
 def _needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
-    wanted, kept = set(outputs), []
+    """Return the nodes that the outputs depend on, in their order."""
+    needed, kept = set(outputs), []
     for node in reversed(nodes):
-        if wanted.intersection(node.outputs):
-            wanted.update(node.inputs)
+        if needed.intersection(node.outputs):
+            needed.update(node.inputs)
             kept.append(node)
     return kept[::-1]
 
@@ -131,16 +141,16 @@ def _read_node(message: memoryview) -> Node:
         if part in names and isinstance(value, memoryview):
             names[part].append(str(value, "utf-8"))
         elif part == _ATTRIBUTE and isinstance(value, memoryview):
-            found = list(fields(value))
-            name = next(str(text, "utf-8") for at, text in found if at == 1 and isinstance(text, memoryview))
-            nested |= any(at == 20 and kind in (_GRAPH, _GRAPHS) for at, kind in found)
-            numbers = [each for at, part in found if at in (3, 8) for each in _ints(part)]
+            attribute = list(fields(value))
+            name = next(str(text, "utf-8") for at, text in attribute if at == 1 and isinstance(text, memoryview))
+            nested |= any(at == 20 and kind in (_GRAPH, _GRAPHS) for at, kind in attribute)
+            numbers = [integer for at, packed in attribute if at in (3, 8) for integer in _ints(packed)]
             ints |= {name: numbers} if numbers else {}
-            for at, each in found:
-                if at == 2 and isinstance(each, memoryview):
-                    floats[name] = struct.unpack("<f", each)[0]
-                elif at == 4 and isinstance(each, memoryview):
-                    texts[name] = str(each, "utf-8", "replace")
+            for at, content in attribute:
+                if at == 2 and isinstance(content, memoryview):
+                    floats[name] = struct.unpack("<f", content)[0]
+                elif at == 4 and isinstance(content, memoryview):
+                    texts[name] = str(content, "utf-8", "replace")
     return Node(
         op=names[_OP][0],
         inputs=tuple(names[_INPUT]),
@@ -161,11 +171,11 @@ def _attribute(name: str, value: Attribute) -> bytes:
         return named + float32(2, value) + number(20, _FLOAT)
     if isinstance(value, int):
         return named + number(3, value) + number(20, _INT)
-    return named + b"".join(number(8, each) for each in value) + number(20, _INTS)
+    return named + b"".join(number(8, integer) for integer in value) + number(20, _INTS)
 
 
 def _read_constant(message: memoryview) -> tuple[str, list[int] | list[float] | None]:
-    """A tensor's name and, where they are of a type that is read and in the file, its numbers."""
+    """Return a tensor's name and its values, or None for the values if their type is not read or they are in another file."""
     name, kind, typed, raw = "", 0, bytearray(), None
     for part, value in fields(message):
         if part == _TENSOR_NAME and isinstance(value, memoryview):
@@ -177,7 +187,7 @@ def _read_constant(message: memoryview) -> tuple[str, list[int] | list[float] | 
         elif part == _FLOATS and isinstance(value, memoryview):
             typed += value
         elif part == _INT64S:
-            typed += b"".join(struct.pack("<q", each) for each in _ints(value))
+            typed += b"".join(struct.pack("<q", integer) for integer in _ints(value))
     data = raw if raw is not None else typed or None
     if kind not in _OF_TYPE or data is None or len(data) % np.dtype(_OF_TYPE[kind]).itemsize:
         return name, None
@@ -185,6 +195,7 @@ def _read_constant(message: memoryview) -> tuple[str, list[int] | list[float] | 
 
 
 def _ints(part: int | memoryview) -> list[int]:
+    """Return the int64 values of a field, packed or not."""
     return [value - (1 << 64) if value >> 63 else value for value in ([part] if isinstance(part, int) else varints(part))]
 
 

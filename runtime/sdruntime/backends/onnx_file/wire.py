@@ -1,4 +1,4 @@
-"""Protobuf's wire format, as far as an ONNX file uses it: https://protobuf.dev/programming-guides/encoding/."""
+"""The parts of protobuf's wire format that ONNX files use: https://protobuf.dev/programming-guides/encoding/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a protobuf message: an int for numbers, the bytes for everything that has a length."""
+    """Yield each (field number, value) of a protobuf message: an int for varints, else the bytes.
+
+    Raises ValueError if the message is damaged.
+    """
     at = 0
     while at < len(message):
         key, at = varint(message, at)
@@ -30,6 +33,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def varints(packed: memoryview) -> list[int]:
+    """Return the numbers of a packed field."""
     values, at = [], 0
     while at < len(packed):
         value, at = varint(packed, at)
@@ -38,6 +42,7 @@ def varints(packed: memoryview) -> list[int]:
 
 
 def varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Return the number that starts at byte `at`, and the position after it. Raises ValueError."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):
@@ -50,24 +55,24 @@ def varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def number(field: int, value: int) -> bytes:
-    """A field that holds an int."""
+    """Encode a varint field."""
     return _packed(field << 3) + _packed(value & (1 << 64) - 1)
 
 
 def delimited(field: int, value: bytes | memoryview) -> bytes:
-    """A field that holds bytes: a text or another message."""
+    """Encode a length-delimited field: bytes, a string or a message."""
     return b"".join((_packed(field << 3 | 2), _packed(len(value)), value))
 
 
 def float32(field: int, value: float) -> bytes:
-    """A field that holds a float of 4 bytes."""
+    """Encode a 4-byte float field."""
     return _packed(field << 3 | 5) + struct.pack("<f", value)
 
 
 def _packed(value: int) -> bytes:
-    taken = bytearray()
+    encoded = bytearray()
     while value > 127:
-        taken.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    taken.append(value)
-    return bytes(taken)
+    encoded.append(value)
+    return bytes(encoded)

@@ -11,7 +11,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
-from sdruntime.backends.base.feeds import check_feeds, check_tensors, filled
+from sdruntime.backends.base.feeds import check_feeds, check_tensors, fill_optional_inputs
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.session import warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
@@ -38,7 +38,7 @@ class OrtEngine:
         outputs: dict[str, Array] = {}
         try:
             binding = self._session.io_binding()
-            for name, array in filled(self.component, dims, feeds).items():
+            for name, array in fill_optional_inputs(self.component, dims, feeds).items():
                 binding.bind_cpu_input(name, array)
             for tensor in self.component.outputs:
                 shape = [dims.get(dim) if isinstance(dim, str) else dim for dim in tensor.shape]

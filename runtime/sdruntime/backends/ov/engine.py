@@ -12,7 +12,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import EngineOptions, Shared, closed
-from sdruntime.backends.base.feeds import check_feeds, filled
+from sdruntime.backends.base.feeds import check_feeds, fill_optional_inputs
 from sdruntime.backends.ov.build import DEVICE, TARGETS, has_bf16, library, version_of
 from sdruntime.backends.ov.constants import own_constants
 from sdruntime.bundle.bundle import Bundle
@@ -68,7 +68,8 @@ class OvEngine:
         dims = check_feeds(self.component, self.spec, feeds)
         try:
             request = self._network.request(self.spec.admitting(**dims)[0], self._settings)
-            outputs = request.infer(dict(filled(self.component, dims, feeds)), share_inputs=True, share_outputs=False)
+            inputs = dict(fill_optional_inputs(self.component, dims, feeds))
+            outputs = request.infer(inputs, share_inputs=True, share_outputs=False)
             return {tensor.name: outputs[tensor.name] for tensor in self.component.outputs}
         except (RuntimeError, KeyError) as error:
             raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error

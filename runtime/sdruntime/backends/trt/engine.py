@@ -11,7 +11,7 @@ from typing import Any
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import AMPERE_UP, EngineOptions, Shared, closed
-from sdruntime.backends.base.feeds import check_feeds, filled
+from sdruntime.backends.base.feeds import check_feeds, fill_optional_inputs
 from sdruntime.backends.base.session import Session, session
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
@@ -83,7 +83,7 @@ class TrtEngine:
         with annotate(self.spec.component):
             binding = self.bind(dims)
             try:
-                binding.upload(filled(self.component, dims, feeds))
+                binding.upload(fill_optional_inputs(self.component, dims, feeds))
                 binding.enqueue()
                 return binding.download()
             except BaseException:

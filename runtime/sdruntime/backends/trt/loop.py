@@ -21,7 +21,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine, closed
-from sdruntime.backends.base.feeds import filled
+from sdruntime.backends.base.feeds import fill_optional_inputs
 from sdruntime.backends.base.session import aligned
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.bundle.sampler_step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
@@ -338,7 +338,7 @@ def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
     if frame.guided:
         rows = [job.rows[0] for job in jobs] + rows
     fixed = {"sample": _samples(jobs, frame), **stacked(rows)}
-    return filled(frame.component, frame.dims, {name: _padded(array, frame.rows) for name, array in fixed.items()})
+    return fill_optional_inputs(frame.component, frame.dims, {name: _padded(array, frame.rows) for name, array in fixed.items()})
 
 
 def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
