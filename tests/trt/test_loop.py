@@ -80,7 +80,7 @@ def test_what_is_not_finite_on_the_device_is_told_at_the_end_of_the_loop(pipe: P
     job.rows = (job.rows[0], {**job.rows[-1], "encoder_hidden_states": hidden})
     states = iter(stream)
     assert [next(states).step for _ in range(4)] == [1, 2, 3, 4]
-    with pytest.raises(NotFinite, match=r"unet, after step 4 of 4, sampler euler: the latents are not finite any more"):
+    with pytest.raises(NotFinite, match=r"unet, after step 4 of 4, sampler euler: the latents are no longer finite"):
         next(states)
     assert here.gpus.counts["launches"] > 0
 

@@ -37,7 +37,7 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.cli import outputs
     from sdruntime.pipeline.images.png import png_from_image
     from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
-    from sdruntime.pipeline.request import requests
+    from sdruntime.pipeline.request import requests_from
     from sdruntime.sampling.samplers import meaning
     from sdruntime.system.sizes import parse_size
 
@@ -60,7 +60,7 @@ def generate(options: argparse.Namespace) -> None:
     }
     if options.strength is not None:
         settings["strength"] = options.strength
-    all_requests = requests(options.prompt, count=options.count, seed=options.seed, **settings)
+    all_requests = requests_from(options.prompt, count=options.count, seed=options.seed, **settings)
     if options.output == str(outputs.STDOUT) and (options.json or sys.stdout.isatty()):
         other = "--json: both write to standard output" if options.json else "a terminal: redirect it, or name a file"
         raise SettingError(f"--output - with {other}")

@@ -1,7 +1,7 @@
-"""Many jobs, each at its own step of its own table, in one UNet call.
+"""The denoising loop: many jobs, each at its own step of its own table, in one UNet call.
 
-A row of a table is data and the UNet takes a timestep for each sample, so jobs need nothing in common but the shape of their
-latents. A single image is a set of one job.
+A step is a row of a table and the UNet takes a timestep per sample, so jobs with latents of the same shape can share a call.
+A single image is a set of one job.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sdruntime.system.nvtx import annotate
 
 
 def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Generator[None, None, None]:
-    """Advance every job that is not done by one model call, and yield; until all are done.
+    """Advance every active job by one model call and yield, until all are done.
 
-    Jobs of one shape and one text length go together; `steppers` makes what advances such a group, a `Call` or several. They are
-    made again when a job joins or leaves: the caller may change `jobs` between two steps. Raises NotFinite: after the very call
-    where the loop is here, at its end where it runs on a device. What a call raises is also the `error` of each job that it
-    concerns; the other jobs are sound, and another `denoise` goes on with them.
+    The caller may change `jobs` between two steps. Jobs of one shape and text length form a group; `steppers` returns the
+    steppers that advance a group, and is called again when a job joins or leaves. Raises NotFinite: right after the call if the
+    loop runs on the host, at the end if it runs on a device. An error of a call is also stored as the `error` of each job
+    that it affects; the other jobs are intact, and another `denoise` can continue them.
     """
     calls: list[Stepper] = []
     members: list[Job] = []
@@ -36,15 +36,15 @@ def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[
                 members, done, calls = active, calls, []
                 _finish(done)
                 for group in grouped(active):
-                    with _concerning(group):
+                    with _attributed_to(group):
                         calls += steppers(group)
             step = active[0].run.step
             for number, call in enumerate(calls):
-                with annotate(f"step {step}, group {number}"), _concerning(call.jobs):
+                with annotate(f"step {step}, group {number}"), _attributed_to(call.jobs):
                     call.advance()
             yield
     except BaseException as error:
-        with contextlib.suppress(*() if isinstance(error, GeneratorExit) else (SdruntimeError,)):  # the first one is reported
+        with contextlib.suppress(*() if isinstance(error, GeneratorExit) else (SdruntimeError,)):  # raise the first error
             _finish(calls)
         raise
     _finish(calls)
@@ -53,14 +53,14 @@ def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[
 
 
 def check_latents(job: Job) -> None:
-    """Raises NotFinite."""
+    """Raises NotFinite if the latents of a job hold NaN or infinity."""
     if not is_finite(job.run.x):
-        raise NotFinite(f"unet, {after(job)}: the latents are not finite any more; {advice(bundle=job.bundle)}")
+        raise NotFinite(f"unet, {after(job)}: the latents are no longer finite; {advice(bundle=job.bundle)}")
 
 
 @contextlib.contextmanager
-def _concerning(jobs: Sequence[Job]) -> Iterator[None]:
-    """Mark an error in the block as that of these jobs, unless it names one of them already."""
+def _attributed_to(jobs: Sequence[Job]) -> Iterator[None]:
+    """Store an error raised in the block in these jobs, unless one of them has it already."""
     try:
         yield
     except Exception as error:
@@ -71,11 +71,11 @@ def _concerning(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _finish(calls: list[Stepper]) -> None:
-    """All of them, also after one that cannot; then the first error is raised."""
+    """Finish all steppers, even if one fails; then raise the first error."""
     first: BaseException | None = None
     for call in calls:
         try:
-            with _concerning(call.jobs):
+            with _attributed_to(call.jobs):
                 call.finish()
         except BaseException as error:
             first = first or error
@@ -84,8 +84,11 @@ def _finish(calls: list[Stepper]) -> None:
 
 
 class Call:
-    """The UNet's inputs for a set of jobs: made once, and of these only sample and timestep written again for each call. `unet`
-    gives the engine, which may be another one in the next step. The unconditional rows come first."""
+    """Advance a group of jobs on the host with one UNet call per step.
+
+    The UNet's inputs are allocated once; a step rewrites only `sample` and `timestep`. `unet` is called at each step and may
+    return another engine. The unconditional rows come first.
+    """
 
     def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
         self.jobs, self._unet = jobs, unet
@@ -106,7 +109,7 @@ class Call:
                 self._sample[unconditional] = self._sample[row]
                 self._timestep[unconditional] = job.run.t
         try:
-            output = checked_rows(self._unet(), self._feeds, self._during, self.jobs[0].bundle)["out_sample"]
+            output = checked_rows(self._unet(), self._feeds, self._describe, self.jobs[0].bundle)["out_sample"]
         except NotFinite as error:
             if error.row is not None:
                 self._job_of(error.row).error = error
@@ -123,14 +126,14 @@ class Call:
                     model = rescale(model[None], output[row][None], job.rescale)[0]
             job.run.advance(model)
 
-    def _during(self, row: int) -> str:
+    def _describe(self, row: int) -> str:
         job = self._job_of(row)
         return at(job.run.step + 1, job)
 
     def _advance_alone(self) -> None:
-        """After a call that failed for all of them: one call for each job, so that what only one cannot bear ends that one.
+        """Call the UNet for each job alone, after their common call failed: a fault of one job then ends only that job.
 
-        Raises the first error; each is the `error` of its job.
+        Raises the first error; the `error` of a job is its own.
         """
         first: Exception | None = None
         for job in self.jobs:
@@ -145,4 +148,4 @@ class Call:
         return next(job for job, *rows in self._rows if row in rows)
 
     def finish(self) -> None:
-        """Nothing is held back: after each step the jobs are where they are."""
+        """Do nothing: `advance` leaves the jobs up to date."""

@@ -20,31 +20,31 @@ def decode(
     during: Callable[[int], str] = "image {}".format,
     bundle: Path | None = None,
 ) -> Array:
-    """Latents float32 [B, C, h, w] -> images float32 [B, 3, f·h, f·w] in about [-1, 1]. `during` says of a row whose it is.
+    """Decode latents float32 [B, C, h, w] to images float32 [B, 3, f·h, f·w] in about [-1, 1].
 
-    Raises NotFinite.
+    Raises NotFinite; `during` describes a row for the message.
     """
-    if model.latents_std:  # in this order, as diffusers' StableDiffusionXLPipeline has it
+    if model.latents_std:  # in the order of diffusers' StableDiffusionXLPipeline
         cells = latents * _channels(model.latents_std) / np.float32(model.scaling_factor) + _channels(model.latents_mean)
     else:
         cells = latents / np.float32(model.scaling_factor) + np.float32(model.shift_factor)
     return checked_rows(engine, {"latent_sample": np.ascontiguousarray(cells, np.float32)}, during, bundle)["sample"]
 
 
-def encode(pictures: Array, noise: Array, engine: Engine, model: ModelSpec, bundle: Path | None = None) -> Array:
-    """Images float32 [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, H/f, W/f], a draw from the VAE's posterior.
+def encode(images: Array, noise: Array, engine: Engine, model: ModelSpec, bundle: Path | None = None) -> Array:
+    """Encode images float32 [B, 3, H, W] in [-1, 1] to latents float32 [B, C, H/f, W/f], one draw from the VAE's posterior.
 
-    `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20] as diffusers does. Raises NotFinite.
+    `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20], as in diffusers. Raises NotFinite.
     """
-    feeds = {"sample": np.ascontiguousarray(pictures, np.float32)}
-    posterior = checked_rows(engine, feeds, lambda row: "the image to begin from", bundle)
+    feeds = {"sample": np.ascontiguousarray(images, np.float32)}
+    posterior = checked_rows(engine, feeds, lambda row: "the initial image", bundle)
     deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
-    drawn: Array = posterior["latent_mean"] + deviation * noise
-    if model.latents_std:  # as diffusers' StableDiffusionXLImg2ImgPipeline has it
-        drawn = (drawn - _channels(model.latents_mean)) * np.float32(model.scaling_factor) / _channels(model.latents_std)
+    draw: Array = posterior["latent_mean"] + deviation * noise
+    if model.latents_std:  # as in diffusers' StableDiffusionXLImg2ImgPipeline
+        draw = (draw - _channels(model.latents_mean)) * np.float32(model.scaling_factor) / _channels(model.latents_std)
     else:
-        drawn = (drawn - np.float32(model.shift_factor)) * np.float32(model.scaling_factor)
-    return drawn
+        draw = (draw - np.float32(model.shift_factor)) * np.float32(model.scaling_factor)
+    return draw
 
 
 def _channels(values: Sequence[float]) -> Array:
@@ -52,7 +52,9 @@ def _channels(values: Sequence[float]) -> Array:
 
 
 def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:
-    """SDXL's size conditioning, float32 [6]: original size, crop corner, target size, each (height, width) in pixels
-    (arXiv 2307.01952, section 2.2): an uncropped image of the generated size."""
+    """Return SDXL's size conditioning for an uncropped image of the generated size (arXiv 2307.01952, section 2.2).
+
+    float32 [6]: original size, crop corner, target size, each (height, width) in pixels.
+    """
     height, width = shape[1] * model.vae_factor, shape[2] * model.vae_factor
     return np.array([height, width, 0, 0, height, width], np.float32)

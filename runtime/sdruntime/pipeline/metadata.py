@@ -1,8 +1,8 @@
-"""How an image was made, as text that other programs read.
+"""Generation settings as metadata that other programs read.
 
-`Origin` is what generated it. `parameters` writes it as AUTOMATIC1111's web UI does ("infotext"): the prompt, the negative
-prompt, and a last line of `key: value` pairs, where a value with a comma, colon, quote or line break is a JSON string.
-Keys and values are the web UI's (1.10) where it has them; the settings that it does not have follow under keys of our own.
+`parameters` writes the "infotext" of AUTOMATIC1111's web UI: the prompt, the negative prompt, and a last line of `key: value`
+pairs, where a value with a comma, colon, quote or line break is a JSON string. Keys and values are those of web UI 1.10;
+settings that it does not have follow under our own keys.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sdruntime.pipeline.request import Request
 from sdruntime.sampling.own_sigmas import own_steps
 from sdruntime.sampling.samplers import A1111_SCHEDULES, identified, settled
 
-VERSION = f"sdruntime {__version__}"  # a bare number would be taken for a version of the web UI
-RNG = "CPU"  # whose noise ours is: torch's generator on a CPU
+VERSION = f"sdruntime {__version__}"  # other programs take a bare number for a version of the web UI
+RNG = "CPU"  # our noise is that of torch's CPU generator
 AUTOMATIC = "Automatic"
-# The web UI's samplers that keep to their own timesteps whatever the schedule type.
+# The web UI's samplers that ignore the schedule type.
 OWN_TIMESTEPS = ("DDIM", "PLMS", "UniPC")
-# Its schedule type with the levels of each timestep_spacing. A wrong one would be another image, for "Automatic" often is Karras.
+# The web UI's schedule type with the noise levels of each timestep_spacing. "Automatic" would often be Karras: another image.
 SPACINGS: Mapping[str, str] = {"linspace": A1111_SCHEDULES[None] or "", "leading": "DDIM", "trailing": "Simple"}
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -40,10 +40,10 @@ MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What generated an image, beside its request. `sampler`, `schedule`: AUTOMATIC1111's names, or ours if it has no name.
+    """What generated an image, besides its request. `sampler`, `schedule`: AUTOMATIC1111's names, or ours if it has none.
 
-    `ours`: our name of a schedule that shares its name there with another. `spacing`: the timestep_spacing in use, "" with a
-    schedule. `steps`: those that the request's sigmas make. `backend`: the UNet's engine library, its version and target.
+    `ours`: our name of a schedule whose name in the web UI is ambiguous. `spacing`: the timestep_spacing, "" with a schedule.
+    `steps`: the number of steps, if the request has sigmas. `backend`: backend, version and target of the UNet's engine.
     """
 
     model: str
@@ -57,20 +57,23 @@ class Origin:
 
     @classmethod
     def of(cls, request: Request, config: Mapping[str, Any], model: str, unet: EngineSpec | None) -> Origin:
-        """`config`: the checkpoint's scheduler_config.json. `unet`: None for networks of the caller's. Raises SettingError."""
-        given: dict[str, Any] = {"sampler": request.sampler, "schedule": request.schedule, **request.options}
-        row, kind = identified(config, **given)
-        found, settings = settled(config, **given)
-        name = row.a1111[0] if row and row.a1111 else row.name if row else found.diffusers or found.name
+        """Return the origin of a request's image. Raises SettingError.
+
+        `config`: the checkpoint's scheduler_config.json. `unet`: None for engines of the caller.
+        """
+        chosen: dict[str, Any] = {"sampler": request.sampler, "schedule": request.schedule, **request.options}
+        row, kind = identified(config, **chosen)
+        sampler, settings = settled(config, **chosen)
+        name = row.a1111[0] if row and row.a1111 else row.name if row else sampler.diffusers or sampler.name
         spacing, steps = "" if kind else settings.get("timestep_spacing", ""), None
-        if request.sigmas is not None:  # in the place of any schedule or spacing
-            kind, spacing, steps = None, "", own_steps(found, settings, request.sigmas)
+        if request.sigmas is not None:  # which replace the schedule and the spacing
+            kind, spacing, steps = None, "", own_steps(sampler, settings, request.sigmas)
         plain = AUTOMATIC if name in OWN_TIMESTEPS else SPACINGS.get(spacing, AUTOMATIC)
         return cls(
             model=model,
             sampler=name,
             schedule=A1111_SCHEDULES[kind] if kind else plain,
-            ours="lu" if kind == "lu" else "",  # "Exponential" there, as is our exponential
+            ours="lu" if kind == "lu" else "",  # the web UI calls both lu and our exponential "Exponential"
             spacing=spacing,
             steps=steps,
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
@@ -79,7 +82,7 @@ class Origin:
 
 
 def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
-    """The infotext of an image of `size`, (width, height) in pixels."""
+    """Return the infotext of an image of `size`, (width, height) in pixels."""
     options = dict(request.options)
     eta = options.pop("eta", None)
     settings = {
@@ -104,18 +107,18 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Precision": origin.precision or None,
         "Version": VERSION,
     }
-    line = ", ".join(f"{key}: {_written(value)}" for key, value in settings.items() if value is not None)
+    line = ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None)
     negative = f"Negative prompt: {request.negative}" if request.negative else ""
     return "\n".join(part for part in (request.prompt, negative, line) if part)
 
 
 def image_hash(pixels: Array) -> str:
-    """MD5 of the RGB bytes, by which the web UI names an image to begin from."""
+    """Return the MD5 of the RGB bytes: the web UI's "Init image hash"."""
     return hashlib.md5(pixels.tobytes(), usedforsecurity=False).hexdigest()
 
 
 def png_text(parameters: str) -> dict[str, str]:
-    """PNG text keys: the settings, and XMP that says machine-made (IPTC digital source type trainedAlgorithmicMedia)."""
+    """Return PNG text keys: the infotext, and XMP with the IPTC digital source type trainedAlgorithmicMedia."""
     return {"parameters": parameters, XMP: MACHINE_MADE}
 
 
@@ -123,6 +126,6 @@ def _number(value: float) -> str:
     return str(value).removesuffix(".0")
 
 
-def _written(value: object) -> str:
+def _quoted(value: object) -> str:
     text = _number(value) if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text

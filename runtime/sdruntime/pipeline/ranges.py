@@ -1,4 +1,4 @@
-"""The numbers that a request may have: ranges that the command line, the service and the C library share."""
+"""Ranges and defaults of the numbers in a request, shared by the command line, the service and the C library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdruntime.sampling.table import MOST_STEPS
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a setting may have, both ends included; `above`: `low` itself is not among them."""
+    """The numbers allowed for a setting, both ends included; `above` excludes `low`, `whole` allows only integers."""
 
     low: int
     high: int
@@ -29,15 +29,15 @@ class Range:
         return f"{self.low}{' (excluded)' if self.above else ''} to {self.high:,}"
 
     def number(self, name: str, value: Any) -> Any:
-        """`value` as Python's int or float; NumPy's numbers are welcome, truth values are not numbers. Raises SettingError."""
+        """Return `value`, also a NumPy number, as a Python int or float. Raises SettingError, also for a boolean."""
         if isinstance(value, bool | np.bool_) or not isinstance(value, Integral if self.whole else Real):
             kind = "a whole number" if self.whole else "a number"
             raise SettingError(f"{name} {shown(value)}: expected {kind} from {self}")
         try:
             number: int | float = int(value) if isinstance(value, Integral) else float(value)
-        except OverflowError:  # beyond float64, by its own conversion
+        except OverflowError:  # the value does not fit float64
             number = math.inf
-        if not self.low <= number <= self.high or (self.above and number == self.low):  # NaN is in no range
+        if not self.low <= number <= self.high or (self.above and number == self.low):  # NaN fails the comparison
             raise SettingError(f"{name} {shown(value)} is outside {self}")
         return number if self.whole else float(number)
 
@@ -52,26 +52,26 @@ RANGES: Mapping[str, Range] = {
 }
 NUMBERS: Mapping[str, Any] = {"seed": 0, "steps": 20, "guidance": 7.5, "rescale": 0.0, "strength": 0.8}  # the defaults
 
-# Noise levels in place of a number of steps: from high to low, each a ratio of noise to signal.
+# Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.
 SIGMA = Range(0, 1_000_000)
-SIGMAS = Range(1, MOST_STEPS + 1, whole=True)  # of one request; most samplers need 2
+SIGMAS = Range(1, MOST_STEPS + 1, whole=True)  # how many levels; most samplers need 2
 
 
 def sigmas_of(value: Any) -> tuple[float, ...]:
-    """Falling noise levels, from a list of numbers. Raises SettingError."""
+    """Return a sequence of numbers as decreasing noise levels. Raises SettingError."""
     listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     if not listed and not (isinstance(value, np.ndarray) and value.ndim == 1):
         raise SettingError(f"sigmas {shown(value)}: expected a list of noise levels from high to low, such as [14.6, 6.5, 0]")
     if not SIGMAS.low <= len(value) <= SIGMAS.high:
         raise SettingError(f"sigmas: got {len(value):,} noise levels; expected {SIGMAS}")
     levels = tuple(SIGMA.number(f"sigmas[{i}]", level) for i, level in enumerate(value))
-    kept = np.array(levels, np.float32).tolist()  # by a path
-    for i, (high, low) in enumerate(pairwise(kept), 1):
+    rounded = np.array(levels, np.float32).tolist()  # as a sampler stores them: two levels may round to one
+    for i, (high, low) in enumerate(pairwise(rounded), 1):
         if low >= high:
             raise SettingError(f"sigmas[{i}] {levels[i]!r}: expected less than the level before it, {levels[i - 1]!r}")
     return levels
 
 
 def steps_beside(sigmas: Sequence[float] | None, steps: int) -> int | None:
-    """`steps`, or None where `sigmas` stand in their place: the default number of steps does not contradict them."""
+    """Return `steps`, or None if `sigmas` replace them: the default number of steps does not contradict any sigmas."""
     return None if sigmas is not None and steps == NUMBERS["steps"] else steps

@@ -1,6 +1,6 @@
-"""What is requested of a pipeline: one image, with all of its settings.
+"""A request for one image, with all settings.
 
-The defaults and ranges here are those of the command line, of the service and of the C library too.
+The command line, the service and the C library share the defaults and ranges.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdruntime.sampling.samplers.keys import check_options
 MOST_IMAGES = 10_000  # of one call
 
 
-# What diffusers' pipelines call what is a setting here.
+# Arguments of diffusers' pipelines, and the setting to write instead.
 DIFFUSERS: Mapping[str, str] = {
     "num_inference_steps": "steps=…",
     "guidance_scale": "guidance=…",
@@ -42,7 +42,7 @@ DIFFUSERS: Mapping[str, str] = {
     "denoising_strength": "strength=…",
     "init_image": "image=…",
 }
-# Settings of diffusers' pipelines that are not supported.
+# Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
     *("latents", "timesteps", "prompt_2", "negative_prompt_2", "clip_skip", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
@@ -52,14 +52,14 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Request:
-    """One image. Every field is checked; raises SettingError with its name, its value and what belongs there.
+    """One image to generate. Raises SettingError for an invalid field, with its name, its value and what is allowed.
 
-    `negative` None: no negative prompt. `size` None: the model's own, (width, height) in pixels. `sampler` None: the
-    checkpoint's. `sigmas`: noise levels from high to low in place of `steps`, which is then omitted or their number of steps.
-    `image` and `strength` (0 to 1]: image to image; a path, an array uint8 [H, W, 3], an Image or a Pillow image,
-    whose pixels are in `pixels`. `fit`: how an image of another size is brought to `size`, "resize" or "crop"; None refuses it.
-    `options`: the sampler's own settings, such as eta. `guidance` of 1 or less disables the negative prompt. `rescale` 0 to 1:
-    Lin et al. 2023, section 3.4.
+    `negative`: None for no negative prompt. `size`: (width, height) in pixels, None for the model's default. `sampler`: None for
+    the checkpoint's. `sigmas`: noise levels from high to low, in place of `steps`; then omit `steps` or pass their number of
+    steps. `image`, `strength` in (0, 1]: image to image, from a path, an array uint8 [H, W, 3], an Image or a Pillow image; its
+    pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it.
+    `options`: the sampler's own settings, such as eta. `guidance`: 1 or less disables guidance and the negative prompt.
+    `rescale`: guidance rescale φ in [0, 1], Lin et al. 2023, section 3.4.
     """
 
     prompt: str
@@ -101,41 +101,43 @@ class Request:
             object.__setattr__(self, "image", pixels_from(self.image))
 
     def __repr__(self) -> str:
-        """One line: the prompt, the seed, and what is not the default."""
+        """Return one line: the prompt, the seed, and each setting that is not the default."""
         parts = [short(self.prompt), f"seed {self.seed}"]
         if self.pixels is not None:
             parts.append("image {1}x{0}".format(*self.pixels.shape))
-        for each in fields(self):
-            value, default = getattr(self, each.name), {} if each.name == "options" else each.default
-            if each.name not in ("prompt", "seed", "image") and value != default:
-                parts.append(f"{each.name} {short(value)}")
+        for setting in fields(self):
+            value, default = getattr(self, setting.name), {} if setting.name == "options" else setting.default
+            if setting.name not in ("prompt", "seed", "image") and value != default:
+                parts.append(f"{setting.name} {short(value)}")
         return f"<Request {', '.join(parts)}>"
 
     @property
     def pixels(self) -> Array | None:
-        """Of the image to begin from: uint8 [H, W, 3]."""
-        found: Array | None = self.image
-        return found
+        """The pixels of the initial image, uint8 [H, W, 3], or None."""
+        pixels: Array | None = self.image
+        return pixels
 
     @property
     def guided(self) -> bool:
         return self.guidance > 1
 
 
-DEFAULTS: Mapping[str, Any] = {each.name: each.default for each in fields(Request) if each.default is not MISSING}
+DEFAULTS: Mapping[str, Any] = {setting.name: setting.default for setting in fields(Request) if setting.default is not MISSING}
 
 
-def unused_lines(asked: Sequence[Request]) -> list[str]:
-    """A line for each setting of the requests that has no effect."""
-    unguided = [each for each in asked if not each.guided]
-    without = [each for each in asked if each.pixels is None]
-    found = [("the negative prompt", each) for each in unguided if each.negative]
-    found += [(f"rescale {each.rescale:g}", each) for each in unguided if each.rescale]
-    lines = [f"{what} has no effect at guidance {each.guidance:g}: it takes a guidance over 1" for what, each in found]
+def unused_lines(requests: Sequence[Request]) -> list[str]:
+    """Return one warning for each setting of the requests that has no effect."""
+    unguided = [request for request in requests if not request.guided]
+    text_only = [request for request in requests if request.pixels is None]
+    unused = [("the negative prompt", request) for request in unguided if request.negative]
+    unused += [(f"rescale {request.rescale:g}", request) for request in unguided if request.rescale]
+    lines = [f"{name} has no effect at guidance {request.guidance:g}: set guidance above 1" for name, request in unused]
     lines += [
-        f"strength {each.strength:g} has no effect without an image" for each in without if each.strength != DEFAULTS["strength"]
+        f"strength {request.strength:g} has no effect without an image"
+        for request in text_only
+        if request.strength != DEFAULTS["strength"]
     ]
-    lines += [f"fit {each.fit!r} has no effect without an image" for each in without if each.fit is not None]
+    lines += [f"fit {request.fit!r} has no effect without an image" for request in text_only if request.fit is not None]
     return list(dict.fromkeys(lines))
 
 
@@ -147,44 +149,44 @@ def _sides(size: Any) -> tuple[int, int]:
     return width, height
 
 
-def requests(
+def requests_from(
     prompt: str | Request | Iterable[str | Request], *, count: int = 1, seed: int | None = None, **settings: Any
 ) -> list[Request]:
-    """Return one Request per image: `count` for each prompt, in order. Image k of them all has the seed `seed` + k.
+    """Return one Request per image: `count` for each prompt, in order. Image k has the seed `seed` + k, over all prompts.
 
-    `seed` None: a random one. A Request among the prompts stands for itself, with its own seed and settings; beside
-    nothing but Requests other settings are refused. Raises SettingError.
+    `seed`: None for a random one. A Request among the prompts keeps its own seed and settings and counts as one image. Raises
+    SettingError, also for settings that apply to no prompt because all prompts are Requests.
     """
     if not isinstance(prompt, str | Request | Iterable) or isinstance(prompt, bytes):
         raise SettingError(f"prompt: expected text, a Request or a list of them, got {type(prompt).__name__}")
     prompts = [prompt] if isinstance(prompt, str | Request) else list(prompt)
     if not prompts:
-        raise SettingError("no prompt was given")
+        raise SettingError("prompt: got an empty list; expected at least one prompt")
     for name, value in (("count", count), ("seed", 0 if seed is None else seed)):
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise SettingError(f"{name} {shown(value)}: expected a whole number")
     if not 1 <= count * len(prompts) <= MOST_IMAGES:
-        limit = f"from 1 to {MOST_IMAGES:,} images in one call; the next call goes on with another seed"
+        limit = f"from 1 to {MOST_IMAGES:,} images in one call; make another call with another seed"
         raise SettingError(f"count {count} of {len(prompts)} prompt{'s' if len(prompts) != 1 else ''}: {limit}")
     check_names(settings)
     unused = [*settings, *(["count"] if count != 1 else []), *(["seed"] if seed is not None else [])]
-    if unused and all(isinstance(each, Request) for each in prompts):
-        raise SettingError(f"{', '.join(unused)}: a Request has its own settings: write them into it, or give its prompt instead")
+    if unused and all(isinstance(item, Request) for item in prompts):
+        raise SettingError(f"{', '.join(unused)}: a Request has its own settings: set them there, or pass the prompt as text")
     if settings.get("image") is not None:
-        settings["image"] = pixels_from(settings["image"])  # a file is read once, whatever the count
+        settings["image"] = pixels_from(settings["image"])  # read a file once, whatever the count
     seed = secrets.randbelow(2**32) if seed is None else seed
-    made: list[Request] = []
-    for each in prompts:
-        if isinstance(each, Request):
-            made.append(each)
+    requests: list[Request] = []
+    for item in prompts:
+        if isinstance(item, Request):
+            requests.append(item)
             continue
         for _ in range(count):
-            made.append(Request(prompt=each, seed=seed + len(made), **settings))
-    return made
+            requests.append(Request(prompt=item, seed=seed + len(requests), **settings))
+    return requests
 
 
 def check_names(settings: Iterable[str]) -> None:
-    """Raises UnknownName for a setting that no request has, with its name here where it is one of diffusers'."""
+    """Raises UnknownName for an unknown setting. For an argument of diffusers, the error names the setting to use instead."""
     known = [field.name for field in fields(Request) if field.name != "prompt"]
     for name in settings:
         if name in DIFFUSERS:
@@ -196,6 +198,6 @@ def check_names(settings: Iterable[str]) -> None:
 
 
 def short(value: object, width: int = 40) -> str:
-    """The repr of `value`, at most `width` characters of it."""
+    """Return the repr of `value`, cut to `width` characters."""
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 2]}…{text[-1]}"

@@ -1,4 +1,4 @@
-"""Generated images, and what is known of how they were made."""
+"""Generated images, with their request and origin."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sdruntime.pipeline.request import Request, short
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Image:
-    """One generated image. `pixels`: uint8 [height, width, 3]. NumPy's functions accept the image itself, too.
+    """One generated image. `pixels`: uint8 [height, width, 3]. NumPy functions also accept the image itself.
 
-    `sampler`: the requested one, or the checkpoint's. `cut`: the part of the prompt that did not fit the text encoder.
+    `sampler`: the requested one, or the checkpoint's. `cut`: the end of the prompt that the text encoder had no room for.
     """
 
     pixels: Array
@@ -42,7 +42,7 @@ class Image:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), as Pillow has it."""
+        """(width, height), as in Pillow."""
         return self.shape[1], self.shape[0]
 
     @property
@@ -51,18 +51,18 @@ class Image:
 
     @property
     def flat(self) -> bool:
-        """Whether all of its pixels are one colour: black, most often."""
+        """Whether all pixels have the same colour, usually black."""
         return bool((self.pixels == self.pixels[0, 0]).all())
 
     def save(self, path: Path | str, *, overwrite: bool = True) -> None:
-        """Write a .png that says how the image was made, or a .jpg or .webp (with Pillow).
+        """Write a .png, or a .jpg or .webp (requires Pillow), with the settings as metadata.
 
-        Raises SettingError, also for an existing file without `overwrite`; OutOfSpace; LibraryMissing.
+        Raises SettingError, OutOfSpace, LibraryMissing. Without `overwrite`, an existing file is a SettingError.
         """
         write_image(path, self.pixels, self.text(), overwrite=overwrite)
 
     def text(self) -> dict[str, str]:
-        """The text keys for a PNG: the settings as other programs read them, and the mark of a machine-made image."""
+        """Return the text keys of a PNG: the settings as other programs read them, and XMP that marks a machine-made image."""
         return png_text(parameters(self.request, self.request.size or self.size, self.origin))
 
 
@@ -71,7 +71,7 @@ class Result:
     """Generated images, in the order of their requests."""
 
     images: tuple[Image, ...]
-    folder: Path | None = field(default=None, repr=False)  # of the bundle, for the commands that a warning names
+    folder: Path | None = field(default=None, repr=False)  # of the bundle, for the commands in warnings
 
     def __repr__(self) -> str:
         many = "s" if len(self.images) != 1 else ""
@@ -79,13 +79,13 @@ class Result:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A line for each image that is one colour all over."""
+        """One line for each image of a single colour."""
         command = "sdruntime verify" if self.folder is None else f"sdruntime verify {quoted(self.folder)}"
         return tuple(
-            f"image {k} (seed {each.seed}) is one colour all over, {each.pixels[0, 0].tolist()}: `{command}` "
-            "checks whether the engines are sound"
-            for k, each in enumerate(self.images)
-            if each.flat
+            f"image {k} (seed {image.seed}) is one colour all over, {image.pixels[0, 0].tolist()}: "
+            f"run `{command}` to check the engines"
+            for k, image in enumerate(self.images)
+            if image.flat
         )
 
     @property

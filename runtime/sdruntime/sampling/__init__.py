@@ -1,1 +1,1 @@
-"""Samplers as tables of coefficients, and what runs them."""
+"""Samplers as tables of coefficients, and their executor."""

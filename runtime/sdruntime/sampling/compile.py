@@ -1,4 +1,4 @@
-"""A scheduler's config and a number of steps -> the table of a sampler: the sampler's own code, run once on symbols."""
+"""Compile a scheduler config and a number of steps to a Table, by running the sampler's code once on unit vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdruntime.sampling.samplers import Sampler, settled
 from sdruntime.sampling.table import MOST_STEPS, Floats, Table
 
 
-@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # what is not finite is refused by Table
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # Table refuses numbers that are not finite
 def compile_table(
     config: Mapping[str, Any],
     *,
@@ -27,59 +27,58 @@ def compile_table(
     strength: float | None = None,
     **options: Any,
 ) -> Table:
-    """The table of a checkpoint's scheduler_config.json (parsed), or of another sampler with from_config semantics.
+    """Return the table of a checkpoint's scheduler_config.json (parsed), or of another `sampler` with from_config semantics.
 
-    `steps` is diffusers' num_inference_steps, 1 to num_train_timesteps or MOST_STEPS. `sigmas` are noise levels in place of it
-    (own_sigmas.py says which samplers take them and how). `strength` in (0, 1] makes it image to
-    image, with diffusers' choice of the first step. `options` are keys that the sampler reads (eta, solver_order, …).
-    Raises SettingError, UnknownName.
+    `steps`: diffusers' num_inference_steps, from 1 to num_train_timesteps, at most MOST_STEPS. `sigmas`: noise levels in place
+    of `steps`, see own_sigmas.py. `strength` in (0, 1]: image to image, with the same first step as diffusers. `options`: keys
+    that the sampler reads (eta, solver_order, …). Raises SettingError, UnknownName.
     """
-    found, settings = settled(config, sampler=sampler, schedule=schedule, **options)
+    chosen, settings = settled(config, sampler=sampler, schedule=schedule, **options)
     trained = settings["num_train_timesteps"]
     most = min(trained, MOST_STEPS)
     if sigmas is not None:
-        steps = own_steps(found, settings, sigmas, steps)
+        steps = own_steps(chosen, settings, sigmas, steps)
         most = MOST_STEPS
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
         raise SettingError(
-            f"steps {shown(steps)}: it must be a whole number from 1 to {most} "
-            f"(num_train_timesteps {trained}, and never more than {MOST_STEPS})"
+            f"steps {shown(steps)}: expected a whole number from 1 to {most} "
+            f"(num_train_timesteps {trained}, at most {MOST_STEPS})"
         )
     prediction = settings["prediction_type"]
-    if prediction == "flow_prediction" and found.space != "flow" and not settings.get("use_flow_sigmas"):
+    if prediction == "flow_prediction" and chosen.space != "flow" and not settings.get("use_flow_sigmas"):
         raise SettingError(
-            f"prediction_type 'flow_prediction' with {found.name}: it needs a flow sampler, or use_flow_sigmas true"
+            f"prediction_type 'flow_prediction' with {chosen.name}: use a flow sampler, or set use_flow_sigmas true"
         )
     begin = 0 if strength is None else first_step(steps, strength)
     try:
-        path = found.grid(settings, steps, begin) if sigmas is None else own_path(found, settings, sigmas, begin)
+        path = chosen.grid(settings, steps, begin) if sigmas is None else own_path(chosen, settings, sigmas, begin)
         first = path.start_level or path.pairs[0][0]
         return traced(
-            found,
+            chosen,
             path,
             prediction=prediction,
             start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
-            options={key: settings[key] for key in found.options},
+            options={key: settings[key] for key in chosen.options},
         )
     except (ArithmeticError, np.linalg.LinAlgError) as error:
         raise SettingError(
-            f"{found.name} has no finite table for {steps} steps of this schedule ({error}): noise levels are equal or extreme"
+            f"{chosen.name} has no finite table for {steps} steps of this schedule ({error}): noise levels are equal or extreme"
         ) from error
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Steps that image to image omits: it does the last int(steps·strength) (diffusers' img2img pipelines)."""
+    """Return how many steps image to image skips: it runs the last int(steps·strength), as in diffusers' img2img pipelines."""
     if not 0 < strength <= 1:
-        raise SettingError(f"strength {strength!r}: it must lie above 0 and up to 1")
+        raise SettingError(f"strength {strength!r}: expected a number above 0, up to 1")
     if int(steps * strength) < 1:
         raise SettingError(f"strength {strength:g} of {steps} steps leaves no steps to run: raise one of them")
     return steps - int(steps * strength)
 
 
 def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float, float], options: Mapping[str, Any]) -> Table:
-    """The table that a sampler's generator says on unit vectors: a fresh one for every x, m and n.
+    """Return the table of a sampler, by running its generator on unit vectors: a separate one for x[0], each m and each n.
 
-    A vector has room for two calls and two draws a pair of the path; no sampler makes more.
+    The vectors have room for two calls and two draws per pair of the path; no sampler makes more.
     """
     room = 2 * len(path)
     drawn = 0
@@ -126,14 +125,14 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
 
 
 def backwards(row: Floats) -> Floats:
-    """A row read from its newest column, as far as it holds anything."""
+    """Return a row reversed, newest column first, without the zeros of the oldest columns."""
     used = np.flatnonzero(row)
-    held: Floats = row[int(used[0]) if len(used) else len(row) :][::-1].copy()  # a view would keep the whole vector
-    return held
+    reversed_row: Floats = row[int(used[0]) if len(used) else len(row) :][::-1].copy()  # a view would keep the whole vector
+    return reversed_row
 
 
 def padded(rows: list[Floats]) -> Floats:
-    """Rows side by side, as wide as the widest."""
+    """Stack rows to a matrix, padded with zeros to the widest."""
     table = np.zeros((len(rows), max(len(row) for row in rows)))
     for i, row in enumerate(rows):
         table[i, : len(row)] = row

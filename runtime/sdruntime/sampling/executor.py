@@ -1,4 +1,4 @@
-"""The one executor: a Table, latents and noise, a model call at a time."""
+"""The executor of tables: apply one row of a Table after each model call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Latents = NDArray[np.float32]
 
 
 class Run:
-    """One job on its way through a table, in float32, sums too.
+    """Execute a table on one image, in float32, sums included.
 
-    `x` [C, h, w] is what the sampler holds now. It may be edited in place between two calls of `advance`: this row and later ones
-    take the edit up. `noise` gives a fresh unit noise of the shape of x. After the last row `done` is true and x is the result.
+    `x` [C, h, w] is the sampler's current state. It may be edited in place between two calls of `advance`; this row and later
+    ones use the edited x. `noise` returns a fresh draw of unit noise of x's shape. After the last row, `done` is true and x is
+    the result.
     """
 
     __slots__ = ("_ahead", "_fetch", "_m", "_n", "_noise", "_rows", "_scale", "_t", "_term", "_x", "step", "steps", "table")
@@ -29,12 +30,12 @@ class Run:
             (draws, [[(j, weight) for j, weight in enumerate(row) if weight] for row in rows])
             for draws, *rows in zip(table.draws.tolist(), table.X.tolist(), table.M.tolist(), table.N.tolist(), strict=True)
         ]
-        # windows, the newest first: as many as the widest row reaches back, and one that the next x is written to
+        # windows, newest first: as many as the widest row reaches back, and one more for the next x
         self._x = [np.array(x, np.float32, order="C")] + [np.zeros_like(x, np.float32) for _ in range(table.X.shape[1])]
         self._m = [np.zeros_like(self._x[0]) for _ in range(table.M.shape[1])]
         self._n = [np.empty_like(self._x[0]) for _ in range(table.N.shape[1])]
         self._term, self._noise = np.empty_like(self._x[0]), noise
-        self._ahead: collections.deque[Latents | None] = collections.deque()  # noise terms of the next rows, drawn already
+        self._ahead: collections.deque[Latents | None] = collections.deque()  # noise terms of the next rows, already drawn
         self._fetch: Callable[[], None] | None = None
 
     @property
@@ -49,15 +50,15 @@ class Run:
 
     @property
     def t(self) -> float:
-        """The timestep that the model is told with the next call."""
+        """The timestep of the next model call."""
         return float(self._t[self.step])
 
     def model_input(self, out: Latents) -> None:
-        """Write what the model is called with into `out`."""
+        """Write the model's input, the scaled x, into `out`."""
         np.multiply(self._x[0], self._scale[self.step], out=out)
 
     def advance(self, output: Latents) -> None:
-        """Take the model's raw output, which is copied, and go on by one row."""
+        """Apply the next row to the model's raw output, which is copied."""
         draws, (*weights, noise_weights) = self._rows[self.step]
         if self._m:
             self._m.insert(0, self._m.pop())
@@ -69,14 +70,14 @@ class Run:
             self._draw(draws)
             noise = (self._n, noise_weights)
         self._x.insert(0, self._x.pop())
-        target, begun = self._x[0], False
+        target, written = self._x[0], False
         for window, row in (*zip((self._x[1:], self._m), weights, strict=True), noise):
             for j, weight in row:
-                np.multiply(window[j], weight, out=self._term if begun else target)
-                if begun:
+                np.multiply(window[j], weight, out=self._term if written else target)
+                if written:
                     target += self._term
-                begun = True
-        if not begun:
+                written = True
+        if not written:
             target.fill(0)
         self.step += 1
 
@@ -86,14 +87,14 @@ class Run:
             if self._n:
                 self._n = [noise, *self._n[:-1]]
 
-    # -- for a loop that runs elsewhere, on a device: it takes the windows and the noise of some rows, and gives windows back
+    # -- for a loop on a device, which takes the windows and the noise of some rows and later writes the windows back
 
     def windows(self) -> tuple[list[Latents], list[Latents]]:
-        """The last x, and the last model outputs before the one to come, as far back as a row reads; the newest first."""
+        """Return the past x and the past model outputs that the next row can read, newest first."""
         return self._x[: self.table.X.shape[1]], self._m[: max(len(self._m) - 1, 0)]
 
     def draw_ahead(self, count: int) -> list[Latents | None]:
-        """What noise adds to x in each of the next `count` rows, None for nothing: drawn now, in the order of the rows."""
+        """Draw the noise of the next `count` rows now, in order; return each row's noise term of x, None for no noise."""
         while len(self._ahead) < count:
             draws, (_, _, weights) = self._rows[self.step + len(self._ahead)]
             self._draw(draws)
@@ -102,16 +103,16 @@ class Run:
         return list(self._ahead)[:count]
 
     def lend(self, fetch: Callable[[], None] | None) -> None:
-        """While a loop elsewhere goes on, reading x calls `fetch`, which calls `restore`; None ends that."""
+        """Mark x as held by a loop on a device: reading x calls `fetch`, which calls `restore`. None ends that."""
         self._fetch = fetch
 
     def skip(self) -> None:
-        """One row was done elsewhere."""
+        """Count one row as done, by a loop on a device."""
         self._ahead.popleft()
         self.step += 1
 
     def restore(self, state: Latents) -> None:
-        """Take the windows [slots, cells] as they are after the rows that were skipped: x, then model outputs, newest first."""
+        """Write the windows back after skipped rows. `state` [slots, cells]: x, then model outputs, newest first."""
         fetch, self._fetch = self._fetch, None
         x, m = self.windows()
         for window, values in zip((*x, *m), state, strict=False):
@@ -120,10 +121,10 @@ class Run:
 
 
 def run(table: Table, x: Latents, model: Callable[[Latents, float], Latents], noise: Callable[[], Latents]) -> Latents:
-    """One job from x[0] to the end. `model(scaled x, t)` gives the raw output, `noise()` fresh unit noise like x."""
-    job = Run(table, x, noise)
-    scaled = np.empty_like(job.x)
-    while not job.done:
-        job.model_input(out=scaled)
-        job.advance(model(scaled, job.t))
-    return job.x
+    """Run a table from x[0]; return the last x. `model(scaled x, t)`: the raw output. `noise()`: a draw of unit noise like x."""
+    state = Run(table, x, noise)
+    scaled = np.empty_like(state.x)
+    while not state.done:
+        state.model_input(out=scaled)
+        state.advance(model(scaled, state.t))
+    return state.x

@@ -1,6 +1,6 @@
-"""Guidance: the model's two outputs, without and with the prompt, made into one.
+"""Guidance: combine the model's unconditional and conditional outputs.
 
-It comes before the sampler sees the output, in whatever the model predicts (epsilon, v, sample or flow).
+It applies to the raw output, whatever the model predicts (epsilon, v, sample or flow), before the sampler reads it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ FloatArray = NDArray[np.float32]
 
 
 def combine(uncond: FloatArray, cond: FloatArray, scale: float | FloatArray, out: FloatArray | None = None) -> FloatArray:
-    """Classifier-free guidance, uncond + scale · (cond − uncond), float32 [B, ...] (Ho & Salimans 2022, eq. 6, scale = 1 + w).
+    """Return uncond + scale · (cond − uncond), float32 [B, ...]: classifier-free guidance.
 
-    `scale`: one for all rows, or float32 that broadcasts to them, such as [B,1,1,1]. `out` may be `cond`, but not `uncond`.
+    Ho & Salimans 2022, eq. 6, scale = 1 + w.
+    `scale`: a number, or float32 that broadcasts to rows, such as [B,1,1,1]. `out` may be `cond`, but not `uncond`.
     """
     guided = np.subtract(cond, uncond, out=out)
     guided *= scale
@@ -23,13 +24,13 @@ def combine(uncond: FloatArray, cond: FloatArray, scale: float | FloatArray, out
 
 
 def rescale(guided: FloatArray, cond: FloatArray, phi: float | FloatArray) -> FloatArray:
-    """Bring each row of `guided` [B, ...], in place, towards the standard deviation of `cond` (Lin et al. 2023, eq. 15-16).
+    """Scale each row of `guided` [B, ...], in place, towards the standard deviation of `cond` (Lin et al. 2023, eq. 15-16).
 
-    `phi`: 0 leaves `guided` as it is, 1 gives it all of cond's deviation; diffusers calls it guidance_rescale. A number, or
-    float32 that broadcasts to rows, such as [B,1,1,1]. A row without any deviation has nothing to rescale and stays.
+    `phi`: from 0, no change, to 1, the full deviation of `cond`; guidance_rescale in diffusers. A number, or float32 that
+    broadcasts to rows, such as [B,1,1,1]. A constant row (deviation 0) is not changed.
     """
     axes = tuple(range(1, guided.ndim))
-    wanted, found = cond.std(axis=axes, keepdims=True), guided.std(axis=axes, keepdims=True)
-    ratio = np.divide(wanted, found, out=np.ones_like(found), where=found > 0)
+    target, actual = cond.std(axis=axes, keepdims=True), guided.std(axis=axes, keepdims=True)
+    ratio = np.divide(target, actual, out=np.ones_like(actual), where=actual > 0)
     guided *= phi * ratio + (1 - phi)
     return guided

@@ -1,4 +1,4 @@
-"""A job: one image on its way through the steps of its table, and what the UNet is given for it beside sample and timestep."""
+"""A job: one image in progress, with its table and its inputs of the UNet."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.sampling.executor import Run
 
-IN_FLIGHT = 2  # steps that are queued on a device before the host waits for the first of them, by default
-Row = Mapping[str, Array]  # inputs of the UNet by name, for one row of a call: without the axis `batch`, to be read only
+IN_FLIGHT = 2  # default number of steps queued on a device before the host waits for the first
+Row = Mapping[str, Array]  # inputs of the UNet by name, for one row of a call: without the batch axis, read-only
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One image on its way. `run.x` float32 [C, h, w] is the latents: between steps a caller may read and edit it.
+    """One image in progress. `run.x`, float32 [C, h, w], is its latents; between steps the caller may read and edit it.
 
-    `rows`: what each of its rows in a call is given beside `sample` and `timestep`, either (unconditional, conditional) or the
-    conditional one alone, without guidance. Set `stopped` to leave the job as it is. `sampler` is for messages, and so are `cut`,
-    what of the prompt did not fit, and `warnings`, lines for a person. `error`: what ended the call that the job was in; the job
-    is where it was before, or is lost with a device's state.
+    `rows`: the UNet's inputs besides `sample` and `timestep`, for each row of a call: (unconditional, conditional), or without
+    guidance the conditional row alone. Set `stopped` to leave the job as it is. For messages: `sampler`; `cut`, the part of the
+    prompt that did not fit; `warnings`, texts for users. `error`: the error that ended the job's call. The job is then where it
+    was before the call, or is lost with a device's state.
     """
 
     run: Run
@@ -33,7 +33,7 @@ class Job:
     sampler: str = ""
     cut: str = ""
     warnings: tuple[str, ...] = ()
-    bundle: Path | None = None  # its folder, for messages too
+    bundle: Path | None = None  # the bundle's folder, for messages
     stopped: bool = False
     error: Exception | None = None
 
@@ -47,15 +47,15 @@ class Job:
 
     @property
     def sequence(self) -> int:
-        """Tokens of its text."""
+        """Number of tokens of the text."""
         return len(self.rows[-1]["encoder_hidden_states"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """Between two model calls.
+    """The state between two model calls.
 
-    `jobs[k].run.x`, the latents of image k, may be edited in place; `jobs[k].stopped = True` leaves it as it is.
+    `jobs[k].run.x`, the latents of image k, may be edited in place; `jobs[k].stopped = True` stops image k there.
     """
 
     step: int  # model calls so far
@@ -64,8 +64,11 @@ class State:
 
 
 class Stepper(Protocol):
-    """Some jobs on their way together. `finish` leaves them where they are, for others to go on with; where it cannot, reading
-    their latents raises why."""
+    """Advance a group of jobs by one step at a time.
+
+    `finish` brings the jobs' latents up to date, so that another stepper can continue them. If it fails, reading the latents
+    raises the error.
+    """
 
     @property
     def jobs(self) -> Sequence[Job]: ...
@@ -76,17 +79,17 @@ class Stepper(Protocol):
 
 
 def at(step: int, job: Job) -> str:
-    """For a person: a step of a job."""
+    """Describe a step of a job, for messages."""
     return f"step {step} of {job.run.steps}" + (f", sampler {job.sampler}" if job.sampler else "")
 
 
 def after(job: Job) -> str:
-    """For a person: how far a job has come."""
+    """Describe how far a job has come, for messages."""
     return f"after {at(job.run.step, job)}"
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that can share a call: their latents have one shape, and so has each input that several of them have."""
+    """Group jobs that can share a call: those with latents, and inputs of the same name, of the same shape."""
     groups: list[tuple[dict[str, tuple[int, ...]], list[Job]]] = []
     for job in jobs:
         shapes = {"sample": job.run.x.shape} | {name: array.shape for row in job.rows for name, array in row.items()}
@@ -101,6 +104,6 @@ def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def stacked(rows: Sequence[Row]) -> dict[str, Array]:
-    """The rows of a call, stacked by name; a row has zeros for what only others have."""
+    """Stack the rows of a call by name; an input that a row lacks is zeros."""
     like = {name: array for row in rows for name, array in row.items()}
     return {name: np.stack([row[name] if name in row else np.zeros_like(other) for row in rows]) for name, other in like.items()}

@@ -1,7 +1,7 @@
-"""The noise schedule: betas become a Curve of noise levels, and a noise level on it is a Point.
+"""The noise schedule: a Curve of trained noise levels, computed from betas. A noise level is a Point.
 
-The trained levels are kept in float32, as diffusers keeps them: 1 - alpha_bar is so small at the clean end that a Curve
-in float64 would put sigma there 2e-5 beside diffusers'. From there on everything is float64.
+The trained levels are float32, as in diffusers: 1 - alpha_bar is so small at the clean end that in float64 sigma would differ
+from diffusers' by 2e-5. All later computations are float64.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Settings = Mapping[str, Any]
 
 
 class Point(NamedTuple):
-    """A noise level, x = alpha·clean + sigma·noise, and the timestep t that the model is told there.
+    """A noise level, x = alpha·clean + sigma·noise, and its timestep t for the model.
 
-    In space "ve" alpha is 1, in "vp" alpha² + sigma² is 1, in "flow" alpha + sigma is 1.
+    Space "ve": alpha = 1. Space "vp": alpha² + sigma² = 1. Space "flow": alpha + sigma = 1.
     """
 
     t: float
@@ -32,14 +32,14 @@ class Point(NamedTuple):
 
     @property
     def lam(self) -> float:
-        """log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite at either end."""
+        """lambda = log(alpha / sigma), half the log signal-to-noise ratio; inf at sigma 0, -inf at alpha 0."""
         if self.sigma == 0:
             return math.inf
         return math.log(self.alpha / self.sigma) if self.alpha else -math.inf
 
 
 def at_ratio(t: float, ratio: float, space: Space) -> Point:
-    """The Point at noise-to-signal `ratio` ≥ 0 in a space; in "flow" the ratio is that space's own sigma ≤ 1."""
+    """Return the Point of noise-to-signal `ratio` ≥ 0 in a space; in "flow", `ratio` is the flow's sigma ≤ 1."""
     if space == "ve":
         return Point(t, 1.0, ratio)
     if space == "flow":
@@ -49,14 +49,14 @@ def at_ratio(t: float, ratio: float, space: Space) -> Point:
 
 
 def alpha_bars(settings: Settings) -> NDArray[np.float32]:
-    """Cumulative alphas [num_train_timesteps], falling (DDPM, arXiv 2006.11239, section 2).
+    """Return alpha_bar, the cumulative alphas, [num_train_timesteps], decreasing (DDPM, arXiv 2006.11239, section 2).
 
     Raises SettingError for betas outside (0, 1), UnknownName for an unknown beta_schedule.
     """
     trained, first, last = settings["num_train_timesteps"], settings["beta_start"], settings["beta_end"]
-    kind, given = settings["beta_schedule"], settings["trained_betas"]
-    if given is not None:
-        betas = np.asarray(given, np.float32)
+    kind, explicit = settings["beta_schedule"], settings["trained_betas"]
+    if explicit is not None:
+        betas = np.asarray(explicit, np.float32)
         if betas.shape != (trained,):
             raise SettingError(f"trained_betas holds {betas.size} numbers, num_train_timesteps is {trained}")
     elif kind == "linear":
@@ -69,14 +69,14 @@ def alpha_bars(settings: Settings) -> NDArray[np.float32]:
     else:
         raise UnknownName("beta_schedule", str(kind), ["linear", "scaled_linear", "squaredcos_cap_v2"])
     if not (np.all(betas > 0) and np.all(betas < 1)):
-        raise SettingError(f"betas from {betas.min():g} to {betas.max():g}: each must lie between 0 and 1")
+        raise SettingError(f"betas from {betas.min():g} to {betas.max():g}: each must be between 0 and 1")
     if settings.get("rescale_betas_zero_snr"):
         betas = zero_terminal_snr(betas)
     return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
 
 
 def linspace_float32(first: float, last: float, count: int) -> NDArray[np.float32]:
-    """torch.linspace to the bit: a float32 step from either end to the middle, multiplied and added with one rounding."""
+    """Return torch.linspace bit for bit: a float32 step from either end to the middle, multiply-add with one rounding."""
     low, high = float(np.float32(first)), float(np.float32(last))
     step = float((np.float32(last) - np.float32(first)) / np.float32(max(count - 1, 1)))
     i = np.arange(count)
@@ -84,7 +84,7 @@ def linspace_float32(first: float, last: float, count: int) -> NDArray[np.float3
 
 
 def zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Betas whose last level is pure noise (arXiv 2305.08891, algorithm 1)."""
+    """Rescale betas so that the last level is pure noise, alpha_bar 0 (arXiv 2305.08891, algorithm 1)."""
     root = np.sqrt(np.cumprod(1 - betas, dtype=np.float64).astype(np.float32))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     bars = root**2
@@ -92,33 +92,34 @@ def zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 class Curve:
-    """The trained noise levels in one space. `sigmas` [num_train_timesteps] are noise-to-signal ratios, rising."""
+    """The trained noise levels in one space. `sigmas`: noise-to-signal ratios, [num_train_timesteps], increasing."""
 
     def __init__(self, settings: Settings, space: Space) -> None:
         self.space = space
         self.bars = alpha_bars(settings)
-        # A ratio-based sampler cannot start at infinity: diffusers lifts a zero last level to 2^-24, sigma 4096.
+        # A ratio-based sampler cannot start at infinity: like diffusers, raise a last alpha_bar of 0 to 2^-24, sigma 4096.
         bars = np.where(self.bars > 0, self.bars, np.float32(2**-24))
-        with np.errstate(over="ignore"):  # a level below 2^-127 has no ratio in float32: a table that needs it is refused
+        with np.errstate(over="ignore"):  # below 2^-127 the ratio overflows float32: Table refuses it
             self.sigmas: NDArray[np.float32] = np.sqrt((1 - bars) / bars)
-        # In float32 as in diffusers, for its timesteps are cut to whole ones; by way of float64, the same everywhere.
+        # float32 as in diffusers, which makes whole timesteps of them; computed via float64, the same on every machine.
         self.log_sigmas = np.log(self.sigmas.astype(np.float64)).astype(np.float32)
 
     def at_time(self, t: int) -> Point:
-        """The trained level of timestep t, 0 ≤ t < num_train_timesteps."""
+        """Return the trained level of timestep t. Raises SettingError unless 0 ≤ t < num_train_timesteps."""
         if not 0 <= t < len(self.bars):
             raise SettingError(
-                f"the schedule reaches timestep {t}, the model was trained on 0 to {len(self.bars) - 1}: "
+                f"the schedule reaches timestep {t}, but the model was trained on 0 to {len(self.bars) - 1}: "
                 "lower steps_offset or steps"
             )
         bar = float(self.bars[t])
         return Point(float(t), math.sqrt(bar), math.sqrt(1.0 - bar))
 
     def at_sigma(self, sigma: float) -> Point:
-        """The level of noise-to-signal ratio sigma, its timestep interpolated in log sigma (k-diffusion)."""
+        """Return the level of noise-to-signal ratio sigma, with its timestep interpolated in log sigma (k-diffusion)."""
         return at_ratio(self.time_of(sigma), sigma, self.space)
 
     def time_of(self, sigma: float) -> float:
+        """Return the fractional timestep of a noise-to-signal ratio, interpolated in log sigma, within the trained ones."""
         log_sigma = math.log(max(sigma, 1e-10))
         low = int(np.clip(np.searchsorted(self.log_sigmas, log_sigma, side="right") - 1, 0, len(self.sigmas) - 2))
         below, above = self.log_sigmas[low], self.log_sigmas[low + 1]
@@ -126,12 +127,12 @@ class Curve:
         return low + share
 
     def ratio_at(self, t: Array) -> Array:
-        """Noise-to-signal ratios at timesteps, fractional ones interpolated linearly in sigma."""
+        """Return the noise-to-signal ratios at timesteps t; at fractional t, interpolate linearly in sigma."""
         return np.interp(t, np.arange(len(self.sigmas)), self.sigmas)
 
 
 class FlowCurve:
-    """The noise levels of a rectified flow (arXiv 2209.03003): sigma is the share of noise, t = sigma·`trained`."""
+    """The noise levels of a rectified flow (arXiv 2209.03003): sigma in [0, 1] is the share of noise, t = sigma·`trained`."""
 
     def __init__(self, trained: int) -> None:
         self.trained = trained
@@ -144,29 +145,29 @@ class FlowCurve:
 
 
 def karras(high: float, low: float, steps: int) -> Array:
-    """sigmas spaced evenly in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
+    """Return sigmas [steps] spaced evenly in sigma^(1/7), rho = 7 (arXiv 2206.00364, equation 5)."""
     ramp = np.linspace(0, 1, steps)
     return np.asarray((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
 
 
 def exponential(high: float, low: float, steps: int) -> Array:
-    """sigmas spaced evenly in log sigma."""
+    """Return sigmas [steps] spaced evenly in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), steps))
 
 
 def polyexponential(high: float, low: float, steps: int, rho: float = 1.0) -> Array:
-    """sigmas whose logarithm falls as a power of the step (k-diffusion; rho 1 is exponential)."""
+    """Return sigmas [steps] whose logarithm decreases as ramp^rho, ramp from 1 to 0 (k-diffusion); rho = 1 is `exponential`."""
     return np.exp(np.linspace(1, 0, steps) ** rho * math.log(high / low) + math.log(low))
 
 
 def beta(high: float, low: float, steps: int) -> Array:
-    """sigmas at the quantiles of a Beta(0.6, 0.6) distribution (arXiv 2407.12173)."""
+    """Return sigmas [steps] at the quantiles of a Beta(0.6, 0.6) distribution (arXiv 2407.12173)."""
     return low + beta_quantile(1 - np.linspace(0, 1, steps)) * (high - low)
 
 
 def beta_quantile(p: Array, a: float = 0.6) -> Array:
-    """Quantiles of the symmetric Beta(a, a) distribution, by Newton on x^a·S(x) with S its power series (DLMF 8.17.7)."""
-    half = np.minimum(p, 1 - p)  # the series is used up to x = 1/2 only
+    """Return quantiles of the symmetric Beta(a, a) distribution, by Newton on x^a·S(x) with S its power series (DLMF 8.17.7)."""
+    half = np.minimum(p, 1 - p)  # use the series only up to x = 1/2
     k = np.arange(60)
     ratios = np.where(k > 0, (k - a) / np.maximum(k, 1), 1.0)
     series = np.cumprod(ratios) * a / (a + k)
@@ -183,12 +184,12 @@ def beta_quantile(p: Array, a: float = 0.6) -> Array:
 RATIO_SCHEDULES: Mapping[str, Callable[[float, float, int], Array]] = {
     "karras": karras,
     "exponential": exponential,
-    "lu": exponential,  # even in the half log signal-to-noise ratio (arXiv 2211.01095): the same numbers
+    "lu": exponential,  # spaced evenly in lambda (arXiv 2211.01095): the same sigmas
     "polyexponential": polyexponential,
     "beta": beta,
 }
 
 
 def shifted(sigma: Array, shift: float) -> Array:
-    """Flow sigmas moved towards noise, for larger images (Stable Diffusion 3, arXiv 2403.03206, equation 23)."""
+    """Shift flow sigmas towards noise, for larger images (Stable Diffusion 3, arXiv 2403.03206, equation 23)."""
     return np.asarray(shift * sigma / (1 + (shift - 1) * sigma))

@@ -1,8 +1,8 @@
-"""A path through noise levels of the caller's, in place of a number of steps: what diffusers' pipelines take as `sigmas`.
+"""A path through noise levels of the caller, in place of a number of steps: the argument `sigmas` of diffusers' pipelines.
 
-The samplers that take a schedule take these too. In diffusers only EulerDiscreteScheduler and FlowMatchEulerDiscreteScheduler do;
-the others follow their rules: sigmas are noise-to-signal ratios, the list holds the last level, and timesteps are interpolated in
-log sigma. A flow's list omits the 0 at the end and is shifted as the model's file says.
+Every sampler that takes a schedule takes sigmas. In diffusers only EulerDiscreteScheduler and FlowMatchEulerDiscreteScheduler do;
+the other samplers follow their rules: sigmas are noise-to-signal ratios, the list includes the last level, and timesteps are
+interpolated in log sigma. The list for a flow omits the 0 at the end and is shifted as the model's config says.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sdruntime.sampling.samplers import SAMPLERS, Sampler
 
 
 def own_steps(sampler: Sampler, settings: Settings, sigmas: Sequence[float], steps: int | None = None) -> int:
-    """Return the number of steps that `sigmas` make; `steps` is what the caller expects, if anything.
+    """Return the number of steps through `sigmas`. `steps`: the expected number, or None.
 
-    Raises SettingError for a sampler or settings without such a path, for too few sigmas, and for other `steps`.
+    Raises SettingError if the sampler or its settings do not support sigmas, for too few sigmas, and if `steps` differs.
     """
     flow = _predicts_flow(sampler)
     if not sampler.takes_schedule:
@@ -30,20 +30,20 @@ def own_steps(sampler: Sampler, settings: Settings, sigmas: Sequence[float], ste
     if settings.get("schedule") is not None:
         raise SettingError(f"sigmas with schedule {settings['schedule']!r}: give one of them")
     if settings.get("use_flow_sigmas"):
-        raise SettingError("sigmas with use_flow_sigmas true: that grid takes flow_shift only; flow_euler takes sigmas")
+        raise SettingError("sigmas with use_flow_sigmas true: that grid takes only flow_shift; flow_euler takes sigmas")
     if flow and (outside := [sigma for sigma in sigmas if not 0 < sigma <= 1]):
         raise SettingError(f"sigmas: got {outside[0]:g}; {sampler.name} takes those above 0, up to 1; omit the 0 at the end")
-    made = len(sigmas) if flow else len(sigmas) - 1
-    if made < 1:
+    count = len(sigmas) if flow else len(sigmas) - 1
+    if count < 1:
         raise SettingError(f"sigmas: got {len(sigmas)}; {sampler.name} needs at least 2, for a step leads from one to the next")
-    if steps is not None and steps != made:
-        raise SettingError(f"steps {steps}: the {len(sigmas)} sigmas make {made} steps of {sampler.name}; omit steps")
-    return made
+    if steps is not None and steps != count:
+        raise SettingError(f"steps {steps}: the {len(sigmas)} sigmas make {count} steps of {sampler.name}; omit steps")
+    return count
 
 
 def own_path(sampler: Sampler, settings: Settings, sigmas: Sequence[float], begin: int) -> Path:
-    """The Path through falling `sigmas`, without its first `begin` steps. Raises SettingError for levels that do not fall."""
-    levels = np.array(sigmas, np.float32).astype(float)  # as diffusers keeps them
+    """Return the Path through `sigmas`, without its first `begin` steps. Raises SettingError unless they decrease."""
+    levels = np.array(sigmas, np.float32).astype(float)  # float32, as in diffusers
     if (low := next((low for high, low in pairwise(levels.tolist()) if low >= high), None)) is not None:
         raise SettingError(f"sigmas: {low:g} is not below the level before it")
     if sampler.space == "flow":

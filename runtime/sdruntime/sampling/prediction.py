@@ -1,7 +1,6 @@
-"""What a UNet predicts, as affine maps of (x, raw output) to the clean-image estimate, and the scale of its input.
+"""Prediction types as affine maps from (x, raw output) to the clean-image estimate, and the scale of the model's input.
 
-A Point says x = alpha·clean + sigma·noise. With r = hypot(alpha, sigma), the model's own (variance-preserving) view of
-it is x / r, and
+At a Point, x = alpha·clean + sigma·noise. With r = hypot(alpha, sigma), the model's variance-preserving input is x / r, and
 
     epsilon        raw = noise                                  (DDPM, arXiv 2006.11239)
     v_prediction   raw = (alpha·noise - sigma·clean) / r        (arXiv 2202.00512, appendix D)
@@ -20,15 +19,15 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 def clean_from_raw(prediction: str, point: Point) -> tuple[float, float]:
-    """(p, q) with clean = p·x + q·raw.
+    """Return (p, q) with clean = p·x + q·raw.
 
-    Raises SettingError for epsilon where alpha is 0: there x is pure noise and its noise says nothing of the image.
+    Raises SettingError for epsilon at alpha 0, where x is pure noise: then the noise does not determine the clean image.
     """
     _, alpha, sigma = point
     if prediction == "epsilon":
         if alpha == 0:
             raise SettingError(
-                f"prediction_type 'epsilon' at timestep {point.t:g}, where alpha is 0 and x is noise alone: "
+                f"prediction_type 'epsilon' at timestep {point.t:g}, where alpha is 0 and x is pure noise: "
                 "a schedule with rescale_betas_zero_snr needs a v_prediction or sample model"
             )
         return 1 / alpha, -sigma / alpha
@@ -43,5 +42,5 @@ def clean_from_raw(prediction: str, point: Point) -> tuple[float, float]:
 
 
 def input_scale(point: Point, space: Space) -> float:
-    """What x is multiplied by for the model: only variance-exploding x must be brought to unit variance."""
+    """Return the factor of x in the model's input: 1, or 1 / hypot(1, sigma) for variance-exploding x, to unit variance."""
     return 1 / math.hypot(1.0, point.sigma) if space == "ve" else 1.0

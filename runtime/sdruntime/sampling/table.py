@@ -2,8 +2,8 @@
 
     x[i+1] = Σj X[i,j]·x[i-j] + Σj M[i,j]·m[i-j] + Σj N[i,j]·n[D[i]-1-j]        m[i] = model(scale[i]·x[i], t[i])
 
-with D[i] = draws[0] + … + draws[i]. A Table is what a sampler's generator says when it is run on unit vectors; the
-prediction type and the scale of the model's input are compiled in, so m is the raw output of the UNet.
+with D[i] = draws[0] + … + draws[i], the number of noise draws so far. A Table is compiled by running a sampler's generator on
+unit vectors. The prediction type and the scale of the model's input are compiled in, so m is the raw output of the UNet.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from sdruntime.errors import SettingError
 
 Floats = NDArray[np.float64]
 FORMAT, REVISION = "sdruntime.sampling.table", 1
-MOST_STEPS = 1000  # a table of them takes 4 MB at most and half a second; its cost grows with their square
+MOST_STEPS = 1000  # a table of 1000 takes at most 4 MB and half a second to compile; both grow with the square of the steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
-    """C model calls: start (a, b), t [C] float32, scale [C], X [C, ·], M [C, ·], N [C, ·] float64, draws [C] int.
+    """The coefficients of C model calls: t [C] float32, scale [C], X [C, ·], M [C, ·], N [C, ·] float64, draws [C] int.
 
-    x[0] = a·image latent + b·unit noise; a is 0 for text to image. Columns count backwards from the newest. The arrays are
-    read-only. Raises SettingError where shapes disagree, a number is not finite, or a row reaches behind the beginning.
+    `start` (a, b): x[0] = a·image latent + b·unit noise, a = 0 for text to image. Columns count backwards from the newest. The
+    arrays are read-only. Raises SettingError if shapes disagree, a number is not finite, or a row refers to x, m or n before
+    the first.
     """
 
     start: tuple[float, float]
@@ -43,20 +44,21 @@ class Table:
         if calls == 0:
             faults.append("no model call")
         if self.t.ndim != 1 or self.scale.shape != (calls,) or self.draws.shape != (calls,) or np.any(self.draws < 0):
-            faults.append(f"t {self.t.shape}, scale {self.scale.shape} and draws {self.draws.shape} must be one each call")
+            shapes = f"t {self.t.shape}, scale {self.scale.shape} and draws {self.draws.shape}"
+            faults.append(f"{shapes} must have one entry per call, and no draws below 0")
         drawn = np.cumsum(self.draws)
         reach = {"X": np.arange(1, calls + 1), "M": np.arange(1, calls + 1), "N": drawn}
         for name in ("X", "M", "N"):
             rows: Floats = getattr(self, name)
             if rows.ndim != 2 or len(rows) != calls:
-                faults.append(f"{name} has shape {rows.shape}, it must have {calls} rows")
+                faults.append(f"{name} has shape {rows.shape}; expected {calls} rows")
             elif np.any(rows[np.arange(rows.shape[1]) >= reach[name][:, None]]):
-                faults.append(f"{name} reaches behind the beginning")
+                faults.append(f"{name} refers to entries before the first")
         numbers = ("start", "t", "scale", "X", "M", "N")
         faults += [f"{name} holds a number that is not finite" for name in numbers if not np.isfinite(getattr(self, name)).all()]
         if faults:
             raise SettingError("not a table: " + "; ".join(faults))
-        for name in ("t", "scale", "X", "M", "N", "draws"):  # a table is kept, and shared by jobs
+        for name in ("t", "scale", "X", "M", "N", "draws"):  # jobs share a table
             array = getattr(self, name)
             own = array.copy() if array.flags.writeable else array
             own.flags.writeable = False
@@ -68,7 +70,7 @@ class Table:
         return len(self.t)
 
     def unrolled(self) -> Floats:
-        """Each x[i] over (x[0], all m, all n): [C + 1, 1 + C + draws]. By this form two tables are compared."""
+        """Return each x[i] as coefficients of (x[0], all m, all n), [C + 1, 1 + C + draws]. Use it to compare tables."""
         calls, total = self.steps, int(self.draws.sum())
         rows = np.zeros((calls + 1, 1 + calls + total))
         rows[0, 0] = 1.0
@@ -83,23 +85,23 @@ class Table:
         return rows
 
     def to_json(self) -> str:
-        """The fields as one JSON document, with the format's name and revision."""
+        """Return the fields as a JSON document, with the format's name and revision."""
         fields = {name: getattr(self, name).tolist() for name in ("t", "scale", "X", "M", "N", "draws")}
         return json.dumps({"format": FORMAT, "revision": REVISION, "start": self.start, **fields}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Table:
-        """Raises SettingError for another format, another revision, missing or unknown fields."""
+        """Read a table. Raises SettingError for another format or revision, and for missing, unknown or invalid fields."""
         try:
             data = json.loads(text)
             named = data.pop("format"), data.pop("revision")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingError(f"not a table in JSON: {error!r}") from error
         if named != (FORMAT, REVISION):
-            raise SettingError(f"{named[0]!r} revision {named[1]!r}: this reader knows {FORMAT!r} revision {REVISION}")
+            raise SettingError(f"{named[0]!r} revision {named[1]!r} is not supported; expected {FORMAT!r} revision {REVISION}")
         kinds = {"t": np.float32, "draws": np.int64, **dict.fromkeys(("scale", "X", "M", "N"), np.float64)}
         if set(data) != {"start", *kinds}:
-            raise SettingError(f"a table has the fields start, {', '.join(kinds)}; this one has {', '.join(data)}")
+            raise SettingError(f"table: expected the fields start, {', '.join(kinds)}; got {', '.join(data)}")
         try:
             arrays = {name: np.array(data[name], kind) for name, kind in kinds.items()}
             for name in ("X", "M", "N"):
@@ -107,6 +109,3 @@ class Table:
             return cls(start=(float(data["start"][0]), float(data["start"][1])), **arrays)
         except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
             raise SettingError(f"not a table in JSON: {error!r:.200}") from error
-
-
-# ---- compiling -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from sdruntime.arrays import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.denoise import check_latents
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request, requests, unused_lines
+from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.sampling.job import Job
 
@@ -165,7 +165,7 @@ class Batcher:
             raise SettingError(f"submit: expected text or a Request, got {type(request).__name__}")
         if "count" in settings:
             raise SettingError("submit: count: a submission is one image; submit it several times")
-        [request] = requests(request, **settings)
+        [request] = requests_from(request, **settings)
         future = ImageFuture(self)
         if done is not None:
             future.add_done_callback(done)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.png import write_file
 from sdruntime.pipeline.metadata import Origin
-from sdruntime.pipeline.request import requests
+from sdruntime.pipeline.request import requests_from
 from sdruntime.pipeline.result import Image
 
 pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")
@@ -45,7 +45,7 @@ def names(folder: Path) -> list[str]:
 def image(prompt: str = "a cat, 猫", side: int = 64) -> Image:
     y, x = np.mgrid[:side, :side]
     pixels = np.stack([x, y, (x + y) // 2], axis=-1).astype(np.uint8)
-    [request] = requests(prompt, seed=7)
+    [request] = requests_from(prompt, seed=7)
     return Image(pixels=pixels, request=request, sampler="ddim", origin=Origin(model="shapes", sampler="DDIM"))
 
 
@@ -61,7 +61,7 @@ def image(prompt: str = "a cat, 猫", side: int = 64) -> Image:
     ],
 )
 def test_names_say_which_image_is_which(output: str, expected: list[str], tmp_path: Path) -> None:
-    asked = requests(["../two dogs: 2!", "one cat on a mat, in a very long sentence that goes on and on and on"], seed=7)
+    asked = requests_from(["../two dogs: 2!", "one cat on a mat, in a very long sentence that goes on and on and on"], seed=7)
     found = outputs.paths(str(tmp_path / output), asked, overwrite=False)
     assert [path.name for path in found] == expected
     assert {path.parent for path in found} == {tmp_path}
@@ -85,7 +85,7 @@ def test_names_say_which_image_is_which(output: str, expected: list[str], tmp_pa
 )
 def test_a_name_that_cannot_be_written_is_refused(output: str, message: str, tmp_path: Path) -> None:
     with pytest.raises((SettingError, UnknownName), match=message):
-        outputs.paths(output if output == "-" else f"{tmp_path}/{output}", requests("x", count=2, seed=7), overwrite=False)
+        outputs.paths(output if output == "-" else f"{tmp_path}/{output}", requests_from("x", count=2, seed=7), overwrite=False)
 
 
 def test_an_existing_file_is_not_overwritten_and_is_told_of_before_the_work(

@@ -186,7 +186,7 @@ def test_what_would_be_ignored_or_never_ends_is_refused(
     [
         (["--vram-budget", "1K"], "--vram-budget: no engine that was chosen runs on a GPU"),
         (["--low-memory", "--vram-budget", "1K"], "--vram-budget and --low-memory: no engine"),
-        (["--negative", "fog", "--guidance", "1"], "the negative prompt has no effect at guidance 1: it takes a guidance over 1"),
+        (["--negative", "fog", "--guidance", "1"], "the negative prompt has no effect at guidance 1: set guidance above 1"),
         (["--rescale", "0.5", "--guidance", "0"], "rescale 0.5 has no effect at guidance 0"),
     ],
 )

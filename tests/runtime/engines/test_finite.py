@@ -128,7 +128,7 @@ def test_the_vae_is_named_after_the_step_that_it_decodes(pipe: Pipeline) -> None
 def test_the_vae_encoder_is_looked_at_too(pipe: Pipeline) -> None:
     plant(pipe, "vae_encoder", place=7, number=np.nan)
     with pytest.raises(
-        NotFinite, match=r"vae_encoder, the image to begin from: 1 of 256 numbers of latent_mean.*`sdruntime verify \S+`$"
+        NotFinite, match=r"vae_encoder, the initial image: 1 of 256 numbers of latent_mean.*`sdruntime verify \S+`$"
     ):
         pipe("a prompt", steps=4, image=np.zeros((64, 64, 3), np.uint8))
 
@@ -141,7 +141,7 @@ def test_what_an_edit_spoilt_is_not_laid_on_the_engine(pipe: Pipeline) -> None:
             state.jobs[0].run.x[:] = np.nan
             break
     with pytest.raises(
-        NotFinite, match=r"unet, after step 4 of 4, sampler ddim: the latents are not finite any more.*`sdruntime verify \S+`$"
+        NotFinite, match=r"unet, after step 4 of 4, sampler ddim: the latents are no longer finite.*`sdruntime verify \S+`$"
     ):
         next(states)
     engine = Planted(fake(pipe, "vae_decoder"), "sample", 3, np.nan)

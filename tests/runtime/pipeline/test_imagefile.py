@@ -128,7 +128,7 @@ def test_transparent_parts_are_told_of_and_read_as_diffusers_reads_them(name: st
     [
         ("a.webp", "a WEBP file"),
         ("jpeg.png", "a JPEG file"),
-        ("2 bits.png", "a PNG with 2 bits a channel"),
+        ("2 bits.png", "a PNG with 2 bits per channel"),
         ("6.PNG", "orientation"),
     ],
 )
@@ -161,7 +161,7 @@ def bad_files() -> dict[str, bytes]:
         "a BMP file that Pillow cannot read": b"BM" + bytes(20),
         "a WEBP file that Pillow cannot read": saved(PIL.Image.fromarray(photo()), "WEBP")[:60],
         "expected an undamaged PNG": png_from_image(photo())[:-12],
-        "9000x9000: at most 67,108,864 pixels are read": b"BM" + struct.pack("<3I", 1 << 20, 0, 54)
+        "9000x9000: the maximum is 67,108,864 pixels": b"BM" + struct.pack("<3I", 1 << 20, 0, 54)
         + struct.pack("<I2i2H6I", 40, 9000, 9000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100),
     }  # fmt: skip
 

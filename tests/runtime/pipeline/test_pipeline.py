@@ -16,7 +16,7 @@ from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError, UnknownNa
 from sdruntime.pipeline.images.imagefile import fitted
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import DIFFUSERS, Request, requests
+from sdruntime.pipeline.request import DIFFUSERS, Request, requests_from
 from sdruntime.serving.batcher import Batcher
 
 
@@ -113,13 +113,13 @@ def test_diffusers_names_are_answered_with_ours(ready: Bundle, name: str) -> Non
 
 def test_a_start_image_is_read_once_for_all_of_its_requests(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    asked = requests(["a", "b"], count=3, image=tmp_path / "a.png")
+    asked = requests_from(["a", "b"], count=3, image=tmp_path / "a.png")
     assert all(request.pixels is asked[0].pixels for request in asked)
 
 
 def test_an_unknown_setting_has_near_names() -> None:
     with pytest.raises(UnknownName, match="unknown setting 'guidence': did you mean guidance"):
-        requests("a prompt", guidence=3)
+        requests_from("a prompt", guidence=3)
 
 
 def test_an_image_of_another_size_is_fitted_on_request_only(small_bundle: Path) -> None:

@@ -178,8 +178,8 @@ def test_a_damaged_file_is_one_clear_error(message):
     ("reason", "data"),
     [
         ("100000×100000 pixels, over 4096", png(100_000, 100_000, 2, b"")),
-        ("16 bits a channel", png(4, 3, 2, b"", depth=16)),
-        ("4 bits a channel", png(4, 3, 3, b"", depth=4)),
+        ("16 bits per channel", png(4, 3, 2, b"", depth=16)),
+        ("4 bits per channel", png(4, 3, 3, b"", depth=4)),
         ("interlaced rows", png(4, 3, 2, b"", interlace=1)),
         ("an EXIF orientation", png(4, 3, 2, b"", chunk(b"eXIf", exif("<", 6)))),
         ("an EXIF orientation", png(4, 3, 2, b"", chunk(b"eXIf", exif(">", 3)))),
@@ -275,7 +275,7 @@ def test_text_that_a_png_cannot_hold_is_refused(text, tmp_path):
 
 @pytest.mark.parametrize("image", [noise(4, 4), noise(4, 4, 4), noise(0, 4, 3), noise(4, 4, 3).astype(np.float32)])
 def test_what_is_no_picture_is_refused(image):
-    with pytest.raises(SettingError, match=r"uint8 \[height, width, 3\], not"):
+    with pytest.raises(SettingError, match=r"uint8 \[height, width, 3\], got"):
         png_from_image(image)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.request import Request, requests, unused_lines
+from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.samplers import SAMPLERS
 from sdruntime.sampling.samplers.keys import OPTIONS, TRAINING
@@ -66,12 +66,12 @@ def test_other_names_are_not_options(key: str) -> None:
 )
 def test_values_of_another_type_are_setting_errors(prompt: Any, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(SettingError, match=told):
-        requests(prompt, **settings)
+        requests_from(prompt, **settings)
 
 
 def test_prompts_come_from_any_iterable() -> None:
-    assert [each.prompt for each in requests((text for text in ("a", "b")), seed=1)] == ["a", "b"]
-    assert [each.seed for each in requests(["a", Request(prompt="b", seed=9)], seed=1)] == [1, 9]
+    assert [each.prompt for each in requests_from((text for text in ("a", "b")), seed=1)] == ["a", "b"]
+    assert [each.seed for each in requests_from(["a", Request(prompt="b", seed=9)], seed=1)] == [1, 9]
 
 
 def test_settings_of_an_image_without_one_are_reported() -> None:

@@ -93,7 +93,7 @@ def test_further_vectors_of_a_token_are_written_out(folder):
     tokenizer, _ = added(folder)
     assert tokenizer.expand("a <Cat>, <Cat>!") == "a <Cat> <Cat>_1, <Cat> <Cat>_1!"
     assert tokenizer.expand("a cat") == "a cat"
-    with pytest.raises(SettingError, match=r"'<Cat>' stands for 2 tokens: at most 65,536"):
+    with pytest.raises(SettingError, match=r"'<Cat>' stands for 2 tokens; the maximum is 65,536"):
         tokenizer.expand("<Cat>" * 10_000)
     with pytest.raises(SettingError, match="not valid Unicode"):
         tokenizer.expand("<Cat>\ud800")

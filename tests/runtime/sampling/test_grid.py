@@ -49,11 +49,11 @@ REFUSED: list[tuple[str, Mapping[str, Any], str, str]] = [
     ("DPMSolver", {"final_sigmas_type": "sigma_min"}, "not finite", "cannot step back"),
     ("DPMSolverSinglestep", {"final_sigmas_type": "sigma_min", "sigma_min": 0.002}, "IndexError", "cannot step back"),
     ("DPMSolver", {"use_flow_sigmas": True}, NO_FLOW, "table"),
-    ("FlowMatchEuler", {"steps": 1, "shift_terminal": 0.1}, "IndexError", "take 2 steps"),
+    ("FlowMatchEuler", {"steps": 1, "shift_terminal": 0.1}, "IndexError", "use at least 2 steps"),
     ("KDPM2", {}, "not finite", "table"),
     ("SASolver", {"algorithm_type": "noise_prediction", "use_flow_sigmas": True}, NO_FLOW, "table"),
     ("UniPC", {"predict_x0": False, "use_flow_sigmas": True}, NO_FLOW, "table"),
-    ("UniPC", {"steps": 1, "shift_terminal": 0.1}, NO_FLOW, "take 2 steps"),
+    ("UniPC", {"steps": 1, "shift_terminal": 0.1}, NO_FLOW, "use at least 2 steps"),
     ("UniPC", {"predict_x0": False}, "not finite", "cannot step to sigma 0"),
     ("UniPC", {"lower_order_final": False, "solver_order": 3}, "_LinAlgError", "table"),
     ("UniPC", {}, "not finite", "table"),
@@ -65,7 +65,7 @@ REFUSED: list[tuple[str, Mapping[str, Any], str, str]] = [
 ]
 # What diffusers can do and we do not, with a part of the error.
 REFUSED_HERE: list[tuple[str, Mapping[str, Any], str]] = [
-    ("FlowMatchEuler", {"steps": 1, "shift_terminal": 0.1}, "take 2 steps"),
+    ("FlowMatchEuler", {"steps": 1, "shift_terminal": 0.1}, "use at least 2 steps"),
     ("", {"timestep_spacing": "leading", "steps_offset": 1}, "begins at timestep"),  # beyond the trained ones
 ]
 

@@ -92,7 +92,7 @@ def test_an_image_to_image_start_cuts_the_path_and_remembers_its_length() -> Non
 
 def test_a_path_does_not_stand_still() -> None:
     points = [at_ratio(t, sigma, "vp") for t, sigma in ((9.0, 2.0), (8.0, 1.0), (8.0, 1.0), (0.0, 0.0))]
-    with pytest.raises(SettingError, match="visit timestep 8 twice: take fewer steps"):
+    with pytest.raises(SettingError, match="visit timestep 8 twice: use fewer steps"):
         chained(points, 0, 1.0, FlowCurve(10))
     assert len(chained(points[:3], 0, 1.0, FlowCurve(10))) == 2, "a last step may be empty: karras with final sigma_min"
 

@@ -104,7 +104,7 @@ def test_a_level_between_trained_ones_has_a_timestep_between_theirs() -> None:
 
 @pytest.mark.parametrize("t", [-1, 1000])
 def test_a_timestep_that_was_not_trained_is_refused(t: int) -> None:
-    with pytest.raises(SettingError, match=f"timestep {t}, the model was trained on 0 to 999"):
+    with pytest.raises(SettingError, match=f"timestep {t}, but the model was trained on 0 to 999"):
         Curve(SETTINGS, "vp").at_time(t)
 
 

@@ -1,7 +1,7 @@
-"""Image files of the common formats, and images of other libraries, from and to pixels uint8 [H, W, 3].
+"""Convert image files and images of other libraries to pixels uint8 [H, W, 3], and write image files.
 
-A PNG with 8 bits a channel is read by `sdruntime.pipeline.images.png`; other PNGs, JPEG, WebP and BMP by Pillow (the extra
-`images`), as diffusers' `load_image` reads them: turned upright by their EXIF orientation, then converted to RGB.
+`sdruntime.pipeline.images.png` reads PNGs with 8 bits per channel. Other PNGs, JPEG, WebP and BMP require Pillow (the extra
+`images`) and are read like diffusers' `load_image`: rotated by their EXIF orientation, then converted to RGB.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sdruntime.errors import LibraryMissing, SettingError, plain
 from sdruntime.pipeline.images.pixels import Pixels
 from sdruntime.pipeline.images.png import MAX_FILE, TRANSPARENT, XMP, OtherImage, image_from_png, png_from_image, write_file
 
-ImageLike: TypeAlias = Any  # a path, an array uint8 [H, W, 3] or what has one (`__array__`), or a Pillow image
+ImageLike: TypeAlias = Any  # a path, an array uint8 [H, W, 3] or an object with `__array__`, or a Pillow image
 Fit = Literal["resize", "crop"]
 FITS: tuple[Fit, ...] = ("resize", "crop")
-MAX_PIXELS = 1 << 26  # of an image that Pillow reads
-ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of what is written
+MAX_PIXELS = 1 << 26  # maximum for an image read by Pillow
+ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of files to write
 SAVED: Mapping[str, Mapping[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}
 INSTALL = 'pip install "sdruntime[images]"'
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
@@ -33,21 +33,22 @@ _MAGIC = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF",
 
 
 def pillow() -> Any:
-    """Pillow's Image module. Raises LibraryMissing."""
+    """Return Pillow's Image module. Raises LibraryMissing."""
     try:
         from PIL import Image
     except ImportError as error:
-        raise LibraryMissing(f"this needs Pillow, which cannot be imported ({error}): {INSTALL}") from error
+        raise LibraryMissing(f"requires Pillow, which cannot be imported ({error}): {INSTALL}") from error
     return Image
 
 
 def read_image(path: Path | str) -> Pixels:
-    """The image in a file, whatever its name ends with. Raises SettingError, and LibraryMissing where only Pillow reads it.
+    """Read an image file; its format is detected from its content.
 
-    Warns of transparent parts, whose hidden colours are what remains.
+    Warns if parts are transparent: alpha is dropped and the colours under it remain. Raises SettingError, and LibraryMissing if
+    the format requires Pillow.
     """
     try:
-        return _image_from_bytes(_file(path))
+        return _image_from_bytes(_read_file(path))
     except (SettingError, LibraryMissing) as error:
         raise type(error)(f"{path}: {error}") from error
     except OSError as error:
@@ -55,7 +56,7 @@ def read_image(path: Path | str) -> Pixels:
 
 
 def pixels_from(image: ImageLike) -> Pixels:
-    """The pixels of an image in any form: a path, an array, an `Image`, a Pillow image. Raises as `read_image` does."""
+    """Return the pixels of a path, an array, an `Image` or a Pillow image. Raises as `read_image` does."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image))
     module = sys.modules.get("PIL.Image")
@@ -70,7 +71,7 @@ def pixels_from(image: ImageLike) -> Pixels:
 
 
 def check_ending(path: Path, where: str) -> None:
-    """Raises SettingError for a name of no format that images are written in, LibraryMissing for one that needs Pillow."""
+    """Raises SettingError if the name ends in no format that can be written, LibraryMissing if the format requires Pillow."""
     if _format(path, where) != "PNG":
         try:
             pillow()
@@ -86,18 +87,18 @@ def _format(path: Path, where: str) -> str:
 
 
 def write_image(path: Path | str, pixels: Pixels, text: Mapping[str, str], *, overwrite: bool = True) -> None:
-    """Write a PNG, JPEG or WebP file, as its name ends, with `text` as AUTOMATIC1111 keeps it there.
+    """Write a PNG, JPEG or WebP file, by the ending of its name, with `text` stored as AUTOMATIC1111's web UI does.
 
-    `text` has the keys of `metadata.png_text`; outside PNG the parameters are the EXIF UserComment. Raises SettingError, also for
-    an existing file without `overwrite`; OutOfSpace; LibraryMissing.
+    `text` has the keys of `metadata.png_text`; outside PNG the parameters are the EXIF UserComment. Raises SettingError,
+    OutOfSpace, LibraryMissing. Without `overwrite`, an existing file is a SettingError.
     """
     path = Path(path)
     kind = _format(path, "")
-    data = png_from_image(pixels, text) if kind == "PNG" else _bytes_by_pillow(path, pixels, kind, text)
+    data = png_from_image(pixels, text) if kind == "PNG" else _encode_by_pillow(path, pixels, kind, text)
     write_file(path, data, overwrite=overwrite)
 
 
-def _bytes_by_pillow(path: Path, pixels: Pixels, kind: str, text: Mapping[str, str]) -> bytes:
+def _encode_by_pillow(path: Path, pixels: Pixels, kind: str, text: Mapping[str, str]) -> bytes:
     module, out = pillow(), io.BytesIO()
     exif = module.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text["parameters"].encode("utf-16-be", errors="replace")
@@ -109,28 +110,28 @@ def _bytes_by_pillow(path: Path, pixels: Pixels, kind: str, text: Mapping[str, s
 
 
 def fitted(pixels: Pixels, size: tuple[int, int], fit: Fit) -> Pixels:
-    """`pixels` at `size`, (width, height), by Lanczos as diffusers' VaeImageProcessor does it. Raises LibraryMissing.
+    """Return `pixels` resized to `size`, (width, height), by Lanczos as in diffusers' VaeImageProcessor. Raises LibraryMissing.
 
-    "resize" changes the proportions; "crop" keeps them, covers the size and cuts what stands over on both sides.
+    "resize" changes the proportions; "crop" keeps them, covers `size` and crops the excess equally on both sides.
     """
     height, width = pixels.shape[:2]
     if (width, height) == size:
         return pixels
     module = pillow()
-    whole, (wide, high) = size, size
+    wide, high = size
     if fit == "crop":
         wider = size[0] / size[1] > width / height
         wide, high = (wide, height * wide // width) if wider else (width * high // height, high)
     image = module.fromarray(np.ascontiguousarray(pixels)).resize((wide, high), module.Resampling.LANCZOS)
-    if (wide, high) != whole:
-        left, top = wide // 2 - whole[0] // 2, high // 2 - whole[1] // 2
-        image = image.crop((left, top, left + whole[0], top + whole[1]))
-    found: Pixels = np.asarray(image)
-    return found
+    if (wide, high) != size:
+        left, top = wide // 2 - size[0] // 2, high // 2 - size[1] // 2
+        image = image.crop((left, top, left + size[0], top + size[1]))
+    resized: Pixels = np.asarray(image)
+    return resized
 
 
-def _file(path: Path | str) -> bytes:
-    """The bytes of a regular file, no more than one over the limit: a FIFO or a device is not waited for."""
+def _read_file(path: Path | str) -> bytes:
+    """Return the bytes of a regular file, at most one over the limit. Refuse a FIFO or a device, as reading might never end."""
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
         raise SettingError("not a regular file")
@@ -151,26 +152,26 @@ def _image_from_bytes(data: bytes) -> Pixels:
         except OtherImage as error:
             reason = f"a PNG with {error}"
     try:
-        return _by_pillow(data, kind)
+        return _read_by_pillow(data, kind)
     except LibraryMissing as error:
-        raise LibraryMissing(f"{reason}; {error}; without it a PNG of 8 bits a channel is read") from error
+        raise LibraryMissing(f"{reason} {error}; without it, only PNGs of 8 bits per channel can be read") from error
 
 
-def _by_pillow(data: bytes, kind: str) -> Pixels:
+def _read_by_pillow(data: bytes, kind: str) -> Pixels:
     module = pillow()
     try:
         with module.open(io.BytesIO(data), formats=(kind,)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise SettingError(f"{image.width}x{image.height}: at most {MAX_PIXELS:,} pixels are read")
+                raise SettingError(f"{image.width}x{image.height}: the maximum is {MAX_PIXELS:,} pixels")
             return _rgb(image)
     except SettingError:
         raise
-    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
+    except Exception as error:  # Pillow's readers raise many kinds of errors for a damaged file
         raise SettingError(f"a {kind} file that Pillow cannot read: {error}") from error
 
 
 def _rgb(image: Any) -> Pixels:
-    """The pixels of a Pillow image: upright, in RGB; of 16 bits the high ones, as Pillow itself takes them of a colour PNG."""
+    """Return the pixels of a Pillow image, upright and in RGB; of 16 bits the high byte, as Pillow does for a colour PNG."""
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)

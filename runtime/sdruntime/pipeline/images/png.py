@@ -1,9 +1,8 @@
-"""Images: float arrays of the VAE to and from uint8, and PNG files, by NumPy and zlib alone.
+"""Read and write PNG (W3C PNG, third edition) with NumPy and zlib alone.
 
-to_uint8, from_uint8                [.., 3, H, W] in [-1, 1]  <->  uint8 [.., H, W, 3]
-write_file                          bytes -> a file that is wholly there
-write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG (W3C PNG, third edition)
-image_from_png                      PNG with 8 bits a channel -> uint8 [H, W, 3]; files: `sdruntime.pipeline.images.imagefile`
+write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG
+write_file                          bytes -> a file, atomically
+image_from_png                      PNG with 8 bits per channel -> uint8 [H, W, 3]; files: `sdruntime.pipeline.images.imagefile`
 """
 
 from __future__ import annotations
@@ -22,31 +21,31 @@ from sdruntime.errors import SettingError, plain
 from sdruntime.pipeline.images.pixels import Pixels
 from sdruntime.system.durable import create_file, replace_file
 
-MAX_SIDE = 4096  # pixels of a PNG that is read
+MAX_SIDE = 4096  # pixels, when reading
 MAX_FILE = 1 << 27  # bytes
 MAX_CHUNKS = 1 << 16  # of a PNG: encoders write one for every 8 KiB of pixels, or for every row
-TRANSPARENT = "the image has transparent parts: the colours under them are used, as diffusers does; flatten it to choose others"
+TRANSPARENT = "the image has transparent parts: alpha is dropped, as in diffusers; flatten the image to choose a background"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type: grey, RGB, palette, grey and alpha, RGB and alpha
 _PALETTE, _PAETH = 3, 4
-_ORIENTATION, _UPRIGHT = 0x0112, 1  # an EXIF tag, and its value for an image that lies as it is stored
-_STRIP = 64  # rows that are filtered at a time: as many as stay in the cache
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF tag, and its value for an image that needs no rotation
+_STRIP = 64  # rows filtered at a time, to stay in the cache
 XMP = "XML:com.adobe.xmp"  # the PNG key of an XMP packet
 
 
 class OtherImage(SettingError):
-    """A sound PNG of a kind that is not read here: the message names it."""
+    """A valid PNG of a kind that this module does not read; the message names it."""
 
 
 def write_png(path: Path | str, image: Pixels, text: Mapping[str, str] | None = None) -> None:
-    """`write_file` of a PNG. Raises SettingError (what `png_from_image` refuses, too) and OutOfSpace."""
+    """Write a PNG file. Raises as `png_from_image` and `write_file` do."""
     write_file(path, png_from_image(image, text))
 
 
 def write_file(path: Path | str, data: bytes, *, overwrite: bool = True) -> None:
-    """Write `data` to `path`, which is wholly new or as it was, whatever happens.
+    """Write `data` to `path` atomically: after a failure the file is as it was.
 
-    Raises SettingError for a folder that cannot be written, and for an existing file without `overwrite`; OutOfSpace.
+    Raises SettingError if the path cannot be written, or exists and `overwrite` is false; OutOfSpace.
     """
     path = Path(path)
     try:
@@ -59,9 +58,9 @@ def write_file(path: Path | str, data: bytes, *, overwrite: bool = True) -> None
 
 
 def png_from_image(image: Pixels, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of uint8 [H, W, 3] with `text` as tEXt, or as iTXt where it is not Latin-1. Raises SettingError."""
+    """Encode uint8 [H, W, 3] as a PNG, with `text` as tEXt, or iTXt if it is not Latin-1. Raises SettingError."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise SettingError(f"an image is uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+        raise SettingError(f"image: expected uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
     height, width = image.shape[:2]
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
     texts = [_text_chunk(key, value) for key, value in (text or {}).items()]
@@ -75,10 +74,10 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def _text_chunk(key: str, value: str) -> bytes:
     if not (0 < len(key) < 80 and key.isascii()) or "\0" in key + value:
-        raise SettingError(f"PNG text {key!r}: a key has 1 to 79 ASCII letters, and neither key nor text holds a NUL")
+        raise SettingError(f"PNG text {key!r}: expected a key of 1 to 79 ASCII characters, and no NUL in key or text")
     name = key.encode()
     try:
-        if key != XMP:  # which its standard wants in an iTXt
+        if key != XMP:  # whose standard requires iTXt
             return _chunk(b"tEXt", name + b"\0" + value.encode("latin-1"))
     except UnicodeEncodeError:
         pass
@@ -86,7 +85,7 @@ def _text_chunk(key: str, value: str) -> bytes:
 
 
 def _deflated(image: Pixels) -> bytes:
-    """The pixels, every row by the Paeth filter; run lengths and Huffman codes pack what that leaves as well as a slow search."""
+    """Compress the pixels, each row with the Paeth filter; after it, Z_RLE packs as well as a slow search for matches."""
     height, width, channels = image.shape
     pack = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
     padded = np.zeros((_STRIP + 1, width + 1, channels), np.int16)  # the row above on top, a column of zeros on the left
@@ -98,7 +97,7 @@ def _deflated(image: Pixels) -> bytes:
         above = padded[:rows]
         filtered = np.empty((rows, 1 + width * channels), np.uint8)
         filtered[:, 0] = _PAETH
-        # the difference wraps to a byte, as the format asks
+        # the format stores the difference modulo 256
         filtered[:, 1:] = (
             (strip - _paeth(padded[1 : rows + 1, :-1], above[:, 1:], above[:, :-1])).reshape(rows, -1).astype(np.uint8)
         )
@@ -108,7 +107,7 @@ def _deflated(image: Pixels) -> bytes:
 
 
 def _paeth(left: NDArray[np.int16], up: NDArray[np.int16], corner: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Whichever of the three is nearest to left + up − corner; of equals the first (Paeth 1991)."""
+    """Return the predictor nearest to left + up − corner; of equals the first (Paeth 1991)."""
     from_left, from_up = np.abs(up - corner), np.abs(left - corner)
     from_corner = np.abs(left + up - 2 * corner)
     nearest = np.where(from_up <= from_corner, up, corner)
@@ -116,9 +115,9 @@ def _paeth(left: NDArray[np.int16], up: NDArray[np.int16], corner: NDArray[np.in
 
 
 def image_from_png(data: bytes) -> Pixels:
-    """uint8 [H, W, 3] of a PNG with 8 bits a channel, not interlaced, at most 4096×4096; grey is repeated.
+    """Decode a PNG with 8 bits per channel, not interlaced, at most 4096×4096, to uint8 [H, W, 3]; grey is repeated.
 
-    Alpha is dropped, with a warning where it is not opaque. Raises SettingError for a damaged file, OtherImage for other kinds.
+    Alpha is dropped, with a warning if it is not opaque. Raises SettingError for a damaged file, OtherImage for other kinds.
     """
     try:
         return _image_from_png(data)
@@ -143,7 +142,7 @@ def _image_from_png(data: bytes) -> Pixels:
         elif kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf"):
             single[kind] = bytes(content)
         elif not kind[0] & 0x20 and kind != b"IEND":
-            raise ValueError(f"a critical chunk {kind!r} that no standard names")
+            raise ValueError(f"an unknown critical chunk {kind!r}")
     width, height, colour = _checked_header(single[b"IHDR"])
     if _orientation(single.get(b"eXIf", b"")) != _UPRIGHT:
         raise OtherImage("an EXIF orientation")
@@ -162,7 +161,7 @@ def _image_from_png(data: bytes) -> Pixels:
 
 
 def _orientation(exif: bytes) -> int:
-    """The orientation that an eXIf chunk (TIFF) gives, 1 to 8; upright where it gives none."""
+    """Return the orientation in an eXIf chunk (TIFF), 1 to 8; 1, upright, if it has none."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     try:
         (first,) = struct.unpack_from(f"{order}I", exif, 4)
@@ -195,27 +194,27 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _checked_header(header: bytes) -> tuple[int, int, int]:
-    """Width, height and colour type of an IHDR."""
+    """Return width, height and colour type of an IHDR. Raises ValueError if it is invalid, OtherImage if it is not supported."""
     if len(header) != 13:
         raise ValueError(f"an IHDR of {len(header)} bytes")
     width, height, depth, colour, compression, filters, interlace = struct.unpack(">2I5B", header)
     known = depth in (1, 2, 4, 8, 16) and colour in _CHANNELS and (compression, filters) == (0, 0) and interlace in (0, 1)
     if width < 1 or height < 1 or not known:
         raise ValueError(
-            f"a header that no PNG has: {width}×{height} pixels, {depth} bits of colour type {colour}, "
+            f"an invalid header: {width}×{height} pixels, {depth} bits of colour type {colour}, "
             f"methods {compression}, {filters} and {interlace}"
         )
     if width > MAX_SIDE or height > MAX_SIDE:
         raise OtherImage(f"{width}×{height} pixels, over {MAX_SIDE} a side")
     if depth != 8:
-        raise OtherImage(f"{depth} bits a channel")
+        raise OtherImage(f"{depth} bits per channel")
     if interlace:
         raise OtherImage("interlaced rows")
     return width, height, colour
 
 
 def _inflated(packed: bytes, size: int) -> bytes:
-    """Exactly `size` bytes: one that unpacks to more is not unpacked further."""
+    """Decompress to exactly `size` bytes; stop early if there are more. Raises ValueError for any other size."""
     unpack = zlib.decompressobj()
     data = unpack.decompress(packed, size + 1)
     if len(data) != size or not unpack.eof:
@@ -226,8 +225,8 @@ def _inflated(packed: bytes, size: int) -> bytes:
 def _unfiltered(rows: Pixels, filters: Pixels) -> Pixels:
     """Undo each row's filter (0 to 4: none, left, up, mean, Paeth) for [H, W, channels].
 
-    A pixel needs the one to its left and those above, so all pixels of an anti-diagonal are independent, and they lie at equal
-    distances in memory: H + W steps for any mixture of filters.
+    A pixel depends on the ones to its left and above. So all pixels of an anti-diagonal are independent, and they have a constant
+    stride in memory: H + W - 1 steps for any mixture of filters.
     """
     height, width, channels = rows.shape
     if filters.max() > _PAETH:

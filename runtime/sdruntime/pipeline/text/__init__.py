@@ -1,1 +1,1 @@
-"""Prompts: tokens, and what the text encoders make of them."""
+"""Prompts: tokens and text conditioning."""

@@ -1,6 +1,6 @@
-"""Tokens added to a vocabulary, found in a text by the rules of Hugging Face's tokenizers: the leftmost, of these the longest.
+"""Find added tokens in a text by the rules of Hugging Face's tokenizers: the leftmost match, then the longest.
 
-A token that is `normalized` is looked for in the lower-cased text by its own lower-cased name, the others in the text as it is.
+A `normalized` token is matched by its normalized name in the normalized text, any other token in the original text.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from sdruntime.errors import SettingError
 MOST = 10_000  # tokens added to one vocabulary
 LONGEST = 200  # characters of such a token
 
-# White space as Unicode has it. Python's own \s holds U+001C-1F as well.
+# Unicode white space. Python's \s also matches U+001C to U+001F.
 SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-# letters by Unicode's Alphabetic that no general category holds
+# circled letters: Alphabetic in Unicode, but of no letter category
 _CIRCLED = [(0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189)]
 _JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """A token that is found in the text as it stands and never cut.
+    """A token that is matched as a whole and never split.
 
-    `single_word`: only where no word character is next to it; `lstrip`, `rstrip`: the white space on that side is part of it.
+    `single_word`: match only between non-word characters. `lstrip`, `rstrip`: the match includes white space on that side.
     """
 
     text: str
@@ -38,28 +38,28 @@ class AddedToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A token in a text, and the characters that it stood for."""
+class Match:
+    """A token in a text, and the characters that it matched."""
 
     token: AddedToken
     text: str
 
 
 class Finder:
-    """Finds the tokens of one kind (normalized, or not) in texts of that kind."""
+    """Find tokens of one kind, normalized or not, in texts of that kind."""
 
     def __init__(self, tokens: Iterable[AddedToken], name: Callable[[str], str]) -> None:
         self._tokens: Mapping[str, AddedToken] = {name(token.text): token for token in tokens}
         by_first: dict[str, set[int]] = {}
         for text in self._tokens:
             by_first.setdefault(text[0], set()).add(len(text))
-        # a text is looked at where one of these characters is, for tokens of these lengths
+        # first character -> lengths of the tokens that begin with it, longest first
         self._lengths = {first: sorted(lengths, reverse=True) for first, lengths in by_first.items()}
         self._first = re.compile("[" + "".join(map(re.escape, self._lengths)) + "]") if self._lengths else None
 
-    def split(self, text: str) -> Iterator[str | Found]:
-        """The parts of `text` in its order; where there are none between two tokens, nothing."""
-        begin = 0  # of what is not yet given out; behind the place of a token where that took white space before it
+    def split(self, text: str) -> Iterator[str | Match]:
+        """Yield the parts of `text` in order: matches, and the non-empty texts between them."""
+        begin = 0  # end of the previous match, which may be past `start` if that match took white space
         for start, stop, token in self._matches(text):
             if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[stop : stop + 1])):
                 continue
@@ -69,7 +69,7 @@ class Finder:
                 stop = spaces.end()
             if begin < start:
                 yield text[begin:start]
-            yield Found(token, text[start:stop])
+            yield Match(token, text[start:stop])
             begin = stop
         if begin < len(text):
             yield text[begin:]
@@ -95,7 +95,7 @@ def _left_of_spaces(text: str, end: int) -> int:
 
 
 def _is_word(character: str) -> bool:
-    """Whether it is a word character by Unicode (UTS 18, annex C): letters, marks, digits, connectors, joiners."""
+    """Whether a character is a word character (UTS 18, annex C): letter, mark, digit, connector or joiner."""
     if not character:
         return False
     kind = unicodedata.category(character)
@@ -104,19 +104,19 @@ def _is_word(character: str) -> bool:
     return kind == "So" and any(first <= ord(character) <= last for first, last in _CIRCLED)
 
 
-def expanded(text: str, tokens: Iterable[AddedToken], seen: Callable[[str], Iterable[str]], *, most: int) -> str:
-    """`text` with the further vectors of each token written out, as diffusers' pipelines do: "<cat>" becomes "<cat> <cat>_1 …".
+def expanded(text: str, tokens: Iterable[AddedToken], tokenize: Callable[[str], Iterable[str]], *, most: int) -> str:
+    """Return `text` with multi-vector tokens written out as in diffusers' pipelines: "<cat>" becomes "<cat> <cat>_1 …".
 
-    `seen`: the tokens of a text, by their names; called only where a token has further ones. Where two such tokens are part of
-    each other diffusers' order is that of a hash; here it is that of the text.
+    `tokenize`: return the names of the tokens of a text; called only if the text has a multi-vector token. If one such name
+    contains another, the order matters: diffusers uses that of a hash, this function that of the text.
 
-    Raises SettingError where that comes to more than `most` characters.
+    Raises SettingError if the result has more than `most` characters.
     """
     names = {token.text for token in tokens}
     heads = {name for name in names if f"{name}_1" in names}
     if not heads or not any(head in text for head in heads):
         return text
-    for name in dict.fromkeys(name for name in seen(text) if name in heads):
+    for name in dict.fromkeys(name for name in tokenize(text) if name in heads):
         number, parts = 1, [name]
         while f"{name}_{number}" in names:
             parts.append(f"{name}_{number}")
@@ -125,7 +125,7 @@ def expanded(text: str, tokens: Iterable[AddedToken], seen: Callable[[str], Iter
         size = len(text) + text.count(name) * (len(written) - len(name))
         if size > most:
             raise SettingError(
-                f"a text of {size:,} characters, as {name!r} stands for {len(parts)} tokens: at most {most:,}; shorten it"
+                f"a text of {size:,} characters, as {name!r} stands for {len(parts)} tokens; the maximum is {most:,}: shorten it"
             )
         text = text.replace(name, written)
     return text

@@ -1,4 +1,4 @@
-"""Text -> what the UNet is conditioned on."""
+"""Text conditioning of the UNet: encode prompts, and keep the most recent ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from sdruntime.pipeline.text.tokenizer import FILES, Tokenizer
 from sdruntime.system.document import LARGEST
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-KEPT = 64  # encoded texts: 15 MiB of them for SD1, 40 for SDXL
+KEPT = 64  # encoded texts in memory: 15 MiB for SD1, 40 MiB for SDXL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """One text, encoded, to be read only. `hidden` float32 [S, D]; `pooled` float32 [P] for SDXL. `cut`: the text that did not
-    fit."""
+    """An encoded text, read-only. `hidden`: float32 [S, D]. `pooled`: float32 [P], for SDXL. `cut`: the text that did not fit."""
 
     hidden: Array
     pooled: Array | None = None
@@ -31,80 +30,88 @@ class Condition:
 
     @property
     def row(self) -> dict[str, Array]:
-        """It as inputs of the UNet, for one row of a call."""
+        """The UNet's inputs for one row of a call."""
         pooled = {} if self.pooled is None else {"text_embeds": self.pooled}
         return {"encoder_hidden_states": self.hidden, **pooled}
 
     def zeros(self) -> Condition:
-        """What some checkpoints condition on in place of an absent negative prompt."""
+        """Return the condition that some checkpoints use in place of an absent negative prompt: all zeros."""
         pooled = None if self.pooled is None else np.zeros_like(self.pooled)
         return Condition(hidden=np.zeros_like(self.hidden), pooled=pooled)
 
 
 def cut_lines(encoded: Iterable[tuple[str, Condition]]) -> list[str]:
-    """For a person: a line for each text that did not fit."""
+    """Return one warning for each text that did not fit."""
     lines = [
-        f"the text encoder takes {len(each.hidden)} tokens; of {text[:40]!r}… this was cut: {each.cut!r}"
-        for text, each in encoded
-        if each.cut
+        f"the text encoder takes {len(condition.hidden)} tokens; of {text[:40]!r}… this was cut: {condition.cut!r}"
+        for text, condition in encoded
+        if condition.cut
     ]
     return list(dict.fromkeys(lines))
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioner:
-    """The tokenizers of a bundle, by the text encoder that each one feeds, and what was encoded last."""
+    """Encode texts with a bundle's text encoders. `tokenizers`: by the name of the text encoder that each feeds."""
 
     tokenizers: Mapping[str, Tokenizer]
     bundle: Path | None = None
-    _kept: dict[str, Condition] = field(default_factory=dict)  # the most recently used text is the last
+    _kept: dict[str, Condition] = field(default_factory=dict)  # ordered by use: the most recent text is last
 
     @classmethod
     def open(cls, bundle: Bundle) -> Conditioner:
-        """Raises BundleError, naming every fault of the tokenizer's files."""
-        found = {}
+        """Read a bundle's tokenizers. Raises BundleError with every fault of their files."""
+        tokenizers = {}
         for encoder, folder in TOKENIZERS.items():
             if encoder in bundle.manifest.components:
-                # a file that the manifest does not list is not there
+                # a file that the manifest does not list is no part of the bundle
                 listed = [name for name in FILES if f"{folder}/{name}" in bundle.manifest.files]
                 files = {name: bundle.read(f"{folder}/{name}", most=LARGEST) for name in listed}
-                found[encoder] = Tokenizer.from_files(files, where=bundle.folder / folder, length=bundle.manifest.text_length)
-        return cls(found, bundle.folder)
+                tokenizers[encoder] = Tokenizer.from_files(
+                    files, where=bundle.folder / folder, length=bundle.manifest.text_length
+                )
+        return cls(tokenizers, bundle.folder)
 
     def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
-        """Each different text, encoded now where it was not lately. `engine` gives the open engine of a text encoder, and is
-        called only if there is something to encode. Raises NotFinite."""
+        """Return the condition of each distinct text; encode those that are not in memory. Raises NotFinite.
+
+        `engine` returns the open engine of a text encoder. It is called only if there is something to encode.
+        """
         texts = list(dict.fromkeys(texts))
-        found = {text: self._kept.pop(text) for text in texts if text in self._kept}
-        if fresh := [text for text in texts if text not in found]:
-            found |= self._encoded(fresh, engine)
-        self._kept.update((text, found[text]) for text in texts)
+        conditions = {text: self._kept.pop(text) for text in texts if text in self._kept}
+        if new := [text for text in texts if text not in conditions]:
+            conditions |= self._encode(new, engine)
+        self._kept.update((text, conditions[text]) for text in texts)
         for text in list(self._kept)[:-KEPT]:
             del self._kept[text]
-        return found
+        return conditions
 
     def forget(self) -> None:
+        """Drop all encoded texts."""
         self._kept.clear()
 
-    def _encoded(self, texts: Sequence[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
+    def _encode(self, texts: Sequence[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
         tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
         outputs = [
-            checked_rows(engine(encoder), {"input_ids": batch(found)}, lambda row: f"text {texts[row][:40]!r}", self.bundle)
-            for encoder, found in tokens.items()
+            checked_rows(engine(encoder), {"input_ids": batch(prompts)}, lambda row: f"text {texts[row][:40]!r}", self.bundle)
+            for encoder, prompts in tokens.items()
         ]
-        cuts = [" / ".join(dict.fromkeys(each.cut for each in parts if each.cut)) for parts in zip(*tokens.values(), strict=True)]
+        cuts = [
+            " / ".join(dict.fromkeys(prompt.cut for prompt in prompts if prompt.cut))
+            for prompts in zip(*tokens.values(), strict=True)
+        ]
         if len(outputs) == 1 and "last_hidden_state" in outputs[0]:
             hidden, pooled = outputs[0]["last_hidden_state"], None
-        else:  # SDXL: the second-to-last layers of both encoders side by side, the pooled text of the last
+        else:  # SDXL: both encoders' second-to-last hidden states, concatenated, and the pooled text of the second
             hidden, pooled = np.concatenate([out["hidden_states"] for out in outputs], axis=-1), outputs[-1]["text_embeds"]
         return {
-            text: Condition(hidden=_own(hidden[k]), pooled=None if pooled is None else _own(pooled[k]), cut=cuts[k])
+            text: Condition(hidden=_read_only(hidden[k]), pooled=None if pooled is None else _read_only(pooled[k]), cut=cuts[k])
             for k, text in enumerate(texts)
         }
 
 
-def _own(row: Array) -> Array:
-    """A copy that nobody can write to: it is handed out again, and keeps no larger array alive."""
+def _read_only(row: Array) -> Array:
+    """Return a read-only copy: callers share it, and it does not keep the whole batch in memory."""
     copied: Array = row.copy()
     copied.flags.writeable = False
     return copied

@@ -1,4 +1,4 @@
-"""Prompts as the text encoder reads them: start token, the text's tokens, end token, padding, and what did not fit."""
+"""A prompt as input of the text encoder: start token, tokens of the text, end token, padding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sdruntime.pipeline.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenizedPrompt:
-    """`ids`: int32 [S], as long as the tokenizer makes them; `used`: how many of them are the text's own; `cut`: the end of the
-    text that did not fit, "" if all did.
+    """A prompt as token ids.
 
-    `cut` is written as the tokenizer sees it, in lower case.
+    `ids`: int32 [S], S the tokenizer's length. `used`: how many of them belong to the text. `cut`: the end of the text that did
+    not fit, normalized (in lower case), "" if all fits.
     """
 
     text: str
@@ -26,16 +26,16 @@ class TokenizedPrompt:
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> TokenizedPrompt:
-    """One prompt, cut and padded to the tokenizer's length as diffusers does. Raises SettingError for a text over 64 KiB."""
-    found = tokenizer.encode(tokenizer.expand(text))
+    """Tokenize a prompt, cut and padded to the tokenizer's length as in diffusers. Raises SettingError for a text over 64 KiB."""
+    tokens = tokenizer.encode(tokenizer.expand(text))
     room = tokenizer.length - 2
     ids = np.full(tokenizer.length, tokenizer.pad, np.int32)
-    row = [tokenizer.start, *found[:room], tokenizer.end]
+    row = [tokenizer.start, *tokens[:room], tokenizer.end]
     ids[: len(row)] = row
-    cut = tokenizer.decode(found[room:]) if len(found) > room else ""
+    cut = tokenizer.decode(tokens[room:]) if len(tokens) > room else ""
     return TokenizedPrompt(text=text, ids=ids, used=len(row) - 2, cut=cut)
 
 
 def batch(prompts: Sequence[TokenizedPrompt]) -> NDArray[np.int32]:
-    """The text encoder's input_ids, int32 [B,S]."""
+    """Return the text encoder's input_ids, int32 [B, S]."""
     return np.stack([prompt.ids for prompt in prompts])
