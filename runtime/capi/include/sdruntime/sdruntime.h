@@ -14,30 +14,32 @@
  *     status = sdr_job_submit(runtime, &params, &job);
  *     status = sdr_job_wait(job, -1);
  *     const uint8_t *rows; size_t stride;
- *     status = sdr_job_rgb(job, &rows, &stride);        the image, until sdr_job_free
+ *     status = sdr_job_rgb(job, &rows, &stride);        valid until sdr_job_free
  *
- * Errors.    Functions that can fail return NULL on success, or a status that the caller owns: read it, then sdr_status_free it. If
- *            a function fails, its outputs are NULL or 0, unless its description says otherwise. The library never exits,
- *            aborts, throws, prints (but see SDRUNTIME_DEBUG), installs a signal handler or raises SIGPIPE.
- * Text.      UTF-8, ending in NUL. Text that is not UTF-8 is refused with a status. What the caller passes (text, images, structs)
- *            is copied before the call returns.
- * Handles.   sdr_runtime, sdr_job and sdr_status are opaque and never reused: a handle that is NULL, freed or of another kind gets
- *            a status of code SDR_USAGE (reason SDR_REASON_BAD_HANDLE), never a crash. Freeing NULL does nothing. Freeing twice does
- *            nothing, and is reported on stderr if SDRUNTIME_DEBUG=1 is set. An invalid pointer, or one to too little memory, is
- *            undefined behaviour, as everywhere in C.
- * Threads.   Any function may be called from any thread at any time, on the same handle too. A handle that is freed while another
- *            thread waits on it ends that wait with a status.
- * Callbacks. See sdr_progress_callback and sdr_log_callback: they run on a thread of the library.
- * Structs.   Each begins with struct_size. Its _init function sets that and every default: call it with sizeof of the struct. A
- *            struct of an older header is accepted, with defaults for the missing fields. One of a newer header is accepted as long
- *            as the fields that this library does not know are zero, which is their default; otherwise you get a status. Pointers
- *            in it may be NULL unless noted.
- * Numbers.   An int32_t used as a boolean is false if 0, else true.
- * Fork.      isolation SDR_ISOLATION_IN_PROCESS: a child of fork() that does not exec gets a status (SDR_REASON_FORKED) from every
- *            function on handles of its parent, and must not open. SDR_ISOLATION_PROCESS: the parent may fork as it likes and
- *            the child may open runtimes of its own; handles of the parent give it the same status. A worker ends with the
- *            process that opened it, however long a child of that lives.
- *            In both, fork() while another thread is inside this library is as unsafe as with any C++ library.
+ * Errors.    A function that can fail returns NULL on success and a status on failure. The caller owns the status: read it, then
+ *            free it with sdr_status_free. A function that fails sets its outputs to NULL or 0, unless its description says
+ *            otherwise. The library never exits or aborts the process, throws an exception, prints (except with SDRUNTIME_DEBUG),
+ *            installs a signal handler or raises SIGPIPE.
+ * Text.      All text is UTF-8 and ends with NUL. Text that is not valid UTF-8 is rejected with SDR_REASON_BAD_TEXT. The library
+ *            copies the text, images and structs that it is passed before the call returns.
+ * Handles.   sdr_runtime, sdr_job and sdr_status are opaque, and their values are never reused. A handle that is NULL, freed or
+ *            of another type never causes a crash: the function returns a status with code SDR_USAGE and reason
+ *            SDR_REASON_BAD_HANDLE. Freeing NULL, or freeing a handle twice, has no effect. With SDRUNTIME_DEBUG=1 in the
+ *            environment, a handle that is freed twice is reported on stderr. Any other invalid pointer, or one to too little
+ *            memory, is undefined behaviour, as everywhere in C.
+ * Threads.   Any function may be called from any thread at any time, even on the same handle. If a handle is freed while another
+ *            thread waits on it, the wait returns a status.
+ * Callbacks. Callbacks run on threads of the library. See sdr_progress_callback and sdr_log_callback.
+ * Structs.   Every struct begins with struct_size. Its _init function sets struct_size and all defaults: call it with the sizeof
+ *            of the struct. A struct from an older header is accepted; the missing fields get their defaults. A struct from a
+ *            newer header is accepted if every field that this library does not know is zero, which is its default; otherwise the
+ *            call fails with SDR_REASON_BAD_STRUCT. Pointers in a struct may be NULL unless noted.
+ * Booleans.  An int32_t used as a boolean is false if it is 0 and true otherwise.
+ * Fork.      With SDR_ISOLATION_IN_PROCESS, a child of fork() that does not call exec cannot open a runtime in process: that, and
+ *            every function on a handle of the parent, fails with SDR_REASON_FORKED. With SDR_ISOLATION_PROCESS, the parent may
+ *            fork freely and the child may open its own runtimes; handles of the parent fail in the child with the same reason. A
+ *            worker process ends with the process that opened it, even if a child of that process lives on. With both, calling
+ *            fork() while another thread is inside this library is as unsafe as with any C++ library.
  */
 #ifndef SDRUNTIME_H
 #define SDRUNTIME_H
@@ -55,148 +57,157 @@
 extern "C" {
 #endif
 
-/* The version of this header, equal to that of the Python package that it came with. */
+/* The version of this header. It equals the version of the Python package that contains it. */
 #define SDR_VERSION "0.1.0"
 
-/* A new major number means that programs must be recompiled; a new minor number, that something was added. */
+/* The major number changes when programs must be recompiled, the minor number when something is added. */
 #define SDR_ABI_MAJOR 1
 #define SDR_ABI_MINOR 0
 
-/* The version of the library that is loaded, as SDR_VERSION. Static. */
+/* Return the version of the loaded library, in the format of SDR_VERSION. The string is static. */
 SDR_API const char *sdr_version(void);
 
-/* SDR_ABI_MAJOR << 16 | SDR_ABI_MINOR of the library that is loaded. */
+/* Return SDR_ABI_MAJOR << 16 | SDR_ABI_MINOR of the loaded library. */
 SDR_API uint32_t sdr_abi_version(void);
 
 typedef struct sdr_runtime sdr_runtime; /* an open bundle */
-typedef struct sdr_job sdr_job;         /* one requested image */
-typedef struct sdr_status sdr_status;   /* what went wrong */
+typedef struct sdr_job sdr_job;         /* a request for one image */
+typedef struct sdr_status sdr_status;   /* an error */
 
 /* ---- status ------------------------------------------------------------------------------------------------------------------ */
 
-/* The code of a status: the exit codes of the command line. */
+/* The code of a status. It equals the exit code of the command line for the same error. */
 enum {
     SDR_OK = 0,
-    SDR_FAILED = 1,       /* a failure that has no code of its own */
-    SDR_USAGE = 2,        /* a wrong value from the caller */
-    SDR_ENVIRONMENT = 3,  /* this machine lacks something: a library, a device, memory */
+    SDR_FAILED = 1,       /* an error without a code of its own */
+    SDR_USAGE = 2,        /* an invalid value from the caller */
+    SDR_ENVIRONMENT = 3,  /* this machine lacks a library, a device or memory */
     SDR_VERIFICATION = 4, /* engines disagree with the reference outputs */
-    SDR_BUNDLE = 5,       /* the bundle is damaged, or none of its engines fits */
+    SDR_BUNDLE = 5,       /* the bundle is damaged, or none of its engines fits this machine */
     SDR_CANCELLED = 130
 };
 
-/* The reason, more precise than the code. New reasons may be added: treat an unknown one as SDR_REASON_NONE. */
+/* The reason of a status: more precise than its code. New reasons may be added: treat an unknown one as SDR_REASON_NONE. */
 enum {
     SDR_REASON_NONE = 0,
-    SDR_REASON_BAD_HANDLE = 1,        /* SDR_USAGE: NULL, freed, or of another kind */
-    SDR_REASON_BAD_ARGUMENT = 2,      /* SDR_USAGE: NULL where a value belongs, out of range, options that are no JSON */
-    SDR_REASON_BAD_STRUCT = 3,        /* SDR_USAGE: struct_size is 0, or too small, or what is set is newer than this library */
-    SDR_REASON_BAD_TEXT = 4,          /* SDR_USAGE: not UTF-8 */
-    SDR_REASON_UNSUPPORTED = 5,       /* SDR_USAGE: not with this isolation, these engines, or this library */
-    SDR_REASON_REENTERED = 6,         /* SDR_USAGE: a call that waits, from inside a callback */
-    SDR_REASON_CLOSED = 7,            /* SDR_USAGE: the runtime was closed */
+    SDR_REASON_BAD_HANDLE = 1,        /* SDR_USAGE: the handle is NULL, freed or of another type */
+    SDR_REASON_BAD_ARGUMENT = 2,      /* SDR_USAGE: a required value is NULL, a value is out of range, or options are not JSON */
+    SDR_REASON_BAD_STRUCT = 3,        /* SDR_USAGE: struct_size is invalid, or a field is set that this library does not know */
+    SDR_REASON_BAD_TEXT = 4,          /* SDR_USAGE: the text is not UTF-8 */
+    SDR_REASON_UNSUPPORTED = 5,       /* SDR_USAGE: not supported with this isolation, these engines or this library */
+    SDR_REASON_REENTERED = 6,         /* SDR_USAGE: a function that waits was called inside a callback */
+    SDR_REASON_CLOSED = 7,            /* SDR_USAGE or, for a job, SDR_CANCELLED: the runtime was closed */
     SDR_REASON_NOT_FINISHED = 8,      /* SDR_USAGE: the job has no image yet */
-    SDR_REASON_NOT_ASKED = 9,         /* SDR_USAGE: a PNG of a job that was submitted without `png` */
-    SDR_REASON_BUFFER_TOO_SMALL = 10, /* SDR_USAGE: the message has both sizes */
-    SDR_REASON_FORKED = 11,           /* SDR_USAGE: this is a child of the process that opened it */
-    SDR_REASON_QUEUE_FULL = 12,       /* SDR_FAILED: as many jobs wait as the queue holds; try again when one has started */
-    SDR_REASON_TIMEOUT = 13,          /* SDR_FAILED: the time of a wait is over; the job goes on */
+    SDR_REASON_NOT_ASKED = 9,         /* SDR_USAGE: the job was submitted without `png` */
+    SDR_REASON_BUFFER_TOO_SMALL = 10, /* SDR_USAGE: the message contains both sizes */
+    SDR_REASON_FORKED = 11,           /* SDR_USAGE: this process is a fork of the process that opened the runtime */
+    SDR_REASON_QUEUE_FULL = 12,       /* SDR_FAILED: the queue is full; submit again when a waiting job has started */
+    SDR_REASON_TIMEOUT = 13,          /* SDR_FAILED: the timeout of a wait has expired; the job continues */
     SDR_REASON_CANCELLED = 14,        /* SDR_CANCELLED */
-    SDR_REASON_WORKER_DIED = 15,      /* SDR_FAILED: the worker was killed or crashed; the next job starts a new one */
+    SDR_REASON_WORKER_DIED = 15,      /* SDR_FAILED: the worker process crashed or was killed; the next job starts a new one */
     SDR_REASON_CALLBACK = 16,         /* SDR_FAILED: the progress callback threw an exception */
-    SDR_REASON_NO_PYTHON = 17,        /* SDR_ENVIRONMENT: no interpreter; the message lists what was searched */
-    SDR_REASON_NO_RUNTIME = 18,       /* SDR_ENVIRONMENT: the interpreter has no sdruntime or no NumPy; the same */
-    SDR_REASON_OUT_OF_MEMORY = 19     /* SDR_ENVIRONMENT: of the host */
+    SDR_REASON_NO_PYTHON = 17,        /* SDR_ENVIRONMENT: no interpreter was found; the message lists the places searched */
+    SDR_REASON_NO_RUNTIME = 18,   /* SDR_ENVIRONMENT: the interpreter lacks sdruntime or NumPy; the message lists the places */
+    SDR_REASON_OUT_OF_MEMORY = 19 /* SDR_ENVIRONMENT: out of host memory */
 };
 
-/* The code. NULL: SDR_OK. A handle that is no status: SDR_USAGE. */
+/* Return the code of a status: SDR_OK for NULL, SDR_USAGE for an invalid handle. */
 SDR_API int32_t sdr_status_code(const sdr_status *status);
 
-/* The reason. NULL: SDR_REASON_NONE. A handle that is no status: SDR_REASON_BAD_HANDLE. */
+/* Return the reason of a status: SDR_REASON_NONE for NULL, SDR_REASON_BAD_HANDLE for an invalid handle. */
 SDR_API int32_t sdr_status_reason(const sdr_status *status);
 
-/* What is wrong, where, the values, and how to fix it; one line or several. Never NULL; valid until the status is freed.
- * NULL: "". */
+/* Return the message of a status: what is wrong, where, the values, and how to fix it, in one or more lines. Returns "" for NULL,
+ * and never NULL. The library owns the text, which is valid until the status is freed. */
 SDR_API const char *sdr_status_message(const sdr_status *status);
 
-/* Free a status. NULL: nothing. */
+/* Free a status. */
 SDR_API void sdr_status_free(sdr_status *status);
 
 /* ---- opening a bundle -------------------------------------------------------------------------------------------------------- */
 
 enum {
-    SDR_ISOLATION_IN_PROCESS = 0, /* the interpreter and the engines live in this process */
-    SDR_ISOLATION_PROCESS = 1     /* they live in a worker process; images are returned through shared memory */
+    SDR_ISOLATION_IN_PROCESS = 0, /* the interpreter and the engines run in this process */
+    SDR_ISOLATION_PROCESS = 1     /* they run in a worker process; images are returned through shared memory */
 };
 
 enum { SDR_LOG_DEBUG = 10, SDR_LOG_INFO = 20, SDR_LOG_WARNING = 30, SDR_LOG_ERROR = 40 };
 
-/* Called for each line of the log of one runtime, on a thread of the library, never two at a time for one runtime. `message` is
- * valid during the call. Not called after sdr_runtime_close or sdr_runtime_free has returned; but if that was inside a callback,
- * a call on another thread may still be running. It must not call functions that wait
- * (sdr_job_wait, sdr_runtime_open, sdr_runtime_close): they give it a status (SDR_REASON_REENTERED). An exception that it throws
- * is dropped. */
+/* A callback that receives one line of a runtime's log.
+ *
+ * `user` is sdr_open_params.log_user, `level` one of SDR_LOG_.... `message` is valid during the call.
+ * It is called on a thread of the library, never twice at a time for one runtime. It is not called after sdr_runtime_close or
+ * sdr_runtime_free has returned. If that was inside a callback, a call on another thread may still be running.
+ * It must not call a function that waits (sdr_job_wait, sdr_runtime_open, sdr_runtime_close): these fail with
+ * SDR_REASON_REENTERED. An exception that it throws is discarded. */
 typedef void (*sdr_log_callback)(void *user, int32_t level, const char *message);
 
 typedef struct sdr_open_params {
     uint32_t struct_size;
-    int32_t isolation;    /* SDR_ISOLATION_IN_PROCESS, which is the default, or SDR_ISOLATION_PROCESS */
-    const char *bundle;   /* the bundle's folder, from the current one where it is relative; must not be NULL */
+    int32_t isolation;    /* SDR_ISOLATION_IN_PROCESS (default) or SDR_ISOLATION_PROCESS */
+    const char *bundle;   /* the bundle's folder; a relative path starts at the current folder; must not be NULL */
     const char *backend;  /* "onnxruntime", "tensorrt", ...; NULL: the best engine that fits this machine */
-    const char *device;   /* which GPU: an index "1", "cuda:1", or a UUID "GPU-..." or the beginning of one; NULL: the first */
-    const char *python;   /* a virtual environment's folder, an interpreter, or a libpython; NULL: searched, see below */
-    int32_t threads;      /* of the CPU, for one operator; 0: the engines' library decides */
-    int32_t low_memory;   /* true: one component on the GPU at a time */
-    uint64_t memory_cap;  /* bytes of the GPU that may be used; a need above it is refused at open with both numbers; 0: no cap */
-    void *stream;         /* the caller's cudaStream_t, on which all work is done; NULL: one of the library's. In process only */
-    uint32_t queue;       /* the most jobs that wait to start; one more is refused (SDR_REASON_QUEUE_FULL). 0: 64 */
-    int32_t log_level;    /* the lowest level that is handed to `log`; SDR_LOG_INFO */
+    const char *device;   /* the GPU: an index "1", "cuda:1", or a UUID "GPU-..." or its beginning; NULL: the first GPU */
+    const char *python;   /* a virtual environment's folder, an interpreter or a libpython; NULL: see sdr_runtime_open */
+    int32_t threads;      /* CPU threads for one operator; 0: the engine library decides */
+    int32_t low_memory;   /* true: keep only one component on the GPU at a time */
+    uint64_t memory_cap;  /* GPU memory limit in bytes; opening fails, with both numbers, if more is needed; 0: no limit */
+    void *stream;         /* the caller's cudaStream_t for all GPU work, in process only; NULL: the library creates a stream */
+    uint32_t queue;       /* the maximum number of waiting jobs; further ones fail with SDR_REASON_QUEUE_FULL; 0: 64 */
+    int32_t log_level;    /* the lowest level that `log` receives; default SDR_LOG_INFO */
     sdr_log_callback log; /* NULL: no log */
-    void *log_user;       /* handed to `log` */
+    void *log_user;       /* passed to `log` */
     const char *options;  /* rare options as JSON: {"session": {"engine_host_code": "true"}, "measure": false}; NULL: none */
 } sdr_open_params;
 
-/* Set every field to its default. `struct_size`: sizeof(sdr_open_params). NULL: nothing. */
+/* Set every field to its default. `struct_size` is sizeof(sdr_open_params). Does nothing if `params` is NULL. */
 SDR_API void sdr_open_params_init(sdr_open_params *params, size_t struct_size);
 
-/* Open a bundle: start the interpreter or a worker, read the bundle and open its engines. Blocks until that is done (seconds).
+/* Open a bundle: start the interpreter or a worker process, read the bundle and open its engines. Blocks for seconds.
  *
- * *runtime is the caller's: sdr_runtime_free it. It is NULL where a status is returned, and may be NULL only by mistake (a status).
- * One process may open several runtimes; those in process share one interpreter, which the first of them chooses and which is
- * never taken down. The interpreter is looked for in this order:
- *   1. params->python, then the variable SDRUNTIME_PYTHON: a virtual environment's folder, an interpreter or a libpython;
- *   2. in process: the interpreter that runs in this process already;
+ * `params` and `runtime` must not be NULL. A process may open several runtimes. In process they share one interpreter, which the
+ * first runtime chooses and which is never shut down. The library searches for it in this order:
+ *   1. params->python, then the variable SDRUNTIME_PYTHON: the folder of a virtual environment, an interpreter or a libpython;
+ *   2. in process: an interpreter that already runs in this process;
  *   3. the virtual environment of VIRTUAL_ENV;
- *   4. the folder `sdruntime` beside this library (lib/sdruntime, a virtual environment put there), if there is one;
- *   5. python3 on PATH; and in process libpython3.so and libpython3.10 and later where the loader finds them.
- * The first one that exists is used. One that you name explicitly but that does not work is an error.
+ *   4. the folder `sdruntime` beside this library (lib/sdruntime), if it is a virtual environment;
+ *   5. python3 on PATH; in process also libpython3.so, and libpython3.10 or later, if the loader finds it.
+ * It uses the first one that exists. If params->python or a variable names something that is not Python, opening fails.
  *
- * Errors: SDR_USAGE for a parameter; SDR_ENVIRONMENT with SDR_REASON_NO_PYTHON or _NO_RUNTIME and the list of what was searched,
- * for a missing library, device or memory, or where fewer than 16 file descriptors are free; SDR_BUNDLE for a bundle that is not
- * there, damaged, or fits no engine of this machine; SDR_FAILED with SDR_REASON_WORKER_DIED. */
+ * The caller owns *runtime and frees it with sdr_runtime_free.
+ *
+ * Errors: SDR_USAGE for an invalid parameter. SDR_ENVIRONMENT for a missing library, device or memory, for fewer than 16 free
+ * file descriptors, and with SDR_REASON_NO_PYTHON or SDR_REASON_NO_RUNTIME and a list of the places searched. SDR_BUNDLE for a
+ * bundle that does not exist, is damaged, or has no engine that fits this machine. SDR_FAILED with SDR_REASON_WORKER_DIED. */
 SDR_API sdr_status *sdr_runtime_open(const sdr_open_params *params, sdr_runtime **runtime);
 
-/* What was opened, as a JSON object: model, components (backend and engine of each), sizes, samplers, versions. Blocks on nothing.
- * *json is the library's, ends in NUL, and is valid until the runtime is freed. Errors: SDR_USAGE. */
+/* Describe the open bundle as JSON: model, components (backend and engine of each), sizes, samplers, versions. Does not block.
+ *
+ * `json` must not be NULL. The library owns *json, which ends with NUL and is valid until the runtime is freed.
+ * Errors: SDR_USAGE, with SDR_REASON_CLOSED after sdr_runtime_close. */
 SDR_API sdr_status *sdr_runtime_describe(sdr_runtime *runtime, const char **json);
 
-/* End all work: jobs that wait or run are cancelled and end with SDR_CANCELLED (SDR_REASON_CLOSED), engines are released, a worker
- * process ends. Blocks until that is done (at most a step of the sampler), then no callback of this runtime is called any more.
- * Finished jobs keep their images. Closing twice does nothing. From inside a callback: SDR_REASON_REENTERED. */
+/* Stop all work: cancel waiting and running jobs, release the engines and end the worker process. Blocks until that is done (at
+ * most one sampling step); no callback of this runtime is called afterwards.
+ *
+ * The cancelled jobs end with SDR_CANCELLED and SDR_REASON_CLOSED. Finished jobs keep their images. Closing twice has no effect.
+ * Errors: SDR_USAGE, with SDR_REASON_REENTERED inside a callback. */
 SDR_API sdr_status *sdr_runtime_close(sdr_runtime *runtime);
 
-/* Close the runtime, if it is still open, and free the handle. Its jobs stay valid until each is freed. From inside a callback of
- * the library the handle is freed at once and the runtime closes in the background. */
+/* Close the runtime if it is open, and free the handle. Its jobs stay valid until they are freed.
+ *
+ * Blocks like sdr_runtime_close. Inside a callback of the library it does not block: it frees the handle, and the runtime closes
+ * in the background. */
 SDR_API void sdr_runtime_free(sdr_runtime *runtime);
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------------------- */
 
 enum { SDR_JOB_QUEUED = 0, SDR_JOB_RUNNING = 1, SDR_JOB_DONE = 2, SDR_JOB_FAILED = 3, SDR_JOB_CANCELLED = 4 };
 
-/* How far a job is. The library sets struct_size: read a field that is newer than SDR_ABI_MINOR 0 only where struct_size covers it. */
+/* The progress of a job. The library sets struct_size. Read a field that was added after ABI 1.0 only if struct_size covers it. */
 typedef struct sdr_progress {
     uint32_t struct_size;
-    int32_t step; /* steps that are done: 1 to `steps` */
+    int32_t step; /* finished steps, 1 to `steps` */
     int32_t steps;
     int32_t preview_channels;
     int32_t preview_height;
@@ -204,112 +215,138 @@ typedef struct sdr_progress {
     const float *preview; /* the current latents, [channels][height][width]; NULL if not requested */
 } sdr_progress;
 
-/* Called after each step of one job, on a thread of the library, in order, never two at a time for one job. Another result than 0
- * cancels the job. `progress` and what it points to are valid during the call. `job` may be handed to any function that does not
- * wait (sdr_job_free too); those that do (sdr_job_wait, sdr_runtime_open, sdr_runtime_close) give a status
- * (SDR_REASON_REENTERED). It may be called before sdr_job_submit has returned, and is not called after sdr_job_wait has reported
- * the end of the job, nor after sdr_job_free has returned. Jobs that share engine calls wait for it: be quick. An exception that it
- * throws ends the job with SDR_REASON_CALLBACK. */
+/* A callback that receives the progress of one job after each step. It returns 0, or any other value to cancel the job.
+ *
+ * `user` is sdr_job_params.progress_user. `progress` and what it points to are valid during the call. `job` may be passed to any
+ * function that does not wait, including sdr_job_free. Functions that wait (sdr_job_wait, sdr_runtime_open, sdr_runtime_close)
+ * fail with SDR_REASON_REENTERED.
+ * It is called on a thread of the library, in order, never twice at a time for one job. The first call may come before
+ * sdr_job_submit has returned. No call comes after sdr_job_wait has reported the end of the job, or after sdr_job_free has
+ * returned.
+ * All jobs that share engine calls wait while it runs: return quickly. If it throws an exception, the job fails with
+ * SDR_REASON_CALLBACK. */
 typedef int32_t (*sdr_progress_callback)(void *user, sdr_job *job, const sdr_progress *progress);
 
 typedef struct sdr_job_params {
     uint32_t struct_size;
-    int32_t steps;        /* 20 */
-    const char *prompt;   /* must not be NULL; "" is a prompt */
-    const char *negative; /* what the image should not show; NULL: none */
-    uint64_t seed;        /* 0; the same seed gives the same image */
-    int32_t random_seed;  /* true: `seed` is not used, a random one is; sdr_result has it */
-    int32_t width;        /* in pixels; 0 with height 0: the model's own */
+    int32_t steps;        /* default 20 */
+    const char *prompt;   /* must not be NULL; may be "" */
+    const char *negative; /* the negative prompt: what the image should not show; NULL: none */
+    uint64_t seed;        /* default 0; the same seed generates the same image */
+    int32_t random_seed;  /* true: ignore `seed` and use a random one, which sdr_result returns */
+    int32_t width;        /* in pixels; width and height 0: the model's default size */
     int32_t height;
-    int32_t png;          /* true: make the PNG's bytes as well, for sdr_job_png */
-    double guidance;      /* 7.5; at 1 or less, the negative prompt has no effect */
-    double rescale;       /* guidance rescale, 0 to 1; 0 */
-    const char *sampler;  /* "dpmpp_2m", ...; NULL: the checkpoint's own */
-    const char *schedule; /* "karras", ...; NULL: the checkpoint's own */
-    const char *options;  /* the sampler's own settings, a JSON object such as {"eta": 0.5}; NULL: none */
-    const uint8_t *image; /* the start image, RGB8 rows from the top; NULL: text to image */
+    int32_t png;          /* true: also encode the image as PNG, for sdr_job_png */
+    double guidance;      /* guidance scale, default 7.5; at 1 or less the negative prompt has no effect */
+    double rescale;       /* guidance rescale, 0 to 1, default 0 */
+    const char *sampler;  /* "dpmpp_2m", ...; NULL: the checkpoint's sampler */
+    const char *schedule; /* "karras", ...; NULL: the checkpoint's schedule */
+    const char *options;  /* settings of the sampler as a JSON object, such as {"eta": 0.5}; NULL: none */
+    const uint8_t *image; /* the start image, RGB8 rows from top to bottom; NULL: text to image */
     int32_t image_width;
     int32_t image_height;
-    size_t image_stride;            /* bytes from row to row; 0: 3 * image_width */
-    double strength;                /* how much of `image` is changed, above 0 to 1; 0.8 */
+    size_t image_stride;            /* bytes between the beginnings of two rows; 0: 3 * image_width */
+    double strength;                /* how much `image` is changed: above 0, at most 1; default 0.8 */
     sdr_progress_callback progress; /* NULL: none */
-    void *progress_user;            /* handed to `progress` */
-    int32_t preview;                /* true: `progress` gets preview latents; a copy a step */
-    int32_t reserved;               /* 0 */
-    void *device_buffer;            /* device memory of the caller's on the engines' GPU, for the image as RGB8 rows without gaps;
-                                       in process only (SDR_REASON_UNSUPPORTED). Read it once sdr_job_wait has reported the end.
-                                       NULL: none */
-    uint64_t device_buffer_size;    /* its bytes, 3 * width * height at least (SDR_REASON_BUFFER_TOO_SMALL) */
+    void *progress_user;            /* passed to `progress` */
+    int32_t preview;                /* true: `progress` receives preview latents, copied at each step */
+    int32_t reserved;               /* must be 0 */
+    void *device_buffer;            /* the caller's memory on the engines' GPU, for the image, see sdr_job_submit; NULL: none */
+    uint64_t device_buffer_size;    /* its size in bytes, at least 3 * width * height */
 } sdr_job_params;
 
-/* Set every field to its default. `struct_size`: sizeof(sdr_job_params). NULL: nothing. */
+/* Set every field to its default. `struct_size` is sizeof(sdr_job_params). Does nothing if `params` is NULL. */
 SDR_API void sdr_job_params_init(sdr_job_params *params, size_t struct_size);
 
-/* Request an image. Returns at once; the job waits in the queue, then runs, sharing engine calls with others of its size.
+/* Request an image. Returns at once: the job waits in the queue, then shares engine calls with other jobs of the same size.
  *
- * *job is the caller's: sdr_job_free it, before or after the runtime. It is NULL where a status is returned.
- * sdr_job_wait reports what only the engine side knows (an unknown sampler, a size that no engine takes).
- * Errors: SDR_USAGE for a parameter; SDR_REASON_CLOSED; SDR_REASON_QUEUE_FULL; with SDR_ISOLATION_PROCESS, where the worker died
- * since, what sdr_runtime_open may give (a new one is started, and the call blocks until it is ready). */
+ * `params` and `job` must not be NULL. The caller owns *job and frees it with sdr_job_free, before or after the runtime.
+ * If the worker process has died, the call starts a new one and blocks until it is ready.
+ *
+ * `device_buffer` receives the image as RGB8 rows without gaps. It requires SDR_ISOLATION_IN_PROCESS and engines on a GPU
+ * (SDR_REASON_UNSUPPORTED) and enough space (SDR_REASON_BUFFER_TOO_SMALL). Read it after sdr_job_wait has reported the end of the
+ * job.
+ *
+ * Errors: SDR_USAGE for an invalid parameter, with SDR_REASON_CLOSED after sdr_runtime_close. SDR_FAILED with
+ * SDR_REASON_QUEUE_FULL. The errors of sdr_runtime_open, if a new worker process is started. Errors that only the engines detect,
+ * such as an unknown sampler or a size that no engine supports, are reported by sdr_job_wait. */
 SDR_API sdr_status *sdr_job_submit(sdr_runtime *runtime, const sdr_job_params *params, sdr_job **job);
 
-/* Where a job is: one of SDR_JOB_..., the steps that are done, and of how many (0 before the first). Each pointer may be NULL.
- * Blocks on nothing. Errors: SDR_USAGE. */
+/* Get the state of a job: one of SDR_JOB_..., the number of finished steps, and the total number of steps (0 before the first
+ * step). Does not block.
+ *
+ * `state`, `step` and `steps` may each be NULL. They are unchanged if the call fails. Errors: SDR_USAGE. */
 SDR_API sdr_status *sdr_job_poll(sdr_job *job, int32_t *state, int32_t *step, int32_t *steps);
 
-/* Wait for the end of a job: at most `timeout_ms` milliseconds, or without limit if negative. NULL: the image is ready. Otherwise
- * the reason: the job's own failure, again at each call; SDR_CANCELLED; SDR_REASON_WORKER_DIED; SDR_REASON_TIMEOUT, after which the job
- * goes on; SDR_REASON_BAD_HANDLE where it is freed meanwhile; SDR_REASON_REENTERED from inside a callback, unless `timeout_ms` is 0. */
+/* Wait for the end of a job. Returns NULL if the image is ready.
+ *
+ * `timeout_ms` is the timeout in milliseconds. A negative value waits without limit, 0 does not wait.
+ * Errors: the error of a job that has failed, returned again by each call. SDR_CANCELLED. SDR_FAILED with SDR_REASON_WORKER_DIED,
+ * or with SDR_REASON_TIMEOUT, after which the job continues. SDR_USAGE with SDR_REASON_BAD_HANDLE if another thread frees the job
+ * during the call, or with SDR_REASON_REENTERED inside a callback, unless `timeout_ms` is 0. */
 SDR_API sdr_status *sdr_job_wait(sdr_job *job, int64_t timeout_ms);
 
-/* Cancel a job at its next step. Returns at once; sdr_job_wait returns when it has ended: with SDR_CANCELLED or an earlier failure,
- * but without an image. Its progress callback is not called again. Cancelling a job that has ended or is already cancelled has no
- * effect: NULL in both cases. Errors: SDR_USAGE. */
+/* Cancel a job at its next step. Returns at once; sdr_job_wait returns when the job has ended.
+ *
+ * The job ends without an image: with SDR_CANCELLED, or with an earlier error. Its progress callback is not called again. If the
+ * job has ended or is already cancelled, the call has no effect and returns NULL. Errors: SDR_USAGE. */
 SDR_API sdr_status *sdr_job_cancel(sdr_job *job);
 
-/* Free a job and its image. One that has not ended is cancelled. Waits for a progress callback of this job that runs on another
- * thread (but not from inside a callback); after it returned, none is called. Views of the image (sdr_job_rgb, sdr_job_png, texts
- * of sdr_result) end here. */
+/* Free a job and its image. A job that has not ended is cancelled.
+ *
+ * Pointers to its image, PNG and texts (sdr_job_rgb, sdr_job_png, sdr_result) become invalid. If the job's progress callback is
+ * running on another thread, waits for it, except inside a callback. The callback is not called after it has returned. */
 SDR_API void sdr_job_free(sdr_job *job);
 
 /* ---- results ----------------------------------------------------------------------------------------------------------------- */
 
-/* A finished image. Texts are the library's and valid until the job is freed. */
+/* The data of a finished image. The library owns the texts, which are valid until the job is freed. */
 typedef struct sdr_result {
     uint32_t struct_size;
     int32_t width; /* in pixels */
     int32_t height;
     int32_t reserved;
-    uint64_t seed;        /* that was used */
-    double queued;        /* seconds until the job started */
-    double encode;        /* seconds of its text encoders, and of its VAE encoder */
-    double denoise;       /* seconds from its first to its last step */
-    double decode;        /* seconds of its VAE decoder */
+    uint64_t seed;        /* the seed that was used */
+    double queued;        /* seconds from submit until the job started */
+    double encode;        /* seconds in the text encoders and the VAE encoder */
+    double denoise;       /* seconds from the first to the last step */
+    double decode;        /* seconds in the VAE decoder */
     double total;         /* seconds from submit to the end */
-    size_t png_size;      /* bytes; 0 if no PNG was requested */
-    const char *sampler;  /* that was used */
-    const char *warnings; /* a JSON array of strings; "[]" mostly */
+    size_t png_size;      /* in bytes; 0 if no PNG was requested */
+    const char *sampler;  /* the sampler that was used */
+    const char *warnings; /* a JSON array of strings, usually "[]" */
 } sdr_result;
 
-/* Set struct_size, and every other field to 0. `struct_size`: sizeof(sdr_result). NULL: nothing. */
+/* Set struct_size, and every other field to 0. `struct_size` is sizeof(sdr_result). Does nothing if `result` is NULL. */
 SDR_API void sdr_result_init(sdr_result *result, size_t struct_size);
 
-/* The numbers of a finished image, written up to result->struct_size.
- * Errors: SDR_USAGE, SDR_REASON_NOT_FINISHED; for a job that ended without an image, the status of sdr_job_wait. */
+/* Get the data of a finished image.
+ *
+ * `result` must not be NULL. At most result->struct_size bytes are written; nothing is written if the call fails.
+ * Errors: SDR_USAGE, with SDR_REASON_NOT_FINISHED if the job has no image yet. The error that sdr_job_wait returns, if the job
+ * ended without an image. */
 SDR_API sdr_status *sdr_job_result(sdr_job *job, sdr_result *result);
 
-/* The image in place: *rows is the first of `height` rows from the top, each 3 * width bytes R, G, B, *stride bytes apart.
- * The library's, read only, valid until the job is freed. Errors as sdr_job_result. */
+/* Get a pointer to the image, without a copy.
+ *
+ * `rows` and `stride` must not be NULL. *rows points to the first of `height` rows, from top to bottom, each 3 * width bytes in
+ * the order R, G, B. *stride is the number of bytes between the beginnings of two rows. The library owns the image, which is
+ * read-only and valid until the job is freed. Errors: those of sdr_job_result. */
 SDR_API sdr_status *sdr_job_rgb(sdr_job *job, const uint8_t **rows, size_t *stride);
 
-/* Copy the image to the caller's memory: rows `stride` bytes apart (0: 3 * width), bytes between rows left as they are.
- * *needed (may be NULL) is set to stride * (height - 1) + 3 * width, also where `size` is less: that gives SDR_REASON_BUFFER_TOO_SMALL
- * and writes nothing else. `buffer` NULL with `size` 0 only sets *needed. A stride below 3 * width: SDR_REASON_BAD_ARGUMENT.
- * Other errors as sdr_job_result. */
+/* Copy the image into the caller's memory.
+ *
+ * `buffer` has `size` bytes. Its rows begin `stride` bytes apart (0: 3 * width); the bytes between two rows are unchanged.
+ * *needed is set to the required size, stride * (height - 1) + 3 * width; `needed` may be NULL. To get only *needed, pass NULL
+ * and 0 as `buffer` and `size`.
+ * Errors: SDR_USAGE with SDR_REASON_BUFFER_TOO_SMALL, which sets *needed but does not write to `buffer`; with
+ * SDR_REASON_BAD_ARGUMENT if `stride` is less than 3 * width. Those of sdr_job_result. */
 SDR_API sdr_status *sdr_job_copy_rgb(sdr_job *job, uint8_t *buffer, size_t size, size_t stride, size_t *needed);
 
-/* The PNG's bytes, with the settings as text keys, of a job that was submitted with `png`. The library's, read only, valid until the
- * job is freed. Errors as sdr_job_result, and SDR_REASON_NOT_ASKED. */
+/* Get a pointer to the PNG of a job that was submitted with `png`. Its text chunks contain the settings.
+ *
+ * `bytes` and `size` must not be NULL. The library owns the bytes, which are read-only and valid until the job is freed.
+ * Errors: SDR_USAGE with SDR_REASON_NOT_ASKED if the job was submitted without `png`. Those of sdr_job_result. */
 SDR_API sdr_status *sdr_job_png(sdr_job *job, const uint8_t **bytes, size_t *size);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// sdruntime.hpp: the C library in C++17. Header only: what the library exports stays C.
+// sdruntime.hpp: the C library in C++17. Header-only: the library itself exports only C functions.
 //
 //     sdruntime::OpenParams open;
 //     open.bundle = "bundle";
@@ -9,13 +9,15 @@
 //     params.seed = 7;
 //     sdruntime::Job job = runtime.submit(params, [](const sdruntime::Progress &now) { return now.step < 10; });
 //     job.wait();
-//     sdruntime::Picture picture = job.picture();        // a view, as long as the job
+//     sdruntime::Picture picture = job.picture();        // a view, valid until the job is destroyed
 //
-// Every status becomes an Error. Runtime and Job own their handles and are moved, not copied; one that was moved from may be destroyed
-// and assigned to, and any other use throws Error (SDR_REASON_BAD_HANDLE). A Job may outlive its Runtime.
-// Threads: as in sdruntime.h for the handles; moving or destroying an object while another thread uses that very object is the
-// caller's to prevent, as with any other. The text of sdruntime.h holds for all that is not said here.
-// It needs exceptions, and no RTTI. Files compiled as C++17 and as C++20 may be linked together.
+// Errors:    every status is thrown as an Error. Ownership: Runtime and Job own their handles. They can be moved but not copied.
+// An object that was moved from may be destroyed or
+//            assigned to; any other use throws Error (SDR_REASON_BAD_HANDLE). A Job may outlive its Runtime.
+// Threads:   as described in sdruntime.h for handles. Do not move or destroy an object while another thread uses it.
+//
+// Everything else is as documented in sdruntime.h. Requires exceptions, but not RTTI. Files compiled as C++17 and as C++20 may be
+// linked together.
 #ifndef SDRUNTIME_HPP
 #define SDRUNTIME_HPP
 
@@ -41,12 +43,12 @@
 
 namespace sdruntime {
 
-// What a status says. Visible, so that it is caught as what it is across shared libraries.
+// The code, reason and message of a status. Its symbols are visible, so that it can be caught across shared libraries.
 class SDR_API Error : public std::runtime_error {
 public:
     Error(int32_t code, int32_t reason, const std::string &message) : std::runtime_error(message), code_(code), reason_(reason) {}
 
-    [[nodiscard]] int32_t code() const noexcept { return code_; }      // SDR_USAGE, SDR_BUNDLE, ...: an exit code
+    [[nodiscard]] int32_t code() const noexcept { return code_; }      // SDR_USAGE, SDR_BUNDLE, ...; also an exit code
     [[nodiscard]] int32_t reason() const noexcept { return reason_; }  // SDR_REASON_...
     [[nodiscard]] bool cancelled() const noexcept { return code_ == SDR_CANCELLED; }
 
@@ -54,14 +56,14 @@ private:
     int32_t code_, reason_;
 };
 
-// Throws Error for a status, and frees it.
+// Throw Error for a status and free it; do nothing for NULL.
 inline void check(sdr_status *status) {
     if (!status) return;
     const std::unique_ptr<sdr_status, void (*)(sdr_status *)> owner(status, sdr_status_free);
     throw Error(sdr_status_code(status), sdr_status_reason(status), sdr_status_message(status));
 }
 
-// Elements that something else owns: a contiguous range, which std::span<const T> takes.
+// A contiguous range of elements that it does not own. Converts to std::span<const T>.
 template <class T>
 class View {
 public:
@@ -83,8 +85,8 @@ private:
     std::size_t size_ = 0;
 };
 
-// The structs of C with their defaults. Texts are the caller's until the call that takes them returned. What Runtime and Job take as
-// functions (`log`, `progress`) is not set here.
+// The C structs with their defaults. Texts must stay valid until the call that receives the struct has returned. Pass `log` and
+// `progress` to Runtime and Runtime::submit.
 struct OpenParams : sdr_open_params {
     OpenParams() noexcept { sdr_open_params_init(this, sizeof(sdr_open_params)); }
 };
@@ -93,55 +95,61 @@ struct JobParams : sdr_job_params {
     JobParams() noexcept { sdr_job_params_init(this, sizeof(sdr_job_params)); }
 };
 
-// How far a job is. `preview`: latents [channels][height][width], empty where JobParams::preview is not set; valid during the call.
+// The progress of a job. `preview`: latents [channels][height][width], valid during the call; empty unless JobParams::preview is
+// set.
 struct Progress {
     int32_t step = 0, steps = 0;
     View<float> preview;
     int32_t preview_channels = 0, preview_height = 0, preview_width = 0;
 };
 
+// The state of a job: one of SDR_JOB_..., the finished steps and their total.
 struct State {
     int32_t state = SDR_JOB_QUEUED, step = 0, steps = 0;
     [[nodiscard]] bool ended() const noexcept { return state >= SDR_JOB_DONE; }
 };
 
-// RGB8 rows from the top, 3 * width bytes each, `stride` apart: the job's own, not copied. `bytes` ends with the last row.
+// A view of a job's image: RGB8 rows from top to bottom, 3 * width bytes each, `stride` bytes apart. `bytes` ends with the last
+// row.
 struct Picture {
     int32_t width = 0, height = 0;
     std::size_t stride = 0;
     View<uint8_t> bytes;
-    // `y` from 0 to height - 1, which is not checked.
+    // Return row `y`, from 0 to height - 1 (not checked).
     [[nodiscard]] View<uint8_t> row(int32_t y) const noexcept {
         return {bytes.data() + static_cast<std::size_t>(y) * stride, 3 * static_cast<std::size_t>(width)};
     }
 };
 
-// Called after each step, on a thread of the library; false cancels. What it throws cancels too, and Job::wait throws that again. It,
-// and what it holds, is destroyed with the Job: after its last call, except where the Job is destroyed by its own function.
+// Called after each step, on a thread of the library. Returns true to continue, false to cancel the job. An exception that it
+// throws also cancels the job, and Job::wait throws it again. The function is destroyed with the Job, after its last call; if it
+// destroys its own Job, it is destroyed when it has returned.
 using ProgressFunction = std::function<bool(const Progress &)>;
 
-// Called for each line of a runtime's log, on a thread of the library, never two at a time. What it throws is dropped.
+// Called for each line of a runtime's log, on a thread of the library, never twice at a time. Exceptions that it throws are
+// discarded.
 using LogFunction = std::function<void(int32_t level, const char *message)>;
 
-// One requested image. Destroying it cancels a job that has not ended, and waits for its progress function if that runs on another
-// thread. Inside a callback it does not wait: there, destroy only the callback's own Job, or one without a progress function.
+// A request for one image. The destructor cancels a job that has not ended, and waits for its progress function if that is
+// running on another thread. Inside a callback it does not wait: there, destroy only the callback's own Job, or one without a
+// progress function.
 class [[nodiscard]] Job {
 public:
     Job() noexcept = default;
     Job(Job &&other) noexcept : handle_(std::exchange(other.handle_, nullptr)), watcher_(std::move(other.watcher_)) {}
     Job &operator=(Job &&other) noexcept {
-        Job taken(std::move(other));
-        std::swap(handle_, taken.handle_);
-        std::swap(watcher_, taken.watcher_);
+        Job moved(std::move(other));
+        std::swap(handle_, moved.handle_);
+        std::swap(watcher_, moved.watcher_);
         return *this;
     }
     ~Job() { sdr_job_free(handle_); }
 
-    // Wait for the image. Throws Error otherwise (cancelled() where it was), or what the progress function threw; the same at
-    // each call. Functions that read the image throw Error then.
+    // Wait for the image. If the job ends without one, throws Error (cancelled() is true if it was cancelled) or the exception of
+    // the progress function, again at each call. Functions that read the image then throw Error.
     void wait() { ended(sdr_job_wait(handle_, -1)); }
 
-    // The same within a time. False where that is over and the job goes on.
+    // Wait like wait(), but at most `time`. Returns false if the job has not ended by then; it continues.
     [[nodiscard]] bool wait_for(std::chrono::milliseconds time) {
         sdr_status *status = sdr_job_wait(handle_, time.count() < 0 ? 0 : time.count());
         if (sdr_status_reason(status) == SDR_REASON_TIMEOUT) {
@@ -153,56 +161,57 @@ public:
     }
 
 #if defined(__cpp_lib_jthread)
-    // The same; a requested stop, before or meanwhile, cancels the job. One after the end does nothing.
+    // Wait like wait(). A stop that is requested before or during the call cancels the job. A later one has no effect.
     void wait(std::stop_token token) {
         const std::stop_callback on_stop(std::move(token), [handle = handle_] { sdr_status_free(sdr_job_cancel(handle)); });
         wait();
     }
 #endif
 
-    // Blocks on nothing.
+    // Return the state of the job. Does not block.
     [[nodiscard]] State poll() const {
-        State found;
-        check(sdr_job_poll(handle_, &found.state, &found.step, &found.steps));
-        return found;
+        State now;
+        check(sdr_job_poll(handle_, &now.state, &now.step, &now.steps));
+        return now;
     }
 
-    // Cancel the job at its next step; wait returns when it has ended. A job that has ended is unchanged.
+    // Cancel the job at its next step. Returns at once; wait() returns when the job has ended. No effect on a job that has ended.
     void cancel() { check(sdr_job_cancel(handle_)); }
 
-    // Size, seed, seconds. Its texts are valid as long as the job.
+    // Return the size, seed and times of the image. The texts are valid until the job is destroyed.
     [[nodiscard]] sdr_result result() const {
-        sdr_result found;
-        sdr_result_init(&found, sizeof found);
-        check(sdr_job_result(handle_, &found));
-        return found;
+        sdr_result data;
+        sdr_result_init(&data, sizeof data);
+        check(sdr_job_result(handle_, &data));
+        return data;
     }
 
-    // Valid as long as the job.
+    // Return a view of the image, valid until the job is destroyed.
     [[nodiscard]] Picture picture() const {
-        const sdr_result found = result();
-        Picture made;
+        const sdr_result data = result();
+        Picture image;
         const uint8_t *rows = nullptr;
-        check(sdr_job_rgb(handle_, &rows, &made.stride));
-        made.width = found.width;
-        made.height = found.height;
-        made.bytes = View<uint8_t>(
-            rows, made.stride * static_cast<std::size_t>(found.height - 1) + 3 * static_cast<std::size_t>(found.width));
-        return made;
+        check(sdr_job_rgb(handle_, &rows, &image.stride));
+        image.width = data.width;
+        image.height = data.height;
+        image.bytes = View<uint8_t>(
+            rows, image.stride * static_cast<std::size_t>(data.height - 1) + 3 * static_cast<std::size_t>(data.width));
+        return image;
     }
 
-    // The bytes that copy_to needs for rows `stride` bytes apart (0: 3 * width).
+    // Return the size in bytes that copy_to requires for rows `stride` bytes apart (0: 3 * width).
     [[nodiscard]] std::size_t copy_size(std::size_t stride = 0) const {
         std::size_t needed = 0;
         check(sdr_job_copy_rgb(handle_, nullptr, 0, stride, &needed));
         return needed;
     }
 
+    // Copy the image into `buffer`, which has `size` bytes.
     void copy_to(uint8_t *buffer, std::size_t size, std::size_t stride = 0) const {
         check(sdr_job_copy_rgb(handle_, buffer, size, stride, nullptr));
     }
 
-    // Of a job that was submitted with JobParams::png. Valid as long as the job.
+    // Return the PNG of a job that was submitted with JobParams::png. It is valid until the job is destroyed.
     [[nodiscard]] View<uint8_t> png() const {
         const uint8_t *bytes = nullptr;
         std::size_t size = 0;
@@ -210,7 +219,7 @@ public:
         return {bytes, size};
     }
 
-    // The handle, still this object's; NULL where it was moved from.
+    // Return the handle, which this object still owns; NULL if it was moved from.
     [[nodiscard]] sdr_job *get() const noexcept { return handle_; }
     explicit operator bool() const noexcept { return handle_ != nullptr; }
 
@@ -238,7 +247,7 @@ private:
                 return self->function(progress) ? 0 : 1;
             } catch (...) {
                 std::exception_ptr exception = std::current_exception();
-                if (!exception) throw;  // none of C++: the thread is being ended
+                if (!exception) throw;  // not a C++ exception: the thread is being cancelled
                 self->keep(std::move(exception));
             }
             return 1;
@@ -265,61 +274,62 @@ private:
     std::shared_ptr<Watcher> watcher_;
 };
 
-// An open bundle. Destroying it closes it, which blocks until all of its work has ended: not from inside a callback.
+// An open bundle. The destructor closes it and blocks until all of its work has ended: do not destroy it inside a callback.
 class [[nodiscard]] Runtime {
 public:
     Runtime() noexcept = default;
-    // Blocks for seconds. Throws Error.
+    // Open a bundle. Blocks for seconds. Throws Error.
     explicit Runtime(const OpenParams &params, LogFunction log = {}) {
-        sdr_open_params given = params;
+        sdr_open_params settings = params;
         if (log) {
             log_ = std::make_unique<LogFunction>(std::move(log));
-            given.log = [](void *user, int32_t level, const char *message) {
+            settings.log = [](void *user, int32_t level, const char *message) {
                 (*static_cast<LogFunction *>(user))(level, message);
             };
-            given.log_user = log_.get();
+            settings.log_user = log_.get();
         }
-        check(sdr_runtime_open(&given, &handle_));
+        check(sdr_runtime_open(&settings, &handle_));
     }
     Runtime(Runtime &&other) noexcept : log_(std::move(other.log_)), handle_(std::exchange(other.handle_, nullptr)) {}
     Runtime &operator=(Runtime &&other) noexcept {
-        Runtime taken(std::move(other));
-        std::swap(log_, taken.log_);
-        std::swap(handle_, taken.handle_);
+        Runtime moved(std::move(other));
+        std::swap(log_, moved.log_);
+        std::swap(handle_, moved.handle_);
         return *this;
     }
     ~Runtime() { sdr_runtime_free(handle_); }
 
-    // JSON, valid as long as the runtime.
+    // Return the JSON of sdr_runtime_describe, valid until the runtime is destroyed.
     [[nodiscard]] const char *describe() const {
         const char *json = nullptr;
         check(sdr_runtime_describe(handle_, &json));
         return json;
     }
 
-    // Returns at once, but for a worker that died before. `progress` may be called before this returns. Throws Error.
+    // Request an image. Returns at once, unless a worker that died must be replaced. `progress` may be called before this returns.
+    // Throws Error.
     [[nodiscard]] Job submit(const JobParams &params, ProgressFunction progress = {}) {
-        sdr_job_params given = params;
+        sdr_job_params settings = params;
         Job job;
         if (progress) {
             job.watcher_ = std::make_shared<Job::Watcher>();
             job.watcher_->function = std::move(progress);
-            given.progress = Job::Watcher::call;
-            given.progress_user = job.watcher_.get();
+            settings.progress = Job::Watcher::call;
+            settings.progress_user = job.watcher_.get();
         }
-        check(sdr_job_submit(handle_, &given, &job.handle_));
+        check(sdr_job_submit(handle_, &settings, &job.handle_));
         return job;
     }
 
-    // End all work and wait for that; jobs that have ended keep their images. Throws Error.
+    // Stop all work and wait until it has ended. Finished jobs keep their images. Throws Error.
     void close() { check(sdr_runtime_close(handle_)); }
 
-    // The handle, still this object's; NULL where it was moved from.
+    // Return the handle, which this object still owns; NULL if it was moved from.
     [[nodiscard]] sdr_runtime *get() const noexcept { return handle_; }
     explicit operator bool() const noexcept { return handle_ != nullptr; }
 
 private:
-    std::unique_ptr<LogFunction> log_;  // outlives the handle: it is declared first
+    std::unique_ptr<LogFunction> log_;  // declared first, so that it outlives the handle
     sdr_runtime *handle_ = nullptr;
 };
 
