@@ -1,8 +1,9 @@
-// A prompt in, a PNG out, with a progress bar on a terminal; Ctrl-C cancels.
+// Generate one image and write it as PNG. Shows a progress bar on a terminal; Ctrl-C cancels.
 //
 //     generate BUNDLE PROMPT FILE.png [SEED [STEPS [GUIDANCE]]]
 //
-// Exit codes are those of the sdruntime command line: 0 ok, 1 failed, 2 usage, 3 environment, 5 bundle or engine, 130 cancelled.
+// The exit codes are those of the sdruntime command line: 0 success, 1 failed, 2 usage, 3 environment, 5 bundle or engine, 130
+// cancelled.
 
 #include <sdruntime/sdruntime.hpp>
 
@@ -20,7 +21,7 @@ volatile std::sig_atomic_t interrupted = 0;
 
 void interrupt(int) { interrupted = 1; }
 
-// Runs after each step, on a thread of the library; false cancels.
+// Called after each step, on a thread of the library. Returns false to cancel.
 bool show(const sdruntime::Progress &now) {
     constexpr int WIDTH = 40;
     if (isatty(STDERR_FILENO)) {
@@ -31,7 +32,7 @@ bool show(const sdruntime::Progress &now) {
     return !interrupted;
 }
 
-void wipe() {
+void clear_line() {
     if (isatty(STDERR_FILENO)) std::fputs("\r\x1b[2K", stderr);
 }
 
@@ -60,19 +61,19 @@ int main(int argc, char **argv) {
         if (argc > 6) params.guidance = std::atof(argv[6]);
         sdruntime::Job job = runtime.submit(params, show);
         job.wait();
-        wipe();
+        clear_line();
 
         const auto png = job.png();
         std::ofstream file(argv[3], std::ios::binary);
         file.write(reinterpret_cast<const char *>(png.data()), static_cast<std::streamsize>(png.size()));
         if (!file.flush()) {
-            std::fprintf(stderr, "generate: %s was not written\n", argv[3]);
+            std::fprintf(stderr, "generate: cannot write %s\n", argv[3]);
             return SDR_FAILED;
         }
         std::printf("%s\n", argv[3]);
         return SDR_OK;
     } catch (const sdruntime::Error &error) {
-        wipe();
+        clear_line();
         std::fprintf(stderr, "generate: %s\n", error.what());
         return error.code();
     }

@@ -1,27 +1,28 @@
-// Pictures over a loopback socket: a pool of threads, a line protocol, and an orderly end.
+// Serve images over a loopback socket, with a thread pool and a line protocol.
 //
-//     service BUNDLE [PORT [CLIENTS [QUEUE [PATIENCE]]]]
+//     service BUNDLE [PORT [CLIENTS [QUEUE [TIMEOUT]]]]
 //
-// listens on 127.0.0.1 (PORT 0, the default: a free port) and prints "listening on 127.0.0.1:PORT". A client sends
+// listens on 127.0.0.1 and prints "listening on 127.0.0.1:PORT". PORT 0, the default, chooses a free port. A client sends
 //
-//     draw SEED STEPS PROMPT           the prompt goes to the end of the line
+//     generate SEED STEPS PROMPT       the prompt extends to the end of the line
 //
-// and gets back, before its next line is read:
+// and receives, before its next line is read,
 //
-//     progress STEP STEPS              now and then, while it is drawn, and at last one of
-//     done WIDTH HEIGHT SEED BYTES     followed by BYTES bytes, a PNG
-//     busy MESSAGE                     QUEUE pictures wait already: try again later
+//     progress STEP STEPS              from time to time, and at the end one of
+//     done WIDTH HEIGHT SEED BYTES     followed by BYTES bytes of PNG
+//     busy MESSAGE                     QUEUE jobs are already waiting: try again later
 //     error CODE MESSAGE               CODE is an exit code of the sdruntime command line
 //
-// and "bye MESSAGE" where the service closes the connection. A client that closes it, or the sending half of it, has gone: its
-// picture is cancelled. CLIENTS clients are served at a time, further ones wait to be accepted. On SIGTERM and SIGINT the service
-// drains: it takes no more clients and no more lines, finishes and sends what it draws, and ends with exit code 0.
+// and "bye MESSAGE" if the service closes the connection. If a client closes the connection, or its sending half, its job is
+// cancelled. CLIENTS clients are served at a time; others wait to be accepted. On SIGTERM and SIGINT the service drains: it
+// accepts no more clients and lines, finishes the running jobs, sends their images, and exits with code 0.
 //
-// Nobody blocks it for longer than PATIENCE seconds (120 where it is not given): a client that sends no whole line is sent away, what
-// is not done so long after the signal is cancelled, and a worker that gives no sign while it has work is left for a new one.
+// Nothing blocks the service for longer than TIMEOUT seconds (default 120): a client that sends no complete line is disconnected,
+// jobs that are not finished that long after the signal are cancelled, and a worker that stops responding while it has work is
+// replaced.
 //
-// Pictures of several clients share engine calls. The engines live in a process of their own, so that a driver that crashes costs
-// the pictures under way, which get an "error" line, and not the service.
+// Jobs of several clients share engine calls. The engines run in a worker process: if a driver crashes, only the running jobs
+// fail, with an "error" line, and the service continues.
 
 #include <sdruntime/sdruntime.hpp>
 
@@ -47,22 +48,23 @@
 
 namespace {
 
-constexpr auto GLANCE = std::chrono::milliseconds(50);  // between two looks at what else may have happened
-constexpr size_t LONGEST = 16 * 1024;                   // bytes of a line
+constexpr auto POLL_INTERVAL = std::chrono::milliseconds(50);
+constexpr size_t MAX_LINE = 16 * 1024;  // bytes
 
 using Clock = std::chrono::steady_clock;
 
-std::atomic<bool> draining{false}, over{false};  // over: what is not done by now is cancelled
-std::chrono::seconds patience{120};
+std::atomic<bool> draining{false}, drain_timed_out{false};
+std::chrono::seconds timeout{120};
 
-// The runtime that clients share, and when its worker last gave a sign.
+// The runtime that all clients share, and the time at which its worker last responded.
 class Engines {
 public:
-    explicit Engines(const sdruntime::OpenParams &how) : how_(how), runtime_(std::make_shared<sdruntime::Runtime>(how)) {}
+    explicit Engines(const sdruntime::OpenParams &params)
+        : params_(params), runtime_(std::make_shared<sdruntime::Runtime>(params)) {}
     Engines(const Engines &) = delete;
     Engines &operator=(const Engines &) = delete;
     ~Engines() {
-        for (std::thread &each : leaving_) each.join();
+        for (std::thread &closer : closers_) closer.join();
     }
 
     std::shared_ptr<sdruntime::Runtime> current() {
@@ -70,45 +72,46 @@ public:
         return runtime_;
     }
 
-    void heard() { sign_ = Clock::now().time_since_epoch().count(); }
-    bool silent() const { return Clock::now().time_since_epoch() - Clock::duration(sign_) > patience; }
+    void mark_response() { last_response_ = Clock::now().time_since_epoch().count(); }
+    bool unresponsive() const { return Clock::now().time_since_epoch() - Clock::duration(last_response_) > timeout; }
 
-    // In place of `hung`: opened by the first client that misses it. The old one is closed on a thread of its own once its last client
-    // has left it: the library gives a worker a minute to end, and then kills it.
+    // Replace the runtime `hung`, unless another client has already done so. A thread closes the old one when its last client has
+    // released it: the library gives a worker one minute to end, then kills it.
     void replace(const std::shared_ptr<sdruntime::Runtime> &hung) {
         const std::lock_guard lock(mutex_);
         if (runtime_ != hung) return;
-        const auto fresh = std::make_shared<sdruntime::Runtime>(how_);
-        leaving_.emplace_back([old = std::move(runtime_)] {
-            while (old.use_count() > 1) std::this_thread::sleep_for(GLANCE);
+        const auto fresh = std::make_shared<sdruntime::Runtime>(params_);
+        closers_.emplace_back([old = std::move(runtime_)] {
+            while (old.use_count() > 1) std::this_thread::sleep_for(POLL_INTERVAL);
         });
         runtime_ = fresh;
-        heard();
+        mark_response();
     }
 
 private:
-    const sdruntime::OpenParams how_;
+    const sdruntime::OpenParams params_;
     std::mutex mutex_;
-    std::shared_ptr<sdruntime::Runtime> runtime_;  // under mutex_, as what follows
-    std::vector<std::thread> leaving_;
-    std::atomic<Clock::rep> sign_{0};
+    std::shared_ptr<sdruntime::Runtime> runtime_;  // guarded by mutex_, like closers_
+    std::vector<std::thread> closers_;
+    std::atomic<Clock::rep> last_response_{0};
 };
 
-// One connection: lines in, lines and bytes out. Nothing here raises SIGPIPE, and a client that takes nothing for 10 s has gone.
+// One connection, which receives lines and sends lines and bytes. It never raises SIGPIPE. A client that reads nothing for 10 s is
+// treated as gone.
 class Client {
 public:
     explicit Client(int socket) : socket_(socket) {
-        const timeval longest = {10, 0};
-        setsockopt(socket_, SOL_SOCKET, SO_SNDTIMEO, &longest, sizeof longest);
+        const timeval send_timeout = {10, 0};
+        setsockopt(socket_, SOL_SOCKET, SO_SNDTIMEO, &send_timeout, sizeof send_timeout);
     }
     Client(const Client &) = delete;
     Client &operator=(const Client &) = delete;
     ~Client() { close(socket_); }
 
     bool gone() const { return gone_; }
-    bool too_long() const { return received_.size() > LONGEST; }
+    bool too_long() const { return received_.size() > MAX_LINE; }
 
-    // Take in what the client has sent, waiting for it a little, and notice when it has gone.
+    // Receive what the client has sent, waiting for at most `wait`, and detect that it is gone.
     void listen(std::chrono::milliseconds wait) {
         pollfd ready = {socket_, static_cast<short>(too_long() ? POLLRDHUP : POLLIN), 0};
         if (poll(&ready, 1, static_cast<int>(wait.count())) <= 0) return;
@@ -118,16 +121,16 @@ public:
         else gone_ = true;
     }
 
-    // The next line of what was taken in.
+    // Return the next received line, if it is complete.
     std::optional<std::string> line() {
         const size_t end = received_.find('\n');
         if (end == std::string::npos) return std::nullopt;
-        std::string found = received_.substr(0, end);
+        std::string line = received_.substr(0, end);
         received_.erase(0, end + 1);
-        return found;
+        return line;
     }
 
-    void say(std::string line) {
+    void send_line(std::string line) {
         std::replace(line.begin(), line.end(), '\n', ' ');
         line += '\n';
         send(line.data(), line.size());
@@ -147,28 +150,29 @@ private:
     bool gone_ = false;
 };
 
-std::mutex working;
-int jobs = 0;  // under way; under `working`
+std::mutex jobs_mutex;
+int jobs = 0;  // running jobs; guarded by jobs_mutex
 
+// Calls a function at the end of a scope.
 class Finally {
 public:
-    explicit Finally(void (*act)()) : act_(act) {}
+    explicit Finally(void (*function)()) : function_(function) {}
     Finally(const Finally &) = delete;
     Finally &operator=(const Finally &) = delete;
-    ~Finally() { act_(); }
+    ~Finally() { function_(); }
 
 private:
-    void (*const act_)();
+    void (*const function_)();
 };
 
-// The answer to one line.
-void draw(Engines &engines, Client &client, const std::string &line) {
+// Answer one line of a client.
+void generate(Engines &engines, Client &client, const std::string &line) {
     std::istringstream words(line);
     std::string verb, prompt;
     uint64_t seed = 0;
     int steps = 0;
-    if (!(words >> verb >> seed >> steps) || verb != "draw" || !std::getline(words >> std::ws, prompt))
-        return client.say("error 2 the form is: draw SEED STEPS PROMPT");
+    if (!(words >> verb >> seed >> steps) || verb != "generate" || !std::getline(words >> std::ws, prompt))
+        return client.send_line("error 2 expected: generate SEED STEPS PROMPT");
     sdruntime::JobParams params;
     params.prompt = prompt.c_str();
     params.seed = seed;
@@ -177,51 +181,51 @@ void draw(Engines &engines, Client &client, const std::string &line) {
     try {
         const auto runtime = engines.current();
         sdruntime::Job job = runtime->submit(params);
-        if (const std::lock_guard lock(working); jobs++ == 0) engines.heard();  // who has no work is not heard of
+        if (const std::lock_guard lock(jobs_mutex); jobs++ == 0) engines.mark_response();  // an idle worker sends nothing
         const Finally done([] {
-            const std::lock_guard lock(working);
+            const std::lock_guard lock(jobs_mutex);
             --jobs;
         });
-        for (int told = 0; !job.wait_for(GLANCE);) {
+        for (int reported = 0; !job.wait_for(POLL_INTERVAL);) {
             client.listen(std::chrono::milliseconds(0));
             if (client.gone()) return;  // ~Job cancels
-            if (over) return client.say("error 130 the service ends");
-            if (engines.silent()) {
+            if (drain_timed_out) return client.send_line("error 130 the service is shutting down");
+            if (engines.unresponsive()) {
                 engines.replace(runtime);
-                return client.say("error 1 the worker gave no sign for " + std::to_string(patience.count()) +
-                                  " s: a new one was started");
+                return client.send_line("error 1 the worker did not respond for " + std::to_string(timeout.count()) +
+                                        " s; a new one was started");
             }
-            if (const auto now = job.poll(); now.step > told) {
-                engines.heard();
-                told = now.step;
-                client.say("progress " + std::to_string(told) + " " + std::to_string(now.steps));
+            if (const auto now = job.poll(); now.step > reported) {
+                engines.mark_response();
+                reported = now.step;
+                client.send_line("progress " + std::to_string(reported) + " " + std::to_string(now.steps));
             }
         }
-        engines.heard();
+        engines.mark_response();
         const auto result = job.result();
         const auto png = job.png();
         std::ostringstream head;
         head << "done " << result.width << ' ' << result.height << ' ' << result.seed << ' ' << png.size();
-        client.say(head.str());
+        client.send_line(head.str());
         client.send(png.data(), png.size());
     } catch (const sdruntime::Error &error) {
         const bool full = error.reason() == SDR_REASON_QUEUE_FULL;
-        client.say((full ? "busy " : "error " + std::to_string(error.code()) + " ") + error.what());
+        client.send_line((full ? "busy " : "error " + std::to_string(error.code()) + " ") + error.what());
     }
 }
 
 void serve(Engines &engines, Client &client) {
     for (auto since = Clock::now(); !client.gone();) {
-        if (draining) return client.say("bye the service ends");
+        if (draining) return client.send_line("bye the service is shutting down");
         if (const auto line = client.line()) {
-            draw(engines, client, *line);
+            generate(engines, client, *line);
             since = Clock::now();
         } else if (client.too_long()) {
-            return client.say("bye a line has at most " + std::to_string(LONGEST) + " bytes");
-        } else if (Clock::now() - since > patience) {
-            return client.say("bye no line came for " + std::to_string(patience.count()) + " s");
+            return client.send_line("bye the line is too long: at most " + std::to_string(MAX_LINE) + " bytes");
+        } else if (Clock::now() - since > timeout) {
+            return client.send_line("bye no line received for " + std::to_string(timeout.count()) + " s");
         } else {
-            client.listen(GLANCE);
+            client.listen(POLL_INTERVAL);
         }
     }
 }
@@ -230,7 +234,7 @@ void work(Engines &engines, int listener) {
     while (!draining) {
         const int socket = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
         if (socket < 0) {
-            std::this_thread::sleep_for(GLANCE);  // the end of the listener, or too many files for a while
+            std::this_thread::sleep_for(POLL_INTERVAL);  // the listener is shut down, or too many files are open
             continue;
         }
         Client client(socket);
@@ -241,17 +245,17 @@ void work(Engines &engines, int listener) {
 int listen_on_loopback(uint16_t port) {
     const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), yes = 1;
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    sockaddr_in place = {};
-    place.sin_family = AF_INET;
-    place.sin_port = htons(port);
-    place.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof place;
-    const auto address = reinterpret_cast<sockaddr *>(&place);
-    if (listener < 0 || bind(listener, address, size) || listen(listener, SOMAXCONN) || getsockname(listener, address, &size)) {
+    sockaddr_in address = {};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address;
+    const auto generic = reinterpret_cast<sockaddr *>(&address);
+    if (listener < 0 || bind(listener, generic, size) || listen(listener, SOMAXCONN) || getsockname(listener, generic, &size)) {
         std::perror("service: 127.0.0.1");
         std::exit(1);
     }
-    std::printf("listening on 127.0.0.1:%d\n", ntohs(place.sin_port));
+    std::printf("listening on 127.0.0.1:%d\n", ntohs(address.sin_port));
     std::fflush(stdout);
     return listener;
 }
@@ -260,24 +264,24 @@ int listen_on_loopback(uint16_t port) {
 
 int main(int argc, char **argv) {
     if (argc < 2 || argc > 6) {
-        std::fprintf(stderr, "usage: service BUNDLE [PORT [CLIENTS [QUEUE [PATIENCE]]]]\n");
+        std::fprintf(stderr, "usage: service BUNDLE [PORT [CLIENTS [QUEUE [TIMEOUT]]]]\n");
         return SDR_USAGE;
     }
-    const auto number = [&](int at, int otherwise) { return argc > at ? std::atoi(argv[at]) : otherwise; };
+    const auto number = [&](int index, int fallback) { return argc > index ? std::atoi(argv[index]) : fallback; };
 
-    // Blocked before the first thread starts, thus in every thread: only sigwait gets them.
-    sigset_t ends;
-    sigemptyset(&ends);
-    sigaddset(&ends, SIGTERM);
-    sigaddset(&ends, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &ends, nullptr);
+    // Blocked before the first thread starts, and so in every thread: only sigwait receives them.
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 
     try {
         sdruntime::OpenParams open;
         open.bundle = argv[1];
         open.isolation = SDR_ISOLATION_PROCESS;
         open.queue = static_cast<uint32_t>(number(4, 16));
-        patience = std::chrono::seconds(number(5, 120));
+        timeout = std::chrono::seconds(number(5, 120));
         Engines engines(open);
 
         const int listener = listen_on_loopback(static_cast<uint16_t>(number(2, 0)));
@@ -286,17 +290,17 @@ int main(int argc, char **argv) {
 
         std::atomic<bool> drained{false};
         int signal = 0;
-        sigwait(&ends, &signal);
+        sigwait(&signals, &signal);
         draining = true;
-        shutdown(listener, SHUT_RDWR);  // wakes every accept4; connections are refused from now on
-        std::thread limit([&] {
-            const auto end = Clock::now() + patience;
-            while (!drained && Clock::now() < end) std::this_thread::sleep_for(GLANCE);
-            over = true;
+        shutdown(listener, SHUT_RDWR);  // wakes every accept4; new connections are refused
+        std::thread watchdog([&] {
+            const auto end = Clock::now() + timeout;
+            while (!drained && Clock::now() < end) std::this_thread::sleep_for(POLL_INTERVAL);
+            drain_timed_out = true;
         });
         for (std::thread &thread : pool) thread.join();
         drained = true;
-        limit.join();
+        watchdog.join();
         close(listener);
         return SDR_OK;
     } catch (const sdruntime::Error &error) {

@@ -1,4 +1,4 @@
-"""The examples in C++, built out of tree against what is installed: what they draw, how they are cancelled, how they end."""
+"""The C++ examples, built with an installed library: their images, cancellation and exit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.pipeline.images.imagefile import read_image
 
 PROMPT = "the red cat and the sand"
-LONG = 400  # steps: many more than a test waits for
+LONG = 400  # steps: a job that does not end during a test
 Service = Callable[..., "Running"]
 
 
@@ -36,7 +36,7 @@ def built(capi_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The PNG of seed 7, 4 steps, by the command line."""
+    """Return the PNG of the command line for seed 7 and 4 steps."""
     path = tmp_path_factory.mktemp("expected") / "7.png"
     words = ("-m", "sdruntime", "generate", bundle, PROMPT, "--seed", "7", "--steps", "4", "-o", path)
     run(sys.executable, *words)
@@ -47,8 +47,8 @@ def expected(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 # ---- generate
 
 
-def test_generate_draws_the_command_lines_picture(built: Path, bundle: Path, expected: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+def test_generate_writes_the_command_lines_image(built: Path, bundle: Path, expected: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
     assert run(built / "generate", bundle, PROMPT, path, "7", "4") == f"{path}\n"
     assert path.read_bytes() == expected
 
@@ -56,33 +56,33 @@ def test_generate_draws_the_command_lines_picture(built: Path, bundle: Path, exp
 def test_generate_builds_with_pkg_config_too(capi_prefix: Path, bundle: Path, expected: bytes, tmp_path: Path) -> None:
     flags = run("pkg-config", "--cflags", "--libs", "sdruntime", PKG_CONFIG_PATH=str(capi_prefix / "lib" / "pkgconfig")).split()
     run("c++", "-std=c++17", EXAMPLES / "generate.cpp", *flags, "-o", tmp_path / "generate")
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     run(tmp_path / "generate", bundle, PROMPT, path, "7", "4", LD_LIBRARY_PATH=str(capi_prefix / "lib"))
     assert path.read_bytes() == expected
 
 
-def test_generate_ends_with_the_command_lines_exit_codes(built: Path, bundle: Path, tmp_path: Path) -> None:
+def test_generate_exits_with_the_command_lines_codes(built: Path, bundle: Path, tmp_path: Path) -> None:
     assert run(built / "generate", code=2).startswith("usage: generate BUNDLE PROMPT FILE.png")
-    assert "not a bundle" in run(built / "generate", tmp_path, PROMPT, tmp_path / "picture.png", code=5)
-    assert "steps" in run(built / "generate", bundle, PROMPT, tmp_path / "picture.png", "7", "0", code=2)
-    assert "was not written" in run(built / "generate", bundle, PROMPT, tmp_path / "none" / "picture.png", "7", "1", code=1)
+    assert "not a bundle" in run(built / "generate", tmp_path, PROMPT, tmp_path / "image.png", code=5)
+    assert "steps" in run(built / "generate", bundle, PROMPT, tmp_path / "image.png", "7", "0", code=2)
+    assert "cannot write" in run(built / "generate", bundle, PROMPT, tmp_path / "none" / "image.png", "7", "1", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_generate_shows_a_bar_on_a_terminal_and_ctrl_c_cancels(built: Path, bundle: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    words = [built / "generate", bundle, PROMPT, tmp_path / "picture.png", "7", str(LONG)]
+    words = [built / "generate", bundle, PROMPT, tmp_path / "image.png", "7", str(LONG)]
     program = subprocess.Popen(words, stderr=theirs, env=environment())
     os.close(theirs)
     seen = b""
-    while f"[{'.' * 40}] 2 of {LONG + 1}".encode() not in seen:  # PNDM, the checkpoint's own, calls the model once more
+    while f"[{'.' * 40}] 2 of {LONG + 1}".encode() not in seen:  # PNDM, the checkpoint's sampler, calls the model once more
         seen += os.read(ours, 1024)
     program.send_signal(signal.SIGINT)
     assert program.wait(timeout=60) == 130
     while select.select([ours], [], [], 0)[0]:
         try:
             seen += os.read(ours, 1024)
-        except OSError:  # the end of a terminal
+        except OSError:  # a closed terminal
             break
     os.close(ours)
     assert b"generate: " in seen.split(b"\x1b[2K")[-1]
@@ -98,25 +98,25 @@ class Client:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.file = self.socket.makefile("rb")
 
-    def draw(self, seed: int, steps: int) -> None:
-        self.socket.sendall(f"draw {seed} {steps} {PROMPT}\n".encode())
+    def generate(self, seed: int, steps: int) -> None:
+        self.socket.sendall(f"generate {seed} {steps} {PROMPT}\n".encode())
 
     def line(self) -> list[str]:
-        """The next line, in words; none at the end of the connection."""
+        """Return the words of the next line; an empty list at the end of the connection."""
         return self.file.readline().decode().split()
 
     def answer(self) -> tuple[list[str], bytes]:
-        """The line after the lines of progress, and the picture."""
+        """Return the words of the first line that is not progress, and the PNG."""
         steps = [0]
         while (words := self.line())[:1] == ["progress"]:
             steps.append(int(words[1]))
             assert steps[-1] > steps[-2]
         return words, self.file.read(int(words[4])) if words[:1] == ["done"] else b""
 
-    def at_hand(self) -> str:
-        """The first words of what has come and was not read."""
-        found = self.socket.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT) + self.file.peek()
-        return found.decode(errors="replace")
+    def unread(self) -> str:
+        """Return the beginning of the received text that has not been read."""
+        data = self.socket.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT) + self.file.peek()
+        return data.decode(errors="replace")
 
     def leave(self) -> None:
         self.file.close()
@@ -128,9 +128,9 @@ class Running:
         command = [str(program), *map(str, words)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
         assert self.process.stdout is not None
-        told = self.process.stdout.readline()
-        assert told.startswith("listening on 127.0.0.1:"), self.process.wait(timeout=60)
-        self.port = int(told.rpartition(":")[2])
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on 127.0.0.1:"), self.process.wait(timeout=60)
+        self.port = int(line.rpartition(":")[2])
         self.clients: list[Client] = []
 
     def client(self) -> Client:
@@ -146,7 +146,7 @@ class Running:
         return self.process.wait(timeout=60)
 
     def worker(self) -> int:
-        """The process with the engines in it."""
+        """Return the id of the worker process."""
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
         [child] = {int(child) for task in tasks for child in (task / "children").read_text().split()}
         return child
@@ -154,7 +154,7 @@ class Running:
 
 @pytest.fixture
 def service(built: Path, bundle: Path) -> Iterator[Service]:
-    """service(*words) starts one on a free port; killed at the end, if it still runs."""
+    """Return a function that starts the service on a free port. The services are killed at the end of the test."""
     started: list[Running] = []
 
     def start(*words: object) -> Running:
@@ -162,48 +162,48 @@ def service(built: Path, bundle: Path) -> Iterator[Service]:
         return started[-1]
 
     yield start
-    for each in started:
-        for client in each.clients:
+    for running in started:
+        for client in running.clients:
             client.leave()
-        each.process.kill()
-        each.process.wait()
-        each.process.stdout.close()  # type: ignore[union-attr]
+        running.process.kill()
+        running.process.wait()
+        running.process.stdout.close()  # type: ignore[union-attr]
 
 
-def picture(png: bytes, folder: Path) -> np.ndarray:
-    (folder / "picture.png").write_bytes(png)
-    return read_image(folder / "picture.png").astype(int)
+def pixels(png: bytes, folder: Path) -> np.ndarray:
+    (folder / "image.png").write_bytes(png)
+    return read_image(folder / "image.png").astype(int)
 
 
-def test_a_lone_client_gets_the_command_lines_picture_and_errors_in_between(service: Service, expected: bytes) -> None:
+def test_a_single_client_receives_the_command_lines_image_and_errors(service: Service, expected: bytes) -> None:
     running = service()
     client = running.client()
-    for wrong in ("", "draw", "draw 7 x a cat", "draw 7 4", "paint 7 4 a cat"):
+    for wrong in ("", "generate", "generate 7 x a cat", "generate 7 4", "paint 7 4 a cat"):
         client.socket.sendall(wrong.encode() + b"\n")
         assert client.line()[:2] == ["error", "2"]
-    client.draw(7, 0)
+    client.generate(7, 0)
     assert client.answer()[0][:2] == ["error", "2"]
-    client.draw(7, 4)
-    client.draw(7, 4)  # lines may be sent ahead
+    client.generate(7, 4)
+    client.generate(7, 4)  # the next line may be sent before the answer
     for _ in range(2):
         words, png = client.answer()
         assert words == ["done", "64", "64", "7", str(len(expected))]
         assert png == expected
-    client.socket.sendall(b"draw 7 4 " + b"long " * 8000)
+    client.socket.sendall(b"generate 7 4 " + b"long " * 8000)
     assert client.line()[:1] == ["bye"]
     assert running.terminate() == 0
 
 
-def test_a_client_that_leaves_while_it_is_written_to_raises_no_sigpipe(service: Service, expected: bytes) -> None:
+def test_a_client_that_disconnects_during_a_write_raises_no_sigpipe(service: Service, expected: bytes) -> None:
     running = service()
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         other.connect(("127.0.0.1", running.port))
-        other.sendall(b"x\n" * 8000)  # far more answers than all buffers hold
+        other.sendall(b"x\n" * 8000)  # more answers than all buffers can hold
         other.shutdown(socket.SHUT_WR)
         assert other.recv(5) == b"error"
     client = running.client()
-    client.draw(7, 4)
+    client.generate(7, 4)
     assert client.answer()[1] == expected
     assert running.terminate() == 0
 
@@ -211,97 +211,97 @@ def test_a_client_that_leaves_while_it_is_written_to_raises_no_sigpipe(service: 
 def test_several_clients_at_once(service: Service, expected: bytes, tmp_path: Path) -> None:
     clients = [(running := service()).client()] + [running.client() for _ in range(5)]
     for seed, client in enumerate(clients, start=5):
-        client.draw(seed, 4)
-    pictures = {}
+        client.generate(seed, 4)
+    images = {}
     for client in clients:
         words, png = client.answer()
-        pictures[int(words[3])] = picture(png, tmp_path)
-    assert sorted(pictures) == [5, 6, 7, 8, 9, 10]
-    # in company an engine's arithmetic differs a little
-    assert np.abs(pictures[7] - picture(expected, tmp_path)).mean() < 1
-    assert np.abs(pictures[7] - pictures[8]).mean() > 5
+        images[int(words[3])] = pixels(png, tmp_path)
+    assert sorted(images) == [5, 6, 7, 8, 9, 10]
+    # in a larger batch the engine's arithmetic differs slightly
+    assert np.abs(images[7] - pixels(expected, tmp_path)).mean() < 1
+    assert np.abs(images[7] - images[8]).mean() > 5
 
 
-def test_a_client_that_leaves_a_full_queue_and_a_drain(service: Service, bundle: Path) -> None:
-    """Pictures that are drawn together advance together: one that ends before them was not kept waiting by them."""
-    profiles = [each.profiles for each in Bundle.open(bundle).manifest.engines if each.component == "unet"]
-    room = max(profile["batch"][2] for each in profiles for profile in each) // 2  # pictures in one call, with guidance
+def test_disconnecting_a_full_queue_and_draining(service: Service, bundle: Path) -> None:
+    """Jobs that run together advance together. A job that ends before them did not wait for them."""
+    profiles = [engine.profiles for engine in Bundle.open(bundle).manifest.engines if engine.component == "unet"]
+    room = max(profile["batch"][2] for ranges in profiles for profile in ranges) // 2  # images in one call, with guidance
     running = service(room + 2, 1)
-    drawing = [running.client() for _ in range(room)]
-    for client in drawing:
-        client.draw(1, LONG)
+    generating = [running.client() for _ in range(room)]
+    for client in generating:
+        client.generate(1, LONG)
         assert client.line()[0] == "progress"
     two = {client.socket: client for client in (running.client(), running.client())}
     for client in two.values():
-        client.draw(7, 4)
-    [refused] = select.select(list(two), [], [], 60)[0]  # the other one waits for room
-    assert two[refused].line()[0] == "busy"
-    [waiting] = [client for each, client in two.items() if each is not refused]
+        client.generate(7, 4)
+    [busy] = select.select(list(two), [], [], 60)[0]  # the other one waits in the queue
+    assert two[busy].line()[0] == "busy"
+    [waiting] = [client for connection, client in two.items() if connection is not busy]
 
-    drawing.pop(0).leave()
+    generating.pop(0).leave()
     assert waiting.answer()[0][0] == "done"
-    assert not any("done" in client.at_hand() for client in drawing)
+    assert not any("done" in client.unread() for client in generating)
 
     running.process.terminate()
     while not running.refuses():
         pass
-    assert not any("done" in client.at_hand() for client in drawing)
-    for client in drawing:
+    assert not any("done" in client.unread() for client in generating)
+    for client in generating:
         assert client.answer()[0][0] == "done"
-    for client in (*drawing, *two.values()):
+    for client in (*generating, *two.values()):
         assert client.line()[0] == "bye"
         assert client.line() == []
     assert running.process.wait(timeout=60) == 0
 
 
-def test_a_worker_that_is_killed_costs_its_pictures_only(service: Service, expected: bytes) -> None:
+def test_a_killed_worker_fails_only_its_own_jobs(service: Service, expected: bytes) -> None:
     running = service()
     clients = [running.client(), running.client()]
     for client in clients:
-        client.draw(1, LONG)
+        client.generate(1, LONG)
         assert client.line()[0] == "progress"
     os.kill(running.worker(), signal.SIGKILL)
     for client in clients:
         words, _ = client.answer()
         assert words[:2] == ["error", "1"]
         assert "killed" in " ".join(words)
-    clients[1].draw(7, 4)
+    clients[1].generate(7, 4)
     assert clients[1].answer()[1] == expected
 
 
-def test_a_worker_that_hangs_is_left_for_a_new_one(service: Service, expected: bytes) -> None:
+def test_a_hung_worker_is_replaced(service: Service, expected: bytes) -> None:
     running = service(4, 16, 3)
     clients = [running.client(), running.client()]
     for client in clients:
-        client.draw(1, LONG)
+        client.generate(1, LONG)
         assert client.line()[0] == "progress"
     hung = running.worker()
     os.kill(hung, signal.SIGSTOP)
     for client in clients:
         words, _ = client.answer()
         assert words[:2] == ["error", "1"]
-        assert "gave no sign for 3 s" in " ".join(words)
-    clients[1].draw(7, 4)
+        assert "did not respond for 3 s" in " ".join(words)
+    clients[1].generate(7, 4)
     assert clients[1].answer()[1] == expected
-    os.kill(hung, signal.SIGCONT)  # the library would give it a minute, and then kill it
+    os.kill(hung, signal.SIGCONT)  # otherwise the library kills it after one minute
     assert running.terminate() == 0
     assert not Path(f"/proc/{hung}").exists()
 
 
-def test_an_idle_client_makes_room_for_others(service: Service, expected: bytes) -> None:
+def test_an_idle_client_is_disconnected(service: Service, expected: bytes) -> None:
     running = service(1, 16, 3)
     idle, other = running.client(), running.client()
-    idle.socket.sendall(b"draw 7")  # no whole line
-    other.draw(7, 4)
+    idle.socket.sendall(b"generate 7")  # an incomplete line
+    other.generate(7, 4)
     assert other.answer()[1] == expected
     assert idle.line()[0] == "bye"
     assert running.terminate() == 0
 
 
-def test_a_drain_has_a_limit(service: Service) -> None:
+def test_draining_has_a_timeout(service: Service) -> None:
     running = service(2, 16, 3)
     client = running.client()
-    client.draw(1, LONG)
+    client.generate(1, LONG)
     assert client.line()[0] == "progress"
     hung = running.worker()
     os.kill(hung, signal.SIGSTOP)
@@ -313,10 +313,10 @@ def test_a_drain_has_a_limit(service: Service) -> None:
     assert not Path(f"/proc/{hung}").exists()
 
 
-# ---- what the documentation shows
+# ---- documentation
 
 
-def test_the_programs_of_the_documentation_compile_and_its_excerpts_are_the_examples(capi_prefix: Path, tmp_path: Path) -> None:
+def test_programs_in_the_documentation_compile_and_excerpts_match_the_examples(capi_prefix: Path, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
     sources = {line.strip() for path in EXAMPLES.glob("*.cpp") for line in path.read_text(encoding="utf-8").splitlines()}
     blocks = re.findall(r"^```(c|cpp)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
