@@ -1,4 +1,4 @@
-/* A host whose header is another than the library's: abi BUNDLE PYTHON. With -DNEWER its structs end in a field `newer`. */
+/* A host compiled with another version of the header: abi BUNDLE PYTHON. With -DNEWER, its structs end in a field `newer`. */
 #include <stdio.h>
 #include <string.h>
 
@@ -18,7 +18,7 @@ static int32_t progress(void *user, sdr_job *job, const sdr_progress *now) {
     (void)user, (void)job;
     faults += now->step != ++calls || now->steps != 3 || now->struct_size < offsetof(sdr_progress, preview) + sizeof now->preview;
 #ifdef NEWER
-    faults += now->struct_size >= offsetof(sdr_progress, newer) + sizeof now->newer; /* not there, and told so */
+    faults += now->struct_size >= offsetof(sdr_progress, newer) + sizeof now->newer; /* the library lacks this field */
 #endif
     return 0;
 }
@@ -59,7 +59,7 @@ int main(int argc, char **argv) {
     expect("submit", sdr_job_submit(runtime, &params, &job), SDR_OK, SDR_REASON_NONE);
     expect("wait", sdr_job_wait(job, -1), SDR_OK, SDR_REASON_NONE);
 #ifdef NEWER
-    result.newer = 99; /* what the library does not know it leaves alone */
+    result.newer = 99; /* the library does not write fields that it does not know */
 #endif
     expect("result", sdr_job_result(job, &result), SDR_OK, SDR_REASON_NONE);
 #ifdef NEWER

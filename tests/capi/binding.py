@@ -1,4 +1,4 @@
-"""sdruntime.h for a host that is Python itself: as little of it as the tests need, by ctypes."""
+"""ctypes bindings of sdruntime.h, for tests of a host that is written in Python. Only what the tests need."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ PROGRESS = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p)
 
 
 def text() -> str:
-    """The header without its comments."""
+    """Return the header without its comments."""
     return re.sub(r"/\*.*?\*/", "", HEADER.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def functions() -> list[str]:
+    """Return the names of all functions in the header."""
     return sorted(re.findall(r"^SDR_API [^;(]*?(sdr_\w+)\(", text(), flags=re.MULTILINE))
 
 
 def fields(struct: str) -> list[tuple[str, str]]:
-    """(type, name) of each field."""
+    """Return (type, name) of each field of a struct."""
     [body] = re.findall(rf"typedef struct {struct} \{{(.*?)\}} {struct};", text(), flags=re.DOTALL)
     return re.findall(r"^\s*(.+?[ *])(\w+);", body, flags=re.MULTILINE)
 
@@ -46,6 +47,7 @@ STRUCTS = ("sdr_open_params", "sdr_job_params", "sdr_progress", "sdr_result")
 
 
 def struct(name: str) -> Any:
+    """Return the ctypes structure of a struct in the header."""
     members = [(field, TYPES[kind] if kind in TYPES else TYPES[kind.strip()]) for kind, field in fields(name)]
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
@@ -54,13 +56,15 @@ OpenParams, JobParams, Progress, Result = (struct(name) for name in STRUCTS)
 
 
 class Failed(Exception):
+    """The code, reason and message of a status."""
+
     def __init__(self, code: int, reason: int, message: str) -> None:
         super().__init__(message)
         self.code, self.reason = code, reason
 
 
 class Library:
-    """`gil`: the host holds the GIL over each call, as an extension module may."""
+    """The loaded library. With `gil`, the host holds the GIL during each call, as an extension module may."""
 
     def __init__(self, path: Path, *, gil: bool = False) -> None:
         self.c: Any = (ctypes.PyDLL if gil else ctypes.CDLL)(str(path))
@@ -70,13 +74,14 @@ class Library:
                 getattr(self.c, name).restype = c_void_p
 
     def check(self, status: int | None) -> None:
+        """Raise Failed for a status and free it."""
         if status is None:
             return
         handle = c_void_p(status)
         message = self.c.sdr_status_message(handle).decode()
-        fault = Failed(self.c.sdr_status_code(handle), self.c.sdr_status_reason(handle), message)
+        error = Failed(self.c.sdr_status_code(handle), self.c.sdr_status_reason(handle), message)
         self.c.sdr_status_free(handle)
-        raise fault
+        raise error
 
     def open(self, **settings: Any) -> c_void_p:
         params, runtime = OpenParams(), c_void_p()
@@ -96,15 +101,15 @@ class Library:
         self.check(self.c.sdr_job_wait(job, c_int64(timeout_ms)))
 
     def result(self, job: c_void_p) -> Any:
-        found = Result()
-        self.c.sdr_result_init(ctypes.byref(found), c_size_t(ctypes.sizeof(found)))
-        self.check(self.c.sdr_job_result(job, ctypes.byref(found)))
-        return found
+        result = Result()
+        self.c.sdr_result_init(ctypes.byref(result), c_size_t(ctypes.sizeof(result)))
+        self.check(self.c.sdr_job_result(job, ctypes.byref(result)))
+        return result
 
     def rgb(self, job: c_void_p) -> bytes:
-        found, rows, stride = self.result(job), POINTER(c_uint8)(), c_size_t()
+        result, rows, stride = self.result(job), POINTER(c_uint8)(), c_size_t()
         self.check(self.c.sdr_job_rgb(job, ctypes.byref(rows), ctypes.byref(stride)))
-        return ctypes.string_at(rows, stride.value * found.height)
+        return ctypes.string_at(rows, stride.value * result.height)
 
     def png(self, job: c_void_p) -> bytes:
         data, size = POINTER(c_uint8)(), c_size_t()

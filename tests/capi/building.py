@@ -1,4 +1,4 @@
-"""The C library and its test programs, compiled by the machine's own compiler."""
+"""Compile the C library and its test programs with the compiler of this machine."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ STAND_IN = HERE / "stand_in.py"
 WARNINGS = ("-Wall", "-Wextra", "-pedantic", "-Werror")
 SANITIZERS = {
     "plain": ("-O1",),
-    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),  # not optimised: that compiles in half the time
+    # without optimisation, which would double the compile time
+    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-fsanitize=thread",),
 }
-HANGS = 360  # seconds: a program that takes longer hangs
+TIMEOUT = 360  # seconds; a program that runs longer has hung
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None, code: int | None = 0, **options: object) -> str:
-    """What a program printed; it must end with `code` (None: however it likes)."""
+    """Run a program and return what it printed. Its exit code must be `code` (None: any)."""
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         check=False,
-        timeout=HANGS,
+        timeout=TIMEOUT,
         env=None if env is None else {**os.environ, **env},
         **options,  # type: ignore[call-overload]
     )
     printed = f"{done.stdout}{done.stderr}"
-    assert code is None or done.returncode == code, f"{command[0]} ended with {done.returncode}\n{printed[-6000:]}"
+    assert code is None or done.returncode == code, f"{command[0]} exited with {done.returncode}\n{printed[-6000:]}"
     return printed
 
 
@@ -50,7 +51,7 @@ def compiler(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """One build of the library, and the programs that are linked with it."""
+    """One build of the library, with the programs that are linked with it."""
 
     folder: Path
     flags: tuple[str, ...]
@@ -60,7 +61,7 @@ class Library:
         return self.folder / "libsdruntime.so"
 
     def program(self, *sources: Path | str, name: str | None = None, flags: Iterable[str] = (), include: Path = INCLUDE) -> Path:
-        """Compiled as C99 or C++17 by the first source's name."""
+        """Compile a program, as C99 or C++17 depending on the name of its first source, and return its path."""
         paths = [HERE / source for source in sources]
         first, standard = ("c++", "-std=c++17") if paths[0].suffix == ".cpp" else ("cc", "-std=c99")
         out = self.folder / (name or paths[0].stem)
@@ -74,11 +75,11 @@ class Library:
 
 
 def build_library(folder: Path, flags: Sequence[str]) -> None:
-    """The library in the new `folder`."""
+    """Build the library in the new `folder`."""
     folder.mkdir()
     objects = []
 
-    def compiled(source: Path) -> None:
+    def compile_source(source: Path) -> None:
         out = folder / f"{source.stem}.o"
         objects.append(str(out))
         includes = (f"-I{INCLUDE}", f"-I{CAPI / 'src'}")
@@ -86,8 +87,8 @@ def build_library(folder: Path, flags: Sequence[str]) -> None:
         run(compiler("c++"), *options, "-c", source, "-o", out)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compiled, sorted((CAPI / "src").rglob("*.cpp"))))
+        list(pool.map(compile_source, sorted((CAPI / "src").rglob("*.cpp"))))
     script = f"-Wl,--version-script={CAPI / 'src' / 'sdruntime.map'}"
-    complete = ("-Wl,--no-undefined",) if flags == SANITIZERS["plain"] else ()  # a sanitizer's own are in the program
+    complete = ("-Wl,--no-undefined",) if flags == SANITIZERS["plain"] else ()  # the symbols of a sanitizer are in the program
     link = ("-shared", "-pthread", "-Wl,-soname,libsdruntime.so", script, *complete)
     run(compiler("c++"), *link, *flags, *objects, "-ldl", "-o", folder / "libsdruntime.so")

@@ -1,4 +1,4 @@
-"""The library in three builds, and a bundle that draws: each made once a session, and only if a test asks for it."""
+"""Three builds of the library, and bundles. Each is built once per session, and only if a test needs it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Build = Callable[[str], Library]
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build("plain" | "asan" | "tsan")."""
-    made: dict[str, Library] = {}
+    """Return a function that builds the library as "plain", "asan" or "tsan"."""
+    builds: dict[str, Library] = {}
 
-    def built(kind: str) -> Library:
-        if kind not in made:
+    def build_once(kind: str) -> Library:
+        if kind not in builds:
             folder = once(tmp_path_factory, f"capi-{kind}", lambda folder: build_library(folder, SANITIZERS[kind]))
-            made[kind] = Library(folder=folder, flags=tuple(SANITIZERS[kind]))
-        return made[kind]
+            builds[kind] = Library(folder=folder, flags=tuple(SANITIZERS[kind]))
+        return builds[kind]
 
-    return built
+    return build_once
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def library(build: Build) -> Library:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny, of random weights, with engines of ONNX Runtime."""
+    """Return a tiny bundle with random weights and engines of ONNX Runtime."""
     pytest.importorskip("onnxruntime")
     folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("capi") / "bundle"))
     for _ in build_engines(folder, BuildRequest(backend="onnxruntime")):
@@ -48,7 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the stand-in takes for a bundle."""
+    """Return a folder that the stand-in accepts as a bundle."""
     folder = tmp_path_factory.mktemp("capi") / "empty"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
@@ -56,8 +56,8 @@ def empty_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _of_this_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts find the interpreter of the tests, and the runtime of this tree."""
+def _use_this_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let hosts find the interpreter that runs the tests, with the runtime of this tree."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "runtime"))
     monkeypatch.setenv("SDRUNTIME_PYTHON", sys.prefix)
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)

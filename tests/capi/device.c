@@ -1,15 +1,15 @@
-/* A host with a GPU, which is the strict fake of the tests: the interpreter of the library puts its functions into `fake`.
+/* A host with a GPU, which is the strict fake of the tests: the library's interpreter stores its functions in `fake`.
  *
- * device WORD...: settings, kept until they are set anew, and what to do with them, in order.
+ * device WORD...: settings, which apply until they are set again, and actions, in order.
  *   isolation=process  bundle=  device=  memory=
- *   stream            make one on the GPU and open with it; stream=NUMBER: with this
- *   buffer=BYTES      allocate them on the GPU and draw to them too; size=BYTES: say that they are so many. (Where there is no fake,
- *                     since the engines are in a worker, stream and buffer are some address.)
- *   out=FILE          for the rows of pictures; FILE.device is what the buffer has
- *   open  draw  close
- *   start  cancel  end   a long job: until its first step is done; as it says; how it ended
- *   tell              of the fake, a line of JSON
- *   leave             free what this host has on the GPU */
+ *   stream            create a stream on the GPU and open with it; stream=NUMBER: open with this number
+ *   buffer=BYTES      allocate a buffer on the GPU and generate into it too; size=BYTES: pass this as its size. (With the
+ *                     engines in a worker there is no fake, and stream and buffer are arbitrary addresses.)
+ *   out=FILE          write the rows of images to it, and the content of the buffer to FILE.device
+ *   open  generate  close
+ *   start  cancel  end   a long job: start it and wait for its first step; cancel it; wait for its end
+ *   report            print the state of the fake as a line of JSON
+ *   release           free what this host has allocated on the GPU */
 #include "sdruntime/sdruntime.h"
 
 #include <stdio.h>
@@ -20,17 +20,18 @@ struct {
     void *(*stream)(void);
     void *(*allocate)(size_t size);
     void (*read)(const void *from, void *to, size_t size);
-    void (*tell)(void);
-    void (*leave)(void);
+    void (*report)(void);
+    void (*release)(void);
 } fake;
 
-static sdr_open_params opening;
-static sdr_job_params drawing;
+static sdr_open_params open_params;
+static sdr_job_params job_params;
 static sdr_runtime *runtime;
 static sdr_job *started;
 static const char *out = "";
 
-static int told(const char *what, sdr_status *status) {
+/* Print a status and free it. Returns its code. */
+static int report(const char *what, sdr_status *status) {
     int code = (int)sdr_status_code(status);
     printf("%s %d %d %s\n", what, code, (int)sdr_status_reason(status), sdr_status_message(status));
     sdr_status_free(status);
@@ -47,18 +48,18 @@ static void save(const char *end, const void *bytes, size_t size) {
     fclose(file);
 }
 
-static void draw(void) {
+static void generate(void) {
     sdr_job *job = NULL;
     const uint8_t *rows;
     uint8_t *copy;
     size_t stride, size;
-    if (told("submit", sdr_job_submit(runtime, &drawing, &job))) return;
-    if (!told("job", sdr_job_wait(job, 60000)) && !told("rgb", sdr_job_rgb(job, &rows, &stride))) {
-        size = stride * (size_t)drawing.height;
+    if (report("submit", sdr_job_submit(runtime, &job_params, &job))) return;
+    if (!report("job", sdr_job_wait(job, 60000)) && !report("rgb", sdr_job_rgb(job, &rows, &stride))) {
+        size = stride * (size_t)job_params.height;
         save("", rows, size);
-        if (drawing.device_buffer) {
+        if (job_params.device_buffer) {
             copy = malloc(size);
-            fake.read(drawing.device_buffer, copy, size);
+            fake.read(job_params.device_buffer, copy, size);
             save(".device", copy, size);
             free(copy);
         }
@@ -67,18 +68,19 @@ static void draw(void) {
 }
 
 static void start(void) {
-    sdr_job_params params = drawing;
+    sdr_job_params params = job_params;
     int32_t step = 0;
     params.steps = 999;
-    if (told("submit", sdr_job_submit(runtime, &params, &started))) return;
+    if (report("submit", sdr_job_submit(runtime, &params, &started))) return;
     while (step < 1) sdr_job_poll(started, NULL, &step, NULL);
 }
 
 static void end(void) {
-    told("job", sdr_job_wait(started, 60000));
+    report("job", sdr_job_wait(started, 60000));
     sdr_job_free(started);
 }
 
+/* Return what follows `key` in `word`, or NULL if it does not begin with `key`. */
 static const char *after(const char *word, const char *key) {
     size_t size = strlen(key);
     return strncmp(word, key, size) == 0 ? word + size : NULL;
@@ -87,37 +89,37 @@ static const char *after(const char *word, const char *key) {
 static void act(const char *word) {
     const char *value;
     if ((value = after(word, "isolation=")))
-        opening.isolation = strcmp(value, "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
-    else if ((value = after(word, "bundle="))) opening.bundle = value;
-    else if ((value = after(word, "device="))) opening.device = value;
-    else if ((value = after(word, "memory="))) opening.memory_cap = strtoull(value, NULL, 10);
-    else if ((value = after(word, "stream="))) opening.stream = (void *)(uintptr_t)strtoull(value, NULL, 10);
-    else if ((value = after(word, "size="))) drawing.device_buffer_size = strtoull(value, NULL, 10);
+        open_params.isolation = strcmp(value, "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
+    else if ((value = after(word, "bundle="))) open_params.bundle = value;
+    else if ((value = after(word, "device="))) open_params.device = value;
+    else if ((value = after(word, "memory="))) open_params.memory_cap = strtoull(value, NULL, 10);
+    else if ((value = after(word, "stream="))) open_params.stream = (void *)(uintptr_t)strtoull(value, NULL, 10);
+    else if ((value = after(word, "size="))) job_params.device_buffer_size = strtoull(value, NULL, 10);
     else if ((value = after(word, "out="))) out = value;
     else if ((value = after(word, "buffer="))) {
-        drawing.device_buffer_size = strtoull(value, NULL, 10);
-        drawing.device_buffer = fake.allocate ? fake.allocate((size_t)drawing.device_buffer_size) : &fake;
-    } else if (strcmp(word, "stream") == 0) opening.stream = fake.stream ? fake.stream() : &fake;
-    else if (strcmp(word, "open") == 0) told("open", sdr_runtime_open(&opening, &runtime));
-    else if (strcmp(word, "draw") == 0) draw();
+        job_params.device_buffer_size = strtoull(value, NULL, 10);
+        job_params.device_buffer = fake.allocate ? fake.allocate((size_t)job_params.device_buffer_size) : &fake;
+    } else if (strcmp(word, "stream") == 0) open_params.stream = fake.stream ? fake.stream() : &fake;
+    else if (strcmp(word, "open") == 0) report("open", sdr_runtime_open(&open_params, &runtime));
+    else if (strcmp(word, "generate") == 0) generate();
     else if (strcmp(word, "start") == 0) start();
-    else if (strcmp(word, "cancel") == 0) told("cancel", sdr_job_cancel(started));
+    else if (strcmp(word, "cancel") == 0) report("cancel", sdr_job_cancel(started));
     else if (strcmp(word, "end") == 0) end();
-    else if (strcmp(word, "close") == 0) told("close", sdr_runtime_close(runtime)), sdr_runtime_free(runtime);
-    else if (strcmp(word, "tell") == 0) fflush(stdout), fake.tell();
-    else if (strcmp(word, "leave") == 0) fake.leave();
+    else if (strcmp(word, "close") == 0) report("close", sdr_runtime_close(runtime)), sdr_runtime_free(runtime);
+    else if (strcmp(word, "report") == 0) fflush(stdout), fake.report();
+    else if (strcmp(word, "release") == 0) fake.release();
     else abort();
 }
 
 int main(int argc, char **argv) {
     int k;
-    sdr_open_params_init(&opening, sizeof opening);
-    sdr_job_params_init(&drawing, sizeof drawing);
-    drawing.prompt = "a cat";
-    drawing.steps = 3;
-    drawing.seed = 3;
-    drawing.width = 128;
-    drawing.height = 64;
+    sdr_open_params_init(&open_params, sizeof open_params);
+    sdr_job_params_init(&job_params, sizeof job_params);
+    job_params.prompt = "a cat";
+    job_params.steps = 3;
+    job_params.seed = 3;
+    job_params.width = 128;
+    job_params.height = 64;
     for (k = 1; k < argc; ++k) act(argv[k]);
     return 0;
 }

@@ -1,5 +1,5 @@
-// What comes from the other side of a socket, handed to the library's own readers: fuzz (json | frames).
-// stdin: cases, each a u32 length and its bytes. stdout: for each a u32 length and what became of it.
+// Pass bytes to the library's readers of JSON and of socket messages: fuzz (json | frames).
+// stdin: the cases, each a u32 length and its bytes. stdout: for each case, a u32 length and the result.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -20,7 +20,7 @@
 
 namespace {
 
-using Bytes = std::vector<uint8_t>;  // of the exact size: the sanitizer sees who reads behind it
+using Bytes = std::vector<uint8_t>;  // of the exact size, so that the sanitizer detects reads beyond it
 
 bool next(Bytes &out) {
     uint32_t size = 0;
@@ -29,16 +29,16 @@ bool next(Bytes &out) {
     return std::fread(out.data(), 1, size, stdin) == size;
 }
 
-void tell(const std::string &text) {
+void write_result(const std::string &text) {
     const auto size = static_cast<uint32_t>(text.size());
     std::fwrite(&size, sizeof size, 1, stdout);
     std::fwrite(text.data(), 1, size, stdout);
 }
 
-// "=" and the document as it is written again, or "!" and why it is none.
-std::string json(const Bytes &given) {
+// Return "=" and the document, written again, or "!" and the error.
+std::string json(const Bytes &bytes) {
     try {
-        return "=" + sdr::Json::parse({reinterpret_cast<const char *>(given.data()), given.size()}).text();
+        return "=" + sdr::Json::parse({reinterpret_cast<const char *>(bytes.data()), bytes.size()}).text();
     } catch (const sdr::JsonError &error) {
         return std::string("!") + error.what();
     }
@@ -46,9 +46,9 @@ std::string json(const Bytes &given) {
 
 int memory_file(size_t size, bool sealed) {
     const int file = memfd_create("fuzz", MFD_ALLOW_SEALING);
-    Bytes bytes(size);
-    for (size_t k = 0; k < size; ++k) bytes[k] = static_cast<uint8_t>(k % 251);
-    if (write(file, bytes.data(), size) != static_cast<ssize_t>(size)) std::abort();
+    Bytes content(size);
+    for (size_t k = 0; k < size; ++k) content[k] = static_cast<uint8_t>(k % 251);
+    if (write(file, content.data(), size) != static_cast<ssize_t>(size)) std::abort();
     if (sealed) fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK);
     return file;
 }
@@ -91,38 +91,40 @@ void put(int socket, const uint8_t *data, size_t size, const std::vector<int> &f
     if (size && sendmsg(socket, &message, MSG_DONTWAIT) != static_cast<ssize_t>(size)) std::abort();
 }
 
-// The first byte says which descriptor comes along. Each message as the sizes and sums of its two parts, then "end" or "bad".
-std::string frames(const Bytes &given) {
+// Receive the messages of a stream. The first byte selects the descriptors that are sent along. Returns a line per message with
+// the sizes and sums of its two parts, then "end" or "bad".
+std::string frames(const Bytes &bytes) {
     int ends[2];
-    if (given.empty() || socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0) std::abort();
+    if (bytes.empty() || socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0) std::abort();
     const sdr::Descriptor reader(ends[0]);
     {
         const sdr::Descriptor writer(ends[1]);
-        const std::vector<int> files = descriptors(static_cast<char>(given[0]));
-        put(writer.get(), given.data() + 1, given.size() - 1, files);
+        const std::vector<int> files = descriptors(static_cast<char>(bytes[0]));
+        put(writer.get(), bytes.data() + 1, bytes.size() - 1, files);
         for (const int file : files) close(file);
     }
-    std::string told;
+    std::string result;
     try {
         for (sdr::Message message; sdr::receive_message(reader.get(), -1, message); message = {}) {
             const auto *data = message.blob.data();
             const uint64_t text = std::accumulate(message.json.begin(), message.json.end(), uint64_t{0},
-                                                  [](uint64_t sum, char each) { return sum + static_cast<uint8_t>(each); });
-            told += std::to_string(message.json.size()) + ":" + std::to_string(text) + " " + std::to_string(message.blob.size()) +
-                    ":" + std::to_string(std::accumulate(data, data + message.blob.size(), uint64_t{0})) + "\n";
+                                                  [](uint64_t sum, char letter) { return sum + static_cast<uint8_t>(letter); });
+            result += std::to_string(message.json.size()) + ":" + std::to_string(text) + " " +
+                      std::to_string(message.blob.size()) + ":" +
+                      std::to_string(std::accumulate(data, data + message.blob.size(), uint64_t{0})) + "\n";
         }
-        return told + "end";
+        return result + "end";
     } catch (const sdr::BadFrame &) {
-        return told + "bad";
+        return result + "bad";
     }
 }
 
 std::string open_files() {
     DIR *folder = opendir("/proc/self/fd");
-    int found = 0;
-    while (readdir(folder)) ++found;
+    int count = 0;
+    while (readdir(folder)) ++count;
     closedir(folder);
-    return std::to_string(found);
+    return std::to_string(count);
 }
 
 }  // namespace
@@ -130,8 +132,8 @@ std::string open_files() {
 int main(int argc, char **argv) {
     if (argc != 2) return 2;
     const std::string before = open_files();
-    Bytes given;
-    while (next(given)) tell(std::strcmp(argv[1], "json") == 0 ? json(given) : frames(given));
-    tell(before + " " + open_files());
+    Bytes bytes;
+    while (next(bytes)) write_result(std::strcmp(argv[1], "json") == 0 ? json(bytes) : frames(bytes));
+    write_result(before + " " + open_files());
     return 0;
 }

@@ -1,4 +1,4 @@
-/* A host that loads a plugin which uses the library: all of it with RTLD_LOCAL, as hosts of plugins do. plugin PLUGIN.so KEY=VALUE... */
+/* A host that loads a plugin, which uses the library, with RTLD_LOCAL: plugin PLUGIN.so KEY=VALUE... */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""A worker that speaks the messages of sdruntime.serving.service at once, with no engine: for tests of the C library alone.
+"""A worker that speaks the messages of sdruntime.serving.service without engines, for tests of the C library alone.
 
-It stands in for the interpreter, and takes the last argument for its descriptor. Jobs take turns, a step each. A prompt may ask
-for trouble: "kill", "segv", "exit", "nonsense", "huge" (a header that promises too much), "short" (a picture of the wrong size),
-"unsealed" (a memory file that could be cut short), "inline" (none for a large picture).
+It is started in place of the interpreter; its last argument is the descriptor. Jobs take turns, one step at a time. Some prompts
+cause faults: "kill", "segv", "exit", "nonsense", "huge" (a header that announces too much), "short" (an image of the wrong size),
+"unsealed" (a memory file that may still shrink), "inline" (a large image without a memory file).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 HEADER = struct.Struct("<IIQ")
 SHARED = 1
 CHANNELS, FACTOR, SIDE = 4, 8, 64
-CHOKES = 1 << 20  # a message of more bytes is left unread: it ends in the middle
+LARGEST_MESSAGE = 1 << 20  # bytes; at a larger message the worker exits without reading it
 
 
 class Link:
@@ -48,7 +48,7 @@ class Link:
         if not first:
             sys.exit(0)
         size, flags, blob = HEADER.unpack(first + self.read(HEADER.size - len(first)))
-        if size > CHOKES:
+        if size > LARGEST_MESSAGE:
             os._exit(8)
         message = json.loads(self.read(size))
         if not flags & SHARED:
@@ -61,7 +61,7 @@ class Link:
         if inline or len(blob) < 1 << 16:
             self.socket.sendall(HEADER.pack(len(body), 0, len(blob)) + body + blob)
             return
-        file = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        file = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.write(file, blob)
         if seal:
             import fcntl
@@ -80,7 +80,7 @@ class Job:
         self.width, self.height = self.request.get("width", SIDE), self.request.get("height", SIDE)
 
     def rows(self) -> bytes:
-        """Bytes that depend on all that was asked."""
+        """Return rows that depend on the whole request and the start image."""
         mark = zlib.crc32(json.dumps(self.request, sort_keys=True).encode() + self.image)
         line = bytes((mark >> 8 * (k % 4) ^ k) & 255 for k in range(3 * self.width))
         return line * self.height
@@ -96,17 +96,19 @@ def png(width: int, height: int, rows: bytes) -> bytes:
 
 
 def fault(job: Job) -> tuple[int, str] | None:
-    asked = job.request
-    if asked["steps"] < 1:
-        return 2, f"steps {asked['steps']}: at least 1"
-    if asked.get("sampler", "ddim") not in ("ddim", "euler"):
-        return 2, f"unknown sampler {asked['sampler']!r}"
+    """Return the code and message for an invalid request."""
+    request = job.request
+    if request["steps"] < 1:
+        return 2, f"steps {request['steps']}: at least 1"
+    if request.get("sampler", "ddim") not in ("ddim", "euler"):
+        return 2, f"unknown sampler {request['sampler']!r}"
     if job.width % FACTOR or job.height % FACTOR:
-        return 5, f"size {job.width}x{job.height} is no multiple of {FACTOR}"
+        return 5, f"size {job.width}x{job.height} is not a multiple of {FACTOR}"
     return None
 
 
-def trouble(link: Link, prompt: str) -> None:
+def cause_fault(link: Link, prompt: str) -> None:
+    """Cause the fault that the prompt names, if any."""
     if prompt == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif prompt == "segv":
@@ -121,7 +123,7 @@ def trouble(link: Link, prompt: str) -> None:
 
 
 def advance(link: Link, job: Job) -> bool:
-    """One step. False at the end of the job."""
+    """Run one step. Returns false at the end of the job."""
     if job.cancelled:
         link.send({"event": "failed", "job": job.id, "code": 130, "message": "cancelled"})
         return False
@@ -129,22 +131,22 @@ def advance(link: Link, job: Job) -> bool:
         link.send({"event": "started", "job": job.id})
     if job.step == job.request["steps"]:
         prompt, rows = job.request["prompt"], job.rows()
-        picture = png(job.width, job.height, rows) if job.message["png"] else b""
-        told = {"event": "done", "job": job.id, "width": job.width, "height": job.height, "seed": job.request["seed"]}
-        told |= {"sampler": job.request.get("sampler", "ddim"), "warnings": [], "rgb": len(rows), "png": len(picture)}
-        told["timings"] = {"queued": 0.0, "encode": 0.25, "denoise": 0.5, "decode": 0.125, "total": 1.0}
-        blob = rows + picture
-        link.send(told, blob[:-1] if prompt == "short" else blob, seal=prompt != "unsealed", inline=prompt == "inline")
+        png_bytes = png(job.width, job.height, rows) if job.message["png"] else b""
+        event = {"event": "done", "job": job.id, "width": job.width, "height": job.height, "seed": job.request["seed"]}
+        event |= {"sampler": job.request.get("sampler", "ddim"), "warnings": [], "rgb": len(rows), "png": len(png_bytes)}
+        event["timings"] = {"queued": 0.0, "encode": 0.25, "denoise": 0.5, "decode": 0.125, "total": 1.0}
+        blob = rows + png_bytes
+        link.send(event, blob[:-1] if prompt == "short" else blob, seal=prompt != "unsealed", inline=prompt == "inline")
         return False
     job.step += 1
     if job.step == 2:
-        trouble(link, job.request["prompt"])
-    told = {"event": "progress", "job": job.id, "step": job.step, "steps": job.request["steps"]}
+        cause_fault(link, job.request["prompt"])
+    event = {"event": "progress", "job": job.id, "step": job.step, "steps": job.request["steps"]}
     blob = b""
     if job.message["preview"]:
-        told["preview"] = [CHANNELS, job.height // FACTOR, job.width // FACTOR]
+        event["preview"] = [CHANNELS, job.height // FACTOR, job.width // FACTOR]
         blob = struct.pack("<f", job.step) * (CHANNELS * (job.height // FACTOR) * (job.width // FACTOR))
-    link.send(told, blob)
+    link.send(event, blob)
     return True
 
 
@@ -156,7 +158,8 @@ def is_open(number: int) -> bool:
     return True
 
 
-def opened(link: Link, message: dict) -> None:
+def open_bundle(link: Link, message: dict) -> None:
+    """Answer an "open" message."""
     if not (Path(message["bundle"]) / "manifest.json").exists():
         link.send({"event": "refused", "code": 5, "message": f"{message['bundle']}: no manifest.json"})
         sys.exit(0)
@@ -180,11 +183,11 @@ def main() -> None:
         while select.select([link.socket], [], [], 0 if jobs else None)[0]:
             message, blob = link.receive()
             if message["op"] == "open":
-                opened(link, message)
+                open_bundle(link, message)
             elif message["op"] == "submit":
                 job = Job(message, blob)
-                if wrong := fault(job):
-                    link.send({"event": "failed", "job": job.id, "code": wrong[0], "message": wrong[1]})
+                if error := fault(job):
+                    link.send({"event": "failed", "job": job.id, "code": error[0], "message": error[1]})
                 else:
                     jobs[job.id] = job
             elif message["op"] == "cancel":

@@ -1,8 +1,9 @@
-/* Many jobs from several threads, with cancels, wrong parameters, frees and closes at random: each job must come to one known end.
+/* Many jobs from several threads, with cancellations, invalid parameters, frees and closes at random. Each job must end in a known
+ * way.
  *
- * stress (in-process | process) BUNDLE PYTHON BACKEND JOBS [SEED]; "-" for what is not given. Prints how many jobs ended how, and the
- * memory in KiB, every runtime closed: resident after the first 100, written to by then, and written to after all. As many go before,
- * after which code, interpreter and allocator are warm. */
+ * stress (in-process | process) BUNDLE PYTHON BACKEND JOBS [SEED]; "-" for an argument that is not set. JOBS jobs run first, to warm
+ * up code, interpreter and allocator; then as many are measured. Prints how many jobs ended in which way, and the memory in KiB with
+ * every runtime closed: resident after the first 100 measured jobs, dirty at that time, and dirty at the end. */
 #include <malloc.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -15,15 +16,15 @@
 #include "sdruntime/sdruntime.h"
 
 enum { THREADS = 8, BURST = 3, LONGEST = 120000 };
-static const long FIRST = 100; /* of the jobs whose memory is watched */
-enum { DONE, CANCELLED, CLOSED, DIED, JUDGED, REFUSED, FULL, FREED, ENDS };
-static const char *const NAMES[ENDS] = {"done", "cancelled", "closed", "died", "judged", "refused", "full", "freed"};
+static const long FIRST = 100; /* measured jobs before the first reading of memory */
+enum { DONE, CANCELLED, CLOSED, DIED, REJECTED, REFUSED, FULL, FREED, ENDS };
+static const char *const NAMES[ENDS] = {"done", "cancelled", "closed", "died", "rejected", "refused", "full", "freed"};
 
-static sdr_open_params how;
-static int workers; /* a job may kill its worker */
+static sdr_open_params open_params;
+static int workers; /* true: a job may kill its worker */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static sdr_runtime *current;   /* under mutex, as what follows */
-static sdr_job *seen[THREADS]; /* each thread's latest, for others to meddle with */
+static sdr_runtime *current;   /* guarded by mutex, like the following variables */
+static sdr_job *seen[THREADS]; /* the latest job of each thread, for others to interfere with */
 static long left, ends[ENDS], faults, opened;
 
 struct thread {
@@ -31,8 +32,8 @@ struct thread {
     int number;
 };
 
-/* One job and what its callback knows. */
-struct asked {
+/* One job and the data of its callback. */
+struct request {
     sdr_job *job;
     int cancel_at, calls, over;
 };
@@ -52,21 +53,21 @@ static void fault(const char *what, sdr_status *status) {
     pthread_mutex_unlock(&mutex);
 }
 
-static void ended(int how_so) {
+static void ended(int end) {
     pthread_mutex_lock(&mutex);
-    ++ends[how_so];
+    ++ends[end];
     pthread_mutex_unlock(&mutex);
 }
 
 static sdr_runtime *open_one(void) {
     sdr_runtime *runtime = NULL;
-    sdr_status *status = sdr_runtime_open(&how, &runtime);
+    sdr_status *status = sdr_runtime_open(&open_params, &runtime);
     if (status) fault("open", status);
     sdr_status_free(status);
     return runtime;
 }
 
-/* Another runtime takes the place of the current one, which is closed while others work with it. */
+/* Replace the current runtime, and close it while other threads use it. */
 static void replace(void) {
     sdr_runtime *fresh = open_one(), *last;
     pthread_mutex_lock(&mutex);
@@ -80,16 +81,16 @@ static void replace(void) {
 }
 
 static int32_t progress(void *user, sdr_job *job, const sdr_progress *now) {
-    struct asked *asked = user;
+    struct request *request = user;
     int32_t state;
-    if (__atomic_load_n(&asked->over, __ATOMIC_ACQUIRE)) fault("a callback after the end", NULL);
+    if (__atomic_load_n(&request->over, __ATOMIC_ACQUIRE)) fault("a callback after the end", NULL);
     sdr_status_free(sdr_job_poll(job, &state, NULL, NULL));
-    if (now->preview && now->preview[0] != now->preview[0]) fault("a preview that is no number", NULL);
-    return ++asked->calls == asked->cancel_at;
+    if (now->preview && now->preview[0] != now->preview[0]) fault("a preview that is not a number", NULL);
+    return ++request->calls == request->cancel_at;
 }
 
-/* Parameters that are wrong in one way or another: `late` where only the engines' side sees it. */
-static int spoil(struct thread *thread, sdr_job_params *params, int *late) {
+/* Make the parameters invalid in some way. `late` is set if only the engines detect it. Returns 1. */
+static int make_invalid(struct thread *thread, sdr_job_params *params, int *late) {
     static const char bad[] = "\xff";
     *late = 0;
     switch (next(thread) % 7) {
@@ -113,29 +114,29 @@ static int spoil(struct thread *thread, sdr_job_params *params, int *late) {
             *late = 1;
             return 1;
         default:
-            params->sampler = "none such";
+            params->sampler = "no such sampler";
             *late = 1;
             return 1;
     }
 }
 
-static int end_of(sdr_status *status, int wrong) {
+static int end_of(sdr_status *status, int invalid) {
     const int32_t code = sdr_status_code(status), reason = sdr_status_reason(status);
-    if (!status) return wrong ? ENDS : DONE;
+    if (!status) return invalid ? ENDS : DONE;
     if (code == SDR_CANCELLED && reason == SDR_REASON_CANCELLED) return CANCELLED;
     if (code == SDR_CANCELLED && reason == SDR_REASON_CLOSED) return CLOSED;
     if (code == SDR_FAILED && reason == SDR_REASON_WORKER_DIED) return workers ? DIED : ENDS;
     if (code == SDR_FAILED && reason == SDR_REASON_QUEUE_FULL) return FULL;
-    if (code == SDR_USAGE && reason == SDR_REASON_NONE && wrong) return JUDGED;
+    if (code == SDR_USAGE && reason == SDR_REASON_NONE && invalid) return REJECTED;
     return ENDS;
 }
 
-static void submit(struct thread *thread, struct asked *asked, int *wrong) {
+static void submit(struct thread *thread, struct request *request, int *invalid) {
     sdr_job_params params;
     sdr_runtime *runtime;
     sdr_status *status;
     int late = 0;
-    memset(asked, 0, sizeof *asked);
+    memset(request, 0, sizeof *request);
     sdr_job_params_init(&params, sizeof params);
     params.prompt = workers && chance(thread, 1) ? "kill" : "a red cat";
     params.sampler = "ddim";
@@ -144,32 +145,33 @@ static void submit(struct thread *thread, struct asked *asked, int *wrong) {
     params.png = chance(thread, 20);
     params.preview = chance(thread, 20);
     params.progress = progress;
-    params.progress_user = asked;
-    if (chance(thread, 20)) asked->cancel_at = 1 + (int)(next(thread) % 4);
-    *wrong = chance(thread, 15) && spoil(thread, &params, &late);
+    params.progress_user = request;
+    if (chance(thread, 20)) request->cancel_at = 1 + (int)(next(thread) % 4);
+    *invalid = chance(thread, 15) && make_invalid(thread, &params, &late);
     pthread_mutex_lock(&mutex);
     runtime = current;
     pthread_mutex_unlock(&mutex);
-    status = sdr_job_submit(runtime, &params, &asked->job);
+    status = sdr_job_submit(runtime, &params, &request->job);
     if (status) {
         const int32_t reason = sdr_status_reason(status);
-        const int gone = reason == SDR_REASON_CLOSED || reason == SDR_REASON_BAD_HANDLE; /* the runtime, by another thread */
-        if (asked->job) fault("a job beside a status", status);
+        /* another thread has closed or freed the runtime */
+        const int gone = reason == SDR_REASON_CLOSED || reason == SDR_REASON_BAD_HANDLE;
+        if (request->job) fault("a job in addition to a status", status);
         if (reason == SDR_REASON_QUEUE_FULL) ended(FULL);
-        else if (gone || (*wrong && !late && sdr_status_code(status) == SDR_USAGE) ||
+        else if (gone || (*invalid && !late && sdr_status_code(status) == SDR_USAGE) ||
                  (workers && reason == SDR_REASON_WORKER_DIED))
             ended(REFUSED);
         else fault("submit", status);
-    } else if (*wrong && !late) {
-        fault("a wrong parameter was taken", NULL);
+    } else if (*invalid && !late) {
+        fault("an invalid parameter was accepted", NULL);
     }
     sdr_status_free(status);
     pthread_mutex_lock(&mutex);
-    if (asked->job) seen[thread->number] = asked->job;
+    if (request->job) seen[thread->number] = request->job;
     pthread_mutex_unlock(&mutex);
 }
 
-static void meddle(struct thread *thread) {
+static void interfere(struct thread *thread) {
     sdr_job *other;
     int32_t state, step, steps;
     pthread_mutex_lock(&mutex);
@@ -180,49 +182,50 @@ static void meddle(struct thread *thread) {
     if (chance(thread, 10)) sdr_status_free(sdr_job_wait(other, (int64_t)(next(thread) % 5)));
 }
 
-static void finish(struct thread *thread, struct asked *asked, int wrong) {
+static void finish(struct thread *thread, struct request *request, int invalid) {
     sdr_status *status;
     const uint8_t *rows;
     size_t stride;
     int found;
-    if (!asked->job) return;
+    if (!request->job) return;
     if (chance(thread, 10)) {
         ended(FREED);
     } else {
-        status = sdr_job_wait(asked->job, LONGEST);
-        found = end_of(status, wrong);
+        status = sdr_job_wait(request->job, LONGEST);
+        found = end_of(status, invalid);
         if (found == ENDS) fault("an end", status);
         else ended(found);
-        __atomic_store_n(&asked->over, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&request->over, 1, __ATOMIC_RELEASE);
         sdr_status_free(status);
-        status = sdr_job_rgb(asked->job, &rows, &stride);
+        status = sdr_job_rgb(request->job, &rows, &stride);
         if ((found == DONE) != (status == NULL)) fault("a picture", status);
         sdr_status_free(status);
     }
-    sdr_job_free(asked->job);
-    __atomic_store_n(&asked->over, 1, __ATOMIC_RELEASE);
-    if (chance(thread, 10)) sdr_job_free(asked->job);
+    sdr_job_free(request->job);
+    __atomic_store_n(&request->over, 1, __ATOMIC_RELEASE);
+    if (chance(thread, 10)) sdr_job_free(request->job);
 }
 
+/* Return 1 if another job is left to submit. */
 static int take(void) {
-    int taken;
+    int granted;
     pthread_mutex_lock(&mutex);
-    taken = left > 0;
-    left -= taken;
+    granted = left > 0;
+    left -= granted;
     pthread_mutex_unlock(&mutex);
-    return taken;
+    return granted;
 }
 
 static void *work(void *user) {
     struct thread *thread = user;
-    struct asked asked[BURST];
-    int wrong[BURST], count, k;
+    struct request requests[BURST];
+    int invalid[BURST], count, k;
     do {
         const int wanted = 1 + (int)(next(thread) % BURST);
-        for (count = 0; count < wanted && take(); ++count) submit(thread, &asked[count], &wrong[count]);
-        if (chance(thread, 40)) meddle(thread);
+        for (count = 0; count < wanted && take(); ++count) submit(thread, &requests[count], &invalid[count]);
+        if (chance(thread, 40)) interfere(thread);
         if (chance(thread, 1)) replace();
-        for (k = 0; k < count; ++k) finish(thread, &asked[k], wrong[k]);
+        for (k = 0; k < count; ++k) finish(thread, &requests[k], invalid[k]);
     } while (count);
     return NULL;
 }
@@ -239,20 +242,20 @@ static void run(long jobs, uint64_t seed) {
         pthread_create(&ids[k], NULL, work, &threads[k]);
     }
     for (k = 0; k < THREADS; ++k) pthread_join(ids[k], NULL);
-    replace(); /* the last one is used and closed as well */
+    replace(); /* closes the last runtime too */
     sdr_runtime_free(current);
 }
 
-/* KiB of this process. `written`: without the pages of programs and libraries, which the system drops and reads again as it likes. */
-static long memory(int written) {
+/* Return the memory of this process in KiB. `dirty`: without the pages of programs and libraries, which the system drops and reads
+ * again at any time. */
+static long memory(int dirty) {
     static const char *const names[] = {"Rss: %ld", "Private_Dirty: %ld", "Shared_Dirty: %ld"};
     char line[128];
-    long sum = 0, found;
-    FILE *file = fopen("/proc/self/smaps_rollup", "r"); /* counted page by page; statm is not */
+    long sum = 0, size;
+    FILE *file = fopen("/proc/self/smaps_rollup", "r"); /* exact, unlike statm */
     while (file && fgets(line, sizeof line, file))
-        if (written ? sscanf(line, names[1], &found) == 1 || sscanf(line, names[2], &found) == 1
-                    : sscanf(line, names[0], &found) == 1)
-            sum += found;
+        if (dirty ? sscanf(line, names[1], &size) == 1 || sscanf(line, names[2], &size) == 1 : sscanf(line, names[0], &size) == 1)
+            sum += size;
     if (file) fclose(file);
     return sum;
 }
@@ -262,19 +265,19 @@ int main(int argc, char **argv) {
     uint64_t seed;
     int k;
     if (argc < 6) return 2;
-    sdr_open_params_init(&how, sizeof how);
-    how.isolation = strcmp(argv[1], "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
-    how.bundle = argv[2];
-    how.python = strcmp(argv[3], "-") == 0 ? NULL : argv[3];
-    how.backend = strcmp(argv[4], "-") == 0 ? NULL : argv[4];
-    how.threads = 1;
-    how.queue = 18;
-    workers = how.isolation == SDR_ISOLATION_PROCESS && how.python;
+    sdr_open_params_init(&open_params, sizeof open_params);
+    open_params.isolation = strcmp(argv[1], "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
+    open_params.bundle = argv[2];
+    open_params.python = strcmp(argv[3], "-") == 0 ? NULL : argv[3];
+    open_params.backend = strcmp(argv[4], "-") == 0 ? NULL : argv[4];
+    open_params.threads = 1;
+    open_params.queue = 18;
+    workers = open_params.isolation == SDR_ISOLATION_PROCESS && open_params.python;
     jobs = atol(argv[5]);
     seed = argc > 6 ? strtoull(argv[6], NULL, 10) : 1;
     run(jobs, seed);
     run(FIRST, seed + 1);
-    malloc_trim(0); /* what the allocator keeps for later is no leak */
+    malloc_trim(0); /* memory that the allocator keeps for later is not a leak */
     before = memory(1);
     resident = memory(0);
     run(jobs - FIRST, seed + 2);

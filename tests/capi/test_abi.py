@@ -1,4 +1,4 @@
-"""What programs compiled before rely on: where the fields of each struct lie, and that other headers than ours serve."""
+"""Compatibility with programs compiled earlier: the layout of the structs, and older and newer headers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOLDEN = HERE / "abi.json"
 
 
 def layout(library: Library, include: Path, name: str, tmp_path: Path) -> dict[str, dict[str, int]]:
-    """Struct -> field -> offset in bytes, and "sizeof"; as the C compiler lays them out."""
+    """Return struct -> field -> offset in bytes, and "sizeof", as the C compiler computes them."""
     lines = []
     for struct in STRUCTS:
         lines.append(f'printf("{struct} sizeof %zu\\n", sizeof({struct}));')
@@ -26,21 +26,22 @@ def layout(library: Library, include: Path, name: str, tmp_path: Path) -> dict[s
     source = tmp_path / "layout.c"
     body = "\n".join(lines)
     source.write_text(f'#include <stdio.h>\n#include "sdruntime/sdruntime.h"\nint main(void) {{\n{body}\nreturn 0;\n}}\n')
-    found: dict[str, dict[str, int]] = {}
+    offsets: dict[str, dict[str, int]] = {}
     for line in run(library.program(source, name=name, include=include)).splitlines():
         struct, field, number = line.split()
-        found.setdefault(struct, {})[field] = int(number)
-    return found
+        offsets.setdefault(struct, {})[field] = int(number)
+    return offsets
 
 
 def include_of(folder: Path, header: str) -> Path:
+    """Write a header to an include folder, and return the folder."""
     (folder / "sdruntime").mkdir()
     (folder / "sdruntime" / "sdruntime.h").write_text(header)
     return folder
 
 
-def test_sizes_and_offsets_are_the_golden_numbers(library: Library, tmp_path: Path) -> None:
-    """Of 64-bit machines. A new field goes to the end of its struct, and then into the file; no offset in it changes."""
+def test_sizes_and_offsets_are_unchanged(library: Library, tmp_path: Path) -> None:
+    """Valid for 64-bit machines. Add a new field at the end of its struct, then to abi.json; existing offsets never change."""
     assert layout(library, INCLUDE, "layout", tmp_path) == json.loads(GOLDEN.read_text())
 
 
@@ -59,30 +60,30 @@ def test_the_defaults_of_a_job_are_those_of_a_request(library: Library) -> None:
     assert (params.negative, params.sampler, params.schedule, params.width, params.height) == (None, None, None, 0, 0)
 
 
-def test_the_structs_of_the_first_header_are_the_beginning_of_todays(library: Library, tmp_path: Path) -> None:
+def test_todays_structs_begin_with_the_fields_of_the_first_header(library: Library, tmp_path: Path) -> None:
     first = FIRST.read_text(encoding="utf-8")
     for struct in STRUCTS:
         [body] = re.findall(rf"typedef struct {struct} \{{(.*?)\}} {struct};", first, flags=re.DOTALL)
         plain = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
-        then = re.findall(r"^\s*(.+?[ *])(\w+);", plain, flags=re.MULTILINE)
-        assert len(then) >= 7
-        assert fields(struct)[: len(then)] == then
+        original = re.findall(r"^\s*(.+?[ *])(\w+);", plain, flags=re.MULTILINE)
+        assert len(original) >= 7
+        assert fields(struct)[: len(original)] == original
 
 
 @pytest.mark.parametrize("which", ["first", "newer"])
-def test_a_program_of_another_header_runs(library: Library, empty_bundle: Path, tmp_path: Path, which: str) -> None:
+def test_a_program_with_another_header_runs(library: Library, empty_bundle: Path, tmp_path: Path, which: str) -> None:
     if which == "first":
         include, flags = include_of(tmp_path, FIRST.read_text(encoding="utf-8")), ()
     else:
         header, count = re.subn(r"^\} (sdr_\w+);", r"    uint64_t newer;\n} \1;", HEADER.read_text("utf-8"), flags=re.MULTILINE)
         assert count == len(STRUCTS)
-        newer = re.sub(r"(#define SDR_ABI_MINOR) (\d+)", lambda found: f"{found[1]} {int(found[2]) + 1}", header)
+        newer = re.sub(r"(#define SDR_ABI_MINOR) (\d+)", lambda match: f"{match[1]} {int(match[2]) + 1}", header)
         include, flags = include_of(tmp_path, newer), ("-DNEWER",)
     program = library.program("abi.c", name=f"abi-{which}", flags=flags, include=include)
     assert run(program, empty_bundle, STAND_IN) == "0 faults\n"
 
 
-def test_a_host_compiled_with_the_first_header_draws(library: Library, empty_bundle: Path, tmp_path: Path) -> None:
+def test_a_host_compiled_with_the_first_header_generates(library: Library, empty_bundle: Path, tmp_path: Path) -> None:
     include = include_of(tmp_path, FIRST.read_text(encoding="utf-8"))
     host = library.program("host.c", name="host-first", include=include)
     printed = run(host, "isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "jobs=4", "rounds=2")

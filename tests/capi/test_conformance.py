@@ -1,4 +1,4 @@
-"""One suite for every implementation of sdruntime.h: in this process, in a worker, and with a stand-in for the service."""
+"""The conformance suite of sdruntime.h: in process, in a worker process, and with a stand-in for the service."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_the_library_conforms(library: Library, bundle: Path, isolation: str) ->
 
 
 @pytest.mark.parametrize("kind", ["asan", "tsan"])
-def test_its_own_code_has_no_report(build: Build, empty_bundle: Path, kind: str) -> None:
+def test_sanitizers_report_nothing_in_the_library(build: Build, empty_bundle: Path, kind: str) -> None:
     conformance(build(kind), "process", empty_bundle, STAND_IN)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_with_the_service_there_is_no_report(build: Build, bundle: Path, isolation: str) -> None:
-    """Python and the engines keep memory of their own until the process ends; of the library's there must be none left."""
+def test_the_sanitizer_reports_nothing_with_the_service(build: Build, bundle: Path, isolation: str) -> None:
+    """Python and the engines keep memory until the process ends (lsan.supp); the library must not."""
     conformance(build("asan"), isolation, bundle, env={"LSAN_OPTIONS": f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0"})
 
 
@@ -42,31 +42,29 @@ def test_a_callback_that_throws_ends_its_own_job(library: Library, bundle: Path,
 
 
 @pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
-def test_a_log_callback_that_throws_is_dropped(build: Build, empty_bundle: Path, kind: str) -> None:
+def test_an_exception_of_the_log_callback_is_discarded(build: Build, empty_bundle: Path, kind: str) -> None:
     assert run(build(kind).program("throwing.cpp"), "process", empty_bundle, STAND_IN) == "0 faults, 2 lines\n"
 
 
-def test_freeing_twice_is_told_where_debugging_is_on(library: Library, empty_bundle: Path) -> None:
+def test_freeing_twice_is_reported_in_debug_mode(library: Library, empty_bundle: Path) -> None:
     program = library.program(*(HERE / "conformance" / name for name in SOURCES), name="conformance")
     words = ("process", empty_bundle, STAND_IN, "-", "foreign_and_freed_handles")
     loud = run(program, *words, env={"SDRUNTIME_DEBUG": "1"})
     for kind in ("status", "job", "runtime"):
-        assert len(re.findall(rf"^sdruntime: sdr_{kind}_free\(0x[0-9a-f]+\): freed already", loud, flags=re.MULTILINE)) == 1
+        assert len(re.findall(rf"^sdruntime: sdr_{kind}_free\(0x[0-9a-f]+\): already freed", loud, flags=re.MULTILINE)) == 1
     assert run(program, *words, env={"SDRUNTIME_DEBUG": "0"}) == "ok foreign_and_freed_handles\n0 of 1 failed\n"
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-@pytest.mark.parametrize("damage", ["no manifest", "no JSON", "an engine is gone", "another format"])
-def test_bundles_that_are_damaged_are_refused(
-    library: Library, bundle: Path, tmp_path: Path, isolation: str, damage: str
-) -> None:
+@pytest.mark.parametrize("damage", ["no manifest", "invalid JSON", "missing engines", "unknown format"])
+def test_damaged_bundles_are_rejected(library: Library, bundle: Path, tmp_path: Path, isolation: str, damage: str) -> None:
     folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     manifest = folder / "manifest.json"
     if damage == "no manifest":
         manifest.unlink()
-    elif damage == "no JSON":
+    elif damage == "invalid JSON":
         manifest.write_text("{")
-    elif damage == "an engine is gone":
+    elif damage == "missing engines":
         shutil.rmtree(folder / "engines")
     else:
         manifest.write_text('{"format": "another"}')

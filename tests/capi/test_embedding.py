@@ -1,4 +1,4 @@
-"""The interpreter inside a host: which one, how it is found, and what hosts do around it."""
+"""The interpreter inside a host: how it is found, which versions work, and hosts with an interpreter of their own or fork()."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def host(library: Library) -> Path:
 
 
 def expected(bundle: Path, seed: int = 7) -> bytes:
+    """Return the RGB8 rows that the Python pipeline generates."""
     with Pipeline.open(bundle) as pipe:
         return pipe("a red cat", seed=seed, steps=3, sampler="ddim").pixels[0].tobytes()
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_the_picture_is_that_of_python_to_the_byte(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
+def test_the_image_equals_pythons_byte_for_byte(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
     run(host, f"isolation={isolation}", f"bundle={bundle}", f"out={tmp_path / 'rows'}")
     assert (tmp_path / "rows").read_bytes() == expected(bundle)
 
@@ -38,16 +39,16 @@ def test_the_picture_is_that_of_python_to_the_byte(host: Path, bundle: Path, tmp
 OWN = Environment(python="own", pins=())
 
 
-@pytest.fixture(scope="module", params=[OWN, *ENVIRONMENTS], ids=lambda each: each.name)
+@pytest.fixture(scope="module", params=[OWN, *ENVIRONMENTS], ids=lambda environment: environment.name)
 def environment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, dict[str, str], bytes]:
-    """Of one Python: its virtual environment, a bundle with engines of its own, its versions, and the rows it draws itself."""
+    """Return, for one Python: its virtual environment, a bundle with its engines, its versions, and its own RGB8 rows."""
     python = Path(sys.executable) if request.param == OWN else python_of(request.param)
     folder = tmp_path_factory.mktemp("environment")
-    there = {"PYTHONPATH": str(ROOT / "runtime") if request.param == OWN else ""}
+    variables = {"PYTHONPATH": str(ROOT / "runtime") if request.param == OWN else ""}
     bundle = Path(shutil.copytree(FIXTURE, folder / "bundle"))
-    run(python, "-m", "sdruntime", "build", bundle, "--backend", "onnxruntime", env=there)
+    run(python, "-m", "sdruntime", "build", bundle, "--backend", "onnxruntime", env=variables)
     program = f"""
 import json, platform
 import numpy, onnxruntime
@@ -57,25 +58,25 @@ with Pipeline.open({str(bundle)!r}) as pipe:
 open({str(folder / "rows")!r}, "wb").write(rows)
 print(json.dumps({{"python": platform.python_version(), "numpy": numpy.__version__, "onnxruntime": onnxruntime.__version__}}))
 """
-    versions = json.loads(run(python, "-c", program, env=there))
+    versions = json.loads(run(python, "-c", program, env=variables))
     return python.parents[1], bundle, versions, (folder / "rows").read_bytes()
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_one_binary_serves_every_python(
+def test_one_binary_works_with_every_python(
     host: Path, environment: tuple[Path, Path, dict[str, str], bytes], tmp_path: Path, isolation: str
 ) -> None:
     venv, bundle, versions, rows = environment
-    there = {"SDRUNTIME_PYTHON": "", "PYTHONPATH": str(ROOT / "runtime") if str(venv) == sys.prefix else ""}
-    asked = (f"isolation={isolation}", f"bundle={bundle}", f"python={venv}", f"out={tmp_path / 'rows'}")
-    printed = run(host, *asked, env=there)
+    variables = {"SDRUNTIME_PYTHON": "", "PYTHONPATH": str(ROOT / "runtime") if str(venv) == sys.prefix else ""}
+    words = (f"isolation={isolation}", f"bundle={bundle}", f"python={venv}", f"out={tmp_path / 'rows'}")
+    printed = run(host, *words, env=variables)
     [described] = re.findall(r"^describe (.*)$", printed, flags=re.MULTILINE)
     assert json.loads(described)["versions"].items() >= versions.items(), versions
     assert len(rows) == 64 * 64 * 3
     assert (tmp_path / "rows").read_bytes() == rows
 
 
-def test_a_plugin_that_was_loaded_locally(library: Library, host: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_plugin_that_is_loaded_with_rtld_local(library: Library, host: Path, bundle: Path, tmp_path: Path) -> None:
     plugin = library.folder / "plugin.so"
     link = (f"-L{library.folder}", "-lsdruntime", f"-Wl,-rpath,{library.folder}")
     run(compiler("cc"), "-D_GNU_SOURCE", "-shared", "-fPIC", f"-I{INCLUDE}", HERE / "host.c", "-o", plugin, *link)
@@ -87,8 +88,8 @@ def test_a_plugin_that_was_loaded_locally(library: Library, host: Path, bundle: 
 
 @pytest.mark.parametrize("isolation", [0, 1], ids=["in-process", "process"])
 @pytest.mark.parametrize("gil", [False, True], ids=["without the GIL", "with the GIL"])
-def test_a_host_that_is_python_already(library: Library, bundle: Path, gil: bool, isolation: int) -> None:
-    """Its callbacks are Python, and so need the GIL while a call waits."""
+def test_a_host_that_is_written_in_python(library: Library, bundle: Path, gil: bool, isolation: int) -> None:
+    """Its callbacks are Python functions, which need the GIL while a call waits."""
     program = f"""
 import ctypes
 from capi.binding import PROGRESS, Library
@@ -96,8 +97,8 @@ lib = Library({str(library.path)!r}, gil={gil})
 steps = []
 callback = PROGRESS(lambda user, job, progress: steps.append(job) or 0)
 runtime = lib.open(bundle={str(bundle)!r}, threads=1, isolation={isolation})
-asked = dict(prompt="a red cat", seed=7, steps=3, sampler="ddim", png=1, progress=ctypes.cast(callback, ctypes.c_void_p))
-job = lib.submit(runtime, **asked)
+settings = dict(prompt="a red cat", seed=7, steps=3, sampler="ddim", png=1, progress=ctypes.cast(callback, ctypes.c_void_p))
+job = lib.submit(runtime, **settings)
 lib.wait(job)
 assert steps == [job.value] * 3
 rows = lib.rgb(job)
@@ -116,14 +117,15 @@ print("same")
 
 
 def status(printed: str, what: str) -> tuple[int, int]:
+    """Return the code and reason of the first status of one call."""
     [first] = re.findall(rf"^{what} (\d+) (\d+)", printed, flags=re.MULTILINE)[:1]
     return int(first[0]), int(first[1])
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_without_a_python_all_that_was_searched_is_told(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
+def test_without_a_python_the_places_searched_are_listed(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
     for name in ("libpython3.so", *(f"libpython3.{minor}.so.1.0" for minor in range(8, 30))):
-        (tmp_path / name).write_text("what the loader finds first is no library")
+        (tmp_path / name).write_text("not a library")
     env = {"SDRUNTIME_PYTHON": "", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
     printed = run(host, f"isolation={isolation}", f"bundle={bundle}", env=env, code=1)
     assert status(printed, "open") == (3, NO_PYTHON)
@@ -137,7 +139,7 @@ def test_without_a_python_all_that_was_searched_is_told(host: Path, bundle: Path
 
 
 @pytest.mark.parametrize("isolation", ["in-process", "process"])
-def test_without_the_runtime_the_folders_searched_are_told(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
+def test_without_the_runtime_the_folders_searched_are_listed(host: Path, bundle: Path, tmp_path: Path, isolation: str) -> None:
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
     printed = run(host, f"isolation={isolation}", f"bundle={bundle}", f"python={bare}", env={"PYTHONPATH": ""}, code=1)
@@ -147,7 +149,7 @@ def test_without_the_runtime_the_folders_searched_are_told(host: Path, bundle: P
     assert "as sdr_open_params.python or SDRUNTIME_PYTHON" in printed
 
 
-def test_another_python_than_the_one_that_runs_is_refused(host: Path, library: Library, bundle: Path, tmp_path: Path) -> None:
+def test_another_python_than_the_running_one_is_rejected(host: Path, library: Library, bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     (other / "bin").mkdir(parents=True)
     (other / "bin" / "python3").symlink_to(sys.executable)
@@ -165,15 +167,15 @@ except Failed as failed:
     assert "Python 3.99 was requested" in printed
 
 
-def test_a_child_of_fork_is_told_in_process(host: Path, bundle: Path) -> None:
+def test_a_child_of_fork_fails_in_process(host: Path, bundle: Path) -> None:
     printed = run(host, "isolation=in-process", f"bundle={bundle}", "fork=1", code=None)
     assert status(printed, "child-describe") == (2, FORKED)
     assert re.findall(r"^open (\d+) (\d+)", printed, flags=re.MULTILINE) == [("0", "0"), ("2", str(FORKED))]
     assert "child ended with 0" in printed
-    assert status(printed, "job") == (0, 0)  # the parent goes on
+    assert status(printed, "job") == (0, 0)  # the parent continues
 
 
-def test_a_host_that_forks_has_a_worker_in_both(host: Path, bundle: Path) -> None:
+def test_with_a_worker_a_child_of_fork_opens_its_own_runtime(host: Path, bundle: Path) -> None:
     printed = run(host, "isolation=process", f"bundle={bundle}", "fork=1")
     assert status(printed, "child-describe") == (2, FORKED)
     assert re.findall(r"^open (\d+) (\d+)", printed, flags=re.MULTILINE) == [("0", "0"), ("0", "0")]
@@ -181,7 +183,7 @@ def test_a_host_that_forks_has_a_worker_in_both(host: Path, bundle: Path) -> Non
     assert "children 0" in printed
 
 
-def test_nothing_python_is_needed_to_load_the_library(library: Library) -> None:
+def test_the_library_loads_without_python(library: Library) -> None:
     needed = run("readelf", "-d", "--dyn-syms", library.path)
     assert "libpython" not in needed
     assert not re.findall(r"\bUND\s+_?Py\w+", needed)

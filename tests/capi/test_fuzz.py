@@ -1,6 +1,7 @@
-"""The library's readers of JSON and of frames against what Python reads: 20 000 documents and 3000 streams that were damaged.
+"""Compare the library's readers of JSON and of socket messages with Python's, on 20 000 documents and 3000 streams with damage.
 
-Always the same ones. Under the sanitizers, which also end the program where a length that lies makes it take more than 4 MiB.
+The cases are the same in each run. The programs run under the sanitizers, which also end them if a false length makes them
+allocate more than 4 MiB.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from capi.building import CAPI, HANGS
+from capi.building import CAPI, TIMEOUT
 from capi.conftest import Build
 
 DOCUMENTS, STREAMS = 20_000, 3000
@@ -33,23 +34,23 @@ def fuzz(build: Build) -> Path:
     return library.program("fuzz.cpp", *objects, flags=(f"-I{CAPI / 'src'}",))
 
 
-def told(program: Path, mode: str, cases: Sequence[bytes]) -> list[bytes]:
-    """What became of each case."""
-    given = b"".join(struct.pack("<I", len(case)) + case for case in cases)
+def run_cases(program: Path, mode: str, cases: Sequence[bytes]) -> list[bytes]:
+    """Return the program's result for each case."""
+    stdin = b"".join(struct.pack("<I", len(case)) + case for case in cases)
     limits = {"ASAN_OPTIONS": "max_allocation_size_mb=4", "UBSAN_OPTIONS": "print_stacktrace=1"}
     done = subprocess.run(
-        [program, mode], input=given, capture_output=True, check=False, timeout=HANGS, env={**os.environ, **limits}
+        [program, mode], input=stdin, capture_output=True, check=False, timeout=TIMEOUT, env={**os.environ, **limits}
     )
     assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode(errors="replace")[-6000:]
-    answers, at = [], 0
+    results, at = [], 0
     while at < len(done.stdout):
         [size] = struct.unpack_from("<I", done.stdout, at)
-        answers.append(done.stdout[at + 4 : at + 4 + size])
+        results.append(done.stdout[at + 4 : at + 4 + size])
         at += 4 + size
-    before, after = answers.pop().split()
+    before, after = results.pop().split()
     assert before == after, "descriptors were left open"
-    assert len(answers) == len(cases)
-    return answers
+    assert len(results) == len(cases)
+    return results
 
 
 # ---- JSON
@@ -89,6 +90,7 @@ PIECES = [
 
 
 def damaged(chance: random.Random, document: bytes) -> bytes:
+    """Return the document with one to three random changes."""
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         at = chance.randrange(len(document) + 1)
         end = min(len(document), at + chance.choice((0, 1, 1, 2, 5, 30, len(document))))
@@ -107,16 +109,16 @@ def documents() -> list[bytes]:
         for ascii_only in (True, False)
         for indent in (None, 1)
     ]
-    made = [*seeds, *PIECES, b"", *(b'{"a":' + piece + b"}" for piece in PIECES), *(b"[" + piece + b"]" for piece in PIECES)]
-    return made + [damaged(chance, chance.choice(seeds)) for _ in range(DOCUMENTS - len(made))]
+    cases = [*seeds, *PIECES, b"", *(b'{"a":' + piece + b"}" for piece in PIECES), *(b"[" + piece + b"]" for piece in PIECES)]
+    return cases + [damaged(chance, chance.choice(seeds)) for _ in range(DOCUMENTS - len(cases))]
 
 
 def strictly(document: bytes) -> Any:
-    """Python's reading without what RFC 8259 does not have, or leaves to the reader. Raises ValueError."""
+    """Read JSON with Python, but reject what RFC 8259 excludes or leaves to the implementation. Raises ValueError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key twice")
+            raise ValueError("duplicate key")
         return dict(pairs)
 
     def finite(text: str) -> float:
@@ -134,39 +136,39 @@ def strictly(document: bytes) -> Any:
         if depth > DEEPEST:
             raise ValueError("deep")
         if isinstance(value, str):
-            value.encode()  # half a surrogate pair: UnicodeEncodeError, a ValueError
+            value.encode()  # unpaired surrogate: UnicodeEncodeError, a ValueError
         for inner in (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
             check(inner, depth + 1)
 
     try:
-        found = json.loads(document.decode(), object_pairs_hook=once, parse_float=finite, parse_int=whole, parse_constant=refuse)
+        value = json.loads(document.decode(), object_pairs_hook=once, parse_float=finite, parse_int=whole, parse_constant=refuse)
     except RecursionError:
         raise ValueError("deep") from None
-    check(found, 0)
-    return found
+    check(value, 0)
+    return value
 
 
-def test_json_is_what_python_strictly_reads(fuzz: Path) -> None:
+def test_json_is_read_like_strict_python(fuzz: Path) -> None:
     cases = documents()
-    taken = 0
-    for document, answer in zip(cases, told(fuzz, "json", cases), strict=True):
+    valid = 0
+    for document, result in zip(cases, run_cases(fuzz, "json", cases), strict=True):
         try:
             expected = strictly(document)
         except ValueError:
-            assert answer.startswith(b"!JSON, byte "), (document, answer)
+            assert result.startswith(b"!JSON, byte "), (document, result)
             continue
-        taken += 1
-        assert answer.startswith(b"="), (document, answer)
-        assert repr(json.loads(answer[1:])) == repr(expected), (document, answer)
+        valid += 1
+        assert result.startswith(b"="), (document, result)
+        assert repr(json.loads(result[1:])) == repr(expected), (document, result)
     assert len(cases) == DOCUMENTS
-    assert DOCUMENTS // 20 < taken < DOCUMENTS // 2  # the damage is neither too much nor too little to tell anything
+    assert DOCUMENTS // 20 < valid < DOCUMENTS // 2  # the damage is neither too weak nor too strong to test anything
 
 
 # ---- frames
 
 
 def expected_of(stream: bytes) -> bytes:
-    """The messages of a stream, whose first byte says which descriptor came along, and how it ends."""
+    """Return the expected result for a stream. Its first byte selects the descriptors that are sent along."""
     sizes = {"s": len(FILE), "u": len(FILE), "2": len(FILE), "-": 10, "n": 0, "d": 0}
     file, stream = sizes.get(chr(stream[0])), stream[1:]
     lines = []
@@ -192,7 +194,7 @@ def expected_of(stream: bytes) -> bytes:
 
 def streams() -> list[bytes]:
     chance = random.Random(2)
-    lies = [
+    false_sizes = [
         0,
         1,
         16,
@@ -209,14 +211,14 @@ def streams() -> list[bytes]:
         2**60,
         2**64 - 1,
     ]
-    made = []
+    cases = []
     for _ in range(STREAMS):
         stream = b""
         for _ in range(chance.randrange(4)):
             body, blob = chance.randbytes(chance.choice((0, 2, 300))), chance.randbytes(chance.choice((0, 1, 5000)))
             shared = chance.random() < 0.3
-            told_size = chance.choice((0, 10, 11, 70_000, len(FILE), len(FILE) + 1)) if shared else len(blob)
-            stream += HEADER.pack(len(body), shared, told_size) + body + (b"" if shared else blob)
+            announced = chance.choice((0, 10, 11, 70_000, len(FILE), len(FILE) + 1)) if shared else len(blob)
+            stream += HEADER.pack(len(body), shared, announced) + body + (b"" if shared else blob)
         damage = chance.randrange(6)
         if damage == 0:
             stream = stream[: chance.randrange(len(stream) + 1)]
@@ -227,15 +229,15 @@ def streams() -> list[bytes]:
             stream = stream[:at] + chance.randbytes(1) + stream[at + 1 :]
         elif damage == 3:
             stream += HEADER.pack(
-                chance.choice(lies) & 0xFFFFFFFF, chance.choice((0, 1, 2, 3, 2**31)), chance.choice(lies)
+                chance.choice(false_sizes) & 0xFFFFFFFF, chance.choice((0, 1, 2, 3, 2**31)), chance.choice(false_sizes)
             ) + chance.randbytes(2000)
-        made.append(chance.choice(b"    ssu2-nd").to_bytes(1, "little") + stream)
-    return made
+        cases.append(chance.choice(b"    ssu2-nd").to_bytes(1, "little") + stream)
+    return cases
 
 
-def test_frames_are_read_or_refused(fuzz: Path) -> None:
+def test_frames_are_read_or_rejected(fuzz: Path) -> None:
     cases = streams()
-    answers = told(fuzz, "frames", cases)
-    for case, answer in zip(cases, answers, strict=True):
-        assert answer == expected_of(case), (case[:64], len(case))
-    assert 100 < sum(answer.endswith(b"bad") for answer in answers) < STREAMS - 100
+    results = run_cases(fuzz, "frames", cases)
+    for case, result in zip(cases, results, strict=True):
+        assert result == expected_of(case), (case[:64], len(case))
+    assert 100 < sum(result.endswith(b"bad") for result in results) < STREAMS - 100

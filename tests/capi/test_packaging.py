@@ -1,4 +1,4 @@
-"""The C library as its users get it: installed, found by CMake and pkg-config, built from the wheel; and what it exports."""
+"""The installed C library: its exports, CMake and pkg-config files, and building it from the wheel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ target_link_libraries(host PRIVATE sdruntime::sdruntime)
 
 @pytest.fixture
 def moved(capi_prefix: Path, tmp_path: Path) -> Path:
-    """What was installed, copied elsewhere, in a folder with a space in its name."""
+    """Return a copy of the installation in a folder with a space in its name."""
     return Path(shutil.copytree(capi_prefix, tmp_path / "another place", symlinks=True))
 
 
@@ -78,7 +78,7 @@ def test_both_headers_and_nothing_else_are_installed(capi_prefix: Path) -> None:
     assert names == ["sdruntime.h", "sdruntime.hpp"]
 
 
-def test_find_package_serves_a_host_in_c(moved: Path, tmp_path: Path) -> None:
+def test_find_package_works_for_a_host_in_c(moved: Path, tmp_path: Path) -> None:
     (tmp_path / "host.c").write_text(PROGRAM)
     (tmp_path / "CMakeLists.txt").write_text(PROJECT)
     build = tmp_path / "build"
@@ -93,7 +93,7 @@ def test_find_package_serves_a_host_in_c(moved: Path, tmp_path: Path) -> None:
         assert f"version: {sdruntime.__version__}" in refused
 
 
-def test_pkg_config_serves_a_host_in_c(moved: Path, tmp_path: Path) -> None:
+def test_pkg_config_works_for_a_host_in_c(moved: Path, tmp_path: Path) -> None:
     (tmp_path / "host.c").write_text(PROGRAM)
     where = {"PKG_CONFIG_PATH": str(moved / "lib" / "pkgconfig")}
     assert run("pkg-config", "--modversion", "sdruntime", **where).strip() == sdruntime.__version__
@@ -102,7 +102,7 @@ def test_pkg_config_serves_a_host_in_c(moved: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "host", LD_LIBRARY_PATH=str(moved / "lib")) == f"{sdruntime.__version__} 2 same\n"
 
 
-def test_with_the_flags_of_capi_a_program_finds_the_library_wherever_it_runs(capi_prefix: Path, tmp_path: Path) -> None:
+def test_a_program_built_with_the_flags_of_capi_finds_the_library(capi_prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "host.c").write_text(PROGRAM)
     flags = run(sys.executable, "-m", "sdruntime", "capi", "--cflags", "--libs", capi_prefix).replace("\n", " ")
     run("sh", "-c", f"cc '{tmp_path}/host.c' {flags} -o '{tmp_path}/host'")
@@ -126,29 +126,29 @@ def test_without_cmake_the_build_says_how_to_install_it(monkeypatch: pytest.Monk
     cmake = tmp_path / "bin" / "cmake"
     cmake.write_text("#!/bin/sh\n")
     cmake.chmod(0o755)
-    assert capi.find_cmake() == str(cmake), "pip puts it beside the interpreter"
+    assert capi.find_cmake() == str(cmake), "pip installs it beside the interpreter"
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "message"),
     [
         ({"CXX": "", "PATH": "TOOLS"}, "none of c++, g++, clang++ is on PATH: sudo apt-get install g++"),
         ({"CXX": "no-such-compiler -m32"}, "CXX is no-such-compiler, which is not there"),
         ({"CXX": "false"}, "the C library was not built"),
     ],
-    ids=["no compiler", "CXX is not there", "it fails"],
+    ids=["no compiler", "CXX does not exist", "CXX fails"],
 )
-def test_a_build_that_cannot_be_says_why(tmp_path: Path, variables: dict[str, str], told: str) -> None:
+def test_a_failed_build_says_why(tmp_path: Path, variables: dict[str, str], message: str) -> None:
     tools = tmp_path / "TOOLS"
     tools.mkdir()
     (tools / "cmake").symlink_to(str(shutil.which("cmake")))
     variables = {key: value.replace("TOOLS", str(tools)) for key, value in variables.items()}
     printed = run(sys.executable, "-m", "sdruntime", "capi", "--build", tmp_path, code=3, **variables)
-    assert told in printed
+    assert message in printed
     assert not (tmp_path / "lib").exists()
 
 
-def test_without_a_compiler_tests_fail_unless_told_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_tests_fail_unless_they_are_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("SDRUNTIME_NO_COMPILER", "0")
     with pytest.raises(pytest.fail.Exception, match="not on PATH: sudo apt-get install"):
@@ -158,7 +158,7 @@ def test_without_a_compiler_tests_fail_unless_told_to_be_left_out(monkeypatch: p
         require_compiler()
 
 
-def test_capi_tells_where_things_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_capi_prints_paths_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     include = HEADER.parents[1]
     assert main(["capi", "--include", "--cflags", "--libs", "--version"]) == 0
     assert capsys.readouterr().out.splitlines() == [str(include), f"-I{include}", "-lsdruntime", sdruntime.__version__]
@@ -167,7 +167,7 @@ def test_capi_tells_where_things_are(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.full
-def test_a_static_library_links_too(tmp_path: Path) -> None:
+def test_a_static_library_can_be_linked(tmp_path: Path) -> None:
     require_compiler()
     prefix, build = tmp_path / "prefix", tmp_path / "build"
     run("cmake", "-S", ROOT / "runtime" / "capi", "-B", build, "-DBUILD_SHARED_LIBS=OFF")
@@ -180,35 +180,35 @@ def test_a_static_library_links_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_wheel_of_the_sdist_is_enough_on_a_device(bundle: Path, tmp_path: Path) -> None:
-    """A fresh environment with the wheel, the library built from it, and a program that draws by that library."""
+def test_the_wheel_suffices_on_a_device(bundle: Path, tmp_path: Path) -> None:
+    """Install the wheel in a new environment, build the library from it, and generate an image with a program that uses it."""
     require_compiler()
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "SDRUNTIME_", "VIRTUAL_ENV"))}
 
-    def there(*command: str | Path) -> str:
+    def run_clean(*command: str | Path) -> str:
         words = [str(part) for part in command]
         return subprocess.run(words, check=True, cwd=tmp_path, env=clean, capture_output=True, text=True).stdout
 
     pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
-    there(sys.executable, "-m", "venv", tmp_path / "tool")
-    there(tmp_path / "tool" / "bin" / "python", *pip, "install", "hatchling", "build")
-    there(tmp_path / "tool" / "bin" / "python", "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT / "runtime")
+    run_clean(sys.executable, "-m", "venv", tmp_path / "tool")
+    run_clean(tmp_path / "tool" / "bin" / "python", *pip, "install", "hatchling", "build")
+    run_clean(tmp_path / "tool" / "bin" / "python", "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT / "runtime")
     [wheel] = tmp_path.glob("*.whl")
     inside = {name.removeprefix("sdruntime/native/") for name in zipfile.ZipFile(wheel).namelist() if "/native/" in name}
     source = ROOT / "runtime" / "capi"
     assert inside == {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
 
-    there(sys.executable, "-m", "venv", tmp_path / "device")
+    run_clean(sys.executable, "-m", "venv", tmp_path / "device")
     bin = tmp_path / "device" / "bin"
-    there(bin / "python", *pip, "install", f"{wheel}[onnxruntime]")
+    run_clean(bin / "python", *pip, "install", f"{wheel}[onnxruntime]")
     prefix = tmp_path / "prefix"
-    there(bin / "sdruntime", "capi", "--build", prefix)
-    flags = there(bin / "sdruntime", "capi", "--cflags", "--libs", prefix).split()
+    run_clean(bin / "sdruntime", "capi", "--build", prefix)
+    flags = run_clean(bin / "sdruntime", "capi", "--cflags", "--libs", prefix).split()
     assert flags[0].startswith(f"-I{tmp_path / 'device'}")
-    there("c++", "-std=c++17", EXAMPLES / "generate.cpp", *flags, "-o", tmp_path / "generate")
+    run_clean("c++", "-std=c++17", EXAMPLES / "generate.cpp", *flags, "-o", tmp_path / "generate")
     clean["VIRTUAL_ENV"] = str(tmp_path / "device")
-    there(tmp_path / "generate", bundle, "the red cat", tmp_path / "by-c.png", "7", "4", "5")
-    there(
+    run_clean(tmp_path / "generate", bundle, "the red cat", tmp_path / "by-c.png", "7", "4", "5")
+    run_clean(
         bin / "sdruntime",
         "generate",
         bundle,

@@ -1,4 +1,4 @@
-"""Worker processes that die or send nonsense: each job gets its status, the host lives, the next job draws, no child is left."""
+"""Worker processes that die or send invalid messages: each job gets a status, the host survives, and the next job succeeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from capi.building import HANGS, STAND_IN, Library, run
+from capi.building import STAND_IN, TIMEOUT, Library, run
 
 WORKER_DIED = 15
 
@@ -20,6 +20,7 @@ def host(library: Library) -> Path:
 
 
 def statuses(printed: str, what: str) -> list[tuple[int, int]]:
+    """Return the code and reason of each status of one call."""
     return [(int(code), int(reason)) for code, reason in re.findall(rf"^{what} (\d+) (\d+)", printed, flags=re.MULTILINE)]
 
 
@@ -29,7 +30,7 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_dies_ends_eight_jobs_and_the_next_ones_draw(host: Path, bundle: Path, number: signal.Signals) -> None:
+def test_a_dead_worker_fails_its_eight_jobs_and_the_next_jobs_succeed(host: Path, bundle: Path, number: signal.Signals) -> None:
     words = ("isolation=process", f"bundle={bundle}", "jobs=8", "steps=999", "rounds=2", "hold=1")
     with subprocess.Popen([host, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdin
@@ -41,43 +42,43 @@ def test_a_worker_that_dies_ends_eight_jobs_and_the_next_ones_draw(host: Path, b
             seen += line
         [worker] = children(program.pid)
         os.kill(worker, number)
-        printed, _ = program.communicate("\n", timeout=HANGS)
+        printed, _ = program.communicate("\n", timeout=TIMEOUT)
     assert statuses(seen, "submit") == [(0, 0)] * 8
     assert statuses(printed, "job") == [(1, WORKER_DIED)] * 8 + [(0, 0)] * 8
-    assert printed.count(f"was ended by signal {int(number)}") == 8
+    assert printed.count(f"was killed by signal {int(number)}") == 8
     assert f"process {worker} " in printed
     assert statuses(printed, "close") == [(0, 0)]
     assert "children 0" in printed
-    assert program.returncode == 1  # for the eight that failed
+    assert program.returncode == 1  # because of the eight failed jobs
 
 
-TROUBLES = {
-    "kill": "was ended by signal 9 (killed",
-    "segv": "was ended by signal 11 (segmentation fault)",
-    "exit": "ended with exit code 7",
-    "nonsense": "sent what is no message",
-    "huge": "sent what is no message (a header of 10 bytes of JSON, a blob of 1152921504606846976",
-    "short": "sent what is no message",
+FAULTS = {
+    "kill": "was killed by signal 9 (SIGKILL",
+    "segv": "was killed by signal 11 (segmentation fault)",
+    "exit": "exited with code 7",
+    "nonsense": "sent an invalid message",
+    "huge": "sent an invalid message (a header with 10 bytes of JSON, a blob of 1152921504606846976 bytes",
+    "short": "sent an invalid message",
 }
 
 
 @pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize("prompt", TROUBLES)
-def test_whatever_a_worker_does_each_job_gets_a_status(
+@pytest.mark.parametrize("prompt", FAULTS)
+def test_each_job_of_a_faulty_worker_gets_a_status(
     request: pytest.FixtureRequest, empty_bundle: Path, prompt: str, kind: str
 ) -> None:
     host = request.getfixturevalue("build")(kind).program("host.c")
     words = ("isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "jobs=8", "rounds=2", "steps=2")
     printed = run(host, *words, f"prompt={prompt}", code=1)
     assert statuses(printed, "job") == [(1, WORKER_DIED)] * 8 + [(0, 0)] * 8
-    assert printed.count(TROUBLES[prompt]) == 8
+    assert printed.count(FAULTS[prompt]) == 8
     assert statuses(printed, "close") == [(0, 0)]
     assert "children 0" in printed
 
 
 @pytest.mark.parametrize("prompt", ["sealed", "unsealed", "inline"])
-def test_a_large_picture_comes_as_a_memory_file(host: Path, empty_bundle: Path, tmp_path: Path, prompt: str) -> None:
-    """One that could be cut short meanwhile is copied, and a Python that has no memory files sends bytes: the same rows."""
+def test_a_large_image_is_received_as_a_memory_file(host: Path, empty_bundle: Path, tmp_path: Path, prompt: str) -> None:
+    """A file that may still shrink is copied, and a Python without memory files sends bytes. The rows are the same."""
     words = ("isolation=process", f"bundle={empty_bundle}", f"python={STAND_IN}", "size=1024", f"prompt={prompt}")
     run(host, *words, f"out={tmp_path / 'rows'}")
     rows = (tmp_path / "rows").read_bytes()

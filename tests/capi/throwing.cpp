@@ -1,4 +1,4 @@
-// Callbacks that throw: throwing (in-process | process) BUNDLE [PYTHON]. The exception stays in the callback's job; the host goes on.
+// Callbacks that throw: throwing (in-process | process) BUNDLE [PYTHON]. An exception ends only the callback's own job.
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
@@ -35,7 +35,7 @@ void log(void *, int32_t, const char *) {
     throw std::runtime_error("from the log");
 }
 
-sdr_job *asked(sdr_runtime *runtime, Thrown *thrown) {
+sdr_job *submit(sdr_runtime *runtime, Thrown *thrown) {
     sdr_job_params params;
     sdr_job_params_init(&params, sizeof params);
     params.prompt = "a red cat";
@@ -64,14 +64,14 @@ int main(int argc, char **argv) {
     expect("open", sdr_runtime_open(&open, &runtime), SDR_OK, SDR_REASON_NONE);
     for (int at = 1; at <= 3; ++at) {
         Thrown thrown{at, 0, at == 2};
-        sdr_job *job = asked(runtime, &thrown), *beside = asked(runtime, nullptr);
+        sdr_job *job = submit(runtime, &thrown), *other = submit(runtime, nullptr);
         expect("the job whose callback threw", sdr_job_wait(job, -1), SDR_FAILED, SDR_REASON_CALLBACK);
-        expect("the job beside it", sdr_job_wait(beside, -1), SDR_OK, SDR_REASON_NONE);
+        expect("the other job", sdr_job_wait(other, -1), SDR_OK, SDR_REASON_NONE);
         int32_t state = -1;
         expect("poll", sdr_job_poll(job, &state, nullptr, nullptr), SDR_OK, SDR_REASON_NONE);
         faults += state != SDR_JOB_FAILED || thrown.calls != at;
         sdr_job_free(job);
-        sdr_job_free(beside);
+        sdr_job_free(other);
     }
     expect("close", sdr_runtime_close(runtime), SDR_OK, SDR_REASON_NONE);
     sdr_runtime_free(runtime);

@@ -1,4 +1,4 @@
-/* What bad input gets. */
+/* Invalid arguments. */
 #include "harness.h"
 
 static void versions(void) {
@@ -40,7 +40,7 @@ static void null_handles(void) {
     CHECK(sdr_status_code(NULL) == SDR_OK && sdr_status_reason(NULL) == SDR_REASON_NONE && !*sdr_status_message(NULL));
 }
 
-static void null_places(void) {
+static void null_outputs(void) {
     sdr_runtime *runtime = open_runtime();
     sdr_job_params params = job_params();
     sdr_job *job = submit(runtime, &params);
@@ -71,13 +71,13 @@ static void foreign_and_freed_handles(void) {
     sdr_job_params params = job_params();
     sdr_job *job = submit(runtime, &params);
     sdr_status *status = sdr_job_wait(NULL, 0);
-    /* of another kind, an address, a number */
+    /* a handle of another type, an address, a number */
     FAILS(sdr_runtime_describe((sdr_runtime *)(void *)job, &json), SDR_USAGE, SDR_REASON_BAD_HANDLE);
     FAILS(sdr_job_wait((sdr_job *)(void *)runtime, 0), SDR_USAGE, SDR_REASON_BAD_HANDLE);
     FAILS(sdr_job_wait((sdr_job *)(void *)&local, 0), SDR_USAGE, SDR_REASON_BAD_HANDLE);
     CHECK(sdr_status_code((sdr_status *)(void *)job) == SDR_USAGE);
     CHECK(sdr_status_reason((sdr_status *)(void *)&local) == SDR_REASON_BAD_HANDLE);
-    /* freed, twice */
+    /* freed, and freed twice */
     sdr_status_free(status);
     CHECK(sdr_status_code(status) == SDR_USAGE && *sdr_status_message(status));
     sdr_status_free(status);
@@ -114,7 +114,7 @@ static void struct_sizes(void) {
         params.struct_size = sizes[k];
         FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_STRUCT);
     }
-    /* a newer header's: taken as long as what is new has its default */
+    /* from a newer header: accepted if its new fields have their defaults */
     memset(&longer, 0xff, sizeof longer);
     sdr_job_params_init(&longer.params, sizeof longer);
     CHECK(longer.params.struct_size == sizeof longer);
@@ -127,7 +127,7 @@ static void struct_sizes(void) {
         result.struct_size = sizes[k];
         if (sizes[k] != 4) FAILS(sdr_job_result(job, &result), SDR_USAGE, SDR_REASON_BAD_STRUCT);
     }
-    /* an older header's result: nothing behind its end is written */
+    /* an older header's result: nothing beyond its end is written */
     sdr_result_init(&result, sizeof result);
     result.struct_size = (uint32_t)offsetof(sdr_result, seed);
     result.seed = 99;
@@ -152,12 +152,12 @@ static void texts_that_are_not_utf8(void) {
         const char **fields[5];
         sdr_job_params params;
         sdr_open_params open = open_params();
-        size_t each;
-        for (each = 0; each < 5; ++each) {
+        size_t field;
+        for (field = 0; field < 5; ++field) {
             params = job_params();
             fields[0] = &params.prompt, fields[1] = &params.negative, fields[2] = &params.sampler, fields[3] = &params.schedule;
             fields[4] = &params.options;
-            *fields[each] = bad[k];
+            *fields[field] = bad[k];
             FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_TEXT);
         }
         open.bundle = bad[k];
@@ -172,7 +172,7 @@ static void texts_that_are_not_utf8(void) {
     sdr_runtime_free(runtime);
 }
 
-static void options_that_are_no_object(void) {
+static void options_that_are_not_an_object(void) {
     static const char *const bad[] = {
         "", "{", "[]", "{\"a\":1,}", "{\"a\":1}x", "{\"a\":1,\"a\":2}", "{a:1}", "{\"a\":01}", "{\"a\":\"\\ud800\"}", "nul"};
     sdr_runtime *runtime = open_runtime(), *none = NULL;
@@ -191,7 +191,7 @@ static void options_that_are_no_object(void) {
     deep[2000] = 0;
     params.options = deep;
     FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
-    open.options = "{\"threads\": 2}"; /* has a field of its own */
+    open.options = "{\"threads\": 2}"; /* sdr_open_params has a field for it */
     FAILS(sdr_runtime_open(&open, &none), SDR_USAGE, SDR_REASON_BAD_ARGUMENT);
     sdr_runtime_free(runtime);
 }
@@ -250,7 +250,7 @@ static void settings_out_of_range(void) {
     params.device_buffer = image;
     if (settings.isolation == SDR_ISOLATION_PROCESS)
         FAILS(sdr_job_submit(runtime, &params, &job), SDR_USAGE, SDR_REASON_UNSUPPORTED);
-    /* what the engines' side judges is the job's own end */
+    /* errors that only the engines detect are reported by sdr_job_wait */
     params = job_params();
     params.steps = 0;
     job = submit(runtime, &params);
@@ -268,11 +268,11 @@ static void settings_out_of_range(void) {
 void arguments_tests(void) {
     RUN(versions);
     RUN(null_handles);
-    RUN(null_places);
+    RUN(null_outputs);
     RUN(foreign_and_freed_handles);
     RUN(struct_sizes);
     RUN(texts_that_are_not_utf8);
-    RUN(options_that_are_no_object);
+    RUN(options_that_are_not_an_object);
     RUN(bundles_that_do_not_open);
     RUN(settings_out_of_range);
 }

@@ -1,4 +1,4 @@
-/* Progress, previews, cancelling, the queue, and what a callback may do. */
+/* Progress, previews, cancellation, the queue, and calls inside a callback. */
 #include "harness.h"
 
 struct seen {
@@ -9,7 +9,7 @@ struct seen {
     int cancel_at;
 };
 
-static int32_t look(void *user, sdr_job *job, const sdr_progress *progress) {
+static int32_t record(void *user, sdr_job *job, const sdr_progress *progress) {
     struct seen *seen = user;
     long floats = (long)progress->preview_channels * progress->preview_height * progress->preview_width;
     if (!seen->calls) seen->in_order = 1, seen->same_job = 1, seen->job = job;
@@ -30,7 +30,7 @@ static void progress(void) {
     sdr_job_params params = job_params();
     struct seen seen = {0};
     sdr_job *job;
-    params.progress = look;
+    params.progress = record;
     params.progress_user = &seen;
     job = submit(runtime, &params);
     WORKS(sdr_job_wait(job, -1));
@@ -55,7 +55,7 @@ static void the_callback_cancels(void) {
     const uint8_t *rows;
     size_t stride;
     int32_t state = -1;
-    params.progress = look;
+    params.progress = record;
     params.progress_user = &seen;
     params.steps = 50;
     seen.cancel_at = 2;
@@ -69,7 +69,7 @@ static void the_callback_cancels(void) {
     FAILS(sdr_job_rgb(job, &rows, &stride), SDR_CANCELLED, SDR_REASON_CANCELLED);
     WORKS(sdr_job_cancel(job));
     sdr_job_free(job);
-    /* in the last step too */
+    /* also in the last step */
     memset(&seen, 0, sizeof seen);
     params.steps = seen.cancel_at = 3;
     job = submit(runtime, &params);
@@ -92,7 +92,7 @@ static void cancel(void) {
     FAILS(sdr_job_wait(job, 0), SDR_FAILED, SDR_REASON_TIMEOUT);
     FAILS(sdr_job_wait(job, 20), SDR_FAILED, SDR_REASON_TIMEOUT);
     FAILS(sdr_job_rgb(job, &rows, &stride), SDR_USAGE, SDR_REASON_NOT_FINISHED);
-    /* one that waits is cancelled as well */
+    /* a waiting job is cancelled as well */
     other = submit(runtime, &params);
     WORKS(sdr_job_cancel(other));
     WORKS(sdr_job_cancel(job));
@@ -105,7 +105,7 @@ static void cancel(void) {
     WORKS(sdr_job_cancel(job));
     sdr_job_free(job);
     sdr_job_free(other);
-    /* one that is done keeps its picture */
+    /* a finished job keeps its image */
     job = submit(runtime, &params);
     WORKS(sdr_job_wait(job, -1));
     WORKS(sdr_job_cancel(job));
@@ -151,7 +151,7 @@ struct inside {
     int done;
 };
 
-static int32_t act(void *user, sdr_job *job, const sdr_progress *progress) {
+static int32_t call_functions(void *user, sdr_job *job, const sdr_progress *progress) {
     struct inside *inside = user;
     sdr_open_params open = open_params();
     sdr_runtime *none = NULL;
@@ -177,7 +177,7 @@ static void calls_from_a_callback(void) {
     sdr_job_params params = job_params();
     sdr_job *job;
     inside.runtime = open_runtime();
-    params.progress = act;
+    params.progress = call_functions;
     params.progress_user = &inside;
     job = submit(inside.runtime, &params);
     WORKS(sdr_job_wait(job, -1));

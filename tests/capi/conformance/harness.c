@@ -18,7 +18,7 @@ int works(sdr_status *status) {
 void fails(sdr_status *status, int32_t code, int32_t reason, const char *file, int line) {
     if (sdr_status_code(status) != code || sdr_status_reason(status) != reason || (status && !*sdr_status_message(status))) {
         ++faults;
-        printf("  %s:%d: code %d and reason %d expected, not %d and %d: %s\n", file, line, (int)code, (int)reason,
+        printf("  %s:%d: expected code %d and reason %d, got %d and %d: %s\n", file, line, (int)code, (int)reason,
                (int)sdr_status_code(status), (int)sdr_status_reason(status), sdr_status_message(status));
     }
     sdr_status_free(status);
@@ -48,7 +48,7 @@ sdr_job_params job_params(void) {
     sdr_job_params_init(&params, sizeof params);
     params.prompt = "a red cat";
     params.steps = 3;
-    params.sampler = "ddim"; /* one model call a step */
+    params.sampler = "ddim"; /* one model call per step */
     params.seed = 7;
     return params;
 }
@@ -100,7 +100,7 @@ void gate_wait(struct gate *gate) {
         clock_gettime(CLOCK_REALTIME, &soon);
         soon.tv_sec += 1;
         pthread_cond_timedwait(&gate->changed, &gate->mutex, &soon);
-        status = sdr_job_wait(gate->job, 0); /* a job that ended will not come here */
+        status = sdr_job_wait(gate->job, 0); /* a job that has ended never reaches the gate */
         if (!gate->reached && sdr_status_reason(status) != SDR_REASON_TIMEOUT) {
             CHECK(works(status));
             break;
@@ -145,7 +145,7 @@ void run_test(const char *name, void (*test)(void)) {
     fflush(stdout);
 }
 
-/* conformance (in-process | process) BUNDLE [PYTHON [BACKEND [TEST]]]; "-" for what is not given. */
+/* conformance (in-process | process) BUNDLE [PYTHON [BACKEND [TEST]]]; "-" for an argument that is not set. */
 int main(int argc, char **argv) {
     if (argc < 3) return 2;
     settings.isolation = strcmp(argv[1], "process") == 0 ? SDR_ISOLATION_PROCESS : SDR_ISOLATION_IN_PROCESS;
@@ -154,7 +154,7 @@ int main(int argc, char **argv) {
     settings.backend = argc > 4 && strcmp(argv[4], "-") != 0 ? argv[4] : NULL;
     only = argc > 5 ? argv[5] : NULL;
     sdr_runtime_free(open_runtime());
-    if (faults) return 2; /* nothing else can be told then */
+    if (faults) return 2; /* no test can run */
     arguments_tests();
     results_tests();
     callbacks_tests();

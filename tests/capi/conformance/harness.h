@@ -1,5 +1,5 @@
-/* What every file of the conformance suite uses. The suite holds any implementation of sdruntime.h to that header: it knows nothing
- * but the header, a bundle, and what this file's `settings` say. */
+/* Helpers for all files of the conformance suite. The suite tests any implementation of sdruntime.h: it uses only the header, a
+ * bundle and the `settings` of this file. */
 #ifndef HARNESS_H
 #define HARNESS_H
 
@@ -16,7 +16,7 @@ struct settings {
     const char *bundle, *python, *backend;
 };
 extern struct settings settings;
-extern int faults; /* of the test that runs */
+extern int faults; /* of the current test */
 
 #define CHECK(condition)                                             \
     do {                                                             \
@@ -26,21 +26,21 @@ extern int faults; /* of the test that runs */
         }                                                            \
     } while (0)
 
-/* The call succeeds; else its status is printed and counted as a fault. */
+/* Check that the call succeeds; otherwise print its status and count a fault. */
 #define WORKS(call) CHECK(works(call))
 int works(sdr_status *status);
 
-/* The call gives this code and reason, and a message. The status is freed. */
+/* Check that the call fails with this code and reason, and with a message. Frees the status. */
 #define FAILS(call, code, reason) fails(call, code, reason, __FILE__, __LINE__)
 void fails(sdr_status *status, int32_t code, int32_t reason, const char *file, int line);
 
 sdr_open_params open_params(void);
-sdr_runtime *open_runtime(void); /* NULL, and a fault, where it cannot */
-sdr_job_params job_params(void); /* a small picture of three steps */
+sdr_runtime *open_runtime(void); /* returns NULL and counts a fault on failure */
+sdr_job_params job_params(void); /* a small image in three steps */
 sdr_job *submit(sdr_runtime *runtime, const sdr_job_params *params);
-unsigned long sum_of(sdr_job *job); /* of a finished picture's bytes; 0 where there is none */
+unsigned long sum_of(sdr_job *job); /* checksum of the image; 0 if there is none */
 
-/* A progress callback that stops in its first call until it is let go: `user` is a struct gate. */
+/* A progress callback that blocks in its first call until the gate is opened. `user` is a struct gate. */
 struct gate {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -49,7 +49,7 @@ struct gate {
 };
 void gate_init(struct gate *gate);
 int32_t gate_progress(void *user, sdr_job *job, const sdr_progress *progress);
-void gate_wait(struct gate *gate); /* until the callback stops there */
+void gate_wait(struct gate *gate); /* wait until the callback blocks */
 void gate_open(struct gate *gate);
 int gate_calls(struct gate *gate);
 sdr_job *submit_gated(sdr_runtime *runtime, struct gate *gate, int32_t steps);

@@ -1,4 +1,4 @@
-/* Who may be freed or closed when, and several threads at once. */
+/* Freeing and closing at different times, and from several threads. */
 #include "harness.h"
 
 static void *close_it(void *runtime) {
@@ -6,7 +6,7 @@ static void *close_it(void *runtime) {
     return NULL;
 }
 
-/* Until the runtime takes no more: what has not ended by then must end as cancelled. */
+/* Wait until the runtime accepts no more jobs. Jobs that have not ended by then must end as cancelled. */
 static void wait_until_it_closes(sdr_runtime *runtime) {
     const char *json;
     sdr_status *status = NULL;
@@ -48,7 +48,7 @@ static void closing_ends_jobs(void) {
     sdr_job_free(waits);
 }
 
-static void a_picture_outlives_its_runtime(void) {
+static void an_image_outlives_its_runtime(void) {
     sdr_runtime *runtime = open_runtime();
     sdr_job_params params = job_params();
     sdr_job *job;
@@ -95,7 +95,7 @@ static void wait_until_it_is_freed(sdr_job *job) {
     sdr_status_free(status);
 }
 
-/* It stops in its callback until it is freed. That cancels it too, and the wait may end with either. */
+/* The job blocks in its callback until it is freed. Freeing also cancels it, so the wait may end with either reason. */
 static void freeing_a_job_that_is_waited_for(void) {
     sdr_runtime *runtime = open_runtime();
     struct gate gate;
@@ -114,23 +114,23 @@ static void freeing_a_job_that_is_waited_for(void) {
     sdr_runtime_free(runtime);
 }
 
-struct painter {
+struct client {
     sdr_runtime *runtime;
     uint64_t seed;
     unsigned long sums[4];
     int wrong;
 };
 
-static void *paint(void *user) {
-    struct painter *painter = user;
+static void *generate(void *user) {
+    struct client *client = user;
     int k;
     for (k = 0; k < 4; ++k) {
         sdr_job_params params = job_params();
         sdr_job *job = NULL;
-        params.seed = painter->seed;
+        params.seed = client->seed;
         params.steps = 2 + k;
-        painter->wrong += !works(sdr_job_submit(painter->runtime, &params, &job)) || !works(sdr_job_wait(job, -1));
-        painter->sums[k] = sum_of(job);
+        client->wrong += !works(sdr_job_submit(client->runtime, &params, &job)) || !works(sdr_job_wait(job, -1));
+        client->sums[k] = sum_of(job);
         sdr_job_free(job);
     }
     return NULL;
@@ -138,20 +138,20 @@ static void *paint(void *user) {
 
 static void threads(void) {
     sdr_runtime *runtime = open_runtime();
-    struct painter painters[8];
+    struct client clients[8];
     pthread_t ids[8];
     int k, j;
-    memset(painters, 0, sizeof painters);
+    memset(clients, 0, sizeof clients);
     for (k = 0; k < 8; ++k) {
-        painters[k].runtime = runtime;
-        painters[k].seed = (uint64_t)k;
-        pthread_create(&ids[k], NULL, paint, &painters[k]);
+        clients[k].runtime = runtime;
+        clients[k].seed = (uint64_t)k;
+        pthread_create(&ids[k], NULL, generate, &clients[k]);
     }
     for (k = 0; k < 8; ++k) pthread_join(ids[k], NULL);
     for (k = 0; k < 8; ++k) {
-        CHECK(painters[k].wrong == 0);
-        for (j = 0; j < 4; ++j) CHECK(painters[k].sums[j] != 0);
-        if (k) CHECK(painters[k].sums[0] != painters[0].sums[0]);
+        CHECK(clients[k].wrong == 0);
+        for (j = 0; j < 4; ++j) CHECK(clients[k].sums[j] != 0);
+        if (k) CHECK(clients[k].sums[0] != clients[0].sums[0]);
     }
     sdr_runtime_free(runtime);
 }
@@ -181,7 +181,7 @@ static void closing_from_several_threads(void) {
 
 void lifetime_tests(void) {
     RUN(closing_ends_jobs);
-    RUN(a_picture_outlives_its_runtime);
+    RUN(an_image_outlives_its_runtime);
     RUN(freeing_a_job_that_runs);
     RUN(freeing_a_job_that_is_waited_for);
     RUN(threads);

@@ -1,4 +1,4 @@
-/* Pictures, and what is told of them. */
+/* Images and their data. */
 #include "harness.h"
 
 static void describe(void) {
@@ -9,7 +9,7 @@ static void describe(void) {
     sdr_runtime_free(runtime);
 }
 
-static void picture(void) {
+static void image_rows(void) {
     sdr_runtime *runtime = open_runtime();
     sdr_job_params params = job_params();
     sdr_job *job;
@@ -31,7 +31,7 @@ static void picture(void) {
     WORKS(sdr_job_rgb(job, &rows, &stride));
     row = 3 * (size_t)result.width;
     CHECK(rows && stride >= row);
-    /* asked beforehand, too small, without gaps, and with gaps that are left alone */
+    /* only the size; too small; without gaps; with gaps, which stay unchanged */
     WORKS(sdr_job_copy_rgb(job, NULL, 0, 0, &needed));
     CHECK(needed == row * (size_t)result.height);
     wide = row + 13;
@@ -73,7 +73,8 @@ static void png(void) {
     sdr_runtime_free(runtime);
 }
 
-static unsigned long drawn(sdr_runtime *runtime, const sdr_job_params *params) {
+/* Generate an image and return its checksum. */
+static unsigned long generate(sdr_runtime *runtime, const sdr_job_params *params) {
     sdr_job *job = submit(runtime, params);
     unsigned long sum;
     WORKS(sdr_job_wait(job, -1));
@@ -85,12 +86,12 @@ static unsigned long drawn(sdr_runtime *runtime, const sdr_job_params *params) {
 static void seeds(void) {
     sdr_runtime *runtime = open_runtime();
     sdr_job_params params = job_params();
-    unsigned long first = drawn(runtime, &params);
+    unsigned long first = generate(runtime, &params);
     sdr_job *one, *other;
     sdr_result results[2];
-    CHECK(first != 0 && first == drawn(runtime, &params));
+    CHECK(first != 0 && first == generate(runtime, &params));
     params.seed = UINT64_MAX;
-    CHECK(first != drawn(runtime, &params));
+    CHECK(first != generate(runtime, &params));
     params.random_seed = 1;
     one = submit(runtime, &params);
     other = submit(runtime, &params);
@@ -100,7 +101,7 @@ static void seeds(void) {
     sdr_result_init(&results[1], sizeof results[1]);
     WORKS(sdr_job_result(one, &results[0]));
     WORKS(sdr_job_result(other, &results[1]));
-    CHECK(results[0].seed != results[1].seed); /* but once in four thousand million */
+    CHECK(results[0].seed != results[1].seed); /* equal only once in 2^32 runs */
     params.random_seed = 0;
     params.seed = results[0].seed;
     sdr_job_free(other);
@@ -111,22 +112,22 @@ static void seeds(void) {
 static void texts_reach_the_engines(void) {
     sdr_runtime *runtime = open_runtime();
     sdr_job_params params = job_params();
-    unsigned long first = drawn(runtime, &params);
+    unsigned long first = generate(runtime, &params);
     char prompt[64] = "caf\xc3\xa9 \"quoted\" \\ \xf0\x9f\x8e\xa8\n\t\x01";
     sdr_job *job;
     params.prompt = prompt;
     job = submit(runtime, &params);
-    memset(prompt, 'x', sizeof prompt - 1); /* was copied */
+    memset(prompt, 'x', sizeof prompt - 1); /* the library has copied it */
     WORKS(sdr_job_wait(job, -1));
     CHECK(sum_of(job) != 0);
     sdr_job_free(job);
     params = job_params();
     params.sampler = "euler";
-    CHECK(drawn(runtime, &params) != first);
+    CHECK(generate(runtime, &params) != first);
     params = job_params();
     params.guidance = 1.5;
     params.negative = "blue";
-    CHECK(drawn(runtime, &params) != first);
+    CHECK(generate(runtime, &params) != first);
     sdr_runtime_free(runtime);
 }
 
@@ -134,7 +135,7 @@ static void from_an_image(void) {
     sdr_runtime *runtime = open_runtime();
     sdr_job_params params = job_params();
     uint8_t tight[3 * 64 * 64], gaps[200 * 64];
-    unsigned long plain = drawn(runtime, &params), first;
+    unsigned long plain = generate(runtime, &params), first;
     size_t y, k;
     for (k = 0; k < sizeof tight; ++k) tight[k] = (uint8_t)(k * 7);
     memset(gaps, 0x55, sizeof gaps);
@@ -142,11 +143,11 @@ static void from_an_image(void) {
     params.image = tight;
     params.image_width = params.image_height = 64;
     params.strength = 0.5;
-    first = drawn(runtime, &params);
+    first = generate(runtime, &params);
     CHECK(first != plain);
     params.image = gaps;
     params.image_stride = 200;
-    CHECK(drawn(runtime, &params) == first);
+    CHECK(generate(runtime, &params) == first);
     sdr_runtime_free(runtime);
 }
 
@@ -171,7 +172,7 @@ static void several_runtimes(void) {
 
 void results_tests(void) {
     RUN(describe);
-    RUN(picture);
+    RUN(image_rows);
     RUN(png);
     RUN(seeds);
     RUN(texts_reach_the_engines);

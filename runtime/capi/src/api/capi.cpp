@@ -1,4 +1,4 @@
-// Where C begins: handles to objects, exceptions to statuses.
+// The C functions: they turn handles into objects and exceptions into statuses.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,11 +16,11 @@
 namespace sdr {
 namespace {
 
-constexpr uint64_t NO_MEMORY = 16;  // the status for which there was no memory: a handle that is always there
+constexpr uint64_t NO_MEMORY = 16;  // the handle of a static status, returned if there is no memory for a new one
 
 sdr_status *new_status(int32_t code, int32_t reason, const char *message) noexcept {
     try {
-        Process &process = Process::here();
+        Process &process = Process::current();
         const uint64_t id = process.new_id();
         process.statuses.put(id, std::make_shared<Status>(Status{code, reason, message}));
         return handle_of<sdr_status>(id);
@@ -29,6 +29,7 @@ sdr_status *new_status(int32_t code, int32_t reason, const char *message) noexce
     }
 }
 
+// Run `body`. Returns NULL, or a status for what it threw.
 template <class Body>
 sdr_status *guarded(Body body) {
     try {
@@ -45,12 +46,12 @@ sdr_status *guarded(Body body) {
 
 const Status &status_of(const sdr_status *handle) {
     static const Status none{SDR_OK, SDR_REASON_NONE, ""};
-    static const Status full{SDR_ENVIRONMENT, SDR_REASON_OUT_OF_MEMORY, "out of memory"};
-    static const Status bad{SDR_USAGE, SDR_REASON_BAD_HANDLE, "status: the handle was freed, or is none of this kind"};
+    static const Status no_memory{SDR_ENVIRONMENT, SDR_REASON_OUT_OF_MEMORY, "out of memory"};
+    static const Status invalid{SDR_USAGE, SDR_REASON_BAD_HANDLE, "status: the handle was freed, or is not a status handle"};
     if (!handle) return none;
-    if (id_of(handle) == NO_MEMORY) return full;
-    const auto found = Process::here().statuses.find(id_of(handle));
-    return found ? *found : bad;  // the table keeps it
+    if (id_of(handle) == NO_MEMORY) return no_memory;
+    const auto status = Process::current().statuses.find(id_of(handle));
+    return status ? *status : invalid;  // the reference stays valid: the table owns the status
 }
 
 std::shared_ptr<Runtime> runtime_of(const sdr_runtime *handle) { return object_of(&Process::runtimes, handle, "runtime"); }
@@ -61,15 +62,15 @@ void require(T *pointer, const char *name) {
     if (!pointer) throw usage(SDR_REASON_BAD_ARGUMENT, std::string(name) + " is NULL");
 }
 
-// What is freed twice is told on stderr where SDRUNTIME_DEBUG asks for it.
+// Remove a handle's object from its table and return it; null if there is none, which SDRUNTIME_DEBUG=1 reports on stderr.
 template <class T, class Handle>
-std::shared_ptr<T> freed(Table<T> Process::*table, Handle *handle, const char *function) {
+std::shared_ptr<T> remove_object(Table<T> Process::*table, Handle *handle, const char *function) {
     if (!handle) return nullptr;
-    auto found = (Process::here().*table).take(id_of(handle));
-    const char *debug = found ? nullptr : std::getenv("SDRUNTIME_DEBUG");
+    auto object = (Process::current().*table).take(id_of(handle));
+    const char *debug = object ? nullptr : std::getenv("SDRUNTIME_DEBUG");
     if (debug && std::strcmp(debug, "1") == 0)
-        std::fprintf(stderr, "sdruntime: %s(%p): freed already, or no such handle\n", function, static_cast<void *>(handle));
-    return found;
+        std::fprintf(stderr, "sdruntime: %s(%p): already freed, or not a valid handle\n", function, static_cast<void *>(handle));
+    return object;
 }
 
 template <class T>
@@ -77,25 +78,26 @@ void init(T *params, size_t size, const T &defaults) {
     if (!params || size < sizeof(uint32_t)) return;
     std::memset(static_cast<void *>(params), 0, size);
     std::memcpy(static_cast<void *>(params), &defaults, std::min(size, sizeof defaults));
-    const auto given = static_cast<uint32_t>(std::min<size_t>(size, UINT32_MAX));
-    std::memcpy(static_cast<void *>(params), &given, sizeof given);
+    const auto struct_size = static_cast<uint32_t>(std::min<size_t>(size, UINT32_MAX));
+    std::memcpy(static_cast<void *>(params), &struct_size, sizeof struct_size);
 }
 
-void copy_rows(const Picture &picture, uint8_t *buffer, size_t size, size_t stride, size_t *needed) {
-    const size_t row = 3 * static_cast<size_t>(picture.width), height = static_cast<size_t>(picture.height);
+void copy_rows(const Image &image, uint8_t *buffer, size_t size, size_t stride, size_t *needed) {
+    const size_t row = 3 * static_cast<size_t>(image.width), height = static_cast<size_t>(image.height);
     if (!stride) stride = row;
     if (stride < row)
         throw usage(SDR_REASON_BAD_ARGUMENT,
-                    "stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
+                    "stride " + std::to_string(stride) + " is less than the " + std::to_string(row) + " bytes of a row");
     if (stride > static_cast<size_t>(PTRDIFF_MAX) / height)
-        throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is more than memory has");
-    const size_t whole = stride * (height - 1) + row;
-    if (needed) *needed = whole;
+        throw usage(SDR_REASON_BAD_ARGUMENT, "stride " + std::to_string(stride) + " is too large");
+    const size_t required = stride * (height - 1) + row;
+    if (needed) *needed = required;
     if (!buffer && !size && needed) return;
     require(buffer, "buffer");
-    if (size < whole)
-        throw usage(SDR_REASON_BUFFER_TOO_SMALL, "a buffer of " + std::to_string(size) + " bytes for " + std::to_string(whole));
-    for (size_t k = 0; k < height; ++k) std::memcpy(buffer + k * stride, picture.blob.data() + k * row, row);
+    if (size < required)
+        throw usage(SDR_REASON_BUFFER_TOO_SMALL,
+                    "the buffer has " + std::to_string(size) + " bytes, but the image needs " + std::to_string(required));
+    for (size_t k = 0; k < height; ++k) std::memcpy(buffer + k * stride, image.blob.data() + k * row, row);
 }
 
 }  // namespace
@@ -116,7 +118,7 @@ int32_t sdr_status_reason(const sdr_status *status) { return status_of(status).r
 const char *sdr_status_message(const sdr_status *status) { return status_of(status).message.c_str(); }
 
 void sdr_status_free(sdr_status *status) {
-    if (id_of(status) != NO_MEMORY) freed(&Process::statuses, status, "sdr_status_free");
+    if (id_of(status) != NO_MEMORY) remove_object(&Process::statuses, status, "sdr_status_free");
 }
 
 void sdr_open_params_init(sdr_open_params *params, size_t struct_size) {
@@ -139,10 +141,10 @@ sdr_status *sdr_runtime_open(const sdr_open_params *params, sdr_runtime **runtim
     return guarded([&] {
         require(runtime, "runtime");
         *runtime = nullptr;
-        if (InCallback::here()) throw usage(SDR_REASON_REENTERED, "sdr_runtime_open: not from inside a callback");
-        const auto opened = std::make_shared<Runtime>(taken(params));
+        if (InCallback::active()) throw usage(SDR_REASON_REENTERED, "sdr_runtime_open: cannot be called inside a callback");
+        const auto opened = std::make_shared<Runtime>(copy_of(params));
         opened->open();
-        Process &process = Process::here();
+        Process &process = Process::current();
         const uint64_t id = process.new_id();
         process.runtimes.put(id, opened);
         *runtime = handle_of<sdr_runtime>(id);
@@ -163,13 +165,13 @@ sdr_status *sdr_runtime_close(sdr_runtime *runtime) {
 
 void sdr_runtime_free(sdr_runtime *runtime) {
     sdr_status *status = guarded([&] {
-        auto last = freed(&Process::runtimes, runtime, "sdr_runtime_free");
-        if (!last) return;
-        if (InCallback::here()) {
-            last->hush();
-            quiet_thread([last = std::move(last)] { last->close(); }).detach();
+        auto removed = remove_object(&Process::runtimes, runtime, "sdr_runtime_free");
+        if (!removed) return;
+        if (InCallback::active()) {
+            removed->mute_log();
+            quiet_thread([removed = std::move(removed)] { removed->close(); }).detach();
         } else {
-            last->close();
+            removed->close();
         }
     });
     sdr_status_free(status);
@@ -179,7 +181,7 @@ sdr_status *sdr_job_submit(sdr_runtime *runtime, const sdr_job_params *params, s
     return guarded([&] {
         require(job, "job");
         *job = nullptr;
-        *job = handle_of<sdr_job>(runtime_of(runtime)->submit(taken(params)));
+        *job = handle_of<sdr_job>(runtime_of(runtime)->submit(copy_of(params)));
     });
 }
 
@@ -189,26 +191,26 @@ sdr_status *sdr_job_poll(sdr_job *job, int32_t *state, int32_t *step, int32_t *s
 
 sdr_status *sdr_job_wait(sdr_job *job, int64_t timeout_ms) {
     return guarded([&] {
-        const auto found = job_of(job);
+        const auto waited = job_of(job);
         const GilPause pause;
-        found->wait(timeout_ms);
+        waited->wait(timeout_ms);
     });
 }
 
 sdr_status *sdr_job_cancel(sdr_job *job) {
     return guarded([&] {
-        const auto found = job_of(job);
-        if (const auto runtime = found->runtime.lock()) runtime->cancel(*found);
+        const auto cancelled = job_of(job);
+        if (const auto runtime = cancelled->runtime.lock()) runtime->cancel(*cancelled);
     });
 }
 
 void sdr_job_free(sdr_job *job) {
     sdr_status *status = guarded([&] {
-        const auto last = freed(&Process::jobs, job, "sdr_job_free");
-        if (!last) return;
-        if (const auto runtime = last->runtime.lock()) runtime->cancel(*last);
+        const auto removed = remove_object(&Process::jobs, job, "sdr_job_free");
+        if (!removed) return;
+        if (const auto runtime = removed->runtime.lock()) runtime->cancel(*removed);
         const GilPause pause;
-        last->freed();
+        removed->release();
     });
     sdr_status_free(status);
 }
@@ -221,21 +223,21 @@ sdr_status *sdr_job_result(sdr_job *job, sdr_result *result) {
         if (size < sizeof size || size > LARGEST_STRUCT)
             throw usage(SDR_REASON_BAD_STRUCT,
                         "sdr_result.struct_size is " + std::to_string(size) + ": call sdr_result_init first");
-        const auto picture = job_of(job)->picture();
-        sdr_result found = {};
-        found.struct_size = size;
-        found.width = picture->width;
-        found.height = picture->height;
-        found.seed = picture->seed;
-        found.queued = picture->queued;
-        found.encode = picture->encode;
-        found.denoise = picture->denoise;
-        found.decode = picture->decode;
-        found.total = picture->total;
-        found.png_size = picture->png;
-        found.sampler = picture->sampler.c_str();
-        found.warnings = picture->warnings.c_str();
-        std::memcpy(result, &found, std::min<size_t>(size, sizeof found));
+        const auto image = job_of(job)->image();
+        sdr_result data = {};
+        data.struct_size = size;
+        data.width = image->width;
+        data.height = image->height;
+        data.seed = image->seed;
+        data.queued = image->queued;
+        data.encode = image->encode;
+        data.denoise = image->denoise;
+        data.decode = image->decode;
+        data.total = image->total;
+        data.png_size = image->png;
+        data.sampler = image->sampler.c_str();
+        data.warnings = image->warnings.c_str();
+        std::memcpy(result, &data, std::min<size_t>(size, sizeof data));
     });
 }
 
@@ -245,16 +247,16 @@ sdr_status *sdr_job_rgb(sdr_job *job, const uint8_t **rows, size_t *stride) {
         require(stride, "stride");
         *rows = nullptr;
         *stride = 0;
-        const auto picture = job_of(job)->picture();
-        *rows = picture->blob.data();
-        *stride = 3 * static_cast<size_t>(picture->width);
+        const auto image = job_of(job)->image();
+        *rows = image->blob.data();
+        *stride = 3 * static_cast<size_t>(image->width);
     });
 }
 
 sdr_status *sdr_job_copy_rgb(sdr_job *job, uint8_t *buffer, size_t size, size_t stride, size_t *needed) {
     return guarded([&] {
         if (needed) *needed = 0;
-        copy_rows(*job_of(job)->picture(), buffer, size, stride, needed);
+        copy_rows(*job_of(job)->image(), buffer, size, stride, needed);
     });
 }
 
@@ -264,11 +266,11 @@ sdr_status *sdr_job_png(sdr_job *job, const uint8_t **bytes, size_t *size) {
         require(size, "size");
         *bytes = nullptr;
         *size = 0;
-        const auto found = job_of(job);
-        const auto picture = found->picture();
-        if (!found->png_asked()) throw usage(SDR_REASON_NOT_ASKED, "no PNG was requested: set sdr_job_params.png");
-        *bytes = picture->blob.data() + picture->rgb;
-        *size = picture->png;
+        const auto finished = job_of(job);
+        const auto image = finished->image();
+        if (!finished->png_requested()) throw usage(SDR_REASON_NOT_ASKED, "no PNG was requested: set sdr_job_params.png");
+        *bytes = image->blob.data() + image->rgb;
+        *size = image->png;
     });
 }
 

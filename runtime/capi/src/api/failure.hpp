@@ -1,4 +1,4 @@
-// What goes wrong inside the library is thrown as a Failure, and becomes an sdr_status where C begins.
+// Errors inside the library are thrown as a Failure. The C functions turn it into an sdr_status.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@
 
 namespace sdr {
 
-// Copies share nothing (those of std::runtime_error do: a string counted inside the standard library, which ThreadSanitizer cannot follow).
+// Copies share no memory. Copies of std::runtime_error share a reference-counted string of the standard library, which
+// ThreadSanitizer cannot follow.
 class Failure : public std::exception {
 public:
     Failure(int32_t code, int32_t reason, std::string message) : code(code), reason(reason), message_(std::move(message)) {}
@@ -24,6 +25,7 @@ private:
     std::string message_;
 };
 
+// Return a Failure with code SDR_USAGE.
 inline Failure usage(int32_t reason, const std::string &message) { return Failure(SDR_USAGE, reason, message); }
 
 }  // namespace sdr

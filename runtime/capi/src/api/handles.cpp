@@ -6,18 +6,18 @@ namespace sdr {
 
 namespace {
 constexpr uint64_t FIRST = 4096;
-std::atomic<Process *> current{nullptr};
+std::atomic<Process *> latest{nullptr};
 }  // namespace
 
 // Never freed: threads of the library may outlive main().
-Process &Process::here() {
-    Process *found = current.load();
+Process &Process::current() {
+    Process *process = latest.load();
     const pid_t pid = getpid();
-    while (!found || found->pid != pid) {
-        auto fresh = std::make_unique<Process>(pid, found ? found->next.load() : FIRST, found);
-        if (current.compare_exchange_strong(found, fresh.get())) return *fresh.release();
+    while (!process || process->pid != pid) {
+        auto fresh = std::make_unique<Process>(pid, process ? process->next.load() : FIRST, process);
+        if (latest.compare_exchange_strong(process, fresh.get())) return *fresh.release();
     }
-    return *found;
+    return *process;
 }
 
 }  // namespace sdr

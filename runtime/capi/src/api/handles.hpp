@@ -1,4 +1,4 @@
-// Handles are numbers, not addresses: one that is freed, foreign or made up is found out without touching memory.
+// Handles are numbers, not addresses, so an invalid handle is detected without accessing memory.
 #pragma once
 
 #include <atomic>
@@ -16,6 +16,7 @@
 
 namespace sdr {
 
+// The objects of one type by handle. Thread-safe.
 template <class T>
 class Table {
 public:
@@ -24,18 +25,20 @@ public:
         objects_.emplace(id, std::move(object));
     }
 
+    // Return the object of a handle, or null.
     std::shared_ptr<T> find(uint64_t id) const {
         const std::shared_lock lock(mutex_);
-        const auto found = objects_.find(id);
-        return found == objects_.end() ? nullptr : found->second;
+        const auto entry = objects_.find(id);
+        return entry == objects_.end() ? nullptr : entry->second;
     }
 
+    // Remove the object of a handle and return it, or null.
     std::shared_ptr<T> take(uint64_t id) {
         const std::unique_lock lock(mutex_);
-        const auto found = objects_.find(id);
-        if (found == objects_.end()) return nullptr;
-        auto object = std::move(found->second);
-        objects_.erase(found);
+        const auto entry = objects_.find(id);
+        if (entry == objects_.end()) return nullptr;
+        auto object = std::move(entry->second);
+        objects_.erase(entry);
         return object;
     }
 
@@ -53,16 +56,18 @@ struct Status {
     std::string message;
 };
 
-// What one process has: a child of fork() begins with tables of its own, since the mutexes of its parent's may be locked for good.
+// The handles of one process. A child of fork() gets its own tables, since the mutexes of the parent's tables may stay locked
+// forever.
 struct Process {
     Process(pid_t pid, uint64_t first, Process *parent) : pid(pid), first(first), parent(parent), next(first) {}
 
-    static Process &here();
+    // Return the tables of the calling process.
+    static Process &current();
 
     uint64_t new_id() { return next.fetch_add(16); }
 
     const pid_t pid;
-    const uint64_t first;  // handles below it are the parent's
+    const uint64_t first;  // smaller handles belong to the parent
     Process *const parent;
     std::atomic<uint64_t> next;
     Table<Runtime> runtimes;
@@ -80,17 +85,16 @@ Handle *handle_of(uint64_t id) {
     return reinterpret_cast<Handle *>(static_cast<uintptr_t>(id));
 }
 
-// The object of a handle. Throws Failure where there is none.
+// Return the object of a handle. Throws Failure if there is none.
 template <class T, class Handle>
 std::shared_ptr<T> object_of(Table<T> Process::*table, const Handle *handle, const char *kind) {
     if (!handle) throw usage(SDR_REASON_BAD_HANDLE, std::string(kind) + ": the handle is NULL");
-    Process &process = Process::here();
-    if (auto found = (process.*table).find(id_of(handle))) return found;
+    Process &process = Process::current();
+    if (auto object = (process.*table).find(id_of(handle))) return object;
     if (id_of(handle) < process.first)
         throw usage(SDR_REASON_FORKED,
-                    std::string(kind) +
-                        ": the handle belongs to the process that this one was forked from; open a runtime of its own here");
-    throw usage(SDR_REASON_BAD_HANDLE, std::string(kind) + ": the handle was freed, or is none of this kind");
+                    std::string(kind) + ": the handle belongs to the parent of this process; open a new runtime here");
+    throw usage(SDR_REASON_BAD_HANDLE, std::string(kind) + ": the handle was freed, or is not a " + kind + " handle");
 }
 
 }  // namespace sdr

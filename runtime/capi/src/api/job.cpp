@@ -10,7 +10,7 @@ namespace sdr {
 thread_local int InCallback::depth_ = 0;
 
 namespace {
-constexpr int64_t LONGEST_MS = int64_t{1000} * 60 * 60 * 24 * 3650;  // ten years, which every clock can add
+constexpr int64_t MAX_TIMEOUT_MS = int64_t{1000} * 60 * 60 * 24 * 3650;  // ten years: more would overflow some clocks
 }
 
 void Job::started() {
@@ -31,10 +31,10 @@ bool Job::progress(const sdr_progress &progress, bool &threw) {
         calling_ = true;
         caller_ = std::this_thread::get_id();
     }
-    int32_t wish = 0;
+    int32_t cancel = 0;
     try {
         const InCallback inside;
-        wish = callback(user_, handle_of<sdr_job>(id), &progress);
+        cancel = callback(user_, handle_of<sdr_job>(id), &progress);
     } catch (abi::__forced_unwind &) {
         throw;  // the thread is being cancelled
     } catch (...) {
@@ -45,7 +45,7 @@ bool Job::progress(const sdr_progress &progress, bool &threw) {
         calling_ = false;
     }
     changed_.notify_all();
-    return wish != 0 || threw;
+    return cancel != 0 || threw;
 }
 
 void Job::end(int32_t state) {
@@ -53,15 +53,15 @@ void Job::end(int32_t state) {
     changed_.notify_all();
 }
 
-void Job::done(Picture picture) {
+void Job::done(Image image) {
     const std::lock_guard lock(mutex_);
     if (ended()) return;
-    if (cancelled_) {  // the picture came while the wish was on its way
+    if (cancelled_) {  // the image was finished before the cancellation reached the service
         failure_ = std::make_unique<const Failure>(SDR_CANCELLED, SDR_REASON_CANCELLED, "cancelled");
         end(SDR_JOB_CANCELLED);
         return;
     }
-    if (!freed_) picture_ = std::make_shared<const Picture>(std::move(picture));
+    if (!freed_) image_ = std::make_shared<const Image>(std::move(image));
     end(SDR_JOB_DONE);
 }
 
@@ -80,41 +80,42 @@ void Job::poll(int32_t *state, int32_t *step, int32_t *steps) const {
 }
 
 void Job::wait(int64_t timeout_ms) {
-    if (InCallback::here() && timeout_ms != 0)
+    if (InCallback::active() && timeout_ms != 0)
         throw usage(SDR_REASON_REENTERED,
-                    "sdr_job_wait: a callback must not wait, since jobs wait for it; a timeout of 0 only looks");
+                    "sdr_job_wait: cannot wait inside a callback, because jobs wait for the callback; use a timeout of 0");
     std::unique_lock lock(mutex_);
     const auto over = [this] { return freed_ || (ended() && !calling_elsewhere()); };
     if (timeout_ms < 0) {
         changed_.wait(lock, over);
     } else if (!changed_.wait_until(
-                   lock, std::chrono::steady_clock::now() + std::chrono::milliseconds(std::min(timeout_ms, LONGEST_MS)), over)) {
+                   lock, std::chrono::steady_clock::now() + std::chrono::milliseconds(std::min(timeout_ms, MAX_TIMEOUT_MS)),
+                   over)) {
         throw Failure(SDR_FAILED, SDR_REASON_TIMEOUT,
-                      "sdr_job_wait: no end after " + std::to_string(timeout_ms) + " ms, at step " + std::to_string(step_) +
-                          " of " + std::to_string(steps_));
+                      "sdr_job_wait: the job has not ended after " + std::to_string(timeout_ms) + " ms; it is at step " +
+                          std::to_string(step_) + " of " + std::to_string(steps_));
     }
-    if (freed_) throw usage(SDR_REASON_BAD_HANDLE, "sdr_job_wait: the job was freed meanwhile");
+    if (freed_) throw usage(SDR_REASON_BAD_HANDLE, "sdr_job_wait: the job was freed during the wait");
     if (failure_) throw *failure_;
 }
 
-std::shared_ptr<const Picture> Job::picture() const {
+std::shared_ptr<const Image> Job::image() const {
     const std::lock_guard lock(mutex_);
     if (failure_) throw *failure_;
-    if (!picture_)
+    if (!image_)
         throw usage(SDR_REASON_NOT_FINISHED, "the job has no image yet, at step " + std::to_string(step_) + " of " +
-                                                 std::to_string(steps_) + ": sdr_job_wait first");
-    return picture_;
+                                                 std::to_string(steps_) + ": call sdr_job_wait first");
+    return image_;
 }
 
-void Job::freed() {
+void Job::release() {
     std::unique_lock lock(mutex_);
     freed_ = true;
-    picture_.reset();
+    image_.reset();
     changed_.notify_all();
-    if (!InCallback::here()) changed_.wait(lock, [this] { return !calling_; });
+    if (!InCallback::active()) changed_.wait(lock, [this] { return !calling_; });
 }
 
-bool Job::cancel_now() {
+bool Job::mark_cancelled() {
     const std::lock_guard lock(mutex_);
     if (ended() || cancelled_) return false;
     cancelled_ = true;

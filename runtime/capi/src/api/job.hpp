@@ -1,4 +1,4 @@
-// One picture that was asked for: its state, and who waits for it.
+// A job: the state of one requested image, and the threads that wait for it.
 #pragma once
 
 #include <condition_variable>
@@ -13,7 +13,7 @@
 
 namespace sdr {
 
-struct Picture {
+struct Image {
     int32_t width = 0, height = 0;
     uint64_t seed = 0;
     double queued = 0, encode = 0, denoise = 0, decode = 0, total = 0;
@@ -22,14 +22,14 @@ struct Picture {
     size_t rgb = 0, png = 0;
 };
 
-// True while a callback of the host runs on this thread: what waits must not be called then.
+// Marks that a callback of the host is running on this thread. Functions that wait check active() and fail.
 class InCallback {
 public:
     InCallback() { ++depth_; }
     ~InCallback() { --depth_; }
     InCallback(const InCallback &) = delete;
     InCallback &operator=(const InCallback &) = delete;
-    static bool here() { return depth_ > 0; }
+    static bool active() { return depth_ > 0; }
 
 private:
     static thread_local int depth_;
@@ -38,26 +38,32 @@ private:
 class Job {
 public:
     Job(uint64_t id, std::weak_ptr<Runtime> runtime, const sdr_job_params &params)
-        : id(id), runtime(std::move(runtime)), callback_(params.progress), user_(params.progress_user), png_asked_(params.png) {}
+        : id(id),
+          runtime(std::move(runtime)),
+          callback_(params.progress),
+          user_(params.progress_user),
+          png_requested_(params.png) {}
 
-    // The events of the service.
+    // Events from the service.
+
     void started();
-    // True where the callback wants the job to end. `threw` is set where it threw an exception.
+    // Call the progress callback. Returns true if it cancels the job. `threw` is set if it threw an exception.
     bool progress(const sdr_progress &progress, bool &threw);
-    void done(Picture picture);
+    void done(Image image);
     void failed(const Failure &failure);
 
-    // The calls of the host.
+    // Calls from the host.
+
     void poll(int32_t *state, int32_t *step, int32_t *steps) const;
-    // Throws the job's failure, or why there is no end yet.
+    // Wait for the end of the job. Throws the job's failure, or SDR_REASON_TIMEOUT, _REENTERED or _BAD_HANDLE.
     void wait(int64_t timeout_ms);
-    // The picture, kept by the caller. Throws as wait, or SDR_REASON_NOT_FINISHED.
-    std::shared_ptr<const Picture> picture() const;
-    // No callback afterwards.
-    void freed();
-    // The first time, and as long as it has not ended.
-    bool cancel_now();
-    bool png_asked() const { return png_asked_; }
+    // Return the image, shared with the caller. Throws the job's failure, or SDR_REASON_NOT_FINISHED.
+    std::shared_ptr<const Image> image() const;
+    // Drop the image and end all waits. No callback runs afterwards.
+    void release();
+    // Mark the job as cancelled. Returns false if it has ended or is already cancelled.
+    bool mark_cancelled();
+    bool png_requested() const { return png_requested_; }
 
     const uint64_t id;
     const std::weak_ptr<Runtime> runtime;
@@ -71,13 +77,13 @@ private:
     std::condition_variable changed_;
     int32_t state_ = SDR_JOB_QUEUED, step_ = 0, steps_ = 0;
     bool freed_ = false, cancelled_ = false;
-    bool calling_ = false;  // the callback runs, on the thread caller_
+    bool calling_ = false;  // the callback is running, on the thread caller_
     std::thread::id caller_;
     sdr_progress_callback callback_;
     void *user_;
-    const bool png_asked_;
+    const bool png_requested_;
     std::unique_ptr<const Failure> failure_;
-    std::shared_ptr<const Picture> picture_;
+    std::shared_ptr<const Image> image_;
 };
 
 }  // namespace sdr

@@ -14,26 +14,26 @@ constexpr int32_t LARGEST_SIDE = 1 << 14;  // keep equal to runtime/sdruntime/bu
 
 Failure bad(const std::string &message) { return usage(SDR_REASON_BAD_ARGUMENT, message); }
 
-// `first_size`: of the struct in the first header.
+// Copy a struct of any header version. `first_size` is its size in the first header.
 template <class T>
-T taken_struct(const T *given, const char *name, size_t first_size, void (*init)(T *, size_t)) {
-    if (!given) throw bad(std::string(name) + " is NULL");
+T copy_struct(const T *original, const char *name, size_t first_size, void (*init)(T *, size_t)) {
+    if (!original) throw bad(std::string(name) + " is NULL");
     uint32_t size;
-    std::memcpy(&size, given, sizeof size);
+    std::memcpy(&size, original, sizeof size);
     if (size < first_size || size > LARGEST_STRUCT)
-        throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ".struct_size is " + std::to_string(size) + ", not " +
+        throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ".struct_size is " + std::to_string(size) + "; expected " +
                                                std::to_string(first_size) + " to " + std::to_string(LARGEST_STRUCT) + ": call " +
                                                name + "_init first");
     T copy;
     init(&copy, sizeof copy);
-    std::memcpy(&copy, given, std::min<size_t>(size, sizeof copy));
-    const auto *bytes = reinterpret_cast<const unsigned char *>(given);
+    std::memcpy(&copy, original, std::min<size_t>(size, sizeof copy));
+    const auto *bytes = reinterpret_cast<const unsigned char *>(original);
     for (size_t k = sizeof copy; k < size; ++k)
         if (bytes[k])
             throw usage(SDR_REASON_BAD_STRUCT, std::string(name) + ": byte " + std::to_string(k) +
-                                                   " is set, which a newer header than that of this library (ABI " +
-                                                   std::to_string(SDR_ABI_MAJOR) + "." + std::to_string(SDR_ABI_MINOR) + ", " +
-                                                   std::to_string(sizeof copy) + " bytes) defines: install a newer library");
+                                                   " is set, but this library (ABI " + std::to_string(SDR_ABI_MAJOR) + "." +
+                                                   std::to_string(SDR_ABI_MINOR) + ") knows only " + std::to_string(sizeof copy) +
+                                                   " bytes: install a newer library");
     return copy;
 }
 
@@ -48,9 +48,9 @@ double finite(double value, const char *field) {
 
 Json object_of(const char *text, const char *field) {
     try {
-        Json found = Json::parse(text_of(text, field));
-        if (!found.is_object()) throw JsonError("it is no JSON object");
-        return found;
+        Json object = Json::parse(text_of(text, field));
+        if (!object.is_object()) throw JsonError("expected a JSON object");
+        return object;
     } catch (const JsonError &error) {
         throw bad(std::string(field) + ": " + error.what());
     }
@@ -58,12 +58,12 @@ Json object_of(const char *text, const char *field) {
 
 }  // namespace
 
-sdr_open_params taken(const sdr_open_params *given) {
-    return taken_struct(given, "sdr_open_params", sizeof(sdr_open_params), sdr_open_params_init);
+sdr_open_params copy_of(const sdr_open_params *original) {
+    return copy_struct(original, "sdr_open_params", sizeof(sdr_open_params), sdr_open_params_init);
 }
 
-sdr_job_params taken(const sdr_job_params *given) {
-    return taken_struct(given, "sdr_job_params", sizeof(sdr_job_params), sdr_job_params_init);
+sdr_job_params copy_of(const sdr_job_params *original) {
+    return copy_struct(original, "sdr_job_params", sizeof(sdr_job_params), sdr_job_params_init);
 }
 
 std::string text_of(const char *text, const char *field) {
@@ -77,7 +77,7 @@ Json::Object open_options(const sdr_open_params &params) {
     Json::Object options;
     put_text(options, "backend", params.backend);
     put_text(options, "device", params.device);
-    if (params.threads < 0) throw bad("threads: " + std::to_string(params.threads) + " is below 0");
+    if (params.threads < 0) throw bad("threads: " + std::to_string(params.threads) + " is negative");
     if (params.threads) options.emplace_back("threads", params.threads);
     if (params.low_memory) options.emplace_back("low_memory", true);
     if (params.memory_cap) options.emplace_back("memory", params.memory_cap);
@@ -86,7 +86,7 @@ Json::Object open_options(const sdr_open_params &params) {
     const Json rare = params.options ? object_of(params.options, "options") : Json(Json::Object());
     for (const auto &[key, value] : rare.object()) {
         for (const char *field : {"backend", "device", "threads", "low_memory", "memory", "stream", "queue"})
-            if (key == field) throw bad("options: \"" + key + "\" has a field of its own in sdr_open_params");
+            if (key == field) throw bad("options: \"" + key + "\" is not accepted here: set its field in sdr_open_params");
         options.emplace_back(key, value);
     }
     return options;
@@ -107,7 +107,7 @@ Json::Object request_of(const sdr_job_params &params) {
     if (params.width || params.height) {
         if (params.width <= 0 || params.height <= 0)
             throw bad("size " + std::to_string(params.width) + "x" + std::to_string(params.height) +
-                      ": both above 0, or both 0 for the model's own");
+                      ": expected both above 0, or both 0 for the model's default size");
         request.emplace_back("width", params.width);
         request.emplace_back("height", params.height);
     }
@@ -120,13 +120,13 @@ Blob image_of(const sdr_job_params &params) {
     if (!params.image) return {};
     const int32_t width = params.image_width, height = params.image_height;
     if (width <= 0 || height <= 0 || width > LARGEST_SIDE || height > LARGEST_SIDE)
-        throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": each from 1 to " +
+        throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": expected width and height from 1 to " +
                   std::to_string(LARGEST_SIDE));
     const size_t row = 3 * static_cast<size_t>(width), stride = params.image_stride ? params.image_stride : row;
     if (stride < row)
-        throw bad("image_stride " + std::to_string(stride) + " is below the " + std::to_string(row) + " bytes of a row");
+        throw bad("image_stride " + std::to_string(stride) + " is less than the " + std::to_string(row) + " bytes of a row");
     if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height))
-        throw bad("image_stride " + std::to_string(stride) + " is more than memory has");
+        throw bad("image_stride " + std::to_string(stride) + " is too large");
     std::vector<uint8_t> rows(row * static_cast<size_t>(height));
     for (size_t k = 0; k < static_cast<size_t>(height); ++k) std::memcpy(rows.data() + k * row, params.image + k * stride, row);
     return Blob(std::move(rows));

@@ -1,4 +1,4 @@
-// The caller's structs, read: of any age of the header, every text checked.
+// Reading the caller's structs, of any header version. All texts are checked.
 #pragma once
 
 #include <cstddef>
@@ -10,20 +10,20 @@
 
 namespace sdr {
 
-constexpr size_t LARGEST_STRUCT = 4096;  // no header will have longer ones: what says so is no struct
+constexpr size_t LARGEST_STRUCT = 4096;  // bytes; a larger struct_size is not a struct
 
-// A copy with defaults for what an older header lacks. Throws Failure for NULL, a struct_size that is none, and for what is set behind
-// the end that this library knows.
-sdr_open_params taken(const sdr_open_params *given);
-sdr_job_params taken(const sdr_job_params *given);
+// Copy a struct, with defaults for the fields that an older header lacks. Throws Failure for NULL, an invalid struct_size, and if
+// a field is set that this library does not know.
+sdr_open_params copy_of(const sdr_open_params *original);
+sdr_job_params copy_of(const sdr_job_params *original);
 
-// "" for NULL. Throws Failure where it is not UTF-8.
+// Return the text, or "" for NULL. Throws Failure if it is not UTF-8.
 std::string text_of(const char *text, const char *field);
 
-// Throw Failure, naming the field.
+// The messages that the service expects. They throw Failure, which names the field.
 Json::Object open_options(const sdr_open_params &params);
 Json::Object request_of(const sdr_job_params &params);
-// RGB8 rows without gaps; empty where there is no start image.
+// Return the start image as RGB8 rows without gaps; empty if there is none.
 Blob image_of(const sdr_job_params &params);
 
 }  // namespace sdr

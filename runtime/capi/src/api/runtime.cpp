@@ -18,8 +18,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr uint32_t USUAL_QUEUE = 64;
-constexpr auto TIME_TO_CLOSE = 60s;  // for a worker to end its step, before it is hung up on
+constexpr uint32_t DEFAULT_QUEUE = 64;
+constexpr auto CLOSE_TIMEOUT = 60s;  // for a worker to finish its step, before its socket is closed
 
 sdr_open_params checked(sdr_open_params params) {
     if (!params.bundle) throw usage(SDR_REASON_BAD_ARGUMENT, "bundle is NULL");
@@ -28,14 +28,14 @@ sdr_open_params checked(sdr_open_params params) {
                                                  ": expected SDR_ISOLATION_IN_PROCESS or SDR_ISOLATION_PROCESS");
     if (params.stream && params.isolation == SDR_ISOLATION_PROCESS)
         throw usage(SDR_REASON_UNSUPPORTED, "stream: a CUDA stream belongs to one process; open with SDR_ISOLATION_IN_PROCESS");
-    if (!params.queue) params.queue = USUAL_QUEUE;
+    if (!params.queue) params.queue = DEFAULT_QUEUE;
     return params;
 }
 
-// Absolute, since a worker that starts later must find it though the host has changed its folder. "" stays.
+// Make a path absolute, since the host may change its working directory before another worker starts. "" stays "".
 std::string absolute(const char *path, const char *field) {
-    const std::string found = text_of(path, field);
-    return found.empty() ? found : text_of(std::filesystem::absolute(found).string().c_str(), field);
+    const std::string text = text_of(path, field);
+    return text.empty() ? text : text_of(std::filesystem::absolute(text).string().c_str(), field);
 }
 
 std::string open_message(const sdr_open_params &params) {
@@ -51,13 +51,14 @@ int32_t level_of(const Json &level) {
     return level.is_string() ? SDR_LOG_INFO : static_cast<int32_t>(level.integer());
 }
 
-int32_t small(const Json &number) {
+int32_t int32_of(const Json &number) {
     const int64_t value = number.integer();
     if (value < 0 || value > INT32_MAX) throw JsonError("a number out of range: " + std::to_string(value));
     return static_cast<int32_t>(value);
 }
 
-// Of a "refused" or "failed"; keep equal to REASONS of sdruntime/serving/service.py. Another name is of a newer service: no reason.
+// Return the reason of a "refused" or "failed" event. Keep equal to REASONS of sdruntime/serving/service.py. A newer service may
+// send an unknown name: SDR_REASON_NONE.
 int32_t reason_of(const Json &event) {
     static const std::pair<const char *, int32_t> names[] = {{"no_runtime", SDR_REASON_NO_RUNTIME},
                                                              {"queue_full", SDR_REASON_QUEUE_FULL},
@@ -89,12 +90,12 @@ Runtime::Runtime(const sdr_open_params &params)
 Runtime::~Runtime() { stop(); }
 
 void Runtime::open() {
-    const GilPause pause;  // before every lock: who holds one never waits for the GIL
+    const GilPause pause;  // before every lock: a thread that holds a lock must never wait for the GIL
     const std::lock_guard one(starting_);
     start();
 }
 
-// Under starting_.
+// Requires starting_.
 void Runtime::start() {
     {
         const std::lock_guard lock(mutex_);
@@ -119,14 +120,14 @@ void Runtime::start() {
     throw *refused_;
 }
 
-// Under starting_. Every thread of the transport has ended afterwards.
+// Requires starting_. Afterwards every thread of the transport has ended.
 void Runtime::stop() {
-    std::unique_ptr<Transport> last;
+    std::unique_ptr<Transport> transport;
     {
         const std::lock_guard lock(mutex_);
-        last = std::move(transport_);
+        transport = std::move(transport_);
     }
-    last.reset();
+    transport.reset();
 }
 
 const char *Runtime::describe() {
@@ -135,7 +136,7 @@ const char *Runtime::describe() {
     return described_.back().c_str();
 }
 
-// A worker that died is followed by a new one.
+// Start a new worker if the last one died.
 void Runtime::ready_for_jobs() {
     {
         const std::lock_guard lock(mutex_);
@@ -168,7 +169,7 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
         message.emplace_back("device_buffer", uint64_t{reinterpret_cast<uintptr_t>(params.device_buffer)});
         message.emplace_back("device_buffer_size", params.device_buffer_size);
     }
-    Process &process = Process::here();
+    Process &process = Process::current();
     const uint64_t id = process.new_id();
     message[1].second = id;
     std::string text = Json(std::move(message)).text();
@@ -177,12 +178,12 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
         ready_for_jobs();
         const std::lock_guard lock(mutex_);
         if (closing_) throw closed();
-        if (phase_ != Phase::OPEN) continue;  // it died just now
+        if (phase_ != Phase::OPEN) continue;  // the worker has just died
         if (waiting_.size() >= queue_)
-            throw Failure(SDR_FAILED, SDR_REASON_QUEUE_FULL,
-                          "the queue is full: " + std::to_string(waiting_.size()) + " jobs wait, of at most " +
-                              std::to_string(queue_) +
-                              "; submit again when one has started, or open with a larger sdr_open_params.queue");
+            throw Failure(
+                SDR_FAILED, SDR_REASON_QUEUE_FULL,
+                "the queue is full: " + std::to_string(waiting_.size()) + " of at most " + std::to_string(queue_) +
+                    " jobs are waiting; submit again when one has started, or open with a larger sdr_open_params.queue");
         jobs_.emplace(id, job);
         waiting_.insert(id);
         process.jobs.put(id, job);
@@ -192,13 +193,13 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
 }
 
 void Runtime::cancel(Job &job) {
-    if (!job.cancel_now()) return;
+    if (!job.mark_cancelled()) return;
     const std::lock_guard lock(mutex_);
     if (transport_ && jobs_.count(job.id)) transport_->send({Json(Json::Object{{"op", "cancel"}, {"job", job.id}}).text(), {}});
 }
 
 void Runtime::close() {
-    if (InCallback::here()) throw usage(SDR_REASON_REENTERED, "sdr_runtime_close: a callback must not wait for its own end");
+    if (InCallback::active()) throw usage(SDR_REASON_REENTERED, "sdr_runtime_close: cannot be called inside a callback");
     const GilPause pause;
     {
         const std::lock_guard lock(mutex_);
@@ -211,7 +212,7 @@ void Runtime::close() {
             transport_->send({Json(Json::Object{{"op", "close"}}).text(), {}});
             const auto over = [this] { return phase_ != Phase::OPEN; };
             if (transport_->in_process()) changed_.wait(lock, over);
-            else if (!changed_.wait_for(lock, TIME_TO_CLOSE, over)) transport_->hang_up();
+            else if (!changed_.wait_for(lock, CLOSE_TIMEOUT, over)) transport_->hang_up();
         }
         phase_ = Phase::CLOSED;
     }
@@ -224,7 +225,7 @@ bool Runtime::on_event(Message &&message) noexcept {
         take_event(std::move(message));
         return true;
     } catch (const std::exception &error) {
-        log(SDR_LOG_ERROR, std::string("an event that is none: ") + error.what());
+        log(SDR_LOG_ERROR, std::string("invalid event: ") + error.what());
         return false;
     }
 }
@@ -255,8 +256,8 @@ void Runtime::take_event(Message &&message) {
     } else if (name == "refused") {
         const int32_t reason = reason_of(event);
         const std::lock_guard lock(mutex_);
-        refused_.emplace(small(event["code"]), reason,
-                         event["message"].string() + (reason == SDR_REASON_NO_RUNTIME ? NAME_A_PYTHON : ""));
+        refused_.emplace(int32_of(event["code"]), reason,
+                         event["message"].string() + (reason == SDR_REASON_NO_RUNTIME ? PYTHON_ADVICE : ""));
         phase_ = Phase::ENDED;
         changed_.notify_all();
     } else if (name == "closed") {
@@ -269,20 +270,20 @@ void Runtime::take_event(Message &&message) {
 }
 
 void Runtime::on_end(const std::string &why) noexcept {
-    bool told;
+    bool expected;
     {
         const std::lock_guard lock(mutex_);
-        told = closing_ || refused_;
+        expected = closing_ || refused_;
     }
-    if (!told) log(SDR_LOG_ERROR, why);
+    if (!expected) log(SDR_LOG_ERROR, why);
     {
         const std::lock_guard lock(mutex_);
         if (!refused_) refused_.emplace(SDR_FAILED, SDR_REASON_WORKER_DIED, why + " while the bundle was opened");
         phase_ = Phase::ENDED;
         changed_.notify_all();
     }
-    end_jobs(closes() ? ended_by_closing()
-                      : Failure(SDR_FAILED, SDR_REASON_WORKER_DIED, why + "; the next job starts a new one"));
+    end_jobs(is_closing() ? ended_by_closing()
+                          : Failure(SDR_FAILED, SDR_REASON_WORKER_DIED, why + "; the next job starts a new one"));
 }
 
 void Runtime::end_jobs(const Failure &failure) {
@@ -295,40 +296,40 @@ void Runtime::end_jobs(const Failure &failure) {
     for (const auto &[unused, job] : jobs) job->failed(failure);
 }
 
-bool Runtime::closes() {
+bool Runtime::is_closing() {
     const std::lock_guard lock(mutex_);
     return closing_;
 }
 
-// Null for a job that has ended.
+// Return the job of an event, or null if it has ended.
 std::shared_ptr<Job> Runtime::job_of(const Json &event) {
     const std::lock_guard lock(mutex_);
-    const auto found = jobs_.find(event["job"].natural());
-    return found == jobs_.end() ? nullptr : found->second;
+    const auto entry = jobs_.find(event["job"].natural());
+    return entry == jobs_.end() ? nullptr : entry->second;
 }
 
-// The same, and the job's last event.
-std::shared_ptr<Job> Runtime::last_of(const Json &event) {
+// Return the job of its last event and forget it; null if it has ended.
+std::shared_ptr<Job> Runtime::take_job(const Json &event) {
     const std::lock_guard lock(mutex_);
-    const auto found = jobs_.find(event["job"].natural());
-    if (found == jobs_.end()) return nullptr;
-    auto job = std::move(found->second);
-    waiting_.erase(found->first);
-    jobs_.erase(found);
+    const auto entry = jobs_.find(event["job"].natural());
+    if (entry == jobs_.end()) return nullptr;
+    auto job = std::move(entry->second);
+    waiting_.erase(entry->first);
+    jobs_.erase(entry);
     return job;
 }
 
 void Runtime::progress(const Json &event, const Blob &blob) {
     sdr_progress now = {};
     now.struct_size = sizeof now;
-    now.step = small(event["step"]);
-    now.steps = small(event["steps"]);
+    now.step = int32_of(event["step"]);
+    now.steps = int32_of(event["steps"]);
     if (!event["preview"].is_null()) {
         const Json::Array &shape = event["preview"].array();
-        if (shape.size() != 3) throw JsonError("a preview of " + std::to_string(shape.size()) + " dimensions");
-        now.preview_channels = small(shape[0]);
-        now.preview_height = small(shape[1]);
-        now.preview_width = small(shape[2]);
+        if (shape.size() != 3) throw JsonError("a preview with " + std::to_string(shape.size()) + " dimensions");
+        now.preview_channels = int32_of(shape[0]);
+        now.preview_height = int32_of(shape[1]);
+        now.preview_width = int32_of(shape[2]);
         const uint64_t size = uint64_t{sizeof(float)} * static_cast<uint64_t>(now.preview_channels) *
                               static_cast<uint64_t>(now.preview_height) * static_cast<uint64_t>(now.preview_width);
         if (size != blob.size())
@@ -346,48 +347,48 @@ void Runtime::progress(const Json &event, const Blob &blob) {
 }
 
 void Runtime::done(const Json &event, const Blob &blob) {
-    Picture picture;
-    picture.width = small(event["width"]);
-    picture.height = small(event["height"]);
-    picture.seed = event["seed"].natural();
+    Image image;
+    image.width = int32_of(event["width"]);
+    image.height = int32_of(event["height"]);
+    image.seed = event["seed"].natural();
     const Json &timings = event["timings"];
-    picture.queued = seconds(timings, "queued");
-    picture.encode = seconds(timings, "encode");
-    picture.denoise = seconds(timings, "denoise");
-    picture.decode = seconds(timings, "decode");
-    picture.total = seconds(timings, "total");
-    picture.sampler = event["sampler"].is_null() ? "" : event["sampler"].string();
-    picture.warnings = event["warnings"].is_null() ? "[]" : event["warnings"].text();
-    picture.rgb = event["rgb"].natural();
-    picture.png = event["png"].is_null() ? 0 : event["png"].natural();
-    picture.blob = blob;
-    const size_t rows = 3 * static_cast<size_t>(picture.width) * static_cast<size_t>(picture.height);
-    if (picture.rgb != rows || picture.png > blob.size() || blob.size() - picture.png != picture.rgb)
-        throw JsonError("an image of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(picture.png) +
+    image.queued = seconds(timings, "queued");
+    image.encode = seconds(timings, "encode");
+    image.denoise = seconds(timings, "denoise");
+    image.decode = seconds(timings, "decode");
+    image.total = seconds(timings, "total");
+    image.sampler = event["sampler"].is_null() ? "" : event["sampler"].string();
+    image.warnings = event["warnings"].is_null() ? "[]" : event["warnings"].text();
+    image.rgb = event["rgb"].natural();
+    image.png = event["png"].is_null() ? 0 : event["png"].natural();
+    image.blob = blob;
+    const size_t rows = 3 * static_cast<size_t>(image.width) * static_cast<size_t>(image.height);
+    if (image.rgb != rows || image.png > blob.size() || blob.size() - image.png != image.rgb)
+        throw JsonError("an image of " + std::to_string(rows) + " bytes and a PNG of " + std::to_string(image.png) +
                         " in a blob of " + std::to_string(blob.size()));
-    const auto job = last_of(event);
-    if (job && closes()) job->failed(ended_by_closing());
-    else if (job) job->done(std::move(picture));
+    const auto job = take_job(event);
+    if (job && is_closing()) job->failed(ended_by_closing());
+    else if (job) job->done(std::move(image));
 }
 
 void Runtime::failed(const Json &event) {
-    const int32_t code = small(event["code"]);
+    const int32_t code = int32_of(event["code"]);
     const std::string &message = event["message"].string();
-    if (!code) throw JsonError("a failure of code 0");
+    if (!code) throw JsonError("a failure with code 0");
     const int32_t reason = code == SDR_CANCELLED ? SDR_REASON_CANCELLED : reason_of(event);
-    if (const auto job = last_of(event)) job->failed(closes() ? ended_by_closing() : Failure(code, reason, message));
+    if (const auto job = take_job(event)) job->failed(is_closing() ? ended_by_closing() : Failure(code, reason, message));
 }
 
 void Runtime::log(int32_t level, const std::string &message) {
     if (!log_ || level < log_level_) return;
     try {
         const std::lock_guard one(logging_);
-        if (hushed_) return;
+        if (log_muted_) return;
         const InCallback inside;
         log_(log_user_, level, message.c_str());
     } catch (abi::__forced_unwind &) {
         throw;
-    } catch (...) {  // the log is the host's; what it throws is dropped
+    } catch (...) {  // exceptions of the host's log callback are discarded
     }
 }
 

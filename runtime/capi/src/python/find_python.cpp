@@ -15,7 +15,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr int OLDEST = 10, NEWEST = 30;  // of Python 3
+constexpr int OLDEST = 10, NEWEST = 30;  // minor versions of Python 3
 
 std::string variable(const char *name) {
     const char *value = std::getenv(name);
@@ -27,16 +27,16 @@ bool is_library(const fs::path &path) {
     return name.rfind("libpython", 0) == 0 && name.find(".so") != std::string::npos;
 }
 
-// "3.11" out of "3.11.7" or "python3.11"; "" where there is none.
+// Return "3.11" for "3.11.7" or "python3.11"; "" if there is no version.
 std::string minor_version(const std::string &text) {
     const size_t from = text.find("3.");
     if (from == std::string::npos) return "";
     const size_t to = text.find_first_not_of("0123456789", from + 2);
-    const std::string found = text.substr(from, to == std::string::npos ? to : to - from);
-    return found.size() > 2 ? found : "";
+    const std::string version = text.substr(from, to == std::string::npos ? to : to - from);
+    return version.size() > 2 ? version : "";
 }
 
-// The lines "key = value" of a pyvenv.cfg.
+// Return the value of the first line "key = value" of a pyvenv.cfg with one of these keys, or "".
 std::string config_value(const fs::path &path, const std::vector<std::string> &keys) {
     std::ifstream file(path);
     for (std::string line; std::getline(file, line);) {
@@ -52,69 +52,72 @@ std::string config_value(const fs::path &path, const std::vector<std::string> &k
     return "";
 }
 
+// Return the paths that a libpython under `prefix` may have, the newest version first; with a version, also the name for the
+// loader.
 std::vector<std::string> libraries_under(const fs::path &prefix, const std::string &version) {
-    std::vector<std::string> found;
+    std::vector<std::string> libraries;
     std::vector<fs::path> folders = {prefix / "lib", prefix / "lib64"};
     std::error_code error;
-    for (fs::directory_iterator each(prefix / "lib", error), last; !error && each != last; each.increment(error))
-        if (each->path().filename().string().find("-linux-gnu") != std::string::npos) folders.push_back(each->path());
+    for (fs::directory_iterator entry(prefix / "lib", error), last; !error && entry != last; entry.increment(error))
+        if (entry->path().filename().string().find("-linux-gnu") != std::string::npos) folders.push_back(entry->path());
     for (int minor = NEWEST; minor >= OLDEST; --minor) {
-        const std::string each = "3." + std::to_string(minor);
-        if (!version.empty() && each != version) continue;
+        const std::string candidate = "3." + std::to_string(minor);
+        if (!version.empty() && candidate != version) continue;
         for (const fs::path &folder : folders)
             for (const char *end : {".so.1.0", ".so"})
-                if (const fs::path file = folder / ("libpython" + each + end); fs::exists(file, error))
-                    found.push_back(file.string());
-        if (!version.empty()) found.push_back("libpython" + each + ".so.1.0");
+                if (const fs::path file = folder / ("libpython" + candidate + end); fs::exists(file, error))
+                    libraries.push_back(file.string());
+        if (!version.empty()) libraries.push_back("libpython" + candidate + ".so.1.0");
     }
-    return found;
+    return libraries;
 }
 
-Python of_interpreter(const fs::path &path) {
-    Python found;
-    found.interpreter = path.string();
+Python python_of_interpreter(const fs::path &path) {
+    Python python;
+    python.interpreter = path.string();
     const fs::path environment = path.parent_path().parent_path(), config = environment / "pyvenv.cfg";
     std::error_code error;
     if (fs::exists(config, error)) {
-        found.version = minor_version(config_value(config, {"version", "version_info"}));
-        if (!found.version.empty()) found.site = (environment / "lib" / ("python" + found.version) / "site-packages").string();
-        found.libraries = libraries_under(fs::path(config_value(config, {"home"})).parent_path(), found.version);
+        python.version = minor_version(config_value(config, {"version", "version_info"}));
+        if (!python.version.empty()) python.site = (environment / "lib" / ("python" + python.version) / "site-packages").string();
+        python.libraries = libraries_under(fs::path(config_value(config, {"home"})).parent_path(), python.version);
     } else {
         const fs::path real = fs::canonical(path, error);
-        found.version = error ? "" : minor_version(real.filename().string());
-        if (!error) found.libraries = libraries_under(real.parent_path().parent_path(), found.version);
+        python.version = error ? "" : minor_version(real.filename().string());
+        if (!error) python.libraries = libraries_under(real.parent_path().parent_path(), python.version);
     }
-    return found;
+    return python;
 }
 
-// A folder (of a virtual environment), an interpreter, or a libpython. Empty where it is none of them.
-Python at(const fs::path &place) {
+// Return the Python at a path: the folder of a virtual environment, an interpreter, or a libpython. Empty if it is none of them.
+Python python_at(const fs::path &place) {
     std::error_code error;
     const fs::path path = fs::absolute(place, error);
     if (fs::is_directory(path, error)) {
         for (const char *name : {"python3", "python"})
-            if (access((path / "bin" / name).c_str(), X_OK) == 0) return of_interpreter(path / "bin" / name);
+            if (access((path / "bin" / name).c_str(), X_OK) == 0) return python_of_interpreter(path / "bin" / name);
         return {};
     }
     if (is_library(path) && fs::exists(path, error)) {
-        Python found;
-        found.libraries = {path.string()};
-        found.version = minor_version(path.filename().string());
-        return found;
+        Python python;
+        python.libraries = {path.string()};
+        python.version = minor_version(path.filename().string());
+        return python;
     }
-    return fs::is_regular_file(path, error) && access(path.c_str(), X_OK) == 0 ? of_interpreter(path) : Python();
+    return fs::is_regular_file(path, error) && access(path.c_str(), X_OK) == 0 ? python_of_interpreter(path) : Python();
 }
 
-// What `name` (a parameter or a variable) says, if anything.
-Python named(const std::string &name, const std::string &place, Search &search) {
+// Return the Python at `place`, which the parameter or variable `name` contains. Empty if that is not set. Throws Failure if
+// there is no Python.
+Python named_python(const std::string &name, const std::string &place, Search &search) {
     if (place.empty()) {
         search.note(name + ": not set");
         return {};
     }
-    Python found = at(place);
-    search.note(name + ": " + place + (found.empty() ? ", which is no virtual environment, interpreter or libpython" : ""));
-    if (found.empty()) throw search.failure(name + " contains no Python");
-    return found;
+    Python python = python_at(place);
+    search.note(name + ": " + place + (python.empty() ? ", which is not a virtual environment, interpreter or libpython" : ""));
+    if (python.empty()) throw search.failure(name + " does not name a Python");
+    return python;
 }
 
 fs::path beside_this_library() {
@@ -130,34 +133,34 @@ fs::path beside_this_library() {
 Failure Search::failure(const std::string &what) const {
     std::string text = what + "; searched:";
     for (const std::string &line : lines_) text += "\n  - " + line;
-    return Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON, text + NAME_A_PYTHON);
+    return Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON, text + PYTHON_ADVICE);
 }
 
-Python given_python(const std::string &given, Search &search) {
-    Python found = named("sdr_open_params.python", given, search);
-    return found.empty() ? named("SDRUNTIME_PYTHON", variable("SDRUNTIME_PYTHON"), search) : found;
+Python explicit_python(const std::string &parameter, Search &search) {
+    Python python = named_python("sdr_open_params.python", parameter, search);
+    return python.empty() ? named_python("SDRUNTIME_PYTHON", variable("SDRUNTIME_PYTHON"), search) : python;
 }
 
 Python installed_python(Search &search) {
-    if (Python found = named("VIRTUAL_ENV", variable("VIRTUAL_ENV"), search); !found.empty()) return found;
+    if (Python python = named_python("VIRTUAL_ENV", variable("VIRTUAL_ENV"), search); !python.empty()) return python;
     const fs::path beside = beside_this_library();
     std::error_code error;
-    const bool there = fs::exists(beside / "pyvenv.cfg", error);
-    search.note((there ? "beside this library: " : "beside this library: no virtual environment ") + beside.string());
-    return there ? at(beside) : Python();
+    const bool exists = fs::exists(beside / "pyvenv.cfg", error);
+    search.note((exists ? "beside this library: " : "beside this library: no virtual environment ") + beside.string());
+    return exists ? python_at(beside) : Python();
 }
 
-Python common_python(Search &search) {
-    Python found;
+Python system_python(Search &search) {
+    Python python;
     std::istringstream path(variable("PATH"));
-    for (std::string folder; found.interpreter.empty() && std::getline(path, folder, ':');)
+    for (std::string folder; python.interpreter.empty() && std::getline(path, folder, ':');)
         if (!folder.empty() && access((fs::path(folder) / "python3").c_str(), X_OK) == 0)
-            found = of_interpreter(fs::path(folder) / "python3");
-    search.note(found.interpreter.empty() ? "PATH: no python3" : "PATH: " + found.interpreter);
-    found.libraries.push_back("libpython3.so");
+            python = python_of_interpreter(fs::path(folder) / "python3");
+    search.note(python.interpreter.empty() ? "PATH: no python3" : "PATH: " + python.interpreter);
+    python.libraries.push_back("libpython3.so");
     for (int minor = NEWEST; minor >= OLDEST; --minor)
-        found.libraries.push_back("libpython3." + std::to_string(minor) + ".so.1.0");
-    return found;
+        python.libraries.push_back("libpython3." + std::to_string(minor) + ".so.1.0");
+    return python;
 }
 
 }  // namespace sdr

@@ -1,4 +1,4 @@
-// Where an interpreter is looked for; the order is told at sdr_runtime_open.
+// Searching for an interpreter, in the order that sdr_runtime_open documents.
 #pragma once
 
 #include <string>
@@ -9,18 +9,18 @@
 namespace sdr {
 
 struct Python {
-    std::string interpreter;             // the program, "" where only a library was given
-    std::vector<std::string> libraries;  // may be its libpython, best first; the loader finds names without a folder
-    std::string site;                    // the site-packages of a virtual environment, else ""
-    std::string version;                 // "3.11", "" where no file tells it
+    std::string interpreter;             // the program; "" if only a library was named
+    std::vector<std::string> libraries;  // candidates for its libpython, best first; a name without a folder is for the loader
+    std::string site;                    // the site-packages of a virtual environment, or ""
+    std::string version;                 // "3.11", or "" if unknown
 
     bool empty() const { return interpreter.empty() && libraries.empty(); }
 };
 
-constexpr const char *NAME_A_PYTHON =
-    "\ngive the folder of a virtual environment with sdruntime in it, as sdr_open_params.python or SDRUNTIME_PYTHON";
+constexpr const char *PYTHON_ADVICE =
+    "\npass the folder of a virtual environment that has sdruntime, as sdr_open_params.python or SDRUNTIME_PYTHON";
 
-// What was looked at, and what was found there, for the status.
+// Records the places searched and what was found there, for the error message.
 class Search {
 public:
     void note(const std::string &line) { lines_.push_back(line); }
@@ -30,10 +30,13 @@ private:
     std::vector<std::string> lines_;
 };
 
-// Each an empty one where there is none, and Failure thrown where a place is named and nothing is there: what the caller names, else
-// SDRUNTIME_PYTHON; the virtual environment that is active, else the one beside this library; what PATH and the loader may have.
-Python given_python(const std::string &given, Search &search);
+// The Python that the caller names, otherwise that of SDRUNTIME_PYTHON. Empty if neither is set. Throws Failure if it does not
+// exist.
+Python explicit_python(const std::string &parameter, Search &search);
+// The virtual environment that is active, otherwise the one beside this library; may be empty. Throws Failure if VIRTUAL_ENV is
+// wrong.
 Python installed_python(Search &search);
-Python common_python(Search &search);
+// The python3 on PATH, and the libpythons that the loader may find.
+Python system_python(Search &search);
 
 }  // namespace sdr

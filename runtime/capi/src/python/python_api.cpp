@@ -17,13 +17,13 @@ namespace {
 std::atomic<const PythonApi *> the_api{nullptr};
 std::atomic<pid_t> the_pid{0};
 
-// True where `handle` has every function.
+// Load all functions from a library. Returns false, with the name in `missing`, if one is missing.
 bool load(PythonApi &api, void *handle, std::string &missing) {
     const auto get = [&](auto &member, const char *name) {
-        void *found = dlsym(handle, name);
-        static_assert(sizeof found == sizeof member);
-        std::memcpy(&member, &found, sizeof found);
-        return found != nullptr;
+        void *symbol = dlsym(handle, name);
+        static_assert(sizeof symbol == sizeof member);
+        std::memcpy(&member, &symbol, sizeof symbol);
+        return symbol != nullptr;
     };
     missing.clear();
 #define SDR_LOAD(name, result, parameters) \
@@ -38,9 +38,9 @@ bool load(PythonApi &api, void *handle, std::string &missing) {
     return true;
 }
 
-// The libpython that something in this process has loaded, perhaps where its symbols are not seen; "" for none.
+// Return the path of the libpython that is loaded in this process, even if its symbols are not global; "" if there is none.
 std::string loaded_library() {
-    std::string found;
+    std::string path;
     dl_iterate_phdr(
         [](dl_phdr_info *info, size_t, void *out) {
             const char *name = std::strrchr(info->dlpi_name, '/');
@@ -48,12 +48,12 @@ std::string loaded_library() {
             *static_cast<std::string *>(out) = info->dlpi_name;
             return 1;
         },
-        &found);
-    return found;
+        &path);
+    return path;
 }
 
-// An interpreter that is in this process already, running or not.
-bool load_present(PythonApi &api, Search &search) {
+// Load an interpreter that is already in this process, running or not.
+bool load_existing(PythonApi &api, Search &search) {
     std::string missing;
     if (load(api, RTLD_DEFAULT, missing)) return true;
     const std::string library = loaded_library();
@@ -66,7 +66,7 @@ bool load_present(PythonApi &api, Search &search) {
 bool load_first(PythonApi &api, const Python &python, Search &search) {
     std::string missing;
     for (const std::string &library : python.libraries) {
-        void *handle = dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL);  // global: extension modules look for their symbols there
+        void *handle = dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL);  // global: extension modules need its symbols
         if (!handle) {
             const char *why = dlerror();
             search.note(library + ": " + (why ? why : "cannot be opened"));
@@ -87,29 +87,30 @@ void check_version(PythonApi &api, Search &search) {
     api.version = whole.substr(0, whole.find(' '));
     int minor = 0;
     if (std::sscanf(whole.c_str(), "3.%d", &minor) != 1 || minor < 10) {
-        search.note("Python " + api.version + " was found; 3.10 is the oldest that serves");
+        search.note("Python " + api.version + " was found; 3.10 or later is required");
         throw search.failure("no usable Python");
     }
 }
 
-const PythonApi *start_now(const std::string &given) {
+const PythonApi *start_now(const std::string &parameter) {
     auto api = std::make_unique<PythonApi>();
     Search search;
-    Python python = given_python(given, search);
-    const bool present = load_present(*api, search), running = present && api->Py_IsInitialized();
+    Python python = explicit_python(parameter, search);
+    const bool present = load_existing(*api, search), running = present && api->Py_IsInitialized();
     if (python.empty() && !running) python = installed_python(search);
-    if (python.empty() && !present) python = common_python(search);
+    if (python.empty() && !present) python = system_python(search);
     if (!present && !load_first(*api, python, search)) throw search.failure("no libpython");
     check_version(*api, search);
     if (present && !python.version.empty() && python.version != minor_of(api->version)) {
         search.note("in this process: Python " + api->version);
-        throw search.failure("this process has Python " + api->version + " already, and Python " + python.version +
+        throw search.failure("this process already has Python " + api->version + ", but Python " + python.version +
                              " was requested");
     }
     api->site = python.site;
     if (running) return api.release();
     if (api->set_program_name && !python.interpreter.empty())
-        // from it the interpreter finds its own files, and `site` the virtual environment; kept, since Python keeps the pointer
+        // The interpreter uses it to find its files, and `site` to find the virtual environment. Never freed: Python keeps the
+        // pointer.
         if (const wchar_t *name = api->Py_DecodeLocale(python.interpreter.c_str(), nullptr)) api->set_program_name(name);
     api->Py_InitializeEx(0);
     api->PyEval_SaveThread();
@@ -121,37 +122,36 @@ const PythonApi *start_now(const std::string &given) {
 const PythonApi *PythonApi::started() { return the_api.load(); }
 
 const PythonApi *PythonApi::present() {
-    static std::atomic<const PythonApi *> the_host{nullptr};
+    static std::atomic<const PythonApi *> in_process{nullptr};
     if (const PythonApi *api = started()) return api;
-    if (const PythonApi *api = the_host.load()) return api;
+    if (const PythonApi *api = in_process.load()) return api;
     auto api = std::make_unique<PythonApi>();
     Search search;
-    if (!load_present(*api, search)) return nullptr;
+    if (!load_existing(*api, search)) return nullptr;
     const PythonApi *none = nullptr;
-    return the_host.compare_exchange_strong(none, api.get()) ? api.release() : none;
+    return in_process.compare_exchange_strong(none, api.get()) ? api.release() : none;
 }
 
-const PythonApi &PythonApi::start(const std::string &given) {
+const PythonApi &PythonApi::start(const std::string &parameter) {
     static std::mutex mutex;
     if (const pid_t owner = the_pid.load(); owner && owner != getpid())
-        throw usage(
-            SDR_REASON_FORKED,
-            "sdr_runtime_open: this process was forked from one that runs the interpreter already, which a child cannot use: "
-            "exec, or open with SDR_ISOLATION_PROCESS");
+        throw usage(SDR_REASON_FORKED,
+                    "sdr_runtime_open: this process was forked from one that runs the interpreter, and a child cannot use it: "
+                    "call exec, or open with SDR_ISOLATION_PROCESS");
     const std::lock_guard lock(mutex);
     if (const PythonApi *api = the_api.load()) {
         if (!api->Py_IsInitialized())
             throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_PYTHON,
-                          "sdr_runtime_open: the host has ended the interpreter (Py_Finalize); it cannot begin again");
+                          "sdr_runtime_open: the host has finalised the interpreter (Py_Finalize); it cannot be started again");
         Search search;
-        if (const Python asked = given_python(given, search); !asked.site.empty() && asked.site != api->site)
-            throw usage(SDR_REASON_UNSUPPORTED, "sdr_runtime_open: this process runs Python " + api->version +
+        if (const Python requested = explicit_python(parameter, search); !requested.site.empty() && requested.site != api->site)
+            throw usage(SDR_REASON_UNSUPPORTED, "sdr_runtime_open: this process already runs Python " + api->version +
                                                     (api->site.empty() ? "" : " with " + api->site) +
-                                                    " already, and has one interpreter: " + asked.site +
-                                                    " needs SDR_ISOLATION_PROCESS");
+                                                    ", and a process can have only one interpreter: to use " + requested.site +
+                                                    ", open with SDR_ISOLATION_PROCESS");
         return *api;
     }
-    the_api = start_now(given);
+    the_api = start_now(parameter);
     the_pid = getpid();
     return *the_api.load();
 }

@@ -1,4 +1,4 @@
-// CPython, found and opened at run time: the functions of its stable ABI (3.10 and later) that the library uses.
+// CPython, loaded at run time: the functions of its stable ABI (3.10 and later) that the library uses.
 #pragma once
 
 #include <cstddef>
@@ -61,23 +61,23 @@ struct PythonApi {
 #undef SDR_MEMBER
     PyObject *none = nullptr;
     PyObject **runtime_error = nullptr;
-    // outside the stable ABI, and may be missing
+    // not in the stable ABI: may be null
     void (*set_program_name)(const wchar_t *) = nullptr;
     PyThreadState *(*current_thread)() = nullptr;
 
-    std::string site;     // of the environment that was asked for
+    std::string site;     // site-packages of the requested environment, or ""
     std::string version;  // "3.11.7"
 
-    // The interpreter of this process: the one that runs already, else a new one, which then stays until the process ends. Throws
-    // Failure: none found; another one runs already; a child of the process that started it.
-    static const PythonApi &start(const std::string &given);
-    // The same where it was started, else nullptr.
+    // Return the interpreter of this process: the one that already runs, otherwise a new one, which runs until the process ends.
+    // Throws Failure if none is found, if another one already runs, or in a child of the process that started it.
+    static const PythonApi &start(const std::string &parameter);
+    // Return the interpreter that start() returned, or nullptr.
     static const PythonApi *started();
-    // That of this process, whoever started it; nullptr for none.
+    // Return the interpreter of this process, whoever started it, or nullptr.
     static const PythonApi *present();
 };
 
-// Holds the GIL.
+// Holds the GIL during its lifetime.
 class Gil {
 public:
     explicit Gil(const PythonApi &api) : api_(api), state_(api.PyGILState_Ensure()) {}
@@ -90,7 +90,7 @@ private:
     const int state_;
 };
 
-// Lets go of the GIL where this thread holds it, as a host may that is Python itself: for calls that wait.
+// Releases the GIL during its lifetime if this thread holds it, as a host written in Python may. For calls that wait.
 class GilPause {
 public:
     GilPause();

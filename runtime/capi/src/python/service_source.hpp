@@ -1,9 +1,10 @@
-// The Python that the library holds itself: it leads to sdruntime.serving.service, or tells why there is none.
+// The library's own Python code. It imports sdruntime.serving.service, or reports why that fails.
 #pragma once
 
 namespace sdr {
 
-// Defines start(emit, site) -> (handle, fault): handle is that of a Service which tells its events by emit(bytes, bytes).
+// Defines start(emit, folder) -> (handle, fault). `handle` is the method of a Service, which passes its events to emit(bytes,
+// bytes).
 constexpr const char *IN_PROCESS_SOURCE = R"python(
 def start(emit, folder):
     import sys
@@ -16,12 +17,12 @@ def start(emit, folder):
     except BaseException as error:
         places = "".join(f"\n  - {place}" for place in sys.path)
         return None, f"Python {sys.version.split()[0]} ({sys.prefix}): {type(error).__name__}: {error}; searched:{places}"
-    def tell(message, blob=None):
+    def send(message, blob=None):
         emit(message, b"" if blob is None else bytes(blob))
-    return Service(tell).handle, ""
+    return Service(send).handle, ""
 )python";
 
-// The program of a worker: what follows `-c`, with the descriptor as its argument. The current folder is not searched for modules.
+// The program of a worker, for `python -c`; its argument is the descriptor. It does not search the current folder for modules.
 constexpr const char *WORKER_SOURCE = R"python(
 import sys
 if sys.path and sys.path[0] == "":

@@ -17,15 +17,15 @@ namespace sdr {
 
 namespace {
 
-constexpr size_t NEEDED = 16;
+constexpr size_t REQUIRED = 16;
 
 struct Numbers {
     std::mutex mutex;
     std::vector<int> all;
 };
 
-Numbers &not_in_children() {
-    static Numbers &numbers = *new Numbers;  // never freed: a process may fork while it ends
+Numbers &descriptors_to_close() {
+    static Numbers &numbers = *new Numbers;  // never freed: a process may fork while it exits
     static const int registered = pthread_atfork([] { numbers.mutex.lock(); }, [] { numbers.mutex.unlock(); },
                                                  [] {
                                                      for (const int number : numbers.all) close(number);
@@ -38,14 +38,14 @@ Numbers &not_in_children() {
 
 }  // namespace
 
-NotInChildren::NotInChildren(int number) : number_(number) {
-    Numbers &numbers = not_in_children();
+CloseOnFork::CloseOnFork(int number) : number_(number) {
+    Numbers &numbers = descriptors_to_close();
     const std::lock_guard lock(numbers.mutex);
     numbers.all.push_back(number);
 }
 
-NotInChildren::~NotInChildren() {
-    Numbers &numbers = not_in_children();
+CloseOnFork::~CloseOnFork() {
+    Numbers &numbers = descriptors_to_close();
     const std::lock_guard lock(numbers.mutex);
     numbers.all.erase(std::remove(numbers.all.begin(), numbers.all.end(), number_), numbers.all.end());
 }
@@ -61,15 +61,15 @@ Descriptor at_or_above(int first, Descriptor descriptor) {
 
 void require_descriptors() {
     std::vector<Descriptor> free;
-    while (free.size() < NEEDED) {
+    while (free.size() < REQUIRED) {
         Descriptor next(eventfd(0, EFD_CLOEXEC));
         if (!next) {
             rlimit limit = {};
             getrlimit(RLIMIT_NOFILE, &limit);
             throw Failure(SDR_ENVIRONMENT, SDR_REASON_NONE,
-                          "sdr_runtime_open: " + std::to_string(free.size()) + " file descriptors are free and " +
-                              std::to_string(NEEDED) + " are needed; this process may open " + std::to_string(limit.rlim_cur) +
-                              ": raise that (ulimit -n), or close some");
+                          "sdr_runtime_open: " + std::to_string(free.size()) + " free file descriptors, but " +
+                              std::to_string(REQUIRED) + " are required; this process may open " +
+                              std::to_string(limit.rlim_cur) + ": raise the limit (ulimit -n) or close some");
         }
         free.push_back(std::move(next));
     }

@@ -1,11 +1,11 @@
-// File descriptors, of which a host may have few, and whose first three it may close and open as it likes.
+// File descriptors. A host may have few of them, and may close and reopen the first three at any time.
 #pragma once
 
 #include <utility>
 
 namespace sdr {
 
-// A descriptor that is closed when this goes.
+// Owns a descriptor, and closes it.
 class Descriptor {
 public:
     Descriptor() = default;
@@ -23,24 +23,24 @@ private:
     int number_ = -1;
 };
 
-// As long as this lives, a child of fork() closes its copy of a descriptor as it begins: what the other end waits for must not hang on
-// how long some child lives.
-class NotInChildren {
+// During its lifetime, a child of fork() closes its copy of a descriptor at once. Otherwise the other end would not see that this
+// process has closed the descriptor until every child has ended.
+class CloseOnFork {
 public:
-    explicit NotInChildren(int number);
-    ~NotInChildren();
-    NotInChildren(const NotInChildren &) = delete;
-    NotInChildren &operator=(const NotInChildren &) = delete;
+    explicit CloseOnFork(int number);
+    ~CloseOnFork();
+    CloseOnFork(const CloseOnFork &) = delete;
+    CloseOnFork &operator=(const CloseOnFork &) = delete;
 
 private:
     const int number_;
 };
 
-// The same open file under a number of at least `first`. Empty, with errno, where there is none.
+// Return the same open file with a number of at least `first`. Empty, with errno set, if there is none.
 Descriptor at_or_above(int first, Descriptor descriptor);
 
-// Throws Failure where this process cannot open as many as an interpreter, its engines or a worker need: short of them, Python ends
-// the process that it should start in.
+// Throws Failure if too few descriptors are free for an interpreter, its engines or a worker: with too few, Python ends the
+// process in which it is started.
 void require_descriptors();
 
 }  // namespace sdr

@@ -14,25 +14,25 @@ namespace sdr {
 
 namespace {
 
-// The way from Python's emit to one sink, which may end while Python still holds its end.
+// Passes events from Python's emit to one sink, which may be destroyed while Python still holds emit.
 class Gate {
 public:
     explicit Gate(Sink &sink) : sink_(&sink) {}
 
-    // False where the event is none.
+    // Return false if the event is invalid.
     bool pass(Message message) {
         {
             const std::lock_guard lock(mutex_);
             if (!sink_) return true;
             ++inside_;
         }
-        const bool taken = sink_->on_event(std::move(message));
+        const bool valid = sink_->on_event(std::move(message));
         {
             const std::lock_guard lock(mutex_);
             --inside_;
         }
         left_.notify_all();
-        return taken;
+        return valid;
     }
 
     void end(const std::string &why) {
@@ -49,7 +49,7 @@ public:
         left_.notify_all();
     }
 
-    // No event afterwards.
+    // Wait for running calls. No event is passed afterwards.
     void shut() {
         std::unique_lock lock(mutex_);
         left_.wait(lock, [this] { return inside_ == 0; });
@@ -68,13 +68,13 @@ Table<Gate> &gates() {
     return table;
 }
 
-// Owns a reference; to be used under the GIL.
+// Owns a reference. Requires the GIL.
 class Ref {
 public:
     Ref(const PythonApi &api, PyObject *object) : api_(api), object_(object) {
         if (object) return;
         api.PyErr_Clear();
-        throw Failure(SDR_ENVIRONMENT, SDR_REASON_OUT_OF_MEMORY, "Python could not make an object");
+        throw Failure(SDR_ENVIRONMENT, SDR_REASON_OUT_OF_MEMORY, "Python could not create an object");
     }
     ~Ref() {
         if (object_) api_.Py_DecRef(object_);
@@ -100,7 +100,7 @@ PyObject *call(const PythonApi &api, PyObject *function, PyObject *first, PyObje
     return api.PyObject_CallObject(function, arguments.get());
 }
 
-// emit(message, blob), called by Python with the GIL held. `self` is the number of a gate.
+// emit(message, blob), called by Python with the GIL held. `self` is the id of a gate.
 PyObject *emit(PyObject *self, PyObject *arguments) {
     const PythonApi &api = *PythonApi::started();
     char *json = nullptr, *blob = nullptr;
@@ -111,7 +111,7 @@ PyObject *emit(PyObject *self, PyObject *arguments) {
         return nullptr;
     const uint64_t id = api.PyLong_AsUnsignedLongLong(self);
     const char *fault = nullptr;
-    PyThreadState *saved = api.PyEval_SaveThread();  // the arguments stay: the caller holds them
+    PyThreadState *saved = api.PyEval_SaveThread();  // the caller holds references to the arguments
     try {
         if (const auto gate = gates().find(id)) {
             Message message{std::string(json, static_cast<size_t>(json_size)), {}};
@@ -135,7 +135,7 @@ PyMethodDef emit_method = {"emit", emit, PY_VARARGS, "emit(message: bytes, blob:
 class InProcess : public Transport {
 public:
     InProcess(Sink &sink, const std::string &python)
-        : api_(PythonApi::start(python)), gate_(std::make_shared<Gate>(sink)), id_(Process::here().new_id()) {
+        : api_(PythonApi::start(python)), gate_(std::make_shared<Gate>(sink)), id_(Process::current().new_id()) {
         gates().put(id_, gate_);
         try {
             const Gil gil(api_);
@@ -164,23 +164,23 @@ public:
 private:
     PyObject *start_service() {
         const Ref code(api_, api_.Py_CompileString(IN_PROCESS_SOURCE, "<sdruntime.h>", PY_FILE_INPUT));
-        const Ref names(api_, api_.PyDict_New());
-        api_.PyDict_SetItemString(names.get(), "__builtins__", api_.PyEval_GetBuiltins());
-        const Ref ran(api_, api_.PyEval_EvalCode(code.get(), names.get(), names.get()));
+        const Ref globals(api_, api_.PyDict_New());
+        api_.PyDict_SetItemString(globals.get(), "__builtins__", api_.PyEval_GetBuiltins());
+        const Ref result(api_, api_.PyEval_EvalCode(code.get(), globals.get(), globals.get()));
         Ref number(api_, api_.PyLong_FromUnsignedLongLong(id_));
-        const Ref told(api_, api_.PyCFunction_NewEx(&emit_method, number.get(), nullptr));
-        Ref site(api_, bytes_as_text(api_.site));
-        api_.Py_IncRef(told.get());
-        const Ref pair(api_, call(api_, api_.PyDict_GetItemString(names.get(), "start"), told.get(), site.release()));
+        const Ref emitter(api_, api_.PyCFunction_NewEx(&emit_method, number.get(), nullptr));
+        Ref site(api_, text_from_bytes(api_.site));
+        api_.Py_IncRef(emitter.get());
+        const Ref pair(api_, call(api_, api_.PyDict_GetItemString(globals.get(), "start"), emitter.get(), site.release()));
         PyObject *handle = api_.PyTuple_GetItem(pair.get(), 0);
         if (handle == api_.none)
             throw Failure(SDR_ENVIRONMENT, SDR_REASON_NO_RUNTIME,
-                          "no sdruntime for the interpreter: " + text(api_.PyTuple_GetItem(pair.get(), 1)) + NAME_A_PYTHON);
+                          "cannot import sdruntime: " + text(api_.PyTuple_GetItem(pair.get(), 1)) + PYTHON_ADVICE);
         api_.Py_IncRef(handle);
         return handle;
     }
 
-    PyObject *bytes_as_text(const std::string &value) {
+    PyObject *text_from_bytes(const std::string &value) {
         return api_.PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<std::ptrdiff_t>(value.size()));
     }
 

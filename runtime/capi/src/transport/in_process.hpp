@@ -1,4 +1,4 @@
-// The service in this process, over an interpreter that was opened at run time.
+// Runs the service in this process, with an interpreter that is loaded at run time.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace sdr {
 
-// `python`: what the caller gave, "" for a search. Throws Failure.
+// `python` is sdr_open_params.python; "": search. Throws Failure.
 std::unique_ptr<Transport> in_process_transport(Sink &sink, const std::string &python);
 
 }  // namespace sdr

@@ -8,7 +8,8 @@ namespace sdr {
 std::thread quiet_thread(std::function<void()> body) {
     sigset_t all, before;
     sigfillset(&all);
-    // A thread's own faults stay deliverable: blocked, they would kill the process in silence, past the host's handler.
+    // Signals for a fault of the thread stay unblocked: if blocked, they would kill the process without calling the host's
+    // handler.
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT}) sigdelset(&all, fault);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     struct Restore {

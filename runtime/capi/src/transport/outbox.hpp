@@ -1,4 +1,4 @@
-// Messages in order, handed to one thread that may block over them.
+// A queue of messages for one thread, which may block while it sends them.
 #pragma once
 
 #include <condition_variable>
@@ -11,7 +11,7 @@
 
 namespace sdr {
 
-// A thread of the library: every signal is blocked in it, so that the host's handlers run on the host's threads.
+// Start a thread of the library. It blocks signals, so that the host's handlers run on the host's threads.
 std::thread quiet_thread(std::function<void()> body);
 
 class Outbox {
@@ -24,7 +24,7 @@ public:
         filled_.notify_one();
     }
 
-    // False once it is closed: what is still in it is dropped.
+    // Wait for the next message. Returns false once the outbox is closed; remaining messages are discarded.
     bool take(Message &message) {
         std::unique_lock lock(mutex_);
         filled_.wait(lock, [this] { return closed_ || !messages_.empty(); });

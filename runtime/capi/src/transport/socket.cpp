@@ -34,7 +34,7 @@ union Control {
     char bytes[CMSG_SPACE(sizeof(int))];
 };
 
-// All of the bytes; the descriptor, if any, goes with the first of them.
+// Send all bytes, and the descriptor, if any, with the first of them.
 bool send_all(int socket, const void *data, size_t size, int descriptor = -1) {
     Control control = {};
     for (size_t sent = 0; sent < size;) {
@@ -59,7 +59,7 @@ bool send_all(int socket, const void *data, size_t size, int descriptor = -1) {
     return true;
 }
 
-// False once nothing can come any more.
+// Wait until the socket is readable. Returns false if nothing can arrive any more.
 bool wait_readable(int socket, int process) {
     pollfd both[2] = {{socket, POLLIN, 0}, {process, POLLIN, 0}};
     for (;;) {
@@ -69,11 +69,11 @@ bool wait_readable(int socket, int process) {
     }
 }
 
-// False where the other side is gone. `descriptor`: one that came along is kept there.
+// Receive all bytes. Returns false if the other side is gone. A descriptor that arrives with them is stored in `descriptor`.
 bool receive_all(int socket, int process, void *data, size_t size, Descriptor *descriptor = nullptr) {
-    for (size_t got = 0; got < size;) {
+    for (size_t received_size = 0; received_size < size;) {
         Control control = {};
-        iovec part = {static_cast<char *>(data) + got, size - got};
+        iovec part = {static_cast<char *>(data) + received_size, size - received_size};
         msghdr message = {};
         message.msg_iov = &part;
         message.msg_iovlen = 1;
@@ -88,24 +88,25 @@ bool receive_all(int socket, int process, void *data, size_t size, Descriptor *d
         if (done <= 0) return false;
         for (cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
             if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-            for (size_t at = 0; CMSG_LEN(at + sizeof(int)) <= header->cmsg_len; at += sizeof(int)) {  // each is ours to close
+            // This process must close every descriptor that it receives.
+            for (size_t at = 0; CMSG_LEN(at + sizeof(int)) <= header->cmsg_len; at += sizeof(int)) {
                 int number = -1;
                 std::memcpy(&number, CMSG_DATA(header) + at, sizeof number);
-                Descriptor came(number);
-                if (descriptor) *descriptor = std::move(came);
+                Descriptor received(number);
+                if (descriptor) *descriptor = std::move(received);
             }
         }
-        got += static_cast<size_t>(done);
+        received_size += static_cast<size_t>(done);
     }
     return true;
 }
 
-// The same for bytes whose number the other side tells: no more memory is taken than twice what has come.
+// Like receive_all, for a size that the other side announces: allocates at most twice the bytes received so far.
 template <class Bytes>
 bool receive_growing(int socket, int process, Bytes &bytes, size_t size) {
-    for (size_t got = 0; got < size; got = bytes.size()) {
-        bytes.resize(std::min(size, std::max(2 * got, FIRST_PIECE)));
-        if (!receive_all(socket, process, &bytes[got], bytes.size() - got)) return false;
+    for (size_t received_size = 0; received_size < size; received_size = bytes.size()) {
+        bytes.resize(std::min(size, std::max(2 * received_size, FIRST_PIECE)));
+        if (!receive_all(socket, process, &bytes[received_size], bytes.size() - received_size)) return false;
     }
     return true;
 }
@@ -128,12 +129,11 @@ Descriptor memory_file(const Blob &blob) {
 Blob from_memory_file(const Descriptor &file, size_t size) {
     struct stat about = {};
     if (!file)
-        throw BadFrame(
-            "a memory file of " + std::to_string(size) +
-            " bytes was promised, and did not come: it was not sent, or this process may open no more files (ulimit -n)");
+        throw BadFrame("the message announces a memory file of " + std::to_string(size) +
+                       " bytes, but none was received: it was not sent, or this process cannot open more files (ulimit -n)");
     if (fstat(file.get(), &about) != 0 || about.st_size < 0 || static_cast<size_t>(about.st_size) < size)
-        throw BadFrame("a memory file of " + std::to_string(size) + " bytes was promised, and one of " +
-                       std::to_string(about.st_size) + " came");
+        throw BadFrame("the message announces a memory file of " + std::to_string(size) + " bytes, but it has " +
+                       std::to_string(about.st_size));
     const int seals = fcntl(file.get(), F_GET_SEALS);
     if (seals >= 0 && seals & F_SEAL_SHRINK && size) {
         void *mapped = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.get(), 0);
@@ -142,13 +142,14 @@ Blob from_memory_file(const Descriptor &file, size_t size) {
                                                    [size](const uint8_t *at) { munmap(const_cast<uint8_t *>(at), size); }),
                     size);
     }
-    // one that can be cut short is copied: to read behind its end would raise SIGBUS
+    // A file that can still shrink is copied: reading beyond its end would raise SIGBUS.
     std::vector<uint8_t> bytes(size);
-    for (size_t got = 0; got < size;) {
-        const ssize_t done = pread(file.get(), bytes.data() + got, size - got, static_cast<off_t>(got));
+    for (size_t received_size = 0; received_size < size;) {
+        const ssize_t done =
+            pread(file.get(), bytes.data() + received_size, size - received_size, static_cast<off_t>(received_size));
         if (done < 0 && errno == EINTR) continue;
         if (done <= 0) fail("a memory file of " + std::to_string(size) + " bytes");
-        got += static_cast<size_t>(done);
+        received_size += static_cast<size_t>(done);
     }
     return Blob(std::move(bytes));
 }
@@ -173,8 +174,8 @@ bool receive_message(int socket, int process, Message &message) {
     const size_t json = get(header, 4), blob = get(header + 8, 8);
     const auto flags = static_cast<uint32_t>(get(header + 4, 4));
     if (json > LARGEST_JSON || blob > LARGEST_BLOB || flags & ~IN_MEMORY_FILE)
-        throw BadFrame("a header of " + std::to_string(json) + " bytes of JSON, a blob of " + std::to_string(blob) + ", flags " +
-                       std::to_string(flags));
+        throw BadFrame("a header with " + std::to_string(json) + " bytes of JSON, a blob of " + std::to_string(blob) +
+                       " bytes and flags " + std::to_string(flags));
     message.json.clear();
     if (!receive_growing(socket, process, message.json, json)) return false;
     if (flags & IN_MEMORY_FILE) {

@@ -31,15 +31,15 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr int WORKER_END = 3;            // the worker's descriptor of the socket
-constexpr auto TIME_TO_LEAVE = 10000ms;  // for a worker whose socket has ended, before it is killed
+constexpr int WORKER_END = 3;           // the descriptor of the socket in the worker
+constexpr auto EXIT_TIMEOUT = 10000ms;  // for a worker to exit after its socket is closed, before it is killed
 
-std::string interpreter(const std::string &given) {
+std::string interpreter(const std::string &parameter) {
     Search search;
-    Python python = given_python(given, search);
+    Python python = explicit_python(parameter, search);
     if (python.empty()) python = installed_python(search);
-    if (python.empty()) python = common_python(search);
-    if (python.interpreter.empty()) throw search.failure("no interpreter that a worker process could be started with");
+    if (python.empty()) python = system_python(search);
+    if (python.interpreter.empty()) throw search.failure("no interpreter found for the worker process");
     return python.interpreter;
 }
 
@@ -59,7 +59,8 @@ struct Attributes {
     posix_spawnattr_t attributes;
 };
 
-// A process group of its own, since Ctrl-C is the host's to handle; no signal blocked or ignored; no descriptor of the host's but stderr.
+// Start the worker in its own process group, so that Ctrl-C reaches only the host. It blocks and ignores no signal, and inherits
+// no descriptor of the host except stderr.
 pid_t spawn(const std::string &program, int socket) {
     Actions files;
     posix_spawn_file_actions_addopen(&files.actions, 0, "/dev/null", O_RDONLY, 0);
@@ -69,31 +70,32 @@ pid_t spawn(const std::string &program, int socket) {
     using CloseFrom = int (*)(posix_spawn_file_actions_t *, int);
     if (const auto close_from = reinterpret_cast<CloseFrom>(dlsym(RTLD_DEFAULT, "posix_spawn_file_actions_addclosefrom_np")))
         close_from(&files.actions, WORKER_END + 1);
-    Attributes how;
+    Attributes options;
     sigset_t none, all;
     sigemptyset(&none);
     sigfillset(&all);
-    posix_spawnattr_setsigmask(&how.attributes, &none);
-    posix_spawnattr_setsigdefault(&how.attributes, &all);
-    posix_spawnattr_setpgroup(&how.attributes, 0);
-    posix_spawnattr_setflags(&how.attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP);
+    posix_spawnattr_setsigmask(&options.attributes, &none);
+    posix_spawnattr_setsigdefault(&options.attributes, &all);
+    posix_spawnattr_setpgroup(&options.attributes, 0);
+    posix_spawnattr_setflags(&options.attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP);
     std::string arguments[] = {program, "-c", WORKER_SOURCE, std::to_string(WORKER_END)};
     char *pointers[] = {arguments[0].data(), arguments[1].data(), arguments[2].data(), arguments[3].data(), nullptr};
     pid_t pid = 0;
-    if (const int error = posix_spawn(&pid, program.c_str(), &files.actions, &how.attributes, pointers, environ))
+    if (const int error = posix_spawn(&pid, program.c_str(), &files.actions, &options.attributes, pointers, environ))
         fail(program, error);
     return pid;
 }
 
-std::string told(int status) {
-    if (WIFEXITED(status)) return "ended with exit code " + std::to_string(WEXITSTATUS(status));
+// Describe how the process ended, from the status of waitpid.
+std::string describe_exit(int status) {
+    if (WIFEXITED(status)) return "exited with code " + std::to_string(WEXITSTATUS(status));
     const int signal = WTERMSIG(status);
-    const char *name = signal == SIGKILL   ? " (killed; the system does so when memory runs out)"
+    const char *name = signal == SIGKILL   ? " (SIGKILL; the system sends it when memory runs out)"
                        : signal == SIGSEGV ? " (segmentation fault)"
                        : signal == SIGBUS  ? " (bus error)"
                        : signal == SIGABRT ? " (aborted)"
                                            : "";
-    return "was ended by signal " + std::to_string(signal) + name;
+    return "was killed by signal " + std::to_string(signal) + name;
 }
 
 class Worker : public Transport {
@@ -102,11 +104,11 @@ public:
         const std::string program = interpreter(python);
         int ends[2];
         if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) fail("socketpair", errno);
-        // clear of the three that are the host's, and of the worker's number, which dup2 must not meet
+        // above the three standard descriptors of the host, and above WORKER_END, which dup2 must not overwrite
         Descriptor ours(ends[0]), theirs = at_or_above(WORKER_END + 1, Descriptor(ends[1]));
         socket_ = at_or_above(WORKER_END + 1, std::move(ours));
         if (!socket_ || !theirs) fail("F_DUPFD_CLOEXEC", errno);
-        unshared_.emplace(socket_.get());
+        close_on_fork_.emplace(socket_.get());
         pid_ = spawn(program, theirs.get());
 #ifdef SYS_pidfd_open
         process_ = at_or_above(WORKER_END + 1, Descriptor(static_cast<int>(syscall(SYS_pidfd_open, pid_, 0))));
@@ -131,7 +133,7 @@ private:
     void write() {
         try {
             for (Message message; outbox_.take(message); message = {})
-                if (!send_message(socket_.get(), message)) return;  // the reader learns of the end too
+                if (!send_message(socket_.get(), message)) return;  // the reader detects the end too
         } catch (const std::exception &error) {
             const std::lock_guard lock(mutex_);
             unsent_ = error.what();
@@ -143,9 +145,9 @@ private:
         std::string fault;
         try {
             for (Message message; receive_message(socket_.get(), process_.get(), message); message = {})
-                if (!sink_.on_event(std::move(message))) throw BadFrame("an event that is none");
+                if (!sink_.on_event(std::move(message))) throw BadFrame("an invalid event");
         } catch (const std::exception &error) {
-            fault = std::string(" sent what is no message (") + error.what() + ")";
+            fault = std::string(" sent an invalid message (") + error.what() + ")";
         }
         shutdown(socket_.get(), SHUT_RDWR);
         {
@@ -156,15 +158,16 @@ private:
         sink_.on_end(name_ + (fault.empty() ? " " + end : fault));
     }
 
-    // Nothing of the worker is left afterwards. A host may reap its children itself, or ignore them: then there is nothing to wait for.
+    // Wait until the worker has exited, and return how. Kills it at once, or after a timeout. If the host reaps or ignores its own
+    // children, there is nothing to wait for.
     std::string reap(bool at_once) {
-        const auto deadline = std::chrono::steady_clock::now() + TIME_TO_LEAVE;
+        const auto deadline = std::chrono::steady_clock::now() + EXIT_TIMEOUT;
         for (auto pause = 1ms;; pause = std::min(pause * 2, 20ms)) {
             int status = 0;
-            const pid_t found = waitpid(pid_, &status, WNOHANG);
-            if (found == pid_) return told(status);
-            if (found < 0 && errno != EINTR) return "ended";
-            if (found == 0 && (at_once || std::chrono::steady_clock::now() > deadline)) {
+            const pid_t reaped = waitpid(pid_, &status, WNOHANG);
+            if (reaped == pid_) return describe_exit(status);
+            if (reaped < 0 && errno != EINTR) return "ended";
+            if (reaped == 0 && (at_once || std::chrono::steady_clock::now() > deadline)) {
                 kill(pid_, SIGKILL);
                 at_once = false;
             }
@@ -174,11 +177,11 @@ private:
 
     Sink &sink_;
     Descriptor socket_, process_;
-    std::optional<NotInChildren> unshared_;  // the worker ends with this process
+    std::optional<CloseOnFork> close_on_fork_;  // the worker ends with this process
     pid_t pid_ = 0;
     std::string name_;
     std::mutex mutex_;
-    std::string unsent_;  // why a message did not go out; under mutex_
+    std::string unsent_;  // why a message was not sent; guarded by mutex_
     Outbox outbox_;
     std::thread reader_, sender_;
 };

@@ -1,4 +1,4 @@
-// The service in a process of its own.
+// Runs the service in a worker process.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace sdr {
 
-// `python`: what the caller gave, "" for a search. Throws Failure.
+// `python` is sdr_open_params.python; "": search. Throws Failure.
 std::unique_ptr<Transport> worker_transport(Sink &sink, const std::string &python);
 
 }  // namespace sdr

@@ -26,29 +26,29 @@ void append_utf8(std::string &out, uint32_t point) {
 void write_string(std::string &out, const std::string &text) {
     static const char *const hex = "0123456789abcdef";
     out += '"';
-    for (const char each : text) {
-        const auto byte = static_cast<unsigned char>(each);
-        if (each == '"' || each == '\\') {
+    for (const char letter : text) {
+        const auto byte = static_cast<unsigned char>(letter);
+        if (letter == '"' || letter == '\\') {
             out += '\\';
-            out += each;
+            out += letter;
         } else if (byte < 0x20) {
             out += "\\u00";
             out += hex[byte >> 4];
             out += hex[byte & 15];
         } else {
-            out += each;
+            out += letter;
         }
     }
     out += '"';
 }
 
-[[noreturn]] void wrong_type(const char *wanted) { throw JsonError(std::string("JSON: expected ") + wanted); }
+[[noreturn]] void wrong_type(const char *expected) { throw JsonError(std::string("JSON: expected ") + expected); }
 
-// What a variant holds, where it is a T.
+// Return the value of a variant if it is a T. Throws JsonError otherwise.
 template <class T, class Variant>
-const T &held(const Variant &value, const char *wanted) {
-    if (const auto *found = std::get_if<T>(&value)) return *found;
-    wrong_type(wanted);
+const T &held(const Variant &value, const char *expected) {
+    if (const auto *content = std::get_if<T>(&value)) return *content;
+    wrong_type(expected);
 }
 
 }  // namespace
@@ -78,11 +78,11 @@ public:
     explicit JsonReader(std::string_view text) : text_(text) {}
 
     Json document() {
-        if (const size_t at = bad_utf8(text_); at != std::string_view::npos) at_ = at, fail("no UTF-8");
-        Json found = value(0);
+        if (const size_t at = bad_utf8(text_); at != std::string_view::npos) at_ = at, fail("not UTF-8");
+        Json root = value(0);
         space();
-        if (at_ != text_.size()) fail("the document has ended before this");
-        return found;
+        if (at_ != text_.size()) fail("unexpected data after the document");
+        return root;
     }
 
 private:
@@ -115,73 +115,73 @@ private:
     }
 
     Json object(int depth) {
-        Json::Object found;
+        Json::Object members;
         space();
-        if (take('}')) return Json(std::move(found));
+        if (take('}')) return Json(std::move(members));
         do {
             space();
             if (!take('"')) fail("expected a key");
             std::string key = string();
-            for (const auto &[other, unused] : found)
-                if (other == key) fail("the key \"" + key + "\" comes twice");
+            for (const auto &[other, unused] : members)
+                if (other == key) fail("duplicate key \"" + key + "\"");
             space();
             if (!take(':')) fail("expected ':'");
-            found.emplace_back(std::move(key), value(depth + 1));
+            members.emplace_back(std::move(key), value(depth + 1));
             space();
         } while (take(','));
         if (!take('}')) fail("expected ',' or '}'");
-        return Json(std::move(found));
+        return Json(std::move(members));
     }
 
     Json array(int depth) {
-        Json::Array found;
+        Json::Array elements;
         space();
-        if (take(']')) return Json(std::move(found));
+        if (take(']')) return Json(std::move(elements));
         do {
-            found.push_back(value(depth + 1));
+            elements.push_back(value(depth + 1));
             space();
         } while (take(','));
         if (!take(']')) fail("expected ',' or ']'");
-        return Json(std::move(found));
+        return Json(std::move(elements));
     }
 
     uint32_t hex4() {
-        uint32_t found = 0;
+        uint32_t code = 0;
         const std::string_view digits = text_.substr(at_, 4);
         const char *end = digits.data() + digits.size();
-        if (digits.size() < 4 || std::from_chars(digits.data(), end, found, 16).ptr != end)
-            fail("four hexadecimal digits belong after \\u");
+        if (digits.size() < 4 || std::from_chars(digits.data(), end, code, 16).ptr != end)
+            fail("expected four hexadecimal digits after \\u");
         at_ += 4;
-        return found;
+        return code;
     }
 
     std::string string() {
-        std::string found;
+        std::string text;
         for (;;) {
-            if (at_ >= text_.size()) fail("a string has no end");
-            const char each = text_[at_++];
-            if (each == '"') return found;
-            if (static_cast<unsigned char>(each) < 0x20) --at_, fail("a control character in a string");
-            if (each != '\\') {
-                found += each;
+            if (at_ >= text_.size()) fail("unterminated string");
+            const char letter = text_[at_++];
+            if (letter == '"') return text;
+            if (static_cast<unsigned char>(letter) < 0x20) --at_, fail("control character in a string");
+            if (letter != '\\') {
+                text += letter;
                 continue;
             }
             const char name = peek();
             static constexpr std::string_view names = "\"\\/bfnrt", meant = "\"\\/\b\f\n\r\t";
             if (const size_t k = name ? names.find(name) : names.npos; k != names.npos) {
                 ++at_;
-                found += meant[k];
+                text += meant[k];
             } else if (take('u')) {
                 uint32_t point = hex4();
                 if (point >= 0xD800 && point < 0xDC00 && word("\\u")) {
                     const uint32_t low = hex4();
-                    if (low < 0xDC00 || low > 0xDFFF) fail("half a surrogate pair");
+                    if (low < 0xDC00 || low > 0xDFFF) fail("unpaired surrogate");
                     point = 0x10000 + ((point - 0xD800) << 10) + (low - 0xDC00);
                 }
-                if (point >= 0xD800 && point < 0xE000) fail("half a surrogate pair");
-                append_utf8(found, point);
+                if (point >= 0xD800 && point < 0xE000) fail("unpaired surrogate");
+                append_utf8(text, point);
             } else {
-                fail("no such escape");
+                fail("unknown escape");
             }
         }
     }
@@ -205,16 +205,16 @@ private:
             digits();
         }
         const std::string_view spelled = text_.substr(from, at_ - from);
-        const auto fits = [spelled](auto &found) {
-            return std::from_chars(spelled.data(), spelled.data() + spelled.size(), found).ec == std::errc();
+        const auto fits = [spelled](auto &number) {
+            return std::from_chars(spelled.data(), spelled.data() + spelled.size(), number).ec == std::errc();
         };
-        if (int64_t found = 0; whole && fits(found)) return Json(found);
-        if (uint64_t found = 0; whole && fits(found)) return Json(found);
-        std::istringstream stream{std::string(spelled)};  // from_chars of a double is younger than compilers that must serve
+        if (int64_t number = 0; whole && fits(number)) return Json(number);
+        if (uint64_t number = 0; whole && fits(number)) return Json(number);
+        std::istringstream stream{std::string(spelled)};  // some supported compilers lack from_chars for double
         stream.imbue(std::locale::classic());
-        double found = 0;
-        if (!(stream >> found)) fail("a number out of range");
-        return Json(found);
+        double number = 0;
+        if (!(stream >> number)) fail("number out of range");
+        return Json(number);
     }
 
     std::string_view text_;
@@ -248,7 +248,7 @@ void Json::write(std::string &out) const {
     } else if (const auto *large = std::get_if<uint64_t>(&value_)) {
         out += std::to_string(*large);
     } else if (const auto *real = std::get_if<double>(&value_)) {
-        if (!std::isfinite(*real)) throw JsonError("JSON: a number that is not finite");
+        if (!std::isfinite(*real)) throw JsonError("JSON: number is not finite");
         std::ostringstream stream;
         stream.imbue(std::locale::classic());
         stream.precision(17);
@@ -261,9 +261,9 @@ void Json::write(std::string &out) const {
     } else if (const auto *array = std::get_if<Array>(&value_)) {
         out += '[';
         const char *comma = "";
-        for (const Json &each : *array) {
+        for (const Json &element : *array) {
             out += std::exchange(comma, ",");
-            each.write(out);
+            element.write(out);
         }
         out += ']';
     } else {
@@ -297,13 +297,13 @@ int64_t Json::integer() const { return held<int64_t>(value_, "a whole number bel
 
 uint64_t Json::natural() const {
     if (const auto *large = std::get_if<uint64_t>(&value_)) return *large;
-    if (const auto *found = std::get_if<int64_t>(&value_); found && *found >= 0) return static_cast<uint64_t>(*found);
+    if (const auto *whole = std::get_if<int64_t>(&value_); whole && *whole >= 0) return static_cast<uint64_t>(*whole);
     wrong_type("a whole number from 0 to 2^64 - 1");
 }
 
 double Json::number() const {
     if (const auto *real = std::get_if<double>(&value_)) return *real;
-    if (const auto *found = std::get_if<int64_t>(&value_)) return static_cast<double>(*found);
+    if (const auto *whole = std::get_if<int64_t>(&value_)) return static_cast<double>(*whole);
     if (const auto *large = std::get_if<uint64_t>(&value_)) return static_cast<double>(*large);
     wrong_type("a number");
 }

@@ -1,4 +1,4 @@
-// JSON as RFC 8259 has it, and no more: UTF-8 is checked, a key comes once, nesting ends at 64. No locale has a say.
+// Strict JSON (RFC 8259): UTF-8 is checked, duplicate keys are rejected, nesting is limited to 64. Independent of the locale.
 #pragma once
 
 #include <cstdint>
@@ -30,12 +30,12 @@ public:
     Json(uint64_t value);
     Json(double value) : value_(value) {}
     Json(std::string value) : value_(std::move(value)) {}
-    Json(const char *text);  // null where it is NULL
+    Json(const char *text);  // null for NULL
     Json(Array value) : value_(std::move(value)) {}
     Json(Object value) : value_(std::move(value)) {}
     Json(const void *) = delete;
 
-    // Throws JsonError, which says what is wrong at which byte.
+    // Throws JsonError, whose message says what is wrong at which byte.
     static Json parse(std::string_view text);
     // Throws JsonError for a number that is not finite.
     std::string text() const;
@@ -44,10 +44,10 @@ public:
     bool is_object() const { return std::holds_alternative<Object>(value_); }
     bool is_string() const { return std::holds_alternative<std::string>(value_); }
 
-    // A member of an object; null where there is none, or this is no object.
+    // Return a member of an object; null if there is no such member or this is not an object.
     const Json &operator[](std::string_view key) const;
 
-    // Throw JsonError where the value is of another type, or does not fit.
+    // Throw JsonError if the value has another type or does not fit.
     const std::string &string() const;
     const Array &array() const;
     const Object &object() const;
@@ -60,10 +60,11 @@ private:
     void write(std::string &out) const;
 
     std::variant<std::monostate, bool, int64_t, uint64_t, double, std::string, Array, Object>
-        value_;  // uint64_t: above int64_t only
+        value_;  // uint64_t: only if too large for int64_t
 };
 
-// The byte at which `text` ceases to be UTF-8 (surrogates, overlong forms and what is above U+10FFFF are none), or npos.
+// Return the index of the first byte that is not valid UTF-8 (surrogates, overlong forms and code points above U+10FFFF are
+// invalid), or npos.
 size_t bad_utf8(std::string_view text);
 
 }  // namespace sdr

@@ -1,4 +1,4 @@
-// What goes to and fro between the library and the service: a JSON object, and bytes.
+// The messages between the library and the service: a JSON object and bytes.
 #pragma once
 
 #include <cstddef>
@@ -12,13 +12,13 @@
 
 namespace sdr {
 
-// Bytes with whatever keeps them: a vector, or a mapped file.
+// Bytes and their owner: a vector or a mapped file.
 class Blob {
 public:
     Blob() = default;
     explicit Blob(std::vector<uint8_t> bytes) : size_(bytes.size()) {
-        auto kept = std::make_shared<std::vector<uint8_t>>(std::move(bytes));
-        data_ = std::shared_ptr<const uint8_t>(kept, kept->data());
+        auto owner = std::make_shared<std::vector<uint8_t>>(std::move(bytes));
+        data_ = std::shared_ptr<const uint8_t>(owner, owner->data());
     }
     Blob(std::shared_ptr<const uint8_t> data, size_t size) : data_(std::move(data)), size_(size) {}
 
@@ -35,25 +35,25 @@ struct Message {
     Blob blob;
 };
 
-// Where the events of a service go. Both are called on threads of the transport.
+// Receives the events of a service, on threads of the transport.
 class Sink {
 public:
-    // False where it is no event that the library knows: the service cannot be trusted any more.
+    // Return false if the event is invalid: the service can no longer be trusted.
     virtual bool on_event(Message &&message) noexcept = 0;
-    // The service is gone, and sends no more.
+    // The service has ended, and no more events follow.
     virtual void on_end(const std::string &why) noexcept = 0;
 
 protected:
     ~Sink() = default;
 };
 
-// The way to one service. Destroying it ends its threads: afterwards the sink is not called.
+// The connection to one service. The destructor ends its threads; the sink is not called afterwards.
 class Transport {
 public:
     virtual ~Transport() = default;
-    // Never blocks: messages go out in order, on a thread of the transport.
+    // Send a message. Never blocks: a thread of the transport sends the messages in order.
     virtual void send(Message message) = 0;
-    // After "closed", or in place of it: the service need not answer any more.
+    // Close the connection, without waiting for "closed" from the service.
     virtual void hang_up() = 0;
     virtual bool in_process() const = 0;
 };
