@@ -154,7 +154,7 @@ def test_an_engine_that_does_not_run(here: Machine, folder: Path, on_device: boo
 def test_a_context_that_cannot_be_had(here: Machine, folder: Path, path: str) -> None:
     with Pipeline.open(folder, backend=here.backend) as pipe:
         here.trt.fail_next(path, None if "create" in path else False)
-        with pytest.raises(EngineError, match=r"TensorRT (could not make an execution context|did not take its profile 0)"):
+        with pytest.raises(EngineError, match=r"TensorRT (could not create an execution context|did not accept its profile 0)"):
             draw(pipe, on_device=True)
         draw(pipe, on_device=True)
 

@@ -129,7 +129,7 @@ def test_in_fp32_both_compute_the_same(sd1_bundle: Path, tmp_path: Path) -> None
 
 def test_bf16_where_the_cpu_has_it_and_the_option_asks(pictures: dict[str, Array], tmp_path: Path) -> None:
     if not has_bf16(library().Core()):
-        with pytest.raises(SettingError, match="this CPU does not compute in bf16"):
+        with pytest.raises(SettingError, match="this CPU does not support bf16"):
             build(Path(copytree(FIXTURE, tmp_path / "bundle")), "openvino", options=BF16)
         pytest.skip("this CPU has no bf16")
     folder = Path(copytree(FIXTURE, tmp_path / "bundle"))

@@ -1,7 +1,7 @@
 """ONNX Runtime, on the CPU or through its CUDA execution provider.
 
-Importing this package turns its telemetry off: since 1.29 the Linux builds can write a device id below the home folder and open
-sockets. It reads the variable when it is loaded. A value that you set yourself stays.
+Importing this package disables ONNX Runtime's telemetry: since 1.29 the Linux builds can write a device id to the home folder and
+open sockets. The library reads the variable when it is loaded. A value that you set yourself is kept.
 """
 
 import os

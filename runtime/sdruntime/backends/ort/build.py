@@ -1,7 +1,7 @@
-"""ONNX -> file, for ONNX Runtime: the graph as its optimiser leaves it, saved once, so that opening it is quick.
+"""ONNX -> file, for ONNX Runtime: the optimized graph is saved once, so that opening it is fast.
 
-The graph is optimised at the "extended" level: what the highest level adds depends on the very processor and is done when an
-engine that gains by it is opened.
+The graph is optimized at the "extended" level. The highest level depends on the processor, so it is applied when an engine that
+benefits from it is opened.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sdruntime.errors import BundleError, DeviceMissing, LibraryMissing, Sdrunti
 from sdruntime.system.cuda import devices
 
 NAME, ENDING = "onnxruntime", ".onnx"
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # the order of preference
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # in order of preference
 INSTALL = 'pip install "sdruntime[onnxruntime]"'
 OPTIONS: BackendOptions = {}
-_ROOM = 1 << 20  # bytes: a disk with less is full
+_ROOM = 1 << 20  # bytes: a disk with less free space counts as full
 _EMBEDDED = 1024  # bytes: smaller tensors stay in the model file
 
 
 def library() -> Any:
-    """The module onnxruntime. Raises LibraryMissing."""
+    """Return the module onnxruntime. Raises LibraryMissing."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -39,28 +39,34 @@ def library() -> Any:
 
 
 def targets(ort: Any) -> tuple[str, ...]:
-    """What this ONNX Runtime can run on here: "cuda" (where it is built in and a GPU is there), "cpu"."""
+    """Return the available targets: "cuda" if ONNX Runtime supports it and a GPU is present, and "cpu"."""
     available = ort.get_available_providers()
     return tuple(target for target, provider in PROVIDERS.items() if provider in available and (target == "cpu" or devices()))
 
 
 def resolve_target(target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
-    """Raises LibraryMissing, DeviceMissing for a target that this ONNX Runtime was not built with, UnknownName."""
+    """Return the target to build for, the best one for None.
+
+    Raises LibraryMissing, UnknownName, DeviceMissing for a target that is not available, and SettingError for bf16 on a CPU.
+    """
     ort = library()
     try:
-        found = check_names(f"{NAME} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
+        resolved = check_names(f"{NAME} {ort.__version__}", target, targets(ort), options, known=OPTIONS)
     except DeviceMissing as error:
-        mend = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU found"
-        raise DeviceMissing(f"{error}: {mend}") from None
-    if precision == "bf16" and found == "cpu":
+        hint = 'pip install "sdruntime[onnxruntime-gpu]" for cuda' if devices() else "no NVIDIA GPU found"
+        raise DeviceMissing(f"{error}: {hint}") from None
+    if precision == "bf16" and resolved == "cpu":
         raise SettingError(
             f"{NAME} {ort.__version__} does not compute bf16 on a CPU: use --backend openvino, or export with --precision fp32"
         )
-    return found
+    return resolved
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
-    """Write `stem`.onnx and, where it has larger tensors, `stem`.onnx.data into `folder`."""
+    """Write `stem`.onnx and, for tensors of 1 KiB and more, `stem`.onnx.data into `folder`.
+
+    Raises BundleError, OutOfSpace, DeviceMissing, and SdruntimeError if ONNX Runtime cannot build the model.
+    """
     ort, begun = library(), time.monotonic()
     yield Stage(name="optimise")
     component = bundle.manifest.components[request.component]
@@ -71,29 +77,29 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     options.optimized_model_filepath = str(model)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_EMBEDDED))
-    # this session only saves, and is not run after its weights were lent: it copies none of them
+    # the session only saves the model and never runs, so it does not need copies of its weights
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry(DIRECTLY, "1")
-    own = request.target == "cpu" and bundle.manifest.precision == "fp32"  # our forms of attention and of upsampling
+    rewrite = request.target == "cpu" and bundle.manifest.precision == "fp32"  # attention and upsampling
     onnx = bundle.read(component.onnx)
     try:
-        graph = split_upsampling(onnx) if own else bytes(onnx)
+        graph = split_upsampling(onnx) if rewrite else bytes(onnx)
     except ValueError as error:
         raise BundleError(bundle.folder, [f"{component.onnx}: {error}"]) from error
     try:
         session = open_session(ort, bundle, graph, component.files, options, _providers(request.target))
     except SdruntimeError:
         raise
-    except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+    except Exception as error:  # onnxruntime's errors have no common base but Exception
         if shutil.disk_usage(folder).free < _ROOM:
             raise disk_full(bundle.folder) from error
         raise SdruntimeError(f"{component.onnx}: ONNX Runtime {ort.__version__} cannot build it: {error}") from error
-    if PROVIDERS[request.target] not in session.get_providers():  # it goes on without one that does not load
+    if PROVIDERS[request.target] not in session.get_providers():  # a provider that fails to load is skipped silently
         raise DeviceMissing(
             f"target {request.target}: ONNX Runtime {ort.__version__} could not load its {PROVIDERS[request.target]}, and "
             "printed why: it needs the CUDA and cuDNN that it was built for"
         )
-    if own:
+    if rewrite:
         model.write_bytes(fuse_attention(memoryview(model.read_bytes())))
     files = (model, data) if data.exists() else (model,)
     seconds = time.monotonic() - begun

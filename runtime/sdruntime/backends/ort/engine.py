@@ -20,13 +20,13 @@ from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.bundle.roles import role
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError
 
-# In float32 these are run as they were saved. What the highest level adds on a CPU, convolutions in a layout of its own, makes a
-# UNet slower and copies its weights, while a VAE gains a tenth (benchmarks/README.md); in fp16 it folds the casts of the weights.
+# In float32 these stages run the graph as saved. On a CPU, the highest level adds convolutions in a layout of its own: a UNet
+# becomes slower and its weights are copied, while a VAE gains a tenth (benchmarks/README.md). In fp16 it folds weight casts.
 _AS_SAVED = ("text", "denoise")  # stages
 
 
 class OrtEngine:
-    """A session. Inputs are read where they lie; an output whose shape follows from the inputs is written into its array."""
+    """An InferenceSession. Inputs are read in place. Outputs whose shape follows from the inputs are written to their arrays."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, session: Any) -> None:
         self.spec, self.component, self._session = spec, component, session
@@ -48,7 +48,7 @@ class OrtEngine:
                 out = outputs[tensor.name] = np.empty(shape, tensor.dtype)  # type: ignore[arg-type]
                 binding.bind_output(tensor.name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+        except Exception as error:  # onnxruntime's errors have no common base but Exception
             raise SdruntimeError(f"engine {self.spec.name} failed at {dims}: {error}") from error
         for tensor, value in zip(self.component.outputs, binding.get_outputs(), strict=True):
             if tensor.name not in outputs:
@@ -66,6 +66,7 @@ class OrtEngine:
 
 
 def here() -> Library:
+    """Return the installed version and its targets, or why ONNX Runtime is not available."""
     try:
         ort = library()
     except LibraryMissing as error:
@@ -74,9 +75,9 @@ def here() -> Library:
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OrtEngine:
-    """Open the engine from memory that was hashed; ONNX Runtime itself opens no file.
+    """Open an engine from verified memory; ONNX Runtime itself opens no file.
 
-    Raises BundleError, EngineError and DeviceMissing.
+    Raises BundleError, EngineError, DeviceMissing, and SettingError for a session option that must not be set.
     """
     ort = library()
     model = bundle.read(spec.files[0])
@@ -86,7 +87,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     if spec.target == CPU:
         if role(spec.component).stage in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session_options.enable_mem_pattern = False  # one block for a whole call is larger, and no quicker
+        session_options.enable_mem_pattern = False  # preallocating one block per call takes more memory and is no faster
     if options.session.get(DIRECTLY, "0") != "0":
         raise SettingError(f"session option {DIRECTLY}: must be 0: weights are copied, so that no later change of a file is seen")
     warn_of_unknown(ort, options.session)
@@ -99,13 +100,13 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         session = open_session(ort, bundle, bytes(model), spec.files, session_options, providers)
     except SdruntimeError:
         raise
-    except Exception as error:  # onnxruntime's own errors derive from Exception, each apart
+    except Exception as error:  # onnxruntime's errors have no common base but Exception
         raise EngineError(f"engine {spec.name}: ONNX Runtime {ort.__version__} cannot open it: {error}") from error
     if spec.target == "cuda" and PROVIDERS["cuda"] not in session.get_providers():
         raise DeviceMissing(
             f"engine {spec.name}: ONNX Runtime could not use CUDA device {options.device} (see `sdruntime doctor`)"
         )
     component = bundle.manifest.components[spec.component]
-    inputs, outputs = ({each.name for each in listed} for listed in (session.get_inputs(), session.get_outputs()))
+    inputs, outputs = ({tensor.name for tensor in tensors} for tensors in (session.get_inputs(), session.get_outputs()))
     check_tensors(component, spec, inputs, outputs)
     return OrtEngine(spec, component, session)

@@ -1,4 +1,4 @@
-"""Session settings by ONNX Runtime's own names, which takes any name and ignores those that it does not know."""
+"""Check the names of session settings, because ONNX Runtime silently ignores unknown ones."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ _NAMES = re.compile(rb"(?:session|optimization|ep|mlas|memory)\.[a-zA-Z0-9_.]{3,
 
 
 def warn_of_unknown(ort: Any, names: Iterable[str]) -> None:
-    """A RuntimeWarning for each name that does not stand in the library: there is no list to ask it for."""
+    """Issue a RuntimeWarning for each name that does not occur in the library's file: ONNX Runtime has no list of names."""
     known = _known(_library_file()) if names else frozenset()
     for name in names:
         if known and name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f": did you mean {', '.join(near)}?" if near else ""
-            text = f"session setting {name!r}: ONNX Runtime {ort.__version__} does not seem to have it, and ignores what it lacks"
+            text = (
+                f"session setting {name!r}: ONNX Runtime {ort.__version__} does not seem to have it, and ignores unknown settings"
+            )
             warnings.warn(f"{text}{hint}", RuntimeWarning, stacklevel=2)
 
 
 @functools.cache
 def _known(path: Path | None) -> frozenset[str]:
-    """The names that stand in the library's file."""
+    """Return the setting names that occur in the library's file."""
     if path is None:
         return frozenset()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return frozenset(str(found, "ascii") for found in _NAMES.findall(data))
+        return frozenset(str(name, "ascii") for name in _NAMES.findall(data))
 
 
 def _library_file() -> Path | None:

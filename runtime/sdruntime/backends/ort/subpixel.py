@@ -1,6 +1,6 @@
-"""Upsampling convolutions in fewer products (sdruntime.backends.base.subpixel), in an ONNX graph.
+"""Rewrite upsampling convolutions with fewer products (sdruntime.backends.base.subpixel) in an ONNX graph.
 
-The kernels are written as products of the model's own weights, which ONNX Runtime's optimiser computes once.
+The kernels are written as products of the model's own weights, which ONNX Runtime's optimizer computes once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ _CONVOLUTION = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1],
 
 
 def split_upsampling(model: memoryview) -> bytes:
-    """The model with four convolutions for each one after an upsampling by two; as it was where none is found. Its weights are to
-    be float32. Raises ValueError for what is not a sound model."""
+    """Return the model with four convolutions for each one that follows a 2x upsampling, or unchanged if it has none.
+
+    Its weights must be float32. Raises ValueError for a damaged model.
+    """
     graph = read_graph(model)
     split = {
         id(node): _phases(node, upsampled.inputs[0])
@@ -26,6 +28,7 @@ def split_upsampling(model: memoryview) -> bytes:
 
 
 def _upsampling(graph: Graph, convolution: Node) -> Node | None:
+    """Return the 2x upsampling before a convolution, or None if there is none or either has other attributes."""
     resize = graph.maker(convolution.inputs[0], "Resize")
     if resize is None or len(resize.inputs) != 3 or graph.constants.get(resize.inputs[2]) != [1, 1, 2, 2]:
         return None
@@ -35,6 +38,7 @@ def _upsampling(graph: Graph, convolution: Node) -> Node | None:
 
 
 def _phases(convolution: Node, image: str) -> list[Node]:
+    """Return the nodes that replace a convolution: `image` is its input before the upsampling."""
     (_, weights, *bias), out = convolution.inputs, convolution.outputs[0]
     nodes = [make_node("MatMul", (weights, f"{_NAME}.{q}.T"), f"{out}.weights.{q}") for q in (0, 1)]
     for p, q in PHASES:

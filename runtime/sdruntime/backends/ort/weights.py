@@ -1,7 +1,7 @@
-"""An ONNX model of a bundle, its weights lent to the library that reads it.
+"""Pass an ONNX model of a bundle and its weights to an engine library.
 
-ONNX Runtime is given them in memory and opens no file. What it keeps of them it copies while it opens (without `DIRECTLY`, its
-default): afterwards nothing refers to the file.
+ONNX Runtime gets the weights in memory and opens no file. Unless `DIRECTLY` is set, it copies the weights it keeps while it opens
+the model; afterwards nothing refers to the file.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ DIRECTLY = "session.use_external_initializer_file_buffers_directly"
 def open_session(ort: Any, bundle: Bundle, model: bytes, files: Sequence[str], options: Any, providers: Sequence[Any]) -> Any:
     """Return an InferenceSession of `model`, with weights from `files`: the model's path in the bundle, then those of its data.
 
-    Raises BundleError, and what ONNX Runtime raises.
+    Raises BundleError and the errors of ONNX Runtime.
     """
     names, tensors = locations(files), _external(bundle, files, memoryview(model))
     with bundle.lending(files[1:]) as lent:
-        arrays = {each.name: _array(bundle, files[0], each, lent[names[each.location]]) for each in tensors}
-        of_kind = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-        values = [of_kind(arrays[each.name], each.kind) for each in tensors]  # which refer to the arrays
+        arrays = {tensor.name: _array(bundle, files[0], tensor, lent[names[tensor.location]]) for tensor in tensors}
+        ort_value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+        values = [ort_value(arrays[tensor.name], tensor.kind) for tensor in tensors]  # they refer to the arrays
         options.add_external_initializers(list(arrays), values)
         return ort.InferenceSession(model, options, providers=providers)
 
 
 @contextlib.contextmanager
 def lending_onnx(bundle: Bundle, files: Sequence[str]) -> Iterator[str]:
-    """Yield the path of an ONNX model for a library that opens it, and the files of its weights, by name.
+    """Yield the path of an ONNX model, for a library that opens the model and its data files by name.
 
-    Raises BundleError as `Bundle.lending_names` does, and before the block for a model that refers to other files.
+    Raises BundleError as `Bundle.lending_names` does, and before the block if the model refers to other files.
     """
     _external(bundle, files, bundle.read(files[0]))
     with bundle.lending_names(files):
@@ -55,6 +55,6 @@ def _external(bundle: Bundle, files: Sequence[str], model: memoryview) -> list[E
 def _array(bundle: Bundle, path: str, tensor: ExternalTensor, data: memoryview) -> Array:
     data = data[tensor.offset : tensor.offset + tensor.length]
     if len(data) != tensor.length:
-        raise BundleError(bundle.folder, [f"{path}: tensor {tensor.name} lies beyond the end of {tensor.location}"])
+        raise BundleError(bundle.folder, [f"{path}: tensor {tensor.name} extends beyond the end of {tensor.location}"])
     array = np.frombuffer(data, tensor.dtype).reshape(tensor.shape)
     return array if array.flags.aligned else array.copy()

@@ -1,7 +1,7 @@
-"""ONNX -> files, for OpenVINO: its intermediate representation, read from the ONNX once and saved.
+"""ONNX -> files, for OpenVINO: the ONNX is converted once to OpenVINO's intermediate representation (IR).
 
-The weights are saved as they are or, for an engine that computes in bf16, as float16: half the bytes to read, hash and convert
-when it is opened. The representation takes every shape; the engine's profiles say which of them are compiled then.
+Weights keep their type or, for an engine that computes in bf16, become float16: half as many bytes to read, hash and convert when
+the engine is opened. The IR accepts every shape; the engine's profiles decide which are compiled when it is opened.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ OPTIONS: BackendOptions = {
 
 
 def library() -> Any:
-    """Return the module openvino with its telemetry disabled: importing it would send an event. Raises LibraryMissing."""
+    """Return the module openvino with telemetry disabled: otherwise importing it sends an event. Raises LibraryMissing."""
     silenced = "openvino" not in sys.modules and _TELEMETRY not in sys.modules
     if silenced:
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # an import of it fails; openvino has a stub for that
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # makes its import fail; openvino then uses a stub
     try:
         import openvino
     except ImportError as error:
@@ -51,35 +51,36 @@ def library() -> Any:
 
 
 def version_of(ov: Any) -> str:
-    """The release alone: `ov.__version__` names the build as well."""
+    """Return the release number, without the build that `ov.__version__` includes."""
     return str(ov.__version__).split("-")[0]
 
 
 def resolve_target(target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
-    """Raises LibraryMissing, DeviceMissing, UnknownName, and SettingError for an option's value, or for bf16 without it here."""
+    """Return "cpu". Raises LibraryMissing, DeviceMissing, UnknownName, and SettingError for an option's value or missing bf16."""
     ov = library()
-    found = check_names(f"{NAME} {version_of(ov)}", target, TARGETS, options, known=OPTIONS)
+    resolved = check_names(f"{NAME} {version_of(ov)}", target, TARGETS, options, known=OPTIONS)
     read_options(options)
     if options.get("inference_precision") == "bf16" and not has_bf16(ov.Core()):
-        raise SettingError("option inference_precision=bf16: this CPU does not compute in bf16: leave the option out")
-    return found
+        raise SettingError("option inference_precision=bf16: this CPU does not support bf16: omit the option")
+    return resolved
 
 
 def read_options(options: Mapping[str, str]) -> dict[str, Any]:
-    """The options as values. Raises SettingError."""
-    read = {key: OPTIONS[key][0](text) for key, text in options.items()}
-    for key, value in read.items():
+    """Return the parsed options. Raises SettingError."""
+    parsed = {key: OPTIONS[key][0](text) for key, text in options.items()}
+    for key, value in parsed.items():
         if value is None:
             raise SettingError(f"option {key}={options[key]}: expected {OPTIONS[key][1]}")
-    return read
+    return parsed
 
 
 def has_bf16(core: Any) -> bool:
+    """Return whether the CPU supports bf16."""
     return "BF16" in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
-    """Write `stem`.xml and `stem`.bin into `folder`."""
+    """Write `stem`.xml and `stem`.bin into `folder`. Raises BundleError, and SdruntimeError if OpenVINO cannot build it."""
     ov, begun = library(), time.monotonic()
     yield Stage(name="convert")
     component = bundle.manifest.components[request.component]

@@ -1,28 +1,28 @@
-"""Constants of a graph of OpenVINO's that its CPU plugin reads where they lie, for as long as the compiled model is used.
+"""Copy the constants of an OpenVINO model that its CPU plugin reads in place while the compiled model is in use.
 
-While it compiles, it packs the weights of convolutions and matrix products into memory of its own, in layouts of its kernels.
-Every other constant (biases, tables of embeddings, norms) may be read where it lies with every call, in a mapped file too.
+When the plugin compiles a model, it packs the weights of convolutions and matrix products into its own memory, in the layouts of
+its kernels. It may read every other constant (biases, embedding tables, norms) in place on every call, even in a mapped file.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_PACKED = {"Convolution": 1, "MatMul": 1}  # operation: the input that it packs
+_PACKED = {"Convolution": 1, "MatMul": 1}  # operation: index of the input that is packed
 
 
 def own_constants(ov: Any, model: Any) -> None:
-    """Give the model copies of its constants, except of those that are packed when it is compiled."""
+    """Replace the model's constants by copies, except those that are packed when it is compiled."""
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and not _packed(node.output(0)):
-            own = ov.op.Constant(node.get_tensor_view(), shared_memory=False)
-            own.set_friendly_name(node.get_friendly_name())
-            node.output(0).replace(own.output(0))
+            copy = ov.op.Constant(node.get_tensor_view(), shared_memory=False)
+            copy.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(copy.output(0))
 
 
 def _packed(output: Any) -> bool:
-    """Whether it is read by operations that pack it alone, directly or widened from half precision."""
-    users = [(each.get_node(), each.get_index()) for each in output.get_target_inputs()]
+    """Return whether all readers of an output pack it, directly or after a Convert from half precision."""
+    users = [(target.get_node(), target.get_index()) for target in output.get_target_inputs()]
     return bool(users) and all(
         _packed(user.output(0)) if user.get_type_name() == "Convert" else _PACKED.get(user.get_type_name()) == index
         for user, index in users

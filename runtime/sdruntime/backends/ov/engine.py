@@ -22,9 +22,9 @@ from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, Sdrunti
 
 
 class Network:
-    """A representation in memory, and its profiles compiled: the first at once, another when a call is the first to need it.
+    """A model and its compiled profiles. Each profile is compiled when it is first requested.
 
-    A profile of single sizes is compiled for these alone, which is quicker to run (a fifth, for a UNet) than a range.
+    A profile of fixed sizes is compiled for these sizes only, which runs faster than a range: by a fifth, for a UNet.
     """
 
     def __init__(self, ov: Any, bundle: Bundle, spec: EngineSpec) -> None:
@@ -32,10 +32,10 @@ class Network:
         self._text = str(bundle.read(spec.files[0]), "utf-8")
         self._component = bundle.manifest.components[spec.component]
         self._requests: dict[int, Any] = {}
-        self._held: list[memoryview] = []  # the compiled models refer to them, and read nothing there (`own_constants`)
+        self._held: list[memoryview] = []  # compiled models refer to these views but do not read them (`own_constants`)
 
     def request(self, profile: int, settings: Mapping[str, Any]) -> Any:
-        """The profile, compiled now if need be. Raises BundleError, and RuntimeError as OpenVINO does."""
+        """Return the InferRequest of a profile, compiling it on first use. Raises BundleError, and RuntimeError from OpenVINO."""
         if profile not in self._requests:
             sizes = self._spec.profiles[profile]
             with self._bundle.lending(self._spec.files[1:]) as lent:
@@ -54,7 +54,7 @@ class Network:
 
 
 class OvEngine:
-    """Inputs are read where they lie; outputs are copied out of the library's buffers."""
+    """A compiled model. Inputs are read in place; outputs are copied from the library's buffers."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, network: Network, settings: Mapping[str, Any]) -> None:
         self.spec, self.component = spec, component
@@ -85,6 +85,7 @@ class OvEngine:
 
 
 def here() -> Library:
+    """Return the installed version and its targets, or why OpenVINO is not available."""
     try:
         ov = library()
     except LibraryMissing as error:
@@ -93,15 +94,15 @@ def here() -> Library:
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OvEngine:
-    """Open the engine; OpenVINO itself opens no file.
+    """Open an engine; OpenVINO itself opens no file.
 
-    Raises BundleError, EngineError, and DeviceMissing for a bf16 engine on a CPU without it.
+    Raises BundleError, EngineError, and DeviceMissing for a bf16 engine on a CPU that does not support bf16.
     """
     ov = library()
     precision = spec.options.get("inference_precision", "f32")
     if precision == "bf16" and not has_bf16(ov.Core()):
         raise DeviceMissing(
-            f"engine {spec.name}: it computes in bf16, which this CPU does not: "
+            f"engine {spec.name}: it computes in bf16, which this CPU does not support: "
             f"sdruntime build {quoted(bundle.folder)} --backend openvino"
         )
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
@@ -115,8 +116,10 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
 
 
 def _bytes(view: memoryview) -> Array:
-    """The same bytes as an array that numpy takes for writable, which OpenVINO asks of memory that it shares; a write would meet
-    the map's protection."""
+    """Return a view of the bytes as an array that NumPy considers writable.
+
+    OpenVINO requires writable arrays for shared memory, but does not write to it; the map is read-only, so a write would crash.
+    """
     if not view:
         return np.empty(0, np.uint8)
     address = np.frombuffer(view, np.uint8).ctypes.data

@@ -11,12 +11,14 @@ from sdruntime.backends.trt.loop import device_calls
 from sdruntime.bundle.manifest import EngineSpec
 
 
-def reads(engine: EngineSpec, here: str) -> bool:
-    """Whether version `here` opens `engine`: the very version that built it, or, for a version-compatible engine, a later one of
-    the same major."""
+def reads(engine: EngineSpec, installed: str) -> bool:
+    """Return whether the `installed` version can open `engine`.
+
+    It must be the version that built the engine or, for a version-compatible engine, a later one of the same major version.
+    """
     if engine.options.get("version_compatible") != "true":
-        return here == engine.version
-    return _numbers(here)[:1] == _numbers(engine.version)[:1] and _numbers(here) >= _numbers(engine.version)
+        return installed == engine.version
+    return _numbers(installed)[:1] == _numbers(engine.version)[:1] and _numbers(installed) >= _numbers(engine.version)
 
 
 def _numbers(version: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""An execution context with its buffers, for one shape of a component."""
+"""An execution context and its buffers, for one shape of a component."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdruntime.system.cuda import Pinned
 
 
 class Plan(Protocol):
-    """What makes execution contexts, and tells what the library said."""
+    """Creates execution contexts, and reports the library's error messages."""
 
     def context(self) -> Any: ...
 
@@ -26,7 +26,7 @@ class Plan(Protocol):
 
 
 class Binding:
-    """`address` and `size` give each tensor's place on the device. `enqueue` only adds work to the stream of the session."""
+    """An execution context with device buffers. `address` and `sizes` (bytes) give the location of each tensor on the device."""
 
     def __init__(
         self,
@@ -42,74 +42,74 @@ class Binding:
         self.address: dict[str, int] = {}
         self._staged: dict[str, Pinned] = {}
         self._stack = contextlib.ExitStack()
-        self._stack.callback(self._forget)
-        with self._stack as stack:  # what was made goes again if the rest cannot be
+        self._stack.callback(self._drop_context)
+        with self._stack as stack:  # releases what was created if a later step fails
             self._describe(component, dims, profile)
-            room = session.cuda.allocate(sum(map(aligned, self.sizes.values())), f"the inputs and outputs of {spec.component}")
-            stack.callback(room.close)
-            place = room.pointer
+            buffer = session.cuda.allocate(sum(map(aligned, self.sizes.values())), f"the inputs and outputs of {spec.component}")
+            stack.callback(buffer.close)
+            address = buffer.pointer
             for name, size in self.sizes.items():
-                self.place(name, place)
-                place += aligned(size)
+                self.place(name, address)
+                address += aligned(size)
             self._stack = stack.pop_all()
 
     def _describe(self, component: ComponentSpec, dims: Mapping[str, int], profile: int) -> None:
-        """Tell the context its profile and shapes, and ask it the rest."""
+        """Set the profile and input shapes of the context, and read the output shapes and memory size from it."""
         stream = self._session.stream
-        self._demand(self._context.set_optimization_profile_async(profile, stream.handle), f"take its profile {profile}")
+        self._check(self._context.set_optimization_profile_async(profile, stream.handle), f"accept its profile {profile}")
         self.shapes: dict[str, tuple[int, ...]] = {}
         for tensor in component.engine_inputs:
             shape = tuple(size_of(dim, dims) for dim in tensor.shape)
-            self._demand(self._context.set_input_shape(tensor.name, shape), f"take {tensor.name} as {list(shape)}")
+            self._check(self._context.set_input_shape(tensor.name, shape), f"accept {tensor.name} as {list(shape)}")
             self.shapes[tensor.name] = shape
         unknown = self._context.infer_shapes()
-        self._demand(not unknown, f"tell its shapes without {', '.join(unknown)}")
+        self._check(not unknown, f"infer its shapes without {', '.join(unknown)}")
         for tensor in component.outputs:
             self.shapes[tensor.name] = tuple(self._context.get_tensor_shape(tensor.name))
         self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in (*component.engine_inputs, *component.outputs)}
         self.sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in self.shapes.items()}
         self._inputs = [tensor.name for tensor in component.engine_inputs]
         self._outputs = [tensor.name for tensor in component.outputs]
-        self._need = int(self._context.update_device_memory_size_for_shapes())
+        self._activations = int(self._context.update_device_memory_size_for_shapes())
 
     def place(self, name: str, address: int) -> None:
-        """Let a tensor lie at `address` of the device, 256-byte aligned."""
-        self._demand(self._context.set_tensor_address(name, address), f"take the address of {name}")
+        """Set the device address of a tensor, 256-byte aligned."""
+        self._check(self._context.set_tensor_address(name, address), f"accept the address of {name}")
         self.address[name] = address
 
     def ready(self) -> None:
-        """Give the context its activations' place, again where the arena has moved. Raises OutOfSpace."""
+        """Reserve the context's activation memory, and set its address if the arena has moved. Raises OutOfSpace."""
         arena = self._session.arena
-        buffer = arena.reserve(self._need)
+        buffer = arena.reserve(self._activations)
         if self._moves != arena.moves:
             self._context.set_device_memory(buffer.pointer, buffer.size)
             self._moves = arena.moves
 
     def enqueue(self) -> None:
-        """Add one run to the stream."""
+        """Queue one run on the session's stream, without waiting for it."""
         self.ready()
         self._session.cuda.use()
-        self._demand(self._context.execute_async_v3(self._session.stream.handle), "run")
+        self._check(self._context.execute_async_v3(self._session.stream.handle), "run")
 
     def upload(self, feeds: Mapping[str, Array]) -> None:
-        """Copy arrays to the device by way of pinned memory; the stream must be idle, as it is after `download`."""
+        """Copy arrays to the device through pinned memory. The stream must be idle, as it is after `download`."""
         for name, array in feeds.items():
             staged = self._stage(name)
             np.copyto(staged.array, array)
             self._session.stream.upload(self.address[name], staged, self.sizes[name])
 
     def download(self) -> dict[str, Array]:
-        """Every output as a new array, once the stream has come so far."""
+        """Return every output as a new array, after waiting for the stream."""
         for name in self._outputs:
             self._session.stream.download(self._stage(name), self.address[name], self.sizes[name])
         self._session.stream.synchronize()
         return {name: self._stage(name).array.copy() for name in self._outputs}
 
     def close(self) -> None:
-        """The stream must be idle."""
+        """Release the context and its buffers. The stream must be idle."""
         self._stack.close()
 
-    def _forget(self) -> None:
+    def _drop_context(self) -> None:
         self._context = None
 
     def _stage(self, name: str) -> Pinned:
@@ -118,6 +118,6 @@ class Binding:
             self._stack.callback(self._staged[name].close)
         return self._staged[name]
 
-    def _demand(self, done: bool, what: str) -> None:
-        if not done:
-            raise EngineError(f"engine {self._name}: TensorRT did not {what}: {self._plan.reasons()}")
+    def _check(self, success: bool, action: str) -> None:
+        if not success:
+            raise EngineError(f"engine {self._name}: TensorRT did not {action}: {self._plan.reasons()}")

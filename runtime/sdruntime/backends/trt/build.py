@@ -1,4 +1,4 @@
-"""ONNX -> file, for TensorRT and TensorRT-RTX: what is asked, checked; the build itself is `worker`'s, in its own process."""
+"""ONNX -> file, for TensorRT and TensorRT-RTX: check a request, then build in a separate process (`worker`)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _tiling(text: str) -> str | None:
 
 
 OPTIONS: BackendOptions = {
-    "optimization_level": (_level, "0 (quickest build) to 5; TensorRT's own default is 3"),
+    "optimization_level": (_level, "0 (fastest build) to 5; TensorRT's own default is 3"),
     "workspace": (_size, "bytes that a layer may use for scratch, such as 512M or 4G"),
     "version_compatible": (_flag, "true or false"),
     "same_compute_capability": (_flag, "true (any GPU of this compute capability, not this model alone) or false"),
@@ -58,60 +58,65 @@ OPTIONS: BackendOptions = {
 
 
 def resolve_target(name: str, target: str | None, precision: Precision, options: Mapping[str, str]) -> str:
-    """The full name of a target: "sm89" for "current"; the best for this machine where it is None.
+    """Return the full name of a target, such as "sm89" for "current"; None means the best one for this machine.
 
-    Raises LibraryMissing; DeviceMissing where the target needs a GPU that is not here; UnknownName; SettingError for a precision
-    that the target cannot run, and for an option that this version does not have.
+    Raises LibraryMissing; DeviceMissing if the target needs a GPU that is not present; UnknownName; SettingError for a precision
+    that the target cannot run, or an option that this version does not support.
     """
-    trt, here = library(name), devices()
-    read_options(name, trt, options, here)
-    found = _ahead(trt, target, here) if FLAVOURS[name].ahead else _of_this_gpu(target, here)
-    oldest = 80 if found == AMPERE_UP else int(found[2:])
+    trt, gpus = library(name), devices()
+    read_options(name, trt, options, gpus)
+    resolved = _ahead(trt, target, gpus) if FLAVOURS[name].ahead else _of_this_gpu(target, gpus)
+    oldest = 80 if resolved == AMPERE_UP else int(resolved[2:])
     if precision == "bf16" and oldest < 80:
-        raise SettingError(f"target {found}: bf16 needs compute capability 8.0 (Ampere) or later: export with --precision fp16")
+        raise SettingError(
+            f"target {resolved}: bf16 needs compute capability 8.0 (Ampere) or later: export with --precision fp16"
+        )
     if precision == "fp32" and oldest < 80 and FLAVOURS[name].ahead:
-        raise SettingError(f"target {found}: TensorRT-RTX has no fp32 matrix product for Turing: export with --precision fp16")
-    return found
+        raise SettingError(f"target {resolved}: TensorRT-RTX has no fp32 matrix product for Turing: export with --precision fp16")
+    return resolved
 
 
-def _ahead(trt: Any, target: str | None, here: Sequence[Device]) -> str:
+def _ahead(trt: Any, target: str | None, gpus: Sequence[Device]) -> str:
+    """Return the target of an engine that is built ahead of time, for any supported GPU."""
     known = [*capabilities(trt), AMPERE_UP]
-    if target == CURRENT and not here:
+    if target == CURRENT and not gpus:
         raise DeviceMissing(f"target 'current': no NVIDIA GPU found; name a target to build for: {', '.join(known)}")
     if target in (None, CURRENT):
-        return here[0].target if here and here[0].target in known else AMPERE_UP
+        return gpus[0].target if gpus and gpus[0].target in known else AMPERE_UP
     if target not in known:
         raise UnknownName("target", target or "", [*known, CURRENT])
     return target or ""
 
 
-def _of_this_gpu(target: str | None, here: Sequence[Device]) -> str:
-    if not here:
+def _of_this_gpu(target: str | None, gpus: Sequence[Device]) -> str:
+    """Return the target of an engine that this machine's first GPU must build."""
+    if not gpus:
         raise DeviceMissing(
             "TensorRT builds on the GPU that the engine is for, and this machine has no GPU: copy the bundle to the "
             "device and build there, or build ahead with --backend tensorrt-rtx --target sm86"
         )
-    if target == AMPERE_UP and here[0].capability < (8, 0):
-        raise DeviceMissing(f"target {AMPERE_UP}: {here[0].name} is {here[0].target}, and an Ampere GPU or later must build it")
-    if target not in (None, CURRENT, AMPERE_UP, here[0].target):
+    gpu = gpus[0]
+    if target == AMPERE_UP and gpu.capability < (8, 0):
+        raise DeviceMissing(f"target {AMPERE_UP}: {gpu.name} is {gpu.target}, and an Ampere GPU or later must build it")
+    if target not in (None, CURRENT, AMPERE_UP, gpu.target):
         if not re.fullmatch(r"sm\d{2,3}", target or ""):
-            raise UnknownName("target", target or "", [here[0].target, CURRENT, AMPERE_UP])
-        raise DeviceMissing(f"target {target}: TensorRT builds for this machine's GPU, {here[0].name} ({here[0].target})")
-    return AMPERE_UP if target == AMPERE_UP else here[0].target
+            raise UnknownName("target", target or "", [gpu.target, CURRENT, AMPERE_UP])
+        raise DeviceMissing(f"target {target}: TensorRT builds for this machine's GPU, {gpu.name} ({gpu.target})")
+    return AMPERE_UP if target == AMPERE_UP else gpu.target
 
 
-def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence[Device]) -> dict[str, Any]:
-    """The options as values. Raises UnknownName, and SettingError for a value, or for what this version does not have."""
-    read = {}
+def read_options(name: str, trt: Any, options: Mapping[str, str], gpus: Sequence[Device]) -> dict[str, Any]:
+    """Return the parsed options. Raises UnknownName, and SettingError for a bad value or an option this version lacks."""
+    parsed = {}
     for key, text in options.items():
         if key not in OPTIONS:
             raise unknown_option(name, key, OPTIONS)
         parse, form = OPTIONS[key]
-        read[key] = parse(text)
-        if read[key] is None:
+        parsed[key] = parse(text)
+        if parsed[key] is None:
             raise SettingError(f"option {key}={text}: expected {form}")
     rtx = FLAVOURS[name].ahead
-    lacking = {
+    unsupported = {
         "version_compatible": "it ships no lean runtime" if rtx else None,
         "same_compute_capability": "its engines fit a whole compute capability anyway"
         if rtx
@@ -119,18 +124,21 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], here: Sequence
         if hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY")
         else "this version cannot (10.16 can)",
         "tiling": None if hasattr(trt, "TilingOptimizationLevel") else "this version cannot (10.16 can)",
-        "strip": "building with it needs an RTX GPU" if rtx and not here else None,
+        "strip": "building with it needs an RTX GPU" if rtx and not gpus else None,
         "timing_cache": "not supported: it does not use a timing cache" if rtx else None,
     }
-    for key, reason in lacking.items():
-        if reason is not None and read.get(key) not in (None, False, "none"):
+    for key, reason in unsupported.items():
+        if reason is not None and parsed.get(key) not in (None, False, "none"):
             raise SettingError(f"option {key}: not with {name} {trt.__version__}: {reason}")
-    return read
+    return parsed
 
 
 def _check_memory(request: EngineRequest, weights: int) -> None:
-    """Raises OutOfSpace where a build cannot end well: the host holds the weights twice at least, three times where it builds
-    ahead (3.2 to 3.4 times was measured with TensorRT-RTX 1.7), and a GPU that builds holds them once."""
+    """Raise OutOfSpace if there is too little memory for a build.
+
+    The host holds the weights at least twice, or three times if it builds ahead of time (3.2 to 3.4 times was measured with
+    TensorRT-RTX 1.7). A GPU that builds holds them once.
+    """
     free, needed = available_memory(), (3 if FLAVOURS[request.backend].ahead else 2) * weights
     if needed > free > 0:
         raise OutOfSpace(
@@ -139,16 +147,16 @@ def _check_memory(request: EngineRequest, weights: int) -> None:
         )
     if not FLAVOURS[request.backend].ahead:
         with Cuda.open() as cuda:
-            free, where = cuda.free_memory(), cuda.device.name
+            free, gpu = cuda.free_memory(), cuda.device.name
         if weights > free:
             raise OutOfSpace(
-                f"{request.stem}: building takes at least {weights:,} bytes on {where}, and {free:,} are free: "
+                f"{request.stem}: building takes at least {weights:,} bytes on {gpu}, and {free:,} are free: "
                 "close other programs that use the GPU"
             )
 
 
 def build_job(bundle: Bundle, request: EngineRequest | EngineSpec) -> Message:
-    """What `worker` builds: `request`, or an engine of the bundle again. The ONNX file and the plan are for the caller to add."""
+    """Return the `worker` job that builds `request` or rebuilds an engine of the bundle. The caller adds "onnx" and "plan"."""
     component = bundle.manifest.components[request.component]
     return {
         "backend": request.backend,
@@ -162,7 +170,7 @@ def build_job(bundle: Bundle, request: EngineRequest | EngineSpec) -> Message:
 
 
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
-    """Write `stem`.plan into `folder`. Raises EngineError with the cause that the library gave, OutOfSpace, LibraryMissing."""
+    """Write `stem`.plan into `folder`. Raises EngineError with the library's own reason, OutOfSpace, LibraryMissing."""
     trt = library(request.backend)
     component = bundle.manifest.components[request.component]
     _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))

@@ -1,4 +1,4 @@
-"""File -> Engine, for TensorRT and TensorRT-RTX, from NumPy: buffers made once a shape, one stream, no device-wide wait."""
+"""File -> Engine, for TensorRT and TensorRT-RTX with NumPy: buffers allocated once per shape, one stream, no device-wide wait."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from sdruntime.system.cuda import devices
 from sdruntime.system.nvtx import annotate
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
-SESSION = ("engine_host_code",)  # settings of a session
+SESSION = ("engine_host_code",)  # session options
 _DTYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
-_OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "could not be allocated")  # how the library says that memory ran out
-_MARGIN = 256 << 20  # bytes of a device that weight streaming leaves for everything else
+_OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "could not be allocated")  # parts of the library's out-of-memory messages
+_MARGIN = 256 << 20  # bytes of device memory that weight streaming reserves for everything else
 
 
 class TrtEngine:
-    """A deserialised plan. `bind` gives its buffers on the device for a shape; calling it copies arrays in and out of them."""
+    """A deserialized plan. `bind` returns its device buffers for a shape; a call copies arrays to and from them."""
 
     def __init__(self, spec: EngineSpec, component: ComponentSpec, plan: Plan, shared: Session) -> None:
         self.spec, self.component, self.session = spec, component, shared
         self._plan = plan
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._apart: set[Binding] = set()
-        self.held = Shared()  # what works with this engine's bindings, and goes before it
+        self.held = Shared()  # resources that use this engine's bindings, released before them
 
     def bind(self, dims: Mapping[str, int]) -> Binding:
-        """The binding for a size of each named dimension, made at its first use. Raises EngineError, OutOfSpace."""
+        """Return the binding for these sizes of the named dimensions, created on first use. Raises EngineError, OutOfSpace."""
         key = tuple(dims[name] for name in self.component.dimensions)
         if key not in self._bindings:
             if len(self._bindings) >= KEPT_BINDINGS:
@@ -60,7 +60,7 @@ class TrtEngine:
 
     @contextlib.contextmanager
     def bind_apart(self, dims: Mapping[str, int]) -> Iterator[Binding]:
-        """A binding that only the caller uses, for a block or until the engine is closed. Raises EngineError, OutOfSpace."""
+        """Yield a binding for the caller alone, until the block ends or the engine is closed. Raises EngineError, OutOfSpace."""
         binding = self._binding(dims)
         self._apart.add(binding)
         try:
@@ -72,7 +72,7 @@ class TrtEngine:
     def _binding(self, dims: Mapping[str, int]) -> Binding:
         if self._plan.engine is None:
             raise closed(self.spec)
-        self.session.cuda.use()  # the calling thread may be another one than before
+        self.session.cuda.use()  # the calling thread may have changed
         profile = self.spec.admitting(**dims)[0]
         return Binding(self.spec, self.component, self._plan, self.session, dims, profile)
 
@@ -87,7 +87,7 @@ class TrtEngine:
                 binding.enqueue()
                 return binding.download()
             except BaseException:
-                self.session.stream.settle()  # the next call writes to what this one still reads
+                self.session.stream.settle()  # the next call overwrites memory that this one may still read
                 raise
 
     def close(self) -> None:
@@ -109,9 +109,9 @@ class TrtEngine:
 
 
 class Plan:
-    """The library's own objects for one plan, in the order in which they must be let go: engine, then runtime.
+    """The library's objects for one plan. They must be released in order: the engine, then the runtime.
 
-    `cache`: the kernels that TensorRT-RTX compiled for this GPU, kept from one process to the next.
+    `cache_name`: name of the cached kernels that TensorRT-RTX compiled for this GPU, which are kept between processes.
     """
 
     def __init__(self, trt: Any, log: Any, runtime: Any, engine: Any, cache_name: str | None) -> None:
@@ -127,25 +127,26 @@ class Plan:
             self._config.set_runtime_cache(self._cache)
 
     def context(self) -> Any:
-        """A new execution context, whose activations the caller gives a place. Raises EngineError."""
+        """Return a new execution context; the caller provides its activation memory. Raises EngineError."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        made = self.engine.create_execution_context(strategy if self._config is None else self._config)
-        if made is None:
-            raise EngineError(f"TensorRT could not make an execution context: {self.reasons()}")
-        return made
+        context = self.engine.create_execution_context(strategy if self._config is None else self._config)
+        if context is None:
+            raise EngineError(f"TensorRT could not create an execution context: {self.reasons()}")
+        return context
 
     def reasons(self) -> str:
-        """What the library said since the last question."""
+        """Return the library's errors since the last call."""
         return str(self._log.reasons())
 
     def close(self) -> None:
+        """Save the kernel cache and release the library's objects."""
         try:
             self._keep_cache()
         finally:
             self.drop()
 
     def drop(self) -> None:
-        """Let the library's objects go, and keep nothing."""
+        """Release the library's objects without saving the kernel cache."""
         self._config = self._cache = self.engine = self._runtime = None
 
     def _keep_cache(self) -> None:
@@ -158,28 +159,29 @@ class Plan:
 
 
 def here(name: str) -> Library:
-    """The library, and what it builds for: the GPU that is here, and, for TensorRT-RTX, others."""
+    """Return the installed version and its targets (this machine's GPU and, for TensorRT-RTX, others), or why it is missing."""
     try:
         trt = library(name)
     except LibraryMissing as error:
         return Library(missing=str(error))
-    found = [device.target for device in devices()[:1]]
+    targets = [device.target for device in devices()[:1]]
     if FLAVOURS[name].ahead:
-        found += [target for target in capabilities(trt) if target not in found]
-    return Library(version=trt.__version__, targets=(*found, AMPERE_UP) if found else ())
+        targets += [target for target in capabilities(trt) if target not in targets]
+    return Library(version=trt.__version__, targets=(*targets, AMPERE_UP) if targets else ())
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> TrtEngine:
-    """Deserialise a plan from the file that was hashed, which is released at once.
+    """Deserialize a plan from its verified file, which is released immediately.
 
-    Raises BundleError for a changed plan, DeviceMissing, OutOfSpace, EngineError for what TensorRT refuses.
+    Raises BundleError for a changed plan, UnknownName or SettingError for a session option, DeviceMissing, OutOfSpace, and
+    EngineError if TensorRT refuses the plan.
     """
     trt, component = library(spec.backend), bundle.manifest.components[spec.component]
     for key in options.session:
         if key not in SESSION:
             raise UnknownName(f"session setting of {spec.backend}", key, SESSION)
-    held = shared.get(("cuda", options.device), lambda: session(options))
-    held.cuda.use()
+    device = shared.get(("cuda", options.device), lambda: session(options))
+    device.cuda.use()
     log = messages(trt)
     runtime = trt.Runtime(log)
     if spec.options.get("version_compatible") == "true":
@@ -194,74 +196,75 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
             engine = runtime.deserialize_cuda_engine(lent[spec.files[0]])
             del lent
     except BaseException:
-        engine = None  # an error's traceback keeps what it sees alive, and with this the weights
+        engine = None  # the traceback keeps local variables alive, and the engine holds the weights
         raise
     if engine is None:
         size = bundle.manifest.files[spec.files[0]].size
-        raise _refusal(bundle, spec, held, size, f"{spec.backend} {trt.__version__}", log.reasons())
-    plan = Plan(trt, log, runtime, engine, _cache_name(trt, bundle, spec, held))
+        raise _open_error(bundle, spec, device, size, f"{spec.backend} {trt.__version__}", log.reasons())
+    plan = Plan(trt, log, runtime, engine, _cache_name(trt, bundle, spec, device))
     del engine
     try:
         if spec.options.get("strip") == "true":
             _refit(trt, log, plan, bundle, spec)
         if spec.options.get("weight_streaming") == "true":
-            _stream_weights(plan, held, options)
+            _stream_weights(plan, device, options)
         _check_tensors(trt, plan, bundle, spec, component)
     except BaseException:
         plan.drop()
         raise
-    return TrtEngine(spec, component, plan, held)
+    return TrtEngine(spec, component, plan, device)
 
 
-def _refusal(bundle: Bundle, spec: EngineSpec, held: Session, size: int, library: str, reasons: str) -> SdruntimeError:
-    """What to raise where a plan of `size` bytes was refused for these reasons."""
-    device = held.cuda.device.name
+def _open_error(bundle: Bundle, spec: EngineSpec, device: Session, size: int, library: str, reasons: str) -> SdruntimeError:
+    """Return the error for a plan of `size` bytes that the library refused for these reasons."""
+    gpu = device.cuda.device.name
     if any(words in reasons for words in _OUT_OF_MEMORY):
         return OutOfSpace(
-            f"engine {spec.name}: {size:,} bytes and what it needs beside them do not fit on {device}, where "
-            f"{held.cuda.free_memory():,} are free ({reasons}): close other programs "
+            f"engine {spec.name}: {size:,} bytes and its working memory do not fit on {gpu}, where "
+            f"{device.cuda.free_memory():,} are free ({reasons}): close other programs "
             f"that use the GPU, or open it with --low-memory"
         )
     return EngineError(
-        f"engine {spec.name}: {library} cannot open it on {device}: {reasons}; "
+        f"engine {spec.name}: {library} cannot open it on {gpu}: {reasons}; "
         f"build it again: sdruntime build {quoted(bundle.folder)} --backend {spec.backend} --component {spec.component}"
     )
 
 
-def _cache_name(trt: Any, bundle: Bundle, spec: EngineSpec, held: Session) -> str | None:
+def _cache_name(trt: Any, bundle: Bundle, spec: EngineSpec, device: Session) -> str | None:
+    """Return the name of the plan's kernel cache on this GPU, or None if the backend has no such cache."""
     if not FLAVOURS[spec.backend].ahead:
         return None
-    device, plan = held.cuda.device, bundle.manifest.files[spec.files[0]].sha256[:16]
-    return f"tensorrt-rtx/{trt.__version__}-{device.target}-{device.uuid or 'gpu'}-{plan}.cache"
+    gpu, plan = device.cuda.device, bundle.manifest.files[spec.files[0]].sha256[:16]
+    return f"tensorrt-rtx/{trt.__version__}-{gpu.target}-{gpu.uuid or 'gpu'}-{plan}.cache"
 
 
 def _refit(trt: Any, log: Any, plan: Plan, bundle: Bundle, spec: EngineSpec) -> None:
-    """Put the weights of the bundle's ONNX into a plan that was stripped of them."""
+    """Load the weights of the bundle's ONNX into a plan that was built without weights."""
     component = bundle.manifest.components[spec.component]
     refitter = trt.Refitter(plan.engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     with lending_onnx(bundle, component.files) as onnx:
         if not parser.refit_from_file(onnx) or not refitter.refit_cuda_engine():
-            raise EngineError(f"engine {spec.name}: its weights could not be put in from {component.onnx}: {log.reasons()}")
+            raise EngineError(f"engine {spec.name}: could not load its weights from {component.onnx}: {log.reasons()}")
 
 
-def _stream_weights(plan: Plan, held: Session, options: EngineOptions) -> None:
-    """As many weights on the device as the budget, or the free memory, has room for; the rest streams in as it is needed."""
-    room = min(options.memory or held.cuda.free_memory(), held.cuda.free_memory())
-    wanted = room - int(plan.engine.device_memory_size_v2) - _MARGIN
-    plan.engine.weight_streaming_budget_v2 = max(0, min(wanted, int(plan.engine.streamable_weights_size)))
+def _stream_weights(plan: Plan, device: Session, options: EngineOptions) -> None:
+    """Keep as many weights on the device as fit `options.memory` and the free memory; the rest is streamed on demand."""
+    free = min(options.memory or device.cuda.free_memory(), device.cuda.free_memory())
+    budget = free - int(plan.engine.device_memory_size_v2) - _MARGIN
+    plan.engine.weight_streaming_budget_v2 = max(0, min(budget, int(plan.engine.streamable_weights_size)))
 
 
 def _check_tensors(trt: Any, plan: Plan, bundle: Bundle, spec: EngineSpec, component: ComponentSpec) -> None:
-    """The plan's tensors are the component's, by name, direction and type. Raises BundleError with every difference."""
-    found = {plan.engine.get_tensor_name(index) for index in range(plan.engine.num_io_tensors)}
-    faults = [f"{spec.name}: has a tensor {name!r} that {spec.component} has not" for name in sorted(found)]
+    """Raise BundleError with every difference in name, direction or type between the tensors of the plan and the component."""
+    names = {plan.engine.get_tensor_name(index) for index in range(plan.engine.num_io_tensors)}
+    faults = [f"{spec.name}: tensor {name!r} does not exist in {spec.component}" for name in sorted(names)]
     for tensors, mode in ((component.engine_inputs, trt.TensorIOMode.INPUT), (component.outputs, trt.TensorIOMode.OUTPUT)):
         for tensor in tensors:
-            if tensor.name not in found:
-                faults.append(f"{spec.name}: {spec.component} has a tensor {tensor.name!r}, which it lacks")
+            if tensor.name not in names:
+                faults.append(f"{spec.name}: tensor {tensor.name!r} of {spec.component} is missing")
                 continue
-            faults.remove(f"{spec.name}: has a tensor {tensor.name!r} that {spec.component} has not")
+            faults.remove(f"{spec.name}: tensor {tensor.name!r} does not exist in {spec.component}")
             kind = plan.engine.get_tensor_dtype(tensor.name)
             if plan.engine.get_tensor_mode(tensor.name) != mode or kind != getattr(trt.DataType, _DTYPES[tensor.dtype]):
                 faults.append(f"{spec.name}: tensor {tensor.name!r} is {kind.name}, expected {tensor.dtype} {mode.name.lower()}")

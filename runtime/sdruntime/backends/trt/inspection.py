@@ -1,7 +1,7 @@
-"""What became of a half-precision graph: the layers of a built engine that are not in half, and its attentions that were fused.
+"""Inspect a half-precision engine: which layers compute in float32, and how many attentions were fused.
 
-Read from the engine inspector's JSON at detailed verbosity, which spells types and layers differently from version to version, so
-what is not recognised is omitted and never guessed.
+This reads the engine inspector's JSON at detailed verbosity. Its spelling of types and layers differs between versions, so
+anything that is not recognized is omitted, never guessed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """`single`: names of the layers that compute in float32. `fused` of `attentions` were fused."""
+    """The layers of an engine. `single`: names of those that compute in float32. `fused` of `attentions` were fused."""
 
     single: tuple[str, ...]
     fused: int
     attentions: int
 
     def notes(self, component: str) -> Iterator[str]:
-        """For a person, where something is short of what half precision promises."""
+        """Yield a readable line for each shortcoming of a half-precision engine."""
         if self.single:
             names = ", ".join(self.single[:_SHOWN]) + (", …" if len(self.single) > _SHOWN else "")
             yield f"{component}: {len(self.single)} layers compute in float32: {names}"
@@ -38,7 +38,7 @@ class Inspection:
 
 
 def inspection_from_json(text: str, *, attentions: int) -> Inspection:
-    """From `EngineInspector.get_engine_information` in JSON. `attentions`: the softmaxes of the network."""
+    """Parse the JSON of `EngineInspector.get_engine_information`. `attentions`: number of softmaxes in the network."""
     layers = [layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)]
     single = [layer["Name"] for layer in layers if _computes(layer) and "float" in _types(layer)]
     fused = sum(bool(_FUSED.search(f"{layer.get('Name', '')} {layer.get('TacticName', '')}")) for layer in layers)
@@ -50,6 +50,6 @@ def _computes(layer: Mapping[str, Any]) -> bool:
 
 
 def _types(layer: Mapping[str, Any]) -> set[str]:
-    """The types of a layer's outputs, in lower case: "Format/Datatype" up to 10.x, "Datatype" from 11.0."""
-    told = [str(out.get("Datatype") or out.get("Format/Datatype", "")) for out in layer.get("Outputs", ())]
-    return {word.lower() for text in told for word in re.findall(r"[A-Za-z]+\d*", text)} & {"float", "half", "bfloat16", "bf16"}
+    """Return the types of a layer's outputs, in lower case. The key is "Format/Datatype" up to 10.x, "Datatype" from 11.0."""
+    types = [str(out.get("Datatype") or out.get("Format/Datatype", "")) for out in layer.get("Outputs", ())]
+    return {word.lower() for text in types for word in re.findall(r"[A-Za-z]+\d*", text)} & {"float", "half", "bfloat16", "bf16"}

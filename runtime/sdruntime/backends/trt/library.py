@@ -1,4 +1,4 @@
-"""Which TensorRT is here, what it can build for, and what it says."""
+"""Import TensorRT or TensorRT-RTX, list its targets, and collect its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CURRENT = "current"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flavour:
-    """`ahead`: builds for GPUs that are not here, and compiles its kernels on the device when an engine is opened."""
+    """A TensorRT package. `ahead`: it builds for GPUs that are not present, and compiles its kernels when an engine is opened."""
 
     module: str
     install: str
@@ -33,22 +33,22 @@ FLAVOURS: Mapping[str, Flavour] = {
 
 
 def library(name: str) -> Any:
-    """The module tensorrt or tensorrt_rtx. Raises LibraryMissing with what the system's loader said."""
+    """Return the module tensorrt or tensorrt_rtx. Raises LibraryMissing with the loader's message."""
     flavour = FLAVOURS[name]
     try:
         return importlib.import_module(flavour.module)
-    except (ImportError, OSError, RuntimeError) as error:  # the bindings are there without libnvinfer, or for another system
+    except (ImportError, OSError, RuntimeError) as error:  # bindings without libnvinfer, or for another system
         raise LibraryMissing(f"{name} cannot be imported ({error}): {flavour.install}") from error
 
 
 def capabilities(trt: Any) -> dict[str, Any]:
-    """The compute capabilities that TensorRT-RTX builds ahead for, by their names here ("sm86")."""
+    """Return the compute capabilities that TensorRT-RTX can build for, by target name ("sm86")."""
     members = trt.ComputeCapability.__members__.items()
     return {name.lower(): value for name, value in members if name.startswith("SM")}
 
 
 def capabilities_of(trt: Any, target: str) -> list[Any]:
-    """What an engine for `target` is compiled for: one compute capability, or all from 8.0 on."""
+    """Return the compute capabilities of an engine for `target`: one, or all from 8.0 on."""
     known = capabilities(trt)
     if target == AMPERE_UP:
         return [value for name, value in known.items() if int(name[2:]) >= 80]
@@ -56,7 +56,7 @@ def capabilities_of(trt: Any, target: str) -> list[Any]:
 
 
 def messages(trt: Any) -> Any:
-    """A logger that keeps what the library says from warnings up: `kept` holds (severity's name, text)."""
+    """Return a logger that keeps warnings and errors: `kept` holds (name of the severity, text)."""
 
     class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -71,8 +71,8 @@ def messages(trt: Any) -> Any:
             return [text for severity, text in self.kept if severity != "WARNING"]
 
         def reasons(self) -> str:
-            """The errors since the last question, for a message."""
-            told, self.kept = self.errors(), []
-            return "; ".join(told) or "no reason was given"
+            """Return the errors since the last call as one text, and clear all messages."""
+            errors, self.kept = self.errors(), []
+            return "; ".join(errors) or "no reason was given"
 
     return Messages()

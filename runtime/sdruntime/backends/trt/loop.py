@@ -1,10 +1,10 @@
-"""The sampler's loop on a GPU: a UNet call, the component `step`, and nothing of the host between two steps.
+"""The sampling loop on a GPU: each step is a UNet call and a call of the component `step`, without the host in between.
 
-A step is recorded once as a CUDA graph and launched again for every step of every image of its shape. What differs from step to
-step (timesteps, coefficients, noise) is worked out beforehand for all of them and copied into its place on the device; guidance
-and the sampler's sum happen there. The host only looks, by asking for events, how far the device has come.
+A step is captured once as a CUDA graph and launched for every step of every image of its shape. The inputs that change between
+steps (timesteps, coefficients, noise) are computed in advance for all steps and copied on the device; guidance and the sampler's
+weighted sum are computed there. The host only polls events to see how far the device has come.
 
-No step's output is looked at for NaN here: the state that is fetched at the end is (`denoise`), which keeps whatever went wrong.
+The outputs of single steps are not checked for NaN: `denoise` checks the state that is fetched at the end, in which NaN persists.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from sdruntime.errors import SdruntimeError
 from sdruntime.sampling.job import IN_FLIGHT, Job, stacked
 from sdruntime.system.cuda import ALIGNMENT, Event, Graph, Pinned
 
-_LOOKING = 50e-6  # seconds between two looks
+_POLL = 50e-6  # seconds between polls of an event
 _FLOAT = 4  # bytes
 KEPT_FRAMES = 4
 
 
 class Frame:
-    """Bindings, buffers and the graph for `capacity` jobs of one latent shape; kept by the UNet's engine from call to call.
+    """Bindings, buffers and the graph for `capacity` jobs of one latent shape; the UNet's engine keeps it between calls.
 
-    `busy` while some jobs' latents are in it.
+    It is `busy` while it holds the latents of jobs. `cells`: number of values in one image's latents.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Frame:
         self._whole: tuple[int, int, Graph] | None = None  # steps, the arena's moves, and all of the steps as one graph
         self._program: Pinned | None = None
         self._program_room, self._stack = contextlib.ExitStack(), contextlib.ExitStack()
-        with self._stack as stack:  # what was made goes again if the rest cannot be
+        with self._stack as stack:  # releases what was created if a later step fails
             self.unet = stack.enter_context(unet.bind_apart(dims))
             self.step = stack.enter_context(step.bind_apart({"jobs": capacity, "cells": cells}))
             self._place(stack)
@@ -61,18 +61,18 @@ class Frame:
             self._stack = stack.pop_all()
 
     def _place(self, stack: contextlib.ExitStack) -> None:
-        """What one of them writes lies where the other reads it."""
+        """Set the addresses so that each engine reads its inputs where the other writes them."""
         capacity, guided, cells = self.capacity, self.guided, self.cells
-        picture = capacity * cells * _FLOAT
+        latents = capacity * cells * _FLOAT  # bytes
         output, sample = self.unet.address["out_sample"], self.unet.address["sample"]
         self.step.place("uncond", output)
-        self.step.place("cond", output + (picture if guided else 0))
+        self.step.place("cond", output + (latents if guided else 0))
         self.step.place("sample", sample)
         if guided:
-            self.step.place("sample_again", sample + picture)
-        sizes = (self.rows * _FLOAT, capacity * TARGETS * SOURCES * _FLOAT, picture)
+            self.step.place("sample_again", sample + latents)
+        sizes = (self.rows * _FLOAT, capacity * TARGETS * SOURCES * _FLOAT, latents)
         self.offsets = [0, aligned(sizes[0]), aligned(sizes[0]) + aligned(sizes[1])]
-        self.block = sum(map(aligned, sizes))  # bytes of what differs from step to step
+        self.block = sum(map(aligned, sizes))  # bytes of the inputs that change between steps
         self._inputs = self.session.cuda.allocate(self.block, "the inputs of a step")
         stack.callback(self._inputs.close)
         self.unet.place("timestep", self._inputs.pointer)
@@ -82,12 +82,12 @@ class Frame:
         stack.callback(self.state.close)
 
     def check_open(self) -> None:
-        """Raises the error of a closed engine once the UNet's engine was closed: its memory is another's by then."""
+        """Raise the error of a closed engine if the UNet's engine was closed: its memory may have been reused since."""
         if self._closed:
             raise closed(self._spec)
 
     def load(self, program: Array) -> None:
-        """Bring the blocks of all steps, uint8 [steps, block], to the device. The stream must be idle."""
+        """Upload the blocks of all steps, uint8 [steps, block], to the device. The stream must be idle."""
         if self._program is None or self._program.array.size < program.size:
             self._drop_program()
             with contextlib.ExitStack() as room:
@@ -104,7 +104,7 @@ class Frame:
         stream, arena = self.session.stream, self.session.arena
         self._feed(index)
         self._ready()
-        if not self._ran:  # the first run of a context does things that cannot be recorded
+        if not self._ran:  # the first run of a context does work that cannot be captured
             self._queue()
             self._ran = True
             return
@@ -116,7 +116,7 @@ class Frame:
         self._graph.launch(stream)
 
     def run_all(self, steps: int) -> bool:
-        """Queue the whole program as one graph; False, with nothing done, before the first `run` of this frame."""
+        """Queue the whole program as one graph and return True. Before the frame's first `run`, do nothing and return False."""
         if not self._ran:
             return False
         self._ready()
@@ -137,7 +137,7 @@ class Frame:
     def _ready(self) -> None:
         self.unet.ready()
         self.step.ready()
-        self.unet.ready()  # the other may have moved the arena
+        self.unet.ready()  # the step may have moved the arena
 
     def _queue(self) -> None:
         self.unet.enqueue()
@@ -148,7 +148,7 @@ class Frame:
         self.session.stream.upload(self.step.address["state"], self.state, self.step.sizes["state"])
 
     def download_state(self) -> Array:
-        """float32 [capacity, SLOTS, cells], once the device has come so far."""
+        """Wait for the stream and return the state, float32 [capacity, SLOTS, cells]."""
         self.session.stream.download(self.state, self.step.address["state"], self.step.sizes["state"])
         self.session.stream.synchronize()
         return self.state.array
@@ -166,7 +166,7 @@ class Frame:
                 self.session.stream.settle()
 
     def _drop_program(self) -> None:
-        self._drop_whole()  # which reads from it
+        self._drop_whole()  # the graph of all steps reads the program
         self._program = None
         self._program_room.close()
 
@@ -176,24 +176,24 @@ class Frame:
 
 
 class Frames:
-    """The frames of one UNet, by what they are for. Leaving it as a context releases them."""
+    """A cache of one UNet's frames. Leaving its context releases them."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Hashable, int], Frame] = {}  # the one that was used longest ago in front
+        self._kept: dict[tuple[Hashable, int], Frame] = {}  # least recently used first
 
     def get(self, key: Hashable, make: Callable[[], Frame]) -> Frame:
-        """One for `key` that is not busy: a kept one, or a new one, for which the oldest that is not busy goes."""
+        """Return a cached or new frame for `key` that is not busy. A new one evicts the least recently used one that is idle."""
         number = 0
         while (key, number) in self._kept and self._kept[key, number].busy:
             number += 1
-        found = self._kept.pop((key, number), None)
-        if found is None:
-            idle = [each for each, frame in self._kept.items() if not frame.busy]
+        frame = self._kept.pop((key, number), None)
+        if frame is None:
+            idle = [name for name, kept in self._kept.items() if not kept.busy]
             if len(self._kept) >= KEPT_FRAMES and idle:
                 self._kept.pop(idle[0]).close()
-            found = make()
-        self._kept[key, number] = found  # the newest
-        return found
+            frame = make()
+        self._kept[key, number] = frame  # the most recent
+        return frame
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -209,10 +209,9 @@ class Frames:
 
 
 class DeviceCall:
-    """`denoise.Call` for jobs whose loop stays on the GPU: for as many steps as the one of them has left that is done first.
+    """A `denoise.Call` that keeps the loop on the GPU, until the first of its jobs has finished its steps.
 
-    `whole`: all of these steps are launched at once with the first one, where the frame has run before; then nothing can be seen
-    of them on the way.
+    `whole`: if the frame has run before, all steps are launched with the first one, and no intermediate state can be fetched.
     """
 
     def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False, ahead: int = IN_FLIGHT) -> None:
@@ -241,7 +240,7 @@ class DeviceCall:
         self._lend(self.fetch)
 
     def advance(self) -> None:
-        """Queue one step. Waits, by looking at events, while more than `ahead` steps are under way."""
+        """Queue one step. While more than `ahead` steps are in flight, poll their events."""
         self._frame.check_open()
         if self._launch_all and self._index == 0:
             self._launched = self._frame.run_all(self.steps)
@@ -256,23 +255,24 @@ class DeviceCall:
             if self._events[0].reached():
                 self._events.popleft().close()
             else:
-                time.sleep(_LOOKING)
+                time.sleep(_POLL)
 
     def fetch(self) -> None:
-        """Bring what the samplers hold back to the host: the one wait for the device."""
+        """Copy the samplers' state to the host. This is the only wait for the device."""
         self._frame.check_open()
         state = self._frame.download_state()
         for k, job in enumerate(self.jobs):
             job.run.restore(state[k])
 
     def finish(self) -> None:
+        """Fetch the jobs' final state and release the frame. On an error, using the jobs' latents raises it again."""
         try:
             self.fetch()
             self._lend(None)
         except BaseException as error:
             self._frame.session.stream.settle()
             lost = error if isinstance(error, SdruntimeError) else SdruntimeError("interrupted: the latents are lost")
-            self._lend(functools.partial(_tell, lost))
+            self._lend(functools.partial(_raise, lost))
             raise
         finally:
             self._leave()
@@ -282,24 +282,24 @@ class DeviceCall:
             job.run.lend(fetch)
 
     def _leave(self) -> None:
-        """Let others have the frame."""
+        """Release the frame for other jobs."""
         self._frame.busy = False
         with contextlib.ExitStack() as stack:
             while self._events:
                 stack.callback(self._events.popleft().close)
 
 
-def _tell(error: SdruntimeError) -> NoReturn:
+def _raise(error: SdruntimeError) -> NoReturn:
     raise error.with_traceback(None)
 
 
 def device_calls(
     jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False, ahead: int = IN_FLIGHT
 ) -> list[DeviceCall]:
-    """The loop of these jobs, all of one shape, in as few calls as the UNet's profiles admit; empty where it cannot be had.
+    """Return the calls that run these jobs, all of one shape, as few as the UNet's profiles allow.
 
-    A rescaled guidance is not linear, a table that remembers more than SLOTS has no room, rows must lie aligned, and weights that
-    are streamed are no part of a graph.
+    The list is empty if the loop cannot run on the GPU: rescaled guidance is not linear, a table may need more than SLOTS rows of
+    state, rows must be aligned, and streamed weights cannot be captured in a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
         return []
@@ -309,7 +309,7 @@ def device_calls(
     dims, cells = {"height": height, "width": width, "sequence": jobs[0].sequence}, channels * height * width
     per_job = 2 if any(job.guided for job in jobs) else 1
     sizes = [unet.spec.profiles[index]["batch"] for index in unet.spec.admitting(**dims)]
-    most = min(max(high for _, _, high in sizes) // per_job, *(each["jobs"][2] for each in step.spec.profiles))
+    most = min(max(high for _, _, high in sizes) // per_job, *(profile["jobs"][2] for profile in step.spec.profiles))
     parts = [jobs[start : start + most] for start in range(0, len(jobs), most)] if most else []
     if any(len(part) * cells * _FLOAT % ALIGNMENT for part in parts):
         return []
@@ -333,12 +333,12 @@ def _fits(job: Job) -> bool:
 
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
-    """The UNet's inputs that stay the same: unconditional rows first, then conditional ones, then rows of padding."""
+    """Return the UNet's inputs that are set once: unconditional rows first, then conditional ones, then padding."""
     rows = [job.rows[-1] for job in jobs]
     if frame.guided:
         rows = [job.rows[0] for job in jobs] + rows
-    fixed = {"sample": _samples(jobs, frame), **stacked(rows)}
-    return fill_optional_inputs(frame.component, frame.dims, {name: _padded(array, frame.rows) for name, array in fixed.items()})
+    feeds = {"sample": _samples(jobs, frame), **stacked(rows)}
+    return fill_optional_inputs(frame.component, frame.dims, {name: _padded(array, frame.rows) for name, array in feeds.items()})
 
 
 def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
@@ -353,9 +353,8 @@ def _padded(rows: Array, count: int) -> Array:
 
 
 def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
-    """The blocks of all steps, uint8 [steps, block]: timesteps, weights and noise, each at its offset."""
+    """Return the blocks of all steps, uint8 [steps, block]: timesteps, weights and noise, each at its offset."""
     program = np.zeros((steps, frame.block), np.uint8)
-
     timesteps = np.zeros((steps, frame.rows), np.float32)
     weights = np.zeros((steps, frame.capacity, TARGETS, SOURCES), np.float32)
     noise = np.zeros((steps, frame.capacity, frame.cells), np.float32)
@@ -373,7 +372,7 @@ def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
 
 
 def _weights(job: Job) -> Array:
-    """Each row of a job's table as the matrix of `step`, float32 [steps, TARGETS, SOURCES]."""
+    """Return the `weights` input of `step` for each row of a job's table, float32 [steps, TARGETS, SOURCES]."""
     table = job.run.table
     x, m = table.X.shape[1], max(table.M.shape[1] - 1, 0)  # slots: the last x, then the model outputs before the newest
     weights = np.zeros((table.steps, TARGETS, SOURCES))
