@@ -27,7 +27,7 @@ from sdruntime.engines.choose import Machine
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.system.process import module_command
-from sdruntime.verification.metrics import picture_psnr, ssim
+from sdruntime.verification.metrics import image_psnr, ssim
 from sdruntime.verification.tolerance import TOLERANCES
 
 SCHEMA = 1
@@ -84,7 +84,7 @@ class Check:
         checkpoint = locate(self.model, precision="fp32", allow_pickle=False).folder
         with contextlib.closing(Diffusers(checkpoint, device="cpu", precision="fp32")) as rival:
             theirs = [rival.generate(EAGER, [each])[0] for each in asked]
-        decibels = [round(picture_psnr(a, b), 2) for a, b in zip(ours, theirs, strict=True)]
+        decibels = [round(image_psnr(a, b), 2) for a, b in zip(ours, theirs, strict=True)]
         alike = [round(ssim(a, b), 5) for a, b in zip(ours, theirs, strict=True)]
         flat = min(float(each.std()) for each in ours)
         self.told |= {"psnr": decibels, "ssim": alike, "least_deviation": round(flat, 2)}

@@ -35,7 +35,7 @@ from sdruntime.verification.golden import (
     Golden,
     cases_of,
     digest_of,
-    picture_key,
+    image_key,
     read_golden,
     reference_images,
     sample_of,
@@ -176,7 +176,7 @@ def golden(folder: Path) -> Once:
         numbers |= {case.key(name): sample_of(output, case.seed) for name in outputs}
         cases.append(json_from_record(case) | {"outputs": json_from_record(outputs)})
     drawings = reference_images(bundle.manifest)
-    numbers |= {picture_key(index): np.zeros((*each.size[::-1], 3), np.uint8) for index, each in enumerate(drawings)}
+    numbers |= {image_key(index): np.zeros((*each.size[::-1], 3), np.uint8) for index, each in enumerate(drawings)}
     made = Golden(checkpoint="0" * 64, reference={"torch": "2.9"}, cases=(), drawings=drawings, tolerances=TOLERANCES)
     bundle = write_golden(bundle, made, numbers)
     document = json.loads((bundle.folder / DOCUMENT).read_text()) | {"cases": cases}

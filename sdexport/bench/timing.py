@@ -16,7 +16,7 @@ from sdruntime.bundle.roles import role
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.pipeline.result import Result
-from sdruntime.verification.metrics import picture_psnr
+from sdruntime.verification.metrics import image_psnr
 
 Array = NDArray[Any]
 Generate = Callable[[int], list[Array]]  # a seed -> images, uint8 [H, W, 3]
@@ -28,7 +28,7 @@ _EVER = float("inf")
 def psnr(one: Sequence[Array], other: Sequence[Array]) -> float:
     """Return the lowest PSNR of the pairs of uint8 images, in dB (`sdruntime.verification.metrics`); 0 if shapes differ."""
     pairs = zip(one, other, strict=True)
-    return round(min(picture_psnr(a, b) if a.shape == b.shape else 0.0 for a, b in pairs), 2)
+    return round(min(image_psnr(a, b) if a.shape == b.shape else 0.0 for a, b in pairs), 2)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from sdruntime.engines.building import build_engines
 from sdruntime.errors import BundleError
 from sdruntime.system.events import finish, mapped
 from sdruntime.system.process import peak_memory
-from sdruntime.verification.verify import held
+from sdruntime.verification.verify import check_engine
 
 REFERENCE = "reference"  # a folder that is there while half precision is audited
 
@@ -205,7 +205,7 @@ def _engines(folder: Path, options: ExportOptions) -> Generator[EngineProgress, 
     """The engines that were requested; returns the bytes written."""
     written = 0
     for asked in options.engines:
-        with contextlib.closing(build_engines(folder, asked, check=held if options.verify else None)) as events:
+        with contextlib.closing(build_engines(folder, asked, check=check_engine if options.verify else None)) as events:
             for event in events:
                 written += event.size
                 yield EngineProgress(event=event)

@@ -16,7 +16,7 @@ from sdexport.recipes.recipe import Recipe, read_recipe, recipe_file
 from sdruntime.bundle.manifest import Precision
 from sdruntime.engines.building import BuildEvent, BuildRequest, build_engines
 from sdruntime.errors import SdruntimeError, SettingError
-from sdruntime.verification.verify import held
+from sdruntime.verification.verify import check_engine
 
 FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
 
@@ -40,7 +40,7 @@ class Here:
         asked.resolve_library(precision)
 
     def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
-        return build_engines(folder, asked, check=held if verify else None)
+        return build_engines(folder, asked, check=check_engine if verify else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

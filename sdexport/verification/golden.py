@@ -41,7 +41,7 @@ from sdruntime.verification.golden import (
     Golden,
     cases_of,
     digest_of,
-    picture_key,
+    image_key,
     reference_images,
     sample_of,
     write_golden,
@@ -164,7 +164,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
 
         yield "pictures"
         images = original_images(checkpoint, drawings, lend)
-        numbers |= {picture_key(index): image for index, image in enumerate(images)}
+        numbers |= {image_key(index): image for index, image in enumerate(images)}
         for name in reference.names:
             if name not in answered:
                 yield name

@@ -133,7 +133,7 @@ def test_without_cmake_the_build_says_how_to_install_it(monkeypatch: pytest.Monk
     ("variables", "message"),
     [
         ({"CXX": "", "PATH": "TOOLS"}, "none of c++, g++, clang++ is on PATH: sudo apt-get install g++"),
-        ({"CXX": "no-such-compiler -m32"}, "CXX is no-such-compiler, which is not there"),
+        ({"CXX": "no-such-compiler -m32"}, "CXX is no-such-compiler, which is not on PATH"),
         ({"CXX": "false"}, "the C library was not built"),
     ],
     ids=["no compiler", "CXX does not exist", "CXX fails"],

@@ -230,5 +230,5 @@ def test_what_is_no_frame_is_told(header: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(header)
-        with pytest.raises(BadFrame, match="no frame"):
+        with pytest.raises(BadFrame, match="not a frame"):
             Channel(ours).receive()

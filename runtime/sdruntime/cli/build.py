@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build(options: argparse.Namespace) -> None:
     """Run `sdruntime build`: build engines, and check each against the reference outputs before it is added."""
     from sdruntime.engines.building import build_engines, rebuild_stale
-    from sdruntime.verification.verify import held
+    from sdruntime.verification.verify import check_engine
 
     if options.stale == (options.backend is not None):
         raise SettingError("build: give --backend to build new engines or --stale to rebuild old ones, not both")
@@ -26,7 +26,7 @@ def build(options: argparse.Namespace) -> None:
     if options.components and options.without:
         raise SettingError("build: give --component or --without, not both")
     request = request_of(options) if options.backend else None
-    check = None if options.no_verify else held
+    check = None if options.no_verify else check_engine
     reporter, done, begun = options.progress, [], time.monotonic()
     events = build_engines(options.bundle, request, check=check) if request else rebuild_stale(options.bundle, check=check)
     try:

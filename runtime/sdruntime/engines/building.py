@@ -92,8 +92,9 @@ def build_engines(
 ) -> Generator[BuildEvent, None, None]:
     """Build an engine of each requested component and add it to the bundle, unless an equal engine is present.
 
-    `check` is called with the bundle and each engine before the engine is added (`sdruntime.verification.verify.held`). The text
-    it returns becomes a note; if it raises, the engine is not added. If the build is interrupted, the finished engines remain.
+    `check` is called with the bundle and each engine before the engine is added: `sdruntime.verification.verify.check_engine`.
+    The text it returns becomes a note; if it raises, the engine is not added. If the build is interrupted, the finished engines
+    remain.
     Raises BundleError, SettingError, LibraryMissing, DeviceMissing, OutOfSpace, and EngineError for a graph that the library
     cannot build.
     """

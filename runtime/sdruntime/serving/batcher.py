@@ -4,7 +4,7 @@
         future = batcher.submit(Request(prompt="a red fox in snow", seed=7), progress=print)
         image = future.result()
 
-**Policy.** One thread generates. Between two steps, finished jobs leave (VAE) and new ones join (text encoder, VAE of a start
+**Policy.** One thread generates. Between two steps, finished jobs leave (VAE) and new jobs join (text encoder, VAE of a start
 image), one after the other. A new job waits for the current step and for the jobs that join or leave before it; a single job
 never waits for others. Jobs of the same latent size and text length share a call, whatever their step, sampler and prompt. Each
 step advances every running job, and calls are split and padded to what the UNet's engines take. Jobs start in the order of their
@@ -42,8 +42,8 @@ QUEUE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where a job is: `step` of `steps` model calls are done, none when it has just joined. `latents`: a copy, float32 [C, h, w],
-    where a preview was requested."""
+    """The progress of a job: `step` of `steps` model calls are done, 0 when it has just joined. `latents`: a copy, float32
+    [C, h, w], if a preview was requested."""
 
     step: int
     steps: int
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds of a job: in the queue, of its encoders, of its steps, of its decoder, and from its submission to its end."""
+    """Seconds of a job: waiting in the queue, encoding, denoising, decoding, and in total from its submission to its end."""
 
     queued: float = 0.0
     encode: float = 0.0
@@ -63,7 +63,7 @@ class Timings:
 
 class ImageFuture(concurrent.futures.Future[Image]):
     """The future image of a request: a standard Future that can also be cancelled while it runs. Every method may be called from
-    any thread. `timings`, and `warnings` (lines for a person), are complete once it is done."""
+    any thread. `timings` and `warnings` (lines of text) are complete once it is done."""
 
     def __init__(self, batcher: Batcher) -> None:
         super().__init__()
@@ -72,23 +72,26 @@ class ImageFuture(concurrent.futures.Future[Image]):
         self._batcher, self._joined = batcher, False
 
     def cancel(self) -> bool:
-        """Take it out of the queue at once, or end it at the next step boundary: then `result` raises CancelledError. False where
-        it is done already."""
+        """Remove the request from the queue at once, or end its job before the next step. Then `result` raises CancelledError.
+
+        Return False if it is already done.
+        """
         return self._batcher._cancel(self)
 
     def running(self) -> bool:
+        """Return whether its job has joined and is not done."""
         return self._joined and not self.done()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Whether it is done, at the latest after `timeout` seconds; raises nothing of what it ended with."""
+        """Wait up to `timeout` seconds and return whether it is done. Does not raise the job's error."""
         return bool(concurrent.futures.wait([self], timeout).done)
 
-    def _end(self, picture: Image | None, error: BaseException | None) -> None:
-        """Neither: cancelled."""
+    def _end(self, image: Image | None, error: BaseException | None) -> None:
+        """End the future with an image, an error, or if both are None as cancelled."""
         if error is not None:
             self.set_exception(error)
-        elif picture is not None:
-            self.set_result(picture)
+        elif image is not None:
+            self.set_result(image)
         else:
             super().cancel()
             self.set_running_or_notify_cancel()
@@ -96,7 +99,7 @@ class ImageFuture(concurrent.futures.Future[Image]):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Entry:
-    """What the batcher keeps about a request until it is done."""
+    """A request that is not done."""
 
     future: ImageFuture
     request: Request
@@ -104,16 +107,17 @@ class _Entry:
     preview: bool
     submitted: float = field(default_factory=time.monotonic)
     joined: float = 0.0
-    told: int | None = None  # step
+    reported: int | None = None  # the last step that `progress` was called with
     cancelled: bool = False
 
 
 class Batcher:
-    """A queue over an open pipeline, which nobody else uses meanwhile; leaving the context cancels what is not done and waits for
-    the step that is under way. Leave it before the pipeline.
+    """A queue over an open pipeline, which nothing else may use meanwhile.
 
-    `queue`: how many requests may wait besides the running ones; `running`: how many run at a time (see above). Raises
-    SettingError for less than one of either. Every method may be called from any thread, callbacks included.
+    Leaving the context cancels unfinished requests and waits for the current step. Leave it before the pipeline.
+
+    `queue`: how many requests may wait, besides the running ones; `running`: how many run at a time (see the module's
+    documentation). Raises SettingError if either is less than 1. Every method may be called from any thread, also in callbacks.
     """
 
     def __init__(self, pipeline: Pipeline, *, queue: int = QUEUE, running: int | None = None) -> None:
@@ -123,14 +127,14 @@ class Batcher:
                 raise SettingError(f"{name} {value}: at least 1 image")
         self._pipe, self._steppers = pipeline, functools.partial(pipeline.device_steppers, ahead=0)
         self._changed = threading.Condition()  # guards what follows
-        self._held: dict[ImageFuture, _Entry] = {}
+        self._unfinished: dict[ImageFuture, _Entry] = {}
         self._waiting: collections.deque[_Entry] = collections.deque()
         self._open = False
         self._jobs: dict[Job, _Entry] = {}  # used by the generating thread only
-        self._thread = threading.Thread(target=self._draw, name="sdruntime-batcher", daemon=True)
+        self._thread = threading.Thread(target=self._generate, name="sdruntime-batcher", daemon=True)
 
     def __repr__(self) -> str:
-        state = f"{len(self._held)} under way" if self._open else "not open"
+        state = f"{len(self._unfinished)} unfinished requests" if self._open else "not open"
         return f"<Batcher of {self._pipe!r}, {state}>"
 
     def __enter__(self) -> Batcher:
@@ -150,16 +154,17 @@ class Batcher:
         done: Callable[[ImageFuture], object] | None = None,
         **settings: Any,
     ) -> ImageFuture:
-        """Put a request into the queue, or a prompt with the `settings` of a Request and a random seed; it never waits.
+        """Put a request into the queue, or a prompt with the `settings` of a Request and a random seed. Never waits.
 
-        A wrong setting or NaN is the exception of its future. If an engine fails on a call of several jobs, the call is repeated
-        for each of them alone, and only a job whose own call fails gets the exception (on a GPU, all of them get it, since the
-        loop has gone on).
+        An invalid setting or a NaN becomes the exception of the future. If an engine fails on a call of several jobs, the call is
+        repeated for each of them alone, and only a job whose own call fails gets the exception (on a GPU, all of them get it,
+        since the loop has gone on).
 
-        `progress` is called when the job joins and after each of its steps, `done` at its end, both on the generating thread (or,
-        for a job that never ran, on the one that cancels or closes), which waits for them: be quick. What `progress` raises ends
-        the job. `preview`: with the latents, which on a GPU waits for a copy.
-        Raises QueueFull, SdruntimeError where the batcher is not open, SettingError for a setting that no request has.
+        `progress` is called when the job joins and after each of its steps, `done` at its end, both on the generating thread (for
+        a job that never ran, on the thread that cancels or closes). That thread waits for them, so they must be quick. An
+        exception of `progress` ends the job. `preview`: progress includes the latents, which on a GPU waits for a copy.
+
+        Raises QueueFull; SdruntimeError if the batcher is not open; SettingError for a setting that a Request does not have.
         """
         if not isinstance(request, str | Request):
             raise SettingError(f"submit: expected text or a Request, got {type(request).__name__}")
@@ -172,22 +177,22 @@ class Batcher:
         with self._changed:
             if not self._open:
                 raise SdruntimeError("the batcher is not open: submit inside `with Batcher(pipe) as batcher:`")
-            if len(self._held) >= self.running + self.queue:
+            if len(self._unfinished) >= self.running + self.queue:
                 raise QueueFull(
-                    f"{len(self._held)} requests are running or waiting, and the queue holds {self.queue} besides the "
+                    f"{len(self._unfinished)} requests are running or waiting, and the queue holds {self.queue} besides the "
                     f"{self.running} that run: wait for one of them, or open it with a longer queue"
                 )
             entry = _Entry(future=future, request=request, progress=progress, preview=preview)
-            self._held[future] = entry
+            self._unfinished[future] = entry
             self._waiting.append(entry)
             self._changed.notify()
         return future
 
     def close(self) -> None:
-        """Cancel what is not done, and wait for the thread to end (but not in a callback). A second time does nothing."""
+        """Cancel unfinished requests, and wait for the thread to end, except in a callback. May be called again."""
         with self._changed:
             self._open = False
-            for entry in self._held.values():
+            for entry in self._unfinished.values():
                 entry.cancelled = True
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -199,27 +204,27 @@ class Batcher:
 
     def _cancel(self, future: ImageFuture) -> bool:
         with self._changed:
-            entry = self._held.get(future)
+            entry = self._unfinished.get(future)
             if entry is None:
                 return future.cancelled()
             entry.cancelled = True
-            waits = entry in self._waiting
-            if waits:
+            waiting = entry in self._waiting
+            if waiting:
                 self._waiting.remove(entry)
-        if waits:
+        if waiting:
             self._end(entry)
         return True
 
-    def _end(self, entry: _Entry, picture: Image | None = None, error: BaseException | None = None) -> None:
+    def _end(self, entry: _Entry, image: Image | None = None, error: BaseException | None = None) -> None:
         with self._changed:
-            del self._held[entry.future]
+            del self._unfinished[entry.future]
             cancelled = entry.cancelled
         entry.future.timings.total = time.monotonic() - entry.submitted
-        entry.future._end(*(None, None) if cancelled else (picture, error))
+        entry.future._end(*(None, None) if cancelled else (image, error))
 
     # -- the generating thread
 
-    def _draw(self) -> None:
+    def _generate(self) -> None:
         fault: BaseException | None = None
         try:
             while self._wait():
@@ -230,15 +235,15 @@ class Batcher:
                         self._admit()
                 except Exception as error:
                     self._fail(error)
-                    self._leave()  # others may be done
+                    self._leave()  # other jobs may be done
         except BaseException as error:
             fault = error
         finally:
             with self._changed:
                 self._open = False
-                left = list(self._held.values())
+                unfinished = list(self._unfinished.values())
                 self._waiting.clear()
-            for entry in left:
+            for entry in unfinished:
                 self._end(entry, error=fault)
 
     def _wait(self) -> bool:
@@ -248,6 +253,7 @@ class Batcher:
             return self._open
 
     def _admit(self) -> None:
+        """Start waiting requests while fewer than `running` jobs run."""
         while len(self._jobs) < self.running:
             with self._changed:
                 if not self._waiting:
@@ -261,47 +267,48 @@ class Batcher:
                 entry.future.timings.encode = entry.joined - begun
                 entry.future.warnings += unused_lines([entry.request])
                 entry.future.warnings += job.warnings
-                _tell(job, entry)
+                _report_progress(job, entry)
             except BaseException as error:
                 self._end(entry, error=error)
             else:
                 self._jobs[job] = entry
 
     def _leave(self) -> None:
-        """After a step: finish the jobs that are done, were cancelled, or whose callback failed."""
+        """Report the progress of each job, and end those that are done, cancelled, or whose callback failed."""
         for job, entry in list(self._jobs.items()):
-            picture, error = None, None
+            image, error = None, None
             try:
                 if not entry.cancelled:
-                    _tell(job, entry)
+                    _report_progress(job, entry)
                 if not job.done and not entry.cancelled:
                     continue
                 del self._jobs[job]
                 if not entry.cancelled:
-                    picture = self._decoded(job, entry)
+                    image = self._decoded(job, entry)
             except BaseException as raised:
                 error = raised
                 self._jobs.pop(job, None)
-            self._end(entry, picture, error)
+            self._end(entry, image, error)
 
     def _decoded(self, job: Job, entry: _Entry) -> Image:
         begun = time.monotonic()
         entry.future.timings.denoise = begun - entry.joined
         check_latents(job)
-        [picture] = self._pipe.images([entry.request], [job])
-        entry.future.warnings += Result(images=(picture,), folder=self._pipe.bundle.folder).warnings
+        [image] = self._pipe.images([entry.request], [job])
+        entry.future.warnings += Result(images=(image,), folder=self._pipe.bundle.folder).warnings
         entry.future.timings.decode = time.monotonic() - begun
-        return picture
+        return image
 
     def _fail(self, error: Exception) -> None:
-        """End the jobs that an error concerns: those of its call, or all of them if that is unknown."""
-        concerned = [job for job in self._jobs if job.error is not None] or list(self._jobs)
-        for job in concerned:
+        """End the jobs of the call that failed, or all jobs if it is unknown."""
+        failed = [job for job in self._jobs if job.error is not None] or list(self._jobs)
+        for job in failed:
             self._end(self._jobs.pop(job), error=job.error or error)
 
 
-def _tell(job: Job, entry: _Entry) -> None:
-    if entry.progress is not None and entry.told != job.run.step:
-        entry.told = job.run.step
+def _report_progress(job: Job, entry: _Entry) -> None:
+    """Call `progress` once per step."""
+    if entry.progress is not None and entry.reported != job.run.step:
+        entry.reported = job.run.step
         latents = job.run.x.copy() if entry.preview else None
         entry.progress(Progress(step=job.run.step, steps=job.run.steps, latents=latents))

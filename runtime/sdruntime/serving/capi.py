@@ -1,4 +1,4 @@
-"""The C library's headers and sources, which come with this package, and its build by CMake."""
+"""The headers and sources of the C library, which this package includes, and its build by CMake."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ from sdruntime.errors import EnvironmentFault, SettingError
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def add_arguments(each: argparse.ArgumentParser) -> None:
-    each.add_argument("--include", action="store_true", help="print the folder of the headers")
-    each.add_argument("--cflags", action="store_true", help="print the options for the compiler")
-    each.add_argument("--libs", nargs="?", const="", metavar="DIR", help="print the options for the linker, for a library in DIR")
-    each.add_argument("--version", action="store_true", help="print the library's version")
-    each.add_argument("--build", type=Path, metavar="DIR", help="build the library and install it into DIR, then print its path")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sdruntime capi`."""
+    parser.add_argument("--include", action="store_true", help="print the folder of the headers")
+    parser.add_argument("--cflags", action="store_true", help="print the options for the compiler")
+    parser.add_argument(
+        "--libs", nargs="?", const="", metavar="DIR", help="print the options for the linker, for a library in DIR"
+    )
+    parser.add_argument("--version", action="store_true", help="print the library's version")
+    parser.add_argument(
+        "--build", type=Path, metavar="DIR", help="build the library and install it into DIR, then print its path"
+    )
 
 
 def selected_lines(options: argparse.Namespace) -> dict[str, str]:
-    """Return the lines that the options of `add_arguments` request, by name. Runs the build for `build`."""
-    found = {}
+    """Return the requested lines of output by the name of their option. Runs the build for --build."""
+    lines = {}
     if options.build is not None:
-        found["build"] = str(build_library(options.build))
+        lines["build"] = str(build_library(options.build))
     if options.include:
-        found["include"] = str(include_folder())
+        lines["include"] = str(include_folder())
     if options.cflags:
-        found["cflags"] = shlex.join(compile_flags())
+        lines["cflags"] = shlex.join(compile_flags())
     if options.libs is not None:
-        found["libs"] = shlex.join(link_flags(Path(options.libs) if options.libs else None))
+        lines["libs"] = shlex.join(link_flags(Path(options.libs) if options.libs else None))
     if options.version:
-        found["version"] = library_version()
-    if not found:
+        lines["version"] = library_version()
+    if not lines:
         raise SettingError("capi: give --build DIR, --include, --cflags, --libs [DIR] or --version, or several of them")
-    return found
+    return lines
 
 
 def source_folder() -> Path:
-    """The folder with CMakeLists.txt, include/ and src/: within the package, or beside it in a checkout.
+    """Return the folder with CMakeLists.txt, include/ and src/: in the package, or beside it in a checkout.
 
-    Raises EnvironmentFault where it is in neither place.
+    Raises EnvironmentFault if it is in neither.
     """
     package = Path(__file__).parents[1]
     places = (package / "native", package.parent / "capi")
@@ -58,11 +63,12 @@ def source_folder() -> Path:
 
 
 def include_folder() -> Path:
+    """Return the folder of the headers."""
     return source_folder() / "include"
 
 
 def library_version() -> str:
-    """Return the library's version, as its header has it."""
+    """Return the library's version from its header."""
     text = (include_folder() / "sdruntime" / "sdruntime.h").read_text(encoding="utf-8")
     version = re.search(r'#define SDR_VERSION "(.+)"', text)
     assert version
@@ -70,11 +76,15 @@ def library_version() -> str:
 
 
 def compile_flags() -> list[str]:
+    """Return the compiler options for a program that includes the headers."""
     return [f"-I{include_folder()}"]
 
 
 def link_flags(prefix: Path | None = None) -> list[str]:
-    """`prefix`: what `build_library` wrote to, where the program then finds the library; None: a place that the linker knows."""
+    """Return the linker options for the library in `prefix`, as `build_library` wrote it; None: in the linker's search path.
+
+    With a prefix, the program also finds the library there when it starts.
+    """
     if prefix is None:
         return ["-lsdruntime"]
     folder = prefix.resolve() / "lib"
@@ -82,9 +92,9 @@ def link_flags(prefix: Path | None = None) -> list[str]:
 
 
 def build_library(prefix: Path) -> Path:
-    """Compile the library and install it with its headers and what find_package and pkg-config read.
+    """Build the library, install it with its headers and its files for find_package and pkg-config, and return its path.
 
-    Returns the path of lib/libsdruntime.so. Raises EnvironmentFault if CMake or a C++ compiler is missing, or if the build fails,
+    Raises EnvironmentFault if CMake or a C++ compiler is missing, or if the build fails,
     with its last lines.
     """
     source, cmake, compiler, prefix = source_folder(), find_cmake(), find_compiler(), prefix.resolve()
@@ -104,8 +114,8 @@ def build_library(prefix: Path) -> Path:
 
 def find_cmake() -> str:
     """Return the path of CMake: the one on PATH, or the one that pip installed beside this interpreter."""
-    here = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
-    if found := shutil.which("cmake", path=here):
+    folders = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    if found := shutil.which("cmake", path=folders):
         return found
     raise EnvironmentFault(
         "the C library cannot be built: CMake 3.16 or later is not on PATH. Install it with one of\n"
@@ -115,16 +125,17 @@ def find_cmake() -> str:
 
 
 def find_compiler() -> list[str]:
-    """The command that compiles C++: CXX, which may hold flags too, else the first of COMPILERS on PATH."""
+    """Return the command that compiles C++: CXX, which may include flags, or the first of COMPILERS on PATH."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [[name] for name in COMPILERS]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
-    what = f"CXX is {named[0]}, which is not there" if named else f"none of {', '.join(COMPILERS)} is on PATH"
+    what = f"CXX is {named[0]}, which is not on PATH" if named else f"none of {', '.join(COMPILERS)} is on PATH"
     raise EnvironmentFault(f"no C++ compiler: {what}: sudo apt-get install g++, or set CXX to one")
 
 
 def run(command: list[str], **variables: str) -> None:
+    """Run a command with environment variables. Raises EnvironmentFault with its last lines if it fails."""
     done = subprocess.run(
         command,
         env=os.environ | variables,
@@ -136,4 +147,4 @@ def run(command: list[str], **variables: str) -> None:
     )
     if done.returncode != 0:
         last = "\n".join(done.stdout.splitlines()[-30:])
-        raise EnvironmentFault(f"the C library was not built: {shlex.join(command)} ended with {done.returncode}:\n{last}")
+        raise EnvironmentFault(f"the C library was not built: {shlex.join(command)} failed with code {done.returncode}:\n{last}")

@@ -1,4 +1,4 @@
-"""The description of its pipeline that a service sends when it is ready."""
+"""The description of the pipeline, which a service sends when it is ready."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from sdruntime.sampling.samplers import SAMPLERS
 
 
 def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
-    """What was opened. Sizes in pixels, (width, height), the ranges of `engines` both ends included; null for a component that is
-    opened at its first use."""
+    """Return the description of an open pipeline.
+
+    Sizes are in pixels, (width, height). The ranges of `engines` include both ends. A component that is opened at its first use
+    is null.
+    """
     manifest, model = pipe.bundle.manifest, pipe.model
     chosen = {spec.component: spec for spec in pipe.engines.chosen}
     factor = model.vae_factor

@@ -1,4 +1,4 @@
-"""What a host says to the service: each message as a record that checks itself."""
+"""The messages of a host to the service, as records that check their fields."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from sdruntime.serving.batcher import QUEUE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
-    """How a bundle is opened; see EngineOptions and Batcher. `device`: as `cuda.device_index` reads it. `stream`: the handle of a
-    CUDA stream of the caller's, on which all work is done then: TensorRT engines only. `memory`: bytes of the GPU, and a need
-    above it is refused with both numbers."""
+    """How to open a bundle; see EngineOptions and Batcher.
+
+    `device`: as `cuda.device_index` parses it. `stream`: the handle of the caller's CUDA stream, on which all work is then done;
+    TensorRT engines only. `memory`: a limit in bytes of GPU memory; a bundle that needs more is refused with both numbers.
+    """
 
     backend: str = AUTO
     device: int | str = 0
@@ -41,6 +43,8 @@ class OpenOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
+    """Open a bundle."""
+
     op: Literal["open"]
     bundle: str
     options: OpenOptions = field(default_factory=OpenOptions)
@@ -48,7 +52,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMessage:
-    """A Request but for its image. `width` and `height` in pixels, both or neither; `seed` null: a random one."""
+    """A Request without its image. `width` and `height` in pixels, both or neither; `seed` null: a random seed."""
 
     prompt: str
     negative: str | None = None
@@ -69,6 +73,7 @@ class RequestMessage:
             raise ValueError(f"width {self.width} and height {self.height}: give both or neither")
 
     def request(self, image: Array | None) -> Request:
+        """Return the Request with this start image, uint8 [H, W, 3]. Raises SettingError."""
         return Request(
             prompt=self.prompt,
             negative=self.negative,
@@ -88,9 +93,12 @@ class RequestMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """`image`: (width, height) of the start image, whose rows are the blob. `device_buffer`: the address of
-    `device_buffer_size` bytes of the caller's on the engines' GPU, which get the rows too: rounded to uint8 on the host, then
-    copied on the engines' stream, and complete when "done" is sent."""
+    """Submit a job.
+
+    `image`: (width, height) of the start image, whose rows are the blob. `device_buffer`: the address of the caller's buffer of
+    `device_buffer_size` bytes on the engines' GPU. The image's rows are also copied there on the engines' stream, after rounding
+    to uint8 on the host; the copy is complete when "done" is sent.
+    """
 
     op: Literal["submit"]
     job: int
@@ -104,12 +112,16 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
+    """Cancel a job."""
+
     op: Literal["cancel"]
     job: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
+    """Close the service."""
+
     op: Literal["close"]
 
 
@@ -118,14 +130,14 @@ Message = Open | Submit | Cancel | Close
 
 
 def message_from_json(document: Any) -> Message:
-    """Raises SettingError with every fault of every field, UnknownName for another `op`."""
+    """Return the message of a JSON document. Raises SettingError with every fault of every field, UnknownName for its `op`."""
     op = document.get("op") if isinstance(document, dict) else None
     if not isinstance(op, str):
         raise SettingError('a message is an object with an "op"')
     if op not in OPERATIONS:
         raise UnknownName("op", op, OPERATIONS)
     faults: list[str] = []
-    found: Message = record_from_json(OPERATIONS[op], document, where="", faults=faults)
+    message: Message = record_from_json(OPERATIONS[op], document, where="", faults=faults)
     if faults:
         raise SettingError(f"{op}: {'; '.join(faults)}")
-    return found
+    return message

@@ -68,8 +68,8 @@ _RECORDING = threading.Lock()  # warnings are recorded for the whole process
 
 
 class Service:
-    """`emit(message, blob)` is called with each event, on any thread and several at a time; what it gets may be kept. `apart`: in
-    another process than the host, so that its stream and its device memory are out of reach."""
+    """The service. `emit(message, blob)` is called with each event, on any thread and concurrently; it may keep its arguments.
+    `apart`: the host is another process, whose stream and device memory cannot be used."""
 
     def __init__(self, emit: Callable[[bytes, memoryview | None], object], *, apart: bool = False) -> None:
         self._emit, self._apart = emit, apart
@@ -81,8 +81,10 @@ class Service:
         self._opened = contextlib.ExitStack()
 
     def handle(self, message: bytes, blob: bytes | memoryview | None = None, size: int | None = None) -> None:
-        """Take one message; `blob` is copied, `size` is how many bytes it has where it was not read. Never raises what is wrong
-        with it, but tells it. Opening blocks until the engines are open; nothing else does. May be called from any thread."""
+        """Handle one message. `blob` is copied; `size` is its length in bytes if it was not read.
+
+        Errors are sent as events, not raised. Only "open" blocks, until the engines are open. May be called from any thread.
+        """
         document: Any = None
         try:
             document = _document(message)
@@ -100,13 +102,13 @@ class Service:
 
     # -- messages
 
-    def _open(self, asked: Open) -> None:
-        options = asked.options
+    def _open(self, message: Open) -> None:
+        options = message.options
         with self._lock:
             if self._batcher is not None or self._closing:
-                raise SettingError("open: this service has opened a bundle already: one service, one bundle")
+                raise SettingError("open: this service has already opened a bundle: start another service for another bundle")
         if self._apart and options.stream:
-            raise Unsupported("stream: a process of its own cannot reach the caller's CUDA stream: open the bundle in process")
+            raise Unsupported("stream: a separate process cannot use the caller's CUDA stream: open the bundle in process")
         engine_options = EngineOptions(
             device=device_index(options.device),
             threads=options.threads,
@@ -116,13 +118,13 @@ class Service:
             measure=options.measure,
             session=options.session,
         )
-        with contextlib.ExitStack() as stack, _RECORDING, warnings.catch_warnings(record=True) as told:
+        with contextlib.ExitStack() as stack, _RECORDING, warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("default")
-            pipe = Pipeline.open(asked.bundle, backend=options.backend, options=engine_options)
-            strangers = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].gpu_only}
-            if options.stream and strangers:
+            pipe = Pipeline.open(message.bundle, backend=options.backend, options=engine_options)
+            unsuitable = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].gpu_only}
+            if options.stream and unsuitable:
                 raise Unsupported(
-                    f"stream: engines of {', '.join(sorted(strangers))} do not work on a CUDA stream of the caller's: build them "
+                    f"stream: engines of {', '.join(sorted(unsuitable))} cannot use the caller's CUDA stream: build them "
                     "with --backend tensorrt"
                 )
             stack.enter_context(pipe)
@@ -131,23 +133,23 @@ class Service:
                 if self._closing:
                     raise SdruntimeError("the service was closed meanwhile")
                 self._pipe, self._batcher, self._opened = pipe, batcher, stack.pop_all()
-        for each in told:
-            self._log("warning", str(each.message))
-        self._tell({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
+        for warning in recorded:
+            self._log("warning", str(warning.message))
+        self._send({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
 
-    def _submit(self, asked: Submit, blob: bytes | memoryview | None, size: int) -> None:
-        request = asked.request.request(_start_image(asked, blob, size))
+    def _submit(self, message: Submit, blob: bytes | memoryview | None, size: int) -> None:
+        request = message.request.request(_start_image(message, blob, size))
         with self._lock:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
-            if asked.job in self._jobs:
-                raise SettingError(f"job {asked.job} is already running")
-            _check_buffer(self._pipe, asked, request, apart=self._apart)
-            self._jobs[asked.job] = self._batcher.submit(
+            if message.job in self._jobs:
+                raise SettingError(f"job {message.job} is already running")
+            _check_buffer(self._pipe, message, request, apart=self._apart)
+            self._jobs[message.job] = self._batcher.submit(
                 request,
-                progress=lambda progress: self._progress(asked, progress),
-                preview=asked.preview,
-                done=lambda future: self._finished(asked, future),
+                progress=lambda progress: self._progress(message, progress),
+                preview=message.preview,
+                done=lambda future: self._finished(message, future),
             )
 
     def _cancel(self, job: int) -> None:
@@ -157,7 +159,7 @@ class Service:
             future.cancel()
 
     def _close(self) -> None:
-        """On a thread of its own: the step that is under way is waited for."""
+        """Close the pipeline on a separate thread, which waits for the current step."""
         with self._lock:
             if self._closing:
                 return
@@ -169,8 +171,8 @@ class Service:
             except Exception as error:
                 self._log("error", _traceback(error))
             with self._lock:
-                self._pipe = self._batcher = None  # with the bundle's descriptor: a host may count its files once it is told
-            self._tell({"event": "closed"})
+                self._pipe = self._batcher = None  # closes the bundle's descriptor: a host may count open files after the event
+            self._send({"event": "closed"})
 
         threading.Thread(target=close, name="sdruntime-close", daemon=True).start()
 
@@ -180,7 +182,7 @@ class Service:
         with self._lock:
             known = type(job) is int and job not in self._jobs
         if op == "open":
-            self._tell({"event": "refused", **self._fault(error)})
+            self._send({"event": "refused", **self._fault(error)})
         elif op == "submit" and type(job) is int and known:
             self._failed(job, error)
         else:
@@ -188,31 +190,31 @@ class Service:
 
     # -- events
 
-    def _progress(self, asked: Submit, progress: Progress) -> None:
-        event = {"event": "progress", "job": asked.job, "step": progress.step, "steps": progress.steps}
+    def _progress(self, message: Submit, progress: Progress) -> None:
+        event = {"event": "progress", "job": message.job, "step": progress.step, "steps": progress.steps}
         if progress.step == 0:
-            self._tell({"event": "started", "job": asked.job, "steps": progress.steps})
+            self._send({"event": "started", "job": message.job, "steps": progress.steps})
         elif progress.latents is None:
-            self._tell(event)
+            self._send(event)
         else:
-            self._tell(event | {"preview": list(progress.latents.shape)}, progress.latents)
+            self._send(event | {"preview": list(progress.latents.shape)}, progress.latents)
 
-    def _finished(self, asked: Submit, future: ImageFuture) -> None:
+    def _finished(self, message: Submit, future: ImageFuture) -> None:
         with self._lock:
-            self._jobs.pop(asked.job, None)
+            self._jobs.pop(message.job, None)
             pipe = self._pipe
         try:
             image = future.result()
-            if asked.device_buffer is not None and pipe is not None:
-                _copy_to_device(pipe, image.pixels, asked.device_buffer)
-            png = png_from_image(image.pixels, image.text()) if asked.png else b""
+            if message.device_buffer is not None and pipe is not None:
+                _copy_to_device(pipe, image.pixels, message.device_buffer)
+            png = png_from_image(image.pixels, image.text()) if message.png else b""
         except BaseException as error:
-            self._failed(asked.job, error)
+            self._failed(message.job, error)
             return
         height, width = image.shape[:2]
         done = {
             "event": "done",
-            "job": asked.job,
+            "job": message.job,
             "width": width,
             "height": height,
             "seed": image.seed,
@@ -222,13 +224,13 @@ class Service:
             "rgb": image.pixels.nbytes,
             "png": len(png),
         }
-        self._tell(done, image.pixels if not png else np.frombuffer(image.pixels.tobytes() + png, np.uint8))
+        self._send(done, image.pixels if not png else np.frombuffer(image.pixels.tobytes() + png, np.uint8))
 
     def _failed(self, job: int, error: BaseException) -> None:
-        self._tell({"event": "failed", "job": job, **self._fault(error)})
+        self._send({"event": "failed", "job": job, **self._fault(error)})
 
     def _fault(self, error: BaseException) -> dict[str, Any]:
-        """Code and message, as the command line would end; the traceback of what nobody expected goes to the log."""
+        """Return the exit code and message of the command line for an error. Logs the traceback of an unexpected one."""
         known = next((reason for kind, reason in REASONS.items() if isinstance(error, kind)), "closed" if self._closing else "")
         reason = {"reason": known} if known else {}
         if isinstance(error, CancelledError):
@@ -241,9 +243,9 @@ class Service:
         return {"code": 1, "message": f"{type(error).__name__}: {error}"}
 
     def _log(self, level: str, message: str) -> None:
-        self._tell({"event": "log", "level": level, "message": message})
+        self._send({"event": "log", "level": level, "message": message})
 
-    def _tell(self, event: dict[str, Any], blob: Array | None = None) -> None:
+    def _send(self, event: dict[str, Any], blob: Array | None = None) -> None:
         data = None if blob is None else np.ascontiguousarray(blob).data.cast("B")
         self._emit(json.dumps(event, allow_nan=False).encode(), data)
 
@@ -252,7 +254,7 @@ def _document(message: bytes) -> Any:
     try:
         return json_from_text(bytes(message).decode(), infinity=False)
     except ValueError as error:
-        raise SettingError(f"no JSON in UTF-8: {plain(error)}") from error
+        raise SettingError(f"not JSON in UTF-8: {plain(error)}") from error
 
 
 def _traceback(error: BaseException) -> str:
@@ -260,7 +262,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def blob_bytes(message: bytes) -> int:
-    """How many bytes a message's blob may have: those of its start image, so that no other one is read."""
+    """Return how many bytes a message's blob may have: those of its start image, or 0, so that no other blob is read."""
     try:
         parsed = message_from_json(_document(message))
     except SettingError:
@@ -269,53 +271,56 @@ def blob_bytes(message: bytes) -> int:
     return 3 * width * height if 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE else 0
 
 
-def _start_image(asked: Submit, blob: bytes | memoryview | None, given: int) -> Array | None:
-    width, height = asked.image or (0, 0)
-    if asked.image is not None and (width < 1 or height < 1):
+def _start_image(message: Submit, blob: bytes | memoryview | None, size: int) -> Array | None:
+    """Return the start image, uint8 [H, W, 3]. Raises SettingError if the blob has another size."""
+    width, height = message.image or (0, 0)
+    if message.image is not None and (width < 1 or height < 1):
         raise SettingError(f"image {width}x{height}: expected its width and height in pixels")
-    if given != 3 * width * height:
-        raise SettingError(f"image {width}x{height}: {3 * width * height:,} bytes of RGB8 rows belong in the blob, not {given:,}")
-    if blob is None or not given:
+    if size != 3 * width * height:
+        raise SettingError(
+            f"image {width}x{height}: expected {3 * width * height:,} bytes of RGB8 rows in the blob, got {size:,}"
+        )
+    if blob is None or not size:
         return None
     image: Array = np.frombuffer(blob, np.uint8).reshape(height, width, 3).copy()
     return image
 
 
-def _check_buffer(pipe: Pipeline, asked: Submit, request: Request, *, apart: bool) -> None:
-    """Raises SettingError for a device buffer that the image cannot be put into."""
-    if asked.device_buffer is None:
+def _check_buffer(pipe: Pipeline, message: Submit, request: Request, *, apart: bool) -> None:
+    """Check that the image can be copied into the device buffer. Raises Unsupported, BufferTooSmall."""
+    if message.device_buffer is None:
         return
-    where = f"device_buffer of job {asked.job}"
+    where = f"device_buffer of job {message.job}"
     if apart:
-        raise Unsupported(f"{where}: a process of its own cannot reach the caller's device memory: open the bundle in process")
+        raise Unsupported(f"{where}: a separate process cannot use the caller's device memory: open the bundle in process")
     if all(spec.target == CPU for spec in pipe.engines.chosen):
         raise Unsupported(f"{where}: the engines run on the CPU: omit it and read the image's bytes")
     _, height, width = pipe.latent_shape(request)
-    needed, given = 3 * height * width * pipe.model.vae_factor**2, asked.device_buffer_size or 0
-    if asked.device_buffer < 1 or given < needed:
-        raise BufferTooSmall(f"{where}: {given:,} bytes at {asked.device_buffer:#x}, but the image has {needed:,}")
+    needed, available = 3 * height * width * pipe.model.vae_factor**2, message.device_buffer_size or 0
+    if message.device_buffer < 1 or available < needed:
+        raise BufferTooSmall(f"{where}: {available:,} bytes at {message.device_buffer:#x}, but the image has {needed:,}")
 
 
 def _copy_to_device(pipe: Pipeline, image: Array, pointer: int) -> None:
-    """Copy on the engines' stream and wait for it, on the generating thread."""
-    held = pipe.engines.shared.get(("cuda", pipe.engines.options.device), lambda: session(pipe.engines.options))
-    held.staging.upload(pointer, image)
+    """Copy the image on the engines' stream and wait for it. Called on the generating thread."""
+    cuda_session = pipe.engines.shared.get(("cuda", pipe.engines.options.device), lambda: session(pipe.engines.options))
+    cuda_session.staging.upload(pointer, image)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The worker: serve one host over the Unix socket whose descriptor is the argument, until the host closes it."""
-    given = sys.argv[1:] if arguments is None else arguments
+    """Serve one host over the Unix socket whose descriptor is the argument, until the host closes it. Return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        [descriptor] = given
+        [descriptor] = words
         channel = Channel(socket.socket(fileno=int(descriptor)))
     except (ValueError, OSError):
         print(
-            f"sdruntime.serving.service: expected the number of an open socket's descriptor, got {' '.join(given) or 'nothing'}: "
+            f"sdruntime.serving.service: expected the number of an open socket's descriptor, got {' '.join(words) or 'nothing'}: "
             "a host starts this worker with one end of a socketpair",
             file=sys.stderr,
         )
         return 2
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of a terminal is the host's matter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host handles Ctrl-C in a terminal
 
     def emit(message: bytes, blob: memoryview | None) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the host is gone: the loop below ends too

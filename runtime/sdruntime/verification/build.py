@@ -1,7 +1,7 @@
-"""A build of engines in a process of its own, which `sdexport` runs with another Python.
+"""Build engines in a separate process, which `sdexport` runs with another Python.
 
-A job with "asked" and "precision" checks whether the interpreter can build; one with "asked", "bundle" and "verify" builds. Its
-messages are {"event": ...}, one for each event of the build. Events and requests have the form that `bundle.records` reads.
+A job with "request" and "precision" checks whether the interpreter can build; a job with "request", "bundle" and "verify" builds,
+and sends {"event": ...} for each event of the build. Events and requests are records of `bundle.records` in JSON.
 """
 
 from __future__ import annotations
@@ -14,31 +14,35 @@ from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.engines.building import BuildEvent, BuildRequest, build_engines
 from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError
 from sdruntime.system.process import Message, serve
-from sdruntime.verification.verify import held
+from sdruntime.verification.verify import check_engine
 
 
-def check_job(asked: BuildRequest, precision: str) -> Message:
-    return {"asked": json_from_record(asked), "precision": precision}
+def check_job(request: BuildRequest, precision: str) -> Message:
+    """Return the job that checks whether an interpreter can build."""
+    return {"request": json_from_record(request), "precision": precision}
 
 
-def build_job(bundle: str, asked: BuildRequest, *, verify: bool) -> Message:
-    return {"asked": json_from_record(asked), "bundle": bundle, "verify": verify}
+def build_job(bundle: str, request: BuildRequest, *, verify: bool) -> Message:
+    """Return the job that builds."""
+    return {"request": json_from_record(request), "bundle": bundle, "verify": verify}
 
 
 def event_of(message: Message) -> BuildEvent:
+    """Return the event of a message. Raises SettingError if it is damaged."""
     event: BuildEvent = _record(BuildEvent, message["event"])
     return event
 
 
-def work(job: Message, tell: Callable[[Message], None]) -> None:
-    asked: BuildRequest = _record(BuildRequest, job["asked"])
+def work(job: Message, send: Callable[[Message], None]) -> None:
+    """Run one job. Raises the errors of `BuildRequest.resolve_library` and `build_engines`."""
+    request: BuildRequest = _record(BuildRequest, job["request"])
     if "bundle" not in job:
-        asked.resolve_library(job["precision"])
+        request.resolve_library(job["precision"])
         return
-    events = build_engines(job["bundle"], asked, check=held if job["verify"] else None)
+    events = build_engines(job["bundle"], request, check=check_engine if job["verify"] else None)
     with contextlib.closing(events):
         for event in events:
-            tell({"event": json_from_record(event)})
+            send({"event": json_from_record(event)})
 
 
 def _record(kind: type, value: object) -> Any:

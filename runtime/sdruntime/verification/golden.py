@@ -1,9 +1,9 @@
-"""The reference outputs of a bundle: what its networks returned in PyTorch, in float32.
+"""The reference outputs of a bundle: the outputs of its networks in PyTorch, in float32.
 
-    golden/golden.json    Golden: cases, drawings, tolerances, and which checkpoint was run
-    golden/numbers.npz    a sample of each output of each case; the image of each drawing
+    golden/golden.json    Golden: the cases, the images' requests (`drawings`), tolerances, and the checkpoint that was run
+    golden/numbers.npz    a sample of each output of each case, and each image
 
-Inputs are not stored: `feeds` makes them again from a seed, the same on every machine to one unit in the last place.
+Inputs are not stored: `Case.feeds` generates them from a seed, equal on every machine to one unit in the last place.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -31,17 +30,17 @@ from sdruntime.verification.tolerance import TOLERANCES, Tolerance
 
 DOCUMENT, NUMBERS = "golden/golden.json", "golden/numbers.npz"
 FORMAT, REVISION = "sdexport-golden", 1
-SAMPLE = 4096  # numbers of an output that are kept
-MOST_NUMBERS = 1 << 26  # of a case's inputs
-_LARGEST_VAE = 768 * 768  # pixels: a VAE in float32 takes gigabytes above
-_RANGES = {"timestep": 1000, "time_ids": 1024}  # inputs that are whole numbers, whatever their type
-_LARGEST_PICTURE = 256  # pixels of a side
+SAMPLE = 4096  # numbers that are stored of an output
+MOST_NUMBERS = 1 << 26  # in the inputs of a case
+_LARGEST_VAE = 768 * 768  # pixels: a larger VAE call in float32 needs gigabytes
+_RANGES = {"timestep": 1000, "time_ids": 1024}  # bounds of inputs that are whole numbers, whatever their type
+_LARGEST_SIDE = 256  # pixels, of an image
 _PROMPTS = ("a photograph of a red cat in a green garden", "an old map of an island, and the sea around it, in ink")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digest:
-    """An output in five numbers; `norm` is its Euclidean length."""
+    """The shape and statistics of an output. `norm`: its Euclidean norm."""
 
     shape: tuple[int, ...]
     mean: float
@@ -52,13 +51,17 @@ class Digest:
 
     @property
     def largest(self) -> float:
+        """The largest magnitude."""
         return max(abs(self.min), abs(self.max))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call of a component. `dims`: its named dimensions; `below`: of each input of whole numbers, the bound that they lie
-    under. `outputs`: what the reference answered; a sample of each is in the numbers, under `key`."""
+    """One call of a component.
+
+    `dims`: its named dimensions. `below`: the exclusive upper bound of each input of whole numbers. `outputs`: digests of the
+    reference outputs; a sample of each is in the numbers, under `key`.
+    """
 
     component: str
     name: str
@@ -72,24 +75,25 @@ class Case:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def key(self, output: str) -> str:
+        """Return the name of an output's sample in the numbers."""
         return f"{self.component}.{self.name}.{output}"
 
     def feeds(self, component: ComponentSpec) -> dict[str, Array]:
-        """The inputs, made from the seed: unit normal numbers, or whole ones below a bound."""
+        """Generate the inputs from the seed: standard normal numbers, or whole numbers below a bound."""
         noise = NoiseStream(self.seed)
-        made: dict[str, Array] = {}
+        feeds: dict[str, Array] = {}
         for spec in component.inputs:
             shape = tuple(self.dims[dim] if isinstance(dim, str) else dim for dim in spec.shape)
             if spec.name in self.below:
-                made[spec.name] = noise.integers(self.below[spec.name], shape).astype(spec.dtype)
+                feeds[spec.name] = noise.integers(self.below[spec.name], shape).astype(spec.dtype)
             else:
-                made[spec.name] = noise.normal(shape)
-        return made
+                feeds[spec.name] = noise.normal(shape)
+        return feeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceImage:
-    """An image of the whole pipeline, with the checkpoint's own sampler, or `sampler`. `size`: pixels, (width, height)."""
+    """The settings of an image of the whole pipeline. `sampler` None: the checkpoint's own. `size`: pixels, (width, height)."""
 
     prompt: str
     negative: str
@@ -114,7 +118,7 @@ class ReferenceImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Golden:
-    """`checkpoint`: the hash of the weights that the reference ran; `reference`: the versions of its libraries."""
+    """The reference outputs. `checkpoint`: the hash of the weights that were run; `reference`: the versions of the libraries."""
 
     checkpoint: str
     reference: Mapping[str, str]
@@ -133,12 +137,12 @@ class Golden:
 
 
 def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, ...]:
-    """The calls of a bundle's reference outputs: each component at a small size in two rows, and at the model's own in one
-    (a VAE up to 768×768 pixels). `step`, which is arithmetic without weights, has none.
+    """Return the cases of a bundle, without outputs.
 
-    `vocabulary`: of each text encoder, how many tokens it knows.
+    Each component is called at a small size with two rows, and at the model's own size with one (a VAE up to 768×768 pixels).
+    `step`, which is arithmetic without weights, has no cases. `vocabulary`: the number of tokens of each text encoder.
     """
-    made: list[Case] = []
+    cases: list[Case] = []
     model = manifest.model
     small = (2 * model.size_multiple, 3 * model.size_multiple)
     for component, spec in manifest.components.items():
@@ -152,17 +156,17 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
             if name == "own" and (not sized or (part.stage == "vae" and height * width > _LARGEST_VAE)):
                 continue
             unit = part.factor(model.vae_factor)
-            every = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": manifest.text_length}
-            dims = {dim: every[dim] for dim in spec.dimensions}
-            made.append(Case(component=component, name=name, seed=1000 + len(made), dims=dims, below=below))
-    return tuple(made)
+            sizes = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": manifest.text_length}
+            dims = {dim: sizes[dim] for dim in spec.dimensions}
+            cases.append(Case(component=component, name=name, seed=1000 + len(cases), dims=dims, below=below))
+    return tuple(cases)
 
 
 def reference_images(manifest: Manifest, *, steps: int = 6, sampler: str | None = None) -> tuple[ReferenceImage, ...]:
-    """The reference images of a bundle: two prompts, the model's own examples first, at most 256 pixels a side where the
-    model allows it."""
+    """Return the reference images of a bundle: two prompts, the model's own examples first, with sides of at most 256 pixels if
+    the model allows it."""
     model = manifest.model
-    multiple = math.lcm(model.size_multiple, 8)  # diffusers' pipelines take eights, whatever the VAE's factor
+    multiple = math.lcm(model.size_multiple, 8)  # diffusers' pipelines require multiples of 8, whatever the VAE's factor
     height, width = (_small_side(side, multiple) for side in model.default_size)
     return tuple(
         ReferenceImage(
@@ -173,10 +177,11 @@ def reference_images(manifest: Manifest, *, steps: int = 6, sampler: str | None 
 
 
 def _small_side(side: int, multiple: int) -> int:
-    return max(multiple, min(side, _LARGEST_PICTURE) // multiple * multiple)
+    return max(multiple, min(side, _LARGEST_SIDE) // multiple * multiple)
 
 
 def digest_of(output: Array) -> Digest:
+    """Return the digest of an output, computed in float64."""
     wide = output.astype(np.float64)
     return Digest(
         shape=output.shape,
@@ -189,7 +194,7 @@ def digest_of(output: Array) -> Digest:
 
 
 def sample_of(output: Array, seed: int) -> Array:
-    """Some numbers of an output, float32 [at most SAMPLE], from places that follow from the seed."""
+    """Return numbers of an output, float32 [at most SAMPLE], at positions that the seed determines."""
     flat = output.reshape(-1)
     if flat.size <= SAMPLE:
         return flat.astype(np.float32)
@@ -197,7 +202,7 @@ def sample_of(output: Array, seed: int) -> Array:
 
 
 def write_golden(bundle: Bundle, golden: Golden, numbers: Mapping[str, Array]) -> Bundle:
-    """Return the bundle with these reference outputs instead of its own."""
+    """Return the bundle with these reference outputs in place of its own."""
     packed = io.BytesIO()
     np.savez_compressed(packed, **numbers)  # type: ignore[arg-type]
     document = json.dumps(json_from_record(golden), indent=1, allow_nan=False) + "\n"
@@ -205,9 +210,9 @@ def write_golden(bundle: Bundle, golden: Golden, numbers: Mapping[str, Array]) -
 
 
 def build_command(bundle: Bundle, precision: Precision | None = None) -> str:
-    """Return the command that exports a bundle again, in its own precision where None.
+    """Return the command that exports a bundle again. `precision` None: the bundle's own.
 
-    The path of a folder is not kept in a bundle: its name stands behind path/to/.
+    A bundle does not store the path of a checkpoint's folder, only its name, so path/to/ stands for the rest.
     """
     source = str(bundle.manifest.provenance.get("source", "")) or "checkpoint"
     model = source if "/" in source else f"path/to/{source}"
@@ -217,11 +222,11 @@ def build_command(bundle: Bundle, precision: Precision | None = None) -> str:
 def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     """Return the reference outputs of a bundle.
 
-    Raises BundleError if it has none, with the command that makes them, or if they are damaged.
+    Raises BundleError if it has no reference outputs, with the command that adds them, or if they are damaged.
     """
     if DOCUMENT not in bundle.manifest.files or NUMBERS not in bundle.manifest.files:
         fault = "no reference outputs: it was built with --no-verify, or by an older sdexport"
-        raise BundleError(bundle.folder, [f"{fault}; this builds it with them: {build_command(bundle)}"])
+        raise BundleError(bundle.folder, [f"{fault}; export it again with {build_command(bundle)}"])
     document = bundle.read_json(DOCUMENT)
     if not isinstance(document, dict) or (document.get("format"), document.get("revision")) != (FORMAT, REVISION):
         raise BundleError(bundle.folder, [f"{DOCUMENT}: expected {FORMAT} of revision {REVISION}: upgrade sdruntime"])
@@ -239,7 +244,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, dict[str, Array]]:
     return golden, numbers
 
 
-def picture_key(index: int) -> str:
+def image_key(index: int) -> str:
+    """Return the name of an image in the numbers."""
     return f"picture.{index}"
 
 
@@ -248,24 +254,25 @@ def _numbers_of(case: Case, spec: ComponentSpec) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _faults(golden: Golden, numbers: Mapping[str, Array], manifest: Manifest) -> Any:
+def _faults(golden: Golden, numbers: Mapping[str, Array], manifest: Manifest) -> Iterator[str]:
+    """Yield what does not fit together in the reference outputs and the manifest."""
     for case in golden.cases:
         spec = manifest.components.get(case.component)
         if spec is None:
             yield f"{DOCUMENT}: a case of {case.component!r}, which the bundle does not have"
             continue
-        if (numbers_asked := _numbers_of(case, spec)) > MOST_NUMBERS:
-            yield f"{DOCUMENT}: case {case.component}.{case.name}: {numbers_asked:,} numbers as inputs, above {MOST_NUMBERS:,}"
+        if (count := _numbers_of(case, spec)) > MOST_NUMBERS:
+            yield f"{DOCUMENT}: case {case.component}.{case.name}: {count:,} numbers in its inputs; at most {MOST_NUMBERS:,}"
             continue
         unsized = sorted(set(spec.dimensions) - set(case.dims))
         if unsized or set(case.outputs) != {tensor.name for tensor in spec.outputs}:
-            yield f"{DOCUMENT}: case {case.component}.{case.name} is not of the inputs and outputs of {case.component}"
+            yield f"{DOCUMENT}: case {case.component}.{case.name} does not match the inputs and outputs of {case.component}"
             continue
         for output, digest in case.outputs.items():
-            found = numbers.get(case.key(output))
-            if found is None or found.shape != (min(SAMPLE, math.prod(digest.shape)),) or found.dtype != np.float32:
+            sample = numbers.get(case.key(output))
+            if sample is None or sample.shape != (min(SAMPLE, math.prod(digest.shape)),) or sample.dtype != np.float32:
                 yield f"{NUMBERS}: {case.key(output)} is missing, or of another size"
-    for index, drawing in enumerate(golden.drawings):
-        found = numbers.get(picture_key(index))
-        if found is None or found.shape != (*drawing.size[::-1], 3) or found.dtype != np.uint8:
-            yield f"{NUMBERS}: {picture_key(index)} is missing, or of another size"
+    for index, reference in enumerate(golden.drawings):
+        image = numbers.get(image_key(index))
+        if image is None or image.shape != (*reference.size[::-1], 3) or image.dtype != np.uint8:
+            yield f"{NUMBERS}: {image_key(index)} is missing, or of another size"

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: verdict, limits, tables, and images side by side with their difference."""
+"""A report as one self-contained HTML file: verdict, limits, tables, and images side by side with their difference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdruntime.system.durable import replace_file
 from sdruntime.verification.report import ImageCheck, Report, Status, check_cells, image_cells, limit_name, verdict
 from sdruntime.verification.tolerance import Tolerance
 
-_AMPLIFIED = 8  # times, in the image of a difference
+_AMPLIFIED = 8  # factor, in the image of a difference
 _STYLE = """:root{color-scheme:light dark;--line:#d8dee4;--dim:#57606a;--good:#1a7f37;--bad:#cf222e}
 @media(prefers-color-scheme:dark){:root{--line:#3d444d;--dim:#9198a1;--good:#3fb950;--bad:#f85149}}
 *{box-sizing:border-box}
@@ -36,6 +36,7 @@ figcaption{font-size:13px;color:var(--dim)}"""
 
 
 def page(report: Report) -> str:
+    """Return the report as HTML."""
     title = f"{report.model}, {report.precision}: {report.verdict}"
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
@@ -53,7 +54,7 @@ def page(report: Report) -> str:
         "<h2>Components</h2>",
     ]  # fmt: skip
     groups = []
-    for (component, engine), checks in itertools.groupby(report.checks, key=lambda each: (each.component, each.engine)):
+    for (component, engine), checks in itertools.groupby(report.checks, key=lambda check: (check.component, check.engine)):
         rows = [_heading(component, engine)]
         for check in checks:
             case, output, *numbers = check_cells(check).values()
@@ -63,18 +64,18 @@ def page(report: Report) -> str:
     if report.pictures:
         parts.append("<h2>Images</h2>")
         groups = []
-        for engines, images in itertools.groupby(report.pictures, key=lambda each: each.engines):
+        for engines, images in itertools.groupby(report.pictures, key=lambda check: check.engines):
             rows = [_heading("images", engines)]
             for image in images:
                 rows += _judged(image.status, image.reason, [image.prompt], list(image_cells(image).values()))
             groups.append(rows)
         parts.append(_table(["", "prompt"], ["PSNR dB", "SSIM"], groups))
-        parts += [_figures(each) for each in report.pictures if each.drawn is not None and each.stored is not None]
+        parts += [_figures(check) for check in report.pictures if check.drawn is not None and check.stored is not None]
     return "\n".join([*parts, "</html>\n"])
 
 
 def write_page(report: Report, path: Path) -> None:
-    """`page`, written to `path`. Raises SettingError where that cannot be."""
+    """Write the report as HTML to `path`. Raises SettingError if it cannot be written."""
     try:
         replace_file(path, page(report).encode())
     except OSError as error:
@@ -87,7 +88,7 @@ def _limit_cells(limit: Tolerance) -> list[str]:
 
 
 def _table(words: Sequence[str], numbers: Sequence[str], groups: Iterable[Sequence[str]]) -> str:
-    """The titles of the columns of words and of numbers, and rows in groups."""
+    """Return a table. `words`, `numbers`: the titles of its columns of text and of numbers; `groups`: its rows, in groups."""
     head = "".join(f"<th>{html.escape(title)}</th>" for title in words)
     head += "".join(f'<th class="n">{html.escape(title)}</th>' for title in numbers)
     bodies = ["<tbody>" + "\n".join(rows) + "</tbody>" for rows in groups]
@@ -101,7 +102,7 @@ def _row(words: Sequence[str], numbers: Sequence[str], status: Status | None = N
 
 
 def _judged(status: Status, reason: str, words: Sequence[str], numbers: Sequence[str]) -> Iterator[str]:
-    """The row of a check, and under it why it did not pass."""
+    """Yield the row of a check, and below it the reason if it did not pass."""
     yield _row(words, numbers, status)
     if reason:
         yield f'<tr><td></td><td class="{status} reason" colspan="9">{html.escape(reason)}</td></tr>'
@@ -112,13 +113,14 @@ def _heading(component: str, engine: str) -> str:
 
 
 def _figures(check: ImageCheck) -> str:
+    """Return the reference image, the generated image and their amplified difference."""
     assert check.drawn is not None
     assert check.stored is not None
-    apart = np.abs(check.drawn.astype(np.int16) - check.stored) * _AMPLIFIED
+    difference = np.abs(check.drawn.astype(np.int16) - check.stored) * _AMPLIFIED
     images: Mapping[str, Pixels] = {
         "reference": check.stored,
         check.engines: check.drawn,
-        f"difference, {_AMPLIFIED} times": np.minimum(apart, 255).astype(np.uint8),
+        f"difference, {_AMPLIFIED} times": np.minimum(difference, 255).astype(np.uint8),
     }
     figures = "".join(
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png_from_image(image)).decode()}">'

@@ -1,4 +1,4 @@
-"""How far an output is from its reference, and an image from another: relative error, cosine, PSNR, SSIM."""
+"""Measure how much an output or an image differs from its reference: relative error, cosine, PSNR, SSIM."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from sdruntime.arrays import Array
 from sdruntime.pipeline.images.pixels import Pixels
 
-EQUAL = 200.0  # dB: the PSNR of two arrays that are the same
+EQUAL = 200.0  # dB: the PSNR of two equal arrays
 _WINDOW = 8  # pixels of a side
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How far an output is from its reference: `max_abs`, `relative` (against the reference's largest magnitude), the cosine of
-    the angle between them, and `psnr` in dB with that magnitude as the peak (EQUAL at most)."""
+    """How much an output differs from its reference: the largest error `max_abs`, the same `relative` to the reference's largest
+    magnitude, the cosine of the angle between them, and the PSNR in dB with that magnitude as the peak (at most EQUAL)."""
 
     max_abs: float
     relative: float
@@ -27,6 +27,7 @@ class Difference:
 
     @classmethod
     def of(cls, ours: Array, reference: Array, largest: float) -> Difference:
+        """Compare two arrays of the same size. `largest`: the largest magnitude of the whole reference output."""
         one, other = ours.reshape(-1).astype(np.float64), reference.reshape(-1).astype(np.float64)
         worst = float(np.abs(one - other).max())
         lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
@@ -39,13 +40,13 @@ class Difference:
         )
 
 
-def picture_psnr(ours: Pixels, reference: Pixels) -> float:
-    """In dB, of uint8 images, with 255 as the peak; EQUAL at most."""
+def image_psnr(ours: Pixels, reference: Pixels) -> float:
+    """Return the PSNR of two uint8 images in dB, with 255 as the peak (at most EQUAL)."""
     return _decibels(255.0, float(np.mean((ours.astype(np.float64) - reference) ** 2)))
 
 
 def ssim(ours: Pixels, reference: Pixels) -> float:
-    """Mean structural similarity of two uint8 images [H, W, 3], over all windows of 8×8 pixels of every channel.
+    """Return the mean structural similarity of two uint8 images [H, W, 3], over all windows of 8×8 pixels of every channel.
 
     Wang, Bovik, Sheikh, Simoncelli 2004, equation 13, with K1 = 0.01, K2 = 0.03 and uniform windows, as in their section III-B.
     """
@@ -59,7 +60,7 @@ def ssim(ours: Pixels, reference: Pixels) -> float:
 
 
 def _means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean of every window of 8×8, from cumulative sums."""
+    """Return the mean of every window of 8×8, computed from cumulative sums."""
     sums = np.zeros((values.shape[0] + 1, values.shape[1] + 1, *values.shape[2:]))
     sums[1:, 1:] = values.cumsum(axis=0).cumsum(axis=1)
     n = _WINDOW

@@ -1,6 +1,6 @@
-"""The arrays of an .npz file from elsewhere: what it says of its sizes is checked before anything is unpacked.
+"""Read an untrusted .npz file: the sizes in its headers are checked before anything is unpacked.
 
-NumPy's own reader allocates what a header asks for, and two megabytes of zip may unpack to gigabytes.
+NumPy's own reader allocates whatever size a header states, and a zip file of two megabytes may unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _name(member: zipfile.ZipInfo) -> str:
 
 def _array(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     with packed.open(member) as file:
-        data = file.read(member.file_size)  # without the size it would unpack everything, whatever the member says
+        data = file.read(member.file_size)  # without the size, more than the stated size could be unpacked
     where = f"{member.filename!r:.100}"
     if data[:8] != b"\x93NUMPY\x01\x00" or len(data) < 10:
         raise ValueError(f"{where}: not an array as NumPy writes it")

@@ -1,4 +1,4 @@
-"""The result of a verification: a row for each output of each engine and for each image; as lines and as JSON."""
+"""The result of a verification, as lines of text and as JSON: a row for each output of each engine, and for each image."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sdruntime.verification.metrics import EQUAL, Difference
 from sdruntime.verification.tolerance import Tolerance
 
 Status = Literal["pass", "fail", "skip"]
-# of the table of outputs: title and width
+# titles and widths in the table of outputs
 _CHECK_COLUMNS: Mapping[str, int] = {"case": 5, "output": 17, "max abs": 8, "relative": 8, "cosine": 9, "PSNR dB": 7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One output of one engine in one case; or, without a difference, an engine that was not run, and why."""
+    """One output of one engine in one case. Without a difference: an engine that was skipped or failed, with the reason."""
 
     component: str
     engine: str
     precision: str
-    tolerance: str  # the limits that apply: a key of `sdruntime.verification.tolerance.TOLERANCES`
+    tolerance: str  # the limits: a key of `sdruntime.verification.tolerance.TOLERANCES`
     status: Status
     case: str = ""
     output: str = ""
@@ -44,7 +44,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageCheck:
-    """One image of the whole pipeline. `drawn` and `stored`: uint8 [H, W, 3]."""
+    """One image of the whole pipeline. `drawn`: the generated image, `stored`: its reference, both uint8 [H, W, 3]."""
 
     engines: str
     status: Status
@@ -66,9 +66,10 @@ class ImageCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`reference`: what the numbers were compared with, for a person. `limits`: those that were applied, by precision.
+    """The report of a verification.
 
-    `made`: the time, ISO 8601 in UTC. `machine`: processor, system, libraries: what the numbers were measured on.
+    `reference`: a text that names the reference. `limits`: the applied limits by precision. `made`: the time, ISO 8601 in UTC.
+    `machine`: the processor, system and libraries that the numbers were measured on.
     """
 
     bundle: str
@@ -88,24 +89,30 @@ class Report:
 
     @property
     def ran(self) -> int:
-        return sum(each.status != "skip" for each in self.all)
+        """The number of checks that were not skipped."""
+        return sum(check.status != "skip" for check in self.all)
 
     @property
     def passed(self) -> bool:
         return not self.faults()
 
     def faults(self) -> list[str]:
-        return [f"{each.title}: {each.reason}" for each in self.all if each.status == "fail"]
+        """Return the failed checks with their reasons."""
+        return [f"{check.title}: {check.reason}" for check in self.all if check.status == "fail"]
 
     @property
     def verdict(self) -> str:
         return "every check passed" if self.passed else f"{len(self.faults())} of {self.ran} checks failed"
 
     def document(self) -> dict[str, Any]:
-        """Without the pixels, ready for JSON."""
+        """Return the report for JSON, without the pixels."""
         pictures = [
-            {field.name: getattr(each, field.name) for field in dataclasses.fields(each) if field.name not in ("drawn", "stored")}
-            for each in self.pictures
+            {
+                field.name: getattr(check, field.name)
+                for field in dataclasses.fields(check)
+                if field.name not in ("drawn", "stored")
+            }
+            for check in self.pictures
         ]
         return {
             "bundle": self.bundle,
@@ -116,26 +123,26 @@ class Report:
             "machine": dict(self.machine),
             "limits": {name: dataclasses.asdict(limit) for name, limit in self.limits.items()},
             "passed": self.passed,
-            "checks": [dataclasses.asdict(each) for each in self.checks],
+            "checks": [dataclasses.asdict(check) for check in self.checks],
             "pictures": pictures,
             "notes": list(self.notes),
         }
 
     def lines(self, width: int = 80) -> Iterator[str]:
-        """For a terminal of `width` columns: a block for each engine, a row for each of its outputs."""
+        """Yield lines for a terminal of `width` columns: a block for each engine, with a row for each of its outputs."""
         yield from _wrapped(f"{self.model}, {self.precision}: {self.bundle} against {self.reference}", width)
         yield from _wrapped(self.where, width)
         for name, limit in self.limits.items():
             yield from _wrapped(f"limits of {limit_name(name)}: {limit_text(limit)}", width)
-        if any(each.difference for each in self.checks):
+        if any(check.difference for check in self.checks):
             yield ""
             yield from _row(list(_CHECK_COLUMNS), tuple(_CHECK_COLUMNS.values()), "", "", width)
-        for (component, engine), group in itertools.groupby(self.checks, key=lambda each: (each.component, each.engine)):
+        for (component, engine), group in itertools.groupby(self.checks, key=lambda check: (check.component, check.engine)):
             yield ""
             yield from _wrapped(f"{component}: {engine}", width)
             for check in group:
                 yield from _row([*check_cells(check).values()], tuple(_CHECK_COLUMNS.values()), check.status, check.reason, width)
-        for engines, images in itertools.groupby(self.pictures, key=lambda each: each.engines):
+        for engines, images in itertools.groupby(self.pictures, key=lambda check: check.engines):
             yield ""
             yield from _wrapped(f"images: {engines}", width)
             for image in images:
@@ -147,35 +154,44 @@ class Report:
 
     @property
     def where(self) -> str:
+        """The time and the machine."""
         return f"{self.made} on {', '.join(self.machine.values())}"
 
 
 def check_cells(check: Check) -> dict[str, str]:
-    """The cells of a row by the titles of their columns."""
-    found = check.difference
+    """Return the cells of a row by the titles of their columns."""
+    difference = check.difference
     numbers = (
         ("", "", "", "")
-        if found is None
-        else (f"{found.max_abs:.2e}", f"{found.relative:.2e}", f"{found.cosine:.7f}", _decibels(found.psnr))
+        if difference is None
+        else (
+            f"{difference.max_abs:.2e}",
+            f"{difference.relative:.2e}",
+            f"{difference.cosine:.7f}",
+            _decibels(difference.psnr),
+        )
     )
     return dict(zip(_CHECK_COLUMNS, (check.case, check.output, *numbers), strict=True))
 
 
 def image_cells(check: ImageCheck) -> dict[str, str]:
+    """Return the cells of an image's row by the titles of their columns."""
     return {"PSNR dB": _decibels(check.psnr), "SSIM": "" if check.ssim is None else f"{check.ssim:.4f}"}
 
 
 def verdict(status: Status, reason: str) -> str:
+    """Return the status as text, with the reason if there is one."""
     word = {"pass": "pass", "fail": "FAIL", "skip": "not run"}[status]
     return f"{word}: {reason}" if reason else word
 
 
 def limit_name(name: str) -> str:
+    """Return the title of a key of TOLERANCES."""
     return "fp32 on a GPU (TF32)" if name == "tf32" else name
 
 
 def limit_text(limit: Tolerance) -> str:
-    """The limits of one precision, in a line."""
+    """Return the limits of one precision as one line."""
     relative = f", largest error {limit.relative:g} of the largest value" if limit.relative < 1 else ""
     return (
         f"PSNR {limit.psnr:g} dB, cosine {limit.cosine:g}{relative}; images: PSNR {limit.picture_psnr:g} dB, SSIM {limit.ssim:g}"
@@ -187,7 +203,7 @@ def _decibels(psnr: float | None) -> str:
 
 
 def _row(cells: list[str], widths: tuple[int, ...], status: Status | Literal[""], reason: str, width: int) -> Iterator[str]:
-    """Cells that fit in columns of `widths`, and what was found; a longer reason stands on lines of its own."""
+    """Yield a row with cells padded to `widths` and the status, then the reason on its own lines."""
     padded = "  ".join(cell.ljust(least) for cell, least in zip(cells, widths, strict=True))
     if padded.strip():
         yield f"  {padded}  {verdict(status, '') if status else ''}".rstrip()

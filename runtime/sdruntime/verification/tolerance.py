@@ -1,4 +1,4 @@
-"""The limits that an engine of each precision must hold, in one table.
+"""The limits on the errors of an engine of each precision, in one table.
 
 `sdruntime verify` applies them to engines, `sdexport` to its audit of half precision, and docs/verification.md shows them
 (`docs/generate.py`). bfloat16 has 8 significant bits where float16 has 11: its errors are up to 2³ = 8 times as large, 18 dB.
@@ -21,8 +21,8 @@ class Tolerance:
 
     For a component, `relative` bounds the largest error and `digest` the error of the mean, standard deviation, minimum and
     maximum, both relative to the output's largest magnitude; `psnr` and `cosine` are lower bounds for each output. For an image
-    of the whole pipeline, `picture_psnr` (uint8, peak 255) and `ssim` are lower bounds: against diffusers' image fp32 reaches
-    more than 60 dB with every sampler, and a scheduler that is off by one timestep 48 to 55.
+    of the whole pipeline, `picture_psnr` (uint8, peak 255) and `ssim` are lower bounds. Compared with diffusers' image, fp32
+    reaches more than 60 dB with every sampler, and a scheduler that is off by one timestep reaches 48 to 55 dB.
     """
 
     relative: float
@@ -46,7 +46,7 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
 def tolerance_name(engine: EngineSpec) -> str:
     """Return the key of TOLERANCES that applies to an engine.
 
-    On a GPU, fp32 computes in TF32 (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 tells NVIDIA's libraries otherwise.
+    On a GPU, fp32 computes in TF32 (10 bits of mantissa) unless NVIDIA_TF32_OVERRIDE=0 disables it.
     """
     if engine.precision == "fp32" and engine.target != CPU and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         return "tf32"

@@ -33,26 +33,26 @@ from sdruntime.verification.golden import (
     Digest,
     Golden,
     digest_of,
-    picture_key,
+    image_key,
     read_golden,
     sample_of,
 )
-from sdruntime.verification.metrics import Difference, picture_psnr, ssim
+from sdruntime.verification.metrics import Difference, image_psnr, ssim
 from sdruntime.verification.report import Check, ImageCheck, Report
 from sdruntime.verification.tolerance import Tolerance, tolerance_name
 
 ONNX = "onnxruntime"
-ITS_ONNX = "its ONNX, ONNX Runtime"  # what a report calls the bundle's own ONNX
+ITS_ONNX = "its ONNX, ONNX Runtime"  # the title of the bundle's own ONNX in a report
 Reference = Callable[[Case], Mapping[str, Array]]
 
 
 def verify(
     folder: Path | str | Bundle, *, options: EngineOptions | None = None, against: Reference | None = None
 ) -> Iterator[Check | ImageCheck]:
-    """Yield a Check for each output and a ImageCheck for each image; a skipped one has its reason.
+    """Yield a Check for each output and an ImageCheck for each image. Skipped checks have a reason.
 
-    `against` returns whole outputs for a case, instead of the stored samples. Raises BundleError for a bundle without reference
-    outputs, and LibraryMissing where there is no library that could run anything.
+    `against` returns the whole outputs of a case, to compare with instead of the stored samples. Raises BundleError for a bundle
+    without reference outputs, and LibraryMissing if no installed library can run any engine.
     """
     bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
     golden, numbers = read_golden(bundle)
@@ -68,49 +68,52 @@ def verify(
         for engine in (*own, *built):
             if engine.component == component:
                 yield from work.engine(engine)
-    yield from work.pictures(ITS_ONNX, ONNX, own)
+    yield from work.images(ITS_ONNX, ONNX, own)
     for name in OFFERED:
         if group := [engine for engine in bundle.manifest.engines if engine.backend == name]:
-            yield from work.pictures(name, name, group)
+            yield from work.images(name, name, group)
 
 
 def subjects(bundle: Bundle) -> int:
-    """How many engines and pipelines `verify` has something to say of."""
+    """Return the number of engines and pipelines that `verify` reports on."""
     manifest = bundle.manifest
     engines = [engine for engine in manifest.engines if not is_hidden(engine.backend)]
     components = sum(name != STEP for name in manifest.components) + sum(engine.component != STEP for engine in engines)
     return components + 1 + len({engine.backend for engine in engines})
 
 
-def held(bundle: Bundle, engine: EngineSpec) -> str:
-    """Check one engine against the reference outputs, for a build. Returns why it could not run here; "" if it did, or if the
-    bundle has no reference outputs for it. Raises VerificationFailed."""
+def check_engine(bundle: Bundle, engine: EngineSpec) -> str:
+    """Check one engine against the reference outputs, for a build.
+
+    Return why it could not run on this machine, or "" if it did or if the bundle has no reference outputs for it. Raises
+    VerificationFailed.
+    """
     if DOCUMENT not in bundle.manifest.files or is_hidden(engine.backend) or engine.component == STEP:
         return ""
     golden, numbers = read_golden(bundle)
     options = EngineOptions()
     work = _Verification(bundle, golden, numbers, Machine.here(options.device, {engine.backend}), options, None)
     checks = list(work.engine(engine))
-    if faults := [f"{each.title}: {each.reason}" for each in checks if each.status == "fail"]:
+    if faults := [f"{check.title}: {check.reason}" for check in checks if check.status == "fail"]:
         raise VerificationFailed(f"{bundle.folder}: engine {engine.name} is not added", faults)
-    return "; ".join(f"{engine.name} was not verified: {each.reason}" for each in checks if each.status == "skip")
+    return "; ".join(f"{engine.name} was not verified: {check.reason}" for check in checks if check.status == "skip")
 
 
-def report_of(bundle: Bundle, found: Iterable[Check | ImageCheck], *, reference: str = "") -> Report:
-    """The report of these checks, with the limits that were applied, the time and the machine."""
-    found = list(found)
+def report_of(bundle: Bundle, results: Iterable[Check | ImageCheck], *, reference: str = "") -> Report:
+    """Return the report of these checks, with the limits that were applied, the time and the machine."""
+    results = list(results)
     golden = read_golden(bundle)[0]
     versions = ", ".join(f"{name} {version}" for name, version in golden.reference.items())
-    checks = tuple(each for each in found if isinstance(each, Check))
+    checks = tuple(result for result in results if isinstance(result, Check))
     here = Machine.here(names={ONNX, *(engine.backend for engine in bundle.manifest.engines if not is_hidden(engine.backend))})
-    applied = dict.fromkeys(each.tolerance for each in checks if each.difference is not None) or [bundle.manifest.precision]
+    applied = dict.fromkeys(check.tolerance for check in checks if check.difference is not None) or [bundle.manifest.precision]
     return Report(
         bundle=bundle.folder.name,
         model=bundle.manifest.model.name,
         precision=bundle.manifest.precision,
         reference=reference or f"its reference outputs ({versions})",
         checks=checks,
-        pictures=tuple(each for each in found if isinstance(each, ImageCheck)),
+        pictures=tuple(result for result in results if isinstance(result, ImageCheck)),
         limits={name: golden.tolerances[name] for name in applied},
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine={
@@ -123,7 +126,7 @@ def report_of(bundle: Bundle, found: Iterable[Check | ImageCheck], *, reference:
 
 
 def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
-    """A component's own ONNX as an engine of ONNX Runtime for the CPU, of any shape."""
+    """Return a component's own ONNX as an engine of ONNX Runtime on the CPU, for any shape."""
     spec = manifest.components[component]
     return EngineSpec(
         component=component,
@@ -137,7 +140,7 @@ def onnx_spec(manifest: Manifest, component: str, version: str) -> EngineSpec:
 
 
 def label(engine: EngineSpec) -> str:
-    """What a report calls an engine: its name, or that of the ONNX which it is."""
+    """Return the title of an engine in a report: its name, or ITS_ONNX."""
     return engine.name if engine.files[0].startswith("engines/") else ITS_ONNX
 
 
@@ -158,6 +161,7 @@ class _Verification:
         return misfit(engine, self.machine)
 
     def engine(self, spec: EngineSpec) -> Iterator[Check]:
+        """Check the outputs of one engine in every case that it admits."""
         check = functools.partial(
             Check, component=spec.component, engine=label(spec), precision=spec.precision, tolerance=tolerance_name(spec)
         )
@@ -184,6 +188,7 @@ class _Verification:
             shared.close()
 
     def case(self, engine: Engine, case: Case) -> Iterator[Check]:
+        """Check the outputs of one engine in one case."""
         tolerance = self.golden.tolerances[tolerance_name(engine.spec)]
         try:
             outputs = checked_rows(
@@ -203,38 +208,38 @@ class _Verification:
             faults = [*component_faults(difference, tolerance), *digest_faults(digest_of(ours), digest, tolerance)]
             yield _checked(engine.spec, case, name, difference, faults)
 
-    def pictures(self, title: str, name: str, group: list[EngineSpec]) -> Iterator[ImageCheck]:
-        """The drawings, by these engines of one backend."""
+    def images(self, title: str, backend_name: str, group: list[EngineSpec]) -> Iterator[ImageCheck]:
+        """Generate the reference images with these engines of one backend, and check them."""
         usable = [engine for engine in group if not self.misfit(engine)]
-        if why_not := self._undrawable(group, usable):
+        if why_not := self._why_no_images(group, usable):
             yield ImageCheck(engines=title, status="skip", reason=why_not)
             return
-        held = min((self.golden.tolerances[tolerance_name(each)] for each in usable), key=lambda each: each.picture_psnr)
+        limits = min((self.golden.tolerances[tolerance_name(engine)] for engine in usable), key=lambda each: each.picture_psnr)
         manifest = dataclasses.replace(self.bundle.manifest, engines=tuple(usable))
         try:
-            with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=name, options=self.options) as pipe:
-                images = pipe([drawing.request for drawing in self.golden.drawings]).pixels
+            with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=backend_name, options=self.options) as pipe:
+                images = pipe([reference.request for reference in self.golden.drawings]).pixels
         except SdruntimeError as error:
             yield ImageCheck(engines=title, status="fail", reason=str(error))
             return
-        for index, (drawing, image) in enumerate(zip(self.golden.drawings, images, strict=True)):
-            stored = self.numbers[picture_key(index)].astype(np.uint8)
-            psnr, likeness = picture_psnr(image, stored), ssim(image, stored)
-            limits = (("PSNR", psnr, held.picture_psnr), ("SSIM", likeness, held.ssim))
-            reason = "; ".join(f"{what} {value:.4g}, under {least:g}" for what, value, least in limits if value < least)
+        for index, (reference, image) in enumerate(zip(self.golden.drawings, images, strict=True)):
+            stored = self.numbers[image_key(index)].astype(np.uint8)
+            psnr, similarity = image_psnr(image, stored), ssim(image, stored)
+            bounds = (("PSNR", psnr, limits.picture_psnr), ("SSIM", similarity, limits.ssim))
+            reason = "; ".join(f"{name} {value:.4g}, under {least:g}" for name, value, least in bounds if value < least)
             yield ImageCheck(
                 engines=title,
-                prompt=drawing.prompt,
+                prompt=reference.prompt,
                 status="fail" if reason else "pass",
                 psnr=psnr,
-                ssim=likeness,
+                ssim=similarity,
                 reason=reason,
                 drawn=image,
                 stored=stored,
             )
 
-    def _undrawable(self, group: list[EngineSpec], usable: list[EngineSpec]) -> str | None:
-        """Why the drawings cannot be had of these engines."""
+    def _why_no_images(self, group: list[EngineSpec], usable: list[EngineSpec]) -> str | None:
+        """Return why the reference images cannot be generated with these engines, or None if they can."""
         needed = {component for component in self.components if not role(component).late}
         if lacking := sorted(needed - {engine.component for engine in usable}):
             faults = [fault for engine in group if engine.component in lacking and (fault := self.misfit(engine))]
@@ -248,6 +253,7 @@ class _Verification:
 
 
 def component_faults(difference: Difference, tolerance: Tolerance) -> Iterator[str]:
+    """Yield the limits of an output that a difference exceeds."""
     if difference.relative > tolerance.relative:
         yield f"largest error {difference.relative:.2e} of the largest value, over {tolerance.relative:.0e}"
     if difference.psnr < tolerance.psnr:
@@ -256,14 +262,15 @@ def component_faults(difference: Difference, tolerance: Tolerance) -> Iterator[s
         yield f"cosine {difference.cosine:.7f}, under {tolerance.cosine:g}"
 
 
-def digest_faults(found: Digest, expected: Digest, tolerance: Tolerance) -> Iterator[str]:
+def digest_faults(actual: Digest, expected: Digest, tolerance: Tolerance) -> Iterator[str]:
+    """Yield the statistics of an output that are farther from the expected ones than the tolerance."""
     limit = tolerance.digest * expected.largest
     for part in ("mean", "std", "min", "max"):
-        ours, reference = getattr(found, part), getattr(expected, part)
+        ours, reference = getattr(actual, part), getattr(expected, part)
         if abs(ours - reference) > limit:
             yield f"{part} {ours:.6g}, not {reference:.6g} to {limit:.1g}"
-    if abs(found.norm - expected.norm) > tolerance.digest * expected.norm:
-        yield f"norm {found.norm:.6g}, not {expected.norm:.6g}"
+    if abs(actual.norm - expected.norm) > tolerance.digest * expected.norm:
+        yield f"norm {actual.norm:.6g}, not {expected.norm:.6g}"
 
 
 def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference | None, faults: list[str]) -> Check:
@@ -280,11 +287,11 @@ def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference |
     )
 
 
-def _work(job: Message, tell: Callable[[Message], None]) -> None:
-    """For a build: the report's faults, and how much was run."""
+def _work(job: Message, send: Callable[[Message], None]) -> None:
+    """Verify a bundle for a build, and send the report's faults and the number of checks that ran."""
     bundle = Bundle.open(job["bundle"])
     report = report_of(bundle, verify(bundle))
-    tell({"ran": report.ran, "faults": report.faults(), "lines": list(report.lines())})
+    send({"ran": report.ran, "faults": report.faults(), "lines": list(report.lines())})
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_a_batcher_takes_a_prompt_and_settings(ready: Bundle) -> None:
         assert image.request == Request(prompt="a red fox in snow", seed=image.seed)
         image = batcher.submit("a red fox in snow", seed=5, steps=2).result(60)
         assert image.request == Request(prompt="a red fox in snow", seed=5, steps=2)
-        assert repr(batcher).endswith(", 0 under way>")
+        assert repr(batcher).endswith(", 0 unfinished requests>")
     assert repr(batcher).endswith(", not open>")
 
 

@@ -381,7 +381,7 @@ def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipel
 
     with Batcher(pipe, queue=3, running=4) as batcher, ThreadPoolExecutor(8) as pool:
         ends = list(pool.map(client, range(8)))
-        assert batcher._held == {}
+        assert batcher._unfinished == {}
         assert batcher._jobs == {}
     assert [sum(each.values()) for each in ends] == [40] * 8
     for name in ends[0]:

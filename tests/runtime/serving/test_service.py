@@ -167,7 +167,7 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         ({"request": {"width": 60}}, "size 60x64: both sides must be multiples of 64"),
         ({"request": {"options": {"etha": 1}}}, "eta"),
         ({"request": {"strength": 2}}, "strength 2.0 is outside 0 (excluded) to 1"),
-        ({"image": [64, 64]}, "image 64x64: 12,288 bytes of RGB8 rows belong in the blob, not 0"),
+        ({"image": [64, 64]}, "image 64x64: expected 12,288 bytes of RGB8 rows in the blob, got 0"),
         ({"image": [0, -1]}, "image 0x-1: expected its width and height in pixels"),
         ({"image": [64]}, "image: expected 2 items, got 1"),
         ({"previw": True}, "previw: unknown key; did you mean preview?"),
@@ -187,7 +187,7 @@ def test_a_wrong_job_is_refused_alone(inside: Host, folder: Path, fields: dict[s
 def test_a_device_buffer_is_refused_where_the_engines_or_the_process_cannot_reach_it(
     inside: Host, worker: Worker, folder: Path
 ) -> None:
-    for host, text in ((inside, "the engines run on the CPU"), (worker, "a process of its own cannot reach")):
+    for host, text in ((inside, "the engines run on the CPU"), (worker, "a separate process cannot use")):
         host.open(folder)
         host.submit(1, device_buffer=4096, device_buffer_size=1 << 20)
         assert text in host.wait("failed", job=1)["message"]
@@ -205,7 +205,7 @@ def test_a_device_buffer_is_refused_where_the_engines_or_the_process_cannot_reac
         ({"device": 3}, 3, "no NVIDIA driver"),
         ({"device": "cuda:0"}, 3, "no NVIDIA driver"),
         ({"device": "GPU-12345678-9abc-def0-1234-56789abcdef0"}, 3, "0 GPUs have a UUID that begins with it; available: none"),
-        ({"stream": 4096}, 2, "stream: engines of fake do not work on a CUDA stream of the caller's"),
+        ({"stream": 4096}, 2, "stream: engines of fake cannot use the caller's CUDA stream"),
     ],
 )
 def test_what_cannot_be_opened_is_refused(
@@ -228,18 +228,18 @@ def test_a_bundle_that_is_none_and_a_second_one(host: Host, folder: Path, tmp_pa
     host.submit(1)
     assert "no bundle is open" in host.wait("failed", job=1)["message"]
     assert host.open(folder)["event"] == "ready"
-    assert "has opened a bundle already" in host.open(folder)["message"]
+    assert "has already opened a bundle" in host.open(folder)["message"]
 
 
 def test_a_caller_s_stream_is_out_of_a_worker_s_reach(worker: Worker, folder: Path) -> None:
-    assert "cannot reach the caller's CUDA stream" in worker.open(folder, stream=4096)["message"]
+    assert "cannot use the caller's CUDA stream" in worker.open(folder, stream=4096)["message"]
 
 
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        (b"", "no JSON in UTF-8"),
-        (b"\xff{}", "no JSON in UTF-8"),
+        (b"", "not JSON in UTF-8"),
+        (b"\xff{}", "not JSON in UTF-8"),
         (b"[]", "an object with an"),
         (b'{"op": 3}', "an object with an"),
         (b'{"op": "sumbit"}', "did you mean submit?"),

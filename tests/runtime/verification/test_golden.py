@@ -19,7 +19,7 @@ from sdruntime.verification.golden import (
     Golden,
     cases_of,
     digest_of,
-    picture_key,
+    image_key,
     read_golden,
     reference_images,
     sample_of,
@@ -41,7 +41,7 @@ def proved(bundle: Bundle) -> Bundle:
         cases.append(dataclasses.replace(case, outputs=digests))
     drawings = reference_images(bundle.manifest)
     for index, drawing in enumerate(drawings):
-        numbers[picture_key(index)] = np.full((*drawing.size[::-1], 3), index, np.uint8)
+        numbers[image_key(index)] = np.full((*drawing.size[::-1], 3), index, np.uint8)
     golden = Golden(checkpoint="0" * 64, reference={"torch": "2.9"}, cases=tuple(cases), drawings=drawings, tolerances=TOLERANCES)
     return write_golden(bundle, golden, numbers)
 
@@ -95,7 +95,7 @@ def test_a_vae_is_not_run_at_a_size_that_takes_gigabytes(bundle: Bundle) -> None
 def test_the_fixture_has_none_and_opens(bundle: Bundle) -> None:
     for each in (Bundle.open(FIXTURE), bundle):
         with pytest.raises(
-            BundleError, match=r"no reference outputs.*; this builds it with them: sdexport build path/to/[\w-]+ --precision fp"
+            BundleError, match=r"no reference outputs.*; export it again with sdexport build path/to/[\w-]+ --precision fp"
         ):
             read_golden(each)
 

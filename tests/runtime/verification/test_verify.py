@@ -24,9 +24,9 @@ from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine
 from sdruntime.errors import LibraryMissing
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.verification.golden import Golden, cases_of, digest_of, picture_key, reference_images, sample_of, write_golden
+from sdruntime.verification.golden import Golden, cases_of, digest_of, image_key, reference_images, sample_of, write_golden
 from sdruntime.verification.html import page
-from sdruntime.verification.metrics import EQUAL, Difference, picture_psnr, ssim
+from sdruntime.verification.metrics import EQUAL, Difference, image_psnr, ssim
 from sdruntime.verification.tolerance import TOLERANCES
 from sdruntime.verification.verify import onnx_spec, report_of, verify
 
@@ -49,7 +49,7 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             numbers |= {case.key(name): sample_of(array, case.seed) for name, array in outputs.items()}
             digests = {name: digest_of(array) for name, array in outputs.items()}
             cases.append(dataclasses.replace(case, outputs=digests))
-    numbers |= {picture_key(index): image for index, image in enumerate(images)}
+    numbers |= {image_key(index): image for index, image in enumerate(images)}
     tolerances = dict(TOLERANCES) | {"fp16": dataclasses.replace(TOLERANCES["fp32"], relative=1e-3, psnr=70.0, digest=1e-3)}
     golden = Golden(
         checkpoint="0" * 64,
@@ -259,8 +259,8 @@ def test_ssim_is_the_papers_written_out() -> None:
 
 def test_psnr_and_difference_by_their_definitions() -> None:
     black, one = np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)
-    assert picture_psnr(one, black) == pytest.approx(20 * np.log10(255))
-    assert picture_psnr(black, black) == EQUAL
+    assert image_psnr(one, black) == pytest.approx(20 * np.log10(255))
+    assert image_psnr(black, black) == EQUAL
     reference = np.array([3.0, -4.0], np.float32)
     found = Difference.of(np.array([3.0, -3.0], np.float32), reference, 4.0)
     assert (found.max_abs, found.relative) == (1.0, 0.25)

@@ -187,7 +187,7 @@ ASKED = BuildRequest(
 @pytest.mark.parametrize("asked", [ASKED, BuildRequest(backend="tensorrt")])
 def test_the_other_interpreter_gets_the_same_request_and_its_events_arrive_whole(asked: BuildRequest) -> None:
     for job in (check_job(asked, "fp16"), build_job("b", asked, verify=True)):
-        assert _record(BuildRequest, json.loads(json.dumps(job))["asked"]) == asked
+        assert _record(BuildRequest, json.loads(json.dumps(job))["request"]) == asked
     for event in (
         BuildEvent(component="unet", engine="e", state="stage", stage=Stage(name="fill", done=1, total=3)),
         BuildEvent(component="unet", engine="e", state="done", size=7, seconds=0.5, peak=9, notes=("slow", "large")),
@@ -308,7 +308,7 @@ def test_a_recipe_that_verifies_adds_no_engine_that_fails(
     def failing(bundle: Bundle, engine: EngineSpec) -> str:
         raise VerificationFailed(f"engine {engine.name} is not added", ["PSNR 12 dB, under 40"])
 
-    monkeypatch.setattr("sdexport.recipes.run.held", failing)
+    monkeypatch.setattr("sdexport.recipes.run.check_engine", failing)
     failed = rows("good", code=4)["good"]
     assert (failed["built"], failed["failed"][0]["exit_code"]) == ([], 4)
     assert "PSNR 12 dB" in failed["failed"][0]["error"]
@@ -324,7 +324,7 @@ def test_another_interpreter_verifies_unless_it_shall_not(place: Path, monkeypat
         "from sdruntime.errors import VerificationFailed\n"
         "def failing(bundle, engine):\n"
         "    raise VerificationFailed('engine e is not added', ['unet e: PSNR 12 dB'])\n"
-        "verify.held = failing\n",
+        "verify.check_engine = failing\n",
     )
     other, asked = Interpreter(python=sys.executable), BuildRequest(backend="fake", components=("unet",))
     with pytest.raises(VerificationFailed, match="engine e is not added: 1 check failed") as raised:
