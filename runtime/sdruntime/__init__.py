@@ -1,6 +1,6 @@
-"""Stable Diffusion on the device: NumPy and an engine library, nothing else.
+"""Stable Diffusion inference with NumPy and an engine library.
 
-`__all__` is the public API (docs/api.md); each name is loaded at its first use. The modules behind it may change.
+`__all__` is the public API (docs/api.md). Each name is imported on first use. The submodules may change without notice.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = next((module for module, names in _HOMES.items() if name in names), "errors")
-    found = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = found
-    return found
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The type of every array here."""
+"""The array type of type annotations."""
 
 from __future__ import annotations
 

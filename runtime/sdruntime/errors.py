@@ -1,21 +1,21 @@
-"""The errors of sdruntime, and the exit code that each gives a command line.
+"""The errors of sdruntime, and the exit code of each.
 
 SdruntimeError                 1   something failed
-├── NotFinite                  1   an engine returned NaN or infinite numbers
+├── NotFinite                  1   an engine returned NaN or infinite values
 ├── QueueFull                  1   too many requests are waiting
-├── VerificationFailed         4   numbers are not those that the bundle promises; carries every fault
-├── SettingError               2   a value that the caller gave: size, steps, sampler, prompt, scheduler setting
-│   ├── UnknownName            2   a name that is not in a list; carries the near ones
-│   ├── Unsupported            2   not with these engines, or not from another process
-│   └── BufferTooSmall         2   the image has more bytes than the caller's memory
+├── VerificationFailed         4   outputs differ from the bundle's reference outputs; carries every fault
+├── SettingError               2   an invalid value: size, steps, sampler, prompt, scheduler setting
+│   ├── UnknownName            2   a name that is not in a list; carries similar names
+│   ├── Unsupported            2   not supported by these engines, or by a worker process
+│   └── BufferTooSmall         2   the image has more bytes than the caller's buffer
 ├── EnvironmentFault           3   this machine lacks something
 │   ├── LibraryMissing         3   an engine library is not installed
-│   ├── DeviceMissing          3   no such GPU
+│   ├── DeviceMissing          3   the device is not available
 │   └── OutOfSpace             3   memory or disk ran out
-├── BundleError                5   the bundle is not what its manifest says; carries every fault
+├── BundleError                5   the bundle does not match its manifest; carries every fault
 └── EngineError                5   no engine of the bundle fits the machine, the shape or the call
 
-A message says what was wrong, where, the numbers, and the command or the change that mends it.
+A message says what is wrong, where, the values, and how to fix it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_LINES, _LONGEST_LINE = 100, 1000
 
 
 def lines_of(faults: Sequence[str]) -> str:
-    """Return the faults as an error's text lists them: a damaged document may have a hundred thousand, or a very long one."""
+    """Return the faults as a list for an error message, shortened: a damaged file may have 100,000 faults, or very long ones."""
     shown = [fault if len(fault) <= _LONGEST_LINE else f"{fault[:_LONGEST_LINE]}…" for fault in faults[:_MOST_LINES]]
     if len(faults) > _MOST_LINES:
         shown.append(f"… and {len(faults) - _MOST_LINES:,} more")
@@ -38,7 +38,7 @@ def lines_of(faults: Sequence[str]) -> str:
 
 
 def shown(value: object, most: int = 40) -> str:
-    """Return a value as an error's text shows it: not all of a long one, and no failure for a number of 5,000 digits."""
+    """Return a value's repr for an error message, at most `most` characters, even for a number of 5,000 digits."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -47,15 +47,15 @@ def shown(value: object, most: int = 40) -> str:
 
 
 class SdruntimeError(Exception):
-    """Base of every error that sdruntime raises on purpose."""
+    """Base class of the errors of sdruntime."""
 
     exit_code: ClassVar[int] = 1
 
 
 class NotFinite(SdruntimeError):
-    """An engine returned NaN or infinite values, from which no image can follow.
+    """An engine returned NaN or infinite values.
 
-    `row`: the first of the call's rows that are so, where one call is to blame.
+    `row`: the first affected row of the call, if the call is known.
     """
 
     def __init__(self, message: str, row: int | None = None) -> None:
@@ -68,7 +68,7 @@ class QueueFull(SdruntimeError):
 
 
 class VerificationFailed(SdruntimeError):
-    """Numbers are not those that the bundle promises. `faults` holds one line for each check that failed."""
+    """Outputs differ from the bundle's reference outputs. `faults` has one line for each failed check."""
 
     exit_code = 4
 
@@ -79,15 +79,15 @@ class VerificationFailed(SdruntimeError):
 
 
 class SettingError(SdruntimeError, ValueError):
-    """A value that the caller gave cannot be used."""
+    """A value passed by the caller is invalid."""
 
     exit_code = 2
 
 
 class UnknownName(SettingError):
-    """`name` is not one of `known`; `near` holds the names that look like it.
+    """`name` is not one of `known`. `near` has the known names that are similar to it.
 
-    `forms`: what is expected, by name. `listed_by`: what lists the known names, where they are too many for a message.
+    `forms`: description of valid values, by name. `listed_by`: how to list the known names, if they are too many for a message.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class UnknownName(SettingError):
     ) -> None:
         known = sorted(set(known))
         by_folded = {other.casefold(): other for other in known}
-        found = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5) if len(name) < 200 else []
-        self.near = tuple(by_folded[other] for other in found)
+        matches = difflib.get_close_matches(name.casefold(), by_folded, n=4, cutoff=0.5) if len(name) < 200 else []
+        self.near = tuple(by_folded[other] for other in matches)
         hint = f"did you mean {', '.join(self.near)}?" if self.near else listed_by or f"known: {', '.join(known) or 'none'}"
-        listed = "".join(f"\n  - {each}: {form}" for each, form in (forms or {}).items())
+        listed = "".join(f"\n  - {option}: {form}" for option, form in (forms or {}).items())
         super().__init__(f"unknown {what} {name!r:.200}: {hint}{listed}")
 
 
@@ -107,7 +107,7 @@ class Unsupported(SettingError):
 
 
 class BufferTooSmall(SettingError):
-    """The image has more bytes than the memory that the caller provided."""
+    """The image has more bytes than the caller's buffer."""
 
 
 class EnvironmentFault(SdruntimeError):
@@ -117,7 +117,7 @@ class EnvironmentFault(SdruntimeError):
 
 
 class LibraryMissing(EnvironmentFault):
-    """An engine library cannot be imported; the message holds the line that installs it."""
+    """An engine library cannot be imported. The message contains the command that installs it."""
 
 
 class DeviceMissing(EnvironmentFault):
@@ -129,7 +129,7 @@ class OutOfSpace(EnvironmentFault):
 
 
 class BundleError(SdruntimeError):
-    """A bundle is not what its manifest says. `faults` holds every one that was found."""
+    """A bundle does not match its manifest. `faults` has every fault."""
 
     exit_code = 5
 
@@ -140,13 +140,13 @@ class BundleError(SdruntimeError):
 
 
 class EngineError(SdruntimeError):
-    """No engine fits, or an engine cannot take the call."""
+    """No engine fits, or an engine does not support the call."""
 
     exit_code = 5
 
 
 def plain(error: BaseException) -> str:
-    """What went wrong, for a message that names the file itself: neither an errno nor the text of Python's codecs."""
+    """Return an error's text for a message that names the file itself: without an errno or the wording of Python's codecs."""
     if isinstance(error, UnicodeDecodeError):
         return f"not text in UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}"
     if isinstance(error, OSError) and error.strerror:
@@ -155,10 +155,10 @@ def plain(error: BaseException) -> str:
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
-    """A path as a shell takes it, for the commands in messages."""
+    """Return a path quoted for a shell, for the commands in messages."""
     return shlex.quote(os.fspath(path))
 
 
 def printable(text: str) -> str:
-    """Return a text as a terminal may show it: names from elsewhere may hold characters that move its cursor or hide lines."""
+    """Return a text with its control characters escaped, which could move a terminal's cursor or hide lines."""
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)

@@ -1,1 +1,1 @@
-"""A bundle on disk: its manifest, its files, and changes to them."""
+"""Bundles on disk: the manifest, the files, and changes to them."""

@@ -1,4 +1,4 @@
-"""The nodes of a component that stay in float32 beside half precision, and the measurements that say so."""
+"""The nodes of a half-precision component that stay in float32, and the measurements behind that choice."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptNode:
-    """A node of a half precision graph that stays in float32, and why.
+    """A node of a half-precision graph that stays in float32, and why.
 
-    "overflow": its output is beyond what the type should hold; "takes": it takes such a value; "constant": a number of its own
-    that the type cannot hold; "loss": its rounding costs too much at the component's output.
+    "overflow": its output exceeds the safe range of the type; "takes": one of its inputs does; "constant": one of its constants
+    cannot be represented in the type; "loss": rounding it causes too large an error at the component's output.
     """
 
     node: str
     op: str
     reason: Literal["overflow", "takes", "constant", "loss"]
-    largest: float  # magnitude of its output, of all activations that were looked at
-    cost: float | None = None  # error at the component's output where this node alone is rounded, of its range; None: not finite
-    splits_attention: bool = False  # it lies between an attention's two products, and casts there keep it from being fused
+    largest: float  # largest magnitude of its output in all activations
+    cost: float | None = None  # output error if only this node is rounded, relative to the output's range; None: not finite
+    splits_attention: bool = False  # it is between an attention's two matrix products, where casts prevent fusion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """What a component's half precision was measured to be: on real activations, against its own float32 graph.
+    """The accuracy of a component's half precision, measured on real activations against its float32 graph.
 
-    Every node's output, input and weight is rounded, and nothing is fused: an engine does no worse. `cosine` and `psnr` (dB, by
-    the range of the reference's output) are the worst of all outputs, on some of the activations; `all_cosine` and `all_psnr` the
-    same with every node in half precision (None: not finite).
+    Every node's inputs, weights and output are rounded and nothing is fused, so an engine is at least as accurate. `cosine` and
+    `psnr` (dB, relative to the range of the reference output) are the worst of all outputs, on some of the activations.
+    `all_cosine` and `all_psnr` are the same with every node in half precision (None: not finite).
     """
 
-    feeds: int  # sets of activations
-    nodes: int  # that have a choice
+    feeds: int  # number of sets of activations
+    nodes: int  # number of nodes that can be in half precision
     kept: tuple[KeptNode, ...] = ()
-    largest: float  # magnitude of what is in half precision
+    largest: float  # largest magnitude of the tensors in half precision
     largest_node: str
     cosine: float
     psnr: float
@@ -43,5 +43,5 @@ class Audit:
 
     @property
     def whole(self) -> bool:
-        """Whether the whole component stays in float32: the last resort."""
+        """Whether the whole component stays in float32, the last resort."""
         return len(self.kept) == self.nodes > 0

@@ -1,12 +1,12 @@
-"""A bundle on disk: files that are checked before they are believed.
+"""A bundle on disk, whose files are checked before they are used.
 
-    Bundle.open(folder)      manifest and sizes checked; `Bundle.read` and `Bundle.lending` check the hash of what they hand out
-    opening(folder, use)     the same, again if the bundle changed while it was being used
-    write_bundle(folder)     the manifest of files that are written; sdruntime.bundle.staging puts them in place
+    Bundle.open(folder)      checks the manifest and all sizes; `Bundle.read` and `Bundle.lending` check hashes
+    opening(folder, use)     the same, and opens the bundle again if it changes while it is used
+    write_bundle(folder)     writes the manifest for existing files; sdruntime.bundle.staging moves the bundle into place
 
-Engines are added and removed by sdruntime.bundle.change.
+sdruntime.bundle.change adds and removes engines.
 
-A bundle's engines are code: the hashes tell a damaged file, not an evil one. docs/trust.md says what is promised.
+A bundle's engines are code: hashes detect damaged files, not malicious ones. See docs/trust.md for the guarantees.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdruntime.bundle.lending import giving_back, hashing, mapped, watching
+from sdruntime.bundle.lending import hashing, mapped, releasing_pages, watching
 from sdruntime.bundle.manifest import (
     NAME,
     ComponentSpec,
@@ -43,19 +43,19 @@ from sdruntime.system.files import FileFault, Folder, hash_of, leads_to, read_al
 T = TypeVar("T")
 ENGINES = "engines"
 KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
-_OPENED = 100  # times that a bundle is opened again because it changed meanwhile
+_OPENED = 100  # attempts to open a bundle that keeps changing
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A folder and its manifest. `Bundle.open` checks that every listed file is present, regular and of its size.
+    """A folder and its manifest. `Bundle.open` checks that every listed file exists, is a regular file, and has the listed size.
 
-    The folder is opened once, as `opened`: another bundle that takes its name later is not seen.
+    The folder is opened once, as `opened`. If another bundle takes its place later, this one still reads the original files.
     """
 
     folder: Path
     manifest: Manifest
-    opened: Folder = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # opened where it is not given
+    opened: Folder = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # set in __post_init__
 
     def __post_init__(self) -> None:
         if self.opened is None:
@@ -67,17 +67,18 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
-        """Raises BundleError with every fault of the manifest and of the listed files. A bundle that changes meanwhile is read
-        again."""
+        """Open the bundle in `folder`, again if it changes meanwhile.
+
+        Raises BundleError with every fault of the manifest and the listed files.
+        """
         return opening(folder, lambda bundle: bundle)
 
     def superseded(self) -> bool:
-        """Whether the bundle on disk is not the one that was opened any more: some of its files may be gone."""
+        """Return whether the bundle on disk has changed since it was opened: some of its files may be gone."""
         return not self.opened.in_place() or read_manifest(self.opened) != self.manifest
 
     def read(self, path: str, *, most: int | None = None) -> memoryview:
-        """Return the bytes of a listed file, in memory of this process, after checking their hash. Raises BundleError, also for
-        more than `most` bytes."""
+        """Read a listed file into memory and check its hash. Raises BundleError, also if it has more than `most` bytes."""
         if most is not None and path in self.manifest.files and (size := self.manifest.files[path].size) > most:
             raise BundleError(self.folder, [f"{path}: {size:,} bytes; at most {most:,} are read"])
         with self._opened([path]) as files:
@@ -87,11 +88,11 @@ class Bundle:
 
     @contextlib.contextmanager
     def lending(self, paths: Iterable[str], *, verified: bool = False) -> Iterator[dict[str, memoryview]]:
-        """Yield maps of large files, by path, for a library that takes them in while the block runs.
+        """Yield memory maps of large files, by path, for a library that reads them while the block runs.
 
-        Their hashes are checked meanwhile, or before the block where `verified`; their pages are released meanwhile
-        (`giving_back`). What was made of them is to be believed after the block, and must not refer to them then. Raises
-        BundleError, in place of what went wrong in the block because of it, where a hash is wrong or a file was written to.
+        Hashes are checked while the block runs, or before it if `verified`; pages are released while it runs
+        (`releasing_pages`). Trust the library's result only after the block, when it must no longer refer to the maps. Raises
+        BundleError, in place of an error from the block, if a hash is wrong or a file was written to.
         """
         with self._watched(paths) as files, contextlib.ExitStack() as stack:
             if verified:
@@ -101,14 +102,14 @@ class Bundle:
                 stack.enter_context(hashing(files, self._verify))
             views = {path: mapped(descriptor) for path, descriptor in files.items()}
             for view in () if verified else views.values():
-                stack.enter_context(giving_back(view))
+                stack.enter_context(releasing_pages(view))
             yield views
 
     @contextlib.contextmanager
     def lending_names(self, paths: Iterable[str]) -> Iterator[None]:
-        """While the block runs, a library may open these files by their names: their hashes are checked before the block.
+        """Check the hashes of these files, and let a library open them by name while the block runs.
 
-        Raises BundleError as `lending` does, and where a name did not lead to the file that was hashed.
+        Raises BundleError as `lending` does, and if a name no longer leads to the file that was hashed.
         """
         with self._watched(paths) as files:
             for path, descriptor in files.items():
@@ -125,7 +126,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def _opened(self, paths: Iterable[str]) -> Iterator[dict[str, int]]:
-        """Yield descriptors of listed files, of the sizes that the manifest says. Raises BundleError."""
+        """Yield descriptors of listed files after checking their sizes. Raises BundleError."""
         with contextlib.ExitStack() as stack:
             files = {}
             for path in paths:
@@ -139,59 +140,59 @@ class Bundle:
                     raise BundleError(self.folder, [fault])
             yield files
 
-    def _verify(self, path: str, found: str) -> None:
-        if found != (spec := self.manifest.files[path]).sha256:
+    def _verify(self, path: str, digest: str) -> None:
+        if digest != (spec := self.manifest.files[path]).sha256:
             raise BundleError(
-                self.folder, [f"{path}: changed since it was written ({_unlike(found, spec)}); restore it or export again"]
+                self.folder, [f"{path}: changed since it was written ({_mismatch(digest, spec)}); restore it or export again"]
             )
 
     def _changed(self, paths: list[str]) -> BundleError:
         return BundleError(self.folder, [f"{path}: changed while it was read; retry when its writer is done" for path in paths])
 
     def read_json(self, path: str) -> Any:
-        """A listed JSON document. Raises BundleError."""
+        """Read and parse a listed JSON file. Raises BundleError."""
         try:
             return json_from_text(str(self.read(path, most=LARGEST), encoding="utf-8"))
         except ValueError as error:
             raise BundleError(self.folder, [f"{path}: not readable: {plain(error)}"]) from error
 
     def changed_files(self) -> list[str]:
-        """A fault for each listed file whose hash is not the manifest's: the whole bundle is read."""
+        """Read the whole bundle and return a fault for each listed file whose hash differs from the manifest's."""
         faults = []
         for path, spec in self.manifest.files.items():
             try:
                 with self.opened.open(path) as descriptor:
-                    found = hash_of(descriptor)
+                    actual = hash_of(descriptor)
             except FileFault as error:
                 faults.append(str(error))
             else:
-                faults += [f"{path}: changed ({_unlike(found, spec)})"] if found != spec.sha256 else []
+                faults += [f"{path}: changed ({_mismatch(actual, spec)})"] if actual != spec.sha256 else []
         return faults
 
     def checked(self) -> Bundle:
-        """This bundle, after checking the hash of every listed file. Raises BundleError."""
+        """Check the hash of every listed file and return this bundle. Raises BundleError."""
         if faults := self.changed_files():
             raise BundleError(self.folder, faults)
         return self
 
     def with_files(self, files: Mapping[str, bytes]) -> Bundle:
-        """A bundle that is still staged, with these files as well, each in a folder of the bundle."""
+        """Write files (path in the bundle -> content) into a staged bundle, and return it with them listed."""
         listed = dict(self.manifest.files)
         for path, data in files.items():
-            place = self.folder / path
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(data)
-            listed[path] = file_spec(place)
-            sync_folder(place.parent)
+            target = self.folder / path
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(data)
+            listed[path] = file_spec(target)
+            sync_folder(target.parent)
         manifest = dataclasses.replace(self.manifest, files=dict(sorted(listed.items())))
         save_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 
 
 def opening(folder: Path | str, use: Callable[[Bundle], T]) -> T:
-    """`use` of the bundle in `folder`. If it fails and the bundle has been changed meanwhile, the bundle is opened again.
+    """Open the bundle in `folder` and return `use(bundle)`. If that fails because the bundle changed meanwhile, try again.
 
-    Raises BundleError with every fault of the manifest and of the listed files, and what `use` raises.
+    Raises BundleError with every fault of the manifest and the listed files, and the errors of `use`.
     """
     folder = Path(folder)
     for _ in range(_OPENED):
@@ -201,7 +202,7 @@ def opening(folder: Path | str, use: Callable[[Bundle], T]) -> T:
             if faults := [fault for path, spec in bundle.manifest.files.items() if (fault := _file_fault(opened, path, spec))]:
                 raise BundleError(folder, faults)
             return use(bundle)
-        except Exception:  # libraries raise their own where a file is missing
+        except Exception:  # libraries raise errors of their own for a missing file
             if opened.in_place() and (bundle is None or not bundle.superseded()):
                 raise
     raise BundleError(folder, [f"changed {_OPENED} times while it was being opened: try again when its builds are done"])
@@ -209,7 +210,7 @@ def opening(folder: Path | str, use: Callable[[Bundle], T]) -> T:
 
 @contextlib.contextmanager
 def disk_full_as_error(folder: Path) -> Iterator[None]:
-    """Raise OutOfSpace, with the free bytes of `folder`'s disk, in place of the system's error for a full disk or quota."""
+    """Turn the OSError of a full disk or an exceeded quota into OutOfSpace, with the free bytes of `folder`'s disk."""
     try:
         yield
     except OSError as error:
@@ -219,6 +220,7 @@ def disk_full_as_error(folder: Path) -> Iterator[None]:
 
 
 def disk_full(folder: Path) -> OutOfSpace:
+    """Return the error for a full disk."""
     free = shutil.disk_usage(folder).free
     return OutOfSpace(f"{folder}: the disk is full ({free:,} bytes are free): free some space, or write elsewhere")
 
@@ -231,7 +233,7 @@ def write_bundle(
     components: Mapping[str, ComponentSpec],
     provenance: Mapping[str, Any],
 ) -> Manifest:
-    """Write the manifest of the bundle whose files lie in `folder`: each is synced, sized and hashed. Raises BundleError."""
+    """Sync and hash the files in `folder` and write the bundle's manifest, which is returned. Raises BundleError."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     files = {path.relative_to(folder).as_posix(): file_spec(path) for path in paths}
     try:
@@ -243,21 +245,21 @@ def write_bundle(
 
 
 def file_spec(path: Path) -> FileSpec:
-    """Size and hash of a file, which is synced to the disk first."""
+    """Sync a file to disk and return its size and hash."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return FileSpec(size=path.stat().st_size, sha256=sha256(path))
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal, reading it in chunks."""
     with path.open("rb") as file:
         return hash_of(file.fileno())
 
 
 def _file_fault(opened: Folder, path: str, spec: FileSpec) -> str | None:
     if not path.endswith(KNOWN_ENDINGS):
-        return f"{path}: a file of unknown kind (known: {' '.join(KNOWN_ENDINGS)})"
+        return f"{path}: unknown file type (known: {' '.join(KNOWN_ENDINGS)})"
     try:
         return _size_fault(path, opened.status(path), spec)
     except FileFault as error:
@@ -268,5 +270,5 @@ def _size_fault(path: str, status: os.stat_result, spec: FileSpec) -> str | None
     return None if status.st_size == spec.size else f"{path}: {status.st_size:,} bytes, but the manifest says {spec.size:,}"
 
 
-def _unlike(found: str, spec: FileSpec) -> str:
-    return f"sha256 {found[:12]}…, but the manifest says {spec.sha256[:12]}…"
+def _mismatch(actual: str, spec: FileSpec) -> str:
+    return f"sha256 {actual[:12]}…, but the manifest says {spec.sha256[:12]}…"

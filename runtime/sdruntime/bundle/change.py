@@ -1,11 +1,11 @@
-"""Changes to a bundle that others use at the same time: engines in, engines out.
+"""Add and remove engines of a bundle that other processes use at the same time.
 
-    building(bundle, stem)   a name that is free, and a folder to build the engine in; the lock is not held meanwhile
-    add_engine(...)          the built files and then the manifest, under the lock
-    remove_engine(...)       the manifest and then the files, under the lock
+    building(bundle, stem)   reserves a name and a folder to build the engine in, without holding the lock meanwhile
+    add_engine(...)          moves the built files, then writes the manifest, under the lock
+    remove_engine(...)       writes the manifest, then removes the files, under the lock
 
-A change is a function of the manifest, applied to the one that is on disk while the lock is held. Killed at any point, the bundle
-is the old or the new one; the files that are left over are removed by the next change, once their builder has ended.
+A change is a function of the manifest, applied to the manifest on disk while the lock is held. If the process is killed at any
+point, the bundle is either the old or the new one. The next change removes leftover files, once their builder has ended.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from sdruntime.system.owner import Owner, in_use, names_in, owned_folder, remove
 
 SCRATCH = ".building-"
 _TEMPORARY = (SCRATCH, f"{LOCK}.", temporary_prefix(NAME))  # prefixes of the temporary files and folders of a bundle
-_EARLIER = re.compile(r"\.manifest\.json\.(\d+)|\.building-(\d+)-[a-z0-9_]{8}")  # as first versions named them
+_EARLIER = re.compile(r"\.manifest\.json\.(\d+)|\.building-(\d+)-[a-z0-9_]{8}")  # names used by the first versions
 
 
 def change_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bundle:
-    """Replace the manifest by `change` of it, and remove the engine files that no manifest lists any more.
+    """Replace the manifest by `change(manifest)`, and remove engine files that it no longer lists.
 
-    `change` is called with the lock held; it may be called again. Raises what it raises, and BundleError.
+    `change` is called with the lock held, possibly more than once. Raises its errors, and BundleError.
     """
     with locked(folder):
         while True:
@@ -53,7 +53,7 @@ def change_manifest(folder: Path, change: Callable[[Manifest], Manifest]) -> Bun
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed builds left. A bundle that cannot be written stays as it is."""
+    """Remove the leftovers of killed builds. Does nothing if the bundle is read-only."""
     try:
         with locked(folder):
             remove_leftovers(folder, load_manifest(folder))
@@ -64,10 +64,10 @@ def tidy(folder: Path) -> None:
 
 @contextlib.contextmanager
 def building(bundle: Bundle, stem: str) -> Iterator[tuple[str, Path]]:
-    """A name for an engine, and an empty folder on the bundle's disk to build it in, which is removed at the end of the block.
+    """Yield a name for an engine and an empty folder on the bundle's disk to build it in, which is removed after the block.
 
-    The name is `stem`, numbered if another engine has it or is being built under it. Raises BundleError if another export has
-    replaced the bundle, also in place of what goes wrong because of that.
+    The name is `stem`, with a number if another engine uses it or is being built under it. Raises BundleError if another export
+    has replaced the bundle, in place of any error that this causes in the block.
     """
     folder = bundle.folder
     try:
@@ -81,7 +81,7 @@ def building(bundle: Bundle, stem: str) -> Iterator[tuple[str, Path]]:
             yield name, place
     except BaseException as error:
         if bundle.opened.in_place():
-            with contextlib.suppress(BundleError, OSError), locked(folder):  # else the next change does it
+            with contextlib.suppress(BundleError, OSError), locked(folder):  # otherwise the next change does it
                 remove_leftovers(folder, load_manifest(folder))
         elif isinstance(error, Exception):
             raise _replaced(bundle) from error
@@ -96,16 +96,16 @@ def add_engine(
     check: Callable[[Bundle], object] | None = None,
     present: Callable[[EngineSpec], bool] = lambda _: False,
 ) -> tuple[Bundle, bool]:
-    """The bundle with `engine`, built from `bundle` in the folder that `building` gave, and whether it was added.
+    """Add an engine that was built in the folder of `building`; return the new bundle and whether the engine was added.
 
-    `built`: new path in the bundle -> built file. `check` is given the bundle as it would be, before the manifest is written;
-    where it raises, the bundle stays as it was. An engine for which `present` holds, which another build has added meanwhile,
-    stands in for this one. Raises BundleError if the component was exported again since.
+    `built`: new path in the bundle -> built file. `check` is called with the changed bundle before the manifest is written; if it
+    raises, the bundle is not changed. If another build has meanwhile added an engine for which `present` is true, that one is
+    used instead. Raises BundleError if the component has been exported again since.
     """
     specs = {path: file_spec(source) for path, source in built.items()}  # hashed and synced before the lock is taken
 
     def with_engine(manifest: Manifest) -> Manifest:
-        if any(present(each) for each in manifest.engines):
+        if any(present(existing) for existing in manifest.engines):
             return manifest
         sources = bundle.manifest.components[engine.component].files
         if [manifest.files.get(path) for path in sources] != [bundle.manifest.files[path] for path in sources]:
@@ -130,51 +130,53 @@ def add_engine(
 
 
 def remove_engine(bundle: Bundle, engine: EngineSpec) -> Bundle:
-    """The bundle without `engine`: its files go after the manifest has forgotten them."""
+    """Remove an engine and return the changed bundle. Files are deleted after the manifest no longer lists them."""
 
     def without(manifest: Manifest) -> Manifest:
         if engine not in manifest.engines:
             return manifest
-        kept = tuple(each for each in manifest.engines if each != engine)
-        listed = {path for each in kept for path in each.files}
-        files = {path: spec for path, spec in manifest.files.items() if path not in engine.files or path in listed}
+        kept = tuple(other for other in manifest.engines if other != engine)
+        shared = {path for other in kept for path in other.files}
+        files = {path: spec for path, spec in manifest.files.items() if path not in engine.files or path in shared}
         return dataclasses.replace(manifest, engines=kept, files=files)
 
     return change_manifest(bundle.folder, without)
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
-    """Remove what killed builds left: their temporary files and folders, and engine files that no manifest lists. The lock is
-    held. Files that are not named like an engine of this bundle stay."""
+    """Remove the leftovers of killed builds: temporary files and folders, and engine files that the manifest does not list.
+
+    The caller holds the lock. Files that are not named like an engine of this bundle are kept.
+    """
     for prefix in _TEMPORARY:
         sweep(folder, prefix)
     for name in names_in(folder):
-        if (found := _EARLIER.fullmatch(name)) and started(int(found[1] or found[2])) is None:
+        if (match := _EARLIER.fullmatch(name)) and started(int(match[1] or match[2])) is None:
             remove_tree(folder / name)
     claimed = _claimed(folder)
     with _engines_folder(folder) as handle:
         for name in names_in(handle) if handle is not None else ():
             if f"{ENGINES}/{name}" in manifest.files or not engine_like(name, manifest.components):
                 continue
-            if not any(name.startswith(f"{each}.") for each in claimed):
+            if not any(name.startswith(f"{stem}.") for stem in claimed):
                 with contextlib.suppress(FileNotFoundError):
                     if stat.S_ISREG(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
                         os.unlink(name, dir_fd=handle)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name in a bundle's folder is that of its lock or of a temporary file or folder."""
-    owned = any(name.startswith(each) and Owner.parse(name.removeprefix(each)) for each in _TEMPORARY)
+    """Return whether a name in a bundle's folder is that of its lock or of a temporary file or folder."""
+    owned = any(name.startswith(prefix) and Owner.parse(name.removeprefix(prefix)) for prefix in _TEMPORARY)
     return name == LOCK or owned or _EARLIER.fullmatch(name) is not None
 
 
 def engine_like(name: str, components: Mapping[str, object]) -> bool:
-    """Whether a file of `engines` is named as builds name theirs: COMPONENT-…, with a known ending."""
-    return name.endswith(KNOWN_ENDINGS) and name.startswith(tuple(f"{each}-" for each in components))
+    """Return whether a file in `engines` has a name that builds use: COMPONENT-…, with a known ending."""
+    return name.endswith(KNOWN_ENDINGS) and name.startswith(tuple(f"{component}-" for component in components))
 
 
 def _current(bundle: Bundle) -> Manifest:
-    """The manifest on disk. Raises BundleError if another bundle has taken the place of `bundle`."""
+    """Load the manifest on disk. Raises BundleError if another bundle has replaced `bundle`."""
     if not bundle.opened.in_place():
         raise _replaced(bundle)
     return load_manifest(bundle.folder)
@@ -185,7 +187,7 @@ def _replaced(bundle: Bundle) -> BundleError:
 
 
 def _place(folder: Path, built: Mapping[str, Path]) -> None:
-    """Move built files into the folder of engines, their names synced. Nothing is replaced."""
+    """Move built files into the engines folder and sync it. Raises BundleError rather than replace a file."""
     with contextlib.suppress(FileExistsError):
         (folder / ENGINES).mkdir()
     with _engines_folder(folder) as handle:
@@ -202,7 +204,10 @@ def _place(folder: Path, built: Mapping[str, Path]) -> None:
 
 @contextlib.contextmanager
 def _engines_folder(folder: Path) -> Iterator[int | None]:
-    """The open folder of engines, None where there is none. Raises BundleError if it is a link: nothing outside is changed."""
+    """Yield a descriptor of the engines folder, or None if it does not exist.
+
+    Raises BundleError if it is a symbolic link, so that nothing outside the bundle is changed.
+    """
     try:
         handle = os.open(folder / ENGINES, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -218,7 +223,7 @@ def _engines_folder(folder: Path) -> Iterator[int | None]:
 
 
 def _claimed(folder: Path) -> set[str]:
-    """The names under which engines are being built now."""
+    """Return the names of the engines that are being built now."""
     claimed = set()
     for scratch in in_use(folder, SCRATCH):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -227,6 +232,7 @@ def _claimed(folder: Path) -> set[str]:
 
 
 def _free_name(stem: str, folder: Path, manifest: Manifest) -> str:
+    """Return `stem`, or the first of `stem`-2, `stem`-3, … that no engine, build or file uses."""
     taken = {engine.name for engine in manifest.engines} | _claimed(folder)
     with _engines_folder(folder) as handle:
         files = names_in(handle) if handle is not None else []

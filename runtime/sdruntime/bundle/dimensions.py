@@ -1,4 +1,4 @@
-"""The dimensions of a tensor: a number, a name that the call chooses, or a part of one, such as "height/2"."""
+"""Tensor dimensions: a number, a name whose size each call chooses, or a fraction of one, such as "height/2"."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _PART = re.compile(r"([^/]+)/([1-9][0-9]{0,3})")
 
 
 def named_in(dim: str) -> str:
-    """Return the name that a dimension follows from: "height" for "height" and for "height/2". Raises ValueError."""
+    """Return the name in a dimension: "height" for "height" and for "height/2". Raises ValueError."""
     if "/" not in dim:
         return dim
-    if (found := _PART.fullmatch(dim)) is None:
+    if (match := _PART.fullmatch(dim)) is None:
         raise ValueError(f"dimension {dim!r:.100}: expected a name, or a name, a slash and a number, such as height/2")
-    return found[1]
+    return match[1]
 
 
 def size_of(dim: int | str, dims: Mapping[str, int]) -> int:
-    """Return the size of a dimension where `dims` are chosen; a part is rounded up, as a convolution of that stride does."""
+    """Return the size of a dimension for the given `dims`. A fraction is rounded up, as by a convolution of that stride."""
     if isinstance(dim, int):
         return dim
     name = named_in(dim)

@@ -1,6 +1,6 @@
-"""The tensors by which the pipeline calls a bundle's components. Its networks may be anything else inside.
+"""The input and output tensors that the pipeline expects of a bundle's components.
 
-Keep equal to `sdexport.families.components`, which writes them. A dimension in capitals is the same everywhere in a bundle.
+Keep equal to `sdexport.families.components`, which writes them. A dimension in capitals has the same size everywhere in a bundle.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ XL: Mapping[str, tuple[Tensors, Tensors]] = {
 
 
 def interface_faults(manifest: Manifest) -> Iterator[str]:
-    """Yield a line for each tensor of a component that the pipeline could not feed or take."""
+    """Yield a fault for each component or tensor that is missing, unknown to the pipeline, or of the wrong type or shape."""
     known: dict[str, int | str] = {"C": manifest.model.latent_channels}
     for name, (inputs, outputs) in (XL if manifest.model.family == "sdxl" else PLAIN).items():
         component = manifest.components.get(name)
@@ -50,24 +50,25 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _faults(
-    where: str, wanted: Tensors, found: tuple[TensorSpec, ...], known: dict[str, int | str], *, complete: bool
+    where: str, expected: Tensors, tensors: tuple[TensorSpec, ...], known: dict[str, int | str], *, complete: bool
 ) -> Iterator[str]:
-    by_name = {tensor.name: tensor for tensor in found}
+    """Yield a fault for each difference. `known` collects the capital dimensions. `complete`: no other tensors are allowed."""
+    by_name = {tensor.name: tensor for tensor in tensors}
     if complete:
-        yield from (f"{where}: {name} is not an input of the pipeline" for name in by_name if name not in wanted)
-    for name, shape in wanted.items():
+        yield from (f"{where}: {name} is not an input of the pipeline" for name in by_name if name not in expected)
+    for name, shape in expected.items():
         tensor = by_name.get(name)
         if tensor is None:
             yield f"{where}: {name} is missing"
         elif tensor.dtype != ("int32" if name == "input_ids" else "float32") or not _fits(tensor.shape, shape, known):
-            belongs = ", ".join(str(known.get(str(dim), dim)) for dim in shape)
-            yield f"{where}: {name} is {tensor.dtype} [{', '.join(map(str, tensor.shape))}], expected [{belongs}]"
+            dims = ", ".join(str(known.get(str(dim), dim)) for dim in shape)
+            yield f"{where}: {name} is {tensor.dtype} [{', '.join(map(str, tensor.shape))}], expected [{dims}]"
 
 
-def _fits(found: Shape, wanted: Shape, known: dict[str, int | str]) -> bool:
-    if len(found) != len(wanted):
+def _fits(shape: Shape, expected: Shape, known: dict[str, int | str]) -> bool:
+    if len(shape) != len(expected):
         return False
     return all(
-        has == (known.setdefault(dim, has) if isinstance(dim, str) and dim[0].isupper() else dim)
-        for has, dim in zip(found, wanted, strict=True)
+        size == (known.setdefault(dim, size) if isinstance(dim, str) and dim[0].isupper() else dim)
+        for size, dim in zip(shape, expected, strict=True)
     )

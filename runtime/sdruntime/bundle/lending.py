@@ -1,7 +1,7 @@
-"""Large files that a library takes in: hashed meanwhile, watched for changes, and never all in memory.
+"""Map large files for a library: hash them while it reads, detect changes, and never keep all of them in memory.
 
-A map of a file shows whatever is in the file. So a library must copy what it needs from a map, and a file that is written to
-before it has done so is a fault (`watching`).
+A map shows the current content of its file. So the library must copy what it needs, and it is a fault if the file is written to
+before it has done so (`watching`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sdruntime.system.files import Stamp, hash_of
 
 _PAUSE = 0.05  # seconds
 
-Verify = Callable[[str, str], None]  # path and the hash that was found; raises where it is another one
+Verify = Callable[[str, str], None]  # takes a path and its SHA-256; raises if the hash is wrong
 
 
 @contextlib.contextmanager
 def hashing(files: Mapping[str, int], verify: Verify) -> Iterator[None]:
-    """While the block runs, hash open files on a thread; `verify` is called with each hash at the end of the block.
+    """Hash open files on a thread while the block runs, and call `verify` with each hash at its end.
 
-    What `verify` raises takes the place of what went wrong in the block.
+    An error of `verify` replaces an error of the block.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -32,19 +32,19 @@ def hashing(files: Mapping[str, int], verify: Verify) -> Iterator[None]:
         try:
             yield
         except Exception:
-            for path, found in hashes.items():
-                verify(path, found.result())
+            for path, future in hashes.items():
+                verify(path, future.result())
             raise
         except BaseException:
             stopped.set()
             raise
-        for path, found in hashes.items():
-            verify(path, found.result())
+        for path, future in hashes.items():
+            verify(path, future.result())
 
 
 @contextlib.contextmanager
 def watching(files: Mapping[str, int], changed: Callable[[list[str]], Exception]) -> Iterator[None]:
-    """Raise `changed(paths)` at the end of the block, or in place of its error, if open files were written to in it."""
+    """Raise `changed(paths)` at the end of the block, or in place of its error, if open files were written to meanwhile."""
     stamps = {path: Stamp.of(descriptor) for path, descriptor in files.items()}
 
     def written() -> list[str]:
@@ -61,28 +61,30 @@ def watching(files: Mapping[str, int], changed: Callable[[list[str]], Exception]
 
 
 def mapped(descriptor: int) -> memoryview:
-    """Map an open file, read-only, for as long as the view is used. Touched after the file was cut short, it ends the process."""
+    """Map an open file, read-only, while the view is in use. Reading it after the file was truncated kills the process."""
     if os.fstat(descriptor).st_size == 0:
         return memoryview(b"")
     return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
 
 
 @contextlib.contextmanager
-def giving_back(view: memoryview) -> Iterator[None]:
-    """While a library takes in a view that `mapped` returned: its pages go back to the system again and again, so that they are
-    never all in memory beside what the library makes of them. Touched later, a byte is read from the file again. Where the system
-    has no such call, nothing."""
+def releasing_pages(view: memoryview) -> Iterator[None]:
+    """Release the pages of a view from `mapped` again and again while the block runs.
+
+    So they are never all in memory beside the library's copy. A released page is read from the file again when it is accessed.
+    Does nothing if the system has no madvise.
+    """
     done = threading.Event()
-    giver = threading.Thread(target=_give_back, args=(view.obj, done), daemon=True)
-    giver.start()
+    thread = threading.Thread(target=_release_pages, args=(view.obj, done), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        giver.join()
+        thread.join()
 
 
-def _give_back(mapping: object, done: threading.Event) -> None:
+def _release_pages(mapping: object, done: threading.Event) -> None:
     last = not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED")
     while not last:
         last = done.wait(_PAUSE)

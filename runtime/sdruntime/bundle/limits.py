@@ -1,14 +1,14 @@
-"""What a bundle or a request may ask for. Calls are padded to an engine's least sizes, and arrays made as a manifest says."""
+"""Upper limits for bundles and requests, because arrays are allocated in the sizes that a manifest or a request specifies."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 LARGEST_SIDE = 16_384  # pixels
-# of a profile's dimensions, those of images and latents
+# for the dimensions of images and latents in a profile
 MOST: Mapping[str, int] = {"batch": 1024, "jobs": 1024, "width": LARGEST_SIDE, "height": LARGEST_SIDE}
 MOST_THREADS = 1024
-LARGEST_DIM, MOST_AXES = 1 << 28, 8  # of any tensor or profile
+LARGEST_DIM, MOST_AXES = 1 << 28, 8  # for any tensor or profile
 MODEL: tuple[tuple[str, float, float], ...] = (
     ("scaling_factor", 1e-6, 1e6),
     ("shift_factor", -1e6, 1e6),
@@ -19,5 +19,5 @@ MODEL: tuple[tuple[str, float, float], ...] = (
 
 
 def any_shape(dimensions: Iterable[str]) -> dict[str, tuple[int, int, int]]:
-    """Return the widest profile that an engine of these dimensions may have: that of a component's own ONNX, or of a module."""
+    """Return the widest allowed profile for these dimensions, which applies to a component's ONNX file or PyTorch module."""
     return {name: (1, 1, MOST.get(name, LARGEST_DIM)) for name in dimensions}

@@ -1,9 +1,9 @@
-"""The lock of a bundle: whoever changes its manifest or its folder holds it, for as long as a rename takes.
+"""The lock of a bundle, held briefly by any process that changes its manifest or its folder.
 
-It is two locks. `flock` on the folder ends with its process, whatever happens; but on some file systems it does nothing. So the
-holder also owns the folder `.lock`, which holds one empty file named by the holder's token. It is taken by renaming a folder that
-already holds that file to `.lock`, which fails while `.lock` is not empty. The lock of a dead owner is broken by deleting the
-file of that very name, so that a lock which somebody else has taken meanwhile cannot be broken by mistake.
+It consists of two locks. `flock` on the folder always ends with its process, but does nothing on some file systems. So the holder
+also owns the folder `.lock`, which contains one empty file named after the holder's token. The lock is taken by renaming a folder
+that already contains this file to `.lock`, which fails while `.lock` is not empty. The lock of a dead owner is broken by deleting
+the file with the dead owner's token, so a lock that another process has taken meanwhile cannot be broken by mistake.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sdruntime.system.files import leads_to
 from sdruntime.system.owner import Owner, excludes, hold, names_in
 
 NAME = ".lock"
-_PATIENCE = 120.0  # seconds that one and the same holder is waited for
-_PAUSES = (0.002, 0.1)  # seconds between tries, at first and at most
+_PATIENCE = 120.0  # seconds to wait for the same holder
+_PAUSES = (0.002, 0.1)  # seconds between attempts, at first and at most
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the bundle in `folder`; `folder` is the same folder for the whole block. Not reentrant.
+    """Hold the lock of the bundle in `folder`, which cannot be replaced during the block. Not reentrant.
 
-    Raises BundleError, naming the holder, when the same one has kept it for two minutes; OSError if `folder` cannot be written.
+    Raises BundleError, naming the holder, if the same one keeps the lock for two minutes; OSError if `folder` is not writable.
     """
     waiting = _Waiting(folder)
     while True:
@@ -52,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _try(folder: Path, handle: int) -> str | None:
-    """Take the lock of the open folder, if it is free and `folder` still is that folder."""
+    """Take the lock of the open folder and return its token; None if it is taken or `folder` is another folder by now."""
     held, token = hold(handle), None
     try:
         if held is not False:
@@ -67,7 +67,7 @@ def _try(folder: Path, handle: int) -> str | None:
 
 
 class _Waiting:
-    """Pauses between tries, longer and longer, until one holder has been waited for too long."""
+    """Pauses of increasing length between attempts, until the same holder has kept the lock for too long."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._seconds = folder, _PAUSES[0]
@@ -78,33 +78,33 @@ class _Waiting:
         if holders != self._seen:
             self._seen, self._since = holders, time.monotonic()
         if time.monotonic() - self._since > _PATIENCE:
-            raise BundleError(self._folder, [_told(holders, self._folder / NAME)])
+            raise BundleError(self._folder, [_timeout_fault(holders, self._folder / NAME)])
         time.sleep(self._seconds)
         self._seconds = min(self._seconds * 1.5, _PAUSES[1])
 
 
-def _told(holders: list[str], place: Path) -> str:
-    owners = [Owner.parse(each) for each in holders]
-    who = ", ".join(f"process {each.pid}" for each in owners if each) or "another process"
-    known = "on this machine" if all(each and each.gone() is False for each in owners) else "perhaps on another machine"
+def _timeout_fault(holders: list[str], lock: Path) -> str:
+    owners = [Owner.parse(holder) for holder in holders]
+    who = ", ".join(f"process {owner.pid}" for owner in owners if owner) or "another process"
+    where = "on this machine" if all(owner and owner.gone() is False for owner in owners) else "perhaps on another machine"
     return (
-        f"locked by {who} ({known}) for over {_PATIENCE:.0f} s: wait for it or end it; if it does not exist any more, "
-        f"remove the folder {place}"
+        f"locked by {who} ({where}) for over {_PATIENCE:.0f} s: wait for it or end it; if it does not exist any more, "
+        f"remove the folder {lock}"
     )
 
 
 def _take(folder: int, *, alone: bool) -> str | None:
-    """Become the holder: the token that was written, None if another process is. `alone`: our flock proves that nobody on this
-    kernel holds the lock."""
+    """Become the holder and return the token, or None if another process is. `alone`: our flock proves that no other process of
+    this kernel holds the lock."""
     owner = Owner.here()
-    for other in _holders(folder):
-        found = Owner.parse(other)
-        gone = found and found.gone()
-        if gone is None and alone and found and found.boot == owner.boot:  # in another container
+    for holder in _holders(folder):
+        other = Owner.parse(holder)
+        gone = other and other.gone()
+        if gone is None and alone and other and other.boot == owner.boot:  # in another container
             gone = True
         if not gone:
             return None
-        _remove(f"{NAME}/{other}", folder)
+        _remove(f"{NAME}/{holder}", folder)
     token = owner.token()
     staged = f"{NAME}.{token}"
     os.mkdir(staged, dir_fd=folder)
@@ -120,13 +120,14 @@ def _take(folder: int, *, alone: bool) -> str | None:
 
 
 def _discard(folder: int, name: str, token: str) -> None:
+    """Remove a lock folder that holds `token`, but not one that another process has taken since."""
     _remove(f"{name}/{token}", folder)
     try:
         os.rmdir(name, dir_fd=folder)
     except FileNotFoundError:
         pass
     except OSError as error:
-        if error.errno not in _TAKEN:  # the next holder is there already
+        if error.errno not in _TAKEN:  # the next holder has already taken it
             raise
 
 
@@ -136,6 +137,7 @@ def _remove(path: str, folder: int) -> None:
 
 
 def _holders(folder: int) -> list[str]:
+    """Return the tokens in the lock folder."""
     try:
         handle = os.open(NAME, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
     except FileNotFoundError:

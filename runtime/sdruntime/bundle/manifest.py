@@ -1,7 +1,7 @@
-"""The manifest of a bundle: the one contract between sdexport, which writes it, and sdruntime, which reads it.
+"""The manifest of a bundle: the contract between sdexport, which writes it, and sdruntime, which reads it.
 
-`load_manifest` names every fault of a manifest at once; `save_manifest` replaces the file by one rename. What a manifest says
-about the files beside it is checked by `sdruntime.bundle.bundle`.
+`load_manifest` reports all faults of a manifest at once; `save_manifest` replaces the file by one rename.
+`sdruntime.bundle.bundle` checks the files that a manifest lists.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
 
 def check_path(path: str) -> None:
-    """A path inside a bundle: at most four plain names of letters, digits, `_ . + -`, joined by `/`. Raises ValueError."""
+    """Raise ValueError unless `path` is at most four names of letters, digits and `_ . + -`, joined by `/`."""
     parts = path.split("/")
     if len(parts) > 4 or not all(_SAFE_PART.fullmatch(part) for part in parts):
         raise ValueError(f"{path!r} is not a plain name inside the bundle")
@@ -49,6 +49,8 @@ def check_path(path: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSpec:
+    """The size and SHA-256 of a file. Raises ValueError for a negative size or a malformed hash."""
+
     size: int  # bytes
     sha256: str
 
@@ -61,7 +63,7 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A tensor of a component. A dimension is a number, or the name of one that the call chooses (`batch`, `height`, …)."""
+    """A tensor of a component. A dimension is a number, or a name (`batch`, `height`, …) whose size each call chooses."""
 
     name: str
     dtype: Dtype
@@ -77,19 +79,19 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentSpec:
-    """A network of the pipeline and its ONNX. `files`: the model first, then its external data."""
+    """A network of the pipeline and its ONNX files. `files`: the model first, then its external data."""
 
     files: tuple[str, ...]
     config: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    optional_inputs: tuple[TensorSpec, ...] = ()  # such as ControlNet residuals: engines take them, and get zeros by default
-    audit: Audit | None = None  # of a graph in half precision, where one was made
+    optional_inputs: tuple[TensorSpec, ...] = ()  # such as ControlNet residuals; zeros by default
+    audit: Audit | None = None  # of a half-precision graph, if it was audited
 
     def __post_init__(self) -> None:
         if not self.files or not self.inputs or not self.outputs:
             raise ValueError("a component needs a file, an input and an output")
-        _refuse_twins("tensor", [tensor.name for tensor in (*self.inputs, *self.optional_inputs, *self.outputs)])
+        _check_unique("tensor", [tensor.name for tensor in (*self.inputs, *self.optional_inputs, *self.outputs)])
         own = set(self.dimensions)
         images = {prefix + dim for dim in own for prefix in ("image_", "latent_")}
         _check_dimensions(self.inputs, own, parts=False)
@@ -102,24 +104,24 @@ class ComponentSpec:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The names of the dimensions that a call chooses, in the order of the inputs."""
+        """The names of the dimensions whose sizes a call chooses, in the order of the inputs."""
         dims = [dim for tensor in self.inputs for dim in tensor.shape if isinstance(dim, str) and "/" not in dim]
         return tuple(dict.fromkeys(dims))
 
     @property
     def engine_inputs(self) -> tuple[TensorSpec, ...]:
-        """What an engine takes: the optional inputs too."""
+        """The inputs of an engine, including the optional ones."""
         return (*self.inputs, *self.optional_inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """An engine of a component: what built it, what it needs and which shapes it takes.
+    """An engine of a component: the library that built it, its requirements and the shapes it supports.
 
-    `version` is the engine library's; `target` is "cpu", "cuda", a compute capability ("sm89") or "ampere+". A profile gives
+    `version` is the engine library's; `target` is "cpu", "cuda", a compute capability ("sm89") or "ampere+". A profile has
     (min, opt, max) for each named dimension, in the component's own units: rows for `batch`, latent cells for a UNet's `height`.
-    `files`: what the library opens first, then what that refers to. `platform`: the system and processor that it is bound to
-    ("linux-x86_64"), "" for any. `options`: the settings of the backend that it was built with, so that it can be built again.
+    `files`: the file that the library opens, then the files it refers to. `platform`: the required system and processor
+    ("linux-x86_64"), "" for any. `options`: the backend's build options, so that the engine can be rebuilt.
     """
 
     component: str
@@ -129,7 +131,7 @@ class EngineSpec:
     precision: Precision
     files: tuple[str, ...]
     profiles: tuple[Profile, ...]
-    memory: int | None = None  # bytes of activations that running it needs on the device, where the builder could tell
+    memory: int | None = None  # bytes of activations on the device, if known
     platform: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -150,22 +152,24 @@ class EngineSpec:
 
     @property
     def name(self) -> str:
-        """The engine's file without the folder of engines and its ending: what messages call it."""
+        """The name in messages: the engine's first file, without the engines folder and the file's ending."""
         return self.files[0].removeprefix("engines/").rsplit(".", 1)[0]
 
     def admitting(self, **dims: int) -> list[int]:
-        """The profiles, by index, in which every given dimension lies, the tightest first. A dimension that a profile does not
-        name is fixed and passes."""
-        found = [index for index, profile in enumerate(self.profiles) if _admits(profile, dims)]
-        return sorted(found, key=lambda index: math.prod(high - low + 1 for low, _, high in self.profiles[index].values()))
+        """Return the indices of the profiles that contain all of these sizes, the tightest first.
+
+        A dimension that a profile does not name is not checked.
+        """
+        indices = [index for index, profile in enumerate(self.profiles) if _admits(profile, dims)]
+        return sorted(indices, key=lambda index: math.prod(high - low + 1 for low, _, high in self.profiles[index].values()))
 
     def admits(self, **dims: int) -> bool:
-        """Whether some profile takes all of the given dimensions."""
+        """Return whether a profile contains all of these sizes."""
         return bool(self.admitting(**dims))
 
     @property
     def shapes(self) -> str:
-        """For a person: what each profile takes, dimensions in its order."""
+        """The sizes of each profile, as text for messages."""
         return " or ".join(
             ", ".join(f"{name} {low}" if low == high else f"{name} {low} to {high}" for name, (low, _, high) in profile.items())
             for profile in self.profiles
@@ -174,23 +178,23 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What the pipeline must know of the checkpoint. Sizes in pixels, (height, width)."""
+    """The properties of the checkpoint that the pipeline needs. Sizes are in pixels, (height, width)."""
 
     name: str
     family: Family
     prediction_type: PredictionType
     scaling_factor: float  # latents = (posterior - shift_factor) * scaling_factor
     shift_factor: float = 0.0
-    latents_mean: tuple[float, ...] = ()  # of each channel; with latents_std: latents = (posterior - mean) * scaling_factor / std
+    latents_mean: tuple[float, ...] = ()  # per channel; with latents_std: latents = (posterior - mean) * scaling_factor / std
     latents_std: tuple[float, ...] = ()
     latent_channels: int = 4
-    vae_factor: int = 8  # pixels a latent cell
-    size_multiple: int = 64  # pixels: the VAE's factor times what the UNet halves
+    vae_factor: int = 8  # pixels per latent cell
+    size_multiple: int = 64  # pixels: the VAE's factor times the UNet's downsampling
     default_size: tuple[int, int] = (512, 512)
     pad_token: str = "<|endoftext|>"
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
-    license: str = "unknown"  # an SPDX identifier, or the id on the model's card
-    prompts: tuple[str, ...] = ()  # examples of the model's card: what it was made to generate
+    license: str = "unknown"  # an SPDX identifier, or the id on the model card
+    prompts: tuple[str, ...] = ()  # example prompts from the model card
 
     def __post_init__(self) -> None:
         for name in ("scaling_factor", "latent_channels", "vae_factor", "size_multiple"):
@@ -199,9 +203,9 @@ class ModelSpec:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) not in (0, self.latent_channels):
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {self.latent_channels} latent channels")
-        if bool(self.latents_mean) != bool(self.latents_std) or any(each <= 0 for each in self.latents_std):
+        if bool(self.latents_mean) != bool(self.latents_std) or any(std <= 0 for std in self.latents_std):
             raise ValueError("latents_mean and latents_std belong together, and latents_std is positive")
-        if any(abs(each) > 1e6 for each in self.latents_mean) or not all(1e-6 <= each <= 1e6 for each in self.latents_std):
+        if any(abs(mean) > 1e6 for mean in self.latents_mean) or not all(1e-6 <= std <= 1e6 for std in self.latents_std):
             raise ValueError("latents_mean is outside -1e6 to 1e6, or latents_std outside 1e-6 to 1e6")
         for name, least, most in MODEL:
             if not least <= getattr(self, name) <= most:
@@ -216,13 +220,16 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a bundle says of itself. `precision` is that of every `<component>/model.onnx`.
-    `generation` grows with each change: a reader that meets a missing file sees by it whether the bundle changed meanwhile."""
+    """The content of a bundle. Raises ValueError with every fault.
+
+    `precision` is that of every `<component>/model.onnx`. `generation` increases with each change, so that a reader that misses a
+    file can detect that the bundle has changed.
+    """
 
     model: ModelSpec
     precision: Precision
     components: Mapping[str, ComponentSpec]
-    files: Mapping[str, FileSpec]  # every file of the bundle but the manifest
+    files: Mapping[str, FileSpec]  # every file of the bundle except the manifest
     engines: tuple[EngineSpec, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format: str = FORMAT
@@ -238,7 +245,7 @@ class Manifest:
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text as the text encoder takes it, start, end and padding among them: the width of its input_ids."""
+        """The number of tokens in the text encoder's input_ids, including start, end and padding."""
         return next(_text_lengths(self.components))[1]
 
     def _faults(self) -> Iterable[str]:
@@ -260,8 +267,8 @@ class Manifest:
                 continue
             for profile in engine.profiles:
                 if set(profile) != set(component.dimensions):
-                    asked, named = ", ".join(component.dimensions), ", ".join(profile)
-                    yield f"engine {engine.name}: ranges for {named or 'nothing'}, but {engine.component} has {asked}"
+                    dimensions, ranges = ", ".join(component.dimensions), ", ".join(profile)
+                    yield f"engine {engine.name}: ranges for {ranges or 'nothing'}, but {engine.component} has {dimensions}"
 
 
 def opened_folder(folder: Path) -> Folder:
@@ -273,12 +280,12 @@ def opened_folder(folder: Path) -> Folder:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read `folder`/manifest.json. Raises BundleError with every fault, or with the one that keeps it from being read at all."""
+    """Read `folder`/manifest.json. Raises BundleError with every fault."""
     return read_manifest(opened_folder(folder))
 
 
 def read_manifest(files: Folder) -> Manifest:
-    """As `load_manifest`, of a folder that is open."""
+    """Read the manifest of an open folder, as `load_manifest` does."""
     path, document = files.path / NAME, manifest_document(files)
     faults: list[str] = []
     manifest = record_from_json(Manifest, document, where="", faults=faults)
@@ -289,10 +296,7 @@ def read_manifest(files: Folder) -> Manifest:
 
 
 def manifest_document(files: Folder) -> dict[str, Any]:
-    """Return the document in manifest.json: that of a bundle of our format and revision, but not checked further.
-
-    Raises BundleError.
-    """
+    """Return the JSON document in manifest.json after checking only its format and revision. Raises BundleError."""
     path = files.path / NAME
     try:
         document = json_from_text(files.read(NAME, most=LARGEST).decode(), infinity=False)
@@ -309,7 +313,7 @@ def manifest_document(files: Folder) -> dict[str, Any]:
 
 
 def _no_manifest(files: Folder) -> str:
-    """What a folder without a manifest is."""
+    """Return the fault of a folder without a manifest, which may be a checkpoint."""
     try:
         files.status("model_index.json")
     except FileFault:
@@ -319,7 +323,7 @@ def _no_manifest(files: Folder) -> str:
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `folder`/manifest.json by one rename: the existing one stays until then, also in a power cut."""
+    """Write `folder`/manifest.json by one rename, so that a power failure leaves either the old or the new one."""
     document = json_from_record(manifest)
     head = {key: document.pop(key) for key in ("format", "revision")}
     replace_file(folder / NAME, (json.dumps(head | document, indent=1, allow_nan=False) + "\n").encode())
@@ -332,19 +336,19 @@ def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str
 
 
 def _text_lengths(components: Mapping[str, ComponentSpec]) -> Iterator[tuple[str, int]]:
-    """Of each text encoder its name and the tokens that it takes, 0 where its inputs do not say."""
+    """Yield each text encoder's name and its number of tokens, or 0 if its inputs do not specify it."""
     for name in of_kind(components, "text encoder"):
         shape = next((tensor.shape for tensor in components[name].inputs if tensor.name == "input_ids"), ())
         yield name, shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
 
 
 def _unclear_texts(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
-    found = dict(_text_lengths(components))
-    for name, length in found.items():
+    lengths = dict(_text_lengths(components))
+    for name, length in lengths.items():
         if not 2 < length <= LONGEST_TEXT:
             yield f"component {name}: input_ids takes {length or 'no fixed number of'} tokens, not 3 to {LONGEST_TEXT:,}"
-    if len(set(found.values())) > 1:
-        yield f"text encoders of different lengths: {', '.join(f'{name} takes {length}' for name, length in found.items())}"
+    if len(set(lengths.values())) > 1:
+        yield f"text encoders of different lengths: {', '.join(f'{name} takes {length}' for name, length in lengths.items())}"
 
 
 def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
@@ -352,13 +356,13 @@ def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
 
 
 def _check_dimensions(tensors: Iterable[TensorSpec], known: Collection[str], *, parts: bool = True) -> None:
-    """Raise ValueError for a dimension that follows from none of `known`, and for a part of one where there are no `parts`."""
+    """Raise ValueError for a dimension whose name is not in `known`, and for a fraction unless `parts`."""
     for tensor in tensors:
         for dim in tensor.shape:
             if isinstance(dim, str) and (named_in(dim) not in known or (dim not in known and not parts)):
                 raise ValueError(f"tensor {tensor.name}: dimension {dim!r} does not follow from those of the inputs")
 
 
-def _refuse_twins(what: str, names: list[str]) -> None:
-    if found := sorted(twins(names)):
-        raise ValueError(f"{what} named twice: {', '.join(found)}")
+def _check_unique(what: str, names: list[str]) -> None:
+    if repeated := sorted(twins(names)):
+        raise ValueError(f"{what} named twice: {', '.join(repeated)}")

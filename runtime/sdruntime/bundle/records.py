@@ -1,9 +1,8 @@
-"""Strict JSON, and frozen dataclasses read from it with every fault named.
+"""Read strict JSON into frozen dataclasses, and collect all faults.
 
 The reader follows the type hints of a dataclass: str, int, float, bool, Literal, X | Y, tuple[X, ...], tuple[X, Y],
-Mapping[str, X], nested dataclasses, and Annotated[X, check]. A missing key, an unknown key, a wrong type and a value that `check`
-or the dataclass itself refuses with a ValueError are faults; all of them are collected, each under its full path
-("engines[2].ranges.batch[1]").
+Mapping[str, X], nested dataclasses, and Annotated[X, check]. Faults are a missing key, an unknown key, a wrong type, and a value
+for which `check` or the dataclass raises ValueError. Each fault starts with its full path ("engines[2].ranges.batch[1]").
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from sdruntime.errors import shown
 from sdruntime.system.document import LARGEST, read_document
 
-DEEPEST = 64  # objects and lists within each other. A manifest has 6
-_LONG = re.compile("[0-9]{309}")  # digits of what may be beyond float64
-_COMPARED = 20  # unknown keys that are compared with the known ones: each takes a while
+DEEPEST = 64  # nested objects and lists. A manifest has 6
+_LONG = re.compile("[0-9]{309}")  # a number that may exceed float64
+_COMPARED = 20  # unknown keys for which similar names are searched, which is slow
 _WRONG = object()
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
@@ -34,7 +33,7 @@ _hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 def json_from_text(text: str, *, infinity: bool = True) -> Any:
     """Parse JSON. Raises ValueError for a key that appears twice, NaN, a number beyond float64, and nesting deeper than DEEPEST.
 
-    With `infinity`, Infinity and -Infinity are read: diffusers writes `"lambda_min_clipped": -Infinity` into every config of a
+    `infinity`: accept Infinity and -Infinity, because diffusers writes `"lambda_min_clipped": -Infinity` into every config of a
     DPM-Solver.
     """
 
@@ -54,10 +53,10 @@ def json_from_text(text: str, *, infinity: bool = True) -> Any:
         return int(digits)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
+        mapping = dict(items)
+        if len(mapping) < len(items):
             raise ValueError(f"the key {twins(key for key, _ in items)[0]!r:.200} appears twice")
-        return found
+        return mapping
 
     try:
         value = json.loads(
@@ -75,13 +74,15 @@ def json_from_text(text: str, *, infinity: bool = True) -> Any:
 
 
 def read_json(path: Path, *, most: int = LARGEST) -> Any:
-    """Return the document in `path`, by the rules of `json_from_text`. Raises OSError, or ValueError: what is not UTF-8, has more
-    than `most` bytes, or is not a regular file."""
+    """Read the document in `path` by the rules of `json_from_text`.
+
+    Raises OSError; ValueError also if it is not UTF-8, has more than `most` bytes, or is not a regular file.
+    """
     return json_from_text(read_document(path, most=most).decode())
 
 
 def twins(names: Iterable[str]) -> list[str]:
-    """Return the names that stand more than once, in the order in which they first do."""
+    """Return the names that appear more than once, in the order of their first appearance."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -101,7 +102,7 @@ def _depth_exceeds(value: Any, most: int) -> bool:
 
 
 def json_from_record(value: Any) -> Any:
-    """Plain lists and dicts from dataclasses, tuples and mappings, in the order of the fields. A None field is omitted."""
+    """Convert dataclasses, tuples and mappings to lists and dicts, in the order of the fields. None fields are omitted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {name: json_from_record(item) for name, item in fields.items() if item is not None}
@@ -113,7 +114,7 @@ def json_from_record(value: Any) -> Any:
 
 
 def record_from_json(kind: Any, value: Any, *, where: str, faults: list[str]) -> Any:
-    """`value` as the type `kind`. Faults are appended to `faults`; where there were any, what is returned is not to be used."""
+    """Convert a JSON value to the type `kind` and append its faults to `faults`. If there are any, do not use the result."""
     result = _read(kind, value, where, faults)
     return None if result is _WRONG else result
 
@@ -141,7 +142,7 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
             return _fault(faults, where, f"expected an object, got {_shown(value)}")
         items = {key: _read(args[1], item, f"{where}.{key}" if where else key, faults) for key, item in value.items()}
         return _WRONG if _WRONG in items.values() else items
-    # bool is an int in Python, and an int is a good float in JSON
+    # bool is a subclass of int, and JSON may write a float as an int
     accepted = (int, float) if kind is float else kind
     if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)) and value not in (math.inf, -math.inf):
         if kind is int and not -(2**63) <= value < 2**64:
@@ -183,42 +184,42 @@ def _read_checked(kind: Any, check: Callable[[Any], None], value: Any, where: st
 
 
 def _read_union(args: tuple[Any, ...], value: Any, where: str, faults: list[str]) -> Any:
-    """The first of the types that `value` is. Where it is none, the faults are those of the type that has its form."""
+    """Convert `value` to the first type that accepts it. If none does, add the faults of the type with the same JSON form."""
     kinds = [kind for kind in args if kind is not type(None)]
     if value is None and len(kinds) < len(args):
         return None
-    told: list[str] = []
+    closest: list[str] = []
     for kind in kinds:
-        found: list[str] = []
-        result = _read(kind, value, where, found)
-        if result is not _WRONG and not found:
+        own: list[str] = []
+        result = _read(kind, value, where, own)
+        if result is not _WRONG and not own:
             return result
         if len(kinds) == 1 or _form_of(value) in _forms(kind):
-            told = found
-    if not told:
+            closest = own
+    if not closest:
         return _fault(
             faults, where, f"expected {' or '.join(form for kind in kinds for form in _forms(kind))}, got {_shown(value)}"
         )
-    faults.extend(told)
+    faults.extend(closest)
     return _WRONG
 
 
 def _forms(kind: Any) -> list[str]:
-    """In words, what JSON values a type is read from."""
+    """Return a description of the JSON values that a type accepts."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _forms(args[0])
     if origin is Literal:
-        return [json.dumps(each) for each in args]
+        return [json.dumps(literal) for literal in args]
     if origin in (Union, types.UnionType):
-        return [form for each in args for form in _forms(each)]
+        return [form for member in args for form in _forms(member)]
     if origin is tuple:
         return ["a list"]
     return [_SCALARS[kind]] if kind in _SCALARS else ["an object"]
 
 
 def _form_of(value: Any) -> str:
-    """In words, what a JSON value is."""
+    """Return a description of the type of a JSON value."""
     return _SCALARS.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 

@@ -1,4 +1,4 @@
-"""What each component of a bundle is to the pipeline: one table, which everything that treats components differently reads."""
+"""The role of each component in the pipeline: one table for all code that treats components differently."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Kind = Literal["text encoder", "denoiser", "VAE decoder", "VAE encoder", "sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """`rows`: what the axis `batch` (or `jobs`) counts: texts, images, the rows of guided images (two each), or jobs.
+    """`rows`: what the axis `batch` (or `jobs`) counts: texts, images, rows of guided images (two per image), or jobs.
 
-    `stage`: engines of one stage are in memory together where it is short. `in_pixels`: `height` and `width` are those of the
-    image, not of its latents. `late`: opened at its first use, for most images need none. `has_reference`: PyTorch has an answer
-    to hold it to.
+    `stage`: with little memory, only the engines of one stage are loaded. `in_pixels`: `height` and `width` are those of the
+    image, not of the latents. `late`: opened on first use, because most images do not need it. `has_reference`: it has reference
+    outputs from PyTorch.
     """
 
     kind: Kind
@@ -26,7 +26,7 @@ class Role:
     has_reference: bool = True
 
     def factor(self, vae_factor: int) -> int:
-        """Pixels of the image for one unit of the component's `height` and `width`, by the VAE's factor."""
+        """Return how many image pixels one unit of the component's `height` and `width` is, given the VAE's factor."""
         return 1 if self.in_pixels else vae_factor
 
 
@@ -42,10 +42,10 @@ ROLES: Mapping[str, Role] = {
 
 
 def role(component: str) -> Role:
-    """The role of a component by its name; one that nothing here knows is treated as a denoiser is, and is never called."""
+    """Return the role of a component. An unknown component has the role of the denoiser, but is never called."""
     return ROLES.get(component, ROLES["unet"])
 
 
 def of_kind(components: Iterable[str], *kinds: Kind) -> list[str]:
-    """The components whose role is one of `kinds`."""
+    """Return the components whose role is one of `kinds`."""
     return [name for name in components if name in ROLES and ROLES[name].kind in kinds]

@@ -1,12 +1,11 @@
-"""The sampler's step as a component of its own, for loops that stay on a GPU: what comes of it is in the bundle as ONNX.
+"""The sampler step as a component (an ONNX model in the bundle), for sampling loops that stay on a GPU.
 
-A step of any table is a weighted sum (sdruntime.sampling.table), guidance is one too, and so is the next call's scaled
-input. Hence
+A step of any table (sdruntime.sampling.table), guidance, and the scaled input of the next UNet call are all weighted sums. Hence
 
     [next_state; sample] = weights · [state; uncond; cond; noise]
 
-for each job, with `state` the last x and the last model outputs in SLOTS rows (unused ones with weight 0). `cells` are the
-numbers of one image's latents; `sample` is given twice, for the two rows that guidance takes.
+for each job. `state` has the last x and the last model outputs in SLOTS rows (unused rows have weight 0). `cells` is the number
+of values in one image's latents. `sample` is output twice, for the two UNet rows that guidance needs.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from sdruntime.bundle.manifest import TensorSpec
 
 NAME = "step"
 SLOTS = 12
-SOURCES = SLOTS + 3  # and uncond, cond, noise
+SOURCES = SLOTS + 3  # plus uncond, cond, noise
 UNCOND, COND, NOISE = SLOTS, SLOTS + 1, SLOTS + 2
-TARGETS = SLOTS + 1  # and sample
+TARGETS = SLOTS + 1  # plus sample
 SAMPLE = SLOTS
 
 

@@ -1,6 +1,6 @@
-"""A bundle that is written beside its place and takes it by one rename; what stood there is removed afterwards.
+"""Write a bundle to a temporary folder, move it into place by one rename, and then remove the bundle that it replaced.
 
-Only a bundle is ever replaced, and only one that holds nothing but its own files: `check_place`.
+Only bundles are ever replaced, and only if they contain no other files: see `check_place`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _INSTEAD = "choose another place, or remove it yourself"
 
 @contextlib.contextmanager
 def staging(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place` that becomes `place` at the end of the block; the bundle that stood there is removed then.
+    """Yield an empty folder that becomes `place` at the end of the block, replacing an existing bundle.
 
-    On an error or Ctrl-C the folder goes and `place` is as it was. What killed exports to `place` left is removed. Raises
-    BundleError if `place` may not be replaced, OutOfSpace when the disk is full.
+    On an error or Ctrl-C, the folder is removed and `place` is not changed. Leftovers of killed exports to `place` are removed.
+    Raises BundleError if `place` must not be replaced, OutOfSpace if the disk is full.
     """
     place = Path(os.path.abspath(place))  # noqa: PTH100  # resolve() would follow the last link
     place = place.parent.resolve() / place.name
     check_place(place)
-    if is_mount(place):  # such as a container's volume: the rename at the end would fail
+    if is_mount(place):  # such as a container's volume, for which the final rename would fail
         inside = quoted(place / "bundle")
         raise BundleError(
             place, [f"a file system is mounted here, so it cannot be replaced: use a folder in it, such as {inside}"]
@@ -52,10 +52,12 @@ def staging(place: Path) -> Iterator[Path]:
 
 
 def check_place(place: Path) -> None:
-    """Raise BundleError unless a bundle may be written to `place`: nothing is there, an empty folder, or a bundle of this format
-    and revision without any file that is not its own."""
+    """Raise BundleError unless a bundle may be written to `place`.
+
+    It must not exist, be an empty folder, or be a bundle of this format and revision that contains no other files.
+    """
     if place.is_symlink():
-        raise BundleError(place, [f"a symbolic link is never replaced: give the place that it leads to, {place.resolve()}"])
+        raise BundleError(place, [f"a symbolic link is never replaced: use the folder that it points to, {place.resolve()}"])
     if not place.exists():
         return
     if not place.is_dir():
@@ -69,31 +71,31 @@ def check_place(place: Path) -> None:
     files, components = document.get("files"), document.get("components")
     if not isinstance(files, dict) or not isinstance(components, dict):
         raise BundleError(place, [f"its manifest does not list its files, so it cannot be replaced: {_INSTEAD}"])
-    found = list(_strangers(place, files, components))
-    if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        fault = f"files that do not belong to the bundle would be lost: {', '.join(found[:_SHOWN])}{more}"
+    others = list(_other_files(place, files, components))
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        fault = f"files that do not belong to the bundle would be lost: {', '.join(others[:_SHOWN])}{more}"
         raise BundleError(place, [f"{fault}: move them, or choose another place"])
 
 
 def is_mount(place: Path) -> bool:
-    """Whether something is mounted at `place`. Only /proc knows of a bind mount within one file system: proc(5), mountinfo."""
+    """Return whether `place` is a mount point. Only /proc lists bind mounts within one file system: proc(5), mountinfo."""
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         lines = []
-    named = re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % ord(found[0]), os.fsencode(place.resolve()))
-    return place.is_mount() or any(line.split(b" ")[4:5] == [named] for line in lines)
+    escaped = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(place.resolve()))
+    return place.is_mount() or any(line.split(b" ")[4:5] == [escaped] for line in lines)
 
 
-def _strangers(place: Path, files: dict[str, object], components: dict[str, object]) -> Iterator[str]:
-    """The paths in a bundle that it neither lists nor makes while engines are built."""
+def _other_files(place: Path, files: dict[str, object], components: dict[str, object]) -> Iterator[str]:
+    """Yield the paths in a bundle that are neither listed nor created by engine builds."""
     folders = {parent.as_posix() for path in files for parent in Path(path).parents} | {ENGINES}
 
     def own(path: Path) -> bool:
         name = path.as_posix()
-        made = path.parent == Path(ENGINES) and engine_like(path.name, components)
-        return name in files or name == NAME or is_temporary(name) or made
+        engine = path.parent == Path(ENGINES) and engine_like(path.name, components)
+        return name in files or name == NAME or is_temporary(name) or engine
 
     for here, inner, names in os.walk(place):
         at = Path(here).relative_to(place)
@@ -105,13 +107,13 @@ def _strangers(place: Path, files: dict[str, object], components: dict[str, obje
 
 
 def _settle(staged: Path, place: Path) -> None:
-    """Rename `staged` to `place`, or swap the two; the name is synced before anything is removed."""
+    """Rename `staged` to `place`, or swap the two. The parent folder is synced before anything is removed."""
     try:
-        staged.rename(place)  # nothing is there, or an empty folder
+        staged.rename(place)  # succeeds if `place` does not exist or is an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        with locked(place):  # no engine is added to a bundle that goes
+        with locked(place):  # so that no engine is added to the bundle that is replaced
             check_place(place)
             _exchange(staged, place)
             sync_folder(place.parent)
@@ -120,7 +122,7 @@ def _settle(staged: Path, place: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step where the system can (Linux, renameat2), else in the two that leave the shortest gap."""
+    """Swap two folders atomically if the system supports it (Linux, renameat2), else with two renames in quick succession."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
         return
@@ -135,7 +137,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def _recover(place: Path) -> None:
-    """Put back a bundle whose replacement was killed between the two renames of `_exchange`."""
+    """Restore a bundle whose replacement was killed between the two renames of `_exchange`."""
     for former in leftovers(place.parent, _prefix(place, "former")):
         if place.exists():
             remove_tree(former)

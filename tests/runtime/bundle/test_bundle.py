@@ -81,7 +81,7 @@ def test_a_listed_file_of_unknown_kind_is_refused(bundle: Bundle) -> None:
     document = json.loads((bundle.folder / "manifest.json").read_text())
     empty = {"size": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
     edit(bundle.folder, files=document["files"] | {"unet/plugin.so": empty})
-    assert faults(bundle.folder)[0].startswith("unet/plugin.so: a file of unknown kind")
+    assert faults(bundle.folder)[0].startswith("unet/plugin.so: unknown file type")
 
 
 @pytest.mark.parametrize(

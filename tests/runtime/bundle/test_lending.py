@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.lending import giving_back, mapped
+from sdruntime.bundle.lending import mapped, releasing_pages
 from sdruntime.errors import BundleError
 from sdruntime.system import files
 from sdruntime.system.files import Stamp
@@ -29,12 +29,12 @@ def test_a_view_that_is_given_back_keeps_its_bytes(bundle: Bundle) -> None:
     before = threading.active_count()
     for path in bundle.manifest.files:
         view = mapped_file(bundle.folder / path)
-        with giving_back(view):
+        with releasing_pages(view):
             for _ in range(3):
                 assert bytes(view) == (bundle.folder / path).read_bytes()
                 time.sleep(0.06)
         assert bytes(view) == (bundle.folder / path).read_bytes()
-    with giving_back(memoryview(b"of no file")):
+    with releasing_pages(memoryview(b"of no file")):
         pass
     assert threading.active_count() == before
 
@@ -53,7 +53,7 @@ def test_a_view_that_is_given_back_is_not_held_in_memory(tmp_path: Path) -> None
     view = mapped_file(large)
     assert sum(view[:: mmap.PAGESIZE]) > 0
     assert resident() - before > 60_000
-    with giving_back(view):
+    with releasing_pages(view):
         pass
     assert resident() - before < 10_000
 
