@@ -1,4 +1,4 @@
-"""Eight pictures through the queue against eight one after the other, and how long a newcomer waits.
+"""Compare eight images through the queue with eight in sequence, and measure how long a new request waits.
 
 python benchmarks/batcher.py BUNDLE [--rounds 9] [--output batcher.json]
 """
@@ -21,7 +21,7 @@ from sdruntime.pipeline.request import Request
 from sdruntime.serving.batcher import Batcher, Progress
 
 JOBS, STEPS, GUIDANCE = 8, 20, 2.0
-SIZES = {(64, 64): 1, (128, 128): 3}  # and by how much fewer rounds
+SIZES = {(64, 64): 1, (128, 128): 3}  # size -> divisor of the rounds
 RUNNING = (1, 2, 4, 8)
 SAMPLERS = ("dpmpp_2m", "euler_a", "unipc", "ddim", "pndm", "lcm", "deis", "dpmpp_2m_sde")
 ARRIVALS = 40
@@ -42,45 +42,45 @@ def jobs(size: tuple[int, int]) -> list[Request]:
     ]
 
 
-def in_a_row(pipe: Pipeline, asked: list[Request]) -> float:
+def in_a_row(pipe: Pipeline, requests: list[Request]) -> float:
     begun = time.perf_counter()
-    for each in asked:
-        pipe(each)
+    for request in requests:
+        pipe(request)
     return time.perf_counter() - begun
 
 
-def together(pipe: Pipeline, asked: list[Request], running: int) -> float:
-    """From the first submission to the last picture."""
+def together(pipe: Pipeline, requests: list[Request], running: int) -> float:
+    """Return the seconds from the first submission to the last image."""
     with Batcher(pipe, running=running) as batcher:
         begun = time.perf_counter()
-        for drawing in [batcher.submit(each) for each in asked]:
-            drawing.result()
+        for future in [batcher.submit(request) for request in requests]:
+            future.result()
         return time.perf_counter() - begun
 
 
 def throughput(pipe: Pipeline, size: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Each way in turn; the ratio is of each round's own pair, and the middle one of them is told."""
-    asked = jobs(size)
-    in_a_row(pipe, asked)
+    """Measure all variants in turn; `ratio` is the median of the ratios within each round."""
+    requests = jobs(size)
+    in_a_row(pipe, requests)
     alone: list[float] = []
-    crowd: dict[int, list[float]] = {running: [] for running in RUNNING}
+    queued: dict[int, list[float]] = {running: [] for running in RUNNING}
     for _ in range(rounds):
-        alone.append(in_a_row(pipe, asked))
-        for running, times in crowd.items():
-            times.append(together(pipe, asked, running))
-    ratios = {running: [one / other for one, other in zip(alone, times, strict=True)] for running, times in crowd.items()}
+        alone.append(in_a_row(pipe, requests))
+        for running, times in queued.items():
+            times.append(together(pipe, requests, running))
+    ratios = {running: [one / other for one, other in zip(alone, times, strict=True)] for running, times in queued.items()}
     return {
         "size": list(size),
         "rounds": rounds,
         "in_a_row_s": statistics.median(alone),
-        "queue_s": {str(running): statistics.median(times) for running, times in crowd.items()},
-        "ratio": {str(running): statistics.median(each) for running, each in ratios.items()},
-        "ratio_range": {str(running): [min(each), max(each)] for running, each in ratios.items()},
+        "queue_s": {str(running): statistics.median(times) for running, times in queued.items()},
+        "ratio": {str(running): statistics.median(values) for running, values in ratios.items()},
+        "ratio_range": {str(running): [min(values), max(values)] for running, values in ratios.items()},
     }
 
 
 def waits(pipe: Pipeline) -> dict[str, Any]:
-    """Newcomers at random moments while four jobs run: steps of theirs that end between submission and joining, and seconds."""
+    """Submit requests at random times while four jobs run; measure the steps and seconds from submission to joining."""
     chance = random.Random(0)
     steps: list[int] = []
     seconds: list[float] = []
@@ -97,16 +97,16 @@ def waits(pipe: Pipeline) -> dict[str, Any]:
             time.sleep(chance.random() * 0.05)
             joined: list[tuple[int, float]] = []
 
-            def tell(progress: Progress, joined: list[tuple[int, float]] = joined) -> None:
+            def record(progress: Progress, joined: list[tuple[int, float]] = joined) -> None:
                 if progress.step == 0:
                     joined.append((done[0], time.perf_counter()))
 
             step, begun = done[0], time.perf_counter()
-            batcher.submit(Request(prompt=f"circle {number}", seed=1, steps=1), progress=tell).result()  # a text not seen before
+            batcher.submit(Request(prompt=f"circle {number}", seed=1, steps=1), progress=record).result()  # a new text
             steps.append(joined[0][0] - step)
             seconds.append(joined[0][1] - begun)
-        for each in runners:
-            each.cancel()
+        for runner in runners:
+            runner.cancel()
     return {
         "arrivals": ARRIVALS,
         "steps_most": max(steps),

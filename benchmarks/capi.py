@@ -1,8 +1,9 @@
-"""What the C library costs: opening, calls that do nothing else, and a picture in a worker process beside one in the host's own.
+"""Measure the overhead of the C library: opening, trivial calls, and an image in a worker process compared to in-process.
 
 python benchmarks/capi.py BUNDLE [--output benchmarks/results/capi.json]
 
-Engines that return at once, so that what is measured is ours. Both isolations in turn, each round a process of its own; medians.
+The fake engines return at once, so only the overhead is measured. Both isolations run in turn, each round in its own process;
+medians.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ISOLATIONS = ("in-process", "process")
 
 
 def import_numpy() -> float:
-    """Milliseconds of a Python that does nothing else."""
+    """Return the milliseconds of a Python process that only imports NumPy."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import numpy"], check=True)
     return 1e3 * (time.perf_counter() - begun)
@@ -49,7 +50,7 @@ def main() -> None:
         source = Path(__file__).with_suffix(".c")
         flags = ["-D_GNU_SOURCE", "-std=c99", "-O2", *compile_flags(), str(source), "-o", str(program), *link_flags(prefix)]
         subprocess.run(["cc", *flags], check=True)
-        found: dict[str, list[dict[str, float]]] = {isolation: [] for isolation in ISOLATIONS}
+        rounds: dict[str, list[dict[str, float]]] = {isolation: [] for isolation in ISOLATIONS}
         numpy: list[float] = []
         for _ in range(ROUNDS):
             numpy.append(import_numpy())
@@ -57,7 +58,7 @@ def main() -> None:
                 environment = os.environ | {"SDRUNTIME_PYTHON": sys.prefix}
                 command = [str(program), isolation, str(bundle)]
                 printed = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE).stdout
-                found[isolation].append(json.loads(printed))
+                rounds[isolation].append(json.loads(printed))
     document: dict[str, object] = {
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -66,9 +67,11 @@ def main() -> None:
         "import_numpy_ms": statistics.median(numpy),
     }
     for isolation in ISOLATIONS:
-        document[isolation] = {key: statistics.median(each[key] for each in found[isolation]) for key in found[isolation][0]}
-    pictures = [[each["picture_ms"] for each in found[isolation]] for isolation in ISOLATIONS]
-    document["process_more_ms"] = statistics.median(there - here for here, there in zip(*pictures, strict=True))
+        document[isolation] = {
+            key: statistics.median(figures[key] for figures in rounds[isolation]) for key in rounds[isolation][0]
+        }
+    images = [[figures["picture_ms"] for figures in rounds[isolation]] for isolation in ISOLATIONS]
+    document["process_more_ms"] = statistics.median(process - inside for inside, process in zip(*images, strict=True))
     text = json.dumps(document, indent=1) + "\n"
     print(text, end="")
     if options.output:

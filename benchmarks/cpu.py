@@ -1,12 +1,11 @@
-"""A full-size SD1.5 on the CPU: our backends beside the libraries on the plain export and beside diffusers.
+"""Measure a full-size SD1.5 on the CPU: our backends, the same libraries on the plain export, and diffusers.
 
     python benchmarks/cpu.py FOLDER [--size 512] [--row NAME] [--column NAME] [--rounds 2] [--calls 2] [--output cpu.json]
 
-FOLDER is made where it is not there: a checkpoint of random weights (as benchmarks/gpu/checkpoint.py writes it), its fp32
-bundle, and a bundle a row with our engines in it (20 GB in all). Every number is of a process of its own, and the rows take
-turns, A B A B, so that drift strikes all alike; the least of the rounds counts. `whole` is a cold start: from the start of the
-process to the first denoised step of a guided picture, then a decoded picture, and the most memory until then. An output that
-is there already is added to.
+What FOLDER lacks is created: a checkpoint of random weights (see benchmarks/gpu/checkpoint.py), its fp32 bundle, and for each
+row a bundle with our engines (20 GB in all). Every number is measured in its own process. The rows alternate, A B A B, so that
+drift affects all alike; the minimum of the rounds counts. `whole` is a cold start: from the start of the process to the first
+denoised step of a guided image, then a decoded image, and the peak memory until then. An existing output file is added to.
 """
 
 from __future__ import annotations
@@ -58,23 +57,23 @@ TORCH = {"diffusers, eager fp32": "float32", "diffusers, eager bf16": "bfloat16"
 
 
 def our_bundle(options: argparse.Namespace, row: str) -> Path:
-    """A copy of the plain bundle (its files linked) with the engines of a row, made where it is not there."""
+    """Return the bundle with the engines of a row: a copy of the plain bundle with linked files, built if it is missing."""
     name, settings = OURS[row]
-    place: Path = options.folder / f"{row.replace(', ', '-').replace(' ', '-')}-{options.size}"
-    if not place.exists():
-        making = place.with_name(place.name + ".part")
-        shutil.rmtree(making, ignore_errors=True)
-        shutil.copytree(options.folder / "bundle", making, copy_function=os.link)
+    folder: Path = options.folder / f"{row.replace(', ', '-').replace(' ', '-')}-{options.size}"
+    if not folder.exists():
+        staging = folder.with_name(folder.name + ".part")
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(options.folder / "bundle", staging, copy_function=os.link)
         shape = {"size": f"{options.size}x{options.size}", "batch": "1"} if name == "openvino" else {}
-        for _ in build_engines(making, BuildRequest(backend=name, options=settings, **shape)):  # type: ignore[arg-type]
+        for _ in build_engines(staging, BuildRequest(backend=name, options=settings, **shape)):  # type: ignore[arg-type]
             pass
-        making.rename(place)
-    return place
+        staging.rename(folder)
+    return folder
 
 
 def ours(row: str, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
     bundle = Bundle.open(our_bundle(options, row))
-    spec = next(each for each in bundle.manifest.engines if each.component == component and each.admits(**dims))
+    spec = next(spec for spec in bundle.manifest.engines if spec.component == component and spec.admits(**dims))
     call: Call = BACKENDS[OURS[row][0]].open_engine(bundle, spec, EngineOptions(threads=options.threads), Shared())
     return call
 
@@ -90,7 +89,7 @@ def plain_onnxruntime(options: argparse.Namespace, component: str, dims: dict[st
 
 
 def plain_openvino(precision: str | None, options: argparse.Namespace, component: str, dims: dict[str, int]) -> Call:
-    """`precision` None: what OpenVINO takes by itself, bf16 where the CPU has it."""
+    """Open a component with OpenVINO. `precision`: None for OpenVINO's default, which is bf16 if the CPU supports it."""
     core = openvino().Core()
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": options.threads}
     settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
@@ -110,7 +109,7 @@ def diffusers(row: str, options: argparse.Namespace, component: str, dims: dict[
     def call(feeds: dict[str, Array]) -> object:
         tensors = [torch.from_numpy(array) for array in feeds.values()]
         with torch.inference_mode():
-            return module(*(each.to(kind) if each.is_floating_point() else each for each in tensors))
+            return module(*(tensor.to(kind) if tensor.is_floating_point() else tensor for tensor in tensors))
 
     return call
 
@@ -132,11 +131,15 @@ ROWS: dict[str, Callable[..., Call]] = {
     "OpenVINO on the plain export, f32": functools.partial(plain_openvino, "f32"),
     **{row: functools.partial(diffusers, row) for row in TORCH},
 }
-COLD = (*OURS, "diffusers, eager fp32", "diffusers, eager bf16")  # what draws whole pictures, without compiling for minutes
+COLD = (
+    *OURS,
+    "diffusers, eager fp32",
+    "diffusers, eager bf16",
+)  # the rows that generate whole images without minutes of compiling
 
 
 def feeds_of(bundle: Bundle, component: str, options: argparse.Namespace) -> tuple[dict[str, int], dict[str, Array]]:
-    """Two rows of a UNet and of a text encoder (guidance), one of a decoder."""
+    """Return dimensions and random inputs: two rows for a UNet or text encoder (guidance), one for a decoder."""
     factor, spec = bundle.manifest.model.vae_factor, bundle.manifest.components[component]
     cells = options.size // factor
     known = {
@@ -156,7 +159,7 @@ def feeds_of(bundle: Bundle, component: str, options: argparse.Namespace) -> tup
 
 
 class Memory:
-    """The most that this process had, of its own (looked at every 50 ms) and with what is mapped from files."""
+    """Peak memory of this process: private memory (sampled every 50 ms), and memory including mapped files."""
 
     def __init__(self) -> None:
         self._own = 0.0
@@ -171,27 +174,27 @@ class Memory:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status[key].split()[0]) / 1e6
 
-    def told(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         return {"own_gb": self._own, "peak_gb": self._of("VmHWM")}
 
 
 def run_component(row: str, component: str, options: argparse.Namespace) -> dict[str, float]:
-    """Open, then some calls; in this process."""
+    """Measure opening a component and calling it, in this process."""
     memory = Memory()
     dims, feeds = feeds_of(Bundle.open(options.folder / "bundle"), component, options)
     begun = time.perf_counter()
     call = ROWS[row](options, component, dims)
-    found = {"open_s": time.perf_counter() - begun}
+    figures = {"open_s": time.perf_counter() - begun}
     clocks = []
     for _ in range(1 + options.calls):
         begun = time.perf_counter()
         call(feeds)
         clocks.append(time.perf_counter() - begun)
-    return found | {"first_s": clocks[0], "call_s": min(clocks[1:])} | memory.told()
+    return figures | {"first_s": clocks[0], "call_s": min(clocks[1:])} | memory.figures()
 
 
 def run_whole(row: str, options: argparse.Namespace) -> dict[str, float]:
-    """To the first denoised step, then to a picture of that one; in this process, which began at `options.begun`."""
+    """Measure the time to the first denoised step, then decode it; in this process, which started at `options.begun`."""
     memory = Memory()
     if row in OURS:
         engines = EngineOptions(threads=options.threads)
@@ -200,17 +203,17 @@ def run_whole(row: str, options: argparse.Namespace) -> dict[str, float]:
             next(iter(loop))
             first = time.time() - options.begun
             loop.close()
-            picture = loop.result.pixels[0]
+            image = loop.result.pixels[0]
     else:
-        pipe, told = _diffusers_pipeline(row, options), []
+        pipe, times = _diffusers_pipeline(row, options), []
 
         def stop(pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-            told.append(time.time() - options.begun)
+            times.append(time.time() - options.begun)
             pipe._interrupt = True
             return kept
 
         pipe.set_progress_bar_config(disable=True)
-        shown = pipe(
+        output = pipe(
             PROMPT,
             num_inference_steps=20,
             width=options.size,
@@ -218,20 +221,20 @@ def run_whole(row: str, options: argparse.Namespace) -> dict[str, float]:
             output_type="np",
             callback_on_step_end=stop,
         )
-        first, picture = told[0], shown.images[0]
-    if picture.shape != (options.size, options.size, 3):
-        raise SystemExit(f"{row}: a picture of {picture.shape}")
-    return {"first_step_s": first} | memory.told()
+        first, image = times[0], output.images[0]
+    if image.shape != (options.size, options.size, 3):
+        raise SystemExit(f"{row}: an image of shape {image.shape}")
+    return {"first_step_s": first} | memory.figures()
 
 
 def prepare(options: argparse.Namespace) -> None:
     if not (options.folder / "checkpoint").exists():
         from benchmarks.gpu.checkpoint import write_checkpoint
 
-        making = options.folder / "checkpoint.part"
-        shutil.rmtree(making, ignore_errors=True)
-        write_checkpoint(making, "sd15")
-        making.rename(options.folder / "checkpoint")
+        staging = options.folder / "checkpoint.part"
+        shutil.rmtree(staging, ignore_errors=True)
+        write_checkpoint(staging, "sd15")
+        staging.rename(options.folder / "checkpoint")
     if not (options.folder / "bundle").exists():
         command = ["build", options.folder / "checkpoint", "-o", options.folder / "bundle", "--precision", "fp32", "--no-verify"]
         subprocess.run(module_command("sdexport", *map(str, command)), check=True)
@@ -240,25 +243,25 @@ def prepare(options: argparse.Namespace) -> None:
             our_bundle(options, row)
 
 
-def apart(row: str, column: str) -> dict[str, float]:
+def in_own_process(row: str, column: str) -> dict[str, float]:
     command = [sys.executable, *sys.argv, "--one", row, column, "--begun", str(time.time())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
-def table(column: str, found: dict[str, dict[str, float]]) -> str:
+def table(column: str, figures: dict[str, dict[str, float]]) -> str:
     names = {
         "open_s": "opening, s",
         "first_s": "first call, s",
-        "call_s": "a call, s",
+        "call_s": "per call, s",
         "first_step_s": "to the first step, s",
-        "own_gb": "own memory, most, GB",
-        "peak_gb": "peak with what is mapped, GB",
+        "own_gb": "peak private memory, GB",
+        "peak_gb": "peak including mapped files, GB",
     }
-    columns = [name for name in names if any(name in each for each in found.values())]
+    columns = [name for name in names if any(name in row for row in figures.values())]
     rows = [f"| {column} | {' | '.join(names[name] for name in columns)} |", "|---" * (1 + len(columns)) + "|"]
-    rows += [f"| {row} | {' | '.join(f'{each[name]:.2f}' for name in columns)} |" for row, each in found.items()]
+    rows += [f"| {row} | {' | '.join(f'{values[name]:.2f}' for name in columns)} |" for row, values in figures.items()]
     return "\n".join(rows)
 
 
@@ -293,8 +296,8 @@ def main() -> None:
             for row in options.rows:
                 if column == WHOLE and row not in COLD:
                     continue
-                found = apart(row, column)
-                best[row] = {key: round(min(value, best.get(row, found)[key]), 3) for key, value in found.items()}
+                figures = in_own_process(row, column)
+                best[row] = {key: round(min(value, best.get(row, figures)[key]), 3) for key, value in figures.items()}
                 print(column, row, json.dumps(best[row]), file=sys.stderr, flush=True)
         settings = {name: getattr(options, name) for name in ("rounds", "calls", "threads")}
         of_size[column] = {**settings, "load_before": before, "rows": of_size.get(column, {}).get("rows", {}) | best}

@@ -1,11 +1,11 @@
-"""A full-size UNet with random weights exported to fp16: time, peak memory and sizes, beside torch.onnx.export alone.
+"""Measure the export of a full-size UNet with random weights to fp16: time, peak memory, sizes; compare torch.onnx.export.
 
     python benchmarks/export_full_size.py sd15 [--folder DIR] [--json FILE]
     python benchmarks/export_full_size.py sdxl --ours-only
 
-Each measurement runs in a process of its own. The weights are drawn tensor by tensor (all different, so none is stored once for
-many) and lie on the disk as float32 for SD1.5, as float16 for SDXL. The rival is the same module, its weights loaded and halved,
-given to torch.onnx.export with the same inputs, opset and dynamic shapes. Needs 6 GB (SD1.5) or 11 GB (SDXL) of disk.
+Each measurement runs in its own process. The weights are drawn tensor by tensor, all different, so that none are shared. They
+are stored as float32 for SD1.5 and as float16 for SDXL. The rival is torch.onnx.export of the same module, loaded in float16,
+with the same inputs, opset and dynamic shapes. Requires 6 GB (SD1.5) or 11 GB (SDXL) of disk.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ STORED = {"sd15": ("F32", np.float32), "sdxl": ("F16", np.float16)}
 
 
 def write_checkpoint(folder: Path, kind: str) -> None:
-    """The small parts of tests/tiny.py, and a full-size UNet."""
+    """Write a checkpoint with a full-size UNet; its other parts are the small ones of tests/tiny.py."""
     sys.path.insert(0, str(ROOT / "tests"))
     tiny = importlib.import_module("tiny")
     tiny.write_checkpoint(folder, "sdxl" if kind == "sdxl" else "sd1")
@@ -81,18 +81,18 @@ def shapes(kind: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
 
-def write_weights(path: Path, wanted: Mapping[str, tuple[int, ...]], kind: str) -> None:
-    """A safetensors file of random numbers, one tensor in memory at a time."""
+def write_weights(path: Path, tensors: Mapping[str, tuple[int, ...]], kind: str) -> None:
+    """Write a safetensors file of random numbers, with one tensor in memory at a time. `tensors`: name -> shape."""
     name_of, dtype = STORED[kind]
     header, end = {}, 0
-    for name, shape in wanted.items():
+    for name, shape in tensors.items():
         start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
         header[name] = {"dtype": name_of, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     random = np.random.default_rng(0)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in wanted.values():
+        for shape in tensors.values():
             numbers = random.standard_normal(shape, dtype=np.float32)
             numbers *= 1 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.1
             file.write(np.ascontiguousarray(numbers, dtype=dtype).tobytes())
@@ -111,7 +111,7 @@ def ours(checkpoint: Path, out: Path) -> None:
 
 
 def theirs(checkpoint: Path, out: Path) -> None:
-    """torch.onnx.export alone, on the module as a user would load it."""
+    """Run torch.onnx.export on the module as a user would load it."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -136,7 +136,7 @@ def theirs(checkpoint: Path, out: Path) -> None:
 
 
 def measured(part: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """One side, in a process of its own with an empty cache."""
+    """Measure `part`, "ours" or "theirs", in its own process with an empty cache."""
     out = folder / part
     out.mkdir()
     environment = os.environ | {"SDEXPORT_CACHE": str(folder / f"cache-{part}")}
@@ -151,9 +151,9 @@ def measured(part: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=CONFIGS)
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder otherwise")
-    parser.add_argument("--ours-only", action="store_true", help="leave out torch.onnx.export alone")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--folder", type=Path, help="parent of the working folder (the system's temporary folder)")
+    parser.add_argument("--ours-only", action="store_true", help="skip torch.onnx.export")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -168,10 +168,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
-        _, _, asked, *paths = sys.argv
-        if asked == "write":
+        _, _, part, *paths = sys.argv
+        if part == "write":
             write_checkpoint(Path(paths[1]), paths[0])
         else:
-            {"ours": ours, "theirs": theirs}[asked](Path(paths[0]), Path(paths[1]))
+            {"ours": ours, "theirs": theirs}[part](Path(paths[0]), Path(paths[1]))
     else:
         main()

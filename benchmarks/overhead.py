@@ -1,4 +1,4 @@
-"""What the runtime costs outside the engines: engines that return at once, a 512x512 picture, every sampler's table.
+"""Measure the runtime's overhead outside the engines: a 512x512 image with engines that return at once, and samplers' tables.
 
 python benchmarks/overhead.py BUNDLE [--output overhead.json]
 """
@@ -38,7 +38,7 @@ def median_seconds(call: Callable[[], object]) -> float:
 
 
 def steps_alone(pipe: Pipeline, sampler: str) -> float:
-    """Median seconds of a step, of those between the first state and the last, over all rounds."""
+    """Return the median, over all rounds, of the mean seconds per step from the first state to the last."""
     times = []
     for _ in range(ROUNDS):
         stream = iter(pipe.stream("a prompt", sampler=sampler, size=SIZE, steps=STEPS, seed=0))
@@ -62,13 +62,13 @@ def main() -> None:
         schedule = Bundle.open(bundle).read_json(SCHEDULER)
         with Pipeline.open(bundle, backend="fake") as pipe:
             whole = median_seconds(lambda: pipe("a prompt", sampler="dpmpp_2m", size=SIZE, steps=STEPS, seed=0))
-            picture = pipe("a prompt", size=SIZE, seed=0).images[0]
+            image = pipe("a prompt", size=SIZE, seed=0).images[0]
             result = {
                 "python": platform.python_version(),
                 "numpy": np.__version__,
                 "processor": platform.processor() or platform.machine(),
                 "picture_ms": 1e3 * whole,
-                "png_ms": 1e3 * median_seconds(lambda: write_png(Path(folder) / "out.png", picture.pixels, text=picture.text())),
+                "png_ms": 1e3 * median_seconds(lambda: write_png(Path(folder) / "out.png", image.pixels, text=image.text())),
                 "step_us": {sampler: 1e6 * steps_alone(pipe, sampler) for sampler in SAMPLERS},
                 "table_ms": {
                     sampler: 1e3 * median_seconds(lambda sampler=sampler: compile_table(schedule, steps=50, sampler=sampler))  # type: ignore[misc]

@@ -1,13 +1,12 @@
-"""Full-size components of random weights audited for fp16, and their fp16 graphs beside float32 in ONNX Runtime.
+"""Measure the fp16 audit of full-size components with random weights, and compare their fp16 graphs with float32.
 
     python -m benchmarks.precision sd15 --folder DIR [--component unet] [--json benchmarks/results/precision.json]
 
-The checkpoint (float32, every tensor differs), the float32 bundle and what its components are fed in three prompts of 512×512 are
-made in DIR where they are not there yet, so that a run may do one component. Each measurement is a process of its own. Per
-component: seconds and peak memory of the audit, its nodes in float32, and how far the written fp16 graph is from float32 on the
-activations that the audit judges, with every value rounded, and on the first and the last of them in ONNX Runtime, which takes
-out casts that meet.
-`sd-turbo` has the networks of SD2.1. Needs 12 GB of disk.
+The checkpoint (float32, every tensor differs), the float32 bundle and the activations of three prompts at 512×512 are created in
+DIR if they are missing, so a run can do a single component. Each measurement runs in its own process. Per component: seconds and
+peak memory of the audit, the nodes it keeps in float32, and the difference between the fp16 graph and float32: on the activations
+that the audit judges, with every value rounded, and on the first and the last of them in ONNX Runtime, which removes adjacent
+casts. `sd-turbo` has the networks of SD2.1. Requires 12 GB of disk.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
 def prepared(model: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The checkpoint, the float32 bundle, and the activations, each where it is not there."""
+    """Create the checkpoint, the float32 bundle and the activations if they are missing; yield the figures of the probe."""
     checkpoint, bundle = folder / model, folder / f"{model}-fp32"
     if not checkpoint.exists():
         script = ROOT / "benchmarks" / "gpu" / "checkpoint.py"
@@ -55,7 +54,7 @@ def prepared(model: str, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def audited(model: str, component: str, folder: Path) -> dict[str, Any]:
-    """The numbers of one component, whose fp16 graph goes with them."""
+    """Audit one component, write its fp16 graph, and return the figures."""
     out = folder / f"{model}-fp16" / component
     out.mkdir(parents=True, exist_ok=True)
     (out / AUDIT).unlink(missing_ok=True)
@@ -84,7 +83,7 @@ def audited(model: str, component: str, folder: Path) -> dict[str, Any]:
 
 
 def timed(job: ComponentJob) -> tuple[dict[str, float], int]:
-    """Seconds of each stage, and the peak of memory."""
+    """Run a job; return the seconds of each stage and the peak memory in bytes."""
     taken: dict[str, float] = {}
     name, begun = "", time.perf_counter()
 
@@ -100,40 +99,40 @@ def timed(job: ComponentJob) -> tuple[dict[str, float], int]:
     return taken, peak
 
 
-def compare(reference: Path, made: Path) -> dict[str, Any]:
-    """The worst of the outputs of the fp16 graph against those that float32 gave, in ONNX Runtime."""
-    feeds, session, worst = judged(load_activations(reference).feeds)[::-1], session_of(made / MODEL), []
+def compare(reference: Path, built: Path) -> dict[str, Any]:
+    """Return the worst differences between the outputs of the fp16 graph `built` in ONNX Runtime and those of float32."""
+    feeds, session, differences = judged(load_activations(reference).feeds)[::-1], session_of(built / MODEL), []
     feeds = feeds[:: max(1, len(feeds) - 1)]
     for feed in feeds:
         for output, expected in zip(session.run(None, dict(feed.arrays)), feed.outputs, strict=True):
-            worst.append(Difference.of(output, expected, float(expected.max() - expected.min())))
+            differences.append(Difference.of(output, expected, float(expected.max() - expected.min())))
     return {
         "shapes": {name: list(array.shape) for name, array in feeds[0].arrays.items()},
         "of": len(feeds),
-        "cosine": round(min(each.cosine for each in worst), 8),
-        "psnr": round(min(each.psnr for each in worst), 2),
-        "max_abs": max(each.max_abs for each in worst),
+        "cosine": round(min(difference.cosine for difference in differences), 8),
+        "psnr": round(min(difference.psnr for difference in differences), 2),
+        "max_abs": max(difference.max_abs for difference in differences),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints and bundles lie")
-    parser.add_argument("--component", action="append", dest="components", choices=COMPONENTS, help="all where left out")
-    parser.add_argument("--json", type=Path, help="add the numbers to this file")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of checkpoints and bundles")
+    parser.add_argument("--component", action="append", dest="components", choices=COMPONENTS, help="(all)")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     options = parser.parse_args()
-    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     if options.json:
         with contextlib.suppress(FileNotFoundError):
-            found = json.loads(options.json.read_text())
-    row = found.setdefault(options.model, {})
+            document = json.loads(options.json.read_text())
+    row = document.setdefault(options.model, {})
     row |= dict(prepared(options.model, options.folder))
     for component in options.components or COMPONENTS:
         row[component] = audited(options.model, component, options.folder)
         print(json.dumps({component: row[component]}, indent=1), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

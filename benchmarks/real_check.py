@@ -3,9 +3,9 @@
     python -m benchmarks.real_check MODEL [--work FOLDER] [--rows FILE] [--steps 20] [--precision fp32 --precision fp16]
     python -m benchmarks.real_check --table       # rewrite the table of docs/verification.md from the rows
 
-MODEL is a diffusers folder or a hub id. For each precision the steps of `STEPS` run in turn; 8 images are generated at the
+MODEL is a diffusers folder or a hub id. For each precision the steps of `STEPS` run in turn: 8 images are generated at the
 model's own size, by ONNX Runtime (the best available target) and by diffusers in fp32, from the same noise. One row of JSON,
-without paths, is added to reports/real-check.jsonl. Exit codes: 0; 1 if a step failed or a limit was missed.
+without paths, is added to reports/real-check.jsonl. Exit code 1 if a step failed or a limit was missed, else 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS = ROOT / "reports" / "real-check.jsonl"
 PAGE = ROOT / "docs" / "verification.md"
 BEGIN, END = "<!-- real-check: begin -->", "<!-- real-check: end -->"
 NOBODY = "Nobody has run it on real weights yet."
-# against diffusers in fp32: dB, and SSIM, at the least of the prompts
+# minimum over the prompts, against diffusers in fp32: PSNR in dB, and SSIM
 FLOORS: Mapping[str, tuple[float, float]] = {
     name: (TOLERANCES[name].picture_psnr, TOLERANCES[name].ssim) for name in ("fp32", "fp16")
 }
@@ -52,19 +52,19 @@ PROMPTS = (
 
 
 class Check:
-    """One model in one precision: what is `told` of it grows with each step."""
+    """The check of one model in one precision; each step adds to `results`."""
 
     def __init__(self, model: str, precision: str, work: Path, *, steps: int, prompts: Sequence[str]) -> None:
         self.model, self.precision, self.steps, self.prompts = model, precision, steps, prompts
         self.bundle = work / f"{Path(model).name}-{precision}"
-        self.told: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def build(self) -> None:
         self._command("build", self.model, "-o", str(self.bundle), "--precision", self.precision, "--backend", "onnxruntime")
         from sdruntime.bundle.bundle import Bundle
 
         model = Bundle.open(self.bundle).manifest.model
-        self.told |= {"name": model.name, "family": model.family, "size": list(model.default_size[::-1])}
+        self.results |= {"name": model.name, "family": model.family, "size": list(model.default_size[::-1])}
 
     def audit(self) -> None:
         self._command("audit", str(self.bundle))
@@ -73,30 +73,32 @@ class Check:
         self._command("verify", str(self.bundle))
 
     def pictures(self) -> None:
-        """The same prompts by the bundle and by diffusers, one after the other in memory."""
+        """Compare images of the bundle with diffusers', one pipeline in memory at a time. Raises ValueError below a limit."""
         from sdexport.bench.diffusers import EAGER, Diffusers
         from sdexport.checkpoint.hub import locate
 
         with Pipeline.open(self.bundle) as pipe:
             size = pipe.model.default_size[::-1]
-            asked = [Request(prompt=each, seed=k, steps=self.steps, size=size) for k, each in enumerate(self.prompts)]
-            ours = [generate(pipe, [each], on_device=True)[0] for each in asked]
+            requests = [Request(prompt=prompt, seed=k, steps=self.steps, size=size) for k, prompt in enumerate(self.prompts)]
+            ours = [generate(pipe, [request], on_device=True)[0] for request in requests]
         checkpoint = locate(self.model, precision="fp32", allow_pickle=False).folder
         with contextlib.closing(Diffusers(checkpoint, device="cpu", precision="fp32")) as rival:
-            theirs = [rival.generate(EAGER, [each])[0] for each in asked]
+            theirs = [rival.generate(EAGER, [request])[0] for request in requests]
         decibels = [round(image_psnr(a, b), 2) for a, b in zip(ours, theirs, strict=True)]
-        alike = [round(ssim(a, b), 5) for a, b in zip(ours, theirs, strict=True)]
-        flat = min(float(each.std()) for each in ours)
-        self.told |= {"psnr": decibels, "ssim": alike, "least_deviation": round(flat, 2)}
+        similarity = [round(ssim(a, b), 5) for a, b in zip(ours, theirs, strict=True)]
+        deviation = min(float(image.std()) for image in ours)
+        self.results |= {"psnr": decibels, "ssim": similarity, "least_deviation": round(deviation, 2)}
         least_db, least_ssim = FLOORS[self.precision]
-        if min(decibels) < least_db or min(alike) < least_ssim:
-            raise ValueError(f"PSNR {min(decibels)} dB, SSIM {min(alike)}: expected at least {least_db} dB and {least_ssim}")
+        if min(decibels) < least_db or min(similarity) < least_ssim:
+            raise ValueError(f"PSNR {min(decibels)} dB, SSIM {min(similarity)}: expected at least {least_db} dB and {least_ssim}")
 
     def _command(self, *arguments: str) -> None:
         done = subprocess.run(module_command("sdexport", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if done.returncode:
-            said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-            raise ValueError(f"sdexport {arguments[0]} ended with {done.returncode}: {said[-1] if said else 'it said nothing'}")
+            lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+            raise ValueError(
+                f"sdexport {arguments[0]} failed with exit code {done.returncode}: {lines[-1] if lines else 'no message'}"
+            )
 
 
 STEPS: Sequence[tuple[str, Callable[[Check], None]]] = (
@@ -105,7 +107,7 @@ STEPS: Sequence[tuple[str, Callable[[Check], None]]] = (
     ("verify", Check.verify),
     ("pictures", Check.pictures),
 )
-OPTIONAL = ("audit", "verify")  # where sdexport has the command
+OPTIONAL = ("audit", "verify")  # if sdexport has the command
 
 
 def commands() -> set[str]:
@@ -115,8 +117,8 @@ def commands() -> set[str]:
 
 
 def check(model: str, precision: str, work: Path, *, steps: int, prompts: Sequence[str] = PROMPTS) -> dict[str, Any]:
-    """What each step came to: "ok", "not there", or what it said; and what was measured. A step that fails ends it."""
-    one = Check(model, precision, work, steps=steps, prompts=prompts)
+    """Run the steps until one fails; return each one's result ("ok", "not there" or the error), its seconds and the figures."""
+    run = Check(model, precision, work, steps=steps, prompts=prompts)
     results: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for name, step in STEPS:
@@ -125,18 +127,18 @@ def check(model: str, precision: str, work: Path, *, steps: int, prompts: Sequen
             continue
         begun = time.monotonic()
         try:
-            step(one)
+            step(run)
             results[name] = "ok"
-        except Exception as error:  # told in the row
-            results[name] = text_of(error).replace(str(one.bundle), "BUNDLE").replace(model, "MODEL")
+        except Exception as error:  # reported in the row
+            results[name] = text_of(error).replace(str(run.bundle), "BUNDLE").replace(model, "MODEL")
         seconds[name] = round(time.monotonic() - begun, 1)
         if results[name] != "ok":
             break
-    return {"steps": results, "seconds": seconds, **one.told}
+    return {"steps": results, "seconds": seconds, **run.results}
 
 
 def row(model: str, checks: Mapping[str, Mapping[str, Any]], *, steps: int) -> dict[str, Any]:
-    """`model`: a hub id as it is, a folder by its name alone."""
+    """Return a row of real-check.jsonl. `model`: a hub id, or a folder, of which only the name is kept."""
     from sdexport.trace.versions import versions
 
     name = Path(model).resolve().name if Path(model).exists() else model
@@ -187,11 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prompts = PROMPTS[: options.prompts]
             checks[precision] = check(options.model, precision, options.work, steps=options.steps, prompts=prompts)
             failed = failed or any(what not in ("ok", "not there") for what in checks[precision]["steps"].values())
-        made = row(options.model, checks, steps=options.steps)
+        result = row(options.model, checks, steps=options.steps)
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         with options.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(made) + "\n")
-        print(table([made]))
+            file.write(json.dumps(result) + "\n")
+        print(table([result]))
     elif not options.table:
         parser.error("name a MODEL: a diffusers folder or a hub id")
     if options.table or (options.model and options.rows == ROWS):

@@ -1,11 +1,11 @@
-"""A full-size checkpoint to TensorRT-RTX engines without a GPU: time, peak memory and size of every component.
+"""Measure the build of TensorRT-RTX engines without a GPU: time, peak memory and size of each full-size component.
 
     python benchmarks/tensorrt_rtx.py sd15 [--folder DIR] [--json FILE]
     python benchmarks/tensorrt_rtx.py sdxl --component unet
 
-Random weights in float16, all different. The export is `sdexport build --precision fp16` with an empty cache of traces, and the
-engines are `sdruntime build --backend tensorrt-rtx` at the model's own size, for one picture with guidance.
-Needs 6 GB (SD1.5) or 20 GB (SDXL) of disk.
+The weights are random float16 numbers, all different. The export is `sdexport build --precision fp16` with an empty cache of
+traces; the engines are built by `sdruntime build --backend tensorrt-rtx` at the model's own size, for one image with guidance.
+Requires 6 GB (SD1.5) or 20 GB (SDXL) of disk.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def told(*command: str | Path, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
-    """What a command prints as JSON, and the seconds that it took."""
+def run_json(*command: str | Path, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
+    """Run a command; return the JSON that it prints and its seconds."""
     from sdruntime.system.process import module_command
 
     begun = time.perf_counter()
@@ -42,14 +42,14 @@ def measured(model: str, folder: Path, target: str, components: list[str]) -> di
 
     checkpoint, bundle = write_checkpoint(folder / "checkpoint", model), folder / "bundle"
     environment = {"SDEXPORT_CACHE": str(folder / "cache"), "SDRUNTIME_CACHE": str(folder / "cache")}
-    export, exported = told(
+    export, exported = run_json(
         *("sdexport", "build", str(checkpoint), "-o", str(bundle), "--precision", "fp16"),
         *("--no-audit", "--no-verify", "--json"),
         environment=environment,
     )
     only = [part for name in components for part in ("--component", name)]
     command = ("build", str(bundle), "--backend", "tensorrt-rtx", "--target", target, *only, "--json")
-    engines, built = told("sdruntime", *command, environment=environment)
+    engines, built = run_json("sdruntime", *command, environment=environment)
     return {
         "export": {"seconds": exported, "peak_memory": export["peak_memory"], "bytes": export["written"]},
         "engines": {engine.pop("component"): engine for engine in engines["engines"]},
@@ -62,9 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("sd15", "sd-turbo", "sdxl"))
     parser.add_argument("--target", default="ampere+")
-    parser.add_argument("--component", action="append", default=[], help="engines of this component only (may be repeated)")
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder otherwise")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--component", action="append", default=[], help="build only this component's engines (may be repeated)")
+    parser.add_argument("--folder", type=Path, help="parent of the working folder (the system's temporary folder)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         figures = measured(options.model, Path(name), options.target, options.component)

@@ -1,4 +1,4 @@
-"""The backends that run on an NVIDIA GPU, here: which of them load, what they build for, and what is known of the GPU."""
+"""The backends for NVIDIA GPUs on this machine: which load, which target they build for, and properties of the GPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sdruntime.system.cuda import Cuda, devices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A backend here. `missing` says why it cannot build for this GPU; empty where it can. `listed`: the library names this GPU
-    among those that it is for; where it does not, a failure is news and no fault."""
+    """A backend on this machine. `missing`: why it cannot build for this GPU, "" if it can. `listed`: the library lists this GPU
+    as supported; if not, a failure is recorded but does not fail the run."""
 
     name: str
     version: str = ""
@@ -35,7 +35,7 @@ class Loaded:
 
 
 def look(name: str, precision: Precision = "fp16") -> Loaded:
-    """TensorRT-RTX that does not list this GPU is asked for `ampere+`: what it says of that is worth a record."""
+    """Load a backend and resolve its target. If TensorRT-RTX does not list this GPU, use `ampere+`, to record the result."""
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r}: known are {', '.join(BACKENDS)}")
     if name == "onnxruntime":
@@ -52,15 +52,15 @@ def look(name: str, precision: Precision = "fp16") -> Loaded:
 
 
 def preload() -> None:
-    """Let ONNX Runtime find the CUDA libraries that torch or NVIDIA's wheels brought, as its documentation says to."""
+    """Let ONNX Runtime find the CUDA libraries of torch or NVIDIA's wheels, as its documentation recommends."""
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
-    with contextlib.suppress(Exception):  # without them the provider says itself what it lacks
+    with contextlib.suppress(Exception):  # without them, the provider reports what is missing
         library().preload_dlls()
 
 
 def gpu(index: int = 0) -> dict[str, Any]:
-    """Name, compute capability, memory in bytes, driver. Nothing that tells one machine from another of its kind."""
+    """Return name, compute capability, memory in bytes and driver of a GPU; nothing that identifies the machine."""
     device = devices()[index]
     with Cuda.open(index) as cuda:
         free = cuda.free_memory()
@@ -75,19 +75,23 @@ def gpu(index: int = 0) -> dict[str, Any]:
 
 
 def driver() -> str:
-    """The driver's own version, such as 580.95.05; empty where the system does not tell."""
+    """Return the driver's version, such as 580.95.05; "" if the system does not report it."""
     with contextlib.suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text()
-        if found := re.search(r"\b\d{3}\.\d{2,3}(\.\d{2})?\b", text):
-            return found[0]
+        if match := re.search(r"\b\d{3}\.\d{2,3}(\.\d{2})?\b", text):
+            return match[0]
     return ""
 
 
-def versions(found: Mapping[str, Loaded]) -> dict[str, str]:
-    here = {"sdruntime": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    return here | {"system": f"{platform.system()} {platform.machine()}"} | {n: each.version for n, each in found.items()}
+def versions(backends: Mapping[str, Loaded]) -> dict[str, str]:
+    own = {"sdruntime": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return (
+        own
+        | {"system": f"{platform.system()} {platform.machine()}"}
+        | {name: loaded.version for name, loaded in backends.items()}
+    )
 
 
 def slug(text: str) -> str:
-    """For a file's name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    """Return a text for use in a file name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

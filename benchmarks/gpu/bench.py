@@ -1,11 +1,11 @@
-"""Latencies on an NVIDIA GPU: components, whole pictures, the host's share, a queue of jobs, beside diffusers in the same run.
+"""Measure latencies on an NVIDIA GPU: components, whole images, host time, a queue of jobs; and diffusers in the same run.
 
     python -m benchmarks.gpu.bench [--models sd15,sd-turbo,sdxl] [--backends tensorrt,...] [--json FILE] [--minutes 9]
     python -m benchmarks.gpu.bench --models sd15 --bundle sd15=FOLDER --checkpoint sd15=FOLDER
 
-Full-size checkpoints of random weights are made and exported in --work and stay there, engines too, so that a second run goes
-straight to measuring. Where torch or diffusers is missing, --bundle takes a bundle that was made elsewhere. The document is
-written anew after each part. Exit codes: 0; 1 where something failed or a backend of REQUIRE did not run; 3 without a GPU.
+Full-size checkpoints of random weights, their bundles and engines are created in --work and kept, so a second run only measures.
+Without torch or diffusers, pass a bundle exported elsewhere with --bundle. The document is rewritten after each part. Exit codes:
+0; 1 if something failed or a backend in REQUIRE did not run; 3 without a GPU.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from sdruntime.errors import BundleError
 from sdruntime.system.process import module_command
 
 SCHEMA = 1
-# guidance, and (steps, pictures of one call); each picture of the model's own size, by its own scheduler
+# guidance, and (steps, images per call); each image at the model's own size, by its own scheduler
 CASES: Mapping[str, tuple[float, tuple[tuple[int, int], ...]]] = {
     "sd15": (7.5, ((20, 1), (50, 1), (20, 4), (50, 4))),
     "sd-turbo": (1.0, ((1, 1), (1, 4))),
     "sdxl": (5.0, ((30, 1),)),
 }
-QUEUE = {"sd15": 8}  # jobs together against as many in a row
+QUEUE = {"sd15": 8}  # jobs in one call, compared with as many in sequence
 
 
 @dataclass(kw_only=True)
@@ -47,24 +47,24 @@ class Options:
     bundles: Mapping[str, Path] = field(default_factory=dict)
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
     work: Path = ROOT / ".cache" / "gpu"
-    seconds: float = 10.0  # for each contestant of a case, about
-    minutes: float = 600.0  # nothing is begun after these
+    seconds: float = 10.0  # for each contestant of a case, approximately
+    minutes: float = 600.0  # nothing is started after these
     rivals: bool = True
     compiled: bool = True
     build: Mapping[str, str] = field(default_factory=dict)
-    short: bool = False  # the first case of each model alone
-    apart: bool = True  # each task in a process of its own
+    short: bool = False  # only the first case of each model
+    apart: bool = True  # each task in its own process
     rival_device: str = "cuda"
 
 
 class Bench:
-    """One run: `document` is what is known so far."""
+    """One run of the benchmark. `document`: the results so far."""
 
     def __init__(self, options: Options, save: Callable[[dict[str, Any]], None]) -> None:
         self.options, self._save = options, save
         self._until = time.monotonic() + 60 * options.minutes
         self.found: dict[str, Loaded] = {name: look(name) for name in options.backends}
-        why_not = reference.why_unavailable(options.rival_device) if options.rivals else "left out, as was asked"
+        why_not = reference.why_unavailable(options.rival_device) if options.rivals else "skipped (--no-diffusers)"
         self.document: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -73,7 +73,7 @@ class Bench:
             "backends": {
                 name: {"target": each.target, "missing": each.missing, "listed": each.listed} for name, each in self.found.items()
             },
-            "diffusers": why_not or "in the race",
+            "diffusers": why_not or "measured",
             "models": {},
         }
         self._rivals = not why_not
@@ -81,7 +81,7 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until `minutes` have passed."""
         return self._until - time.monotonic()
 
     def save(self) -> None:
@@ -89,7 +89,7 @@ class Bench:
 
     def task(self, name: str, **job: Any) -> dict[str, Any]:
         if self.left <= 0:
-            return {"error": f"{name}: not begun, since no time was left"}
+            return {"error": f"{name}: not started, as no time was left"}
         return tasks.run(name, job, apart=self.options.apart, limit=self.left)
 
     def run(self) -> None:
@@ -152,7 +152,7 @@ class Bench:
         self.save()
 
     def _prepared(self, model: str) -> tuple[Path, Path | None]:
-        """(bundle, checkpoint): given, kept from an earlier run, or made."""
+        """Return (bundle, checkpoint): those of the options, those of an earlier run, or new ones."""
         checkpoint = self.options.checkpoints.get(model)
         if model in self.options.bundles:
             return self.options.bundles[model], checkpoint
@@ -163,7 +163,7 @@ class Bench:
             return bundle, checkpoint
         if why_not := reference.why_unavailable(device="cpu"):
             raise RuntimeError(
-                f"{why_not}, so none can be exported here: export one elsewhere, and name it with --bundle {model}="
+                f"{why_not}, so no bundle can be exported here: export one elsewhere, and pass it with --bundle {model}="
             )
         if checkpoint is None:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ class Bench:
 
 
 def checked(limit: float, module: str, *arguments: str) -> None:
-    """Run a module of the tree; its last words are the error's."""
+    """Run a module of this tree. Raises RuntimeError with its last lines if it fails."""
     done = subprocess.run(
         module_command(module, *arguments),
         cwd=ROOT,
@@ -189,11 +189,11 @@ def checked(limit: float, module: str, *arguments: str) -> None:
     )
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        raise RuntimeError(f"{' '.join(arguments[:2])} ended with {done.returncode}: {' | '.join(last)}")
+        raise RuntimeError(f"{' '.join(arguments[:2])} failed with exit code {done.returncode}: {' | '.join(last)}")
 
 
 def failures(document: Mapping[str, Any]) -> list[str]:
-    """Everything of a run that failed, in words. A library that is not installed is none, nor one that does not list this GPU."""
+    """Return every failure of a run. A library that is not installed, or does not list this GPU, is not a failure."""
     found, expected = [], [name for name, each in document["backends"].items() if each["listed"]]
     for model, told in document["models"].items():
         for name, each in told["backends"].items():
@@ -213,7 +213,7 @@ def failures(document: Mapping[str, Any]) -> list[str]:
 
 
 def ran(document: Mapping[str, Any]) -> list[str]:
-    """The backends that drew a picture."""
+    """Return the backends that generated an image."""
     return [
         name
         for name in document["backends"]
@@ -236,7 +236,7 @@ def bench(options: Options, *, json_file: Path | None) -> int:
     print("\n".join(lines(run.document)))
     wrong = failures(run.document)
     wrong += [
-        f"REQUIRE: {name} did not run: {run.found[name].missing if name in run.found else 'left out'}"
+        f"REQUIRE: {name} did not run: {run.found[name].missing if name in run.found else 'not in --backends'}"
         for name in gate.not_run(ran(run.document))
     ]
     for text in wrong:
@@ -252,40 +252,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CASES), help="of sd15, sd-turbo, sdxl (all)")
     parser.add_argument("--backends", default=",".join(gate.BACKENDS), help="of tensorrt, tensorrt-rtx, onnxruntime (all)")
-    parser.add_argument("--bundle", action="append", default=[], metavar="MODEL=FOLDER", help="an fp16 bundle made elsewhere")
+    parser.add_argument("--bundle", action="append", default=[], metavar="MODEL=FOLDER", help="an fp16 bundle exported elsewhere")
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="MODEL=FOLDER", help="a diffusers folder: real weights"
     )
     parser.add_argument(
-        "--work", type=Path, default=Options.work, help="where checkpoints, bundles and engines stay (.cache/gpu)"
+        "--work", type=Path, default=Options.work, help="where checkpoints, bundles and engines are kept (.cache/gpu)"
     )
     parser.add_argument("--json", type=Path, help="write the document here (benchmarks/results/gpu-NAME.json)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each contestant of a case, about (10)")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after these, and end what is under way (600)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each contestant of a case, approximately (10)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after these (600)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of TensorRT's builds")
     parser.add_argument("--no-diffusers", action="store_true")
-    parser.add_argument("--no-compile", action="store_true", help="diffusers eager alone: max-autotune takes minutes a shape")
-    parser.add_argument("--short", action="store_true", help="the first case of each model alone")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile: max-autotune takes minutes per shape")
+    parser.add_argument("--short", action="store_true", help="only the first case of each model")
+    parsed = parser.parse_args(arguments)
     options = Options(
-        models=asked.models.split(","),
-        backends=asked.backends.split(","),
-        bundles=named(asked.bundle),
-        checkpoints=named(asked.checkpoint),
-        work=asked.work.resolve(),
-        seconds=asked.seconds,
-        minutes=asked.minutes,
-        rivals=not asked.no_diffusers,
-        compiled=not asked.no_compile,
-        build=dict(text.split("=", 1) for text in asked.option),
-        short=asked.short,
+        models=parsed.models.split(","),
+        backends=parsed.backends.split(","),
+        bundles=named(parsed.bundle),
+        checkpoints=named(parsed.checkpoint),
+        work=parsed.work.resolve(),
+        seconds=parsed.seconds,
+        minutes=parsed.minutes,
+        rivals=not parsed.no_diffusers,
+        compiled=not parsed.no_compile,
+        build=dict(text.split("=", 1) for text in parsed.option),
+        short=parsed.short,
     )
     for kind, names, known in (("model", options.models, tuple(CASES)), ("backend", options.backends, gate.BACKENDS)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"{kind} {', '.join(unknown)}: known are {', '.join(known)}")
 
     def run() -> int:
-        place = asked.json or ROOT / "benchmarks" / "results" / f"gpu-{slug(str(gpu()['name']))}.json"
+        place = parsed.json or ROOT / "benchmarks" / "results" / f"gpu-{slug(str(gpu()['name']))}.json"
         return bench(options, json_file=place)
 
     return gate.passed(run)

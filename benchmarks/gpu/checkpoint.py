@@ -1,7 +1,7 @@
-"""Full-size checkpoints of random weights in diffusers' layout: networks of the published shapes, so of the published speed.
+"""Write full-size checkpoints with random weights in diffusers' layout: the published shapes, and therefore the published speed.
 
-What they draw is noise; only its likeness between two engines says something. Names and shapes of the weights are read off
-diffusers' and transformers' own classes without memory for them; numbers are drawn by as many threads as there are cores.
+Their images are noise; only the similarity between two engines is meaningful. Names and shapes of the weights are those of the
+classes of diffusers and transformers, instantiated without memory for weights. One thread per core draws the random numbers.
 """
 
 from __future__ import annotations
@@ -66,11 +66,14 @@ _CLASSES = {
 
 
 def write_checkpoint(folder: Path, model: str, dtype: str = "F16") -> Path:
-    """One of MODELS, weights in float16 or, "F32", float32. Raises ImportError without torch, diffusers and transformers."""
+    """Write the checkpoint of one of MODELS; return its folder. `dtype`: "F16" or "F32".
+
+    Raises ImportError without torch, diffusers and transformers.
+    """
     xl, texts = model == "sdxl", _TEXTS[model]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in texts]
     folder.mkdir(parents=True)
-    sys.path.insert(0, str(ROOT / "tests"))  # a tokenizer of bytes and a few merges, as the tests have it
+    sys.path.insert(0, str(ROOT / "tests"))  # the tests' tokenizer: bytes and a few merges
     write_tokenizer = importlib.import_module("tiny").write_tokenizer
     pads = ["<|endoftext|>", "!"] if xl else ["<|endoftext|>" if model == "sd15" else "!"]
     for name, pad in zip(tokenizers, pads, strict=True):
@@ -88,7 +91,7 @@ def write_checkpoint(folder: Path, model: str, dtype: str = "F16") -> Path:
 
 
 def _networks(model: str, end: int) -> Iterator[tuple[str, Any]]:
-    """(folder, module without memory for its weights)."""
+    """Yield (folder, module without memory for its weights)."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -116,7 +119,7 @@ def _networks(model: str, end: int) -> Iterator[tuple[str, Any]]:
 def _write_network(folder: Path, module: Any, dtype: str, *, transformers: bool) -> None:
     folder.mkdir()
     module.config.to_json_file(str(folder / "config.json")) if transformers else module.save_config(str(folder))
-    if transformers:  # the class that stands in the file is checked
+    if transformers:  # `sdexport` checks the class named in the file
         path = folder / "config.json"
         _write(path, json.loads(path.read_text()) | {"architectures": [type(module).__name__]})
     name = "model" if transformers else "diffusion_pytorch_model"
@@ -125,7 +128,7 @@ def _write_network(folder: Path, module: Any, dtype: str, *, transformers: bool)
 
 
 def write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> None:
-    """A safetensors file of random numbers that keep activations of about one: every tensor differs from the others."""
+    """Write a safetensors file of random weights that keep activations near one; every tensor differs."""
     kind = np.dtype({"F16": np.float16, "F32": np.float32}[dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -161,5 +164,5 @@ def _write(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-if __name__ == "__main__":  # in a process of its own: torch's memory goes with it
+if __name__ == "__main__":  # in its own process, which releases torch's memory
     write_checkpoint(Path(sys.argv[2]), *sys.argv[1:2], *sys.argv[3:])

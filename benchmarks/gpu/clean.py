@@ -1,4 +1,4 @@
-"""Text that may leave the machine: no path, no name of a host or of a user, no address."""
+"""Remove paths, addresses and the names of the host and its user from text that leaves the machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 _PATH = re.compile(r"(?<![\w.:/])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`,;:()<>\[\]/\\]+[/\\])+([^\s'\"`,;:()<>\[\]/\\]*)")
 _ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}(?=:\d)|https?://[^\s/]+|[\w.+-]+@[\w-]+\.[\w.-]+")
 _LONGEST = 2000
-_EVERYBODYS = ("root", "user", "localhost", "ubuntu", "nvidia", "jetson", "runner", "admin", "tensorrt")
+_COMMON = ("root", "user", "localhost", "ubuntu", "nvidia", "jetson", "runner", "admin", "tensorrt")
 
 
 def cleaned(document: Any) -> Any:
-    """A JSON document with every text in it made clean."""
+    """Return a JSON document with `clean` applied to every string."""
     if isinstance(document, str):
         return clean(document)
     if isinstance(document, dict):
@@ -28,7 +28,7 @@ def cleaned(document: Any) -> Any:
 
 
 def clean(text: str) -> str:
-    """Paths keep their last name, as ".../name"; the names of this machine and of its user are blotted out."""
+    """Shorten paths to ".../name"; replace addresses and the names of this machine and its user."""
     text = _ADDRESS.sub("(address)", _PATH.sub(r".../\1", text[:_LONGEST]))
     for name in _names():
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "(name)", text, flags=re.IGNORECASE)
@@ -36,8 +36,8 @@ def clean(text: str) -> str:
 
 
 def _names() -> list[str]:
-    """Of this machine and of its user; not those that are everybody's."""
-    found = {socket.gethostname(), socket.gethostname().split(".")[0], Path.home().name, os.environ.get("USER", "")}
+    """Return the names of this machine and its user, except common ones."""
+    names = {socket.gethostname(), socket.gethostname().split(".")[0], Path.home().name, os.environ.get("USER", "")}
     with contextlib.suppress(Exception):  # a user without an entry, as in a container
-        found.add(getpass.getuser())
-    return sorted((name for name in found if len(name) > 2 and name.lower() not in _EVERYBODYS), key=len)[::-1]
+        names.add(getpass.getuser())
+    return sorted((name for name in names if len(name) > 2 and name.lower() not in _COMMON), key=len)[::-1]

@@ -1,9 +1,10 @@
-"""The door of every GPU target: is there a GPU, and did what had to run on it run?
+"""Gate of every GPU target: check that a GPU is present, and that the required backends ran.
 
-    python benchmarks/gpu/gate.py COMMAND...     runs COMMAND where the driver shows a GPU
+    python benchmarks/gpu/gate.py COMMAND...     run COMMAND if the driver lists a GPU
 
-Without one it exits 3 and says so; with ALLOW_NO_GPU=1 it exits 0 and says that nothing was shown. REQUIRE=tensorrt, or a list
-with commas, makes it a failure that one of these backends did not run. The standard library alone: it comes before any install.
+Without a GPU it fails with exit code 3; with ALLOW_NO_GPU=1 it exits with 0 and prints that nothing was tested. With
+REQUIRE=tensorrt, or a list separated by commas, the target fails if one of these backends did not run. Uses only the standard
+library, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from ctypes import byref, c_int
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # those that run on an NVIDIA GPU, the preferred one first
-DRIVERS = ("libcuda.so.1", "nvcuda.dll")  # as sdruntime.system.cuda
+BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # those that run on an NVIDIA GPU, in order of preference
+DRIVERS = ("libcuda.so.1", "nvcuda.dll")  # keep equal to sdruntime.system.cuda
 OK, FAILED, USAGE, NO_GPU = 0, 1, 2, 3
 
 
 def gpus() -> int:
-    """How many GPUs the driver shows; 0 without a driver too."""
+    """Return the number of GPUs that the driver lists; 0 without a driver."""
     for name in DRIVERS:
         with contextlib.suppress(OSError):
             driver, count = ctypes.CDLL(name), c_int()
@@ -32,17 +33,17 @@ def gpus() -> int:
 
 
 def closed() -> tuple[int, str] | None:
-    """(exit code, why) where there is no GPU to run on; None where there is one."""
+    """Return (exit code, reason) if there is no GPU, else None."""
     if gpus():
         return None
-    reason = f"no NVIDIA GPU: no driver ({' or '.join(DRIVERS)}) starts here and shows a device; `nvidia-smi` must list it"
+    reason = f"no NVIDIA GPU: no driver ({' or '.join(DRIVERS)}) starts and lists a device; `nvidia-smi` must list it"
     if os.environ.get("ALLOW_NO_GPU") == "1":
-        return OK, f"{reason}. ALLOW_NO_GPU=1: passed over, and NOTHING WAS SHOWN"
-    return NO_GPU, f"{reason}. To pass over this, showing nothing: ALLOW_NO_GPU=1"
+        return OK, f"{reason}. ALLOW_NO_GPU=1: skipped, NOTHING WAS TESTED"
+    return NO_GPU, f"{reason}. To skip it, testing nothing: ALLOW_NO_GPU=1"
 
 
 def required() -> list[str]:
-    """The backends of REQUIRE. Raises ValueError for one that does not exist."""
+    """Return the backends in REQUIRE. Raises ValueError for an unknown one."""
     names = [name.strip() for name in os.environ.get("REQUIRE", "").split(",") if name.strip()]
     if unknown := [name for name in names if name not in BACKENDS]:
         raise ValueError(f"REQUIRE={','.join(unknown)}: known are {', '.join(BACKENDS)}")
@@ -50,20 +51,20 @@ def required() -> list[str]:
 
 
 def not_run(ran: Collection[str]) -> list[str]:
-    """The backends of REQUIRE that are not among those that `ran`."""
+    """Return the backends in REQUIRE that are not in `ran`."""
     return [name for name in required() if name not in ran]
 
 
 def passed(run: Callable[[], int]) -> int:
-    """What `run` returns, behind the door: its exit code, or the door's own."""
+    """Return the exit code of `run`, or that of the gate if it does not run."""
     try:
         required()
     except ValueError as error:
         print(error, file=sys.stderr)
         return USAGE
-    if shut := closed():
-        code, why = shut
-        print(why, file=sys.stderr)
+    if refusal := closed():
+        code, reason = refusal
+        print(reason, file=sys.stderr)
         return code
     return run()
 

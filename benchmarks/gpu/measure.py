@@ -1,4 +1,4 @@
-"""What is measured on a GPU alone: calls of the driver, one component, one loop. The rest is in `sdexport.bench.timing`."""
+"""Measurements that require a GPU: driver calls, a component, a loop. The others are in `sdexport.bench.timing`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdruntime.system.cuda import Cuda
 
 @contextmanager
 def driver_calls() -> Iterator[Counter[str]]:
-    """How often each function of the driver is called by sdruntime (what the engines' libraries call themselves is not seen)."""
+    """Count sdruntime's calls of each driver function; calls by the engines' own libraries are not counted."""
     counts: Counter[str] = Counter()
     real = Cuda.call
 
@@ -34,13 +34,14 @@ def driver_calls() -> Iterator[Counter[str]]:
 
 
 def waits(counts: Mapping[str, int]) -> int:
+    """Return how many calls waited for the device."""
     return sum(count for name, count in counts.items() if name.endswith("Synchronize"))
 
 
 def component(engine: Engine, dims: Mapping[str, int], factor: int, *, seconds: float) -> dict[str, Any]:
-    """One component at one shape. `call`: arrays in, arrays out; `device`: TensorRT's run alone, from its queueing to its end."""
+    """Measure a component at one shape. `call`: arrays in, arrays out. `device`: TensorRT's run alone, from enqueue to end."""
     feeds = feeds_of(engine.component, dims, factor)
-    told: dict[str, Any] = {"dims": dict(dims), "call": repeated(lambda: engine(feeds), seconds=seconds)}
+    figures: dict[str, Any] = {"dims": dict(dims), "call": repeated(lambda: engine(feeds), seconds=seconds)}
     if BACKENDS[engine.spec.backend].loop:
         from sdruntime.backends.trt.engine import TrtEngine
 
@@ -51,28 +52,28 @@ def component(engine: Engine, dims: Mapping[str, int], factor: int, *, seconds: 
             binding.enqueue()
             stream.synchronize()
 
-        told["device"] = repeated(run, seconds=seconds)
-    return told
+        figures["device"] = repeated(run, seconds=seconds)
+    return figures
 
 
-def loop(pipe: Pipeline, asked: Callable[[int], list[Request]], steps: int, *, on_device: bool) -> dict[str, Any]:
-    """The sampler's loop alone, text encoder and VAE apart, at two lengths: what a step costs the host, and waits of the host.
+def loop(pipe: Pipeline, requests: Callable[[int], list[Request]], steps: int, *, on_device: bool) -> dict[str, Any]:
+    """Measure the denoising loop alone, without text encoder and VAE, at two lengths: time per step, and waits of the host.
 
-    `wall` and `cpu` are milliseconds a step of the longer one, `cpu` the calling thread's own work; `waits_per_step` is the
-    difference of the two lengths' waits over that of their steps, so what is done once a picture is not in it.
+    `wall_ms` and `cpu_ms` are per step of the longer loop; `cpu_ms` is the CPU time of the calling thread. `waits_per_step` is
+    the difference in waits divided by the difference in steps, so waits once per image do not count.
     """
     lengths = max(2, steps // 2), max(4, steps)
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     counted: list[tuple[int, int]] = []
     for length in (lengths[1], *lengths):  # the first warms up
-        stream = pipe.stream(asked(length), on_device=on_device)
+        stream = pipe.stream(requests(length), on_device=on_device)
         with driver_calls() as counts:
             wall, cpu, calls = time.perf_counter(), time.thread_time(), 0
             for _ in stream:
                 calls += 1
             cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
         counted.append((calls, waits(counts)))
-        told = {"steps": calls, "wall_ms": round(1e3 * wall / calls, 4), "cpu_ms": round(1e3 * cpu / calls, 4)}
-        told["driver_calls"] = dict(sorted(counts.items()))
-    (few, less), (many, more) = counted[-2:]
-    return told | {"waits": more, "waits_per_step": (more - less) / (many - few)}
+        figures = {"steps": calls, "wall_ms": round(1e3 * wall / calls, 4), "cpu_ms": round(1e3 * cpu / calls, 4)}
+        figures["driver_calls"] = dict(sorted(counts.items()))
+    (short, short_waits), (long, long_waits) = counted[-2:]
+    return figures | {"waits": long_waits, "waits_per_step": (long_waits - short_waits) / (long - short)}

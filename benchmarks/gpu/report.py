@@ -1,10 +1,10 @@
-"""reports/GPU-LIBRARY.json: what one GPU and one library did with this project, in a form that a user can send.
+"""Write reports/GPU-LIBRARY.json: the results of this project with one GPU and one library, for users to send.
 
     python -m benchmarks.gpu.report [--shapes BUNDLE ...] [--models sd15] [--bundle sd15=FOLDER] [--out reports]
 
-One file for each backend that is installed: the check of `make gpu-test` on examples/shapes in fp32 and fp16, and the short form
-of `make gpu-bench`. It holds the GPU's name, its driver and versions, and no path, no name of a machine or of a user. Read it
-before you send it. Exit codes: 0; 1 where something failed or a backend of REQUIRE did not run; 3 without a GPU.
+One file for each installed backend: the check of `make gpu-test` on examples/shapes in fp32 and fp16, and the short form of
+`make gpu-bench`. It contains the GPU's name, its driver and versions, but no path and no name of the machine or its user. Read
+it before you send it. Exit codes: 0; 1 if something failed or a backend in REQUIRE did not run; 3 without a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _KEPT = """engine size open_s first_picture_s memory components loops pictures p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """`shapes`: bundles of the shapes example, fp32 among them; `bench`: what of the benchmark is run, its short form."""
+    """What to report on. `shapes`: bundles of the shapes example, including fp32. `bench`: options of the short benchmark."""
 
     shapes: Sequence[Path]
     checkpoint: Path | None
@@ -45,13 +45,15 @@ class Wanted:
 
 
 def shapes_bundles(work: Path) -> list[Path]:
-    """In fp32 and fp16, exported now where they are not kept. Raises RuntimeError where they cannot be."""
+    """Return the bundles of the shapes example in fp32 and fp16; export missing ones. Raises RuntimeError if it cannot."""
     found = []
     for precision in ("fp32", "fp16"):
         bundle = work / f"shapes-{precision}"
         if not (bundle / "manifest.json").exists():
             if why_not := reference.why_unavailable(device="cpu"):
-                raise RuntimeError(f"{why_not}, so none can be exported here: export two elsewhere, and name them with --shapes")
+                raise RuntimeError(
+                    f"{why_not}, so no bundle can be exported on this machine: export two elsewhere, and pass them with --shapes"
+                )
             from sdexport.build.events import ExportOptions as Export
             from sdexport.build.export import build
 
@@ -62,7 +64,7 @@ def shapes_bundles(work: Path) -> list[Path]:
 
 
 def reports(wanted: Wanted) -> dict[str, dict[str, Any]]:
-    """A report for each backend, by its name."""
+    """Return a report for each backend, by name."""
     found = {name: look(name) for name in wanted.bench.backends}
     checks: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
     with tempfile.TemporaryDirectory() as folder:
@@ -70,18 +72,18 @@ def reports(wanted: Wanted) -> dict[str, dict[str, Any]]:
         fp32 = next(each for each in wanted.shapes if Bundle.open(each).manifest.precision == "fp32")
         note("the CPU's pictures")
         drawn, rival = cpu_pictures(fp32, place, wanted.prompt), ""
-        why_not = reference.why_unavailable(wanted.bench.rival_device) if wanted.bench.rivals else "left out"
+        why_not = reference.why_unavailable(wanted.bench.rival_device) if wanted.bench.rivals else "skipped"
         if not why_not and wanted.checkpoint is not None:
             out = str(place / "diffusers.npz")
             job = {"checkpoint": str(wanted.checkpoint), "prompt": wanted.prompt, "out": out}
-            told = tasks.run("diffusers_pictures", job | {"device": wanted.bench.rival_device}, apart=wanted.bench.apart)
-            rival, why_not = told.get("out", ""), told.get("error", "")
+            results = tasks.run("diffusers_pictures", job | {"device": wanted.bench.rival_device}, apart=wanted.bench.apart)
+            rival, why_not = results.get("out", ""), results.get("error", "")
         for name in found:
             for bundle in wanted.shapes:
                 note(f"{name}: {bundle.name}")
                 job = {"bundle": str(bundle), "backend": name, "prompt": wanted.prompt, "reference": str(drawn)}
-                told = tasks.run("check", job | {"diffusers": rival}, apart=wanted.bench.apart)
-                checks[name].append(told | {"faults": faults(told) if "stage" in told else [told["error"]]})
+                results = tasks.run("check", job | {"diffusers": rival}, apart=wanted.bench.apart)
+                checks[name].append(results | {"faults": faults(results) if "stage" in results else [results["error"]]})
     bench = Bench(replace(wanted.bench, short=True), lambda _: None) if wanted.bench.models else None
     if bench is not None:
         bench.run()
@@ -99,34 +101,36 @@ def reports(wanted: Wanted) -> dict[str, dict[str, Any]]:
                     "listed": each.listed,
                 },
                 "versions": {**versions({}), **reference.versions()},
-                "diffusers": why_not or "drew the same pictures",
+                "diffusers": why_not or "generated the same images",
                 "checks": checks[name],
-                "benchmarks": {model: _part(told, name) for model, told in (bench.document["models"] if bench else {}).items()},
+                "benchmarks": {
+                    model: _part(results, name) for model, results in (bench.document["models"] if bench else {}).items()
+                },
             }
         )
         for name, each in found.items()
     }
 
 
-def _part(told: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One backend's part of a model's benchmark."""
-    here = told["backends"].get(name, {})
+def _part(results: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return one backend's part of a model's benchmark."""
+    here = results["backends"].get(name, {})
     part: dict[str, Any] = {key: here[key] for key in _KEPT if key in here}
-    if "error" in told:
-        part["error"] = told["error"]
-    for case in told.get("cases", []):
+    if "error" in results:
+        part["error"] = results["error"]
+    for case in results.get("cases", []):
         mine = {
             key: one for key, one in case["contestants"].items() if key.partition(",")[0] == name or key.startswith("diffusers")
         }
         ratios = case["times_as_fast"].get(name, {})
         part.setdefault("cases", []).append({**case, "contestants": mine, "times_as_fast": ratios})
-    if name in told.get("queue", {}):
-        part["queue"] = told["queue"][name]
+    if name in results.get("queue", {}):
+        part["queue"] = results["queue"][name]
     return part
 
 
 def status(report: Mapping[str, Any]) -> str:
-    """ran: every picture as it must be; failed: something not; missing: the library is not installed."""
+    """Return "ran" if every check passed, "failed" if one did not, "missing" if the library is not installed."""
     if report["library"]["missing"]:
         return "missing"
     return "ran" if report["checks"] and not any(each["faults"] for each in report["checks"]) else "failed"
@@ -136,11 +140,11 @@ def file_name(report: Mapping[str, Any]) -> str:
     return f"{slug(report['gpu']['name'])}-{slug(report['library']['name'])}-{slug(report['library']['version'])}.json"
 
 
-def write(made: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """A file for each library that is here."""
+def write(by_backend: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write a file for each installed library; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for report in made.values():
+    for report in by_backend.values():
         if report["library"]["version"]:
             path = folder / file_name(report)
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -148,10 +152,10 @@ def write(made: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     return paths
 
 
-def told(made: Mapping[str, Mapping[str, Any]]) -> int:
-    """Print what became of each backend; the exit code."""
-    states = {name: status(report) for name, report in made.items()}
-    for name, report in made.items():
+def print_summary(by_backend: Mapping[str, Mapping[str, Any]]) -> int:
+    """Print the result of each backend; return the exit code."""
+    states = {name: status(report) for name, report in by_backend.items()}
+    for name, report in by_backend.items():
         worst = {each.get("precision", "?"): min(each.get("psnr", {}).values(), default=None) for each in report["checks"]}
         why = report["library"]["missing"] or f"PSNR against the CPU {worst}"
         print(f"{name} {report['library']['version']}: {states[name]}: {why}")
@@ -161,35 +165,35 @@ def told(made: Mapping[str, Mapping[str, Any]]) -> int:
     lacking = gate.not_run([name for name, state in states.items() if state == "ran"])
     for name in lacking:
         print(f"FAILED REQUIRE: {name} did not run", file=sys.stderr)
-    failed = [name for name, state in states.items() if state == "failed" and made[name]["library"]["listed"]]
+    failed = [name for name, state in states.items() if state == "failed" and by_backend[name]["library"]["listed"]]
     return gate.FAILED if lacking or failed else gate.OK
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shapes", action="append", type=Path, default=[], metavar="BUNDLE", help="of the shapes example: fp32, fp16"
+        "--shapes", action="append", type=Path, default=[], metavar="BUNDLE", help="of the shapes example, in fp32 and fp16"
     )
     parser.add_argument("--models", default="sd15", help="of the benchmark: sd15, sd-turbo, sdxl, or none (sd15)")
-    parser.add_argument("--bundle", action="append", default=[], metavar="MODEL=FOLDER", help="an fp16 bundle made elsewhere")
+    parser.add_argument("--bundle", action="append", default=[], metavar="MODEL=FOLDER", help="an fp16 bundle exported elsewhere")
     parser.add_argument("--out", type=Path, default=ROOT / "reports", help="(reports)")
     parser.add_argument("--minutes", type=float, default=60.0, help="for the benchmark (60)")
-    asked = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
 
     def run() -> int:
         from benchmarks.gpu.bench import named
 
-        models = [name for name in asked.models.split(",") if name != "none"]
-        bench = Options(models=models, bundles=named(asked.bundle), minutes=asked.minutes, compiled=False)
+        models = [name for name in parsed.models.split(",") if name != "none"]
+        bench = Options(models=models, bundles=named(parsed.bundle), minutes=parsed.minutes, compiled=False)
         try:
-            shapes = asked.shapes or shapes_bundles(bench.work)
+            shapes = parsed.shapes or shapes_bundles(bench.work)
         except RuntimeError as error:
             print(f"the shapes example: {error}", file=sys.stderr)
             return gate.NO_GPU
-        made = reports(Wanted(shapes=[each.resolve() for each in shapes], checkpoint=SHAPES, bench=bench))
-        for path in write(made, asked.out):
+        by_backend = reports(Wanted(shapes=[each.resolve() for each in shapes], checkpoint=SHAPES, bench=bench))
+        for path in write(by_backend, parsed.out):
             print(f"wrote {path}: read it before you send it")
-        return told(made)
+        return print_summary(by_backend)
 
     return gate.passed(run)
 

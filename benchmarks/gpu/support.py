@@ -1,4 +1,4 @@
-"""Write docs/support.md, the tested platforms, from reports/*.json and from what the tests cover.
+"""Write docs/support.md, the tested platforms, from reports/*.json and the versions that the tests cover.
 
 python -m benchmarks.gpu.support [--reports reports] [-o docs/support.md]
 """
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.report import SCHEMA, status
 
-# keep equal to tests/trt/surface.py: the versions whose Python surface the calls of the backend are held against
+# keep equal to tests/trt/surface.py: the versions whose Python API the backend's calls are checked against
 CHECKED = (
     ("tensorrt", "10.3.0"),
     ("tensorrt", "10.16.1.11"),
@@ -60,14 +60,14 @@ _REST = """| any other version of TensorRT and TensorRT-RTX | untested |
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Every report of a folder. Raises ValueError for one of another schema."""
-    found = []
+    """Return every report of a folder. Raises ValueError for another schema."""
+    reports = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         if report.get("schema") != SCHEMA:
-            raise ValueError(f"{path.name}: schema {report.get('schema')!r}, and {SCHEMA} is what is read here: write it again")
-        found.append(report)
-    return found
+            raise ValueError(f"{path.name}: schema {report.get('schema')!r}; expected {SCHEMA}: write the report again")
+        reports.append(report)
+    return reports
 
 
 def page(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -78,13 +78,13 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
         "\n## Library versions\n\n| library | status |\n|---|---|\n",
     ]
     for name, version in CHECKED:
-        here = sorted({f"{status(each)} on {each['gpu']['name']}" for each in tried if _library(each) == (name, version)})
-        here += ["built without a GPU"] if (name, version) in BUILT else []
-        parts.append(f"| {NAMES[name]} {version} | {', '.join([*here, 'calls checked against the API'])} |\n")
+        results = sorted({f"{status(each)} on {each['gpu']['name']}" for each in tried if _library(each) == (name, version)})
+        results += ["built without a GPU"] if (name, version) in BUILT else []
+        parts.append(f"| {NAMES[name]} {version} | {', '.join([*results, 'calls checked against the API'])} |\n")
     others = {_library(each) for each in tried} - set(CHECKED)
     for name, version in sorted(others):
-        here = sorted({f"{status(each)} on {each['gpu']['name']}" for each in tried if _library(each) == (name, version)})
-        parts.append(f"| {NAMES[name]} {version} | {', '.join(here)} |\n")
+        results = sorted({f"{status(each)} on {each['gpu']['name']}" for each in tried if _library(each) == (name, version)})
+        parts.append(f"| {NAMES[name]} {version} | {', '.join(results)} |\n")
     but = ", but for the versions above" if any(name == "onnxruntime" for name, _ in others) else ""
     parts.append(_REST.format(but=but, jetson=_jetson(tried)))
     return "".join(parts)
@@ -105,7 +105,7 @@ def _on_gpus(tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _status(report: Mapping[str, Any]) -> str:
-    """With what went wrong, short."""
+    """Return the status of a report, with its first fault shortened to 300 characters."""
     faults = [f"{each.get('precision', '?')}: {fault}" for each in report["checks"] for fault in each["faults"]]
     if not faults:
         return status(report)

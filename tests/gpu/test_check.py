@@ -83,9 +83,9 @@ def test_what_fails_is_told_with_how_far_it_came(
     [
         ({"psnr": {"one": 39.9}}, "one: PSNR 39.9 dB against the CPU, below 40.0"),
         ({"psnr_loop": {"one": 49.0}}, "one: PSNR 49.0 dB between the loop on the device and NumPy's, below 50.0"),
-        ({"std": {"one": 3.0}}, "one: the picture is flat (deviation 3.0)"),
-        ({"loops": {"device": {"waits_per_step": 1.0}}}, "the host waits 1.0 times a step"),
-        ({"left": 32 << 20}, "33,554,432 bytes were left on the GPU after 3 pipelines"),
+        ({"std": {"one": 3.0}}, "one: the image is flat (standard deviation 3.0)"),
+        ({"loops": {"device": {"waits_per_step": 1.0}}}, "the host waits 1.0 times per step"),
+        ({"left": 32 << 20}, "33,554,432 bytes leaked on the GPU after 3 pipelines"),
     ],
 )
 def test_every_fault_is_found(changes: dict[str, Any], fault: str) -> None:

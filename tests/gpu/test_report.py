@@ -76,7 +76,7 @@ def test_a_report_of_each_library_that_is_here(
     assert [(case["steps"], case["batch"]) for case in short["cases"]] == [(20, 1)]
     assert short["cases"][0]["contestants"][here.backend]["p50_ms"] > 0
     assert short["loops"]["device"]["waits_per_step"] == 0
-    assert report.told(made) == 0
+    assert report.print_summary(made) == 0
     assert f"{here.backend} {here.trt.__version__}: ran: PSNR against the CPU" in capsys.readouterr().out
     page = support.page([ours, json.loads(paths[1].read_text(encoding="utf-8"))])
     assert f"| {here.gpus.name} (" in page
@@ -86,7 +86,7 @@ def test_a_report_of_each_library_that_is_here(
         assert private not in text
     for required, code in ((here.backend, 0), ("onnxruntime", 1)):
         monkeypatch.setenv("REQUIRE", required)
-        assert report.told(made) == code
+        assert report.print_summary(made) == code
 
 
 def test_a_backend_that_fails_has_a_report_that_says_so(
@@ -100,7 +100,7 @@ def test_a_backend_that_fails_has_a_report_that_says_so(
     quick = bench.Options(models=[], backends=["tensorrt"], apart=False, rivals=False)
     made = report.reports(report.Wanted(shapes=[sd1_bundle], checkpoint=None, bench=quick, prompt=PROMPT))
     assert report.status(made["tensorrt"]) == "failed"
-    assert report.told(made) == 1
+    assert report.print_summary(made) == 1
     row = next(line for line in support.page(list(made.values())).splitlines() if line.startswith("| NVIDIA H100"))
     assert "failed: fp32: loaded, then: EngineError: cannot parse .../model.onnx / node 7" in row
 
@@ -115,9 +115,9 @@ def test_a_gpu_that_the_library_does_not_list_is_told_and_no_fault(
     page = support.page(list(made.values()))
     assert "| failed (a GPU that this library does not list): fp32: loaded, then: EngineError: " in page
     assert "incompatible device" in page
-    assert report.told(made) == 0
+    assert report.print_summary(made) == 0
     monkeypatch.setenv("REQUIRE", "tensorrt-rtx")
-    assert report.told(made) == 1
+    assert report.print_summary(made) == 1
 
 
 def test_the_page_is_what_is_generated() -> None:

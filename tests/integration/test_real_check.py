@@ -32,7 +32,7 @@ def test_a_model_that_is_not_there_is_a_row_that_says_so(tmp_path: Path, capsys:
     arguments = ["no-such-model", "--rows", str(tmp_path / "rows.jsonl"), "--work", str(tmp_path), "--precision", "fp32"]
     assert real_check.main(arguments) == 1
     (row,) = real_check.rows_of(tmp_path / "rows.jsonl")
-    assert "ended with 2" in row["checks"]["fp32"]["steps"]["build"]
+    assert "failed with exit code 2" in row["checks"]["fp32"]["steps"]["build"]
     assert "FAILED" in capsys.readouterr().out
 
 

@@ -128,7 +128,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (
             ["--sampler", "DPM++ 2M Karras", "--schedule", "beta"],
             2,
-            "sampler 'DPM++ 2M Karras' names the schedule karras already",
+            "sampler 'DPM++ 2M Karras' already names the schedule karras",
         ),
         (["--schedule", "Automatic"], 2, "omit the schedule for the checkpoint's own timesteps"),
         (["--threads", "1000000"], 2, "threads 1000000: expected 1024 at most, or 0"),

@@ -84,7 +84,7 @@ def test_a_seed_of_numpy_is_a_plain_number() -> None:
 
 
 def test_names_are_text() -> None:
-    with pytest.raises(SettingError, match="option 3: its name must be text"):
+    with pytest.raises(SettingError, match="option 3: the name must be text"):
         Request(prompt="a cat", options={3: 1, "eta": 1})  # type: ignore[dict-item]
 
 

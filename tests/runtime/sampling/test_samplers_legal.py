@@ -32,7 +32,7 @@ REASONS = (
     "a flow grid takes",
     "takes none",
     "cannot step to sigma 0",
-    "the first sigma cannot be the last",
+    "the first sigma cannot also be the last",
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

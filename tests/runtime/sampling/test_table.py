@@ -245,13 +245,13 @@ def test_what_a_sampler_does_not_read_does_not_disturb_it() -> None:
 def test_an_unknown_option_a_missing_class_and_a_schedule_out_of_place_are_refused() -> None:
     with pytest.raises(UnknownName, match="option of ddim 'etta': did you mean eta"):
         compile_table(STABLE, steps=5, sampler="ddim", etta=1.0)
-    with pytest.raises(SettingError, match=r"eta 1\.5: it must be a number from 0 to 1"):
+    with pytest.raises(SettingError, match=r"eta 1\.5: expected a number from 0 to 1"):
         compile_table(STABLE, steps=5, sampler="ddim", eta=1.5)
     with pytest.raises(SettingError, match="_class_name"):
         compile_table(STABLE, steps=5)
     with pytest.raises(SettingError, match="holds a list"):
         compile_table([1], steps=5)  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="ddim keeps to the trained timesteps"):
+    with pytest.raises(SettingError, match="ddim uses the trained timesteps"):
         compile_table(STABLE, steps=5, sampler="ddim", schedule="karras")
     with pytest.raises(UnknownName, match="schedule"):
         compile_table(STABLE, steps=5, sampler="euler", schedule="kerras")

@@ -1,4 +1,4 @@
-"""The samplers by name, as users know them: ours, diffusers' classes, AUTOMATIC1111's, k-diffusion's, ComfyUI's.
+"""The registry of samplers, by our names and those of diffusers, AUTOMATIC1111, k-diffusion and ComfyUI.
 
 `SAMPLERS` is the registry, `register` adds to it, `resolve` finds a row by any of its names.
 """
@@ -27,8 +27,8 @@ __all__ = [
     "settled",
 ]
 
-# AUTOMATIC1111's name ("Schedule type") of each schedule; None is the plain spacing of timesteps. "lu" spaces log sigma
-# evenly, which AUTOMATIC1111 calls exponential.
+# AUTOMATIC1111's name ("Schedule type") of each schedule; None is plain timestep_spacing. "lu" spaces log sigma evenly, which
+# AUTOMATIC1111 also calls exponential.
 A1111_SCHEDULES: Mapping[str | None, str] = {
     None: "Uniform",
     "karras": "Karras",
@@ -43,31 +43,31 @@ A1111_SCHEDULES: Mapping[str | None, str] = {
 
 
 def folded(name: str) -> str:
-    """A name reduced to what tells it from others: "DPM++ 2S Ancestral", "dpmpp_2s_a" and "dpm++2s a" are one."""
+    """Return a name normalized for comparison: "DPM++ 2S Ancestral", "dpmpp_2s_a" and "dpm++2s a" are equal."""
     text = name.casefold().replace("++", "pp").replace("ancestral", "a")
     return "".join(letter for letter in text if letter.isalnum())
 
 
-_SCHEDULES = {folded(name): name for name in SCHEDULES} | {"uniform": "normal"}  # AUTOMATIC1111's word for the same levels
-# AUTOMATIC1111's and ComfyUI's words for what is no schedule here
+_SCHEDULES = {folded(name): name for name in SCHEDULES} | {"uniform": "normal"}  # AUTOMATIC1111's name of the same levels
+# names of AUTOMATIC1111 and ComfyUI that are not schedules here, with what to use instead
 _NO_SCHEDULES = {
-    "automatic": "omit the schedule for the checkpoint's own timesteps; the web UI takes Karras for most DPM++ samplers",
+    "automatic": "omit the schedule for the checkpoint's own timesteps; the web UI uses Karras for most DPM++ samplers",
     "ddim": "omit the schedule, with the sampler option timestep_spacing leading",
     "ddimuniform": "omit the schedule, with the sampler option timestep_spacing leading",
 }
 _FAMILIES = (ddim, pndm, kdiffusion, dpm_ancestral, dpm, unipc, deis, sa, consistency, flow)
 _ROWS: dict[str, Sampler] = {}
-_NAMES: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}  # by each folded name the row, and what that name fixes
+_NAMES: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}  # folded name -> row, and the settings that the name implies
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(_ROWS)
 
 
 def register(row: Sampler) -> None:
-    """Make a sampler known by its name, its diffusers class and its other names; a name that is taken stays with its first row.
+    """Register a sampler under its name, its diffusers class and its other names; the first row keeps a shared name.
 
-    A diffusers class fixes nothing, for the file says the rest. Raises SettingError where the row's own name is taken.
+    A diffusers class implies no settings: the checkpoint's config has them. Raises SettingError if the row's own name is taken.
     """
     if (taken := _NAMES.get(folded(row.name))) is not None:
-        raise SettingError(f"sampler {row.name}: {taken[0].name} has this name already; use another")
+        raise SettingError(f"sampler {row.name}: {taken[0].name} already has this name; use another")
     _ROWS[row.name] = row
     for name in (row.name, *row.a1111):
         _NAMES.setdefault(folded(name), (row, row.implied))
@@ -82,13 +82,13 @@ for _family in _FAMILIES:
 
 
 def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
-    """Return the sampler of a name, and the settings that the name fixes ("DPM++ 2M Karras": order, algorithm, schedule).
+    """Return the sampler of a name, and the settings that the name implies ("DPM++ 2M Karras": order, algorithm, schedule).
 
-    Takes names of the registry, diffusers class names, and the names of AUTOMATIC1111, k-diffusion and ComfyUI with or
-    without a schedule at the end. Case, spaces and punctuation do not count. Raises UnknownName with similar names.
+    Accepts registered names, diffusers class names, and names of AUTOMATIC1111, k-diffusion and ComfyUI, with or without a
+    schedule at the end. Case, spaces and punctuation are ignored. Raises UnknownName with similar names.
     """
-    wanted = folded(name)
-    for text in (wanted, wanted.removeprefix("k")):  # k_euler_a is k-diffusion's Euler a
+    key = folded(name)
+    for text in (key, key.removeprefix("k")):  # k_euler_a is k-diffusion's Euler a
         for suffix, schedule in {"": None, **_SCHEDULES}.items():
             stem = text.removesuffix(suffix)
             if text.endswith(suffix) and stem in _NAMES:
@@ -99,64 +99,67 @@ def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
 
 
 def resolve_schedule(name: str) -> str:
-    """Return our name of a schedule ("Karras", "SGM Uniform"). Raises UnknownName with similar names."""
-    found = _SCHEDULES.get(folded(name))
-    if found is None and (instead := _NO_SCHEDULES.get(folded(name))):
-        raise SettingError(f"schedule {name!r}: {instead}")
-    if found is None:
+    """Return our name of a schedule ("Karras", "SGM Uniform"). Raises UnknownName with similar names.
+
+    Raises SettingError for "automatic" and "ddim", which are not schedules here.
+    """
+    schedule = _SCHEDULES.get(folded(name))
+    if schedule is None and (fix := _NO_SCHEDULES.get(folded(name))):
+        raise SettingError(f"schedule {name!r}: {fix}")
+    if schedule is None:
         raise UnknownName("schedule", name, SCHEDULES)
-    return found
+    return schedule
 
 
 def identified(
     config: Mapping[str, Any], *, sampler: str | None = None, schedule: str | None = None, **options: Any
 ) -> tuple[Sampler | None, str | None]:
-    """Return the row whose name says exactly what these arguments of `compile_table` do, and the schedule in use.
+    """Return the row that matches these arguments of `compile_table` exactly, and the schedule in use.
 
-    Several rows share a diffusers class: a file of DPMSolverMultistepScheduler means dpmpp_2m, dpmpp_2m_sde or another,
-    as its solver_order and algorithm_type say. None stands for a combination that has no row. Raises SettingError.
+    Several rows share a diffusers class: a config of DPMSolverMultistepScheduler means dpmpp_2m, dpmpp_2m_sde or another,
+    depending on its solver_order and algorithm_type. The row is None if no row has this combination. Raises SettingError.
     """
     row, settings = settled(config, sampler=sampler, schedule=schedule, **options)
-    rows = [row] if row.diffusers is None else [each for each in SAMPLERS.values() if each.diffusers == row.diffusers]
-    fitting = [each for each in rows if all(settings[key] == value for key, value in each.implied.items())]
+    rows = [row] if row.diffusers is None else [other for other in SAMPLERS.values() if other.diffusers == row.diffusers]
+    matches = [row for row in rows if all(settings[key] == value for key, value in row.implied.items())]
     kind = chosen_schedule(settings)
-    return max(fitting, key=lambda each: len(each.implied), default=None), None if kind == "flow" else kind
+    return max(matches, key=lambda row: len(row.implied), default=None), None if kind == "flow" else kind
 
 
 def meaning(config: Mapping[str, Any], *, sampler: str | None = None, schedule: str | None = None, **options: Any) -> str:
-    """Return a line that says which sampler is meant by a diffusers class that several have; else "".
+    """Return a note on which sampler the diffusers class `sampler` means, if several samplers share it; else "".
 
     Raises SettingError.
     """
-    named = None if sampler is None else resolve(sampler)[0].diffusers
-    if named is None or folded(str(sampler)) not in (folded(named), folded(named.removesuffix("Scheduler"))):
+    shared = None if sampler is None else resolve(sampler)[0].diffusers
+    if shared is None or folded(str(sampler)) not in (folded(shared), folded(shared.removesuffix("Scheduler"))):
         return ""
-    if sum(row.diffusers == named for row in SAMPLERS.values()) < 2:
+    if sum(row.diffusers == shared for row in SAMPLERS.values()) < 2:
         return ""
     row, _ = identified(config, sampler=sampler, schedule=schedule, **options)
-    return f"{named} with these settings is {row.name}" if row else f"{named} with these settings has no name of its own"
+    return f"{shared} with these settings is {row.name}" if row else f"{shared} with these settings has no name of its own"
 
 
 def settled(
     config: Mapping[str, Any], *, sampler: str | None = None, schedule: str | None = None, **options: Any
 ) -> tuple[Sampler, dict[str, Any]]:
-    """Return the sampler that these arguments of `compile_table` name, with the value of every key that it reads.
+    """Return the sampler of these arguments of `compile_table`, and the value of every key that it reads.
 
     Raises SettingError, UnknownName.
     """
     if not isinstance(config, Mapping):
-        raise SettingError(f"scheduler_config.json holds a {type(config).__name__}: it must be an object with keys")
+        raise SettingError(f"scheduler_config.json: expected an object, got {type(config).__name__}")
     name = sampler if sampler is not None else config.get("_class_name")
     if sampler is not None and not isinstance(sampler, str):
         raise SettingError(f"sampler: expected a name, got {type(sampler).__name__}")
     if not isinstance(name, str):
-        raise SettingError("scheduler_config.json has no _class_name: name a sampler")
-    found, implied = resolve(name)
-    given = {**implied, **options, **({} if schedule is None else {"schedule": schedule})}
-    if isinstance(given.get("schedule"), str):
-        given["schedule"] = resolve_schedule(given["schedule"])
-    if schedule is not None and (other := implied.get("schedule", given["schedule"])) != given["schedule"]:
-        raise SettingError(f"schedule {schedule!r}: sampler {name!r} names the schedule {other} already: give one of them")
-    if given.get("schedule") and not found.takes_schedule:
-        raise SettingError(f"schedule {given['schedule']!r}: {found.name} keeps to the trained timesteps and takes none")
-    return found, found.settings(config, given)
+        raise SettingError("scheduler_config.json has no _class_name: choose a sampler")
+    row, implied = resolve(name)
+    chosen = {**implied, **options, **({} if schedule is None else {"schedule": schedule})}
+    if isinstance(chosen.get("schedule"), str):
+        chosen["schedule"] = resolve_schedule(chosen["schedule"])
+    if schedule is not None and (other := implied.get("schedule", chosen["schedule"])) != chosen["schedule"]:
+        raise SettingError(f"schedule {schedule!r}: sampler {name!r} already names the schedule {other}: give only one")
+    if chosen.get("schedule") and not row.takes_schedule:
+        raise SettingError(f"schedule {chosen['schedule']!r}: {row.name} uses the trained timesteps and takes none")
+    return row, row.settings(config, chosen)

@@ -1,4 +1,4 @@
-"""Few-step samplers of distilled models: to the clean image in one step, and back to the next level with new noise."""
+"""Few-step samplers of distilled models: jump to the clean image, then add new noise up to the next level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGMA_DATA = 0.5
 
 
 def lcm(x: X, path: Path, noise: Draw, *, timestep_scaling: float = 10.0) -> Solver:
-    """Latent consistency model, arXiv 2310.04378, algorithm 3 with the boundary of equation 4."""
+    """Latent consistency model, arXiv 2310.04378, algorithm 3 with the boundary condition of equation 4."""
     for s, t in path:
         x, m = yield x, s
         scaled = s.t * timestep_scaling
@@ -30,7 +30,7 @@ def lcm(x: X, path: Path, noise: Draw, *, timestep_scaling: float = 10.0) -> Sol
 
 
 def tcd(x: X, path: Path, noise: Draw, *, eta: float = 0.3) -> Solver:
-    """Trajectory consistency, arXiv 2402.19159, algorithm 4: down past t by the share eta (gamma), noise back up to t."""
+    """Trajectory consistency, arXiv 2402.19159, algorithm 4: down to (1 - eta)·t (eta is gamma there), then noise up to t."""
     for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
         x, m = yield x, s
         below = path.levels.at_time(int(np.float32(1 - eta) * np.float32(t.t)))

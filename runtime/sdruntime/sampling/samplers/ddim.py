@@ -1,4 +1,4 @@
-"""DDIM and DDPM: the clean estimate and the noise that is left, mixed again for the next level."""
+"""DDIM and DDPM: mix the clean estimate and the estimated noise at the next level."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def ddim(x: X, path: Path, noise: Draw, *, eta: float = 0.0) -> Solver:
-    """arXiv 2010.02502, equations 12 and 16; eta from 0 (deterministic) to 1 (DDPM's variance)."""
+    """DDIM, arXiv 2010.02502, equations 12 and 16; eta from 0 (deterministic) to 1 (DDPM's variance)."""
     for s, t in path:
         x, m = yield x, s
         std = eta * posterior_std(s.alpha, s.sigma, t.alpha, t.sigma)
@@ -27,10 +27,10 @@ def ddim(x: X, path: Path, noise: Draw, *, eta: float = 0.0) -> Solver:
 
 
 def ddpm(x: X, path: Path, noise: Draw, *, variance_type: str = "fixed_small") -> Solver:
-    """arXiv 2006.11239, equation 7, over any subset of the timesteps; no noise after timestep 0.
+    """DDPM, arXiv 2006.11239, equation 7, over any subset of the timesteps; no noise after timestep 0.
 
-    variance_type "fixed_small" takes the posterior's variance, "fixed_large" that of the forward step; their logarithms
-    ("_log") mean the same here, diffusers makes NaN of "fixed_large_log".
+    variance_type "fixed_small" is the posterior's variance, "fixed_large" that of the forward step. The "_log" types mean the
+    same; in diffusers, "fixed_large_log" results in NaN.
     """
     for s, t in path:
         x, m = yield x, s
@@ -44,7 +44,7 @@ def ddpm(x: X, path: Path, noise: Draw, *, variance_type: str = "fixed_small") -
 
 
 def posterior_std(alpha_s: float, sigma_s: float, alpha_t: float, sigma_t: float) -> float:
-    """Standard deviation of q(x_t | x_s, clean), arXiv 2006.11239, equation 7."""
+    """Return the standard deviation of q(x_t | x_s, clean), arXiv 2006.11239, equation 7."""
     return sigma_t / sigma_s * math.sqrt(1 - (alpha_s / alpha_t) ** 2)
 
 

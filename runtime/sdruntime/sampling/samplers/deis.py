@@ -1,4 +1,4 @@
-"""DEIS: the probability-flow equation with the noise estimate interpolated in log rho, rho = sigma / alpha."""
+"""DEIS: the probability-flow ODE with the noise estimate interpolated in log rho, rho = sigma / alpha."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def deis(x: X, path: Path, noise: Draw, *, solver_order: int = 2, lower_order_final: bool = True) -> Solver:
-    """Multistep DEIS, arXiv 2204.13902, equation 15 with its log-rho variant: d(x / alpha) = noise · d rho.
+    """Multistep DEIS, arXiv 2204.13902, equation 15 in its log-rho variant: d(x / alpha) = noise · d rho.
 
-    In u = log rho that integral has the weight exp(u). lower_order_final lowers the last steps of paths under 15.
+    In u = log rho, the integral has the weight exp(u). lower_order_final lowers the order of the last steps of paths of fewer
+    than 15 steps.
     """
     past: deque[tuple[float, X]] = deque(maxlen=solver_order)
     short = lower_order_final and path.total < 15

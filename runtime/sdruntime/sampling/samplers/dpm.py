@@ -1,7 +1,7 @@
 """DPM-Solver and DPM-Solver++, multistep and singlestep: exponential integrators in lambda = log(alpha / sigma).
 
-arXiv 2206.00927 (the model is taken as noise) and arXiv 2211.01095 (as the clean image, "++"). Written as there:
-D0, D1, D2 are the model and its scaled divided differences. The SDE forms double the exponents and add noise.
+arXiv 2206.00927 (the model's output read as noise) and arXiv 2211.01095 (as the clean image, "++"). Notation of the papers:
+D0, D1, D2 are the output and its scaled divided differences. The SDE forms double the exponents and add noise.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sdruntime.sampling.samplers.sampler import Sampler
 
 
 class Algorithm(NamedTuple):
-    """algorithm_type: is the model taken as the clean image, and is the equation stochastic?
+    """An algorithm_type. `data`: the model's output is read as the clean image, not as noise. `sde`: the equation is stochastic.
 
-    `flipped`: the weight of D2 has a sign wrong, as in diffusers' SDE of order 3, which leaves that at order 1.
+    `flipped`: the weight of D2 has the wrong sign of diffusers' SDE of order 3, which reduces that to order 1.
     """
 
     data: bool
@@ -36,7 +36,7 @@ class Algorithm(NamedTuple):
         data, sde = name.endswith("++"), name.startswith("sde-")
         return cls(data=data, sde=sde, flipped=data and sde and third_order == "diffusers")
 
-    def reading(self, x: X, m: X, s: Point) -> X:
+    def read(self, x: X, m: X, s: Point) -> X:
         return m if self.data else noise_of(x, m, s)
 
 
@@ -52,10 +52,10 @@ def dpm_multistep(
     euler_at_final: bool = False,
     third_order: str = "diffusers",
 ) -> Solver:
-    """DPM-Solver++(2M), (3M) and their kin; the order grows from 1 and falls at the end.
+    """Multistep DPM-Solver: DPM-Solver++(2M), (3M) and related. The order grows from 1 and may decrease at the end.
 
-    lower_order_final lowers it for the last two steps of paths under 15 steps; a step to sigma 0 is always of order 1.
-    third_order says whose weights the SDE of order 3 has: diffusers' or the exact ones, which are k-diffusion's.
+    lower_order_final lowers it in the last two steps of paths of fewer than 15 steps; a last step to sigma 0 is always of
+    order 1. third_order: the weights of the SDE of order 3, "diffusers" or "exact", which are k-diffusion's.
     """
     algorithm = Algorithm.named(algorithm_type, third_order)
     if not algorithm.data:
@@ -64,7 +64,7 @@ def dpm_multistep(
     short = lower_order_final and path.total < 15
     for left, (s, t) in zip(range(len(path), 0, -1), path, strict=True):
         x, m = yield x, s
-        past.appendleft((s.lam, algorithm.reading(x, m, s)))
+        past.appendleft((s.lam, algorithm.read(x, m, s)))
         order = len(past)
         if left == 1 and (short or euler_at_final or t.sigma == 0):
             order = 1
@@ -88,18 +88,18 @@ def dpm_singlestep(
     lower_order_final: bool = False,
     third_order: str = "diffusers",
 ) -> Solver:
-    """DPM-Solver++(2S), (3S): blocks of one, two or three steps, each step from the beginning of its block."""
+    """Singlestep DPM-Solver, such as DPM-Solver++(2S), (3S): blocks of 1 to 3 steps, each step from the start of its block."""
     algorithm = Algorithm.named(algorithm_type, third_order)
     if not algorithm.data:
         stay_above_zero(path, "algorithm_type", algorithm_type)
     to_clean = path.pairs[-1][1].sigma == 0
     orders = block_orders(path.total, solver_order, lower_order_final or to_clean, to_clean)
     block: list[tuple[float, X]] = []
-    for wanted, (s, t) in zip(orders[path.total - len(path) :], path, strict=True):
+    for order, (s, t) in zip(orders[path.total - len(path) :], path, strict=True):
         x, m = yield x, s
-        if wanted == 1 or not block:  # an image-to-image start may fall inside a block
+        if order == 1 or not block:  # an image-to-image start may fall inside a block
             block, start, first = [], x, s
-        block.append((s.lam, algorithm.reading(x, m, s)))
+        block.append((s.lam, algorithm.read(x, m, s)))
         derivatives = forward_differences(block, t.lam - first.lam, solver_type)
         x = integrated(start, first, t, derivatives, algorithm, midpoint=len(block) == 2 and solver_type == "midpoint")
         if algorithm.sde:
@@ -108,7 +108,10 @@ def dpm_singlestep(
 
 
 def block_orders(steps: int, order: int, lower_final: bool, to_clean: bool) -> list[int]:
-    """1, 2, 3, 1, 2, 3, ... for order 3; what does not fill a block, or a last block to be lowered, ends in order 1."""
+    """Return the order of each step: 1, 2, 3, 1, 2, 3, ... for order 3.
+
+    An incomplete last block, or a last block to be lowered, ends in order 1.
+    """
     block = list(range(1, order + 1))
     whole, rest = divmod(steps, order)
     if rest == 0 and lower_final and order > 1:
@@ -120,10 +123,10 @@ def block_orders(steps: int, order: int, lower_final: bool, to_clean: bool) -> l
 
 
 def backward_differences(past: list[tuple[float, X]], h: float) -> list[X]:
-    """D0, D1, D2 at the newest of `past` [(lambda, value), newest first], in units of the step h.
+    """Return D0, D1, D2 at the newest of `past` [(lambda, value), newest first], in units of the step h.
 
-    D2 is h² times the second divided difference, half the second derivative that an exact third order asks for. The
-    authors' code, diffusers and k-diffusion have it so; that is why multistep order 3 converges with order 2.
+    D2 is h² times the second divided difference: half of h² times the second derivative, which an exact third order requires.
+    The authors' code, diffusers and k-diffusion do the same; this is why multistep order 3 converges with order 2.
     """
     (lam0, m0), *older = past
     if not older:
@@ -138,7 +141,7 @@ def backward_differences(past: list[tuple[float, X]], h: float) -> list[X]:
 
 
 def forward_differences(block: list[tuple[float, X]], h: float, solver_type: str) -> list[X]:
-    """D0, D1, D2 at the oldest of `block`; the midpoint form of order 3 takes D1 from the newest and has no D2."""
+    """Return D0, D1, D2 at the oldest of `block`; the midpoint form of order 3 takes D1 from the newest and has no D2."""
     (lam0, m0), *newer = block
     rates = [(lam - lam0) / h for lam, _ in newer]
     slopes = [(m - m0) / r for r, (_, m) in zip(rates, newer, strict=True)]
@@ -151,9 +154,9 @@ def forward_differences(block: list[tuple[float, X]], h: float, solver_type: str
 
 
 def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algorithm, midpoint: bool) -> X:
-    """One step of the exponential integrator from s to t, its noise omitted (arXiv 2211.01095, section 4 and 5).
+    """Return x after one step of the exponential integrator from s to t, without its noise (arXiv 2211.01095, sections 4 and 5).
 
-    `midpoint` is the second-order rule that takes D1 with half the weight of D0, in place of the exact integral.
+    `midpoint`: the second-order rule that gives D1 half the weight of D0, in place of the exact integral.
     """
     h = t.lam - s.lam
     if algorithm.data:
@@ -171,9 +174,9 @@ def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algori
 
 
 def added_std(s: Point, t: Point, algorithm: Algorithm) -> float:
-    """Standard deviation of the noise that the SDE adds between s and t."""
+    """Return the standard deviation of the noise that the SDE adds between s and t. Raises SettingError if lambda decreases."""
     h = t.lam - s.lam
-    if h < -1e-6:  # less is rounding
+    if h < -1e-6:  # tolerance for rounding
         raise SettingError(
             "an SDE cannot step back to more noise: final_sigmas_type 'sigma_min' ends at the lowest trained sigma, "
             "and this schedule goes below it first (sigma_min, or a flow); set final_sigmas_type 'zero'"
@@ -182,7 +185,7 @@ def added_std(s: Point, t: Point, algorithm: Algorithm) -> float:
 
 
 def _solver(order: int, algorithm: str) -> dict[str, Any]:
-    """What a name of the DPM-Solver family fixes; those that predict noise cannot step to sigma 0 and stop before."""
+    """Return the settings that a name implies; solvers for the noise cannot step to sigma 0 and end at sigma_min."""
     fixed: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm}
     return fixed if algorithm.endswith("++") else {**fixed, "final_sigmas_type": "sigma_min"}
 

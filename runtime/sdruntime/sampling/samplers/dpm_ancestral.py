@@ -1,4 +1,4 @@
-"""DPM-Solver++(2S) with noise added between: k-diffusion's dpmpp_2s_ancestral and dpmpp_sde, in sigma (alpha 1)."""
+"""DPM-Solver++(2S) with added noise: k-diffusion's dpmpp_2s_ancestral and dpmpp_sde, in sigma (alpha = 1)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def dpmpp_2s_ancestral(x: X, path: Path, noise: Draw) -> Solver:
 
 
 def dpmpp_sde(x: X, path: Path, noise: Draw) -> Solver:
-    """k-diffusion sample_dpmpp_sde with r 1/2: each half step is ancestral.
+    """k-diffusion sample_dpmpp_sde with r = 1/2: each half step is ancestral.
 
-    Its noises are increments of one Brownian motion in sigma. The second covers the interval of the first and goes on,
-    so it shares with it the part rho of its variance.
+    The noises are increments of one Brownian motion in sigma. The interval of the second includes that of the first, so they
+    share the part rho of the second's variance.
     """
     for s, t in path:
         x, m = yield x, s
@@ -51,7 +51,7 @@ def dpmpp_sde(x: X, path: Path, noise: Draw) -> Solver:
 
 
 def toward(x: X, m: X, sigma: float, after: float) -> X:
-    """x with its noise brought from sigma to `after` if m is the clean image."""
+    """Return x with its noise reduced from sigma to `after` if m is the clean image."""
     return after / sigma * x + (1 - after / sigma) * m
 
 
@@ -63,7 +63,7 @@ ROWS = (
         order=2,
         reads=SCHEDULED,
         a1111=("DPM++ 2S a", "DPM++ 2S Ancestral"),
-        about="DPM-Solver++(2S) with ancestral noise, two model calls a step (k-diffusion)",
+        about="DPM-Solver++(2S) with ancestral noise, two model calls per step (k-diffusion)",
     ),
     sigma_row(
         "dpmpp_sde",
@@ -73,6 +73,6 @@ ROWS = (
         grid=partial(ve_grid, karras_bounds=False),
         reads={**STABLE, **SCHEDULED},
         a1111=("DPM++ SDE",),
-        about="Stochastic DPM-Solver++, two model calls a step (k-diffusion)",
+        about="Stochastic DPM-Solver++, two model calls per step (k-diffusion)",
     ),
 )

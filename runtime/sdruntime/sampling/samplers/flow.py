@@ -1,4 +1,4 @@
-"""Euler and Heun on a rectified flow, and the flow forms of solvers that have one."""
+"""Samplers of rectified flows: Euler, Heun, and the flow forms of other solvers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def flow_form(base: Sampler) -> Sampler:
-    """The same solver on a rectified flow."""
+    """Return the row of the same solver on a rectified flow."""
     return replace(
         base,
         name=f"flow_{base.name}",
@@ -61,7 +61,7 @@ ROWS = (
         reads={**FLOW_MATCH, **BY_NAME},
         choices=FLOW_ONLY,
         diffusers="FlowMatchHeunDiscreteScheduler",
-        about="Heun's method on a rectified flow, two model calls a step (arXiv 2403.03206)",
+        about="Heun's method on a rectified flow, two model calls per step (arXiv 2403.03206)",
     ),
     *(flow_form(row) for row in (*dpm.ROWS, *unipc.ROWS) if row.name in ("dpmpp_2m", "unipc")),
 )

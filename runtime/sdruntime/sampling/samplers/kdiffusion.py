@@ -1,6 +1,6 @@
-"""The samplers of arXiv 2206.00364 (EDM) and of k-diffusion: steps along dx/dsigma = (x - clean) / sigma.
+"""The samplers of EDM (arXiv 2206.00364) and of k-diffusion: steps along dx/dsigma = (x - clean) / sigma.
 
-That is the same equation for variance-exploding and for rectified-flow x, so euler and heun serve both.
+The equation is the same for variance-exploding and for rectified-flow x, so euler and heun serve both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdruntime.sampling.samplers.sampler import Sampler
 
 
 def euler(x: X, path: Path, noise: Draw) -> Solver:
-    """EDM, algorithm 1 without its second half."""
+    """Euler's method: EDM, algorithm 1 without the second-order correction."""
     for s, t in path:
         x, m = yield x, s
         x = x + (t.sigma - s.sigma) * slope(x, m, s)
@@ -47,7 +47,7 @@ def euler_ancestral(x: X, path: Path, noise: Draw) -> Solver:
 
 
 def heun(x: X, path: Path, noise: Draw) -> Solver:
-    """EDM, algorithm 1 without churn: the mean of the slopes at both ends; Euler into sigma 0."""
+    """Heun's method: EDM, algorithm 1. The mean of the slopes at both ends; Euler for a step to sigma 0."""
     for s, t in path:
         start, m = yield x, s
         d = slope(start, m, s)
@@ -59,7 +59,7 @@ def heun(x: X, path: Path, noise: Draw) -> Solver:
 
 
 def dpm2(x: X, path: Path, noise: Draw) -> Solver:
-    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) as k-diffusion has it: the slope at the middle in log sigma."""
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) as in k-diffusion: the slope at the middle in log sigma."""
     for s, t in path:
         x, m = yield x, s
         if t.sigma == 0:
@@ -97,20 +97,20 @@ def lms(x: X, path: Path, noise: Draw, *, order: int = 4) -> Solver:
 
 
 def slope(x: X, m: X, s: Point) -> X:
-    """dx/dsigma at s if m is the clean image."""
+    """Return dx/dsigma at s if m is the clean image."""
     return (x - m) / s.sigma
 
 
 def ancestral(sigma: float, after: float) -> tuple[float, float]:
-    """(down, up) with down² + up² = after²: how far to denoise and how much noise to add (DDPM's share, eta 1)."""
+    """Return (down, up), down² + up² = after²: the sigma to denoise to and the std of the noise to add (DDPM's share, eta 1)."""
     up = after * math.sqrt(1 - (after / sigma) ** 2)
     return math.sqrt(after**2 - up**2), up
 
 
 def ancestral_float32(sigma: float, after: float) -> tuple[float, float]:
-    """`ancestral` as diffusers' KDPM2Ancestral computes it, in float32, where a large step leaves few digits of `down`.
+    """Return `ancestral` in float32 like diffusers' KDPM2AncestralDiscreteScheduler; a large step leaves few digits of `down`.
 
-    Where it leaves none, which diffusers makes NaN of, it is computed exactly.
+    If it leaves none, for which diffusers returns NaN, return the exact numbers.
     """
     high, low = np.float32(sigma), np.float32(after)
     up = np.sqrt(low**2 * (high**2 - low**2) / high**2)
@@ -119,7 +119,7 @@ def ancestral_float32(sigma: float, after: float) -> tuple[float, float]:
 
 
 def sigma_row(name: str, solve: Callable[..., Solver], diffusers: str | None, **more: Any) -> Sampler:
-    """A row of the k-diffusion family, with the keys that all its diffusers classes read."""
+    """Return a row of the k-diffusion family, with the keys that all its diffusers classes read."""
     more = {"grid": ve_grid, **more, "reads": {**TRAINED, **LINSPACE, **BY_NAME, **more["reads"]}}
     return Sampler(name=name, solve=solve, space="ve", takes_schedule=True, diffusers=diffusers, **more)
 
@@ -156,7 +156,7 @@ ROWS = (
         order=2,
         reads={**STABLE, **SCHEDULED, "clip_sample": False},
         a1111=("Heun",),
-        about="Heun's method in sigma, two model calls a step (arXiv 2206.00364)",
+        about="Heun's method in sigma, two model calls per step (arXiv 2206.00364)",
     ),
     sigma_row(
         "dpm2",
@@ -166,7 +166,7 @@ ROWS = (
         grid=partial(ve_grid, whole_karras_times=True),
         reads={**STABLE, **SCHEDULED},
         a1111=("DPM2",),
-        about="DPM-Solver-2 in sigma, two model calls a step (arXiv 2206.00927)",
+        about="DPM-Solver-2 in sigma, two model calls per step (arXiv 2206.00927)",
     ),
     sigma_row(
         "dpm2_a",

@@ -1,4 +1,4 @@
-"""The keys of scheduler_config.json that samplers read, in the groups in which the diffusers classes have them."""
+"""The keys of scheduler_config.json that samplers read, grouped as in the diffusers classes, with their defaults."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
 
-# What the diffusers classes read, with their defaults. Keys that only filter images (clip_sample, thresholding) have
-# false here whatever the class says: they count where a file writes them true.
+# The defaults are those of the diffusers classes, except that keys which only filter images (clip_sample, thresholding) are
+# always false: they count only if a file sets them to true.
 TRAINED: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -26,7 +26,7 @@ SCHEDULED: Mapping[str, Any] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
-    "sigma_min": None,  # of few classes by name; the others find them among the keys that from_config keeps
+    "sigma_min": None,  # parameters of few classes; from_config passes them to the others all the same
     "sigma_max": None,
 }
 BY_NAME: Mapping[str, Any] = {"schedule": None}
@@ -48,7 +48,7 @@ DPM: Mapping[str, Any] = {
     "final_sigmas_type": "zero",
     "lambda_min_clipped": -math.inf,
     "variance_type": None,
-    "third_order": "diffusers",  # in no file: the name dpmpp_3m_sde sets it
+    "third_order": "diffusers",  # not in any file: the name dpmpp_3m_sde implies it
 }
 CONSISTENCY: Mapping[str, Any] = {
     **STABLE,
@@ -60,7 +60,7 @@ CONSISTENCY: Mapping[str, Any] = {
 FLOW_MATCH: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "prediction_type": "flow_prediction"}
 FLOW_ONLY: Mapping[str, tuple[str, ...]] = {"prediction_type": ("flow_prediction",)}
 
-# How the model was trained: its file alone says so. A request may set every other key that its sampler reads, which are OPTIONS.
+# How the model was trained: only its file sets these. A request may set every other key that its sampler reads: OPTIONS.
 TRAINING = frozenset({*TRAINED, *ZERO_SNR})
 OPTIONS = frozenset({
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "eta", "variance_type"),
@@ -70,17 +70,17 @@ OPTIONS = frozenset({
     *("order", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
     *("predict_x0", "disable_corrector", "predictor_order", "corrector_order"),
     *("original_inference_steps", "timestep_scaling"),
-    # what no table expresses: a request may set the one value that is possible where the file has another
+    # not expressible in a table: a request may set the one supported value, if the file has another
     *("thresholding", "clip_sample", "use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"),
     *("interpolation_type", "timestep_type", "solver_p"),
 })  # fmt: skip
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise SettingError for an option that a request may not set, UnknownName for a name that no sampler knows."""
+    """Raise SettingError for an option that a request may not set, UnknownName for one that no sampler has."""
     for key in options:
         if not isinstance(key, str):
-            raise SettingError(f"option {key!r}: its name must be text")
+            raise SettingError(f"option {key!r}: the name must be text")
         if key in TRAINING:
             raise SettingError(f"option {key}: the model was trained with the value in its scheduler_config.json; omit it")
         if key not in OPTIONS:

@@ -1,4 +1,4 @@
-"""PNDM and iPNDM: Adams-Bashforth over past noise estimates, in DDIM's transfer (arXiv 2202.09778)."""
+"""PNDM and iPNDM: Adams-Bashforth over past noise estimates, with DDIM's transfer function (arXiv 2202.09778)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24,
 
 
 def adams(past: deque[X]) -> X:
-    """The linear multistep formula, newest first, as long as there is past (equation 12)."""
+    """Return the linear multistep estimate of order len(past), newest first (equation 12)."""
     return sum(w * e for w, e in zip(ADAMS[len(past) - 1], past, strict=True))
 
 
 def pndm(x: X, path: Path, noise: Draw, *, skip_prk_steps: bool = False, prediction_type: str = "epsilon") -> Solver:
-    """PLMS, begun by three pseudo Runge-Kutta steps (equation 13) or by one pseudo improved Euler step.
+    """PLMS, started by three pseudo Runge-Kutta steps (equation 13) or by one pseudo improved Euler step.
 
-    It mixes outputs e of the model as the model gives them: v for a v-model, which only at the end of the step becomes
-    an estimate of the image. That is diffusers' PNDM, and not quite the same as mixing noises.
+    It mixes the model's raw outputs e: for a v-model these are v, converted to an image estimate at the end of the step. That is
+    diffusers' PNDM; mixing noise estimates is not quite the same.
     """
     v = prediction_type == "v_prediction"
 
@@ -55,7 +55,7 @@ def pndm(x: X, path: Path, noise: Draw, *, skip_prk_steps: bool = False, predict
             (s, near), (_, centre), _, (_, t) = (next(rest) for _ in range(4))
             start, m = yield x, s
             k1 = output(start, m, s)
-            x, m = yield transfer(start, s, near, k1), centre  # for an odd stride diffusers' two middles differ by one
+            x, m = yield transfer(start, s, near, k1), centre  # for an odd stride, the two midpoints differ by one in diffusers
             k2 = output(x, m, centre)
             x, m = yield transfer(start, s, centre, k2), centre
             k3 = output(x, m, centre)
@@ -70,9 +70,9 @@ def pndm(x: X, path: Path, noise: Draw, *, skip_prk_steps: bool = False, predict
 
 
 def ipndm(x: X, path: Path, noise: Draw) -> Solver:
-    """Multistep from the first step on, the order growing from 1 to 4 (arXiv 2204.13902, appendix on iPNDM).
+    """Multistep from the first step on, with order growing from 1 to 4 (arXiv 2204.13902, appendix on iPNDM).
 
-    Written as DDIM's step and what the past bends it by, so that a first step from alpha 0 needs no noise estimate there.
+    Written as DDIM's step plus a correction by past estimates, so that a first step from alpha 0 needs no noise estimate there.
     """
     past: deque[X] = deque(maxlen=4)
     for s, t in path:
@@ -107,7 +107,7 @@ ROWS = (
         implied={"skip_prk_steps": True},
         diffusers="PNDMScheduler",
         a1111=("PLMS",),
-        about="PNDM without the Runge-Kutta start, as Stable Diffusion 1 was published with (arXiv 2202.09778)",
+        about="PNDM without the Runge-Kutta start, the sampler of the Stable Diffusion 1 release (arXiv 2202.09778)",
     ),
     Sampler(
         name="ipndm",
@@ -116,6 +116,6 @@ ROWS = (
         space="vp",
         order=2,
         reads={**TRAINED, **LEADING, **ZERO_SNR, "set_alpha_to_one": True},
-        about="PNDM begun with lower orders, on the checkpoint's own schedule (arXiv 2204.13902)",
+        about="PNDM started with lower orders, on the checkpoint's own schedule (arXiv 2204.13902)",
     ),
 )

@@ -1,12 +1,12 @@
-"""What every sampler is: a generator that hands out a point to evaluate and gets back the clean estimate there.
+"""The protocol of samplers: a generator that yields a point to evaluate and receives the clean estimate there.
 
     def sampler(x, path, noise, *, options):
         for s, t in path:
             x, m = yield x, s        # x may come back edited; m is the estimate of the clean image
-            x = ...                  # linear in x, m, what was kept of former steps, and noise()
+            x = ...                  # linear in x, m, values of previous steps, and noise()
         return x
 
-X is anything that adds and multiplies by a float: latents, or the unit vectors that a Table is read off.
+X is anything that adds, and multiplies by a float: latents, or the unit vectors that `compile_table` runs samplers on.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Solver: TypeAlias = Generator[tuple[X, Point], tuple[X, X], X]
 
 
 def noise_of(x: X, m: X, s: Point) -> X:
-    """The noise that is in x if m is its clean image."""
+    """Return the noise in x if m is its clean image: (x - alpha·m) / sigma."""
     return (x - s.alpha * m) / s.sigma
 
 
 def moved(x: X, m: X, s: Point, t: Point) -> X:
-    """x at level t with the same clean image m and the same noise: DDIM, and Euler in any space."""
+    """Return x at level t with the same clean image m and the same noise: DDIM, and Euler in any space."""
     return t.alpha * m + t.sigma * noise_of(x, m, s)
 
 
 def stay_above_zero(path: Path, key: str, value: Any) -> None:
-    """Raise SettingError where a solver for the noise would step to sigma 0: there lambda, and its integral, is infinite."""
+    """Raise SettingError if a solver for the noise would step to sigma 0, where lambda and the integral are infinite."""
     if path.pairs[-1][1].sigma == 0:
         raise SettingError(
             f"{key} {value!r} cannot step to sigma 0: it needs final_sigmas_type 'sigma_min', or sigmas that end above 0"

@@ -1,4 +1,4 @@
-"""SA-Solver: a stochastic Adams predictor and corrector on the clean (or the noise) estimate."""
+"""SA-Solver: a stochastic Adams predictor and corrector on the clean or the noise estimate."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def sa_solver(
     algorithm_type: str = "data_prediction",
     lower_order_final: bool = True,
 ) -> Solver:
-    """arXiv 2309.05019, algorithm 1, equations 14 and 17; tau is 1 for timesteps 200 to 800 and 0 elsewhere.
+    """SA-Solver, arXiv 2309.05019, algorithm 1, equations 14 and 17; tau is 1 for timesteps 200 to 800 and 0 elsewhere.
 
-    The corrector keeps the predictor's noise, so corrected and handed-out x differ in the Adams part alone.
+    The corrector keeps the predictor's noise, so the corrected and the yielded x differ only in the Adams part.
     """
     data = algorithm_type == "data_prediction"
     past: deque[tuple[float, X]] = deque(maxlen=max(predictor_order, corrector_order) + 1)
@@ -55,7 +55,7 @@ def sa_solver(
 
 
 class Step(NamedTuple):
-    """One step from s to t at stochasticity tau; data: the model is read as the clean image."""
+    """One step from s to t with stochasticity tau. `data`: the model's output is read as the clean image, not as noise."""
 
     s: Point
     t: Point
@@ -68,21 +68,23 @@ class Step(NamedTuple):
 
     @property
     def kept(self) -> float:
+        """The factor of x."""
         if self.data:
             return self.t.sigma / self.s.sigma * math.exp(-(self.tau**2) * self.h)
         return self.t.alpha / self.s.alpha
 
     @property
     def std(self) -> float:
+        """The standard deviation of the added noise."""
         if self.data:
             return self.t.sigma * math.sqrt(-math.expm1(-2 * self.tau**2 * self.h))
         return self.tau * self.t.sigma * math.sqrt(math.expm1(2 * self.h))
 
     def adams(self, past: list[tuple[float, X]]) -> X:
-        """The integral of the polynomial through `past` over the step.
+        """Return the weighted integral, over the step, of the polynomial through `past`.
 
-        With two clean estimates its linear part is taken as h²/2, which is that of DPM-Solver++(2M) (the authors'
-        code; not in the paper).
+        With two clean estimates, the integral of the linear part is replaced by h²/2, as in DPM-Solver++(2M) (from the authors'
+        code, not in the paper).
         """
         rate = 1 + self.tau**2 if self.data else -1.0
         nodes = [lam for lam, _ in past]

@@ -1,4 +1,4 @@
-"""What the registry knows of a sampler, and how it reads a checkpoint's scheduler_config.json."""
+"""A row of the registry of samplers, and how it reads a checkpoint's scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sdruntime.sampling.prediction import PREDICTIONS
 from sdruntime.sampling.samplers.keys import OPTIONS
 from sdruntime.sampling.samplers.protocol import Solver
 
-# keys of a scheduler_config.json that are not of the file but defaults of its class: diffusers' from_config does not hand them on
-# to another class
+# The key that lists which keys of a scheduler_config.json are defaults of its class: from_config does not pass those on to
+# another class.
 DEFAULTED = "_use_default_values"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """A row of the registry.
+    """A sampler: a row of the registry.
 
-    `order` is the order in which the variance of the result converges on a smooth problem, a start of lower order
-    included; 0 where it does not (distilled models). `reads` names every key of scheduler_config.json that counts, with
-    the default of the diffusers class; `options` are those of them that go to `solve`, `implied` what the name itself
-    fixes ("dpmpp_2m": solver_order 2), `choices` the values of a key that differ from one class to another.
-    `takes_schedule`: its path may go through any falling sigmas, those of a named schedule or the caller's own (own_sigmas.py).
+    `order`: the order of convergence of the result's variance on a smooth problem, including a start of lower order; 0 if it
+    does not converge (distilled models). `reads`: every key of scheduler_config.json that matters, with the default of the
+    diffusers class. `options`: those of them that are passed to `solve`. `implied`: settings that the name itself fixes
+    ("dpmpp_2m": solver_order 2). `choices`: the values of keys whose values differ between classes. `takes_schedule`: the path
+    may go through any decreasing sigmas, those of a named schedule or of the caller (own_sigmas.py).
     """
 
     name: str
@@ -47,12 +47,12 @@ class Sampler:
     def __post_init__(self) -> None:
         stray = [key for key in (*self.options, *self.implied, *self.choices) if key not in self.reads]
         if stray:
-            raise TypeError(f"{self.name}: {', '.join(stray)} not among the keys that it reads")
+            raise TypeError(f"{self.name}: {', '.join(stray)} must be among the keys that it reads")
 
     def settings(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """The value of every key in `reads`: written in `config`, else the default, `given` over both; all checked.
+        """Return the value of every key in `reads`: from `given`, else from `config`, else the default.
 
-        Raises SettingError with the key and the value for what is out of range or what no table can express.
+        Raises SettingError with the key and the value if it is out of range or cannot be expressed in a table.
         """
         unknown = [key for key in given if key not in self.reads]
         if unknown:
@@ -61,16 +61,16 @@ class Sampler:
         unwritten = config.get(DEFAULTED, ()) if other else ()
         written = {key: config[key] for key in self.reads if config.get(key) is not None and key not in unwritten}
         written = {key: value for key, value in written.items() if not self._of_another_class(key, value)}
-        # null is false to the classes, whatever their default
+        # the diffusers classes treat null as false, whatever the default
         off = {key: False for key, default in self.reads.items() if default is True and config.get(key, ...) is None}
         settings = {**self.reads, **off, **written, **given}
         for key, value in settings.items():
-            if type(value) is not type(self.reads[key]) or value != self.reads[key]:  # 2.0 is not a solver_order
+            if type(value) is not type(self.reads[key]) or value != self.reads[key]:  # 2.0 is no solver_order
                 self._check(key, value)
         return settings
 
     def _refused(self, key: str) -> SettingError:
-        """The error for an option that this sampler does not have: other samplers may."""
+        """Return the error for an option that this sampler does not have; it lists samplers that do."""
         own = sorted(OPTIONS.intersection(self.reads))
         if key not in OPTIONS:
             return UnknownName(f"option of {self.name}", key, own)
@@ -81,7 +81,7 @@ class Sampler:
         return SettingError(f"option {key}: {self.name} has no such option (it has: {', '.join(own) or 'none'}){with_it}")
 
     def _of_another_class(self, key: str, value: Any) -> bool:
-        """A solver_type or algorithm_type that a sibling wrote: from_config passes over those."""
+        """Whether a value of solver_type or algorithm_type is that of a sibling class, which from_config ignores."""
         return key in self.choices and value not in self.choices[key] and value in SIBLING_CHOICES.get(key, ())
 
     def _check(self, key: str, value: Any) -> None:
@@ -101,13 +101,13 @@ class Sampler:
             kind, low, high = RANGES[key]
             number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                what = "a whole number" if kind is int else "a number"
-                raise SettingError(f"{key} {shown(value)}: it must be {what} from {low:g} to {high:g}")
+                expected = "a whole number" if kind is int else "a number"
+                raise SettingError(f"{key} {shown(value)}: expected {expected} from {low:g} to {high:g}")
         elif isinstance(self.reads[key], bool):
             if not isinstance(value, bool):
-                raise SettingError(f"{key} {shown(value)}: it must be true or false")
+                raise SettingError(f"{key} {shown(value)}: expected true or false")
         elif not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
-            raise SettingError(f"{key} {shown(value)}: it must be a list of numbers")
+            raise SettingError(f"{key} {shown(value)}: expected a list of numbers")
 
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
@@ -126,7 +126,7 @@ SIBLING_CHOICES: Mapping[str, tuple[str, ...]] = {
         *("deis", "data_prediction", "noise_prediction"),
     ),
 }
-# What lies outside the equation, with the one value that is inside.
+# Keys that no linear update can express, each with the one value that is supported.
 INEXPRESSIBLE: Mapping[str, Any] = {
     "thresholding": False,
     "clip_sample": False,

@@ -1,4 +1,4 @@
-"""UniPC: one model call serves the predictor of the next step and the corrector of the last."""
+"""UniPC: one model call serves the predictor of the next step and the corrector of the previous one."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def unipc(
 ) -> Solver:
     """UniPC-p with B(h) = h ("bh1") or exp(h) - 1 ("bh2"), arXiv 2302.04867, algorithms 5 to 8.
 
-    The corrector works on the x that was handed out: it and the predictor share all but `bent`. A step in which
-    lambda goes to infinity, or stands still, is of order 1. disable_corrector counts steps from 0, the path's first.
+    The corrector updates the x that was yielded: predictor and corrector differ only in `correction`. A step in which lambda
+    becomes infinite or does not change is of order 1. disable_corrector: indices of steps, 0 for the path's first.
     """
     if not predict_x0:
         stay_above_zero(path, "predict_x0", predict_x0)
@@ -54,18 +54,18 @@ def unipc(
         if before is not None and path.total - left - 1 not in disabled:
             step, order = before
             earlier = [*past][1 : order + 1]
-            x = x + step.bent(earlier, now=past[0][1]) - step.bent(earlier)
+            x = x + step.correction(earlier, now=past[0][1]) - step.correction(earlier)
         order = min(solver_order, len(past), left if lower_order_final else solver_order)
         step = Step(s, t, predict_x0, solver_type)
         if not 0 < step.h < math.inf:
             order = 1
-        x = step.first_order(x, past[0][1]) + step.bent([*past][:order])
+        x = step.first_order(x, past[0][1]) + step.correction([*past][:order])
         before = step, order
     return x
 
 
 class Step(NamedTuple):
-    """One step from s to t, of a model that is read as the clean image (`data`) or as noise."""
+    """One step from s to t. `data`: the model's output is read as the clean image, not as noise."""
 
     s: Point
     t: Point
@@ -77,16 +77,17 @@ class Step(NamedTuple):
         return self.t.lam - self.s.lam
 
     def first_order(self, x: X, m: X) -> X:
+        """Return x after a first-order step (DDIM)."""
         s, t = self.s, self.t
         if self.data:
             return t.sigma / s.sigma * x - t.alpha * math.expm1(-self.h) * m
         return t.alpha / s.alpha * x - t.sigma * math.expm1(self.h) * m
 
-    def bent(self, past: list[tuple[float, X]], now: X = None) -> X:
-        """What differences to the newest of `past` add to the first-order step; with `now`, the model at t, among them.
+    def correction(self, past: list[tuple[float, X]], now: X = None) -> X:
+        """Return what the differences to the newest of `past` add to the first-order step.
 
-        Without is the predictor's part, equation 3; with is the corrector's, equation 7. One difference alone has
-        weight 1/2, which keeps the order and needs no solving (section 3.4).
+        Without `now` it is the predictor's part, equation 3; with `now`, the output at t, the corrector's, equation 7. A single
+        difference has weight 1/2, which keeps the order without solving for it (section 3.4).
         """
         (lam0, m0), *older = past
         rates = [(lam - lam0) / self.h for lam, _ in older]
