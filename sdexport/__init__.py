@@ -1,5 +1,5 @@
-"""Stable Diffusion out of PyTorch: a diffusers checkpoint becomes a bundle that `sdruntime` runs."""
+"""Export Stable Diffusion from PyTorch: build a bundle for `sdruntime` from a diffusers checkpoint."""
 
-import sdruntime.backends.ort  # noqa: F401  before anything here, or a library that it imports, loads ONNX Runtime
+import sdruntime.backends.ort  # noqa: F401  must come before any other import that loads ONNX Runtime
 
 __version__ = "0.1.0"

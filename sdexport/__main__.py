@@ -1,4 +1,4 @@
-"""`python -m sdexport`: the same as the command `sdexport`."""
+"""Run the command `sdexport` as `python -m sdexport`."""
 
 from sdexport.cli.main import main
 

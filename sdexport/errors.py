@@ -1,16 +1,16 @@
-"""The errors of sdexport, and the exit code that each gives the command line. Those of sdruntime pass through as they are.
+"""The errors of sdexport, with their exit codes. Errors of sdruntime pass through unchanged.
 
 SdexportError                 1   something failed
-├── CheckpointError           2   the checkpoint is not whole, or not one that this exporter knows; carries every fault
+├── CheckpointError           2   the checkpoint is incomplete or not supported; carries every fault
 ├── RecipeError               2   a recipe cannot be used; carries every fault with its field
 ├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
-│   └── ProcessKilled         3   the process of a component was ended from outside, as a system out of memory does
+│   └── ProcessKilled         3   a signal ended the process of a component, as when the system runs out of memory
 ├── BenchError                1   a contestant of a benchmark failed
-└── ExportError               1   a component's graph could not be made, or is not sound
-    ├── PrecisionError        1   values that the requested precision cannot represent; lists every fault
-    └── AuditError            1   a graph in half precision that is too far from its float32 one
+└── ExportError               1   a component's graph could not be exported, or is not valid
+    ├── PrecisionError        1   the requested precision cannot represent some values; carries every fault
+    └── AuditError            1   a graph in half precision is too far from its float32 graph
 
-A message says what was wrong, where, the numbers, and the command or the change that mends it.
+A message says what is wrong, where, the values, and the command or change that fixes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SdexportError(Exception):
 
 
 class CheckpointError(SdexportError):
-    """A checkpoint cannot be exported. `faults` holds every reason that was found."""
+    """A checkpoint cannot be exported. `faults` holds every reason."""
 
     exit_code = 2
 
@@ -38,7 +38,7 @@ class CheckpointError(SdexportError):
 
 
 class RecipeError(SdexportError):
-    """A recipe cannot be used. `faults` holds every reason that was found, each with the path of its field."""
+    """A recipe cannot be used. `faults` holds every reason, each with the path of its field."""
 
     exit_code = 2
 
@@ -54,19 +54,19 @@ class EnvironmentFault(SdexportError):
 
 
 class ProcessKilled(EnvironmentFault):
-    """The process that exported a component was ended by a signal."""
+    """A signal ended the process that exported a component."""
 
 
 class BenchError(SdexportError):
-    """A contestant of a benchmark failed; the message names it and what it said."""
+    """A contestant of a benchmark failed; the message has its name and its error."""
 
 
 class ExportError(SdexportError):
-    """A component could not be turned into a sound ONNX graph."""
+    """A component could not be exported to a valid ONNX graph."""
 
 
 class PrecisionError(ExportError):
-    """Values that the requested precision cannot represent. `faults` holds one line for each tensor."""
+    """The requested precision cannot represent some values. `faults` holds one line for each tensor."""
 
     def __init__(self, where: object, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)

@@ -1,1 +1,1 @@
-"""A checkpoint becomes a bundle."""
+"""Build a bundle from a checkpoint."""

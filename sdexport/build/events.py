@@ -12,9 +12,12 @@ from sdruntime.engines.building import BuildEvent, BuildRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What a bundle is built with. `engines`: those that are built into it here, as `sdruntime build` takes them. `revision`:
-    of the checkpoint, where it comes from the hub. `audit`: half precision is measured, and what it would harm stays float32.
-    `verify`: make reference outputs, and check against them what this machine can run."""
+    """The options of a build.
+
+    `revision` is the hub's, for a hub id. `engines` are built into the bundle, with the options of `sdruntime build`. `audit`
+    measures half precision and keeps in float32 what it would harm. `verify` stores reference outputs and checks what this
+    machine can run against them.
+    """
 
     revision: str | None = None
     precision: Precision = "fp32"
@@ -30,7 +33,7 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportProgress:
-    """A step of the export: component `index` of `count`, and the stage that it is in."""
+    """A step of the export: the current component, `index` of `count`, and its stage."""
 
     component: str
     index: int
@@ -47,9 +50,12 @@ class EngineProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
-    """The end of a build. `peak`: the most memory of this process and of one of a component, together; sizes in bytes. `checks`:
-    how many outputs and images were checked. `changes`: a line for each setting of the checkpoint that diffusers'
-    pipeline changes when it opens it, as it is changed in the bundle."""
+    """The end of a build; sizes are in bytes.
+
+    `peak` is the peak memory of this process plus that of the largest component's process. `checks` counts the outputs and images
+    that were checked. `changes` has a line for each setting that diffusers' pipeline changes when it opens the checkpoint; the
+    bundle has the changed value.
+    """
 
     folder: Path
     up_to_date: bool

@@ -1,8 +1,8 @@
-"""The conductor: a checkpoint in, a bundle out, and what happens on the way as events.
+"""Build a bundle from a checkpoint; the progress is yielded as events.
 
-The ONNX and what belongs to it are written to a staging folder that takes the bundle's place by one rename; an export that fails
-or is interrupted leaves the existing bundle untouched. Engines are added to the whole bundle, one by one. So the next try goes on
-where this one ended: traces are kept, and engines that are there stay.
+The ONNX models and their files are written to a staging folder, which replaces the bundle by one rename. An export that fails or
+is interrupted leaves the existing bundle untouched. Engines are added to the finished bundle one by one. A second attempt
+therefore resumes: it reuses cached traces and existing engines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress, ExportResult
-from sdexport.build.files import component_specs, described, write_rest
+from sdexport.build.files import component_specs, without_code_keys, write_pipeline_files
 from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of
 from sdexport.checkpoint.card import read_card
 from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
@@ -40,17 +40,17 @@ from sdruntime.system.events import finish, mapped
 from sdruntime.system.process import peak_memory
 from sdruntime.verification.verify import check_engine
 
-REFERENCE = "reference"  # a folder that is there while half precision is audited
+REFERENCE = "reference"  # a folder that exists while half precision is audited
 
 
 def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress | EngineProgress, None, ExportResult]:
-    """Build the bundle `out` from a diffusers folder or a hub id. The last event is `ExportResult`.
+    """Build the bundle `out` from a diffusers folder or a hub id; return the result.
 
-    A bundle that was made of the same inputs stays, and gets the engines that it lacks. Raises SdexportError, and sdruntime's
-    errors for the disk and the engines.
+    An existing bundle of the same inputs is kept, and missing engines are added. Raises SdexportError, and sdruntime's errors for
+    the disk and the engines.
     """
-    for asked in options.engines:  # mistakes in these are reported before the long work
-        asked.resolve_library(options.precision)
+    for request in options.engines:  # reports mistakes before the long work
+        request.resolve_library(options.precision)
     exported = yield from export(model, out, options)
     written = yield from _engines(out, options)
     return dataclasses.replace(
@@ -62,15 +62,15 @@ def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProg
 
 
 def model_name(located: Located) -> str:
-    """The name in a hub id; of a folder, what its card calls the model, or else the folder's name."""
+    """Return the name in a hub id; for a folder, the name in its model card, or else the folder's name."""
     *owner, name = located.source.split("/")
     return name if owner else read_card(located.folder).name or name
 
 
 def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress, None, ExportResult]:
-    """The bundle without its engines; the last event is returned. Engines that the model cannot have are refused before the work.
+    """Export the bundle without its engines; return the result. Requests for engines that do not fit the model fail first.
 
-    Raises as `build` does.
+    Raises the errors of `build`.
     """
     check_place(out)
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
@@ -79,8 +79,8 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
         located.folder, name=model_name(located), precision=options.precision, allow_pickle=options.allow_pickle
     )
     table = components(checkpoint)
-    for asked in options.engines:
-        asked.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
+    for request in options.engines:
+        request.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
     inputs = digest_of_inputs(checkpoint, table, options)
     if is_current(out, inputs, verified=options.verify):
         return ExportResult(folder=out, up_to_date=True, written=0, peak=peak_memory(), changes=checkpoint.changes)
@@ -93,7 +93,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
         peak = max(peak, (yield from _export(checkpoint, table, options, folder, reference if options.audited else None)))
         shutil.rmtree(reference, ignore_errors=True)
         audits = _audits(table, folder)
-        write_rest(checkpoint, table, folder)
+        write_pipeline_files(checkpoint, table, folder)
         step = write_step(folder)
         write_bundle(
             folder,
@@ -103,7 +103,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             provenance=provenance_of(located, checkpoint, options, inputs),
         )
         if options.verify:
-            proof = yield from _proved(checkpoint, options, folder, len(table))
+            proof = yield from _verify(checkpoint, options, folder, len(table))
             peak = max(peak, proof.peak)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return ExportResult(
@@ -112,26 +112,26 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
 
 
 def _refuse_overlap(out: Path, checkpoint: Path) -> None:
-    """Raise BundleError if the bundle would be the checkpoint, or one would lie in the other."""
+    """Raise BundleError if the bundle and the checkpoint are one folder, or one contains the other."""
     ours, theirs = out.resolve(), checkpoint.resolve()
     if _lies_in(ours, theirs) or _lies_in(theirs, ours):
         raise BundleError(out, [f"this place and the checkpoint ({checkpoint}) overlap: choose another place"])
 
 
 def _lies_in(place: Path, folder: Path) -> bool:
-    """Whether a place is `folder` or in it, whatever the names: a bind mount gives a folder a second one."""
+    """Return whether `place` is `folder` or in it. Also compares inodes, as a bind mount gives a folder a second name."""
     return any(
-        each == folder or (each.exists() and folder.exists() and each.samefile(folder)) for each in (place, *place.parents)
+        path == folder or (path.exists() and folder.exists() and path.samefile(folder)) for path in (place, *place.parents)
     )
 
 
 def _reference(
     checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions, folder: Path
 ) -> Generator[ExportProgress, None, int]:
-    """The same in float32, probed: what half precision is measured by. Returns the peak memory."""
+    """Export a float32 bundle as the reference for the audit, and probe it; return the peak memory in bytes."""
     folder.mkdir()
     peak = yield from _export(checkpoint, table, options, folder, None, full=True)
-    write_rest(checkpoint, table, folder)
+    write_pipeline_files(checkpoint, table, folder)
     specs = component_specs(table, {})
     write_bundle(folder, model=checkpoint.model, precision="fp32", components=specs, provenance={})
     job = ComponentJob(checkpoint="", component=PROBE, precision="fp32", allow_pickle=False, out=str(folder))
@@ -148,7 +148,7 @@ def _export(
     *,
     full: bool = False,
 ) -> Generator[ExportProgress, None, int]:
-    """Each component in its own process; returns the peak memory of the largest."""
+    """Export each component in its own process; return the peak memory of the largest in bytes."""
     peak = 0
     for index, component in enumerate(table):
         (folder / component.name).mkdir()
@@ -164,9 +164,9 @@ def _export(
         )
         progress = functools.partial(ExportProgress, component=component.name, index=index, count=len(table))
         peak = max(peak, (yield from mapped(run_job(job), functools.partial(_staged, progress))))
-        (folder / component.name / "config.json").write_text(json.dumps(described(component.config), indent=2) + "\n")
+        (folder / component.name / "config.json").write_text(json.dumps(without_code_keys(component.config), indent=2) + "\n")
         if reference is not None:
-            shutil.rmtree(reference / component.name)  # half of a large model's disk, before the next one is written
+            shutil.rmtree(reference / component.name)  # limits the disk space that a large model needs
     return peak
 
 
@@ -175,20 +175,22 @@ def _staged(progress: Callable[..., ExportProgress], stage: Stage) -> ExportProg
 
 
 def _audits(table: Sequence[Component], folder: Path) -> dict[str, Audit]:
-    """What the jobs found; their notes go."""
-    found: dict[str, Audit] = {}
+    """Return the audits that the jobs wrote, and delete their files."""
+    audits: dict[str, Audit] = {}
     for component in table:
         path = folder / component.name / AUDIT
         if path.exists():
             faults: list[str] = []
-            found[component.name] = record_from_json(Audit, read_json(path), where=AUDIT, faults=faults)
+            audits[component.name] = record_from_json(Audit, read_json(path), where=AUDIT, faults=faults)
             assert not faults, faults
             path.unlink()
-    return found
+    return audits
 
 
-def _proved(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count: int) -> Generator[ExportProgress, None, Proof]:
-    """Golden numbers, and the ONNX held to them where ONNX Runtime is here; the peak is of both processes.
+def _verify(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count: int) -> Generator[ExportProgress, None, Proof]:
+    """Store reference outputs and check the ONNX models against them if ONNX Runtime is installed.
+
+    The peak memory is the larger of both processes.
 
     Raises VerificationFailed.
     """
@@ -202,10 +204,10 @@ def _proved(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count:
 
 
 def _engines(folder: Path, options: ExportOptions) -> Generator[EngineProgress, None, int]:
-    """The engines that were requested; returns the bytes written."""
+    """Build the requested engines; return the number of bytes written."""
     written = 0
-    for asked in options.engines:
-        with contextlib.closing(build_engines(folder, asked, check=check_engine if options.verify else None)) as events:
+    for request in options.engines:
+        with contextlib.closing(build_engines(folder, request, check=check_engine if options.verify else None)) as events:
             for event in events:
                 written += event.size
                 yield EngineProgress(event=event)

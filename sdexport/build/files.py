@@ -1,4 +1,4 @@
-"""The files of a bundle that are no networks, and what its manifest says of the components."""
+"""Write the files of a bundle other than the networks, and describe its components for the manifest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.manifest import ComponentSpec
 
 
-def described(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config without what makes a library that opens it run other code (`_attn_implementation`, `auto_map`, …)."""
+def without_code_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config without the keys that make a library run other code (`_attn_implementation`, `auto_map`, …)."""
     known = ("_class_name", "_diffusers_version")
     return {key: value for key, value in config.items() if key in known or not (key.startswith("_") or key == "auto_map")}
 
 
-def write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:
+def write_pipeline_files(checkpoint: Checkpoint, table: Sequence[Component], folder: Path) -> None:
+    """Write the tokenizers, the scheduler's config and model_index.json into `folder`."""
     for name, tokenizer in checkpoint.tokenizers.items():
         tokenizer.write(folder / name, length=checkpoint.text_length)
     (folder / "scheduler").mkdir()
@@ -30,21 +31,22 @@ def write_rest(checkpoint: Checkpoint, table: Sequence[Component], folder: Path)
 
 
 def _model_index(checkpoint: Checkpoint, table: Sequence[Component]) -> Mapping[str, Any]:
-    """What diffusers' OnnxStableDiffusionPipeline reads; it knows SD1 and SD2."""
-    known = checkpoint.model.family != "sdxl"
+    """Return the model_index.json for diffusers' OnnxStableDiffusionPipeline, which supports SD1 and SD2."""
+    supported = checkpoint.model.family != "sdxl"
     index: dict[str, Any] = {
-        "_class_name": "OnnxStableDiffusionPipeline" if known else checkpoint.index["_class_name"],
+        "_class_name": "OnnxStableDiffusionPipeline" if supported else checkpoint.index["_class_name"],
         "_diffusers_version": versions()["diffusers"],
         "scheduler": ["diffusers", checkpoint.scheduler["_class_name"]],
     }
     index |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
     index |= {component.name: ["diffusers", "OnnxRuntimeModel"] for component in table}
-    if known:
+    if supported:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return index
 
 
 def component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) -> dict[str, ComponentSpec]:
+    """Return the manifest's entry of each component, by name."""
     return {
         component.name: ComponentSpec(
             files=(f"{component.name}/{MODEL}", f"{component.name}/{DATA}"),

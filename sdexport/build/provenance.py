@@ -1,4 +1,4 @@
-"""Where a bundle came from, and whether one that is there came from the same."""
+"""Record where a bundle came from, and decide whether an existing one is up to date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdruntime.verification.golden import DOCUMENT
 
 
 def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions) -> str:
-    """The hash of everything that the ONNX and the files beside it follow from."""
+    """Return the hash of everything that determines the ONNX models and the files beside them."""
     names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
     files = [checkpoint.folder / name for name in names]
     files += [path for part in checkpoint.parts.values() for path in part.files]
@@ -41,7 +41,7 @@ def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options
 
 
 def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
-    """Return whether `out` is an intact bundle made of the same inputs; with reference outputs, if `verified`."""
+    """Return whether `out` is an intact bundle of the same inputs; with reference outputs, if `verified`."""
 
     def current(bundle: Bundle) -> bool:
         if verified and DOCUMENT not in bundle.manifest.files:
@@ -55,14 +55,15 @@ def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
 
 
 def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:
+    """Return the manifest's provenance. SOURCE_DATE_EPOCH sets the date of creation, for reproducible builds."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    made = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    created = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
     provenance = {
         "source": located.source,
         "revision": located.revision,
-        "created": made.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "options": json_from_record(options),
-        "changes": list(checkpoint.changes) or None,  # what diffusers' pipeline changes of the settings when it opens them
+        "changes": list(checkpoint.changes) or None,  # settings that diffusers' pipeline changes when it opens the checkpoint
         "versions": versions(),
         "inputs": inputs,
     }

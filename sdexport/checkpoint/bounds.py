@@ -1,7 +1,7 @@
-"""How deep a network may be: no deeper than its weights. A config is a few bytes, and may request a network of any depth.
+"""Limit the depth of a network to that of its weights: a config of a few bytes may request a network of any depth.
 
-`check_depth` looks at the names of the stored weights before anything is made; `at_most` ends the making of a module that has
-more weights than are stored, whatever key of the config multiplied them.
+`check_depth` compares the config with the names of the stored weights before a module is created. `at_most` aborts the creation
+of a module that has more weights than are stored, whichever key of the config multiplied them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _SLACK = 64
 
 
 def check_depth(part: str, config: Mapping[str, Any], names: Collection[str], faults: list[str]) -> None:
-    """Name the first layer of a network that its config has and its weights lack."""
-    own = {name.removeprefix(_TEXT) for name in names}
-    found = {prefix for name in own for prefix in _prefixes(name)}
+    """Add a fault for the first layer that the config requests and the stored weights lack."""
+    stored = {name.removeprefix(_TEXT) for name in names}
+    prefixes = {prefix for name in stored for prefix in _prefixes(name)}
     for key, layer in _layers(part, config):
-        if layer not in found:
+        if layer not in prefixes:
             faults.append(
-                f"{part}/config.json: {key} asks for {layer:.80}, of which none of the {len(own):,} stored weights is a part"
+                f"{part}/config.json: {key} requests {layer:.80}, but none of the {len(stored):,} stored weights is in it"
             )
             return
 
 
 @contextlib.contextmanager
 def at_most(weights: int, *, where: str) -> Iterator[None]:
-    """Modules that are made within have this many weights at most. Raises ExportError when one has more."""
+    """Raise ExportError if the modules created in this context have more than `weights` weights (and some slack)."""
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     left = weights + _SLACK
@@ -39,7 +39,7 @@ def at_most(weights: int, *, where: str) -> Iterator[None]:
         nonlocal left
         left -= parameter is not None
         if left < 0:
-            raise ExportError(f"{where}: config.json makes more weights than the {weights:,} that are stored: they do not fit")
+            raise ExportError(f"{where}: config.json requests more weights than the {weights:,} that are stored: they do not fit")
 
     handle = register_module_parameter_registration_hook(count)
     try:
@@ -54,7 +54,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _layers(part: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, the last layer that it requests) for each key that counts layers."""
+    """Yield (key, the last layer it requests) for each key that counts layers."""
     if part.startswith("text_encoder"):
         yield from _last("num_hidden_layers", "encoder.layers", config.get("num_hidden_layers", 12))
         return
@@ -82,5 +82,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _last(key: str, list_of: str, count: Any) -> Iterator[tuple[str, str]]:
-    if _is_count(count) and count > 0:  # what else is there is refused as a value
+    if _is_count(count) and count > 0:  # `read_config` refuses other values
         yield key, f"{list_of}.{count - 1}"

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: the YAML block at the head of README.md, as the Hugging Face hub defines it."""
+"""Read the model card of a checkpoint: the YAML block at the head of README.md, as the Hugging Face hub defines it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 from sdruntime.system.document import open_regular
 
-_LONGEST = 1 << 16  # bytes of a README that are read
-_PROMPTS = 8  # example prompts that are kept
-_LETTERS = 500  # of a prompt
+_LONGEST = 1 << 16  # bytes; the rest of a README is not read
+_PROMPTS = 8  # example prompts, at most
+_LETTERS = 500  # length of a prompt, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """`name`: its model_name, or that of its model-index. `license`: an SPDX identifier or the card's own id, "unknown" if it has
-    none. `prompts`: the examples of its widget."""
+    """The fields of a card that a bundle stores.
+
+    `name` is the card's model_name, or that of its model-index. `license` is an SPDX identifier, the card's own id, or "unknown".
+    `prompts` are the examples of its widget.
+    """
 
     name: str = ""
     license: str = "unknown"
@@ -24,7 +27,7 @@ class Card:
 
 
 def read_card(folder: Path) -> Card:
-    """Return what the card in `folder` says; a missing or unreadable one says nothing."""
+    """Return the card of the checkpoint in `folder`; an empty one if it is missing or unreadable."""
     try:
         with open_regular(folder / "README.md") as file:
             text = file.read(_LONGEST).decode("utf-8", errors="replace")
@@ -36,7 +39,7 @@ def read_card(folder: Path) -> Card:
 
     try:
         data = ModelCard(text, ignore_metadata_errors=True).data
-    except Exception:  # whatever YAML holds: the card is advice, and no part of the checkpoint
+    except Exception:  # a damaged card does not make the checkpoint unusable
         return Card()
     license_id = data.get("license")
     name = data.get("license_name") if license_id == "other" else None
@@ -48,9 +51,9 @@ def read_card(folder: Path) -> Card:
 
 
 def _prompts(widget: Any) -> list[str]:
-    """The texts of a widget's examples: `[{"text": prompt, "output": …}, …]`."""
+    """Return the texts of a widget's examples: `[{"text": prompt, "output": …}, …]`."""
     examples = widget if isinstance(widget, list) else []
-    texts = [_text(each.get("text")) for each in examples if isinstance(each, dict)]
+    texts = [_text(example.get("text")) for example in examples if isinstance(example, dict)]
     return [text for text in texts if 0 < len(text) <= _LETTERS][:_PROMPTS]
 
 

@@ -1,8 +1,8 @@
-"""A table per class of the keys of its config.json: their defaults, and the values that can be honoured.
+"""List the keys of config.json for each class of network, with their defaults and the supported values.
 
-A key is *read* (the traced network or the runtime follows it) or *idle* (it changes no image). A value that neither can follow is
-refused by name, as is a key that the table does not have. Keep equal to diffusers' UNet2DConditionModel and AutoencoderKL and
-transformers' CLIPTextConfig: tests/sdexport/test_configs.py compares keys and defaults.
+A key is *read* (the traced network or the runtime uses it) or *idle* (it affects no image). Unsupported values and unknown keys
+are refused by name. Keep equal to diffusers' UNet2DConditionModel and AutoencoderKL and transformers' CLIPTextConfig:
+tests/sdexport/test_configs.py compares keys and defaults.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 REQUIRED = object()  # in place of a default: the file must have the key
 
-# enough for any network that was trained, too little to hang on
+# limits beyond any trained network, which keep a damaged config from requesting hours of work
 _WIDEST, _DEEPEST, _LONGEST, _VOCABULARY = 1 << 16, 64, 1 << 14, 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """The values of a key that can be honoured, and how a message names them."""
+    """The supported values of a key, and their description in messages."""
 
     named: str
     holds: Callable[[Any], bool]
@@ -45,7 +45,7 @@ def _number(low: float, high: float) -> Values:
 def _one_of(*values: Any) -> Values:
     names = {None: "null", True: "true", False: "false"}
     named = ", ".join(names.get(value, str(value)) for value in values)
-    return Values(named, lambda value: any(type(value) is type(each) and value == each for each in values))
+    return Values(named, lambda value: any(type(value) is type(known) and value == known for known in values))
 
 
 def _list_of(item: Values) -> Values:
@@ -57,7 +57,7 @@ def _list_of(item: Values) -> Values:
 
 
 _WIDTH, _DEPTH, _NULL = _whole(1, _WIDEST), _whole(1, _DEEPEST), _one_of(None)
-_FLAG, _OFF = _one_of(True, False, None), _one_of(False, None)  # null is as good as false to the classes
+_FLAG, _OFF = _one_of(True, False, None), _one_of(False, None)  # the classes treat null as false
 _EPSILON, _FACTOR = _number(1e-12, 1.0), _number(1e-6, 1e6)
 _LAYERS = _whole(0, _DEEPEST)
 _ACTIVATIONS = _one_of("silu", "swish", "mish", "gelu", "relu")
@@ -67,7 +67,7 @@ _ANYTHING = Values("anything", lambda value: True)
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """`per_block`: the value stands for every block, or is a list with one value for each."""
+    """A key that is read. With `per_block`, the value applies to every block, or is a list with one value for each."""
 
     default: Any
     values: Values
@@ -80,7 +80,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The table of a class: keys that are read, and `idle` ones; keys that begin with "_" are always idle."""
+    """The keys of a class: those that are read, and `idle` ones. Keys that begin with "_" are always idle."""
 
     read: Mapping[str, Key]
     idle: frozenset[str]
@@ -106,7 +106,7 @@ _UNET = Config(
         "only_cross_attention": Key(False, _FLAG, per_block=True),
         "block_out_channels": Key([320, 640, 1280, 1280], _list_of(_WIDTH)),
         "layers_per_block": Key(2, _DEPTH, per_block=True),
-        "downsample_padding": Key(1, _one_of(1)),  # 0 pads unevenly, and sizes no longer double on the way up
+        "downsample_padding": Key(1, _one_of(1)),  # with 0 the padding is uneven, and sizes no longer double in the up blocks
         "mid_block_scale_factor": Key(1, _FACTOR),
         "act_fn": Key("silu", _ACTIVATIONS),
         "norm_num_groups": Key(32, _WIDTH),
@@ -117,7 +117,7 @@ _UNET = Config(
         "encoder_hid_dim": Key(None, _NULL | _WIDTH),
         "encoder_hid_dim_type": Key(None, _one_of(None, "text_proj")),  # the others take an image's embedding
         "attention_head_dim": Key(8, _WIDTH, per_block=True),
-        "num_attention_heads": Key(None, _NULL),  # diffusers refuses others too: attention_head_dim stands for it
+        "num_attention_heads": Key(None, _NULL),  # diffusers refuses others too and uses attention_head_dim instead
         "dual_cross_attention": Key(False, _OFF),  # takes two conditions in one
         "use_linear_projection": Key(False, _FLAG),
         "class_embed_type": Key(None, _NULL),  # takes class labels, which no Stable Diffusion pipeline feeds
@@ -143,7 +143,7 @@ _UNET = Config(
         "addition_embed_type_num_heads": Key(64, _WIDTH),
     },
     idle=frozenset(
-        # of training, and what diffusers' EMAModel.save_pretrained writes beside them
+        # keys of training, and those that diffusers' EMAModel.save_pretrained adds
         "dropout decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split()
     ),
 )
@@ -165,8 +165,8 @@ _AUTOENCODER = Config(
         "use_post_quant_conv": Key(True, _FLAG),
         "mid_block_add_attention": Key(True, _FLAG),
     },
-    # sample_size is of tiling; shift_factor is of the pipelines of Stable Diffusion 3 and Flux: those of 1, 2 and XL ignore it;
-    # force_upcast keeps diffusers from running the VAE in float16: here the audit decides, node by node, what needs float32
+    # sample_size is for tiling; shift_factor is for Stable Diffusion 3 and Flux, and the pipelines of 1, 2 and XL ignore it;
+    # force_upcast keeps diffusers from running the VAE in float16: the audit decides for each node whether it needs float32
     idle=frozenset({"sample_size", "shift_factor", "force_upcast"}),
 )
 _TEXT = Config(
@@ -183,9 +183,9 @@ _TEXT = Config(
         "pad_token_id": Key(1, _ANYTHING),
         "bos_token_id": Key(49406, _ANYTHING),
         "eos_token_id": Key(49407, _whole(0, _VOCABULARY)),
-        "use_attention_mask": Key(False, _OFF),  # StableDiffusionPipeline masks the padding where it is true
+        "use_attention_mask": Key(False, _OFF),  # if true, StableDiffusionPipeline masks the padding
     },
-    # of training, of saving, and what transformers 4 wrote of generation into every config
+    # keys of training and saving, and the generation settings that transformers 4 wrote into every config
     idle=frozenset(
         """architectures model_type transformers_version torch_dtype dtype attention_dropout dropout initializer_range
         initializer_factor gradient_checkpointing return_dict use_return_dict output_hidden_states output_attentions torchscript
@@ -210,9 +210,9 @@ _CLIP_TYPES = ("clip_text_model", "clip")
 
 
 def read_config(kind: str, written: Mapping[str, Any], where: str, faults: list[str]) -> dict[str, Any]:
-    """The value of every key that is read for a class, with its default if the file lacks it; faults are added by name.
+    """Return the value of every key that is read for class `kind`, or its default; add a fault for each bad key.
 
-    The class is the one that model_index.json names, whatever the config says of itself, as in diffusers.
+    As in diffusers, the class is the one that model_index.json names, whatever the config itself says.
     """
     table = CONFIGS[kind]
     if table is _TEXT:
@@ -233,10 +233,10 @@ def read_config(kind: str, written: Mapping[str, Any], where: str, faults: list[
 
 
 def _text_config(written: Mapping[str, Any], where: str, faults: list[str]) -> Mapping[str, Any]:
-    """A CLIP text encoder's own settings: those of a whole CLIPModel are in its text_config (transformers' from_pretrained)."""
+    """Return the settings of a CLIP text encoder; a whole CLIPModel has them in text_config (transformers' from_pretrained)."""
     classes = written.get("architectures") or []
-    strange = [name for name in classes if name not in CLIP_ARCHITECTURES] if isinstance(classes, list) else [classes]
-    faults.extend(f"{where} is of a {name!s:.60}, not of one of {', '.join(CLIP_ARCHITECTURES)}" for name in strange)
+    unknown = [name for name in classes if name not in CLIP_ARCHITECTURES] if isinstance(classes, list) else [classes]
+    faults.extend(f"{where} is of a {name!s:.60}, not of one of {', '.join(CLIP_ARCHITECTURES)}" for name in unknown)
     model_type = written.get("model_type", _CLIP_TYPES[0])
     if model_type not in _CLIP_TYPES:
         faults.append(f"{where}: model_type {model_type!r} is not one of {', '.join(_CLIP_TYPES)}")
@@ -249,13 +249,16 @@ def _is_pair(value: Any) -> bool:
 
 
 def misfits(configs: Mapping[str, Mapping[str, Any]], *, two_encoders: bool) -> Iterator[str]:
-    """Settings, of a pipeline's networks as `read_config` gives them, that do not fit each other; by the names of the parts."""
+    """Yield a fault for each pair of settings that do not fit each other.
+
+    `configs` has the settings of each part as `read_config` returns them.
+    """
     unet, vae = configs["unet"], configs["vae"]
     yield from _unet_misfits(unet)
     yield from _lengths("vae", vae, ("down_block_types", "up_block_types"))
-    added, known = unet["addition_embed_type"], "text_time" if two_encoders else None
-    if added != known:
-        yield f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {known!r}"
+    added, expected = unet["addition_embed_type"], "text_time" if two_encoders else None
+    if added != expected:
+        yield f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {expected!r}"
     if unet["in_channels"] != vae["latent_channels"]:
         yield (
             f"unet/config.json: in_channels {unet['in_channels']}, but the VAE has {vae['latent_channels']}: "
@@ -268,20 +271,20 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, two_encoders: bool) -> 
             yield f"vae/config.json: {key} has {len(vae[key])} numbers for {vae['latent_channels']} latent channels"
     encoders = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
     width = sum(configs[part]["hidden_size"] for part in encoders)
-    for taken in {text_width(unet)} if unet["encoder_hid_dim"] else set(_each(unet["cross_attention_dim"])):
-        if taken != width:
+    for required in {text_width(unet)} if unet["encoder_hid_dim"] else set(_as_list(unet["cross_attention_dim"])):
+        if required != width:
             key = "encoder_hid_dim" if unet["encoder_hid_dim"] else "cross_attention_dim"
-            yield f"unet/config.json: {key} {taken}, but the text's embedding is {width} wide ({' and '.join(encoders)})"
+            yield f"unet/config.json: {key} {required}, but the text's embedding is {width} wide ({' and '.join(encoders)})"
     for part in encoders:
         if configs[part]["hidden_size"] % configs[part]["num_attention_heads"]:
             yield f"{part}/config.json: hidden_size is not a multiple of num_attention_heads"
-    if two_encoders and added == known:
-        times, taken = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
-        given = None if times is None else 6 * times + configs["text_encoder_2"]["projection_dim"]
-        if given is None or given != taken:
+    if two_encoders and added == expected:
+        times, stated = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
+        computed = None if times is None else 6 * times + configs["text_encoder_2"]["projection_dim"]
+        if computed is None or computed != stated:
             yield (
-                f"unet/config.json: projection_class_embeddings_input_dim is {taken}, but six of addition_time_embed_dim "
-                f"{times} and text_encoder_2's projection_dim {configs['text_encoder_2']['projection_dim']} make {given}"
+                f"unet/config.json: projection_class_embeddings_input_dim is {stated}, but 6 * addition_time_embed_dim "
+                f"{times} + text_encoder_2's projection_dim {configs['text_encoder_2']['projection_dim']} is {computed}"
             )
 
 
@@ -289,7 +292,7 @@ def _unet_misfits(unet: Mapping[str, Any]) -> Iterator[str]:
     lists = [key for key, entry in _UNET.read.items() if entry.per_block and isinstance(unet[key], list)]
     yield from _lengths("unet", unet, ("down_block_types", "up_block_types", *lists))
     if unet["encoder_hid_dim"] and isinstance(unet["cross_attention_dim"], list):
-        yield "unet/config.json: cross_attention_dim is a list beside encoder_hid_dim, which projects to one width"
+        yield "unet/config.json: cross_attention_dim is a list, but encoder_hid_dim projects to one width"
     if unet["encoder_hid_dim_type"] and not unet["encoder_hid_dim"]:
         yield f"unet/config.json: encoder_hid_dim_type {unet['encoder_hid_dim_type']!r} needs encoder_hid_dim"
 
@@ -305,13 +308,13 @@ def _lengths(part: str, config: Mapping[str, Any], lists: tuple[str, ...]) -> It
             yield f"{part}/config.json: block_out_channels {width} is not a multiple of norm_num_groups {groups}"
 
 
-def _each(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def text_width(unet: Mapping[str, Any]) -> int:
-    """The width of the encoder_hidden_states that a UNet takes: of its own projection, where it has one."""
-    width: int = unet["encoder_hid_dim"] or max(_each(unet["cross_attention_dim"]))
+    """Return the width of a UNet's encoder_hidden_states: that of its own projection, if it has one."""
+    width: int = unet["encoder_hid_dim"] or max(_as_list(unet["cross_attention_dim"]))
     return width
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint as data: which networks it holds, their configs and weights, and what the pipeline must know of it.
+"""Read and check a diffusers folder: its networks, their configs and weights, its tokenizers and its scheduler.
 
-A diffusers folder is read as JSON and safetensors headers; no name that stands in it is ever imported (diffusers imports what
-model_index.json names, GHSA-4prv-5hj7-c2xr). Everything that is wrong with a folder is reported at once.
+The folder is read as JSON and safetensors headers. No name in it is ever imported (diffusers imports what model_index.json names,
+GHSA-4prv-5hj7-c2xr). All faults of a folder are reported at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sdexport.checkpoint.bounds import check_depth
 from sdexport.checkpoint.card import read_card
 from sdexport.checkpoint.configs import default_size, misfits, read_config
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
-from sdexport.checkpoint.safetensors import StoredTensor, is_regular, merged, read_header
+from sdexport.checkpoint.safetensors import StoredTensor, is_regular, merge_shards, read_header
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
 from sdexport.checkpoint.tree import read_own
-from sdexport.checkpoint.weight_files import WeightFile, chosen, expected
+from sdexport.checkpoint.weight_files import WeightFile, choose_weight_file, full_weights_name
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import LONGEST_TEXT, NAME, Family, ModelSpec, Precision, PredictionType, load_manifest
 from sdruntime.bundle.records import read_json
@@ -53,8 +53,10 @@ _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A network of the checkpoint: the settings of its config.json, and where each of its weights lies (or the pickles that hold
-    them)."""
+    """A network of the checkpoint: the settings of its config.json, its files, and the location of each weight.
+
+    `weights` is empty if the files are pickles.
+    """
 
     config: Mapping[str, Any]
     files: tuple[Path, ...]
@@ -64,21 +66,24 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Made by `read_checkpoint`. `scheduler`: its settings as diffusers' pipeline has them once it is open; `changes`: a line for
-    each setting that it changes on opening."""
+    """A checked checkpoint, as `read_checkpoint` returns it.
+
+    `scheduler` has the settings of the scheduler in diffusers' open pipeline, and `changes` a line for each setting that the
+    pipeline changes when it opens the checkpoint.
+    """
 
     folder: Path
     model: ModelSpec
     parts: Mapping[str, Part]
     tokenizers: Mapping[str, StoredTokenizer]
-    text_length: int  # tokens of a text, start, end and padding among them
+    text_length: int  # tokens of a text, including start, end and padding
     index: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     changes: tuple[str, ...] = ()
 
 
 def read_checkpoint(folder: Path, *, name: str, precision: Precision = "fp32", allow_pickle: bool = False) -> Checkpoint:
-    """Read and check a diffusers folder. For fp16 the files of the fp16 variant are preferred, otherwise the full ones.
+    """Read and check a diffusers folder. fp16 prefers the files of the fp16 variant; other precisions prefer the full ones.
 
     Raises CheckpointError with every fault.
     """
@@ -88,7 +93,7 @@ def read_checkpoint(folder: Path, *, name: str, precision: Precision = "fp32", a
 
 
 class _Reader:
-    """One reading of a folder; faults gather in `faults`."""
+    """Read one folder and collect its faults in `faults`."""
 
     def __init__(self, folder: Path, precision: Precision, allow_pickle: bool) -> None:
         self.folder, self.precision, self.allow_pickle = folder, precision, allow_pickle
@@ -99,24 +104,25 @@ class _Reader:
         self._refuse_a_bundle()
         index = self._json("model_index.json")
         self._stop_at_faults()
-        asked = _PARTS.get(str(index.get("_class_name")))
-        if asked is None:
+        required = _PARTS.get(str(index.get("_class_name")))
+        if required is None:
             known = ", ".join(_PARTS)
             self.faults.append(f"model_index.json: _class_name {index.get('_class_name')!r} is not one of {known}")
             raise CheckpointError(self.folder, self.faults)
-        for part, classes in asked.items():
-            self._check_class(index, part, classes)
+        for required_part, classes in required.items():
+            self._check_class(index, required_part, classes)
         check_index(index, self.faults)
-        parts = {part: self._part(part, asked[part][0][1], index["_class_name"]) for part in asked if part in _NETWORKS}
+        parts = {part: self._part(part, required[part][0][1], index["_class_name"]) for part in required if part in _NETWORKS}
         scheduler = self._scheduler(index)
-        found = {part: self._tokenizer(part) for part in asked if part.startswith("tokenizer")}
-        tokenizers = {part: tokenizer for part, tokenizer in found.items() if tokenizer is not None}
+        read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
+        tokenizers = {part: tokenizer for part, tokenizer in read.items() if tokenizer is not None}
         self._stop_at_faults()
-        self.faults.extend(misfits({part: each.config for part, each in parts.items()}, two_encoders="text_encoder_2" in parts))
+        configs = {name: part.config for name, part in parts.items()}
+        self.faults.extend(misfits(configs, two_encoders="text_encoder_2" in parts))
         self._stop_at_faults()
-        for part, found_part in parts.items():
-            if not found_part.pickled:  # of pickles the names are known when they are read
-                check_depth(part, found_part.config, found_part.weights, self.faults)
+        for name_of_part, part in parts.items():
+            if not part.pickled:  # the names in pickles are unknown until they are loaded
+                check_depth(name_of_part, part.config, part.weights, self.faults)
         length = self._text_length(parts, tokenizers)
         self._stop_at_faults()
         model = self._model(name, index, parts, scheduler, tokenizers["tokenizer"].pad_token)
@@ -132,7 +138,7 @@ class _Reader:
         )
 
     def _refuse_a_bundle(self) -> None:
-        """A bundle has a model_index.json too."""
+        """Raise CheckpointError if the folder is a bundle, which has a model_index.json too."""
         if (self.folder / NAME).is_file():
             with contextlib.suppress(BundleError):
                 load_manifest(self.folder)
@@ -157,10 +163,10 @@ class _Reader:
         return {}
 
     def _check_class(self, index: Mapping[str, Any], name: str, known: tuple[tuple[str, str], ...]) -> None:
-        found = index.get(name)
-        if not isinstance(found, list) or found not in [[*pair] for pair in known]:
+        value = index.get(name)
+        if not isinstance(value, list) or value not in [[*pair] for pair in known]:
             names = ", ".join(".".join(pair) for pair in known)
-            self.faults.append(f"model_index.json: {name} is {found!r}, not one of {names}")
+            self.faults.append(f"model_index.json: {name} is {value!r}, not one of {names}")
 
     def _part(self, name: str, kind: str, pipeline: str) -> Part:
         written: Mapping[str, Any] = self._json(f"{name}/config.json")
@@ -174,14 +180,14 @@ class _Reader:
         return Part(config=config, files=files, weights={} if pickled else self._weights(name, files), pickled=pickled)
 
     def _weight_files(self, name: str) -> tuple[tuple[Path, ...], bool]:
-        """The files that diffusers would open: the weights, or the shards that an index names; and whether they are pickles."""
+        """Return the files that diffusers would open (the weights, or the shards of an index), and whether they are pickles."""
         folder = self.folder / name
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        file = chosen(name, there, self.precision)
+        present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        file = choose_weight_file(name, present, self.precision)
         if file is None:
-            others = sorted(path for path in there if path.endswith((".safetensors", ".bin")))
+            others = sorted(path for path in present if path.endswith((".safetensors", ".bin")))
             beside = f": {', '.join(others[:8])} exist, but diffusers opens none of them" if others else ""
-            self.faults.append(f"{name}/{expected(name)} is missing{beside}")
+            self.faults.append(f"{name}/{full_weights_name(name)} is missing{beside}")
             return (), False
         if file.pickled and not self.allow_pickle:
             self.faults.append(
@@ -190,13 +196,13 @@ class _Reader:
             )
             return (), True
         files = self._shards(name, file) if file.index else (folder / file.name,)
-        strange = [path for path in files if not is_regular(path)]
+        unreadable = [path for path in files if not is_regular(path)]
         self.faults.extend(
             f"{name}/{path.name} {'is not a regular file' if path.exists() else 'is missing'}"
             + (f", a shard named by {file.name}" if file.index else "")
-            for path in strange
+            for path in unreadable
         )
-        return tuple(path for path in files if path not in strange), file.pickled
+        return tuple(path for path in files if path not in unreadable), file.pickled
 
     def _shards(self, name: str, index: WeightFile) -> tuple[Path, ...]:
         listed = f"{name}/{index.name}"
@@ -207,9 +213,11 @@ class _Reader:
             return ()
         shards = sorted({str(shard) for shard in places.values()})
         ending = "bin" if index.pickled else "safetensors"
-        plain = [shard for shard in shards if re.fullmatch(rf"[\w.-]+\.{ending}", shard)]
-        self.faults.extend(f"{listed}: names a strange file {shard!r:.60}" for shard in shards if shard not in plain)
-        return tuple(self.folder / name / shard for shard in plain)
+        valid = [shard for shard in shards if re.fullmatch(rf"[\w.-]+\.{ending}", shard)]
+        self.faults.extend(
+            f"{listed}: the shard {shard!r:.60} is not a .{ending} file of this folder" for shard in shards if shard not in valid
+        )
+        return tuple(self.folder / name / shard for shard in valid)
 
     def _weights(self, name: str, files: tuple[Path, ...]) -> Mapping[str, StoredTensor]:
         headers = []
@@ -219,7 +227,7 @@ class _Reader:
             except (OSError, ValueError) as error:
                 self.faults.append(f"{path.relative_to(self.folder)}: {plain(error)}")
         try:
-            return MappingProxyType(merged(headers))
+            return MappingProxyType(merge_shards(headers))
         except ValueError as error:
             self.faults.append(f"{name}: {error}")
             return {}
@@ -242,7 +250,7 @@ class _Reader:
         return None
 
     def _text_length(self, parts: Mapping[str, Part], tokenizers: Mapping[str, StoredTokenizer]) -> int:
-        """The tokens that every text encoder takes: the limit of its tokenizer, or else all of its positions."""
+        """Return the number of tokens that every text encoder takes: its tokenizer's limit, or else all of its positions."""
         lengths = {}
         for encoder, (name, tokenizer) in zip(
             (part for part in parts if part in _TEXT_ENCODERS), tokenizers.items(), strict=True
@@ -262,28 +270,28 @@ class _Reader:
                 )
         if len(set(lengths.values())) > 1:
             self.faults.append(
-                f"{' and '.join(f'{name} takes {length}' for name, length in lengths.items())} tokens: they must agree"
+                f"{' and '.join(f'{name} takes {length}' for name, length in lengths.items())} tokens: they must be equal"
             )
         return next(iter(lengths.values()))
 
     def _scheduler(self, index: Mapping[str, Any]) -> dict[str, Any]:
-        found, path = index.get("scheduler"), "scheduler/scheduler_config.json"
-        if isinstance(found, list) and len(found) == 2 and found[1] in FLOW_SCHEDULERS:
+        value, path = index.get("scheduler"), "scheduler/scheduler_config.json"
+        if isinstance(value, list) and len(value) == 2 and value[1] in FLOW_SCHEDULERS:
             self.faults.append(
-                f"model_index.json: scheduler is {found[1]}, which {index['_class_name']} cannot run: no image of diffusers "
-                "says what is right; for a flow model name UniPCMultistepScheduler there, and in its config use_flow_sigmas true "
-                "and prediction_type flow_prediction"
+                f"model_index.json: scheduler is {value[1]}, which {index['_class_name']} cannot run, so diffusers has no image "
+                "to compare with; for a flow model use UniPCMultistepScheduler, with use_flow_sigmas true and prediction_type "
+                "flow_prediction in its config"
             )
             return {}
         self._check_class(index, "scheduler", tuple(("diffusers", scheduler) for scheduler in SCHEDULERS))
         written = self._json(path)
-        if not written or not isinstance(found, list) or not found or found[-1] not in SCHEDULERS:
+        if not written or not isinstance(value, list) or not value or value[-1] not in SCHEDULERS:
             return {}
         prediction = written.get("prediction_type", "epsilon")
         if prediction not in _PREDICTIONS:
             self.faults.append(f"{path}: prediction_type {prediction!r} is not one of {', '.join(_PREDICTIONS)}")
             return {}
-        scheduler, changes = opened_scheduler(index["_class_name"], found[-1], written, self.faults)
+        scheduler, changes = opened_scheduler(index["_class_name"], value[-1], written, self.faults)
         self.changes.extend(changes)
         return scheduler
 
@@ -292,20 +300,20 @@ class _Reader:
     ) -> ModelSpec:
         unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
         xl, card = "text_encoder_2" in parts, read_card(self.folder)
-        # OpenCLIP's encoder, which SD2 brought, has the plain GELU; CLIP's own the quick one
+        # OpenCLIP's encoder, introduced with SD2, uses plain GELU; CLIP's own uses quick GELU
         family: Family = "sdxl" if xl else "sd2" if text["hidden_act"] == "gelu" else "sd1"
         try:
             factor = 2 ** (len(vae["block_out_channels"]) - 1)
             mean, std = (vae[key] or () for key in ("latents_mean", "latents_std"))
-            # StableDiffusionXLPipeline follows them, and where it has both; StableDiffusionPipeline passes over them
-            normed = xl and mean and std
+            # StableDiffusionXLPipeline uses them if both are set; StableDiffusionPipeline ignores them
+            normalized = xl and mean and std
             return ModelSpec(
                 name=name,
                 family=family,
                 prediction_type=scheduler.get("prediction_type") or "epsilon",
                 scaling_factor=float(vae["scaling_factor"]),
-                latents_mean=tuple(map(float, mean)) if normed else (),
-                latents_std=tuple(map(float, std)) if normed else (),
+                latents_mean=tuple(map(float, mean)) if normalized else (),
+                latents_std=tuple(map(float, std)) if normalized else (),
                 latent_channels=vae["latent_channels"],
                 vae_factor=factor,
                 size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),

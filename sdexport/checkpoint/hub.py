@@ -1,6 +1,6 @@
-"""Where MODEL is: a folder on this machine, or a repository of the Hugging Face hub, of which no more is fetched than is needed.
+"""Locate MODEL: a folder on this machine, or a repository of the Hugging Face hub, of which only the needed files are downloaded.
 
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as huggingface_hub has them.
+HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdexport.checkpoint.weight_files import PARTS, chosen, shards_of
+from sdexport.checkpoint.weight_files import PARTS, choose_weight_file, shards_of
 from sdexport.errors import CheckpointError, EnvironmentFault
 from sdruntime.bundle.manifest import Precision
 
@@ -23,7 +23,7 @@ _NOWHERE = "no such folder, and not a hub id (owner/name)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A checkpoint's folder. `source` says whence it came, without this machine's paths; `revision` is the hub's commit."""
+    """A checkpoint's folder. `source` is its folder name or hub id, without this machine's paths; `revision` the hub's commit."""
 
     folder: Path
     source: str
@@ -31,40 +31,41 @@ class Located:
 
 
 def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: str | None = None) -> Located:
-    """Find MODEL, and download what is not here yet. `revision`: a branch, tag or commit of the hub; its newest where None.
+    """Return the location of `model`, downloading missing files from the hub.
 
-    Raises CheckpointError where there is no such model, and EnvironmentFault where the hub cannot be reached.
+    `revision` is a branch, tag or commit; None means the newest. Raises CheckpointError if there is no such model, and
+    EnvironmentFault if the hub cannot be reached and there is no local copy.
     """
     path = Path(model)
     if path.exists():
         return Located(folder=path, source=_name_of(path.resolve()))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
         raise CheckpointError(model, [_NOWHERE])
-    return _downloaded(model, precision, allow_pickle, revision)
+    return _download(model, precision, allow_pickle, revision)
 
 
 def _name_of(folder: Path) -> str:
-    """A folder's name; of a snapshot in the hub's cache, which is named after its commit, the hub id."""
+    """Return a folder's name; for a snapshot in the hub's cache, whose folder is named after its commit, the hub id."""
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return folder.name
 
 
 def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bool) -> list[str]:
-    """Those files of a repository that an export reads: configs, tokenizers, and of each network one set of weights.
+    """Return the files of a repository that an export reads: configs, tokenizers, and one set of weights for each network.
 
-    fp16 takes the fp16 variant where there is one; the other precisions take the full weights, if there are any.
+    fp16 prefers the fp16 variant; the other precisions prefer the full weights.
     """
     needed = [name for name in names if _SMALL.fullmatch(name)]
     for part in PARTS:
-        there = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        file = chosen(part, there, precision, pickles=allow_pickle)
+        present = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        file = choose_weight_file(part, present, precision, pickles=allow_pickle)
         if file is not None:
-            needed += [f"{part}/{name}" for name in (file.name, *(shards_of(file, there) if file.index else ()))]
+            needed += [f"{part}/{name}" for name in (file.name, *(shards_of(file, present) if file.index else ()))]
     return sorted(needed)
 
 
-def _downloaded(model: str, precision: Precision, allow_pickle: bool, revision: str | None) -> Located:
+def _download(model: str, precision: Precision, allow_pickle: bool, revision: str | None) -> Located:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -73,22 +74,22 @@ def _downloaded(model: str, precision: Precision, allow_pickle: bool, revision: 
     except errors.HFValidationError:  # "../x" or ".cache/x"
         raise CheckpointError(model, [_NOWHERE]) from None
     except errors.GatedRepoError:
-        fault = f"its owner asks you to accept a licence first, on https://huggingface.co/{model}; then set HF_TOKEN"
+        fault = f"you must accept its licence first, on https://huggingface.co/{model}; then set HF_TOKEN"
         raise CheckpointError(model, [fault]) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(model, [f"the model is on the hub, but has no revision {revision!r}"]) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(model, ["no such folder, and no such model on the hub (a private one needs HF_TOKEN)"]) from None
-    except Exception as error:  # no network: every HTTP library has errors of its own
-        return _kept(model, revision, error)
+    except Exception as error:  # no network: every HTTP library raises its own errors
+        return _cached(model, revision, error)
     names = [sibling.rfilename for sibling in info.siblings or ()]
     wanted = needed_files(names, precision, allow_pickle=allow_pickle)
     folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=wanted)
     return Located(folder=Path(folder), source=model, revision=info.sha)
 
 
-def _kept(model: str, revision: str | None, reason: Exception) -> Located:
-    """The copy that an earlier download left."""
+def _cached(model: str, revision: str | None, reason: Exception) -> Located:
+    """Return the copy of an earlier download. Raises EnvironmentFault if there is none."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 

@@ -1,4 +1,4 @@
-"""The tensors of a module, found among those that a checkpoint stores: by name, also by the names of earlier versions."""
+"""Match the weights of a module with the tensors of a checkpoint, also by the names of earlier versions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PREFIX = "text_model."
 def match_weights(
     shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], *, where: str
 ) -> dict[str, StoredTensor]:
-    """For each weight of a module the tensor that the checkpoint stores for it, under its name or a former one.
+    """Return the stored tensor for each weight of a module, under its current or an earlier name.
 
-    Raises ExportError with every missing weight and every wrong shape.
+    Raises ExportError with every missing weight, wrong shape and unsupported type.
     """
     matched, faults = {}, []
     for name, shape in shapes.items():
@@ -27,7 +27,7 @@ def match_weights(
         if tensor is None:
             faults.append(f"{name} is missing")
         elif tensor.shape != shape:
-            faults.append(f"{name} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
+            faults.append(f"{name} is {list(tensor.shape)}, but config.json requires {list(shape)}")
         elif not tensor.readable:
             faults.append(
                 f"{name} is stored as {tensor.dtype}: quantised weights are not supported; use a checkpoint in float16 or float32"

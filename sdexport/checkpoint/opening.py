@@ -1,6 +1,6 @@
-"""What a pipeline of diffusers makes of a checkpoint's settings when it opens it, and whether a table can express its scheduler.
+"""Apply the changes that a diffusers pipeline makes to settings when it opens a checkpoint, and check the scheduler's settings.
 
-Read off diffusers' DiffusionPipeline.from_pretrained, ConfigMixin.from_config and the __init__ of StableDiffusionPipeline and
+Source: diffusers' DiffusionPipeline.from_pretrained, ConfigMixin.from_config and the __init__ of StableDiffusionPipeline and
 StableDiffusionImg2ImgPipeline (those of XL change nothing). tests/sdexport/test_opening.py compares all of it with diffusers.
 """
 
@@ -17,32 +17,32 @@ from sdruntime.sampling.samplers import SAMPLERS
 from sdruntime.sampling.samplers.sampler import CHOICES, DEFAULTED
 
 PATH = "scheduler/scheduler_config.json"
-# what the runtime can sample with, but for flow matching: those lack the methods that the pipelines of Stable Diffusion call
+# all that the runtime supports, except flow matching: its schedulers lack methods that the Stable Diffusion pipelines call
 SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers and row.space != "flow"}))
 FLOW_SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers and row.space == "flow"}))
 _AMENDING = ("StableDiffusionPipeline",)
 _WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler",)
-_CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # clip_sample is true where their file has none
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # their default of clip_sample is true
 
-# keys of scheduler classes that change no image here, and why
+# keys of scheduler classes that affect no image, and why
 _IDLE = frozenset(
     (
-        # of thresholding, clip_sample and dynamic shifting, which are refused where they are on
+        # of thresholding, clip_sample and dynamic shifting, which are refused if enabled
         *("dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range"),
         *("time_shift_type", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
         "tau_func",  # of SASolver: a function, which no file can hold
-        "noise_sampler_seed",  # of DPMSolverSDE: its noise comes from torchsde's generator, ours from the request's seed
-        # of versions before 0.10, read by none today
+        "noise_sampler_seed",  # of DPMSolverSDE: diffusers' noise comes from torchsde's generator, ours from the request's seed
+        # of versions before 0.10; current versions do not read them
         *("tensor_format", "predict_epsilon"),
         "set_alpha_to_one",  # of LCM and TCD, which end at a trained timestep
     )
 )
 _KNOWN = _IDLE | {key for row in SAMPLERS.values() for key in row.reads}
 _STEPS = Request(prompt="").steps
-GOLDEN_STEPS = (6, 4, 2, 1)  # of reference images: the first that the scheduler has a table for
+GOLDEN_STEPS = (6, 4, 2, 1)  # steps of reference images: the first number that the scheduler has a table for
 
 
-# keys of model_index.json beside its parts, with the values that change nothing here; "_…" and other parts are passed over
+# keys of model_index.json other than its parts, with the values that have no effect; "_…" and unknown parts are ignored
 _INDEX: Mapping[str, tuple[Any, ...]] = {
     "requires_safety_checker": (True, False, None),  # no safety checker is exported
     "force_zeros_for_empty_prompt": (True, False),  # ModelSpec.zero_empty_negative
@@ -52,7 +52,7 @@ _INDEX: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_index(index: Mapping[str, Any], faults: list[str]) -> None:
-    """Refuse a setting of model_index.json that is unknown, or cannot be followed."""
+    """Add a fault for each setting of model_index.json that is unknown or not supported."""
     for key, value in index.items():
         if key.startswith("_") or isinstance(value, list) or value is None or value in _INDEX.get(key, (False,)):
             continue
@@ -61,7 +61,7 @@ def check_index(index: Mapping[str, Any], faults: list[str]) -> None:
 
 
 def opened_unet(pipeline: str, written: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The UNet's config once the pipeline is open, and a line for each change."""
+    """Return the UNet's config in the open pipeline, and a line for each change."""
     size, version = written.get("sample_size"), written.get("_diffusers_version")
     old = re.match(r"(\d{1,9})\.(\d{1,9})(?!\d)", version, re.ASCII) if isinstance(version, str) else None
     if pipeline not in _AMENDING or not isinstance(size, int) or size >= 64 or not old:
@@ -75,9 +75,9 @@ def opened_unet(pipeline: str, written: Mapping[str, Any]) -> tuple[Mapping[str,
 def opened_scheduler(
     pipeline: str, named: str, written: Mapping[str, Any], faults: list[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The settings of the open pipeline's scheduler, of the class `named` in model_index.json, and a line for each change.
+    """Return the scheduler's settings in the open pipeline, and a line for each change.
 
-    Settings that no table of coefficients can express are faults, as are keys that no scheduler is known to have.
+    `named` is the class in model_index.json. Unknown keys, and settings that no table of coefficients can express, are faults.
     """
     written = without_defaults(written, PATH, faults)
     settings, changes = dict(written), []
@@ -94,8 +94,8 @@ def opened_scheduler(
             _set(settings, written, "clip_sample", False)
     elif "clip_sample" not in written and named in _CLIPPING:
         faults.append(
-            f"{PATH}: clip_sample is missing, and true by {named}'s default, which {pipeline} keeps; no table of coefficients "
-            'can clip: write "clip_sample": false if the model was not trained for it'
+            f"{PATH}: clip_sample is missing, and {named}'s default is true, which {pipeline} keeps; clipping is not supported: "
+            'add "clip_sample": false if the model was not trained with it'
         )
     for key, value in written.items():
         if key not in _KNOWN and not key.startswith("_") and value not in (None, False, "", [], {}):
@@ -103,7 +103,7 @@ def opened_scheduler(
                 f"{PATH}: {key:.60} {value!r:.60} is not a setting that sdexport knows of a scheduler: the image may depend on it"
             )
     reads = {key: default for row in SAMPLERS.values() if row.diffusers == named for key, default in row.reads.items()}
-    for key, default in reads.items():  # null is false to diffusers where a switch belongs, and an error elsewhere
+    for key, default in reads.items():  # diffusers treats null as false for a flag, and fails for other settings
         if key in written and written[key] is None and not isinstance(default, bool) and None not in CHOICES.get(key, (default,)):
             faults.append(f"{PATH}: {key} is null, which {named} cannot read: remove it for the default, {default!r}")
     if not faults:
@@ -115,7 +115,7 @@ def opened_scheduler(
 
 
 def without_defaults(written: Mapping[str, Any], where: str, faults: list[str]) -> Mapping[str, Any]:
-    """A config without the keys that it lists as defaults of another version: from_config passes over those."""
+    """Return a config without the keys that it lists as defaults of another version, which from_config ignores."""
     if DEFAULTED not in written:
         return written
     unwritten = written[DEFAULTED]
@@ -126,13 +126,15 @@ def without_defaults(written: Mapping[str, Any], where: str, faults: list[str]) 
 
 
 def fitting_steps(settings: Mapping[str, Any], tried: Iterable[int], *, sampler: str | None = None) -> int:
-    """The first number of steps that the scheduler, or a sampler, has a table for: distilled ones take few.
+    """Return the first number of steps for which the scheduler, or `sampler`, has a table: distilled models allow only a few.
 
-    Raises the error of the first.
+    Raises the first error if there is no table for any of them.
     """
     first: SdruntimeError | None = None
     trained = settings.get("num_train_timesteps")
-    for steps in tried if not isinstance(trained, int) else sorted({max(1, min(each, trained)) for each in tried}, reverse=True):
+    for steps in (
+        tried if not isinstance(trained, int) else sorted({max(1, min(count, trained)) for count in tried}, reverse=True)
+    ):
         try:
             compile_table(settings, steps=steps, sampler=sampler)
         except SdruntimeError as error:
@@ -144,7 +146,7 @@ def fitting_steps(settings: Mapping[str, Any], tried: Iterable[int], *, sampler:
 
 
 def _set(settings: dict[str, Any], written: Mapping[str, Any], key: str, value: Any) -> None:
-    """Change a setting; one that the file lacks stays a default, which from_config does not hand on to another class."""
+    """Change a setting. A key that the file lacks stays marked as a default, which from_config does not pass to another class."""
     settings[key] = value
     if key not in written:
         settings[DEFAULTED] = [*settings.get(DEFAULTED, ()), key]

@@ -1,7 +1,7 @@
-"""Tensors as a safetensors file stores them: its header read and checked, its tensors read one by one.
+"""Read safetensors files: check the header, then read tensors one by one.
 
 The format: eight bytes of header length (little endian), the header as JSON {name: {dtype, shape, data_offsets}}, then the data,
-which the tensors cover without a gap and without an overlap.
+which the tensors cover without gaps or overlaps.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sdruntime.system.document import open_regular
 
 Array = NDArray[Any]
 
-# bits of an element, by the format's names; what cannot be exported is known too, so that it is not called damaged
+# bits per element; types that cannot be exported are listed too, so that they are not reported as damage
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 _BITS |= {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64}
 _BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-# safetensors name -> the name that NumPy or ml_dtypes has for it
+# safetensors name -> name in NumPy or ml_dtypes
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
@@ -37,16 +37,16 @@ MOST_TENSORS = 50_000  # SDXL's UNet has 1,680
 _MOST_AXES, _LARGEST_AXIS = 8, 1 << 40
 
 _WEIGHT, _SCALE = ".weight", ".scale_weight"
-# what stands beside a scaled float8 weight and does not change it: the scale of the layer's input, for products in float8
+# tensors that do not change a scaled float8 weight: the scale of the layer's input, for products in float8
 _HARMLESS = (".scale_input",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies: `size` bytes from `offset` of `file`. `scale`: a number that multiplies a float8 tensor."""
+    """The location of a tensor: `size` bytes at `offset` in `file`. `scale` is a number that multiplies a float8 tensor."""
 
     file: Path
-    dtype: str  # as safetensors names it
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     offset: int
     size: int
@@ -57,7 +57,7 @@ class StoredTensor:
         return self.dtype in _FLOATS or self.dtype in _FLOAT8
 
     def read(self) -> Array:
-        """The values, in the type that they are stored in (bfloat16 as ml_dtypes has it), or in float32 where that is float8."""
+        """Return the values in their stored type (bfloat16 as in ml_dtypes); float8 is converted to float32."""
         import ml_dtypes
 
         kind = np.dtype(getattr(ml_dtypes, (_FLOATS | _FLOAT8)[self.dtype], _FLOATS.get(self.dtype)))
@@ -74,7 +74,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises ValueError for a file that is cut off, damaged, or not of that format."""
+    """Return the tensors of a safetensors file by name. Raises ValueError if it is truncated, damaged or of another format."""
     with open_regular(path) as file:
         total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -90,17 +90,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if len(header) > MOST_TENSORS:
             raise ValueError(f"{len(header):,} tensors, more than the {MOST_TENSORS:,} that are read")
         start = 8 + length
-        found = {name: _stored(path, name, start, entry) for name, entry in header.items() if name != "__metadata__"}
-        end = _checked_end(found, start)
+        tensors = {name: _stored(path, name, start, entry) for name, entry in header.items() if name != "__metadata__"}
+        end = _checked_end(tensors, start)
     except ValueError as error:
         raise ValueError(f"the safetensors header is damaged ({error})") from None
     if end != total:
-        raise ValueError(f"{total:,} bytes, but its header promises {end:,}: cut off, or damaged; download it again")
-    return found
+        raise ValueError(f"{total:,} bytes, but its header requires {end:,}: cut off, or damaged; download it again")
+    return tensors
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a path leads to a file whose reading ends: no folder, pipe or device."""
+    """Return whether a path leads to a regular file, not to a folder, pipe or device."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -108,27 +108,27 @@ def is_regular(path: Path) -> bool:
 
 
 def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of a network, each float8 `X.weight` with its `X.scale_weight`, a single number that multiplies it.
+    """Return the tensors of a network, with each `X.scale_weight` attached to its float8 `X.weight` as `scale`.
 
-    That is how "scaled fp8" files are laid out: weight = float32(stored) * scale_weight. Raises ValueError for a scale of another
-    name or shape: what it multiplies would be a guess.
+    This is the layout of "scaled fp8" files: weight = float32(stored) * scale_weight. Raises ValueError for a scale of another
+    name or shape, as its meaning would be a guess.
     """
-    found = dict(stored)
-    eights = {name.removesuffix(_WEIGHT) for name, tensor in stored.items() if name.endswith(_WEIGHT) and tensor.dtype in _FLOAT8}
+    tensors = dict(stored)
+    float8 = {name.removesuffix(_WEIGHT) for name, tensor in stored.items() if name.endswith(_WEIGHT) and tensor.dtype in _FLOAT8}
     for name in stored:
         owner, _, last = name.rpartition(".")
         if "scale" not in last or name.endswith(_HARMLESS):
             continue
         if name.endswith(_SCALE):
-            scale = found.pop(name)
-            if owner not in eights or not scale.readable or math.prod(scale.shape) != 1:
+            scale = tensors.pop(name)
+            if owner not in float8 or not scale.readable or math.prod(scale.shape) != 1:
                 raise ValueError(
                     f"{name:.60} {scale.dtype} {list(scale.shape)}: only a single number for a float8 weight is supported"
                 )
-            found[owner + _WEIGHT] = dataclasses.replace(stored[owner + _WEIGHT], scale=scale)
-        elif owner in eights:
+            tensors[owner + _WEIGHT] = dataclasses.replace(stored[owner + _WEIGHT], scale=scale)
+        elif owner in float8:
             raise ValueError(f"{name:.60}: float8 weights with scales of this layout are not supported")
-    return found
+    return tensors
 
 
 def _stored(path: Path, name: str, start: int, entry: Any) -> StoredTensor:
@@ -136,14 +136,14 @@ def _stored(path: Path, name: str, start: int, entry: Any) -> StoredTensor:
         raise ValueError(f"{name:.60}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{name:.60}: a dtype {dtype!r:.40} is not known")
+        raise ValueError(f"{name:.60}: unknown dtype {dtype!r:.40}")
     if not _are_sizes(shape) or len(shape) > _MOST_AXES:
-        raise ValueError(f"{name:.60}: a shape {shape!r:.40} is not possible")
+        raise ValueError(f"{name:.60}: invalid shape {shape!r:.40}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name:.60}: data_offsets {offsets!r:.40} are not possible")
+        raise ValueError(f"{name:.60}: invalid data_offsets {offsets!r:.40}")
     first, last = offsets
     if (last - first) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise ValueError(f"{name:.60}: a tensor's size is not that of its shape")
+        raise ValueError(f"{name:.60}: {last - first} bytes do not fit the shape {shape!r:.40} of {dtype}")
     return StoredTensor(file=path, dtype=dtype, shape=tuple(shape), offset=start + first, size=last - first)
 
 
@@ -152,12 +152,12 @@ def _are_sizes(sizes: Any) -> bool:
 
 
 def _checked_end(tensors: Mapping[str, StoredTensor], start: int) -> int:
-    """Where the last tensor ends. Raises ValueError where two overlap, or where there is a gap between them."""
+    """Return the offset at which the last tensor ends. Raises ValueError if tensors overlap or leave a gap."""
     end = start
     for name, tensor in sorted(tensors.items(), key=_place):
         if tensor.offset != end:
-            what = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
-            raise ValueError(f"{name:.60}: {what}")
+            fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
+            raise ValueError(f"{name:.60}: {fault}")
         end += tensor.size
     return end
 
@@ -166,13 +166,13 @@ def _place(item: tuple[str, StoredTensor]) -> tuple[int, int]:
     return item[1].offset, item[1].size
 
 
-def merged(files: Iterable[tuple[Path, Mapping[str, StoredTensor]]]) -> dict[str, StoredTensor]:
-    """The tensors of all shards of a network. Raises ValueError where two shards hold one of the same name."""
-    found: dict[str, StoredTensor] = {}
+def merge_shards(files: Iterable[tuple[Path, Mapping[str, StoredTensor]]]) -> dict[str, StoredTensor]:
+    """Return the tensors of all shards of a network. Raises ValueError if two shards hold a tensor of the same name."""
+    merged: dict[str, StoredTensor] = {}
     for path, tensors in files:
-        twins = found.keys() & tensors.keys()
-        if twins:
-            name = min(twins)
-            raise ValueError(f"{path.name} and {found[name].file.name} both hold {name:.60}")
-        found |= tensors
-    return with_scales(found)
+        duplicates = merged.keys() & tensors.keys()
+        if duplicates:
+            name = min(duplicates)
+            raise ValueError(f"{path.name} and {merged[name].file.name} both hold {name:.60}")
+        merged |= tensors
+    return with_scales(merged)

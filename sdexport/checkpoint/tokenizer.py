@@ -1,8 +1,8 @@
-"""A checkpoint's CLIP tokenizer, read as transformers' CLIPTokenizer reads it, and written as the four files of a bundle.
+"""Read a checkpoint's CLIP tokenizer as transformers' CLIPTokenizer does, and write it as the four files of a bundle.
 
-Of what lies in the folder tokenizer.json goes over vocab.json and merges.txt. Tokens are added from tokenizer_config.json
-(`added_tokens_decoder`), or else from added_tokens.json and tokenizer.json; then those that have a task (bos, eos, pad …). A
-token that the vocabulary lacks gets the next free number, in the order of the numbers that the files give.
+tokenizer.json takes precedence over vocab.json and merges.txt. Tokens are added from tokenizer_config.json
+(`added_tokens_decoder`), or else from added_tokens.json and tokenizer.json; then the special tokens with a role (bos, eos, …). A
+token that the vocabulary lacks gets the next free id, in the order of the ids in the files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sdruntime.pipeline.text.tokenizer import FILES, Tokenizer, normal
 
 NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# the tasks that transformers knows, in its order, and what CLIPTokenizer takes where the files do not say
+# the roles of special tokens in transformers, in its order, with CLIPTokenizer's defaults
 _TASKS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "sep_token": "", "pad_token": _END}
 _TASKS |= {"cls_token": "", "mask_token": ""}
 _KEPT = ("bos_token", "eos_token", "unk_token", "pad_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_UNLIMITED = 10**20  # transformers' model_max_length of a tokenizer that knows no limit is larger
-# settings of tokenizer_config.json that change the ids of a text, and the one value of each that is followed
+_UNLIMITED = 10**20  # transformers' model_max_length for "no limit" is larger
+# settings of tokenizer_config.json that change the ids of a text, with the only supported value of each
 _SETTINGS = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 _SETTINGS |= dict.fromkeys(("vocab", "merges", "fast_tokenizer_files", "gguf_file", "tokenizer_object"))
 
@@ -36,7 +36,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTokenizer:
-    """`files`: the four files of a bundle, by name. `tokenizer`: what they are; `limit`: the length that the checkpoint names."""
+    """The four `files` of a bundle by name, the `tokenizer` read from them, and the checkpoint's `limit` in tokens, if any."""
 
     files: Mapping[str, str]
     tokenizer: Tokenizer
@@ -45,14 +45,13 @@ class StoredTokenizer:
 
     @property
     def largest(self) -> tuple[int, str]:
-        """The largest id and its token: an encoder's table must hold it."""
-        ids = {number: token for token, number in self.tokenizer.vocab.items()} | {
-            each.id: each.text for each in self.tokenizer.added
-        }
+        """Return the largest id and its token; the text encoder's embedding table must contain it."""
+        ids = {number: token for token, number in self.tokenizer.vocab.items()}
+        ids |= {token.id: token.text for token in self.tokenizer.added}
         return max(ids.items())
 
     def write(self, folder: Path, *, length: int) -> None:
-        """Write the files into a new folder, for an encoder of `length` tokens."""
+        """Write the files into a new folder, for a text encoder of `length` tokens."""
         folder.mkdir()
         config = json.loads(self.files["tokenizer_config.json"]) | {"model_max_length": length}
         for name, text in (dict(self.files) | {"tokenizer_config.json": _json(config)}).items():
@@ -60,7 +59,7 @@ class StoredTokenizer:
 
 
 def read_tokenizer(files: Mapping[str, bytes]) -> StoredTokenizer:
-    """From those of NAMES that a checkpoint has. Raises ValueError with what is wrong with them."""
+    """Return the tokenizer of a checkpoint. `files` are those of NAMES that exist. Raises ValueError if they are not valid."""
     texts = {name: _text(name, data) for name, data in files.items()}
     config, whole = _object(texts, "tokenizer_config.json"), _object(texts, "tokenizer.json")
     decoded = "added_tokens_decoder" in config
@@ -81,15 +80,14 @@ def read_tokenizer(files: Mapping[str, bytes]) -> StoredTokenizer:
     added = _added(extras, tasks, _numbered(config["added_tokens_decoder"]) if decoded else _loose(texts, whole, tasks, extras))
     numbered, complete = {}, dict(vocab)
     for content, fields in added.items():
-        number = complete.setdefault(
-            content, len(complete)
-        )  # the number that the files give is not looked at, as in transformers
+        # as in transformers, the ids in the files only determine the order
+        number = complete.setdefault(content, len(complete))
         numbered[str(number)] = fields
     names = {name: tasks[name]["content"] for name in _KEPT}
     settings = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "add_prefix_space": False} | names
     settings["added_tokens_decoder"] = numbered
     if len(numbered) != len(added):
-        raise ValueError("an added token has the id of another: the vocabulary has gaps, or twins")
+        raise ValueError("two added tokens have the same id: the vocabulary has gaps or duplicates")
     limit = _limit(config)
     documents = {
         "vocab.json": _json(complete),
@@ -117,7 +115,7 @@ def _text(name: str, data: bytes) -> str:
 
 
 def _object(texts: Mapping[str, str], name: str) -> Fields:
-    """The document, empty where there is none."""
+    """Return the JSON object of a file; empty if there is no such file."""
     if name not in texts:
         return {}
     try:
@@ -130,7 +128,7 @@ def _object(texts: Mapping[str, str], name: str) -> Fields:
 
 
 def _model(whole: Fields) -> tuple[Fields, list[str]]:
-    """The vocabulary and the merges of tokenizer.json, which are "a b" or ["a", "b"], by its age."""
+    """Return the vocabulary and the merges of tokenizer.json. Older files write a merge as "a b", newer ones as ["a", "b"]."""
     model = whole.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
@@ -138,7 +136,7 @@ def _model(whole: Fields) -> tuple[Fields, list[str]]:
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("tokenizer.json: expected a model with vocab and merges")
-    found = []
+    lines = []
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if (
@@ -147,8 +145,8 @@ def _model(whole: Fields) -> tuple[Fields, list[str]]:
             or not all(isinstance(part, str) and _is_symbol(part) for part in parts)
         ):
             raise ValueError(f"tokenizer.json: merges: expected two symbols, got {merge!r:.60}")
-        found.append(" ".join(parts))
-    return vocab, found
+        lines.append(" ".join(parts))
+    return vocab, lines
 
 
 def _is_symbol(text: str) -> bool:
@@ -156,23 +154,23 @@ def _is_symbol(text: str) -> bool:
 
 
 def _token(value: Any, where: str) -> Fields:
-    """The fields of an AddedToken, as transformers makes it from a string or from an object."""
+    """Return the fields of an AddedToken, as transformers creates it from a string or an object."""
     if isinstance(value, str):
         value = {"content": value, "special": True}
     if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
         raise ValueError(f"{where:.60}: expected a token, got {value!r:.60}")
-    # where nothing is said, a special token is looked for in the text as it is: which are special is known at last
+    # by default special tokens are not normalized; `_added` decides, as only it knows which tokens are special
     fields = {flag: value.get(flag, None if flag == "normalized" else False) for flag in _FLAGS}
-    strange = [flag for flag in fields if flag in value and not isinstance(fields[flag], bool)]
-    strange += [key for key in value if key not in (*_FLAGS, "content", "__type", "id")]
-    if strange:
-        raise ValueError(f"{where:.60}: {strange[0]:.40} is not what a token has")
+    invalid = [flag for flag in fields if flag in value and not isinstance(fields[flag], bool)]
+    invalid += [key for key in value if key not in (*_FLAGS, "content", "__type", "id")]
+    if invalid:
+        raise ValueError(f"{where:.60}: {invalid[0]:.40} is not a valid field of a token")
     return {"content": value["content"]} | fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Extras:
-    """Special tokens without a task: `named` ones, `listed` ones, and of these those that added_tokens.json counts as special."""
+    """Special tokens without a role: `named` and `listed` ones; `known` are those special for tokens of added_tokens.json."""
 
     named: Fields
     listed: list[Fields]
@@ -180,8 +178,10 @@ class _Extras:
 
     @classmethod
     def of(cls, config: Fields, mapped: Fields) -> _Extras:
-        """From tokenizer_config.json and special_tokens_map.json. Each may have them under two keys, which transformers merges in
-        this order; a list that comes too late is passed over."""
+        """Merge the special tokens of tokenizer_config.json (`config`) and special_tokens_map.json (`mapped`).
+
+        Each file may have them under two keys, which are merged in the order of transformers; a list that comes later is ignored.
+        """
         new, old, named = "extra_special_tokens", "additional_special_tokens", dict[str, Any]()
         kept = {key: config[key] for key in (new, old) if key in config}
 
@@ -215,7 +215,7 @@ def _listed(tokens: Any, where: str) -> list[Fields]:
 
 
 def _tasks(config: Fields, extras: _Extras) -> dict[str, Fields]:
-    """The token of each task, those of the model's own (`*_token`) after transformers'."""
+    """Return the token of each role: transformers' roles first, then the model's own (`*_token`)."""
     values = {task: config.get(task) or default for task, default in _TASKS.items()}
     flags = ("add_bos_token", "add_eos_token")
     own = (key for key in config if key.endswith("_token") and key not in flags)
@@ -224,36 +224,37 @@ def _tasks(config: Fields, extras: _Extras) -> dict[str, Fields]:
 
 
 def _numbered(decoder: Any) -> dict[int, Fields]:
-    """Index -> token, from added_tokens_decoder."""
+    """Return {id: token} of added_tokens_decoder."""
     if not isinstance(decoder, dict) or not all(_is_number(key) for key in decoder):
-        raise ValueError("tokenizer_config.json: added_tokens_decoder: expected tokens by their numbers")
+        raise ValueError("tokenizer_config.json: added_tokens_decoder: expected tokens by id")
     return {int(key): _token(value, f"added_tokens_decoder.{key}") for key, value in decoder.items()}
 
 
 def _loose(texts: Mapping[str, str], whole: Fields, tasks: Mapping[str, Fields], extras: _Extras) -> dict[int, Fields]:
-    """Index -> token, from added_tokens.json and tokenizer.json."""
+    """Return {id: token} of added_tokens.json and tokenizer.json."""
     special = {token["content"] for token in (*tasks.values(), *extras.known)}
-    found: dict[int, Fields] = {}
+    loose: dict[int, Fields] = {}
     for content, index in _object(texts, "added_tokens.json").items():
         if type(index) is not int:
             raise ValueError(f"added_tokens.json: {content!r:.60}: expected a number, got {index!r:.40}")
         flags = {"special": content in special, "normalized": content not in special}
-        found[index] = _token({"content": content} | flags, "added_tokens.json")
+        loose[index] = _token({"content": content} | flags, "added_tokens.json")
     tokens = whole.get("added_tokens", [])
     for token in tokens if isinstance(tokens, list) else [None]:
         if not isinstance(token, dict) or type(token.get("id")) is not int:
             raise ValueError(f"tokenizer.json: added_tokens: expected a token with an id, got {token!r:.60}")
-        found[token["id"]] = _token(token, "tokenizer.json: added_tokens")
-    return found
+        loose[token["id"]] = _token(token, "tokenizer.json: added_tokens")
+    return loose
 
 
 def _added(extras: _Extras, tasks: Mapping[str, Fields], numbered: Mapping[int, Fields]) -> dict[str, Fields]:
-    """The tokens by their text, in the order in which they get numbers. Of several of one text the last says how it is found."""
+    """Return the tokens by text, in the order in which they get ids. Among equal texts the last one's flags apply."""
     listed = [token for _, token in sorted(numbered.items())]
     known = {token["content"] for token in listed}
     named = {token["content"] for token in tasks.values()}
+    more = [token for token in (*tasks.values(), *extras.listed) if token["content"] not in known]
     added: dict[str, Fields] = {}
-    for token in (*listed, *(each for each in (*tasks.values(), *extras.listed) if each["content"] not in known)):
+    for token in (*listed, *more):
         special = token["special"] or token["content"] in named
         normalized = not special if token["normalized"] is None else token["normalized"]
         added[token["content"]] = token | {"special": special, "normalized": normalized}
@@ -272,13 +273,13 @@ def _limit(config: Fields) -> int | None:
 
 
 def _check_texts(tokenizer: Tokenizer) -> None:
-    """Refuse tokens on which the reference panics or decides by a hash: white space alone, and two that differ in case alone."""
-    found: dict[str, str] = {}
+    """Refuse tokens that crash the reference (only white space) or have undefined order in it (two that differ only in case)."""
+    texts: dict[str, str] = {}
     for token in tokenizer.added:
         if SPACES.fullmatch(token.text):
-            raise ValueError(f"the added token {token.text!r} is white space alone")
-        if token.normalized and found.setdefault(normal(token.text), token.text) != token.text:
-            raise ValueError(f"the added tokens {found[normal(token.text)]!r} and {token.text!r} differ in case alone")
+            raise ValueError(f"the added token {token.text!r} is only white space")
+        if token.normalized and texts.setdefault(normal(token.text), token.text) != token.text:
+            raise ValueError(f"the added tokens {texts[normal(token.text)]!r} and {token.text!r} differ only in case")
 
 
 def _is_number(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Pickled weights, of a checkpoint that the user trusts, by way of a safetensors file."""
+"""Convert the pickled weights of a checkpoint that the user trusts to a safetensors file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from sdexport.checkpoint.safetensors import StoredTensor, read_header, with_scal
 from sdexport.errors import CheckpointError, EnvironmentFault
 
 
-def unpickled(files: Sequence[Path], path: Path) -> Mapping[str, StoredTensor]:
-    """Write the tensors of all `files` to the safetensors file `path`. torch before 2.6 runs code even from `weights_only` loads.
+def convert_pickles(files: Sequence[Path], path: Path) -> Mapping[str, StoredTensor]:
+    """Write the tensors of all `files` to the safetensors file `path`, and return them by name.
 
-    Raises CheckpointError for a file that is not a state dict of plain tensors.
+    Raises CheckpointError for a file that is not a state dict of plain tensors, and EnvironmentFault for torch before 2.6, which
+    runs code even with `weights_only`.
     """
     import safetensors.torch
     import torch
@@ -23,11 +24,11 @@ def unpickled(files: Sequence[Path], path: Path) -> Mapping[str, StoredTensor]:
         raise EnvironmentFault(f"torch {torch.__version__} runs code from pickled weights: pip install 'torch>=2.6'")
     tensors: dict[str, Any] = {}
     for file in files:
-        found = _state_dict(file)
-        twins = found.keys() & tensors.keys()
-        if twins:
-            raise CheckpointError(file.name, [f"another shard holds {min(twins):.60} too"])
-        tensors |= found
+        loaded = _state_dict(file)
+        duplicates = loaded.keys() & tensors.keys()
+        if duplicates:
+            raise CheckpointError(file.name, [f"another shard has {min(duplicates):.60} too"])
+        tensors |= loaded
     try:
         safetensors.torch.save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
         return with_scales(read_header(path))
@@ -39,13 +40,13 @@ def _state_dict(file: Path) -> dict[str, Any]:
     import torch
 
     try:
-        # only torch's newer format, a zip file, can be mapped
+        # only torch's newer format, a zip file, can be memory-mapped
         loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # torch, pickle and zipfile raise what they like for a damaged file
+    except Exception as error:  # for a damaged file torch, pickle and zipfile raise many kinds of errors
         first = str(error).strip().split("\n", 1)[0]
-        raise CheckpointError(file.name, [f"not a pickle of weights alone: {type(error).__name__}: {first:.200}"]) from error
+        raise CheckpointError(file.name, [f"not a pickle of only weights: {type(error).__name__}: {first:.200}"]) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(file.name, [f"a {type(loaded).__name__}, not a state dict of tensors by name"])
     faults = [

@@ -1,8 +1,8 @@
-"""Which files hold a network's weights, where several lie side by side: the choice that diffusers makes, by their names alone.
+"""Choose the files of a network's weights as diffusers does, by their names, if there are several.
 
-A variant ("non_ema", "fp32", "ema" …) that nobody requested is never read. Files of one variant are tried in the order of the
-library that opens the network: diffusers' own networks from an index of shards first, transformers' from the whole file first,
-and both from pickles only where there are no safetensors.
+Variants that were not requested ("non_ema", "fp32", "ema" …) are never read. Files of one variant are tried in the order of the
+library that opens the network: diffusers tries an index of shards first, transformers the single file first, and both read
+pickles only if there are no safetensors.
 """
 
 from __future__ import annotations
@@ -23,32 +23,35 @@ _STEMS: Mapping[str, tuple[str, str]] = {
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
-_DIFFUSERS = ("unet", "vae")  # the others are transformers'
+_DIFFUSERS = ("unet", "vae")  # opened by diffusers; the others by transformers
 PARTS = tuple(_STEMS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """`name` in the folder of the network: the weights themselves, or an index that names the shards which hold them."""
+    """A file in the folder of a network: the weights, or an `index` of their shards."""
 
     name: str
     index: bool
     pickled: bool
 
 
-def chosen(part: str, names: Collection[str], precision: Precision, *, pickles: bool = True) -> WeightFile | None:
-    """The weights of a network among the names of its folder, or None. fp16 prefers the fp16 variant, all others the full one."""
-    wanted = (file for pickled in (False, True)[: 1 + pickles] for file in _candidates(part, precision, pickled))
-    return next((file for file in wanted if file.name in names), None)
+def choose_weight_file(part: str, names: Collection[str], precision: Precision, *, pickles: bool = True) -> WeightFile | None:
+    """Return the weights of a network among the `names` in its folder, or None.
+
+    fp16 prefers the fp16 variant, the other precisions the full weights.
+    """
+    candidates = (file for pickled in (False, True)[: 1 + pickles] for file in _candidates(part, precision, pickled))
+    return next((file for file in candidates if file.name in names), None)
 
 
-def expected(part: str) -> str:
-    """The name of a network's full weights."""
+def full_weights_name(part: str) -> str:
+    """Return the file name of a network's full weights."""
     return f"{_STEMS[part][0]}.safetensors"
 
 
 def shards_of(file: WeightFile, names: Collection[str]) -> list[str]:
-    """Those of `names` that an index may name, as both libraries write them: STEM[.VARIANT]-00001-of-00002[.VARIANT].ENDING."""
+    """Return the `names` that an index may list; the libraries write STEM[.VARIANT]-00001-of-00002[.VARIANT].ENDING."""
     stem, _, ending = file.name.partition(".")
     ending, _, variant = ending.removesuffix(".json").partition(".index")
     numbers, dot = r"-\d+-of-\d+", re.escape(variant)
@@ -59,11 +62,11 @@ def shards_of(file: WeightFile, names: Collection[str]) -> list[str]:
 def _candidates(part: str, precision: Precision, pickled: bool) -> list[WeightFile]:
     stem, ending = _STEMS[part][pickled], "bin" if pickled else "safetensors"
     variants: tuple[Variant, ...] = ("fp16", "") if precision == "fp16" else ("", "fp16")
-    found = []
+    files = []
     for variant in variants:
         dot = f".{variant}" if variant else ""
         whole = WeightFile(name=f"{stem}{dot}.{ending}", index=False, pickled=pickled)
         index = WeightFile(name=f"{stem}.{ending}.index{dot}.json", index=True, pickled=pickled)
-        # diffusers looks for an index of pickled shards only when it is told to take no safetensors
-        found += [index, whole] if part in _DIFFUSERS and not pickled else [whole, index]
-    return found
+        # diffusers tries an index of pickled shards first only with use_safetensors=False
+        files += [index, whole] if part in _DIFFUSERS and not pickled else [whole, index]
+    return files

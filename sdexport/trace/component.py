@@ -15,7 +15,7 @@ from sdexport.checkpoint.bounds import at_most
 from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
 from sdexport.checkpoint.names import match_weights
 from sdexport.checkpoint.safetensors import StoredTensor
-from sdexport.checkpoint.unpickle import unpickled
+from sdexport.checkpoint.unpickle import convert_pickles
 from sdexport.errors import ExportError
 from sdexport.families.components import Component, components
 from sdexport.trace.cache import load_trace, store_trace, trace_key
@@ -75,7 +75,7 @@ def run(job: ComponentJob) -> Iterator[Stage]:
             check_weights(checkpoint, table)
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
-        stored = unpickled(part.files, loose) if part.pickled else part.weights
+        stored = convert_pickles(part.files, loose) if part.pickled else part.weights
         yield from _made(component, stored, job, out)
         loose.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from sdexport.checkpoint.bounds import at_most
 from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
 from sdexport.checkpoint.names import match_weights
 from sdexport.checkpoint.opening import GOLDEN_STEPS, fitting_steps
-from sdexport.checkpoint.unpickle import unpickled
+from sdexport.checkpoint.unpickle import convert_pickles
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
 from sdexport.families.components import Component, components
 from sdexport.trace.versions import digest_of as hash_of
@@ -205,7 +205,7 @@ def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
     from sdexport.families.modules import WRAPPERS
 
     part = checkpoint.parts[component.part]
-    stored = unpickled(part.files, scratch) if part.pickled else part.weights
+    stored = convert_pickles(part.files, scratch) if part.pickled else part.weights
     with torch.device("meta"), at_most(len(stored), where=component.name):
         module = WRAPPERS[component.wrapper](component.config).eval()
     state = module.state_dict()

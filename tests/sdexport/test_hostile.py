@@ -22,7 +22,7 @@ from hostile import changed, changed_bytes, encoded
 from safetensors.numpy import save
 
 from sdexport.checkpoint.folder import read_checkpoint
-from sdexport.checkpoint.safetensors import merged, read_header
+from sdexport.checkpoint.safetensors import merge_shards, read_header
 from sdexport.checkpoint.tokenizer import NAMES, read_tokenizer
 from sdexport.errors import CheckpointError
 from sdexport.families.components import components
@@ -78,7 +78,7 @@ def test_headers(tmp_path: Path, count: int) -> None:
             blob = len(text).to_bytes(8, "little") + text + data
         path.write_bytes(blob)
         try:
-            found = merged([(path, read_header(path))])
+            found = merge_shards([(path, read_header(path))])
         except ValueError as error:
             return refused_in(error, 500)
         for tensor in found.values():
@@ -204,7 +204,7 @@ def test_betas_that_leave_nothing_of_an_image_warn_of_nothing(sd1_checkpoint: Pa
 @pytest.mark.parametrize("count", rounds(200))
 def test_pickles(tmp_path: Path, count: int) -> None:
     torch = pytest.importorskip("torch")
-    from sdexport.checkpoint.unpickle import unpickled
+    from sdexport.checkpoint.unpickle import convert_pickles
 
     path = tmp_path / "w.bin"
     bases = []
@@ -215,7 +215,7 @@ def test_pickles(tmp_path: Path, count: int) -> None:
     def one(rng: random.Random) -> bool:
         path.write_bytes(changed_bytes(rng, rng.choice(bases)))
         try:
-            found = unpickled([path], tmp_path / "out.safetensors")
+            found = convert_pickles([path], tmp_path / "out.safetensors")
         except CheckpointError as error:
             return refused_in(error, 3000)
         assert all(tensor.read().shape == tensor.shape for tensor in found.values() if tensor.readable)

@@ -150,7 +150,7 @@ def stray_shard(folder: Path) -> None:
         (cut_weights, "unet/diffusion_pytorch_model.safetensors: "),
         (pickle_weights, "--allow-pickle"),
         (drop_shard, "unet/b.safetensors is missing"),
-        (stray_shard, "strange file '../../secret.safetensors'"),
+        (stray_shard, "the shard '../../secret.safetensors' is not a .safetensors file"),
     ],
 )
 def test_a_spoilt_checkpoint_is_refused_by_name(folder: Path, spoil: Callable[[Path], None], named: str) -> None:

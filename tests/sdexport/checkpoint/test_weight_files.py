@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdexport.checkpoint.folder import read_checkpoint
-from sdexport.checkpoint.weight_files import chosen
+from sdexport.checkpoint.weight_files import choose_weight_file
 from sdexport.errors import CheckpointError
 
 UNET, TEXT = "diffusion_pytorch_model", "model"
@@ -41,12 +41,12 @@ def test_the_choice_is_that_of_the_library_that_opens_the_network(
     part: str, precision: Any, names: list[str], expected: str
 ) -> None:
     for order in (names, names[::-1]):
-        found = chosen(part, order, precision)
+        found = choose_weight_file(part, order, precision)
         assert (found and found.name) == expected
 
 
 def test_pickles_are_chosen_only_where_they_may_be() -> None:
-    assert chosen("unet", [f"{UNET}.bin"], "fp32", pickles=False) is None
+    assert choose_weight_file("unet", [f"{UNET}.bin"], "fp32", pickles=False) is None
 
 
 @pytest.fixture
@@ -139,13 +139,13 @@ def pickles(folder: Path) -> dict[str, bytes]:
 
 def test_a_pickle_that_is_no_state_dict_is_one_clear_error(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from sdexport.checkpoint.unpickle import unpickled
+    from sdexport.checkpoint.unpickle import convert_pickles
 
     for name, data in pickles(tmp_path).items():
         path = tmp_path / f"{name}.bin"
         path.write_bytes(data)
         with pytest.raises(CheckpointError) as caught:
-            unpickled([path], tmp_path / "out.safetensors")
+            convert_pickles([path], tmp_path / "out.safetensors")
         assert str(caught.value).startswith(f"{name}.bin: "), name
         assert len(str(caught.value)) < 1000, name
     assert not (tmp_path / "planted").exists()
@@ -153,9 +153,9 @@ def test_a_pickle_that_is_no_state_dict_is_one_clear_error(tmp_path: Path) -> No
 
 def test_the_former_format_of_torch_is_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from sdexport.checkpoint.unpickle import unpickled
+    from sdexport.checkpoint.unpickle import convert_pickles
 
     for number, options in enumerate(({}, {"_use_new_zipfile_serialization": False})):
         torch.save({f"x{number}": torch.full((3,), 2.0 + number)}, tmp_path / f"{number}.bin", **options)
-    found = unpickled([tmp_path / "0.bin", tmp_path / "1.bin"], tmp_path / "out.safetensors")
+    found = convert_pickles([tmp_path / "0.bin", tmp_path / "1.bin"], tmp_path / "out.safetensors")
     assert {name: tensor.read().tolist() for name, tensor in found.items()} == {"x0": [2.0] * 3, "x1": [3.0] * 3}

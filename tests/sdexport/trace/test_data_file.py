@@ -88,7 +88,7 @@ def test_former_names_are_found(tmp_path: Path) -> None:
 def test_every_weight_that_does_not_fit_is_named(stored: Path) -> None:
     with pytest.raises(ExportError) as caught:
         match_weights({"a": (3, 2), "b": (5,), "z": (1,)}, read_header(stored), where="unet")
-    assert "a is [2, 3], but config.json makes it [3, 2]" in str(caught.value)
+    assert "a is [2, 3], but config.json requires [3, 2]" in str(caught.value)
     assert "z is missing" in str(caught.value)
 
 
