@@ -27,7 +27,7 @@ from benchmarks.gpu.tasks import environment
 from sdexport.build.events import ExportOptions
 from sdexport.build.export import export
 from sdexport.precision.activations import session_of
-from sdexport.precision.audit import judged
+from sdexport.precision.audit import select_feeds
 from sdexport.precision.probe import load_activations
 from sdexport.trace.component import AUDIT, MODEL, PROBE, ComponentJob
 from sdexport.trace.process import run_job
@@ -101,7 +101,7 @@ def timed(job: ComponentJob) -> tuple[dict[str, float], int]:
 
 def compare(reference: Path, built: Path) -> dict[str, Any]:
     """Return the worst differences between the outputs of the fp16 graph `built` in ONNX Runtime and those of float32."""
-    feeds, session, differences = judged(load_activations(reference).feeds)[::-1], session_of(built / MODEL), []
+    feeds, session, differences = select_feeds(load_activations(reference).feeds)[::-1], session_of(built / MODEL), []
     feeds = feeds[:: max(1, len(feeds) - 1)]
     for feed in feeds:
         for output, expected in zip(session.run(None, dict(feed.arrays)), feed.outputs, strict=True):

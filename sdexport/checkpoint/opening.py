@@ -132,9 +132,9 @@ def fitting_steps(settings: Mapping[str, Any], tried: Iterable[int], *, sampler:
     """
     first: SdruntimeError | None = None
     trained = settings.get("num_train_timesteps")
-    for steps in (
-        tried if not isinstance(trained, int) else sorted({max(1, min(count, trained)) for count in tried}, reverse=True)
-    ):
+    if isinstance(trained, int):
+        tried = sorted({max(1, min(steps, trained)) for steps in tried}, reverse=True)
+    for steps in tried:
         try:
             compile_table(settings, steps=steps, sampler=sampler)
         except SdruntimeError as error:

@@ -1,4 +1,4 @@
-"""The command build."""
+"""The command `build`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdexport.cli.following import followed
+from sdexport.cli.following import run_with_progress
 from sdexport.cli.reporting import shared, with_progress
 from sdruntime.cli.terminal import document
 from sdruntime.errors import quoted
@@ -58,7 +58,7 @@ def build(
     elif not backends and (target or size or batch or guidance):
         raise click.UsageError("--target, --size, --batch and --guidance apply to engines: add a --backend")
     if model is None and recipe is None:
-        raise click.UsageError("name a MODEL, or a --recipe")
+        raise click.UsageError("give a MODEL, or a --recipe")
     if no_audit and recipe is None and precision == "fp32":
         reporter.note("warning: --no-audit has no effect: fp32 is not audited")
     from sdexport.build.events import ExportOptions
@@ -72,41 +72,41 @@ def build(
         precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify
     )
     if recipe is not None:
-        found = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
-        options = options_of(found)
+        read = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)
+        options = options_of(read)
         options = dataclasses.replace(options, audit=options.audit and not no_audit, verify=options.verify and not no_verify)
-        model = found.model
+        model = read.model
     assert model is not None
-    built = followed(events(model, output, options), reporter)
+    result = run_with_progress(events(model, output, options), reporter)
     if as_json:
         document(
-            bundle=str(built.folder),
-            up_to_date=built.up_to_date,
-            written=built.written,
-            checks=built.checks,
-            peak_memory=built.peak,
-            changes=list(built.changes),
+            bundle=str(result.folder),
+            up_to_date=result.up_to_date,
+            written=result.written,
+            checks=result.checks,
+            peak_memory=result.peak,
+            changes=list(result.changes),
         )
         return
-    for line in built.changes:
+    for line in result.changes:
         reporter.note(f"note: {line}")
-    if built.up_to_date:
-        reporter.print(f"{built.folder} is up to date")
+    if result.up_to_date:
+        reporter.print(f"{result.folder} is up to date")
     else:
-        reporter.print(f"{built.folder}: {built.written:,} bytes written, peak memory {built.peak / 1e9:.2f} GB")
-        if built.checks:
-            reporter.print(f"{built.checks} checks against PyTorch passed")
+        reporter.print(f"{result.folder}: {result.written:,} bytes written, peak memory {result.peak / 1e9:.2f} GB")
+        if result.checks:
+            reporter.print(f"{result.checks} checks against PyTorch passed")
         elif options.verify:
-            why = "no CPU runs bf16 in ONNX Runtime" if options.precision == "bf16" else "pip install onnxruntime"
-            command = f"sdruntime verify {quoted(built.folder)}"
+            reason = "ONNX Runtime has no bf16 on CPUs" if options.precision == "bf16" else "pip install onnxruntime"
+            command = f"sdruntime verify {quoted(result.folder)}"
             reporter.note(
-                f"warning: the bundle could not be checked on this machine ({why}): check it on the device with {command}"
+                f"warning: the bundle could not be checked on this machine ({reason}): check it on the device with {command}"
             )
 
 
 def _refuse_beside_a_recipe(context: click.Context) -> None:
     for option in context.command.params:
         name = option.name or ""
-        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in ("model", "output", "recipe", "no_audit", "no_verify", "as_json"):
+        on_command_line = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if on_command_line and name not in ("model", "output", "recipe", "no_audit", "no_verify", "as_json"):
             raise click.UsageError(f"{option.opts[0]} cannot be used with --recipe: change it in {context.params['recipe']}")

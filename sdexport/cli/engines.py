@@ -1,4 +1,4 @@
-"""The command engines: recipes, and a table of what became of them."""
+"""The command `engines`: build recipes and print a table of the outcomes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdexport.cli.following import followed
+from sdexport.cli.following import run_with_progress
 from sdexport.cli.reporting import shared, with_progress
 from sdruntime.cli.terminal import Failed, code_of, document, reason_of
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdruntime.cli.progress import Reporter
 
 
-WORST_FIRST = (3, 5, 4, 1, 2)  # of several failures the code is the first of these
+WORST_FIRST = (3, 5, 4, 1, 2)  # if several recipes fail, the exit code is the first of these
 
 
 @click.command()
@@ -48,9 +48,9 @@ def engines(
 
     names = recipes or recipe_names()
     if not names:
-        raise click.UsageError("no recipe in engines/: name a recipe file")
+        raise click.UsageError("no recipe in engines/: give a recipe file")
     if model and len(names) != 1:
-        raise click.UsageError("--model takes the place of one recipe's: name that RECIPE")
+        raise click.UsageError("--model replaces the model of one recipe: give a single RECIPE")
     builder = Interpreter(python=python) if python else None
     outcomes: list[Outcome] = []
     for name in names:
@@ -58,17 +58,17 @@ def engines(
         if not as_json:
             reporter.note(f"== {name}")
         taken = [outcome.bundle for outcome in outcomes]
-        outcomes.append(followed(run_recipe(name, output, model=model, builder=builder, taken=taken), reporter))
+        outcomes.append(run_with_progress(run_recipe(name, output, model=model, builder=builder, taken=taken), reporter))
         for failure in outcomes[-1].failures:
             reporter.note(f"error: {_failed(failure)}")
     reporter.close()
     errors = [failure.error for outcome in outcomes for failure in outcome.failures]
     worst = min(errors, key=_rank, default=None)
     if as_json:
-        found = [_outcome(outcome) for outcome in outcomes]
+        fields = [_outcome(outcome) for outcome in outcomes]
         if worst is not None:
-            raise Failed(worst, recipes=found)
-        document(recipes=found)
+            raise Failed(worst, recipes=fields)
+        document(recipes=fields)
         return
     _table(outcomes)
     if worst is not None:
@@ -81,23 +81,23 @@ def _rank(error: Exception) -> int:
 
 
 def _table(outcomes: Sequence[Outcome]) -> None:
-    """One row for each recipe, and under it the reasons of what failed, a line each."""
+    """Print a row for each recipe, then a line for each failure."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("recipe", overflow="fold")
-    for heading in ("built", "there already", "failed", "engine bytes", "ONNX bytes", "seconds"):
+    for heading in ("built", "up to date", "failed", "engine bytes", "ONNX bytes", "seconds"):
         table.add_column(heading, justify="right")
-    for each in outcomes:
-        written = sum(event.size for event in each.built)
-        counts = (len(each.built), len(each.present), len(each.failures))
-        table.add_row(each.recipe, *map(str, counts), f"{written:,}", f"{each.exported:,}", f"{each.seconds:.1f}")
+    for outcome in outcomes:
+        written = sum(event.size for event in outcome.built)
+        counts = (len(outcome.built), len(outcome.present), len(outcome.failures))
+        table.add_row(outcome.recipe, *map(str, counts), f"{written:,}", f"{outcome.exported:,}", f"{outcome.seconds:.1f}")
     Console().print(table)
-    for each in outcomes:
-        for failure in each.failures:
-            click.echo(f"{each.recipe}: {_failed(failure).splitlines()[0]}")
+    for outcome in outcomes:
+        for failure in outcome.failures:
+            click.echo(f"{outcome.recipe}: {_failed(failure).splitlines()[0]}")
 
 
 def _failed(failure: Failure) -> str:

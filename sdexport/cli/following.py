@@ -1,4 +1,4 @@
-"""A build, shown while it goes on."""
+"""Show the progress of a build."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def followed(events: Generator[ExportProgress | EngineProgress, None, Result], reporter: Reporter) -> Result:
+def run_with_progress(events: Generator[ExportProgress | EngineProgress, None, Result], reporter: Reporter) -> Result:
     """Run a build with its progress shown; return its result."""
     from sdexport.build.events import EngineProgress
     from sdruntime.system.events import finish

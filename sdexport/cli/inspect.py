@@ -1,4 +1,4 @@
-"""The commands inspect and doctor."""
+"""The commands `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
         document(manifest=json_from_record(manifest))
         return
 
-    def say(line: str) -> None:
+    def echo(line: str) -> None:
         click.echo(printable(line))
 
-    model, made = manifest.model, manifest.provenance
-    say(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
-    say(f"from {made.get('source', 'unknown')}, {made.get('revision', 'no revision')}, {made.get('created', 'no date')}")
-    say(f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the image's sides, times {model.scaling_factor}")
+    model, origin = manifest.model, manifest.provenance
+    echo(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
+    echo(f"from {origin.get('source', 'unknown')}, {origin.get('revision', 'no revision')}, {origin.get('created', 'no date')}")
+    echo(f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the image's sides, times {model.scaling_factor}")
     for name, component in manifest.components.items():
         size = sum(manifest.files[path].size for path in component.files)
-        say(f"{name}: {size:,} bytes")
+        echo(f"{name}: {size:,} bytes")
         for arrow, tensors in (("<-", component.inputs), ("->", component.outputs)):
             for tensor in tensors:
-                say(f"  {arrow} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
+                echo(f"  {arrow} {tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]")
     for engine in manifest.engines:
-        say(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
-    say(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
+        echo(f"engine {engine.name}: {engine.backend} {engine.version}, {engine.target}")
+    echo(f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes, every hash is right")
 
 
 @click.command()
@@ -65,28 +65,28 @@ def doctor(as_json: bool, quiet: bool) -> None:
     from sdexport.trace.versions import versions
     from sdruntime.backends.registry import BACKENDS, OFFERED
 
-    found = versions()
+    libraries = versions()
     engines = {name: BACKENDS[name].here() for name in OFFERED}
-    missing = {name: f"pip install {name}" for name, version in found.items() if version == "missing"}
+    missing = {name: f"pip install {name}" for name, version in libraries.items() if version == "missing"}
     missing |= {name: library.missing for name, library in engines.items() if library.version is None}
     folder = cache_folder()
-    kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    cached = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     if as_json:
         document(
             python=platform.python_version(),
             machine=platform.machine(),
-            libraries=found,
-            engines={name: {"version": each.version, "targets": list(each.targets)} for name, each in engines.items()},
+            libraries=libraries,
+            engines={name: {"version": engine.version, "targets": list(engine.targets)} for name, engine in engines.items()},
             missing=missing,
-            cache={"folder": str(folder), "size": kept},
+            cache={"folder": str(folder), "size": cached},
         )
         return
     click.echo(f"sdexport {__version__}, Python {platform.python_version()}, {platform.machine()}")
-    for name, version in found.items():
+    for name, version in libraries.items():
         click.echo(f"{name:<14}{version}")
     for name, library in engines.items():
         if library.version is not None:
             click.echo(f"{name:<14}{library.version}: builds engines for {', '.join(library.targets)}")
     for name, line in missing.items():
         click.echo(f"missing: {name}: {line}")
-    click.echo(f"kept traces: {kept:,} bytes in {folder} (safe to remove)")
+    click.echo(f"cached traces: {cached:,} bytes in {folder} (safe to remove)")

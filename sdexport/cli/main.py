@@ -1,7 +1,7 @@
-"""The command line: the only file of sdexport that prints or picks an exit code.
+"""The command line: only this folder of sdexport prints or chooses an exit code.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 failed, 2 usage, 3 environment,
-4 numbers that do not hold, 5 a bundle that is not whole, 130 interrupted; the errors carry them.
+4 verification failed, 5 damaged bundle, 130 interrupted; each error class has its own.
 """
 
 from __future__ import annotations

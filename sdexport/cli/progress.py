@@ -1,4 +1,4 @@
-"""Reporter of sdexport's commands: a row of rich for each task on a terminal, elsewhere the lines of sdruntime.cli.progress."""
+"""Show progress: a row for each task on a terminal (with rich), or the log lines of sdruntime.cli.progress elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Reporter:
-    """What shows progress on `stream`, standard error if None: rows on a terminal, a log elsewhere, nothing where `quiet`."""
+    """Return the reporter for `stream` (standard error if None): rows on a terminal, a log elsewhere, silent if `quiet`."""
     stream = sys.stderr if stream is None else stream
     if quiet:
         return Reporter(stream)
@@ -23,7 +23,7 @@ def progress_on(stream: TextIO | None = None, *, quiet: bool = False) -> Reporte
 
 
 class Rows(Reporter):
-    """A row for each task, as wide as the terminal: its bar begins empty, moves where a stage has a total, and ends full."""
+    """Show a row for each task, as wide as the terminal. The bar moves during stages that have a total, and ends full."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream, clock)
@@ -38,15 +38,15 @@ class Rows(Reporter):
         if task not in self._tasks:
             self._finish()
             self._tasks[task] = self._bars.add_task(task, total=1, stage="", numbers="")
-        now, former = self.clock(), self._stage
-        same = former is not None and (former.task, former.stage, former.total) == (task, stage, total)
-        begun = former.begun if former is not None and same else now
+        now, previous = self.clock(), self._stage
+        same = previous is not None and (previous.task, previous.stage, previous.total) == (task, stage, total)
+        begun = previous.begun if previous is not None and same else now
         self._stage = Activity(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
         numbers = "  ".join([self._stage.count(), *self._stage.pace(now)]) if total else ""
         self._bars.update(self._tasks[task], stage=stage, completed=done if total else 0, total=total or 1, numbers=numbers)
 
     def clear(self) -> None:
-        """The rows stay as they are; what is shown next gets rows of its own."""
+        """Leave the current rows as they are; the next tasks get new rows."""
         if self._bars is not None:
             self._bars.stop()
         self._bars, self._stage = None, None
@@ -71,7 +71,7 @@ class Rows(Reporter):
         self.close()
 
     def _finish(self) -> None:
-        """The row of the task before is full: it would not have gone on otherwise."""
+        """Show the current task as done: the next one starts only after it."""
         if self._bars is not None and self._stage is not None:
             self._bars.update(self._tasks[self._stage.task], completed=1, total=1, numbers="", stage="done")
 
@@ -85,7 +85,7 @@ def _bars(stream: TextIO) -> Bars:
     from rich.text import Text
 
     class Bar(ProgressColumn):
-        """As in sdruntime: what is left is another character, not the same one in another colour."""
+        """A bar as in sdruntime: the remaining part is another character, not another colour."""
 
         def render(self, task: Task) -> Any:
             return Cells(task.percentage / 100)

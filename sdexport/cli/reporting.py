@@ -1,4 +1,4 @@
-"""What the files of the command line share: --json and --quiet, progress, and errors as messages, documents and exit codes."""
+"""Shared parts of the commands: --json and --quiet, progress, and errors as messages, documents and exit codes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
 
 
 class Commands(click.Group):
-    """The commands, whose errors become a message, with --json a document too, and an exit code."""
+    """A group that reports errors of its commands as a message, an exit code and, with --json, a document."""
 
     as_json = False
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> NoReturn:
-        given = list(sys.argv[1:] if args is None else args)
-        self.as_json = wants_json(given)
+        arguments = list(sys.argv[1:] if args is None else args)
+        self.as_json = wants_json(arguments)
         print_any_text()
         try:
-            code = super().main(given, prog_name, **extra | {"standalone_mode": False})
+            code = super().main(arguments, prog_name, **extra | {"standalone_mode": False})
         except click.ClickException as error:
             error.show()
             if self.as_json:
@@ -47,7 +47,7 @@ class Commands(click.Group):
             sys.stdout.flush()
             return result
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest of the buffer
             sys.exit(128 + signal.SIGPIPE)
         except Failed as failed:
             self.fail(failed.error, **failed.fields)
@@ -58,17 +58,17 @@ class Commands(click.Group):
         reason = reason_of(error)
         click.echo(reason if isinstance(error, KeyboardInterrupt) else f"error: {reason}", err=True)
         if self.as_json:
-            with contextlib.suppress(OSError):  # standard output itself may be what failed
+            with contextlib.suppress(OSError):  # the error may be of standard output itself
                 document(**fields, **failure(error))
                 sys.stdout.flush()
         sys.exit(code_of(error))
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that may stand before and after the command."""
+    """Add the options --quiet and --json, which are accepted before and after the command's name."""
     quiet = click.option("-q", "--quiet", is_flag=True, callback=_also_before, help="Hide progress.")
-    what = "Print one JSON document on standard output, also of a failure."
-    return click.option("--json", "as_json", is_flag=True, callback=_also_before, help=what)(quiet(command))
+    text = "Print one JSON document on standard output, even on failure."
+    return click.option("--json", "as_json", is_flag=True, callback=_also_before, help=text)(quiet(command))
 
 
 def _also_before(context: click.Context, option: click.Parameter, value: bool) -> bool:
@@ -76,11 +76,11 @@ def _also_before(context: click.Context, option: click.Parameter, value: bool) -
 
 
 def with_progress(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command `reporter`, its progress, in place of `quiet`."""
+    """Pass the command a `reporter` for its progress instead of `quiet`."""
 
     @functools.wraps(command)
-    def watched(*, quiet: bool, **options: Any) -> None:
+    def wrapper(*, quiet: bool, **options: Any) -> None:
         with progress_on(quiet=quiet or options["as_json"]) as reporter:
             command(reporter=reporter, **options)
 
-    return watched
+    return wrapper

@@ -1,4 +1,4 @@
-"""The command verify."""
+"""The command `verify`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--bisect",
     "bisects",
     is_flag=True,
-    help="Name the first node that is too far off, of each ONNX and TensorRT engine that fails.",
+    help="For each ONNX and TensorRT engine that fails, find the first node that is too far off.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights of MODEL. Only for a checkpoint that you trust.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the images side by side.")
@@ -34,9 +34,9 @@ def verify(
 ) -> None:
     """Check BUNDLE against its reference outputs: its ONNX and every engine that this machine can run."""
     if bisects and against is None:
-        raise click.UsageError("--bisect compares with the checkpoint: name it with --against")
+        raise click.UsageError("--bisect compares with the checkpoint: add --against")
     if allow_pickle and against is None:
-        raise click.UsageError("--allow-pickle is for the weights of a checkpoint: name it with --against")
+        raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
     if html is not None:
         check_output(html, "--html")
     from sdexport.verification.verify import first_nodes, reference_checkpoint, verify_against

@@ -1,1 +1,1 @@
-"""Which components a model becomes, and the modules that are traced."""
+"""The components of each model family, and the modules that are traced."""

@@ -1,7 +1,7 @@
-"""The table of components: which networks a checkpoint becomes, from which of its folders, and with which tensors.
+"""List the components of a checkpoint: the networks, their folders and their tensors.
 
-Keep equal to DESIGN's "Component tensors". Dimension names are chosen by the call; those of an output that follow from the input
-(the image's side from the latent's) have names of their own.
+Keep equal to DESIGN's "Component tensors". A call chooses the named dimensions of the inputs; output dimensions that follow from
+them (the image's side from the latent's) have other names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
-    """One network: `name` in the bundle, `part` of the checkpoint, `wrapper` in sdexport.families.modules, and its tensors."""
+    """A network: its `name` in the bundle, its `part` of the checkpoint, its `wrapper` in sdexport.families.modules, its tensors."""
 
     name: str
     part: str
@@ -30,16 +30,16 @@ class Component:
     config: Mapping[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    multiples: Mapping[str, int]  # what a call's dimension must be a multiple of, where that is not 1
+    multiples: Mapping[str, int]  # image or latent dimensions must be multiples of these
 
     def example_feeds(self, *, seed: int = 0, **sizes: int) -> dict[str, NDArray[Any]]:
-        """Random inputs of plausible range. `sizes` sets named dimensions; the others are small and legal."""
-        chosen = {"batch": 2, "sequence": _EXAMPLE_TEXT}
-        chosen |= {side: 2 * multiple for side, multiple in self.multiples.items()} | sizes
+        """Return random inputs of plausible range. `sizes` sets named dimensions; the others are small and valid."""
+        dims = {"batch": 2, "sequence": _EXAMPLE_TEXT}
+        dims |= {side: 2 * multiple for side, multiple in self.multiples.items()} | sizes
         random = np.random.default_rng(seed)
         feeds: dict[str, NDArray[Any]] = {}
         for spec in self.inputs:
-            shape = [chosen[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+            shape = [dims[dim] if isinstance(dim, str) else dim for dim in spec.shape]
             if spec.dtype == "int32":
                 feeds[spec.name] = random.integers(0, self.config["vocab_size"], shape, dtype=np.int32)
             elif spec.name == "timestep":
@@ -52,7 +52,7 @@ class Component:
 
 
 def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
-    """The components of a checkpoint, in the order in which they are exported: small ones first, faults show early."""
+    """Return the components of a checkpoint in export order: small ones first, so that faults show early."""
     return (*_text_encoders(checkpoint), _vae_encoder(checkpoint), _vae_decoder(checkpoint), _unet(checkpoint))
 
 

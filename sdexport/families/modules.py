@@ -1,7 +1,7 @@
-"""The networks as they are traced: diffusers' and transformers' own modules, with the inputs and outputs of DESIGN's table.
+"""Wrap diffusers' and transformers' modules for tracing, with the inputs and outputs of DESIGN's table.
 
-Importing this file loads torch. Every wrapper is made from a component's config.json alone and keeps the names of the
-checkpoint's weights. No scaling_factor here: the runtime applies it.
+Importing this file loads torch. Each wrapper is created from a component's config.json alone and keeps the names of the
+checkpoint's weights. The wrappers do not apply scaling_factor: the runtime does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _TEXT_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
-# the posterior's logarithm of variance is kept in this range by diffusers' DiagonalGaussianDistribution
+# diffusers' DiagonalGaussianDistribution clamps the posterior's log variance to this range
 _LOGVAR = (-30.0, 20.0)
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B,S] -> last_hidden_state [B,S,D], its last layer normalised: what SD1 and SD2 condition on."""
+    """input_ids [B,S] -> last_hidden_state [B,S,D] after the final layer norm: the conditioning of SD1 and SD2."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PooledTextEncoder(nn.Module):
 class Unet(nn.Module):
     """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] -> out_sample [B,C,h,w].
 
-    SDXL's takes text_embeds [B,P] and time_ids [B,6] too.
+    SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6].
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -119,17 +119,17 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's own settings, without those that diffusers keeps for itself."""
+    """Return a network's settings without diffusers' internal ones."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
-    # keys of transformers itself stay out: they choose the code that runs (_attn_implementation) and the form of what it returns
+    # transformers' own keys are omitted: they choose the code that runs (_attn_implementation) and the form of its outputs
     known = {key: value for key, value in config.items() if key in _TEXT_KEYS}
-    # written out, attention is MatMul, scale, mask, Softmax, MatMul: what engines know to fuse
+    # eager attention is MatMul, scale, mask, Softmax, MatMul, which engines can fuse
     return CLIPTextConfig(**(known | {"attn_implementation": "eager"}))
 
 
 def _positions(input_ids: Tensor) -> Tensor:
-    # the module's own table of positions is a buffer made at birth, which has no numbers under fake tensors
+    # the module's own table of positions is a buffer filled at construction, which has no data under fake tensors
     return torch.arange(input_ids.shape[1])[None]

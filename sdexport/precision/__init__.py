@@ -1,1 +1,1 @@
-"""Half precision: what is written, and what must stay in float32."""
+"""Half precision: rewriting graphs, and auditing which nodes must stay in float32."""

@@ -1,7 +1,7 @@
-"""A component's float32 graph, run in ONNX Runtime with its values measured: memory stays that of the plain graph.
+"""Run a component's float32 graph in ONNX Runtime and measure its values, with the memory of the plain graph.
 
-Reductions stand behind every value, so that each leaves a few numbers and no activation is kept. They read a value once and make
-no copy of it: a run takes little longer than the plain one.
+Each value gets reductions, which leave a few numbers, so no activation is kept. They read a value once and do not copy it: a run
+takes little longer than the plain one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SAME_NUMBERS = ("Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """A component's inputs, where they come from (a prompt and a step, for a person), and what float32 makes of them."""
+    """The inputs of a component and its float32 outputs. `label` names their origin in messages (a prompt and a step)."""
 
     label: str
     arrays: Mapping[str, Array]
@@ -34,8 +34,11 @@ class Feed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
-    """What a component was fed. `sizes`: the largest magnitude of every float32 value of its graph; of logits and masks, the
-    largest number (what is below does not matter to a softmax)."""
+    """The recorded inputs of a component, and the `sizes` of its values.
+
+    `sizes` has the largest magnitude of every float32 value of the graph; for logits and masks it is the largest number, as a
+    softmax ignores numbers far below it.
+    """
 
     feeds: tuple[Feed, ...]
     sizes: Mapping[str, float]
@@ -43,7 +46,7 @@ class Activations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likeness:
-    """How near outputs are to the reference's: the worst of them. NaN and infinities are as far as can be."""
+    """How close outputs are to the reference, at worst. NaN and infinities count as `NOTHING`."""
 
     cosine: float
     psnr: float  # dB; the peak is the range of the reference's output
@@ -56,7 +59,7 @@ class Likeness:
 
     @property
     def error(self) -> float:
-        """Root mean square, as a part of the range of the reference's output."""
+        """The root mean square error as a fraction of the range of the reference's output."""
         return 0.0 if self.psnr == EQUAL else float(10 ** (-self.psnr / 20))
 
 
@@ -64,71 +67,74 @@ NOTHING = Likeness(cosine=-1.0, psnr=-np.inf)
 SAME = Likeness(cosine=1.0, psnr=EQUAL)
 
 
-def likeness(reference: Sequence[Array], found: Sequence[Array]) -> Likeness:
-    """The worst likeness of a component's outputs."""
+def likeness(reference: Sequence[Array], outputs: Sequence[Array]) -> Likeness:
+    """Return the worst likeness of a component's outputs to the reference's."""
     worst = SAME
-    for expected, output in zip(reference, found, strict=True):
+    for expected, output in zip(reference, outputs, strict=True):
         if not np.isfinite(output).all():
             return NOTHING
         span = float(expected.max() - expected.min()) or float(np.abs(expected).max())
-        apart = Difference.of(output, expected, span)
-        worst = worst.worse(Likeness(cosine=apart.cosine, psnr=apart.psnr))
+        difference = Difference.of(output, expected, span)
+        worst = worst.worse(Likeness(cosine=difference.cosine, psnr=difference.psnr))
     return worst
 
 
-class Measuring:
-    """The graph of `path`, open in ONNX Runtime with its values measured over all runs. `where` names it in errors."""
+class MeasuredGraph:
+    """The graph of `path`, open in ONNX Runtime, whose values are measured over all runs. `where` names it in errors."""
 
     def __init__(self, path: Path, *, where: str) -> None:
         model = ir.load(path)
         graph, self.where = model.graph, where
-        self._ends = {str(value.name) for value in logits(graph)}
+        self._logits = {str(value.name) for value in logits(graph)}
         inputs = [value for value in graph.inputs if value.dtype == ir.DataType.FLOAT]
         floats = [*inputs, *(value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT)]
-        self._makers = {str(value.name): _maker(value) for value in floats}
-        self._twins = {str(value.name): twin for value in floats if (twin := self._twin(value)) is not None}
+        self._labels = {str(value.name): _label(value) for value in floats}
+        self._same_numbers = {str(value.name): name for value in floats if (name := self._source_of_numbers(value)) is not None}
         self._outputs = [str(value.name) for value in graph.outputs]
         self._names: list[tuple[str, str]] = []
         proto = ir.to_proto(model)
-        nodes: list[onnx.NodeProto] = [each for value in inputs for each in self._measured(str(value.name))]
+        nodes: list[onnx.NodeProto] = [reduction for value in inputs for reduction in self._reductions(str(value.name))]
         for node in proto.graph.node:
-            nodes += [node, *(each for name in node.output if name in self._makers for each in self._measured(name))]
+            floats_of_node = [name for name in node.output if name in self._labels]
+            nodes += [node, *(reduction for name in floats_of_node for reduction in self._reductions(name))]
         with_nodes(proto, nodes)
         proto.graph.output.extend(onnx.ValueInfoProto(name=f"{name}.{op}") for name, op in self._names)
         self._session = session_of(proto, path)
         self.feeds: list[Feed] = []
         self._sizes: dict[str, float] = {}
 
-    def _twin(self, value: ir.Value) -> str | None:
-        """The value that has the same numbers in another shape."""
+    def _source_of_numbers(self, value: ir.Value) -> str | None:
+        """Return the value that has the same numbers in another shape, so that they are measured once; None if there is none."""
         node = value.producer()
         source = node.inputs[0] if node is not None and node.op_type in _SAME_NUMBERS else None
-        alike = source is not None and (source.name in self._ends) == (value.name in self._ends)
-        return str(source.name) if source is not None and alike and source.name in self._makers else None
+        alike = source is not None and (source.name in self._logits) == (value.name in self._logits)
+        return str(source.name) if source is not None and alike and source.name in self._labels else None
 
-    def _measured(self, name: str) -> Iterator[onnx.NodeProto]:
-        if name not in self._twins:
-            for op in ("ReduceMax", "ReduceSum") if name in self._ends else ("ReduceMax", "ReduceMin", "ReduceSum"):
+    def _reductions(self, name: str) -> Iterator[onnx.NodeProto]:
+        if name not in self._same_numbers:
+            for op in ("ReduceMax", "ReduceSum") if name in self._logits else ("ReduceMax", "ReduceMin", "ReduceSum"):
                 self._names.append((name, op))
                 yield onnx.helper.make_node(op, [name], [f"{name}.{op}"], name=f"{name}.{op}", keepdims=0)
 
     def run(self, arrays: Mapping[str, Array], *, label: str) -> tuple[Array, ...]:
-        """The outputs; they are kept, with the inputs, among `feeds`. Raises ExportError for numbers that are not finite: the
-        first such node, and the label."""
+        """Return the outputs; inputs and outputs are added to `feeds`.
+
+        Raises ExportError if a number is not finite, with the first such node and the label.
+        """
         names = [*self._outputs, *(f"{name}.{op}" for name, op in self._names)]
-        found = dict(zip(names, self._session.run(names, dict(arrays)), strict=True))
-        for name, maker in self._makers.items():
-            if name in self._twins:
-                self._sizes[name] = self._sizes[self._twins[name]]
+        results = dict(zip(names, self._session.run(names, dict(arrays)), strict=True))
+        for name, source in self._labels.items():
+            if name in self._same_numbers:
+                self._sizes[name] = self._sizes[self._same_numbers[name]]
                 continue
-            high, total = (float(found[f"{name}.{op}"]) for op in ("ReduceMax", "ReduceSum"))
-            low = 0.0 if name in self._ends else float(found[f"{name}.ReduceMin"])
+            high, total = (float(results[f"{name}.{op}"]) for op in ("ReduceMax", "ReduceSum"))
+            low = 0.0 if name in self._logits else float(results[f"{name}.ReduceMin"])
             if high == np.inf or low == -np.inf:
-                raise ExportError(_unsound(maker, "infinity", self.where, label))
-            if np.isnan(total):  # a largest number may miss it
-                raise ExportError(_unsound(maker, "NaN", self.where, label))
+                raise ExportError(_not_finite(source, "infinity", self.where, label))
+            if np.isnan(total):  # ReduceMax may ignore NaN
+                raise ExportError(_not_finite(source, "NaN", self.where, label))
             self._sizes[name] = max(self._sizes.get(name, 0.0), high, -low)
-        outputs = tuple(found[name] for name in self._outputs)
+        outputs = tuple(results[name] for name in self._outputs)
         self.feeds.append(Feed(label=label, arrays=dict(arrays), outputs=outputs))
         return outputs
 
@@ -137,28 +143,30 @@ class Measuring:
         return Activations(feeds=tuple(self.feeds), sizes=dict(self._sizes))
 
 
-def _maker(value: ir.Value) -> str:
+def _label(value: ir.Value) -> str:
     node = value.producer()
     return f"input {value.name}" if node is None else f"node {node.name} ({node.op_type})"
 
 
-def _unsound(maker: str, what: str, where: str, label: str) -> str:
+def _not_finite(source: str, number: str, where: str, label: str) -> str:
     return (
-        f"{where}: {maker} gives {what} in float32 already, at {label}: no precision fixes that; "
+        f"{where}: {source} gives {number} in float32 already, at {label}: no precision fixes that; "
         "check the checkpoint's weights (a damaged download, a broken merge)"
     )
 
 
 def with_nodes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Give a model these nodes, some of which it may have already."""
+    """Replace the nodes of a model by `nodes`, which may include its current ones."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
 
 
 def session_of(model: onnx.ModelProto | Path, beside: Path | None = None) -> Any:
-    """A CPU session that runs node by node in the order of the file and fuses nothing: what is measured stays where it is, and a
-    value is freed after its last use. `beside`: the file whose weights a changed model refers to. Raises EnvironmentFault."""
+    """Open a CPU session that runs the nodes in the order of the file without fusing any, and frees a value after its last use.
+
+    `beside` is the file whose weights a changed model refers to. Raises EnvironmentFault if ONNX Runtime is not installed.
+    """
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -167,11 +175,11 @@ def session_of(model: onnx.ModelProto | Path, beside: Path | None = None) -> Any
     options.log_severity_level = 3
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_mem_pattern = False  # one block for a whole run is larger, and no quicker
+    options.enable_mem_pattern = False  # one block for a whole run takes more memory and is no faster
     if beside is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside.parent))
-    given = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 MISSING = (

@@ -21,7 +21,7 @@ from sdexport.checkpoint.safetensors import Array
 from sdexport.errors import AuditError
 from sdexport.precision.activations import NOTHING, SAME, Activations, Feed, Likeness, likeness, session_of
 from sdexport.precision.numbers import in_precision, largest
-from sdexport.precision.rewrite import filler, free_nodes, logits, lowered, takes_half
+from sdexport.precision.rewrite import accepts_half, fill_value, free_nodes, logits, lower_constant
 from sdexport.precision.rounding import Rounding
 from sdruntime.bundle.audit import Audit, KeptNode
 from sdruntime.bundle.manifest import Precision
@@ -46,7 +46,7 @@ def audit(path: Path, seen: Activations, precision: Precision) -> Iterator[Audit
     needed = _needed(graph, seen.sizes, precision)
     sizes = {str(node.name): max(seen.sizes.get(str(each.name), 0.0) for each in node.outputs) for node in graph}
     rounding = Rounding(path, precision)
-    search = _Search(rounding, seen.feeds, limit(precision), cores(graph))
+    search = _Search(rounding, seen.feeds, limit(precision), attention_cores(graph))
     everything = search.worst(frozenset())
     nodes = {str(node.name): node for node in graph}
     for kept in search.choices(frozenset(needed)):
@@ -83,7 +83,7 @@ def limit(precision: Precision) -> Likeness:
     return Likeness(cosine=held.cosine, psnr=held.psnr)
 
 
-def judged(feeds: Sequence[Feed]) -> Sequence[Feed]:
+def select_feeds(feeds: Sequence[Feed]) -> Sequence[Feed]:
     """Those that errors are measured on: with an odd stride they are of all steps, with and without the prompt."""
     return feeds[:: max(1, len(feeds) // _JUDGED) | 1]
 
@@ -111,7 +111,7 @@ def _told(number: float) -> float:
     return float(f"{number:.{_DIGITS}g}")
 
 
-def cores(graph: ir.Graph) -> list[frozenset[str]]:
+def attention_cores(graph: ir.Graph) -> list[frozenset[str]]:
     """The attentions of a graph: from the product that a softmax follows to the product that takes it, by the nodes' names."""
     found = []
     for softmax in graph:
@@ -143,7 +143,7 @@ def _needed(graph: ir.Graph, sizes: Mapping[str, float], precision: Precision) -
         str(value.name) for node in graph for value in (*node.inputs, *node.outputs) if value and _beyond(value, sizes, limit)
     }
     for node in nodes:
-        takes = [value for index, value in enumerate(node.inputs) if value is not None and takes_half(node, index, precision)]
+        takes = [value for index, value in enumerate(node.inputs) if value is not None and accepts_half(node, index, precision)]
         if any(value.name in beyond for value in node.outputs):
             reasons[str(node.name)] = "overflow"
         elif any(value.name in beyond for value in takes):
@@ -166,13 +166,13 @@ def _unholdable(value: ir.Value, precision: Precision, *, mask: bool) -> bool:
         beyond = in_precision(tensor.numpy(), precision)[1] is not None
         tensor.release()  # its map of the whole file counts as memory
         return beyond
-    return lowered(tensor.numpy(), precision, mask=mask)[1] is not None
+    return lower_constant(tensor.numpy(), precision, mask=mask)[1] is not None
 
 
 def _unfillable(node: ir.Node, precision: Precision, ends: Collection[ir.Value]) -> bool:
     if node.op_type != "ConstantOfShape":
         return False
-    return lowered(filler(node), precision, mask=node.outputs[0] in ends)[1] is not None
+    return lower_constant(fill_value(node), precision, mask=node.outputs[0] in ends)[1] is not None
 
 
 class _Search:
@@ -182,7 +182,7 @@ class _Search:
         self.rounding, self.limits, self.cores = rounding, limits, attentions
         self.names = rounding.names
         self.inside = {name for core in attentions for name in core}
-        self.feeds = list(judged(feeds))
+        self.feeds = list(select_feeds(feeds))
         self.twins: dict[int, Feed] = {}  # of these feeds, by their number: the same of a smaller image
         self.known: dict[tuple[int, frozenset[str]], Likeness] = {}
         self.hard: list[Feed] = []  # what a search is made on, the last one is the newest

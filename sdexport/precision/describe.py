@@ -1,4 +1,4 @@
-"""A bundle's precision, described: as a document for programs, and as lines for people."""
+"""Describe a bundle's precision: as a document for programs, and as lines for people."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ REASONS = {
 
 
 def audit_document(manifest: Manifest) -> dict[str, Any]:
+    """Return the precision and the audits of the components, as JSON values."""
     return {"precision": manifest.precision, "audits": json_from_record(_audits(manifest))}
 
 
 def audit_lines(manifest: Manifest) -> Iterator[str]:
-    """Each component's nodes in float32, why, and the numbers."""
+    """Yield lines with each component's nodes in float32, the reasons, and the numbers."""
     audits = _audits(manifest)
     if not audits:
-        why = "nothing to audit" if manifest.precision == "fp32" else "not audited: build it again without --no-audit"
-        yield f"{manifest.model.name} is {manifest.precision}: {why}"
+        reason = "nothing to audit" if manifest.precision == "fp32" else "not audited: rebuild it without --no-audit"
+        yield f"{manifest.model.name} is {manifest.precision}: {reason}"
     for name, audit in audits.items():
-        kept = "every one, the last resort" if audit.whole else f"{len(audit.kept)}"
+        kept = "all (the last resort)" if audit.whole else f"{len(audit.kept)}"
         alone = "not finite" if audit.all_psnr is None else f"cosine {audit.all_cosine:.6f}, {audit.all_psnr} dB"
         yield f"{name}: {manifest.precision}, of {audit.nodes} nodes {kept} in float32, over {audit.feeds} sets of activations"
         yield f"  against float32: cosine {audit.cosine:.6f}, PSNR {audit.psnr} dB (with none in float32: {alone})"

@@ -1,4 +1,4 @@
-"""Numbers in a precision."""
+"""Round numbers to a precision, and check that it can represent them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sdruntime.bundle.manifest import Precision
 
 
 def in_precision(numbers: Array, precision: Precision) -> tuple[Array, str | None]:
-    """The numbers rounded to a precision, C-contiguous; and what is wrong with them there, if something is."""
+    """Return the numbers rounded to a precision, C-contiguous; and a fault if the result is not finite, else None."""
     import ml_dtypes
 
     kind = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}[precision]
@@ -32,5 +32,5 @@ def in_precision(numbers: Array, precision: Precision) -> tuple[Array, str | Non
 
 
 def largest(precision: Precision) -> float:
-    """The largest finite number of a precision."""
+    """Return the largest finite number of a precision."""
     return {"fp32": float(np.finfo(np.float32).max), "fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}[precision]

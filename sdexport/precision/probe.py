@@ -1,8 +1,8 @@
 """Record real activations: the inputs of each component while sdruntime's pipeline generates a few images with the float32 ONNX.
 
-The engines of that pipeline are the bundle's ONNX files themselves, run row by row with their values measured. What the UNet is
-fed is kept at each step, with and without the prompt, what the VAE decodes is what the UNet made, and there are 4-sigma latents
-and a random image as well. All of it follows from seeds.
+The engines of that pipeline run the bundle's ONNX files row by row and measure their values. The UNet's inputs are recorded at
+each step, with and without the prompt. The VAE decodes the UNet's latents and 4-sigma latents, and encodes a decoded image and a
+random one. Everything follows from seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from sdexport.checkpoint.safetensors import Array
 from sdexport.errors import EnvironmentFault
-from sdexport.precision.activations import MISSING, Activations, Feed, Measuring
+from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline import latents as latent
@@ -30,15 +30,15 @@ PROMPTS = (
     "a small red circle on the left on a blue background",
     "(masterpiece:1.4), city street at night in the rain, neon signs, reflections, 4k, highly detailed, wide angle",
 )
-STEPS = 4  # of each prompt, over the whole schedule
+STEPS = 4  # per prompt, over the whole schedule
 _SIGMAS = 4.0
 _SEED = 20
 _LIST = "activations.json"
-_OUTPUT = "output."  # and its number, beside the inputs of a file
+_OUTPUT = "output."  # prefix of an output's number in the file of a feed
 
 
 def check_environment() -> None:
-    """Raises EnvironmentFault where activations cannot be measured here; before the long work."""
+    """Raise EnvironmentFault before the long work if activations cannot be measured on this machine."""
     import importlib.util
 
     if importlib.util.find_spec("onnxruntime") is None:
@@ -46,38 +46,37 @@ def check_environment() -> None:
 
 
 def probe(folder: Path) -> None:
-    """Generate with the float32 bundle in `folder`, and write the inputs of its components and their values' magnitudes beside
-    their ONNX.
+    """Generate images with the float32 bundle in `folder`, and write the activations of its components beside their ONNX.
 
-    Raises ExportError for numbers that are not finite, with the component, the node and the prompt.
+    Raises ExportError if a number is not finite, with the component, the node and the prompt.
     """
     bundle = Bundle.open(folder)
     probed = _Probe(bundle)
     with Pipeline.over(bundle, probed.engine) as pipe:
-        latents, pictures = [], []
+        latents, images = [], []
         for number, prompt in enumerate(PROMPTS):
             prompted = f"prompt {prompt[:30]!r}…"
             probed.at = prompted
-            stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS, sampler="ddim")  # which calls the UNet once a step
+            stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS, sampler="ddim")  # DDIM calls the UNet once per step
             probed.at = f"{prompted}, step 1 of {STEPS}"
             for state in stream:
                 probed.at = f"{prompted}, step {state.step + 1} of {STEPS}"
             latents.append(stream.jobs[0].run.x)
             probed.at = prompted
-            pictures += pipe.decode(latents[-1:])
+            images += pipe.decode(latents[-1:])
         random = np.random.default_rng(_SEED)
         probed.at = f"latents of {_SIGMAS:g} sigma"
         pipe.decode([(_SIGMAS * random.standard_normal(latents[0].shape)).astype(np.float32)])
         probed.at = "an image that the VAE decoded"
-        _encode(pipe, np.clip(pictures[0], -1, 1))
+        _encode(pipe, np.clip(images[0], -1, 1))
         probed.at = "a random image"
-        _encode(pipe, random.uniform(-1, 1, pictures[0].shape).astype(np.float32))
+        _encode(pipe, random.uniform(-1, 1, images[0].shape).astype(np.float32))
     for component, engine in probed.engines.items():
         save_activations(folder / component, engine.measuring.activations)
 
 
 def load_activations(folder: Path) -> Activations:
-    """Those that lie beside a component's ONNX."""
+    """Return the activations stored beside a component's ONNX."""
     document = json.loads((folder / _LIST).read_text(encoding="utf-8"))
     feeds = []
     for index, label in enumerate(document["labels"]):
@@ -88,18 +87,19 @@ def load_activations(folder: Path) -> Activations:
     return Activations(feeds=tuple(feeds), sizes=document["sizes"])
 
 
-def save_activations(folder: Path, found: Activations) -> None:
-    for index, feed in enumerate(found.feeds):
+def save_activations(folder: Path, activations: Activations) -> None:
+    """Write the activations beside a component's ONNX: one file per feed, and a list with the values' sizes."""
+    for index, feed in enumerate(activations.feeds):
         outputs = {f"{_OUTPUT}{number}": array for number, array in enumerate(feed.outputs)}
         arrays: dict[str, Any] = {**feed.arrays, **outputs}
         np.savez(folder / f"{index}.npz", **arrays)
-    document = {"labels": [feed.label for feed in found.feeds], "sizes": found.sizes}
+    document = {"labels": [feed.label for feed in activations.feeds], "sizes": activations.sizes}
     (folder / _LIST).write_text(json.dumps(document), encoding="utf-8")
 
 
-def _encode(pipe: Pipeline, picture: Array) -> None:
-    noise = np.zeros((1, pipe.model.latent_channels, *(side // pipe.model.vae_factor for side in picture.shape[1:])), np.float32)
-    latent.encode(picture[None], noise, pipe.engine("vae_encoder"), pipe.model)
+def _encode(pipe: Pipeline, image: Array) -> None:
+    noise = np.zeros((1, pipe.model.latent_channels, *(side // pipe.model.vae_factor for side in image.shape[1:])), np.float32)
+    latent.encode(image[None], noise, pipe.engine("vae_encoder"), pipe.model)
 
 
 class _Probe:
@@ -107,16 +107,16 @@ class _Probe:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.at = bundle, ""
-        self.engines: dict[str, _Measured] = {}
+        self.engines: dict[str, _MeasuredEngine] = {}
 
-    def engine(self, component: str) -> _Measured:
+    def engine(self, component: str) -> _MeasuredEngine:
         if component not in self.engines:
-            self.engines[component] = _Measured(self, component)
+            self.engines[component] = _MeasuredEngine(self, component)
         return self.engines[component]
 
 
-class _Measured:
-    """A component of the bundle: `sdruntime.backends.base.engine.Engine`, of one row a call."""
+class _MeasuredEngine:
+    """A component of the bundle as a `sdruntime.backends.base.engine.Engine` of one row per call."""
 
     def __init__(self, probe: _Probe, name: str) -> None:
         self._probe, self.component = probe, probe.bundle.manifest.components[name]
@@ -124,16 +124,16 @@ class _Measured:
         self.spec: EngineSpec = dataclasses.replace(
             spec, profiles=tuple({**profile, "batch": (1, 1, 1)} for profile in spec.profiles)
         )
-        self.measuring = Measuring(probe.bundle.folder / self.component.onnx, where=name)
+        self.measuring = MeasuredGraph(probe.bundle.folder / self.component.onnx, where=name)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         outputs = self.measuring.run({name: array.copy() for name, array in feeds.items()}, label=self._probe.at)
         return {spec.name: output for spec, output in zip(self.component.outputs, outputs, strict=True)}
 
     def close(self) -> None:
-        """The measurements stay."""
+        """Keep the measurements: `probe` saves them after the pipeline has closed."""
 
-    def __enter__(self) -> _Measured:
+    def __enter__(self) -> _MeasuredEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -1,8 +1,8 @@
-"""The precision of a graph is written in its types (TensorRT 11 knows no other way): float32, rewritten around some nodes.
+"""Rewrite a float32 graph to a lower precision, except for some nodes. The types of the graph carry the precision.
 
-The edges stay float32, and so does the sinusoid of the timestep: its angles reach 1000 radians, where half precision has steps
-of a half. Everything else follows from the schema of each operator: an operator or an input that has no type of the lower
-precision stays float32 (Range; the scales of Resize).
+(TensorRT 11 supports no other way.) The graph's inputs and outputs stay float32, and so does the sinusoid of the timestep: its
+angles reach 1000 radians, where half precision has steps of 0.5. Everything else follows from the operators' schemas: an operator
+or an input that does not allow the lower precision stays float32 (Range; the scales of Resize).
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ TYPES: dict[Precision, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
-# convolutions and normalisations take bfloat16 since then; nothing else changed in the operators that are in use
+# convolutions and normalisations accept bfloat16 since opset 22; nothing else changed in the operators in use
 _OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
 _PERIODIC = ("Sin", "Cos")
 _PRODUCTS = ("Gemm", "MatMul", "Conv")
-_LOWEST = float(np.finfo(np.float32).min)  # what masks use where they mean minus infinity
-# what a mask goes through on its way to the softmax
+_LOWEST = float(np.finfo(np.float32).min)  # masks use it for minus infinity
+# operators between a mask and its softmax
 _MASKING = "Add Cast Concat Expand Gather Identity Mul Reshape Slice Squeeze Tile Transpose Trilu Unsqueeze Where".split()
 
 
 def apply_precision(
     model: ir.Model, precision: Precision, *, inputs: Iterable[str], keep: frozenset[str]
 ) -> dict[str, Precision]:
-    """Rewrite a float32 graph in place, around the nodes named in `keep`, and return the precision of each of its weights.
+    """Rewrite a float32 graph in place, except the nodes named in `keep`; return the precision of each weight.
 
-    `inputs`: the graph's inputs that are not weights. Raises PrecisionError with the constants that the precision cannot hold.
+    `inputs` are the graph's inputs that are not weights. Raises PrecisionError with every constant that the precision cannot
+    represent.
     """
     own = frozenset(inputs)
     weights = [value for value in model.graph.inputs if value.name not in own]
@@ -48,7 +49,7 @@ def apply_precision(
 
 
 def sinusoid(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes of a positional sinusoid: what feeds a sine or cosine, and what follows it up to a product with weights."""
+    """Return the nodes of a positional sinusoid: all before a sine or cosine, and those after it up to a product with weights."""
     periodic = [node for node in graph if node.op_type in _PERIODIC]
     found: set[ir.Node] = set()
     before, after = list(periodic), list(periodic)
@@ -66,11 +67,14 @@ def sinusoid(graph: ir.Graph) -> set[ir.Node]:
 
 
 def logits(graph: ir.Graph) -> set[ir.Value]:
-    """The values that end in a softmax and nowhere else: logits and masks. What is far below the largest of them does not
-    matter, so a number beyond the precision may become its lowest there, or minus infinity."""
+    """Return the values that end only in a softmax: logits and masks.
+
+    Numbers far below the largest do not affect a softmax, so those beyond the precision may become its lowest number or minus
+    infinity.
+    """
     found: set[ir.Value] = set()
     for node in reversed(list(graph)):
-        for value in (*node.outputs, *(each for each in node.inputs if each is not None)):
+        for value in (*node.outputs, *(source for source in node.inputs if source is not None)):
             users = [user for user, _ in value.uses()]
             if (
                 not value.is_graph_output()
@@ -84,7 +88,7 @@ def logits(graph: ir.Graph) -> set[ir.Value]:
 
 
 def free_nodes(graph: ir.Graph, precision: Precision) -> list[ir.Node]:
-    """The nodes that have a choice, in the graph's order: they make float32 numbers, and may make them in the precision."""
+    """Return the nodes with a choice, in graph order: their float32 outputs may also be of the precision."""
     fixed = sinusoid(graph)
     return [
         node
@@ -95,29 +99,29 @@ def free_nodes(graph: ir.Graph, precision: Precision) -> list[ir.Node]:
     ]
 
 
-def takes_half(node: ir.Node, index: int, precision: Precision) -> bool:
-    """Whether an input of a node may come in the precision."""
+def accepts_half(node: ir.Node, index: int, precision: Precision) -> bool:
+    """Return whether input `index` of a node may be of the precision."""
     return _admits_input(node, index, _OPSETS[precision], _type_name(precision))
 
 
-def lowered(numbers: Array, precision: Precision, *, mask: bool) -> tuple[Array, str | None]:
-    """A constant in a precision, and what is wrong with it there. `mask`: it is one of `logits`.
+def lower_constant(numbers: Array, precision: Precision, *, mask: bool) -> tuple[Array, str | None]:
+    """Return a constant in a precision, and a fault or None. `mask` says whether it is one of `logits`.
 
-    The lowest float32, and whatever of a mask is below the precision, becomes the precision's lowest; infinities stay.
+    The lowest float32, and numbers of a mask below the precision's range, become the precision's lowest; infinities stay.
     """
     least = -largest(precision)
     below = (numbers <= _LOWEST) | (mask & (numbers < least))
     finite = np.where(np.isinf(numbers) | below, 0, numbers)
-    found, fault = in_precision(finite, precision)
-    if not fault and np.any((found == 0) & (finite != 0)):
+    rounded, fault = in_precision(finite, precision)
+    if not fault and np.any((rounded == 0) & (finite != 0)):
         fault = f"{np.min(np.abs(finite[finite != 0])):g} becomes zero in {precision}"
-    meant = np.where(below, np.asarray(least, found.dtype), found)
-    infinite = np.where(np.isinf(numbers), np.copysign(np.float32(np.inf), numbers), 0).astype(found.dtype)
-    return np.where(np.isinf(numbers), infinite, meant), fault
+    clamped = np.where(below, np.asarray(least, rounded.dtype), rounded)
+    infinite = np.where(np.isinf(numbers), np.copysign(np.float32(np.inf), numbers), 0).astype(rounded.dtype)
+    return np.where(np.isinf(numbers), infinite, clamped), fault
 
 
-def filler(node: ir.Node) -> Array:
-    """What a ConstantOfShape is filled with."""
+def fill_value(node: ir.Node) -> Array:
+    """Return the value of a ConstantOfShape, [1]."""
     value = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
     return np.asarray(value)
 
@@ -138,7 +142,7 @@ def _admits_output(node: ir.Node, opset: int, kind: str) -> bool:
 
 
 class _Rewriter:
-    """One rewriting of a graph. A value's type tells in which precision it is at hand; casts are made once a value."""
+    """Rewrite one graph. A value's type is its current precision; each value is cast at most once per type."""
 
     def __init__(self, model: ir.Model, precision: Precision, keep: frozenset[str], weights: list[ir.Value]) -> None:
         self.model, self.graph = model, model.graph
@@ -176,43 +180,43 @@ class _Rewriter:
 
     def _wanted(self, node: ir.Node, index: int) -> ir.DataType:
         value = node.inputs[index]
-        if node.op_type == "Shape" and value is not None:  # numbers do not matter to it
+        if node.op_type == "Shape" and value is not None:  # it does not read the numbers
             return ir.DataType(value.dtype or 0)
         return ir.DataType.FLOAT if node in self.kept or not _admits_input(node, index, self.opset, self.kind) else self.low
 
     def _as(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
-        """The value in a type: itself, a converted constant, or a cast."""
+        """Return the value in a type: itself, a converted constant, or the output of a cast."""
         if value.dtype == kind:
             return value
         if (value, kind) not in self.converted:
-            made = self._converted_constant(value) if value.const_value is not None else self._cast(value, kind)
-            self.converted[value, kind] = made
+            converted = self._converted_constant(value) if value.const_value is not None else self._cast(value, kind)
+            self.converted[value, kind] = converted
         return self.converted[value, kind]
 
     def _cast(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
         name = f"{value.name}.{kind.name.lower()}"
-        made = ir.Value(name=name, shape=value.shape, type=ir.TensorType(kind))
-        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(kind))], outputs=[made], name=f"cast.{name}")
+        output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(kind))
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(kind))], outputs=[output], name=f"cast.{name}")
         producer = value.producer()
         if producer is None:
             self.graph.insert_before(self.graph[0], cast)
         else:
             self.graph.insert_after(producer, cast)
-        return made
+        return output
 
     def _converted_constant(self, value: ir.Value) -> ir.Value:
         assert value.const_value is not None
         name = f"{value.name}.{self.low.name.lower()}"
         tensor = ir.tensor(self._lowered(value.const_value.numpy(), str(value.name), mask=value in self.logits), name=name)
-        made = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(self.low), const_value=tensor)
-        self.graph.register_initializer(made)
-        return made
+        constant = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(self.low), const_value=tensor)
+        self.graph.register_initializer(constant)
+        return constant
 
     def _lowered(self, numbers: Array, where: str, *, mask: bool) -> Array:
-        found, fault = lowered(numbers, self.precision, mask=mask)
+        converted, fault = lower_constant(numbers, self.precision, mask=mask)
         if fault:
             self.faults.append(f"{where}: {fault}")
-        return found
+        return converted
 
     def _lower_outputs(self, node: ir.Node, floats: set[ir.Value]) -> None:
         for value in node.outputs:
@@ -221,12 +225,12 @@ class _Rewriter:
         if node.op_type == "Cast" and node.outputs[0] in floats:
             node.attributes["to"] = ir.AttrInt64("to", int(self.low))
         if node.op_type == "ConstantOfShape" and node.outputs[0] in floats:
-            fill = self._lowered(filler(node), str(node.name), mask=node.outputs[0] in self.logits)
+            fill = self._lowered(fill_value(node), str(node.name), mask=node.outputs[0] in self.logits)
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill))
 
     def _raise_output(self, index: int, output: ir.Value) -> None:
         name = output.name
         output.name = f"{name}.{self.low.name.lower()}"
-        made = self._cast(output, ir.DataType.FLOAT)
-        made.name, made.shape = name, output.shape
-        self.graph.outputs[index] = made
+        cast = self._cast(output, ir.DataType.FLOAT)
+        cast.name, cast.shape = name, output.shape
+        self.graph.outputs[index] = cast

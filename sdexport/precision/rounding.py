@@ -1,8 +1,8 @@
-"""A component's float32 graph with some of its nodes in half precision, computed in float32 as the CPU's kernels do.
+"""Simulate half precision for some nodes of a component's float32 graph: compute in float32 and round as the real graph would.
 
-The outputs, inputs and weights of those nodes are rounded to the type and back, as in the graph that would be made of them. ONNX
-Runtime's own run of that graph shows less: on a CPU it puts casts around nodes that have no half kernel, and takes out those that
-meet. And it has no kernels for bfloat16 at all.
+The outputs, inputs and weights of those nodes are rounded to the type and back. Running the real graph in ONNX Runtime would show
+less error: on a CPU it puts casts around nodes without a half kernel and removes casts that cancel out. It also has no bfloat16
+kernels at all.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import onnx_ir as ir
 from sdexport.checkpoint.safetensors import Array
 from sdexport.precision.activations import Feed, session_of, with_nodes
 from sdexport.precision.numbers import largest
-from sdexport.precision.rewrite import TYPES, filler, free_nodes, logits, lowered, takes_half
+from sdexport.precision.rewrite import TYPES, accepts_half, fill_value, free_nodes, logits, lower_constant
 from sdruntime.bundle.manifest import Precision
 
 _OWN = "sdexport.rounded."
 
 
 class Rounding:
-    """The graph of `path`. `names`: its nodes that have a choice, in order. The graph of the last set is kept open."""
+    """The graph of `path`; `names` are its nodes with a choice, in order. The session of the last set of nodes is kept open."""
 
     def __init__(self, path: Path, precision: Precision) -> None:
         self.model = ir.load(path)
@@ -33,23 +33,23 @@ class Rounding:
         graph = self.model.graph
         free = free_nodes(graph, precision)
         self.names = [str(node.name) for node in free]
-        self._takes = {
-            str(node.name): {index for index in range(len(node.inputs)) if takes_half(node, index, precision)} for node in free
+        self._half_inputs = {
+            str(node.name): {index for index in range(len(node.inputs)) if accepts_half(node, index, precision)} for node in free
         }
         self._values = {
             str(value.name): value
             for value in (*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs))
             if value.dtype == ir.DataType.FLOAT
         }
-        self._ends = logits(graph)
+        self._logits = logits(graph)
         self._open: tuple[frozenset[str], Any] | None = None
 
     def run(self, feed: Feed, half: Collection[str]) -> list[Array]:
-        """The outputs where the nodes of these names are in half precision, and no others."""
-        wanted = frozenset(half)
-        if self._open is None or self._open[0] != wanted:
-            self.close()  # its memory goes first
-            self._open = wanted, session_of(self._rounded(wanted), self.path)
+        """Return the outputs with only the nodes named in `half` in half precision."""
+        nodes = frozenset(half)
+        if self._open is None or self._open[0] != nodes:
+            self.close()  # frees its memory before the next session opens
+            self._open = nodes, session_of(self._rounded(nodes), self.path)
         return list(self._open[1].run(None, dict(feed.arrays)))
 
     def close(self) -> None:
@@ -57,36 +57,36 @@ class Rounding:
 
     def _rounded(self, half: frozenset[str]) -> onnx.ModelProto:
         proto = ir.to_proto(self.model)
-        made: dict[str, str] = {}  # values, and what they are called when rounded
+        rounded: dict[str, str] = {}  # value -> name of its rounded copy
         nodes: list[onnx.NodeProto] = []
         low = {name for node in proto.graph.node if node.name in half for name in node.output if name in self._values}
         for node in proto.graph.node:
-            takes = self._takes[node.name] if node.name in half else ()
+            half_inputs = self._half_inputs[node.name] if node.name in half else ()
             for index, name in enumerate(node.input):
-                if name in low or (index in takes and name in self._values):
-                    if name not in made:
-                        made[name] = f"{_OWN}{name}"
+                if name in low or (index in half_inputs and name in self._values):
+                    if name not in rounded:
+                        rounded[name] = f"{_OWN}{name}"
                         nodes += self._cast(proto, name)
-                    node.input[index] = made[name]
+                    node.input[index] = rounded[name]
             nodes.append(node)
         for output in proto.graph.output:
             if output.name in low:
-                nodes += self._cast(proto, output.name) if output.name not in made else ()
+                nodes += self._cast(proto, output.name) if output.name not in rounded else ()
                 output.name = f"{_OWN}{output.name}"
         with_nodes(proto, nodes)
         return proto
 
     def _cast(self, proto: onnx.ModelProto, name: str) -> Iterator[onnx.NodeProto]:
-        """What makes the rounded value of another."""
-        value, rounded, mask = self._values[name], f"{_OWN}{name}", self._values[name] in self._ends
+        """Yield the nodes that round a value; a constant becomes an initializer instead."""
+        value, rounded, mask = self._values[name], f"{_OWN}{name}", self._values[name] in self._logits
         if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
-            numbers, _ = lowered(value.const_value.numpy(), self.precision, mask=mask)
+            numbers, _ = lower_constant(value.const_value.numpy(), self.precision, mask=mask)
             proto.graph.initializer.append(onnx.numpy_helper.from_array(numbers.astype(np.float32), rounded))
             return
         producer = value.producer()
         if producer is not None and producer.op_type == "ConstantOfShape":
-            fill, _ = lowered(filler(producer), self.precision, mask=mask)
-            if np.isfinite(fill).all():  # what is below the precision is filled in as its lowest
+            fill, _ = lower_constant(fill_value(producer), self.precision, mask=mask)
+            if np.isfinite(fill).all():  # numbers below the precision's range become its lowest
                 least = np.array(-largest(self.precision), np.float32)
                 proto.graph.initializer.append(onnx.numpy_helper.from_array(least, f"{rounded}.least"))
                 yield onnx.helper.make_node("Max", [name, f"{rounded}.least"], [f"{rounded}.filled"])

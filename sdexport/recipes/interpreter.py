@@ -25,7 +25,7 @@ _TO_CLEAN_UP = 30.0  # seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interpreter:
-    """`python`: its command. Has the two methods of `run.Here`."""
+    """`python`: its command. Has the two methods of `run.CurrentInterpreter`."""
 
     python: str
 

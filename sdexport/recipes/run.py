@@ -33,7 +33,7 @@ class Builder(Protocol):
         ...
 
 
-class Here:
+class CurrentInterpreter:
     """This interpreter."""
 
     def check(self, asked: BuildRequest, precision: Precision) -> None:
@@ -103,7 +103,7 @@ def run_recipe(
         outcome.recipe, outcome.bundle = recipe.name, output / recipe.name
         if outcome.bundle in taken:
             raise SettingError(f"{recipe_file(name)}: {outcome.bundle} is another recipe's bundle: give this one another name")
-        yield from _run(recipe if model is None else recipe.of(model), outcome.bundle, outcome, builder or Here())
+        yield from _run(recipe if model is None else recipe.of(model), outcome.bundle, outcome, builder or CurrentInterpreter())
     outcome.seconds = time.monotonic() - begun
     return outcome
 

@@ -179,7 +179,7 @@ def _written(
             places[name] = place
             done += size
             yield Stage(name="weights", done=done, total=total)
-    to_onnx.weights_attached(model, places, data=DATA)
+    to_onnx.attach_weights(model, places, data=DATA)
     to_onnx.save(model, out / MODEL)
     onnx.checker.check_model(str(out / MODEL), full_check=True)
     return done

@@ -1,7 +1,7 @@
 """One component as a float32 ONNX graph without numbers: its weights are inputs of the graph, after the component's own.
 
 A module made under fake tensors has shapes and no data, so a trace takes the memory of the graph alone, and depends on the
-config and never on the weights: two checkpoints of one architecture share it. `weights_attached` makes the weights initialisers
+config and never on the weights: two checkpoints of one architecture share it. `attach_weights` makes the weights initialisers
 again, with their data in a file beside the model.
 
 A pass is a plain function that changes a model by one rule. What leaves here is ONNX's own operators only, opset 20.
@@ -123,7 +123,7 @@ def weights_as_inputs(model: ir.Model, component: Component) -> None:
         graph.inputs.append(value)
 
 
-def constants_folded(model: ir.Model, component: Component) -> None:
+def fold_constants(model: ir.Model, component: Component) -> None:
     """What follows from constants and static shapes is computed now; equal constants and equal nodes are merged."""
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as known
@@ -141,7 +141,7 @@ def constants_folded(model: ir.Model, component: Component) -> None:
         merge(model)
 
 
-def unused_dropped(model: ir.Model, component: Component) -> None:
+def drop_unused(model: ir.Model, component: Component) -> None:
     """Nodes and weights that no output needs go."""
     common.RemoveUnusedNodesPass()(model)
     graph, own = model.graph, len(component.inputs)
@@ -150,7 +150,7 @@ def unused_dropped(model: ir.Model, component: Component) -> None:
     graph.inputs.extend(kept)
 
 
-def notes_dropped(model: ir.Model, component: Component) -> None:
+def drop_metadata(model: ir.Model, component: Component) -> None:
     """The exporter's notes on every node (stack traces with this machine's paths) go."""
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
@@ -158,7 +158,7 @@ def notes_dropped(model: ir.Model, component: Component) -> None:
     model.producer_name, model.producer_version = "sdexport", None
 
 
-def dimensions_named(model: ir.Model, component: Component) -> None:
+def name_dimensions(model: ir.Model, component: Component) -> None:
     """Inputs and outputs get the names that the table gives their dimensions; the tracer leaves formulas on the outputs."""
     graph, own = model.graph, len(component.inputs)
     for values, specs in ((graph.inputs[:own], component.inputs), (graph.outputs, component.outputs)):
@@ -173,10 +173,10 @@ def dimensions_named(model: ir.Model, component: Component) -> None:
 
 PASSES: tuple[Callable[[ir.Model, Component], None], ...] = (
     weights_as_inputs,
-    constants_folded,
-    unused_dropped,
-    notes_dropped,
-    dimensions_named,
+    fold_constants,
+    drop_unused,
+    drop_metadata,
+    name_dimensions,
 )
 
 
@@ -196,7 +196,7 @@ def check(model: ir.Model, *, where: str) -> None:
         raise ExportError(f"{where}: the graph is ill-typed: {error}") from error
 
 
-def weights_attached(model: ir.Model, places: Mapping[str, Placed], *, data: str) -> None:
+def attach_weights(model: ir.Model, places: Mapping[str, Placed], *, data: str) -> None:
     """Weights become initialisers, each at its place in the file `data` beside the model."""
     graph = model.graph
     weights = [value for value in graph.inputs if value.name in places]

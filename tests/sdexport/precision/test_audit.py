@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sdexport.checkpoint.folder import read_checkpoint
 from sdexport.errors import AuditError, ExportError
 from sdexport.families.components import components
-from sdexport.precision.activations import Activations, Feed, Measuring, likeness
+from sdexport.precision.activations import Activations, Feed, MeasuredGraph, likeness
 from sdexport.precision.audit import audit, confirm, limit
 from sdexport.precision.rewrite import apply_precision
 from sdexport.precision.rounding import Rounding
@@ -47,7 +47,7 @@ def feeds_of(*arrays: Array) -> list[Feed]:
 
 
 def activations(path: Path, feeds: list[Feed], where: str = "test") -> Activations:
-    measuring = Measuring(path, where=where)
+    measuring = MeasuredGraph(path, where=where)
     for feed in feeds:
         measuring.run(feed.arrays, label=feed.label)
     return measuring.activations
@@ -340,13 +340,13 @@ def test_memory_is_that_of_the_graph_not_of_all_its_values(tmp_path: Path) -> No
     code = f"""
 import numpy as np
 from pathlib import Path
-from sdexport.precision.activations import Feed, Measuring
+from sdexport.precision.activations import Feed, MeasuredGraph
 from sdexport.precision.rounding import Rounding
 from sdruntime.system.process import peak_memory
 path = Path({str(path)!r})
 small, large = (Feed(label="", arrays={{"x": np.ones((rows, 4096), np.float32)}}, outputs=()) for rows in (1, 1024))
 def both(feed):
-    Measuring(path, where="").run(feed.arrays, label="")
+    MeasuredGraph(path, where="").run(feed.arrays, label="")
     rounding = Rounding(path, "fp16")
     rounding.run(feed, rounding.names)
 both(small)

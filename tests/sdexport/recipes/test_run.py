@@ -79,7 +79,7 @@ def test_bad_recipes_do_not_stop_the_good_ones_and_a_table_tells_of_all(place: P
     assert "engines[0].size: size '64': expected WIDTHxHEIGHT" in result.stderr
     assert "engines[0].targets: unknown key; did you mean target?" in result.stderr
     table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
-    assert table["recipe"] == "built there already failed engine bytes ONNX bytes seconds".split()
+    assert table["recipe"] == "built up to date failed engine bytes ONNX bytes seconds".split()
     assert table["bad"][:3] == ["0", "0", "1"]
     assert table["good"][:3] == ["4", "0", "0"]
     assert table["gpu"][:3] == ["0", "0", "1"]
@@ -166,7 +166,7 @@ def test_build_takes_a_recipe_and_a_model_beside_it_but_no_other_option(place: P
         result = run("build", "--recipe", "engines/good.toml", "-o", "out", *more)
         assert (result.exit_code, result.stdout) == (2, "")
         assert f"{more[0]} cannot be used with --recipe: change it in engines/good.toml" in result.stderr
-    assert "name a MODEL, or a --recipe" in run("build", "-o", "out").stderr
+    assert "give a MODEL, or a --recipe" in run("build", "-o", "out").stderr
     result = run("build", "--recipe", "engines/bad.toml", "-o", "out")
     assert result.exit_code == 2
     assert "engines/bad.toml: 2 faults" in result.stderr

@@ -181,7 +181,7 @@ def test_the_first_node_that_leaves_the_tolerance_is_named(copy: Path, sd1_check
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["{copy}", "--bisect"], 2, "name it with --against"),
+        (["{copy}", "--bisect"], 2, "add --against"),
         (["{copy}", "--against", "{other}"], 2, "not the checkpoint of this bundle: its weights are "),
         (["{copy}", "--against", "nowhere"], 2, "no such folder, and not a hub id"),
         (["{plain}"], 5, "no reference outputs: it was built with --no-verify"),
