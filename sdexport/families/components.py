@@ -22,7 +22,7 @@ _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
-    """A network: its `name` in the bundle, its `part` of the checkpoint, its `wrapper` in sdexport.families.modules, its tensors."""
+    """A network: its `name` in the bundle, `part` of the checkpoint, `wrapper` in sdexport.families.modules, and tensors."""
 
     name: str
     part: str

@@ -1,10 +1,10 @@
-"""Which nodes of a component stay in float32: measured on real activations, the fewest that hold the limits.
+"""Find the fewest nodes of a component that must stay in float32, measured on real activations.
 
-First what must: a node whose output overflows and those that take it, and a node with a constant that the type cannot hold. Then,
-where the rest in half precision is too far from float32 at the component's output, the nodes whose rounding costs most there are
-added until it is not, and each is taken out again that the limits do not need. Overflows are looked for in all activations,
-errors in some of them; a search is made on smaller images where the fault is seen in these, and what it finds is held to the
-whole ones.
+Nodes that must: those whose output overflows, those that take such an output, and those with a constant that the type cannot
+represent. If the rest in half precision is still too far from float32 at the component's output, the nodes whose rounding costs
+most are added until it is not. Then every node that the limits do not need is removed again. Overflows are checked in all
+activations, errors in some of them. The search uses smaller images if they show the fault, and its result is checked on the full
+ones.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from sdruntime.bundle.manifest import Precision
 from sdruntime.verification.tolerance import TOLERANCES
 
 Reason = Literal["overflow", "takes", "constant", "loss"]
-_HEADROOM = 0.5  # of the type's largest number: other prompts make other activations
-_JUDGED = 8  # sets of activations that errors are measured on, about
-_EACH = 128  # nodes whose cost is measured one by one; of more than these, blocks are measured first
-_FINEST = 64  # parts of a choice that are taken out one by one
-_WIDER = 6  # choices after the first one, before the whole component
-_DIGITS, _PLACES = 4, 7  # what is told: significant digits, and places of a cosine
+_HEADROOM = 0.5  # fraction of the type's largest number, as other prompts give other activations
+_JUDGED = 8  # number of feeds on which errors are measured, about
+_EACH = 128  # up to this many nodes are measured one by one; of more nodes, blocks are measured first
+_FINEST = 64  # the smallest part of a choice that is removed at once is 1/64 of it
+_WIDER = 6  # choices between the first one and the whole component
+_DIGITS, _PLACES = 4, 7  # significant digits of reported numbers, and decimal places of a cosine
 
 
 def audit(path: Path, seen: Activations, precision: Precision) -> Iterator[Audit]:
-    """Find the nodes of the float32 graph in `path` that stay in float32 under `precision`.
+    """Yield the choices of nodes in the float32 graph `path` that stay in float32 under `precision`.
 
-    The first one is the fewest. Each further one has more, for a caller whose graph of the former does not hold; the last one is
-    the whole component. The same activations give the same Audits.
+    The first choice has the fewest nodes. Each further one has more, for a caller whose graph of the previous choice exceeds the
+    limits; the last one is the whole component. The result is deterministic.
     """
     graph = ir.load(path).graph
     needed = _needed(graph, seen.sizes, precision)
-    sizes = {str(node.name): max(seen.sizes.get(str(each.name), 0.0) for each in node.outputs) for node in graph}
+    sizes = {str(node.name): max(seen.sizes.get(str(output.name), 0.0) for output in node.outputs) for node in graph}
     rounding = Rounding(path, precision)
     search = _Search(rounding, seen.feeds, limit(precision), attention_cores(graph))
     everything = search.worst(frozenset())
     nodes = {str(node.name): node for node in graph}
     for kept in search.choices(frozenset(needed)):
         names = [name for name in search.names if name in kept]
-        found, costs, split = search.worst(kept), search.costs(names), _split(search.cores, kept)
-        rounding.close()  # its memory is the caller's now
-        left = max((name for name in search.names if name not in kept), key=sizes.__getitem__, default="")
+        worst, costs, split = search.worst(kept), search.costs(names), _split(search.cores, kept)
+        rounding.close()  # the caller needs the memory
+        largest_half = max((name for name in search.names if name not in kept), key=sizes.__getitem__, default="")
         yield Audit(
             feeds=len(seen.feeds),
             nodes=len(search.names),
@@ -62,43 +62,43 @@ def audit(path: Path, seen: Activations, precision: Precision) -> Iterator[Audit
                     node=name,
                     op=nodes[name].op_type,
                     reason=needed.get(name, "loss"),
-                    largest=_told(sizes[name]),
-                    cost=_told(costs[name]) if math.isfinite(costs.get(name, math.inf)) else None,
+                    largest=_rounded(sizes[name]),
+                    cost=_rounded(costs[name]) if math.isfinite(costs.get(name, math.inf)) else None,
                     splits_attention=name in split,
                 )
                 for name in names
             ),
-            largest=_told(sizes[left]) if left else 0.0,
-            largest_node=left,
-            cosine=round(found.cosine, _PLACES),
-            psnr=_told(found.psnr),
+            largest=_rounded(sizes[largest_half]) if largest_half else 0.0,
+            largest_node=largest_half,
+            cosine=round(worst.cosine, _PLACES),
+            psnr=_rounded(worst.psnr),
             all_cosine=None if everything == NOTHING else round(everything.cosine, _PLACES),
-            all_psnr=None if everything == NOTHING else _told(everything.psnr),
+            all_psnr=None if everything == NOTHING else _rounded(everything.psnr),
         )
 
 
 def limit(precision: Precision) -> Likeness:
-    """The lower bounds that each output of a component in half precision must hold against float32."""
-    held = TOLERANCES[precision]
-    return Likeness(cosine=held.cosine, psnr=held.psnr)
+    """Return the lower bounds for each output of a component in half precision, compared with float32."""
+    tolerance = TOLERANCES[precision]
+    return Likeness(cosine=tolerance.cosine, psnr=tolerance.psnr)
 
 
 def select_feeds(feeds: Sequence[Feed]) -> Sequence[Feed]:
-    """Those that errors are measured on: with an odd stride they are of all steps, with and without the prompt."""
+    """Return the feeds on which errors are measured. An odd stride covers all steps, with and without the prompt."""
     return feeds[:: max(1, len(feeds) // _JUDGED) | 1]
 
 
 def confirm(path: Path, feeds: Sequence[Feed], precision: Precision, *, where: str) -> None:
-    """Run the graph that was made of the audit's choice, as it is, on the first and the last of the feeds. (bfloat16 has no CPU
-    kernels.) That shows its casts and weights to be right; ONNX Runtime rounds less than `Rounding` did.
+    """Run the graph built from the audit's choice on the first and the last feed; bfloat16 is skipped, as it has no CPU kernels.
 
-    Raises AuditError where it does not hold the limits.
+    This checks the casts and weights of the graph; ONNX Runtime rounds less than `Rounding` does. Raises AuditError if an output
+    exceeds the limits.
     """
     if precision == "bf16":
         return
-    made, worst = session_of(path), SAME
+    session, worst = session_of(path), SAME
     for feed in (feeds[0], feeds[-1])[: len(feeds)]:
-        worst = worst.worse(likeness(feed.outputs, made.run(None, dict(feed.arrays))))
+        worst = worst.worse(likeness(feed.outputs, session.run(None, dict(feed.arrays))))
     limits = limit(precision)
     if not worst.within(limits):
         raise AuditError(
@@ -107,13 +107,13 @@ def confirm(path: Path, feeds: Sequence[Feed], precision: Precision, *, where: s
         )
 
 
-def _told(number: float) -> float:
+def _rounded(number: float) -> float:
     return float(f"{number:.{_DIGITS}g}")
 
 
 def attention_cores(graph: ir.Graph) -> list[frozenset[str]]:
-    """The attentions of a graph: from the product that a softmax follows to the product that takes it, by the nodes' names."""
-    found = []
+    """Return the node names of each attention of a graph: from the product before a softmax to the product after it."""
+    cores = []
     for softmax in graph:
         if softmax.op_type != "Softmax":
             continue
@@ -125,30 +125,32 @@ def attention_cores(graph: ir.Graph) -> list[frozenset[str]]:
             value = node.inputs[0]
         core += [user for user, _ in softmax.outputs[0].uses()]
         if core[-1].op_type == "MatMul" and any(node.op_type == "MatMul" for node in core[1:-1]):
-            found.append(frozenset(str(node.name) for node in core))
-    return found
+            cores.append(frozenset(str(node.name) for node in core))
+    return cores
 
 
 def _split(attentions: Sequence[frozenset[str]], kept: Collection[str]) -> set[str]:
-    """The kept nodes that share an attention with nodes in half precision."""
+    """Return the kept nodes that share an attention with nodes in half precision."""
     return {name for core in attentions for name in core if not core <= set(kept) and name in kept}
 
 
 def _needed(graph: ir.Graph, sizes: Mapping[str, float], precision: Precision) -> dict[str, Reason]:
-    """The nodes that no measurement is needed for, and why."""
-    limit, ends = _HEADROOM * largest(precision), logits(graph)
+    """Return the nodes that must stay in float32 without further measurement, and why."""
+    limit, masks = _HEADROOM * largest(precision), logits(graph)
     nodes = free_nodes(graph, precision)
     reasons: dict[str, Reason] = {}
     beyond = {
         str(value.name) for node in graph for value in (*node.inputs, *node.outputs) if value and _beyond(value, sizes, limit)
     }
     for node in nodes:
-        takes = [value for index, value in enumerate(node.inputs) if value is not None and accepts_half(node, index, precision)]
+        inputs = [value for index, value in enumerate(node.inputs) if value is not None and accepts_half(node, index, precision)]
         if any(value.name in beyond for value in node.outputs):
             reasons[str(node.name)] = "overflow"
-        elif any(value.name in beyond for value in takes):
+        elif any(value.name in beyond for value in inputs):
             reasons[str(node.name)] = "takes"
-        elif any(_unholdable(value, precision, mask=value in ends) for value in takes) or _unfillable(node, precision, ends):
+        elif any(_unrepresentable(value, precision, mask=value in masks) for value in inputs) or _fill_unrepresentable(
+            node, precision, masks
+        ):
             reasons[str(node.name)] = "constant"
     return reasons
 
@@ -157,38 +159,39 @@ def _beyond(value: ir.Value, sizes: Mapping[str, float], limit: float) -> bool:
     return value.dtype == ir.DataType.FLOAT and value.const_value is None and sizes.get(str(value.name), 0.0) > limit
 
 
-def _unholdable(value: ir.Value, precision: Precision, *, mask: bool) -> bool:
-    """Whether a constant or a weight has numbers that the precision cannot hold."""
+def _unrepresentable(value: ir.Value, precision: Precision, *, mask: bool) -> bool:
+    """Return whether a constant or a weight has numbers that the precision cannot represent."""
     if value.const_value is None or value.dtype != ir.DataType.FLOAT:
         return False
     tensor = value.const_value
-    if isinstance(tensor, ir.ExternalTensor):  # a weight: what is small may become zero
+    if isinstance(tensor, ir.ExternalTensor):  # a weight: small numbers may become zero
         beyond = in_precision(tensor.numpy(), precision)[1] is not None
-        tensor.release()  # its map of the whole file counts as memory
+        tensor.release()  # the mapping of the whole file counts as memory
         return beyond
     return lower_constant(tensor.numpy(), precision, mask=mask)[1] is not None
 
 
-def _unfillable(node: ir.Node, precision: Precision, ends: Collection[ir.Value]) -> bool:
+def _fill_unrepresentable(node: ir.Node, precision: Precision, masks: Collection[ir.Value]) -> bool:
     if node.op_type != "ConstantOfShape":
         return False
-    return lower_constant(fill_value(node), precision, mask=node.outputs[0] in ends)[1] is not None
+    return lower_constant(fill_value(node), precision, mask=node.outputs[0] in masks)[1] is not None
 
 
 class _Search:
-    """Sets of nodes tried on the feeds, by the nodes' names."""
+    """Try sets of nodes, by name, on the feeds."""
 
     def __init__(self, rounding: Rounding, feeds: Sequence[Feed], limits: Likeness, attentions: list[frozenset[str]]) -> None:
         self.rounding, self.limits, self.cores = rounding, limits, attentions
         self.names = rounding.names
         self.inside = {name for core in attentions for name in core}
         self.feeds = list(select_feeds(feeds))
-        self.twins: dict[int, Feed] = {}  # of these feeds, by their number: the same of a smaller image
+        self.small: dict[int, Feed] = {}  # index of a feed -> the same with a smaller image
         self.known: dict[tuple[int, frozenset[str]], Likeness] = {}
-        self.hard: list[Feed] = []  # what a search is made on, the last one is the newest
-        self.hardest = 0  # the number of the feed that this one is, or is the smaller image of
+        self.hard: list[Feed] = []  # the feeds of the search, the newest last
+        self.hardest = 0  # the index of the newest one in `feeds`
 
     def choices(self, needed: frozenset[str]) -> Iterator[frozenset[str]]:
+        """Yield sets of nodes to keep in float32, from the fewest to all."""
         kept = self.fewest(needed)
         yield kept
         more = self._ranked([name for name in self.names if name not in kept])
@@ -199,6 +202,7 @@ class _Search:
         yield frozenset(self.names)  # the last resort
 
     def worst(self, kept: frozenset[str]) -> Likeness:
+        """Return the worst likeness over all feeds with the nodes `kept` in float32."""
         worst = SAME
         for feed in self.feeds:
             worst = worst.worse(self._likeness(feed, kept))
@@ -207,30 +211,31 @@ class _Search:
         return worst
 
     def fewest(self, needed: frozenset[str]) -> frozenset[str]:
-        """The needed nodes and the fewest others with which every feed is within the limits."""
+        """Return the needed nodes and the fewest others with which every feed is within the limits."""
         kept = needed
         while True:
-            found = [(self._likeness(feed, kept), number) for number, feed in enumerate(self.feeds)]
-            failing = [(each.psnr, each.cosine, number) for each, number in found if not each.within(self.limits)]
+            results = [(self._likeness(feed, kept), index) for index, feed in enumerate(self.feeds)]
+            failing = [(result.psnr, result.cosine, index) for result, index in results if not result.within(self.limits)]
             if not failing:
                 return kept
             self.hardest = min(failing)[2]
-            twin = self._twin(self.hardest)
-            unseen = self._likeness(twin, kept).within(self.limits)
-            self.hard.append(self.feeds[self.hardest] if unseen else twin)
-            kept = self._grown(needed)
+            small = self._small(self.hardest)
+            passes = self._likeness(small, kept).within(self.limits)  # the smaller image does not show the fault
+            self.hard.append(self.feeds[self.hardest] if passes else small)
+            kept = self._grow(needed)
 
     def costs(self, names: Sequence[str]) -> dict[str, float]:
-        """The error at the component's output where one node alone is rounded, of a smaller image; of the first `_EACH`."""
+        """Return the error at the component's output, for a smaller image, if one node alone is rounded; of `_EACH` nodes."""
         return {name: self._cost([name]) for name in names[:_EACH]}
 
-    def _twin(self, number: int) -> Feed:
-        if number not in self.twins:
-            feed = self.feeds[number]
+    def _small(self, index: int) -> Feed:
+        """Return the feed `index` with a smaller image."""
+        if index not in self.small:
+            feed = self.feeds[index]
             small = Feed(label=feed.label, arrays=_smaller(feed.arrays, self.rounding.model.graph), outputs=())
             outputs = tuple(self.rounding.run(small, ()))
-            self.twins[number] = Feed(label=feed.label, arrays=small.arrays, outputs=outputs)
-        return self.twins[number]
+            self.small[index] = Feed(label=feed.label, arrays=small.arrays, outputs=outputs)
+        return self.small[index]
 
     def _likeness(self, feed: Feed, kept: Collection[str]) -> Likeness:
         key = id(feed), frozenset(self.names).difference(kept)
@@ -241,8 +246,11 @@ class _Search:
     def _holds(self, kept: frozenset[str]) -> bool:
         return all(self._likeness(feed, kept).within(self.limits) for feed in reversed(self.hard))
 
-    def _grown(self, needed: frozenset[str]) -> frozenset[str]:
-        """Nodes outside attentions first, those that cost most first: as many as it takes, and then without those it does not."""
+    def _grow(self, needed: frozenset[str]) -> frozenset[str]:
+        """Add nodes until the limits hold, then remove those that are not needed.
+
+        Nodes outside attentions come first, and among them those with the highest cost.
+        """
         order = self._ranked([name for name in self.names if name not in needed])
         outside = [name for name in order if name not in self.inside]
         for ranked in (outside, order):
@@ -250,14 +258,14 @@ class _Search:
             while True:
                 chosen = ranked[:count]
                 if self._holds(needed | set(chosen)):
-                    return needed | frozenset(self._shrunk(needed, chosen))
+                    return needed | frozenset(self._shrink(needed, chosen))
                 if count >= len(ranked):
                     break
                 count *= 2
         return frozenset(self.names)  # the last resort
 
-    def _shrunk(self, needed: frozenset[str], chosen: list[str]) -> list[str]:
-        """Without whatever can go: what splits an attention first, then what costs least; runs of many, then one by one."""
+    def _shrink(self, needed: frozenset[str], chosen: list[str]) -> list[str]:
+        """Remove the nodes that the limits do not need, in shrinking runs: nodes in attentions first, then the cheapest."""
         left = chosen[::-1]
         left.sort(key=lambda name: name not in self.inside)
         size, least = len(left), max(1, len(left) // _FINEST)
@@ -272,32 +280,32 @@ class _Search:
                 return left
 
     def _ranked(self, names: list[str]) -> list[str]:
-        """By their cost, the dearest first: measured, or its share of a block's where the block costs little."""
+        """Return the nodes by cost, the highest first: measured, or estimated from their block's cost if that is low."""
         if len(names) <= _EACH:
             costs = {name: self._cost([name]) for name in names}
         else:
             size = math.isqrt(len(names))
             blocks = [names[start : start + size] for start in range(0, len(names), size)]
-            whole = [self._cost(block) for block in blocks]
-            costs = {name: cost / math.sqrt(len(block)) for cost, block in zip(whole, blocks, strict=True) for name in block}
-            dearest = sorted(range(len(blocks)), key=lambda index: -whole[index])[: max(1, _EACH // size)]
-            costs |= {name: self._cost([name]) for index in dearest for name in blocks[index]}
+            of_block = [self._cost(block) for block in blocks]
+            costs = {name: cost / math.sqrt(len(block)) for cost, block in zip(of_block, blocks, strict=True) for name in block}
+            highest = sorted(range(len(blocks)), key=lambda index: -of_block[index])[: max(1, _EACH // size)]
+            costs |= {name: self._cost([name]) for index in highest for name in blocks[index]}
         return sorted(names, key=lambda name: -costs[name])
 
     def _cost(self, half: Collection[str]) -> float:
-        """The error at the component's output where these nodes alone are rounded: of the hardest feed's smaller image."""
-        twin = self._twin(self.hardest)
-        return likeness(twin.outputs, self.rounding.run(twin, half)).error
+        """Return the error at the component's output if only these nodes are rounded, for the hardest feed's smaller image."""
+        small = self._small(self.hardest)
+        return likeness(small.outputs, self.rounding.run(small, half)).error
 
 
 def _smaller(arrays: Mapping[str, Array], graph: ir.Graph) -> dict[str, Array]:
-    """The middle of images whose sides a call chooses; sides stay multiples of 8. Nodes' errors are ranked by these."""
-    found = dict(arrays)
+    """Return the arrays with images of dynamic size cropped to a central quarter of each side, a multiple of 8."""
+    smaller = dict(arrays)
     for value in graph.inputs:
         array = arrays.get(str(value.name))
         if array is not None and array.ndim == 4 and value.shape is not None and not value.shape.is_static(2):
             sides = [side // 4 // 8 * 8 or side for side in array.shape[2:]]
             tops = [(side - cut) // 2 for side, cut in zip(array.shape[2:], sides, strict=True)]
             middle = [slice(top, top + cut) for top, cut in zip(tops, sides, strict=True)]
-            found[str(value.name)] = np.ascontiguousarray(array[:, :, middle[0], middle[1]])
-    return found
+            smaller[str(value.name)] = np.ascontiguousarray(array[:, :, middle[0], middle[1]])
+    return smaller

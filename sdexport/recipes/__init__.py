@@ -1,1 +1,1 @@
-"""Recipes: files that say which bundle and which engines are built."""
+"""Recipes: files that describe a bundle and its engines."""

@@ -1,6 +1,6 @@
-"""Another Python that sees the system's engine libraries (an NGC container's, JetPack's): it builds the engines.
+"""Build engines with another Python that has the system's engine libraries (as in an NGC container or JetPack).
 
-It needs numpy and no torch. Nothing is installed there: it is shown the one package, and none of this environment's others.
+It needs numpy but no torch. Nothing is installed into it: it can import `sdruntime`, but no other package of this environment.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _TO_CLEAN_UP = 30.0  # seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interpreter:
-    """`python`: its command. Has the two methods of `run.CurrentInterpreter`."""
+    """A `run.Builder` that runs `python`, the command of the interpreter."""
 
     python: str
 
-    def check(self, asked: BuildRequest, precision: Precision) -> None:
-        """Raises EnvironmentFault if it does not run sdruntime; LibraryMissing; DeviceMissing if it cannot build the target."""
+    def check(self, request: BuildRequest, precision: Precision) -> None:
+        """Raise EnvironmentFault if it cannot run sdruntime, LibraryMissing, or DeviceMissing if it cannot build the target."""
         try:
-            for _ in self._messages(check_job(asked, precision)):
+            for _ in self._messages(check_job(request, precision)):
                 pass
         except EnvironmentFault as error:
             error.args = (f"--python {self.python}: {error}",)
             raise
 
-    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
-        """As `sdruntime.engines.building.build_engines`. Left early, the build is interrupted and cleans up."""
-        with contextlib.closing(self._messages(build_job(str(folder.resolve()), asked, verify=verify))) as messages:
+    def build(self, folder: Path, request: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
+        """Build as `sdruntime.engines.building.build_engines` does. Closing the generator interrupts the build and cleans up."""
+        with contextlib.closing(self._messages(build_job(str(folder.resolve()), request, verify=verify))) as messages:
             for message in messages:
                 if "event" in message:
                     yield event_of(message)
@@ -49,8 +49,8 @@ class Interpreter:
         if shutil.which(self.python) is None:
             raise EnvironmentFault("cannot be started: no such program")
         advice = f"Python 3.10 or later with numpy is needed: {shlex.quote(self.python)} -m pip install 'numpy>=1.26'"
-        with tempfile.TemporaryDirectory() as shown:
-            (Path(shown) / "sdruntime").symlink_to(Path(sdruntime.__file__).resolve().parent)
+        with tempfile.TemporaryDirectory() as import_path:
+            (Path(import_path) / "sdruntime").symlink_to(Path(sdruntime.__file__).resolve().parent)
             messages = run_apart(
                 "sdruntime.verification.build",
                 job,
@@ -59,7 +59,7 @@ class Interpreter:
                 killed=EnvironmentFault,
                 advice="free some, or build on a larger machine",
                 python=self.python,
-                path=shown,
+                path=import_path,
                 patience=_TO_CLEAN_UP,
             )
             with contextlib.closing(messages):

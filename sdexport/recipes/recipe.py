@@ -1,4 +1,4 @@
-"""Recipes: which bundle is built from which checkpoint, with which engines, as a TOML file says. Fields: engines/README.md."""
+"""Read recipes: TOML files that describe a bundle, its checkpoint and its engines. The fields are in engines/README.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGEST = 1 << 20  # bytes of a recipe
 _TARGET = re.compile(r"current|ampere\+|sm\d{2,3}|cuda|cpu")
 _NAME = re.compile(r"[A-Za-z0-9_][\w.+-]{0,99}", flags=re.ASCII)
 _NAME_FORM = "expected at most 100 letters, digits and _ . + -"
-# checks the form of sizes and batches; the export checks them against the real model (its multiple) before it begins
+# to check the syntax of sizes and batches; the export checks them against the real model (its multiple) before it starts
 _ANY_MODEL = ModelSpec(
     name="any", family="sd1", prediction_type="epsilon", scaling_factor=1.0, vae_factor=1, size_multiple=1, default_size=(1, 1)
 )
@@ -37,8 +37,11 @@ _ANY_MODEL = ModelSpec(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a bundle is built and with which engines. `model`: a folder, relative to the file, or a model id; `revision`: of it.
-    `audit`, `verify`: whether to measure half precision, and whether to check the bundle and its engines."""
+    """The description of a bundle and its engines.
+
+    `model` is a folder or a model id of the hub, and `revision` its revision. `audit` measures half precision; `verify` checks
+    the bundle and its engines.
+    """
 
     name: str
     model: str
@@ -50,22 +53,22 @@ class Recipe:
     verify: bool = True
 
     def of(self, model: str) -> Recipe:
-        """Return the recipe for another checkpoint, without the revision, which belonged to the first."""
+        """Return the recipe for another checkpoint, without the revision of the first."""
         return dataclasses.replace(self, model=model, revision=None)
 
 
 def recipe_names() -> list[str]:
-    """Those of `engines/`."""
+    """Return the names of the recipes in `engines/`."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe: a path ending in .toml, or the name of one in `engines/`. Raises UnknownName."""
+    """Return the file of a recipe; `name` is a path ending in .toml or a name in `engines/`. Raises UnknownName, SettingError."""
     if name.endswith(".toml"):
         return Path(name)
     known = recipe_names()
     if not known:
-        raise SettingError(f"recipe {name!r}: no recipe is in {FOLDER.resolve()}: give the path of a file, such as {name}.toml")
+        raise SettingError(f"recipe {name!r}: {FOLDER.resolve()} has no recipes: give the path of a file, such as {name}.toml")
     if name not in known:
         raise UnknownName("recipe", name, known)
     return FOLDER / f"{name}.toml"
@@ -93,7 +96,7 @@ def read_recipe(file: Path) -> Recipe:
         precision=text.precision,
         audit=text.audit,
         verify=text.verify,
-        engines=tuple(asked for table in text.engines for asked in table.requests()),
+        engines=tuple(request for table in text.engines for request in table.requests()),
     )
 
 
@@ -104,7 +107,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(path, [f"not TOML: {error}"]) from error
     except RecursionError:
         raise RecipeError(path, ["not readable: nested too deeply"]) from None
-    except (OSError, ValueError) as error:  # not UTF-8, too large, a number of more digits than Python reads
+    except (OSError, ValueError) as error:  # not UTF-8, too large, or a number with too many digits for Python
         raise RecipeError(path, [f"not readable: {plain(error)}"]) from error
     return document
 
@@ -119,8 +122,8 @@ def _check_model(model: str) -> None:
         raise SettingError("empty: expected a folder or a hub id")
     try:
         Path(model).exists()
-    except (OSError, ValueError) as error:  # longer than a name can be, or with a zero in it
-        raise SettingError(f"{shown(model)} can be no path: {plain(error)}") from error
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        raise SettingError(f"{shown(model)} is not a valid path: {plain(error)}") from error
 
 
 def _check_backend(name: str) -> None:
@@ -130,7 +133,7 @@ def _check_backend(name: str) -> None:
 
 def _check_target(target: str) -> None:
     if not _TARGET.fullmatch(target):
-        raise SettingError(f"unknown target {target!r}: current, ampere+, sm86 (a compute capability), cuda and cpu are known")
+        raise SettingError(f"unknown target {target!r}: must be current, ampere+, sm86 (a compute capability), cuda or cpu")
 
 
 def _check_size(size: str) -> None:
@@ -157,7 +160,7 @@ Options = Mapping[str, bool | int | str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentTable:
-    """A component's own settings, where they differ from the others'."""
+    """The settings of a component that differ from its [[engines]] table."""
 
     size: Sizes | None = None
     batch: Batches | None = None
@@ -165,18 +168,20 @@ class ComponentTable:
     options: Options = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of BuildRequest that the table gives."""
-        found: dict[str, Any] = {name: _joined(value) for name in ("size", "batch") if (value := getattr(self, name)) is not None}
-        return found | ({"guidance": self.guidance} if self.guidance else {})
+        """Return the keyword arguments of BuildRequest that the table sets."""
+        shapes: dict[str, Any] = {
+            name: _joined(value) for name in ("size", "batch") if (value := getattr(self, name)) is not None
+        }
+        return shapes | ({"guidance": self.guidance} if self.guidance else {})
 
     def option_texts(self) -> dict[str, str]:
-        """As the command line would give them."""
+        """Return the options as the command line would pass them."""
         return {key: _option_text(value) for key, value in self.options.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentsTable:
-    """False: no engine of that component."""
+    """The settings by component; False means no engine of that component."""
 
     text_encoder: Literal[False] | ComponentTable | None = None
     text_encoder_2: Literal[False] | ComponentTable | None = None
@@ -195,13 +200,13 @@ class EnginesTable(ComponentTable):
     components: ComponentsTable = field(default_factory=ComponentsTable)
 
     def requests(self) -> Iterator[BuildRequest]:
-        """One for each target, and one for each component that has settings of its own."""
-        tables = {each.name: getattr(self.components, each.name) for each in dataclasses.fields(self.components)}
-        apart = {name: table for name, table in tables.items() if table is not None}
+        """Yield a request for each target, and one for each component with its own settings."""
+        tables = {entry.name: getattr(self.components, entry.name) for entry in dataclasses.fields(self.components)}
+        separate = {name: table for name, table in tables.items() if table is not None}
         shapes, options = self.settings(), self.option_texts()
         for target in [self.target] if self.target is None or isinstance(self.target, str) else self.target:
-            yield BuildRequest(backend=self.backend, target=target, **shapes, options=options, without=tuple(apart))
-            for component, own in apart.items():
+            yield BuildRequest(backend=self.backend, target=target, **shapes, options=options, without=tuple(separate))
+            for component, own in separate.items():
                 if own is not False:
                     both = options | own.option_texts()
                     merged = shapes | own.settings()
@@ -210,7 +215,7 @@ class EnginesTable(ComponentTable):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeText:
-    """The file as it is written."""
+    """The fields of a recipe file."""
 
     model: Annotated[str, _check_model]
     revision: Annotated[str, _check_not_empty] | None = None
@@ -227,13 +232,13 @@ def _joined(value: object) -> str:
 
 
 def _option_text(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 1024:  # not even Python writes out a number of 5,000 digits
+    if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to format a number of 5,000 digits
         return f"a number of {value.bit_length():,} bits"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _option_faults(document: Mapping[str, Any]) -> Iterator[str]:
-    """Options that their backend does not know, or not with that value. What is not an option's form is reported elsewhere."""
+    """Yield a fault for each option with an unknown name or an invalid value. `record_from_json` checks the types."""
     tables = document.get("engines")
     for index, table in enumerate(tables if isinstance(tables, list) else []):
         name = table.get("backend") if isinstance(table, dict) else None

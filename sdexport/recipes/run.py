@@ -1,4 +1,4 @@
-"""Recipes run: each becomes a bundle with its engines. What fails is kept beside what was done, and the rest goes on."""
+"""Run recipes: build each bundle with its engines. A failure is recorded in the outcome, and the rest is still built."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
 
 
 class Builder(Protocol):
-    """What builds engines into a bundle."""
+    """The interface for building engines into a bundle."""
 
-    def check(self, asked: BuildRequest, precision: Precision) -> None:
-        """Raise what can be refused before the work."""
+    def check(self, request: BuildRequest, precision: Precision) -> None:
+        """Raise the errors that can be known before the work."""
         ...
 
-    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
-        """`verify`: hold each to the bundle's reference outputs before it is added."""
+    def build(self, folder: Path, request: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
+        """Build engines. With `verify`, each is checked against the bundle's reference outputs before it is added."""
         ...
 
 
 class CurrentInterpreter:
-    """This interpreter."""
+    """Build engines in this interpreter."""
 
-    def check(self, asked: BuildRequest, precision: Precision) -> None:
-        asked.resolve_library(precision)
+    def check(self, request: BuildRequest, precision: Precision) -> None:
+        request.resolve_library(precision)
 
-    def build(self, folder: Path, asked: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
-        return build_engines(folder, asked, check=check_engine if verify else None)
+    def build(self, folder: Path, request: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
+        return build_engines(folder, request, check=check_engine if verify else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What failed: the engines of a backend and target, or, where `what` is empty, the recipe as a whole."""
+    """A failure of the engines of a backend and target (`what`), or of the whole recipe if `what` is empty."""
 
     what: str
     error: Exception
@@ -53,7 +53,7 @@ class Failure:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What became of a recipe. `exported`: bytes of the bundle without its engines, 0 where it was up to date."""
+    """The outcome of a recipe. `exported` is the size of the bundle without its engines in bytes, 0 if it was up to date."""
 
     recipe: str
     bundle: Path | None = None
@@ -65,7 +65,7 @@ class Outcome:
 
     @contextlib.contextmanager
     def keeping(self, what: str) -> Iterator[None]:
-        """Make a failure of an error, once of the same: engines of one backend mostly fail for one reason."""
+        """Record an error as a failure, unless there is an equal one: engines of one backend mostly fail for one reason."""
         try:
             yield
         except FAULTS as error:
@@ -74,6 +74,7 @@ class Outcome:
 
 
 def options_of(recipe: Recipe) -> ExportOptions:
+    """Return the options of `sdexport.build.export.build` for a recipe."""
     return ExportOptions(
         revision=recipe.revision,
         precision=recipe.precision,
@@ -91,11 +92,11 @@ def run_recipe(
     builder: Builder | None = None,
     taken: Collection[Path | None] = (),
 ) -> Generator[ExportProgress | EngineProgress, None, Outcome]:
-    """Run the recipe `name`, a path or a name of engines/, into a folder of `output`; returns its `Outcome`.
+    """Run the recipe `name`, a path or a name in engines/, into a folder of `output`; return its `Outcome`.
 
-    `model` takes the place of the recipe's. Engines that cannot be built are failures, and the others are built; nothing is
-    exported where all of them are known to fail. `taken`: bundles of other recipes, which this one may not replace. Raises
-    KeyboardInterrupt only: what was done is in the bundle, and stays.
+    `model` replaces the recipe's. Engines that cannot be built are failures, and the others are still built; if all of them are
+    known to fail, nothing is exported. `taken` are the bundles of other recipes, which this one must not replace. Raises only
+    KeyboardInterrupt; finished work stays in the bundle.
     """
     begun, outcome = time.monotonic(), Outcome(recipe=Path(name).name.removesuffix(".toml"))
     with outcome.keeping(""):
@@ -109,24 +110,24 @@ def run_recipe(
 
 
 def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> Iterator[ExportProgress | EngineProgress]:
-    able = []
-    for asked in recipe.engines:
-        with outcome.keeping(_label(asked)):
-            builder.check(asked, recipe.precision)
-            able.append(asked)
-    if not able:
+    possible = []
+    for request in recipe.engines:
+        with outcome.keeping(_label(request)):
+            builder.check(request, recipe.precision)
+            possible.append(request)
+    if not possible:
         return
     exported = yield from export(recipe.model, bundle, options_of(recipe))
     outcome.exported = exported.written
-    for asked in able:
-        build = contextlib.closing(builder.build(bundle, asked, verify=recipe.verify))
-        with outcome.keeping(_label(asked)), build as events:
+    for request in possible:
+        build = contextlib.closing(builder.build(bundle, request, verify=recipe.verify))
+        with outcome.keeping(_label(request)), build as events:
             for event in events:
                 yield EngineProgress(event=event)
-                kept = {"done": outcome.built, "present": outcome.present}.get(event.state)
-                if kept is not None:
-                    kept.append(event)
+                engines = {"done": outcome.built, "present": outcome.present}.get(event.state)
+                if engines is not None:
+                    engines.append(event)
 
 
-def _label(asked: BuildRequest) -> str:
-    return " ".join(filter(None, (asked.backend, asked.target, *asked.components)))
+def _label(request: BuildRequest) -> str:
+    return " ".join(filter(None, (request.backend, request.target, *request.components)))

@@ -1,1 +1,1 @@
-"""A component in PyTorch becomes ONNX, in a process of its own."""
+"""Export components from PyTorch to ONNX, each in its own process."""

@@ -1,6 +1,6 @@
-"""The making of one component: trace (or the trace kept from before), precision, weights; a folder with its ONNX.
+"""Export one component: trace it (or load the cached trace), rewrite its precision, and write its ONNX with the weights.
 
-A job is data, so that a process of its own can be given it.
+A job is plain data, so that it can be sent to another process.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ AUDIT = "audit.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentJob:
-    """`component` of the checkpoint in `checkpoint`, written to the existing folder `out`.
+    """Export `component` of the checkpoint `checkpoint` to the existing folder `out`.
 
-    `full`: in float32, of the weights that `precision` takes (a checkpoint may have others for fp16). `reference`: the bundle of
-    such components that was probed, by which half precision is audited; "" for no audit.
+    With `full`, write float32 from the weight files of `precision` (a checkpoint may have others for fp16). `reference` is the
+    probed bundle of such components against which half precision is audited; "" means no audit.
     """
 
     checkpoint: str
@@ -47,7 +47,7 @@ class ComponentJob:
     allow_pickle: bool
     out: str
     full: bool = False
-    first: bool = False  # of an export: the weights of all components are checked before anything is made
+    first: bool = False  # the first job of an export checks the weights of all components
     reference: str = ""
 
     @property
@@ -56,7 +56,7 @@ class ComponentJob:
 
 
 def run(job: ComponentJob) -> Iterator[Stage]:
-    """Make the component. Raises SdexportError, and sdruntime's OutOfSpace."""
+    """Run the job, yielding its stages. Raises SdexportError, and sdruntime's OutOfSpace."""
     out = Path(job.out)
     if job.component == PROBE:
         from sdexport.precision.probe import probe
@@ -76,14 +76,14 @@ def run(job: ComponentJob) -> Iterator[Stage]:
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
         stored = convert_pickles(part.files, loose) if part.pickled else part.weights
-        yield from _made(component, stored, job, out)
+        yield from _export(component, stored, job, out)
         loose.unlink(missing_ok=True)
 
 
 def check_weights(checkpoint: Checkpoint, table: Sequence[Component]) -> None:
-    """Raise ExportError where weights do not fit the configs, for all components at once.
+    """Raise ExportError with the faults of all components whose weights do not fit their configs.
 
-    Pickled weights have no headers: the job of their component checks them.
+    Pickled weights have no headers; the job of their component checks them.
     """
     faults = []
     for component in table:
@@ -98,38 +98,38 @@ def check_weights(checkpoint: Checkpoint, table: Sequence[Component]) -> None:
 
 
 def _shapes(component: Component) -> Mapping[str, tuple[int, ...]]:
-    """What a component's weights are called and their shapes, of the trace that was kept, else of its module."""
+    """Return the names and shapes of a component's weights, from the cached trace or else from its module."""
     from sdexport.trace import to_onnx
 
-    kept = load_trace(trace_key(component))
-    if kept is None:
+    cached = load_trace(trace_key(component))
+    if cached is None:
         return to_onnx.module_shapes(component)
     import onnx
     import onnx_ir as ir
 
-    return to_onnx.weight_shapes(ir.from_proto(onnx.load_from_string(kept)), component)
+    return to_onnx.weight_shapes(ir.from_proto(onnx.load_from_string(cached)), component)
 
 
-def _made(component: Component, stored: Mapping[str, StoredTensor], job: ComponentJob, out: Path) -> Iterator[Stage]:
+def _export(component: Component, stored: Mapping[str, StoredTensor], job: ComponentJob, out: Path) -> Iterator[Stage]:
     key = trace_key(component)
-    kept = load_trace(key)
-    yield Stage(name="trace" if kept is None else "kept trace")
+    cached = load_trace(key)
+    yield Stage(name="trace" if cached is None else "kept trace")
     import onnx
     import onnx_ir as ir
 
     from sdexport.trace import to_onnx
 
-    if kept is None:
-        # before the long work: do the weights fit?
+    if cached is None:
+        # check that the weights fit before the long work
         with at_most(len(stored), where=component.name):
             shapes = to_onnx.module_shapes(component)
         match_weights(shapes, stored, where=component.name)
         model = to_onnx.onnx_from_component(component)
         store_trace(key, ir.to_proto(model).SerializeToString())
     else:
-        model = ir.from_proto(onnx.load_from_string(kept))
+        model = ir.from_proto(onnx.load_from_string(cached))
     if not job.reference:
-        size = yield from _written(model, component, stored, job, out, frozenset())
+        size = yield from _write(model, component, stored, job, out, frozenset())
         yield Stage(name="done", done=size, total=size)
         return
     from sdexport.errors import AuditError
@@ -137,29 +137,29 @@ def _made(component: Component, stored: Mapping[str, StoredTensor], job: Compone
     from sdexport.precision.probe import load_activations
 
     reference, traced = Path(job.reference) / component.name, ir.to_proto(model)
-    seen, fault = load_activations(reference), None
+    activations, fault = load_activations(reference), None
     yield Stage(name="audit")
-    for found in audit(reference / MODEL, seen, job.precision):
-        keep = frozenset(node.node for node in found.kept)
-        size = yield from _written(ir.from_proto(traced), component, stored, job, out, keep)
+    for choice in audit(reference / MODEL, activations, job.precision):
+        keep = frozenset(node.node for node in choice.kept)
+        size = yield from _write(ir.from_proto(traced), component, stored, job, out, keep)
         yield Stage(name="confirm")
         try:
-            confirm(out / MODEL, seen.feeds, job.precision, where=component.name)
-        except AuditError as error:  # the next choice is wider
+            confirm(out / MODEL, activations.feeds, job.precision, where=component.name)
+        except AuditError as error:  # the next choice keeps more nodes
             fault = error
             yield Stage(name="audit")
             continue
-        (out / AUDIT).write_text(json.dumps(json_from_record(found)), encoding="utf-8")
+        (out / AUDIT).write_text(json.dumps(json_from_record(choice)), encoding="utf-8")
         yield Stage(name="done", done=size, total=size)
         return
     assert fault is not None
     raise fault
 
 
-def _written(
+def _write(
     model: ir.Model, component: Component, stored: Mapping[str, StoredTensor], job: ComponentJob, out: Path, keep: frozenset[str]
 ) -> Generator[Stage, None, int]:
-    """The graph in its precision, around the nodes of `keep`, and its weights. Returns the bytes that were read for them."""
+    """Write the graph in its precision, except the nodes `keep`, and its weights; return the bytes read for them."""
     import onnx
 
     from sdexport.precision.rewrite import apply_precision

@@ -1,7 +1,4 @@
-"""The weights of a module: found among the stored tensors, brought to a precision and written to a data file, one by one.
-
-No more than one tensor is ever in memory.
-"""
+"""Convert the stored weights of a module to their precision and write them to a data file, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +14,13 @@ from sdexport.errors import PrecisionError
 from sdexport.precision.numbers import in_precision
 from sdruntime.bundle.manifest import Precision
 
-_LARGE, _PAGE, _LINE = (
-    1 << 20,
-    4096,
-    64,
-)  # data over a megabyte begins on a page, so that it can be mapped; the rest on a cache line
+# tensors of a megabyte or more start on a page, so that they can be mapped; the others on a cache line
+_LARGE, _PAGE, _LINE = 1 << 20, 4096, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """Where a weight lies in the data file."""
+    """The location of a weight in the data file, in bytes."""
 
     offset: int
     size: int
@@ -35,9 +29,9 @@ class Placed:
 def write_data(
     file: BinaryIO, weights: Mapping[str, StoredTensor], precision_of: Mapping[str, Precision]
 ) -> Iterator[tuple[str, Placed, int]]:
-    """Write each weight in its precision to the data file, equal bytes once: yields name, place and the bytes read for it.
+    """Write each weight in its precision to the data file, equal data once; yield its name, place and the bytes read for it.
 
-    Raises PrecisionError, at the end, with every tensor that holds numbers too large for its precision.
+    Raises PrecisionError at the end, with every tensor that has numbers too large for its precision.
     """
     known: dict[bytes, Placed] = {}
     faults = []

@@ -1,4 +1,4 @@
-"""One component of an export, in a process of its own (`sdruntime.system.process`)."""
+"""Export one component in its own process (`sdruntime.system.process`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ADVICE = "free some, or export on a larger machine"
 
 
 def run_job(job: ComponentJob) -> Generator[Stage, None, int]:
-    """Run a job in its own process: yields its stages, and returns the peak of its memory in bytes.
+    """Run a job in its own process, yielding its stages; return its peak memory in bytes.
 
-    Raises what the job raised; ProcessKilled when a signal ended it; ExportError when it failed in another way.
+    Raises the job's error, ProcessKilled if a signal ended it, and ExportError if it failed in another way.
     """
     messages = run_apart(
         __name__, dataclasses.asdict(job), what=job.component, failed=ExportError, killed=ProcessKilled, advice=_ADVICE
@@ -32,9 +32,9 @@ def run_job(job: ComponentJob) -> Generator[Stage, None, int]:
     return peak
 
 
-def _work(job: Message, tell: Callable[[Message], None]) -> None:
+def _work(job: Message, send: Callable[[Message], None]) -> None:
     for stage in run(ComponentJob(**job)):
-        tell({"stage": dataclasses.asdict(stage)})
+        send({"stage": dataclasses.asdict(stage)})
 
 
 if __name__ == "__main__":

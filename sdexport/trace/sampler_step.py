@@ -1,4 +1,4 @@
-"""The component `step` (sdruntime.bundle.sampler_step) as ONNX: a few nodes, float32 whatever the precision of the bundle."""
+"""Write the component `step` (sdruntime.bundle.sampler_step) as ONNX: a few nodes, float32 in bundles of any precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPSET, _IR = 20, 10
 
 
 def write_step(folder: Path) -> ComponentSpec:
-    """Write step/model.onnx and its empty config below `folder`."""
+    """Write step/model.onnx and its empty config below `folder`; return the manifest's entry."""
     import onnx
 
     model = step_to_onnx()
@@ -26,7 +26,7 @@ def write_step(folder: Path) -> ComponentSpec:
 
 
 def step_to_onnx() -> Any:
-    """A product and a sum in place of MatMul: no library may round those to TF32, and Turing has them in fp32."""
+    """Return the model. Uses Mul and ReduceSum instead of MatMul: no library rounds them to TF32, and Turing has them in fp32."""
     from onnx import TensorProto, helper, numpy_helper
 
     def value(spec: TensorSpec) -> Any:

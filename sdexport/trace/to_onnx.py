@@ -1,10 +1,10 @@
-"""One component as a float32 ONNX graph without numbers: its weights are inputs of the graph, after the component's own.
+"""Trace a component to a float32 ONNX graph without data: its weights are graph inputs, after the component's own.
 
-A module made under fake tensors has shapes and no data, so a trace takes the memory of the graph alone, and depends on the
-config and never on the weights: two checkpoints of one architecture share it. `attach_weights` makes the weights initialisers
+A module created under fake tensors has shapes but no data, so a trace takes only the memory of the graph. It depends on the
+config and never on the weights: checkpoints of one architecture share it. `attach_weights` turns the weights into initialisers
 again, with their data in a file beside the model.
 
-A pass is a plain function that changes a model by one rule. What leaves here is ONNX's own operators only, opset 20.
+Each pass is a function that changes the model by one rule. The result has only ONNX's own operators, opset 20.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sdexport.trace.data_file import Placed
 from sdruntime.bundle.manifest import TensorSpec
 
 OPSET = 20
-_OWN = "weights."  # what the wrappers of sdexport.families.modules put before the names of the checkpoint
-# those of onnxscript's rewritings that change something in these networks. Its full set holds slice_split_rule too, which looks
-# through the whole graph for each of its nodes: three quarters of the optimiser's time for SD1.5, and more for SDXL
-_REWRITINGS = (
+_PREFIX = "weights."  # the wrappers of sdexport.families.modules prepend it to the checkpoint's names
+# the rewrite rules of onnxscript that change these networks. Its full set includes slice_split_rule, which searches the whole
+# graph for each node: three quarters of the optimiser's time for SD1.5, and more for SDXL
+_RULES = (
     "mul_by_1_rule",
     "div_by_1_rule",
     "collapse_slice_rule",
@@ -44,8 +44,8 @@ _REWRITINGS = (
 
 
 def onnx_from_component(component: Component) -> ir.Model:
-    """Trace a component. Raises ExportError when the exporter or the checker refuses it."""
-    model = _traced(component)
+    """Trace a component and apply the passes. Raises ExportError if the exporter or the checker refuses it."""
+    model = _trace(component)
     for apply in PASSES:
         apply(model, component)
     check(model, where=component.name)
@@ -53,17 +53,17 @@ def onnx_from_component(component: Component) -> ir.Model:
 
 
 def weight_shapes(model: ir.Model, component: Component) -> dict[str, tuple[int, ...]]:
-    """The weights that a graph takes as inputs, by the checkpoint's names."""
+    """Return the shapes of the weights that a graph takes as inputs, by the checkpoint's names."""
     own = {spec.name for spec in component.inputs}
     return {_name(value): _static(value) for value in model.graph.inputs if value.name not in own}
 
 
 def module_shapes(component: Component) -> dict[str, tuple[int, ...]]:
-    """The weights of the component's module, by the checkpoint's names. Loads torch."""
+    """Return the shapes of the weights of the component's module, by the checkpoint's names. Loads torch."""
     import torch
 
     with torch.device("meta"):
-        return {name.removeprefix(_OWN): tuple(tensor.shape) for name, tensor in _module(component).state_dict().items()}
+        return {name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in _module(component).state_dict().items()}
 
 
 def _module(component: Component) -> Any:
@@ -73,17 +73,19 @@ def _module(component: Component) -> Any:
         return WRAPPERS[component.wrapper](component.config).eval()
     except ExportError:
         raise
-    except Exception as error:  # diffusers and transformers raise what they like for a config that they cannot build
-        raise ExportError(f"{component.name}: no network can be made of {component.part}/config.json: {_cause(error)}") from error
+    except Exception as error:  # diffusers and transformers raise many kinds of errors for a bad config
+        raise ExportError(
+            f"{component.name}: cannot create the network of {component.part}/config.json: {_cause(error)}"
+        ) from error
 
 
-def _traced(component: Component) -> ir.Model:
+def _trace(component: Component) -> ir.Model:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     names = [spec.name for spec in component.inputs]
     shapes = {spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in component.inputs}
-    # the exporter prints its progress, and warns of its own deprecated calls
+    # the exporter prints its progress, and its own calls cause deprecation warnings
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), FakeTensorMode():
         warnings.simplefilter("ignore")
         module = _module(component)
@@ -114,22 +116,22 @@ def _cause(error: BaseException) -> str:
 
 
 def weights_as_inputs(model: ir.Model, component: Component) -> None:
-    """Initialisers become inputs, named as in the checkpoint: then no optimiser looks for their numbers."""
+    """Turn the initialisers into inputs named as in the checkpoint, so that no optimiser needs their data."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         graph.initializers.pop(name)
         value.const_value = None
-        value.name = name.removeprefix(_OWN)
+        value.name = name.removeprefix(_PREFIX)
         graph.inputs.append(value)
 
 
 def fold_constants(model: ir.Model, component: Component) -> None:
-    """What follows from constants and static shapes is computed now; equal constants and equal nodes are merged."""
+    """Compute everything that follows from constants and static shapes; merge equal constants and equal nodes."""
     from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules import common as known
+    from onnxscript.rewriter.rules import common as available
 
-    rules = [getattr(known, name) for name in _REWRITINGS if hasattr(known, name)]
-    for _ in range(2):  # a rewriting leaves new constants, and a constant lets a rewriting match
+    rules = [getattr(available, name) for name in _RULES if hasattr(available, name)]
+    for _ in range(2):  # rules leave new constants, and folded constants let more rules match
         optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, rules)
     for merge in (
@@ -142,7 +144,7 @@ def fold_constants(model: ir.Model, component: Component) -> None:
 
 
 def drop_unused(model: ir.Model, component: Component) -> None:
-    """Nodes and weights that no output needs go."""
+    """Remove the nodes and weights that no output needs."""
     common.RemoveUnusedNodesPass()(model)
     graph, own = model.graph, len(component.inputs)
     kept = [value for value in graph.inputs[own:] if value.uses()]
@@ -151,7 +153,7 @@ def drop_unused(model: ir.Model, component: Component) -> None:
 
 
 def drop_metadata(model: ir.Model, component: Component) -> None:
-    """The exporter's notes on every node (stack traces with this machine's paths) go."""
+    """Remove the exporter's metadata of every node (stack traces with this machine's paths)."""
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     model.graph.name = component.name
@@ -159,7 +161,7 @@ def drop_metadata(model: ir.Model, component: Component) -> None:
 
 
 def name_dimensions(model: ir.Model, component: Component) -> None:
-    """Inputs and outputs get the names that the table gives their dimensions; the tracer leaves formulas on the outputs."""
+    """Give the dimensions of inputs and outputs the component's names; the tracer leaves formulas on the outputs."""
     graph, own = model.graph, len(component.inputs)
     for values, specs in ((graph.inputs[:own], component.inputs), (graph.outputs, component.outputs)):
         if [value.name for value in values] != [spec.name for spec in specs]:
@@ -181,9 +183,9 @@ PASSES: tuple[Callable[[ir.Model, Component], None], ...] = (
 
 
 def check(model: ir.Model, *, where: str) -> None:
-    """Refuse a graph that is not sound: the checker's rules, every type of every node inferred, and foreign operators.
+    """Raise ExportError for an invalid graph: by the checker's rules, by type inference, or with operators foreign to ONNX.
 
-    Raises ExportError. The model must hold no large initialisers.
+    The model must not have large initialisers.
     """
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain})
     if foreign or model.functions:
@@ -197,7 +199,7 @@ def check(model: ir.Model, *, where: str) -> None:
 
 
 def attach_weights(model: ir.Model, places: Mapping[str, Placed], *, data: str) -> None:
-    """Weights become initialisers, each at its place in the file `data` beside the model."""
+    """Turn the weights into initialisers, each at its place in the file `data` beside the model."""
     graph = model.graph
     weights = [value for value in graph.inputs if value.name in places]
     kept = [value for value in graph.inputs if value.name not in places]
@@ -214,7 +216,7 @@ def attach_weights(model: ir.Model, places: Mapping[str, Placed], *, data: str) 
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write the graph; data that lies in a file beside it is referred to, not read."""
+    """Write the graph, which refers to the data file beside it; the data is not read."""
     onnx.save(ir.to_proto(model), str(path))
 
 
@@ -229,7 +231,7 @@ def _static(value: ir.Value) -> tuple[int, ...]:
 
 
 def _check_static(value: ir.Value, spec: TensorSpec, where: str) -> None:
-    found = tuple(value.shape or ())
-    for size, dim in zip(found, spec.shape, strict=False):
-        if len(found) != len(spec.shape) or (isinstance(dim, int) and isinstance(size, int) and size != dim):
-            raise ExportError(f"{where}.{spec.name}: traced as {found}, but the config makes it {spec.shape}")
+    shape = tuple(value.shape or ())
+    for size, dim in zip(shape, spec.shape, strict=False):
+        if len(shape) != len(spec.shape) or (isinstance(dim, int) and isinstance(size, int) and size != dim):
+            raise ExportError(f"{where}.{spec.name}: traced as {shape}, but the config requires {spec.shape}")

@@ -1,4 +1,4 @@
-"""The versions of the libraries that a trace depends on, and digests of documents."""
+"""Return the versions of the libraries that a trace depends on, and digests of documents."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ DIGEST = 32
 
 
 def versions() -> dict[str, str]:
-    """The installed version of each library that takes part in a build."""
-    found = {}
+    """Return the installed version of each library that takes part in a build, or "missing"."""
+    installed = {}
     for name in _LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            installed[name] = "missing"
+    return installed
 
 
 def digest_of(document: Any) -> str:
-    """The SHA-256 of a JSON document, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON document in hexadecimal, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
