@@ -1,4 +1,4 @@
-"""The components of the shapes checkpoint, untrained, and the folder that they are written to."""
+"""Create the untrained components of the shapes checkpoint, and write the trained ones to a folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,  # the number of heads, in spite of its name
+        attention_head_dim=4,  # despite its name, the number of heads
         norm_num_groups=16,
     )
 
@@ -61,7 +61,7 @@ def text_encoder(vocab: dict[str, int]) -> CLIPTextModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """SD 1's settings. Its PNDM, at 20 steps and strong guidance, runs away on so small a model; DDIM does not."""
+    """Return DDIM with SD 1's settings. SD 1's PNDM diverges on this small model at 20 steps and strong guidance."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -75,9 +75,9 @@ def scheduler() -> DDIMScheduler:
 
 
 def write(vae: AutoencoderKL, average: torch.nn.ModuleDict, out: Path) -> None:
-    """The checkpoint in diffusers' layout, fp16 safetensors, into `out` (its tokenizer folder is there already)."""
-    fresh = out.with_name(out.name + ".part")
-    shutil.rmtree(fresh, ignore_errors=True)
+    """Write the checkpoint in diffusers' layout, fp16 safetensors, to `out`, which already has the tokenizer folder."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(average["text"]).half(),
@@ -88,12 +88,12 @@ def write(vae: AutoencoderKL, average: torch.nn.ModuleDict, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(fresh, safe_serialization=True)
-    shutil.rmtree(fresh / "tokenizer")
-    shutil.copytree(out / "tokenizer", fresh / "tokenizer")
-    for path in fresh.rglob("*"):
+    pipeline.save_pretrained(part, safe_serialization=True)
+    shutil.rmtree(part / "tokenizer")
+    shutil.copytree(out / "tokenizer", part / "tokenizer")
+    for path in part.rglob("*"):
         if path.is_file():
-            place = out / path.relative_to(fresh)
+            place = out / path.relative_to(part)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
-    shutil.rmtree(fresh)
+    shutil.rmtree(part)

@@ -1,6 +1,6 @@
-"""Captions and pictures: one coloured shape on a coloured background, drawn with NumPy.
+"""Render training images with captions: one coloured shape on a coloured background, drawn with NumPy.
 
-A picture is uint8 RGB [64, 64, 3]. Its caption names five attributes, and nothing else varies but a small jitter.
+An image is uint8 RGB [64, 64, 3]. Its caption names five attributes; apart from a small jitter nothing else varies.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PLACES: dict[str, tuple[str, float, float]] = {  # words of the caption, centre 
 }
 HELD_OUT = 216  # of 1080 combinations
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The five attributes of a picture, each by its name in the tables above."""
+    """The five attributes of an image, each a name in the tables above."""
 
     shape: str
     colour: str
@@ -55,21 +55,21 @@ class Scene:
 
 
 def every_scene() -> list[Scene]:
-    """All 1080 combinations whose shape can be told from its background."""
+    """Return all 1080 combinations whose shape and background differ in colour."""
     rows = itertools.product(SHAPES, INKS, RADII, PLACES, BACKGROUNDS)
     return [scene for scene in (Scene(*row) for row in rows) if scene.colour != scene.background]
 
 
 def split() -> tuple[list[Scene], list[Scene]]:
-    """(864 scenes to train on, 216 that training never sees), the same on every machine: ordered by a hash of the caption."""
+    """Return the 864 scenes for training and the 216 held-out ones, split by a hash of the caption: the same on every machine."""
     ordered = sorted(every_scene(), key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
     return ordered[HELD_OUT:], ordered[:HELD_OUT]
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> NDArray[np.float64]:
-    """Share of each pixel that the shape covers, [64, 64] in [0, 1]; centre and radius in pixels.
+    """Return the fraction of each pixel that the shape covers, [64, 64] in [0, 1]; centre and radius in pixels.
 
-    The distance to the shape's edge, clipped to one pixel, is its antialiasing.
+    Antialiasing: the fraction is the distance to the shape's edge, clipped to one pixel. Raises ValueError for an unknown shape.
     """
     across, down = np.meshgrid(np.arange(SIZE) + 0.5 - x, np.arange(SIZE) + 0.5 - y)
     if shape == "circle":
@@ -84,12 +84,15 @@ def coverage(shape: str, x: float, y: float, radius: float) -> NDArray[np.float6
         upright = np.maximum(abs(across) - short, abs(down) - long)
         distance = np.minimum(upright, np.maximum(abs(across) - long, abs(down) - short))
     else:
-        raise ValueError(f"shape {shape!r}: known are {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {shape!r}: must be one of {', '.join(SHAPES)}")
     return np.asarray(np.clip(0.5 - distance, 0, 1))
 
 
-def draw(scene: Scene, jitter: np.random.Generator | None = None) -> Picture:
-    """The picture of a scene, uint8 [64, 64, 3]. `jitter` moves it by up to 1.5 px, its radius by 5 %, a colour by 8 of 255."""
+def draw(scene: Scene, jitter: np.random.Generator | None = None) -> Image:
+    """Return the image of a scene, uint8 [64, 64, 3].
+
+    `jitter` moves the shape by up to 1.5 px and changes its radius by up to 5 % and the colours by up to 8 of 255.
+    """
     _, x, y = PLACES[scene.place]
     radius = RADII[scene.size]
     ink, ground = (np.array(COLOURS[name], dtype=np.float64) for name in (scene.colour, scene.background))
@@ -102,10 +105,10 @@ def draw(scene: Scene, jitter: np.random.Generator | None = None) -> Picture:
 
 
 def words() -> list[str]:
-    """Every word that a caption can hold, in alphabetical order."""
+    """Return every word that captions use, in alphabetical order."""
     return sorted({word for scene in every_scene() for word in scene.caption.split()})
 
 
 def attributes(scene: Scene) -> dict[str, str]:
-    """The scene as {"shape": ..., "colour": ..., "size": ..., "place": ..., "background": ...}."""
+    """Return the scene as {"shape": ..., "colour": ..., "size": ..., "place": ..., "background": ...}."""
     return dict(zip(Scene.__slots__, astuple(scene), strict=True))

@@ -1,6 +1,6 @@
-"""Reads shape, colour, size, place and background off a picture: the judge of what the checkpoint draws.
+"""Read the shape, colour, size, place and background of an image, to judge the images of the checkpoint.
 
-It measures, it does not guess: an attribute that the picture does not clearly show is None, which counts as wrong.
+The attributes are measured: one that the image does not clearly show is None, which counts as wrong.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ import draw
 import numpy as np
 from numpy.typing import NDArray
 
-NEAR = 60.0  # largest RGB distance from a named colour that still counts as that colour, of 255
-LIKE = 0.75  # least overlap (intersection over union) with a drawn template that still counts as that shape
-SMALLEST = 30.0  # pixels of coverage; the smallest shape has 155
-OFF = 5.0  # pixels from a named place that still count as there; places lie 14 apart
-OFF_RADIUS = 2.5  # pixels from a named size; the two lie 5.5 apart
+NEAR = 60.0  # largest RGB distance from a named colour that counts as that colour, of 255
+LIKE = 0.75  # least overlap (intersection over union) with a drawn shape that counts as that shape
+SMALLEST = 30.0  # least coverage of a shape in pixels; the smallest shape has 155
+OFF = 5.0  # largest distance from a named place in pixels; places are 14 apart
+OFF_RADIUS = 2.5  # largest difference from a named radius in pixels; the two are 5.5 apart
 
 Reading = dict[str, str | None]
 
 
-def read(picture: draw.Picture) -> Reading:
-    """The five attributes of an RGB picture, uint8 [64, 64, 3], by the names of draw's tables, None where it shows none."""
-    pixels = picture.astype(np.float64)
+def read(image: draw.Image) -> Reading:
+    """Return the five attributes of an RGB image, uint8 [64, 64, 3], by the names in draw's tables; None if it shows none."""
+    pixels = image.astype(np.float64)
     rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     sides = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     ground = np.median(np.concatenate([rim, sides]), axis=0)
-    found: Reading = dict.fromkeys(draw.Scene.__slots__)
-    found["background"] = named(ground, draw.BACKGROUNDS)
+    reading: Reading = dict.fromkeys(draw.Scene.__slots__)
+    reading["background"] = named(ground, draw.BACKGROUNDS)
     away = np.linalg.norm(pixels - ground, axis=2)
     mask = largest_piece(away > max(45.0, away.max() / 2))
     if mask.sum() < SMALLEST:
-        return found
+        return reading
     core = away >= np.quantile(away[mask], 0.3)
     ink = np.median(pixels[mask & core], axis=0)
-    found["colour"] = named(ink, draw.INKS)
-    # How far each pixel has gone from the background's colour to the shape's: its coverage, where they mix.
+    reading["colour"] = named(ink, draw.INKS)
+    # The position of each pixel between the background's colour and the shape's is its coverage.
     step = ink - ground
     share = np.clip((pixels - ground) @ step / (step @ step), 0, 1) * grown(mask)
     share[share < 0.15] = 0
@@ -44,44 +44,44 @@ def read(picture: draw.Picture) -> Reading:
     fits = {shape: fit(share, shape, x, y, float(weight)) for shape in draw.SHAPES}
     shape = max(fits, key=lambda name: fits[name])
     if fits[shape] >= LIKE:
-        found["shape"] = shape
+        reading["shape"] = shape
     radius = float(np.sqrt(weight / unit_area(shape)))
     size = min(draw.RADII, key=lambda name: abs(draw.RADII[name] - radius))
-    found["size"] = size if abs(draw.RADII[size] - radius) <= OFF_RADIUS else None
+    reading["size"] = size if abs(draw.RADII[size] - radius) <= OFF_RADIUS else None
     gaps = {place: float(np.hypot(x - at_x, y - at_y)) for place, (_, at_x, at_y) in draw.PLACES.items()}
     place = min(gaps, key=lambda name: gaps[name])
-    found["place"] = place if gaps[place] <= OFF else None
-    return found
+    reading["place"] = place if gaps[place] <= OFF else None
+    return reading
 
 
 def named(colour: NDArray[np.float64], names: tuple[str, ...]) -> str | None:
-    """The nearest of `names` among all of draw's colours, if it is the nearest of all and near enough."""
+    """Return the name of the nearest of all of draw's colours, if it is one of `names` and near enough; else None."""
     gaps = {name: float(np.linalg.norm(colour - np.array(rgb))) for name, rgb in draw.COLOURS.items()}
     name = min(gaps, key=lambda known: gaps[known])
     return name if name in names and gaps[name] <= NEAR else None
 
 
 def fit(share: NDArray[np.float64], shape: str, x: float, y: float, area: float) -> float:
-    """Overlap (soft intersection over union, 0..1) of a coverage with the drawn shape of that area and centroid."""
+    """Return the overlap (soft intersection over union, 0..1) of a coverage with the drawn shape of that area and centroid."""
     drawn = draw.coverage(shape, x, y, float(np.sqrt(area / unit_area(shape))))
     return float(np.minimum(share, drawn).sum() / np.maximum(share, drawn).sum())
 
 
 @cache
 def unit_area(shape: str) -> float:
-    """Area of a shape of radius 1, measured on a drawn one."""
+    """Return the area of a shape of radius 1, measured on a drawn one."""
     return float(draw.coverage(shape, 32.0, 32.0, 14.0).sum()) / 14.0**2
 
 
 def grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask and the pixels within two of it."""
+    """Return the mask grown by two pixels."""
     padded = np.pad(mask, 2)
     parts = [padded[dy : dy + draw.SIZE, dx : dx + draw.SIZE] for dy in range(5) for dx in range(5)]
     return np.asarray(np.logical_or.reduce(parts))
 
 
 def largest_piece(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The largest connected piece of a mask (4-neighbours): specks of noise are no shape."""
+    """Return the largest connected piece of a mask (4-neighbours), without specks of noise."""
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(label, 1)

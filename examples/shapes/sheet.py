@@ -1,4 +1,4 @@
-"""One contact sheet: pictures under their captions. python sheet.py BUNDLE -o sheet.png draws a dozen held-out captions."""
+"""Generate a contact sheet of images under their captions, a dozen held-out ones: python sheet.py BUNDLE -o sheet.png"""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from PIL import Image, ImageDraw, ImageFont
 SCALE = 3
 COLUMNS = 4
 MARGIN = 12
-LINE = 15  # pixels a line of caption
+LINE = 15  # pixels per line of a caption
 PAPER, TEXT = (255, 255, 255), (40, 40, 40)
 
 
-def sheet(pictures: list[NDArray[np.uint8]], captions: list[str], columns: int = COLUMNS) -> Image.Image:
-    """The pictures (uint8 [H, W, 3], all of one size) three times as large, each under its caption, in rows of `columns`."""
-    if not pictures or len(pictures) != len(captions):
-        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give one caption a picture, and at least one")
+def sheet(images: list[NDArray[np.uint8]], captions: list[str], columns: int = COLUMNS) -> Image.Image:
+    """Return a page of the images (uint8 [H, W, 3], all of one size) enlarged three times, each under its caption.
+
+    Raises ValueError unless there are as many captions as images, and at least one.
+    """
+    if not images or len(images) != len(captions):
+        raise ValueError(f"{len(images)} images and {len(captions)} captions: give one caption per image, and at least one image")
     font = ImageFont.load_default(12)
-    height, width = (SCALE * side for side in pictures[0].shape[:2])
+    height, width = (SCALE * side for side in images[0].shape[:2])
     lines = [textwrap.wrap(caption, max(12, width // 6)) for caption in captions]
     head = LINE * max(len(wrapped) for wrapped in lines) + 4
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     size = (MARGIN + columns * (width + MARGIN), MARGIN + rows * (head + height + MARGIN))
     page = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(page)
-    for number, (picture, wrapped) in enumerate(zip(pictures, lines, strict=True)):
+    for number, (image, wrapped) in enumerate(zip(images, lines, strict=True)):
         left = MARGIN + number % columns * (width + MARGIN)
         top = MARGIN + number // columns * (head + height + MARGIN)
         for row, line in enumerate(wrapped):
             pen.text((left, top + head - 4 - LINE * (len(wrapped) - row)), line, fill=TEXT, font=font)
-        page.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), (left, top + head))
+        page.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (left, top + head))
         pen.rectangle((left - 1, top + head - 1, left + width, top + head + height), outline=(200, 200, 200))
     return page
 
@@ -49,13 +52,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
-    given = parser.parse_args()
+    options = parser.parse_args()
     captions = [scene.caption for scene in draw.split()[1][:12]]
-    with Pipeline.open(given.bundle) as pipe:
-        result = pipe(captions, seed=given.seed, steps=given.steps, guidance=given.guidance)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(list(result.pixels), captions).save(given.output)
-    print(given.output)
+    with Pipeline.open(options.bundle) as pipe:
+        result = pipe(captions, seed=options.seed, steps=options.steps, guidance=options.guidance)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(list(result.pixels), captions).save(options.output)
+    print(options.output)
 
 
 if __name__ == "__main__":

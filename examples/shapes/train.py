@@ -1,7 +1,7 @@
-"""Trains the shapes checkpoint from nothing, on a CPU: python train.py --work WORK --out checkpoint
+"""Train the shapes checkpoint from scratch on a CPU: python train.py --work WORK --out checkpoint
 
-Stages, each resumed where WORK shows it was left: the autoencoder, the latents of the training pictures, the UNet together
-with the text encoder, the decoder once more. The held-out captions of draw.split are never seen by any of them.
+The stages are the autoencoder, the latents of the training images, the UNet with the text encoder, and the decoder again. Each
+resumes from its state in WORK. No stage sees the held-out captions of draw.split.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from components import SCALING, autoencoder, scheduler, text_encoder, unet, writ
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-PICTURES = 20_000
-WORKERS = 2  # threads, each with its share of a batch: twice as quick as one batch on two OpenMP threads
-VAE_BATCH, UNET_BATCH, CAPTIONS = 8, 32, 16  # a worker; CAPTIONS: distinct captions among them
+IMAGES = 20_000
+WORKERS = 2  # threads, each with a part of the batch: twice as fast as one batch on two OpenMP threads
+VAE_BATCH, UNET_BATCH, CAPTIONS = 8, 32, 16  # per worker; CAPTIONS is the number of distinct captions
 EVERY = 200  # steps between saved states
 
 
-def pictures(scenes: list[draw.Scene], seed: int) -> Iterator[tuple[int, draw.Picture]]:
-    """(index into scenes, jittered picture) for ever, each scene once in a pass."""
+def images(scenes: list[draw.Scene], seed: int) -> Iterator[tuple[int, draw.Image]]:
+    """Yield (index into scenes, jittered image) without end, each scene once per pass."""
     jitter = np.random.default_rng(seed)
     while True:
         for index in jitter.permutation(len(scenes)):
@@ -41,18 +41,18 @@ def pictures(scenes: list[draw.Scene], seed: int) -> Iterator[tuple[int, draw.Pi
 
 
 def harder(scenes: list[draw.Scene]) -> list[draw.Scene]:
-    """The scenes with the small ones thrice and their crosses six times: what an autoencoder learns last."""
+    """Return the scenes with small ones three times and small crosses six times, which an autoencoder learns last."""
     small = [scene for scene in scenes if scene.size == "small"]
     return scenes + 2 * small + 3 * [scene for scene in small if scene.shape == "cross"]
 
 
-def tensor(drawn: list[draw.Picture]) -> torch.Tensor:
-    """uint8 pictures as float32 [n, 3, 64, 64] in [-1, 1]."""
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def tensor(images: list[draw.Image]) -> torch.Tensor:
+    """Return uint8 images as float32 [n, 3, 64, 64] in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def rate(step: int, steps: int, peak: float, warm_up: int) -> float:
-    """Learning rate: linear warm-up, then a half cosine to a hundredth of the peak."""
+    """Return the learning rate: linear warm-up, then a half cosine to a hundredth of the peak."""
     done = min(step / steps, 1)
     return peak * min((step + 1) / warm_up, 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
@@ -66,7 +66,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def descend(
     pool: ThreadPoolExecutor, optimiser: torch.optim.Optimizer, model: torch.nn.Module, parts: list[Callable[[], torch.Tensor]]
 ) -> float:
-    """One step of the optimiser on the mean of the losses, each computed in a thread of its own; returns that mean."""
+    """Take one optimiser step on the mean of the losses, each computed in its own thread; return that mean."""
     parameters = list(model.parameters())
 
     def gradient(loss_of: Callable[[], torch.Tensor]) -> tuple[float, tuple[torch.Tensor, ...]]:
@@ -74,15 +74,15 @@ def descend(
         return loss.item(), torch.autograd.grad(loss, parameters)
 
     losses, gradients = zip(*pool.map(gradient, parts), strict=True)
-    for parameter, *each in zip(parameters, *gradients, strict=True):
-        parameter.grad = torch.stack(each).mean(0)
+    for parameter, *parts_of_gradient in zip(parameters, *gradients, strict=True):
+        parameter.grad = torch.stack(parts_of_gradient).mean(0)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimiser.step()
     return float(sum(losses) / len(losses))
 
 
 def difference(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Mean of |error| + error², five times as heavy on the shape and its surroundings, a tenth of a picture."""
+    """Return the mean of |error| + error², with five times the weight on the shape and its surroundings, a tenth of an image."""
     shape = ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
     weight = 1 + 4 * torch.nn.functional.max_pool2d(shape, 9, 1, 4)
     error = decoded - x
@@ -90,7 +90,7 @@ def difference(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(pool: ThreadPoolExecutor, scenes: list[draw.Scene], work: Path, steps: int) -> AutoencoderKL:
-    """L1 + MSE + 1e-4 of the mean KL, then latents brought to mean 0 and deviation 1 / SCALING."""
+    """Train on L1 + MSE + 1e-4 of the mean KL, then rescale the latents to mean 0 and standard deviation 1 / SCALING."""
     vae, done = autoencoder(), work / "vae.pt"
     if done.exists():
         vae.load_state_dict(torch.load(done, weights_only=True))
@@ -112,7 +112,7 @@ def train_autoencoder(pool: ThreadPoolExecutor, scenes: list[draw.Scene], work: 
         loss: torch.Tensor = difference(decoded.float(), x) + 1e-4 * kl
         return loss
 
-    source, began, running = pictures(harder(scenes), seed=1 + first), time.monotonic(), 0.0
+    source, began, running = images(harder(scenes), seed=1 + first), time.monotonic(), 0.0
     for step in range(first, steps):
         for group in optimiser.param_groups:
             group["lr"] = rate(step, steps, 1.5e-3, 50)
@@ -123,7 +123,7 @@ def train_autoencoder(pool: ThreadPoolExecutor, scenes: list[draw.Scene], work: 
             running = 0.0
         if (step + 1) % EVERY == 0:
             save(state, {"model": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1})
-    balanced = pictures(scenes, seed=0)
+    balanced = images(scenes, seed=0)
     standardise(vae.eval(), tensor([next(balanced)[1] for _ in range(1024)]))
     save(done, vae.state_dict())
     return vae
@@ -131,7 +131,7 @@ def train_autoencoder(pool: ThreadPoolExecutor, scenes: list[draw.Scene], work: 
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, x: torch.Tensor) -> None:
-    """Rescale and shift the latents channel by channel through the two 1x1 convolutions; the decoded picture stays the same."""
+    """Rescale and shift the latents channel by channel through the two 1x1 convolutions; the decoded image stays the same."""
     means = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(x, 128)])
     shift, scale = means.mean((0, 2, 3)), 1 / (SCALING * means.std((0, 2, 3)))
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -144,15 +144,15 @@ def standardise(vae: AutoencoderKL, x: torch.Tensor) -> None:
 
 
 def latents(pool: ThreadPoolExecutor, vae: AutoencoderKL, scenes: list[draw.Scene], work: Path) -> dict[str, torch.Tensor]:
-    """`latent` [n, 4, 8, 8], scaled, and `scene` [n], its index; every scene equally often."""
+    """Return the scaled `latent` [n, 4, 8, 8] and the index `scene` [n], with every scene equally often."""
     done = work / "latents.pt"
     if not done.exists():
-        count = PICTURES // len(scenes) * len(scenes)
-        drawn = list(itertools.islice(pictures(scenes, seed=2), count))
+        count = IMAGES // len(scenes) * len(scenes)
+        samples = list(itertools.islice(images(scenes, seed=2), count))
 
         @torch.no_grad()
         def encode(first: int) -> tuple[torch.Tensor, torch.Tensor]:
-            rows, seen = zip(*drawn[first : first + 64], strict=True)
+            rows, seen = zip(*samples[first : first + 64], strict=True)
             posterior = vae.encode(tensor(list(seen))).latent_dist
             return posterior.mode() * SCALING, torch.tensor(rows)
 
@@ -165,7 +165,7 @@ def latents(pool: ThreadPoolExecutor, vae: AutoencoderKL, scenes: list[draw.Scen
 
 
 def polish(pool: ThreadPoolExecutor, vae: AutoencoderKL, scenes: list[draw.Scene], work: Path, steps: int) -> None:
-    """More training for the decoder alone, whose latents stay as they are, with a little noise on them as the UNet leaves."""
+    """Train the decoder alone on fixed latents, with a little noise like that left by the UNet."""
     done = work / "polished.pt"
     if done.exists():
         vae.load_state_dict(torch.load(done, weights_only=True))
@@ -181,7 +181,7 @@ def polish(pool: ThreadPoolExecutor, vae: AutoencoderKL, scenes: list[draw.Scene
             decoded = vae.decode(z).sample
         return difference(decoded.float(), x)
 
-    source, began, running = pictures(harder(scenes), seed=5), time.monotonic(), 0.0
+    source, began, running = images(harder(scenes), seed=5), time.monotonic(), 0.0
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate(step, steps, 1.5e-3, 50)
@@ -207,7 +207,7 @@ def train_unet(
     out: Path,
     steps: int,
 ) -> torch.nn.ModuleDict:
-    """UNet and text encoder together on the noise-prediction loss; returns the moving average of both."""
+    """Train the UNet and the text encoder together on the noise-prediction loss; return their moving average."""
     data = latents(pool, vae, scenes, work)
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     ids = token_ids(tokenizer, [scene.caption for scene in scenes] + [""])
@@ -228,18 +228,18 @@ def train_unet(
 
     def loss_of(random: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(scenes), (CAPTIONS,), generator=random)
-        each = UNET_BATCH // CAPTIONS
-        rows = torch.cat([of_scene[row][torch.randint(len(of_scene[row]), (each,), generator=random)] for row in chosen])
-        told = torch.where(torch.rand(CAPTIONS, generator=random) < 0.25, len(scenes), chosen)  # the last is no caption
+        count = UNET_BATCH // CAPTIONS
+        rows = torch.cat([of_scene[row][torch.randint(len(of_scene[row]), (count,), generator=random)] for row in chosen])
+        captions = torch.where(torch.rand(CAPTIONS, generator=random) < 0.25, len(scenes), chosen)  # len(scenes): no caption
         clean = data["latent"][rows]
-        t = draw_timesteps(UNET_BATCH, random)
+        t = random_timesteps(UNET_BATCH, random)
         alpha, sigma = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
-        # Guidance pushes latents beyond the data. Six in ten samples carry such a push, for the model to take back.
+        # Guidance pushes latents beyond the data. Six in ten samples have such a push, which the model learns to remove.
         push = 4 * (torch.rand(UNET_BATCH, 1, 1, 1, generator=random) - 0.4).clamp(min=0)
         noise = torch.randn(clean.shape, generator=random) + push * clean
-        text = model["text"](ids[told])[0].repeat_interleave(each, 0)
+        text = model["text"](ids[captions])[0].repeat_interleave(count, 0)
         guess = model["unet"](alpha * clean + sigma * noise, t, text, return_dict=False)[0]
-        # Places are decided where there is next to no signal, and there the plain loss hardly counts the clean picture.
+        # Places are decided at noise levels with almost no signal, where the plain loss hardly depends on the clean image.
         weight = (1 / alphas[t]).clamp(max=10)
         loss: torch.Tensor = (weight * (guess - noise).square().mean((1, 2, 3))).mean()
         return loss
@@ -263,8 +263,8 @@ def train_unet(
     return average
 
 
-def draw_timesteps(count: int, random: torch.Generator) -> torch.Tensor:
-    """Half uniform over the schedule, half over its noisy end."""
+def random_timesteps(count: int, random: torch.Generator) -> torch.Tensor:
+    """Return random timesteps: half are uniform over the schedule, half over its noisy end."""
     u = torch.rand(count, generator=random)
     noisy = torch.arange(count) % 2 == 1
     return torch.where(noisy, 600 + 400 * u, 1000 * u).long()
@@ -277,17 +277,17 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--decoder-steps", type=int, default=4500)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    given.work.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     scenes, held_out = draw.split()
-    vocab = vocabulary.write_tokenizer(given.out / "tokenizer", draw.words())
+    vocab = vocabulary.write_tokenizer(options.out / "tokenizer", draw.words())
     print(json.dumps({"train": len(scenes), "held out": len(held_out), "vocabulary": len(vocab)}), flush=True)
     with ThreadPoolExecutor(WORKERS, initializer=partial(torch.set_num_threads, 1)) as pool:
-        vae = train_autoencoder(pool, scenes, given.work, given.vae_steps)
-        average = train_unet(pool, vae, vocab, scenes, given.work, given.out, given.unet_steps)
-        polish(pool, vae, scenes, given.work, given.decoder_steps)
-    write(vae, average, given.out)
+        vae = train_autoencoder(pool, scenes, options.work, options.vae_steps)
+        average = train_unet(pool, vae, vocab, scenes, options.work, options.out, options.unet_steps)
+        polish(pool, vae, scenes, options.work, options.decoder_steps)
+    write(vae, average, options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The tokenizer files of the shapes checkpoint: CLIP byte-pair encoding whose merges are learned from the caption words.
+"""Write the tokenizer files of the shapes checkpoint: CLIP byte-pair encoding with merges learned from the caption words.
 
-Every byte is a token of its own (alone and at the end of a word), so any text can be encoded; each caption word is one token.
+Every byte has its own token (inside and at the end of a word), so any text can be encoded; each caption word is one token.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ LENGTH = 77
 
 
 def byte_letters() -> list[str]:
-    """The printable letter that stands for each byte 0..255 (GPT-2's table, in CLIP's order of the vocabulary)."""
+    """Return the printable letter for each byte 0..255 (GPT-2's table, in CLIP's order of the vocabulary)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(rest))]
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until every word (ASCII letters) is one token (Sennrich et al. 2016)."""
+    """Return byte-pair merges until every word (ASCII letters) is one token, the most frequent pair first (Sennrich et al. 2016)."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(parts) > 1 for parts in spelled):
@@ -34,7 +34,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """`parts` with every occurrence of `pair`, from the left, made one."""
+    """Return `parts` with every occurrence of `pair`, from the left, joined."""
     merged: list[str] = []
     for part in parts:
         if merged and (merged[-1], part) == pair:
@@ -45,7 +45,7 @@ def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> dict[str, int]:
-    """vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json into `folder`; returns the vocabulary."""
+    """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json to `folder`; return the vocabulary."""
     letters = byte_letters()
     merges = learn_merges(words)
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]

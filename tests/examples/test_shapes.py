@@ -1,4 +1,4 @@
-"""The shapes example: what it draws, how it is judged, and the checkpoint that is committed with it."""
+"""The shapes example: its images, how they are judged, and the checkpoint that is committed with it."""
 
 from __future__ import annotations
 
@@ -127,12 +127,12 @@ def test_the_merges_make_one_token_of_each_word(draw):
         assert parts == [word + "</w>"]
 
 
-def test_it_draws_held_out_captions(draw, evaluation):
+def test_it_generates_held_out_captions(draw, evaluation):
     pytest.importorskip("diffusers")
     evaluate = importlib.import_module("evaluate")
     scenes = draw.split()[1][:6]
-    pictures = evaluate.diffusers_drawer(CHECKPOINT, evaluation["steps"], evaluation["guidance"])
-    right, wrong = evaluate.judge(scenes, pictures([scene.caption for scene in scenes], evaluation["seed"]))
+    generate = evaluate.diffusers_generator(CHECKPOINT, evaluation["steps"], evaluation["guidance"])
+    right, wrong = evaluate.judge(scenes, generate([scene.caption for scene in scenes], evaluation["seed"]))
     assert right["all"] >= 5 / 6, wrong
 
 
@@ -146,17 +146,17 @@ def test_the_judge_counts(draw):
     assert set(wrong[0]) == {"caption", *differing}
 
 
-def test_a_sheet_has_room_for_every_picture(draw):
+def test_a_sheet_has_room_for_every_image(draw):
     pytest.importorskip("PIL")
     sheet = importlib.import_module("sheet")
     scenes = draw.split()[1][:5]
-    pictures = [draw.draw(scene) for scene in scenes]
-    page = sheet.sheet(pictures, [scene.caption for scene in scenes], columns=3)
+    images = [draw.draw(scene) for scene in scenes]
+    page = sheet.sheet(images, [scene.caption for scene in scenes], columns=3)
     seen = np.asarray(page)
-    for picture, scene in zip(pictures, scenes, strict=True):
-        assert (seen == np.median(picture.reshape(-1, 3), axis=0)).all(2).sum() > 64 * 64, scene.caption
-    with pytest.raises(ValueError, match="5 pictures and 1 caption"):
-        sheet.sheet(pictures, [scenes[0].caption])
+    for image, scene in zip(images, scenes, strict=True):
+        assert (seen == np.median(image.reshape(-1, 3), axis=0)).all(2).sum() > 64 * 64, scene.caption
+    with pytest.raises(ValueError, match="5 images and 1 caption"):
+        sheet.sheet(images, [scenes[0].caption])
 
 
 def test_the_evaluation_meets_its_mark(evaluation):
