@@ -22,7 +22,7 @@ def byte_letters() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Return byte-pair merges until every word (ASCII letters) is one token, the most frequent pair first (Sennrich et al. 2016)."""
+    """Return the byte-pair merges that make every word (ASCII letters) one token, most frequent pair first (Sennrich 2016)."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(parts) > 1 for parts in spelled):

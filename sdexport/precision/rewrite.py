@@ -51,19 +51,19 @@ def apply_precision(
 def sinusoid(graph: ir.Graph) -> set[ir.Node]:
     """Return the nodes of a positional sinusoid: all before a sine or cosine, and those after it up to a product with weights."""
     periodic = [node for node in graph if node.op_type in _PERIODIC]
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     before, after = list(periodic), list(periodic)
     while before:
         node = before.pop()
-        found.add(node)
+        nodes.add(node)
         producers = {value.producer() for value in node.inputs if value is not None}
-        before += [producer for producer in producers if producer is not None and producer not in found]
+        before += [producer for producer in producers if producer is not None and producer not in nodes]
     while after:
         node = after.pop()
-        found.add(node)
+        nodes.add(node)
         users = {user for value in node.outputs for user, _ in value.uses()}
-        after += [user for user in users - found if user.op_type not in _PRODUCTS]
-    return found
+        after += [user for user in users - nodes if user.op_type not in _PRODUCTS]
+    return nodes
 
 
 def logits(graph: ir.Graph) -> set[ir.Value]:
@@ -72,7 +72,7 @@ def logits(graph: ir.Graph) -> set[ir.Value]:
     Numbers far below the largest do not affect a softmax, so those beyond the precision may become its lowest number or minus
     infinity.
     """
-    found: set[ir.Value] = set()
+    values: set[ir.Value] = set()
     for node in reversed(list(graph)):
         for value in (*node.outputs, *(source for source in node.inputs if source is not None)):
             users = [user for user, _ in value.uses()]
@@ -80,11 +80,11 @@ def logits(graph: ir.Graph) -> set[ir.Value]:
                 not value.is_graph_output()
                 and users
                 and all(
-                    user.op_type == "Softmax" or (user.op_type in _MASKING and found.issuperset(user.outputs)) for user in users
+                    user.op_type == "Softmax" or (user.op_type in _MASKING and values.issuperset(user.outputs)) for user in users
                 )
             ):
-                found.add(value)
-    return found
+                values.add(value)
+    return values
 
 
 def free_nodes(graph: ir.Graph, precision: Precision) -> list[ir.Node]:
