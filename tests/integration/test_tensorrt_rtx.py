@@ -143,7 +143,7 @@ def test_every_component_builds_for_every_target(
         ("sd1_fp16", ("--target", "current"), 3, "no NVIDIA GPU found; name a target to build for: sm75"),
         ("sd1_fp16", ("--option", "strip=true"), 2, "building with it needs an RTX GPU"),
         ("sd1_fp16", ("--option", "version_compatible=true"), 2, "it ships no lean runtime"),
-        ("sd1_fp16", ("--option", "optimization_level=9"), 2, "0 (quickest build) to 5"),
+        ("sd1_fp16", ("--option", "optimization_level=9"), 2, "0 (fastest build) to 5"),
         ("sd1_fp16", ("--option", "optimisation_level=3"), 2, "did you mean optimization_level?"),
     ],
 )
