@@ -81,7 +81,7 @@ class Check:
             size = pipe.model.default_size[::-1]
             requests = [Request(prompt=prompt, seed=k, steps=self.steps, size=size) for k, prompt in enumerate(self.prompts)]
             ours = [generate(pipe, [request], on_device=True)[0] for request in requests]
-        checkpoint = locate(self.model, precision="fp32", allow_pickle=False).folder
+        checkpoint = locate(self.model, precision="fp32", allow_pickle=False).path
         with contextlib.closing(Diffusers(checkpoint, device="cpu", precision="fp32")) as rival:
             theirs = [rival.generate(EAGER, [request])[0] for request in requests]
         decibels = [round(image_psnr(a, b), 2) for a, b in zip(ours, theirs, strict=True)]

@@ -198,7 +198,7 @@ def _checkpoint(manifest: Manifest, model: str | None) -> Path:
     source = model or str(manifest.provenance.get("source", ""))
     if model is None and "/" not in source:
         raise SettingError(f"torch needs the checkpoint of the bundle, {source or 'which the bundle does not name'}: add --model")
-    return locate(source, precision=manifest.precision, allow_pickle=False).folder
+    return locate(source, precision=manifest.precision, allow_pickle=False).path
 
 
 def _measure(

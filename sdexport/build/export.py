@@ -19,7 +19,7 @@ from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress,
 from sdexport.build.files import component_specs, without_code_keys, write_pipeline_files
 from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of
 from sdexport.checkpoint.card import read_card
-from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.checkpoint.hub import Located, locate
 from sdexport.families.components import Component, components
 from sdexport.precision.probe import check_environment
@@ -44,7 +44,7 @@ REFERENCE = "reference"  # a folder that exists while half precision is audited
 
 
 def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress | EngineProgress, None, ExportResult]:
-    """Build the bundle `out` from a diffusers folder or a hub id; return the result.
+    """Build the bundle `out` from a diffusers folder, a .safetensors file or a hub id; return the result.
 
     An existing bundle of the same inputs is kept, and missing engines are added. Raises SdexportError, and sdruntime's errors for
     the disk and the engines.
@@ -64,7 +64,7 @@ def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProg
 def model_name(located: Located) -> str:
     """Return the name in a hub id; for a folder, the name in its model card, or else the folder's name."""
     *owner, name = located.source.split("/")
-    return name if owner else read_card(located.folder).name or name
+    return name if owner else read_card(located.path).name or name
 
 
 def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress, None, ExportResult]:
@@ -74,9 +74,9 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     """
     check_place(out)
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
-    _refuse_overlap(out, located.folder)
+    _refuse_overlap(out, located.path)
     checkpoint = read_checkpoint(
-        located.folder, name=model_name(located), precision=options.precision, allow_pickle=options.allow_pickle
+        located.path, name=model_name(located), precision=options.precision, allow_pickle=options.allow_pickle
     )
     table = components(checkpoint)
     for request in options.engines:
@@ -153,7 +153,7 @@ def _export(
     for index, component in enumerate(table):
         (folder / component.name).mkdir()
         job = ComponentJob(
-            checkpoint=str(checkpoint.folder),
+            checkpoint=str(checkpoint.path),
             component=component.name,
             precision=options.precision,
             allow_pickle=options.allow_pickle,
@@ -196,7 +196,7 @@ def _verify(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count:
     """
     progress = functools.partial(ExportProgress, component="golden", index=count, count=count)
     yield progress(stage=Stage(name="reference"))
-    job = GoldenJob(checkpoint=str(checkpoint.folder), bundle=str(folder), allow_pickle=options.allow_pickle)
+    job = GoldenJob(checkpoint=str(checkpoint.path), bundle=str(folder), allow_pickle=options.allow_pickle)
     peak = finish(run_golden(job))
     yield progress(stage=Stage(name="verify"))
     proof = verified_apart(folder, what=checkpoint.model.name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.families.components import Component
 from sdexport.trace.component import DATA, MODEL
 from sdexport.trace.versions import versions

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.build.events import ExportOptions
-from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.hub import Located
 from sdexport.families.components import Component
 from sdexport.trace.cache import trace_key
@@ -23,9 +23,8 @@ from sdruntime.verification.golden import DOCUMENT
 
 def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions) -> str:
     """Return the hash of everything that determines the ONNX models and the files beside them."""
-    names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in checkpoint.parts))
-    files = [checkpoint.folder / name for name in names]
-    files += [path for part in checkpoint.parts.values() for path in part.files]
+    files = dict(checkpoint.source.inputs(checkpoint.parts))
+    files |= {path.relative_to(checkpoint.root).as_posix(): path for part in checkpoint.parts.values() for path in part.files}
     return digest_of(
         {
             "model": json_from_record(checkpoint.model),
@@ -33,9 +32,10 @@ def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options
             "audit": options.audited,
             "step": [SLOTS, SOURCES, TARGETS],
             "traces": [trace_key(component) for component in table],
+            "scheduler": dict(checkpoint.scheduler),
             "tokenizers": {name: dict(tokenizer.files) for name, tokenizer in checkpoint.tokenizers.items()},
             "versions": versions(),
-            "files": {path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files},
+            "files": {name: sha256(path) for name, path in files.items()},
         }
     )
 

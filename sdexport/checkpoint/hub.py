@@ -23,9 +23,9 @@ _NOWHERE = "no such folder, and not a hub id (owner/name)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A checkpoint's folder. `source` is its folder name or hub id, without this machine's paths; `revision` the hub's commit."""
+    """A checkpoint's folder or file. `source` is its name or hub id, without paths of this machine; `revision` the commit."""
 
-    folder: Path
+    path: Path
     source: str
     revision: str | None = None
 
@@ -38,7 +38,7 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: st
     """
     path = Path(model)
     if path.exists():
-        return Located(folder=path, source=_name_of(path.resolve()))
+        return Located(path=path, source=_name_of(path.resolve()))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
         raise CheckpointError(model, [_NOWHERE])
     return _download(model, precision, allow_pickle, revision)
@@ -85,7 +85,7 @@ def _download(model: str, precision: Precision, allow_pickle: bool, revision: st
     names = [sibling.rfilename for sibling in info.siblings or ()]
     wanted = needed_files(names, precision, allow_pickle=allow_pickle)
     folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=wanted)
-    return Located(folder=Path(folder), source=model, revision=info.sha)
+    return Located(path=Path(folder), source=model, revision=info.sha)
 
 
 def _cached(model: str, revision: str | None, reason: Exception) -> Located:
@@ -101,4 +101,4 @@ def _cached(model: str, revision: str | None, reason: Exception) -> Located:
             f"{model}: the hub cannot be reached ({type(reason).__name__}: {first}), and there is no local copy: "
             "download it on a machine with a network, and use its folder"
         ) from reason
-    return Located(folder=folder, source=model, revision=folder.name)
+    return Located(path=folder, source=model, revision=folder.name)

@@ -36,6 +36,7 @@ LONGEST_HEADER = 16 << 20  # bytes. SDXL's has 230 kB
 MOST_TENSORS = 50_000  # SDXL's UNet has 1,680
 _MOST_AXES, _LARGEST_AXIS = 8, 1 << 40
 
+_METADATA = "__metadata__"
 _WEIGHT, _SCALE = ".weight", ".scale_weight"
 # tensors that do not change a scaled float8 weight: the scale of the layer's input, for products in float8
 _HARMLESS = (".scale_input",)
@@ -51,6 +52,24 @@ class StoredTensor:
     offset: int
     size: int
     scale: StoredTensor | None = None
+    is_transposed: bool = False
+
+    def rows(self, index: int, of: int) -> StoredTensor:
+        """Return part `index` of `of` equal parts along the first axis. Raises ValueError where they are not equal."""
+        if not self.shape or self.shape[0] % of or self.is_transposed:
+            raise ValueError(f"a tensor of {list(self.shape)} has no {of} equal parts")
+        size, shape = self.size // of, (self.shape[0] // of, *self.shape[1:])
+        return dataclasses.replace(self, shape=shape, offset=self.offset + index * size, size=size)
+
+    def reshaped(self, shape: tuple[int, ...]) -> StoredTensor:
+        """Return the same values in another shape. Raises ValueError where their numbers differ."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"a tensor of {list(self.shape)} cannot take the shape {list(shape)}")
+        return dataclasses.replace(self, shape=shape)
+
+    def transposed(self) -> StoredTensor:
+        """Return a matrix with its axes exchanged."""
+        return dataclasses.replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
 
     @property
     def readable(self) -> bool:
@@ -61,7 +80,7 @@ class StoredTensor:
         import ml_dtypes
 
         kind = np.dtype(getattr(ml_dtypes, (_FLOATS | _FLOAT8)[self.dtype], _FLOATS.get(self.dtype)))
-        values = np.empty(self.shape, kind)
+        values = np.empty(self.shape[::-1] if self.is_transposed else self.shape, kind)
         with self.file.open("rb") as file:
             file.seek(self.offset)
             if self.size and file.readinto(values.reshape(-1).view(np.uint8).data) != self.size:
@@ -70,11 +89,36 @@ class StoredTensor:
             values = values.astype(np.float32)
         if self.scale is not None:
             values *= self.scale.read().astype(np.float32).reshape(())
-        return values
+        return np.ascontiguousarray(values.T) if self.is_transposed else values
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. Raises ValueError if it is truncated, damaged or of another format."""
+    header, start, total = _header(path)
+    try:
+        if len(header) > MOST_TENSORS:
+            raise ValueError(f"{len(header):,} tensors, more than the {MOST_TENSORS:,} that are read")
+        tensors = {name: _stored(path, name, start, entry) for name, entry in header.items() if name != _METADATA}
+        end = _checked_end(tensors, start)
+    except ValueError as error:
+        raise ValueError(f"the safetensors header is damaged ({error})") from None
+    if end != total:
+        raise ValueError(f"{total:,} bytes, but its header requires {end:,}: cut off, or damaged; download it again")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what a safetensors file says of itself, as `modelspec.*` (https://github.com/Stability-AI/ModelSpec).
+
+    Raises ValueError as `read_header` does.
+    """
+    metadata = _header(path)[0].get(_METADATA)
+    entries = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, str)}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header, the offset of its data, and its size."""
     with open_regular(path) as file:
         total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -87,16 +131,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json_from_text(text.decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
-        if len(header) > MOST_TENSORS:
-            raise ValueError(f"{len(header):,} tensors, more than the {MOST_TENSORS:,} that are read")
-        start = 8 + length
-        tensors = {name: _stored(path, name, start, entry) for name, entry in header.items() if name != "__metadata__"}
-        end = _checked_end(tensors, start)
     except ValueError as error:
         raise ValueError(f"the safetensors header is damaged ({error})") from None
-    if end != total:
-        raise ValueError(f"{total:,} bytes, but its header requires {end:,}: cut off, or damaged; download it again")
-    return tensors
+    return header, 8 + length, total
 
 
 def is_regular(path: Path) -> bool:

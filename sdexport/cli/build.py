@@ -52,7 +52,7 @@ def build(
     as_json: bool,
     reporter: Reporter,
 ) -> None:
-    """Export MODEL, a diffusers folder or a Hugging Face model id, to a bundle."""
+    """Export MODEL to a bundle: a diffusers folder, a .safetensors file, or a Hugging Face model id."""
     if recipe is not None:
         _refuse_beside_a_recipe(click.get_current_context())
     elif not backends and (target or size or batch or guidance):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
-from sdexport.checkpoint.folder import Checkpoint
 from sdruntime.bundle.manifest import TensorSpec
 
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdexport.checkpoint.bounds import at_most
-from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.checkpoint.names import match_weights
 from sdexport.checkpoint.safetensors import StoredTensor
 from sdexport.checkpoint.unpickle import convert_pickles

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.errors import ExportError, ProcessKilled
 from sdexport.trace.component import MODEL, ComponentJob
 from sdexport.trace.process import run_job
@@ -35,7 +35,7 @@ def bisect(
     with tempfile.TemporaryDirectory() as scratch:
         yield Stage(name=f"{component}: trace in float32")
         job = ComponentJob(
-            checkpoint=str(checkpoint.folder),
+            checkpoint=str(checkpoint.path),
             component=component,
             precision="fp32",
             allow_pickle=allow_pickle,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sdexport.checkpoint.bounds import at_most
-from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.checkpoint.names import match_weights
 from sdexport.checkpoint.opening import GOLDEN_STEPS, fitting_steps
 from sdexport.checkpoint.unpickle import convert_pickles
@@ -132,7 +132,7 @@ class Reference:
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
     """Of the weights that a checkpoint's networks are made of."""
     files = [path for part in checkpoint.parts.values() for path in part.files]
-    return hash_of({path.relative_to(checkpoint.folder).as_posix(): sha256(path) for path in files})
+    return hash_of({path.relative_to(checkpoint.root).as_posix(): sha256(path) for path in files})
 
 
 def make_golden(job: GoldenJob) -> Iterator[str]:

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.opening import PATH as SCHEDULER
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
-from sdexport.checkpoint.tree import read_own
 from sdexport.errors import ExportError
 from sdruntime.arrays import Array
 from sdruntime.errors import NotFinite
@@ -107,7 +106,7 @@ def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
     (place / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     files = [f"{name}/{file}" for name in checkpoint.tokenizers for file in TOKENIZER_FILES]
     for path in (*files, SCHEDULER):
-        data = read_own(checkpoint.folder / path, checkpoint.folder)
+        data = checkpoint.source.file(path)
         if data is not None:
             (place / path).parent.mkdir(exist_ok=True)
             (place / path).write_bytes(data)

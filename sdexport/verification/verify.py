@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdexport.checkpoint.folder import Checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.hub import locate
 from sdexport.errors import CheckpointError, ExportError, ProcessKilled
 from sdexport.verification.golden import Reference, checkpoint_hash, opened
@@ -57,7 +57,7 @@ def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = Fal
     golden, _ = read_golden(bundle)
     precision = bundle.manifest.precision
     located = locate(model, precision=precision, allow_pickle=allow_pickle)
-    checkpoint = opened(located.folder, precision, allow_pickle=allow_pickle)
+    checkpoint = opened(located.path, precision, allow_pickle=allow_pickle)
     found = checkpoint_hash(checkpoint)
     if found != golden.checkpoint:
         source = bundle.manifest.provenance.get("source", "unknown")

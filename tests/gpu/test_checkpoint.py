@@ -19,7 +19,7 @@ PARAMETERS = {  # millions, as the published checkpoints have them
 
 @pytest.mark.parametrize("model", checkpoint.MODELS)
 def test_it_has_the_published_size_and_is_read(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdexport.checkpoint.folder import read_checkpoint
+    from sdexport.checkpoint.checkpoint import read_checkpoint
 
     sizes: dict[str, float] = {}
 

@@ -21,7 +21,7 @@ import tiny
 from hostile import changed, changed_bytes, encoded
 from safetensors.numpy import save
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.safetensors import merge_shards, read_header
 from sdexport.checkpoint.tokenizer import NAMES, read_tokenizer
 from sdexport.errors import CheckpointError

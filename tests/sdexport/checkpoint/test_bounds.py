@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.errors import CheckpointError, ExportError
 from sdexport.families.components import components
 

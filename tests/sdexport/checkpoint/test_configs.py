@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.configs import CONFIGS, REQUIRED, read_config
-from sdexport.checkpoint.folder import read_checkpoint
 from sdexport.errors import CheckpointError
 
 
@@ -75,7 +75,7 @@ def test_defaults_stand_in_for_what_an_old_file_lacks() -> None:
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
         ("unet", {"encoder_hid_dim": 48}, "encoder_hid_dim 48, but the text's embedding is 32 wide"),
         ("unet", {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 32}, "encoder_hid_dim_type is 'image_proj'"),
-        ("unet", {"encoder_hid_dim": 32, "cross_attention_dim": [32, 32]}, "is a list beside encoder_hid_dim"),
+        ("unet", {"encoder_hid_dim": 32, "cross_attention_dim": [32, 32]}, "is a list, but encoder_hid_dim"),
         ("unet", {"cross_attention_dim": 64}, "cross_attention_dim 64, but the text's embedding is 32 wide"),
         ("unet", {"cross_attention_dim": [32, 64]}, "cross_attention_dim 64, but"),
         ("unet", {"cross_attention_dim": [32]}, "cross_attention_dim has 1 entries for 2 block_out_channels"),
@@ -111,8 +111,8 @@ def test_the_pooled_text_of_xl_must_fit(copy: Callable[[str], Path]) -> None:
     folder = copy("sdxl")
     edit(folder / "unet" / "config.json", addition_time_embed_dim=4)
     assert faults(folder) == (
-        "unet/config.json: projection_class_embeddings_input_dim is 80, but six of addition_time_embed_dim 4 "
-        "and text_encoder_2's projection_dim 32 make 56",
+        "unet/config.json: projection_class_embeddings_input_dim is 80, but 6 * addition_time_embed_dim 4 "
+        "+ text_encoder_2's projection_dim 32 is 56",
     )
 
 

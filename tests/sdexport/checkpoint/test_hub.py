@@ -64,7 +64,7 @@ def test_shards_come_with_their_index() -> None:
 
 def test_a_folder_is_where_it_is(tmp_path: Path) -> None:
     located = locate(str(tmp_path), precision="fp32", allow_pickle=False)
-    assert (located.folder, located.source, located.revision) == (tmp_path, tmp_path.name, None)
+    assert (located.path, located.source, located.revision) == (tmp_path, tmp_path.name, None)
 
 
 NOWHERE = ["no-such-folder", "a/b/c", "folder/model.safetensors", "own er/name", "/nowhere", "../x", ".cache/x"]
@@ -134,7 +134,7 @@ def test_without_a_network_the_copy_in_the_cache_is_taken(
     (repository / "refs" / "main").write_text("c0ffee")
     offline(monkeypatch, tmp_path)
     located = locate("owner/name", precision="fp32", allow_pickle=False)
-    assert (located.folder, located.revision) == (repository / "snapshots" / "c0ffee", "c0ffee")
+    assert (located.path, located.revision) == (repository / "snapshots" / "c0ffee", "c0ffee")
     with pytest.raises(EnvironmentFault, match="there is no local copy"):
         locate("owner/name", precision="fp32", allow_pickle=False, revision="v1")
 

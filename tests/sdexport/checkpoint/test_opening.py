@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.opening import _IDLE, _KNOWN, SCHEDULERS, opened_scheduler, opened_unet
 from sdexport.errors import CheckpointError
 from sdruntime.sampling.samplers import SAMPLERS, resolve, settled

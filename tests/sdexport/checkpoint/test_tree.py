@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.tree import read_own
 from sdexport.errors import CheckpointError
 

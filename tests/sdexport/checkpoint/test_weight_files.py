@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.weight_files import choose_weight_file
 from sdexport.errors import CheckpointError
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.errors import AuditError, ExportError
 from sdexport.families.components import components
 from sdexport.precision.activations import Activations, Feed, MeasuredGraph, likeness

@@ -268,7 +268,7 @@ def names(kind: type) -> set[str]:
 
 
 def test_the_components_are_those_of_the_exporter(sd1_checkpoint: Path, sdxl_checkpoint: Path) -> None:
-    from sdexport.checkpoint.folder import read_checkpoint
+    from sdexport.checkpoint.checkpoint import read_checkpoint
     from sdexport.families.components import components
 
     found = set()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.families.components import Component, components
 from sdexport.trace.cache import cache_folder, load_trace, store_trace, trace_key
 

@@ -12,7 +12,7 @@ import pytest
 import torch_side
 from onnx import TensorProto, helper
 
-from sdexport.checkpoint.folder import read_checkpoint
+from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.safetensors import read_header
 from sdexport.errors import ExportError
 from sdexport.families.components import Component, components

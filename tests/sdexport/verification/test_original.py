@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdexport.checkpoint.folder import Checkpoint, read_checkpoint
+from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.errors import ExportError
 from sdexport.families.components import components
 from sdexport.verification.original import original_images

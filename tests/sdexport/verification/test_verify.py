@@ -15,7 +15,7 @@ from generators import job_here, whole
 from sdexport_cli import run
 
 import sdexport.build.export
-import sdexport.checkpoint.folder
+import sdexport.checkpoint.checkpoint
 import sdexport.trace.component
 import sdexport.verification.bisect
 from sdexport.build.events import ExportOptions, ExportProgress, ExportResult
@@ -139,7 +139,7 @@ def test_a_fault_of_what_is_between_the_networks_fails_the_build(
     sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # every network is right, the latents are not: diffusers has no shift
-    monkeypatch.setattr(sdexport.checkpoint.folder, "ModelSpec", functools.partial(ModelSpec, shift_factor=0.5))
+    monkeypatch.setattr(sdexport.checkpoint.checkpoint, "ModelSpec", functools.partial(ModelSpec, shift_factor=0.5))
     with pytest.raises(VerificationFailed) as told:
         whole(build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions()))
     assert len(told.value.faults) == 2, "the two images, and no network"

@@ -196,14 +196,14 @@ class _Shadow(dict[int, str]):
 _SHADOW = _Shadow()
 
 
-def _byte_symbols() -> dict[int, str]:
+def byte_symbols() -> dict[int, str]:
     """Return GPT-2's printable symbol of each byte: itself if it is visible Latin-1, else the next code point from 256 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-_SYMBOLS = _byte_symbols()
+_SYMBOLS = byte_symbols()
 _BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
 
 

@@ -1,0 +1,67 @@
+"""A checkpoint in one file, presented as a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sdexport.checkpoint.card import Card
+from sdexport.checkpoint.original.layout import Original, read_original
+from sdexport.checkpoint.original.tokenizer import clip_tokenizer
+from sdexport.checkpoint.safetensors import read_header, read_metadata, with_scales
+from sdexport.checkpoint.weight_files import StoredWeights
+from sdexport.errors import CheckpointError
+from sdruntime.errors import plain
+
+_UNKNOWN = "unknown"
+
+
+class SingleFile:
+    """A source of `sdexport.checkpoint.checkpoint`: `original` is what the file holds, and `metadata` what it says of itself."""
+
+    def __init__(self, path: Path, original: Original, metadata: Mapping[str, str]) -> None:
+        self.path, self.inferred = path, original.inferred
+        self._original, self._metadata = original, metadata
+        self._documents: Mapping[str, Mapping[str, Any]] = {
+            "model_index.json": original.index,
+            "scheduler/scheduler_config.json": original.scheduler,
+            **{f"{part}/config.json": config for part, config in original.configs.items()},
+        }
+        self._files = {
+            f"{tokenizer}/{name}": data
+            for tokenizer, pad in original.pads.items()
+            for name, data in clip_tokenizer(pad=pad).items()
+        }
+
+    def document(self, path: str) -> Any:
+        if path not in self._documents:
+            raise FileNotFoundError(path)
+        return dict(self._documents[path])
+
+    def file(self, path: str) -> bytes | None:
+        if path in self._documents:
+            return json.dumps(self._documents[path]).encode()
+        return self._files.get(path)
+
+    def card(self) -> Card:
+        return Card(
+            name=self._metadata.get("modelspec.title", ""), license=self._metadata.get("modelspec.license", "") or _UNKNOWN
+        )
+
+    def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
+        return {}
+
+    def weights(self, part: str, faults: list[str]) -> StoredWeights:
+        return StoredWeights(files=(self.path,), tensors=MappingProxyType(dict(self._original.weights[part])))
+
+
+def read_single_file(path: Path) -> SingleFile:
+    """Return what a safetensors file holds. Raises CheckpointError with every fault."""
+    try:
+        tensors, metadata = with_scales(read_header(path)), read_metadata(path)
+        return SingleFile(path, read_original(tensors, metadata), metadata)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path.name, plain(error).split("\n")) from None

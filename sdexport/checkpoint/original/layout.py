@@ -1,0 +1,163 @@
+"""A single file as a diffusers folder: which model it is, and what the folder's documents would say.
+
+Nothing is asked of a name of a file: the names and shapes of its tensors decide, and its metadata where they cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sdexport.checkpoint.original.naming import Tensors, within
+from sdexport.checkpoint.original.standard import OTHERS, SIZE_OF_V, STANDARDS, UNET, VAE, Standard
+from sdexport.checkpoint.original.text import read_clip, read_open_clip
+from sdexport.checkpoint.original.unet import read_unet
+from sdexport.checkpoint.original.vae import read_vae
+
+_EMA = "model_ema."
+_V, _EPSILON = "v_prediction", "epsilon"
+_SPREAD_OF_V = 0.09
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """What a file holds.
+
+    `index`, `scheduler` and `configs` are the documents of a diffusers folder, `weights` the tensors of each part by the names of
+    diffusers, and `pads` the padding token of each tokenizer. `inferred` has a line for each conclusion and its reason.
+    """
+
+    index: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    weights: Mapping[str, Tensors]
+    pads: Mapping[str, str]
+    inferred: tuple[str, ...]
+
+
+def read_original(tensors: Tensors, metadata: Mapping[str, str], *, prediction: str | None = None) -> Original:
+    """Return what the tensors of one file are. `prediction`: the prediction type, where the user names it.
+
+    Raises ValueError with every fault, one a line.
+    """
+    tensors = _with_text_model(tensors)
+    standard = _standard(tensors)
+    inferred = [f"{standard.name}: the file has {standard.encoders[-1].sign}"]
+    if any(name.startswith(_EMA) for name in tensors):
+        inferred.append(f"the weights without averaging are used, as diffusers uses them, not those of {_EMA}*")
+    faults: list[str] = []
+    configs: dict[str, Mapping[str, Any]] = {}
+    weights: dict[str, Tensors] = {}
+
+    def take(part: str, prefix: str, read: Any, **settings: Any) -> None:
+        own = within(tensors, prefix)
+        if not own:
+            faults.append(f"{part}: no tensor's name begins with {prefix}: use a checkpoint of the whole model")
+            return
+        try:
+            configs[part], weights[part] = read(own, **settings)
+        except ValueError as error:
+            faults.append(f"{part}: {error}")
+
+    for encoder in standard.encoders:
+        if encoder.layout == "clip":
+            take(encoder.part, encoder.prefix, read_clip)
+        else:
+            take(encoder.part, encoder.prefix, read_open_clip, projected=encoder.projected)
+    pooled = configs.get("text_encoder_2", {}).get("projection_dim")
+    take("unet", UNET, read_unet, heads=standard.heads, pooled=pooled)
+    take("vae", VAE, read_vae, scaling_factor=standard.scaling_factor)
+    if faults:
+        raise ValueError("\n".join(faults))
+    kind, reason = _prediction(standard, tensors, metadata, prediction)
+    inferred.append(f"prediction type {kind}: {reason}")
+    scheduler = dict(standard.scheduler) | {"prediction_type": kind}
+    if "ztsnr" in tensors:
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        inferred.append("a schedule that ends without signal: the file has ztsnr")
+    size, why = _size(standard, kind, metadata)
+    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    inferred.append(f"default size {size}x{size}: {why}")
+    configs["unet"] = {**configs["unet"], "sample_size": size // factor}
+    tokenizers = {encoder.part.replace("text_encoder", "tokenizer"): encoder.pad for encoder in standard.encoders}
+    return Original(
+        index=_index(standard, tokenizers),
+        scheduler=scheduler,
+        configs=configs,
+        weights=weights,
+        pads=tokenizers,
+        inferred=tuple(inferred),
+    )
+
+
+def _with_text_model(tensors: Tensors) -> Tensors:
+    """Return the tensors with the prefix of CLIP's text encoder that some files omit."""
+    prefixes = [encoder.prefix for standard in STANDARDS for encoder in standard.encoders if encoder.layout == "clip"]
+    missing = tuple(f"{prefix}{module}." for prefix in prefixes for module in ("embeddings", "encoder", "final_layer_norm"))
+    return {
+        re.sub(r"^(.*?\.transformer\.)", r"\1text_model.", name) if name.startswith(missing) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _standard(tensors: Tensors) -> Standard:
+    """Raises ValueError for other models, by their names where they are known."""
+    for standard in STANDARDS:
+        if all(encoder.sign in tensors for encoder in standard.encoders):
+            return standard
+    for sign, model in OTHERS.items():
+        if name := next((name for name in tensors if sign in name), None):
+            raise ValueError(f"not supported: {model} ({name:.80})")
+    if any(name.startswith(UNET) for name in tensors):
+        signs = ", ".join(standard.encoders[-1].sign for standard in STANDARDS)
+        raise ValueError(f"a UNet without a text encoder: none of {signs} is in the file: use a checkpoint of the whole model")
+    raise ValueError(f"not a checkpoint of Stable Diffusion: no tensor's name begins with {UNET}")
+
+
+def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str], named: str | None) -> tuple[str, str]:
+    if named is not None:
+        return named, "as requested"
+    if "v_pred" in tensors:
+        return _V, "the file has v_pred"
+    written = metadata.get("modelspec.prediction_type", "")
+    if written:
+        return (_V if written.startswith("v") else _EPSILON), f"modelspec.prediction_type of its metadata is {written:.40}"
+    if standard.name != "Stable Diffusion 2":
+        return _EPSILON, f"as {standard.name} has it"
+    architecture = metadata.get("modelspec.architecture", "")
+    if architecture:
+        return (_V if "-v" in architecture else _EPSILON), f"modelspec.architecture of its metadata is {architecture:.60}"
+    ending = ".1.transformer_blocks.0.norm1.bias"
+    last = max((name for name in tensors if name.startswith(f"{UNET}output_blocks.") and name.endswith(ending)), key=_number)
+    spread = float(np.std(tensors[last].read().astype(np.float32)))
+    what = f"{last} has the standard deviation {spread:.3f}; in models trained for v it is above {_SPREAD_OF_V}"
+    return (_V if spread > _SPREAD_OF_V else _EPSILON), what
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix(f"{UNET}output_blocks.").partition(".")[0])
+
+
+def _size(standard: Standard, prediction: str, metadata: Mapping[str, str]) -> tuple[int, str]:
+    written = metadata.get("modelspec.resolution", "")
+    sides = written.split("x")
+    if len(sides) == 2 and all(side.isascii() and side.isdecimal() and 64 <= int(side[:6]) <= 8192 for side in sides):
+        return min(map(int, sides)), f"modelspec.resolution of its metadata is {written:.40}"
+    if standard.name == "Stable Diffusion 2" and prediction == _V:
+        return SIZE_OF_V, f"as {standard.name} has it for {_V}"
+    return standard.size, f"as {standard.name} has it"
+
+
+def _index(standard: Standard, tokenizers: Mapping[str, str]) -> dict[str, Any]:
+    parts = {encoder.part: ["transformers", _encoder_class(encoder.projected)] for encoder in standard.encoders}
+    parts |= {tokenizer: ["transformers", "CLIPTokenizer"] for tokenizer in tokenizers}
+    parts |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    return {"_class_name": standard.pipeline, "scheduler": ["diffusers", standard.scheduler["_class_name"]], **parts}
+
+
+def _encoder_class(projected: bool) -> str:
+    return "CLIPTextModelWithProjection" if projected else "CLIPTextModel"

@@ -1,0 +1,96 @@
+"""The models of the original layout: where their networks lie in a file, and what no weight says about them.
+
+Schedulers, sizes and scaling factors are those of the models' own diffusers folders (runwayml/stable-diffusion-v1-5,
+stabilityai/stable-diffusion-2-1 and -2-1-base, stabilityai/stable-diffusion-xl-base-1.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_LATENT_DIFFUSION = _BETAS | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+_EULER = _BETAS | {"timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear", "use_karras_sigmas": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoder:
+    """`prefix`: of its names in the file, whose `sign` is there if it is. `pad`: the padding token of its tokenizer."""
+
+    part: str
+    prefix: str
+    layout: Literal["clip", "open_clip"]
+    projected: bool = False
+    pad: str = "<|endoftext|>"
+
+    @property
+    def sign(self) -> str:
+        return self.prefix + ("text_model.embeddings.token_embedding.weight" if self.layout == "clip" else "ln_final.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standard:
+    """`size`: pixels of a side. `heads`: attention heads of each block of the UNet; None: 64 channels each."""
+
+    name: str
+    pipeline: str
+    encoders: tuple[TextEncoder, ...]
+    scheduler: Mapping[str, Any]
+    scaling_factor: float
+    size: int
+    heads: int | None = None
+
+
+STANDARDS = (
+    Standard(
+        name="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        encoders=(
+            TextEncoder(part="text_encoder", prefix="conditioner.embedders.0.transformer.", layout="clip"),
+            TextEncoder(
+                part="text_encoder_2", prefix="conditioner.embedders.1.model.", layout="open_clip", projected=True, pad="!"
+            ),
+        ),
+        scheduler={"_class_name": "EulerDiscreteScheduler"} | _EULER,
+        scaling_factor=0.13025,
+        size=1024,
+    ),
+    Standard(
+        name="Stable Diffusion 2",
+        pipeline="StableDiffusionPipeline",
+        encoders=(TextEncoder(part="text_encoder", prefix="cond_stage_model.model.", layout="open_clip", pad="!"),),
+        scheduler={"_class_name": "DDIMScheduler"} | _LATENT_DIFFUSION,
+        scaling_factor=0.18215,
+        size=512,
+    ),
+    Standard(
+        name="Stable Diffusion 1",
+        pipeline="StableDiffusionPipeline",
+        encoders=(TextEncoder(part="text_encoder", prefix="cond_stage_model.transformer.", layout="clip"),),
+        scheduler={"_class_name": "PNDMScheduler"} | _LATENT_DIFFUSION,
+        scaling_factor=0.18215,
+        size=512,
+        heads=8,
+    ),
+)
+SIZE_OF_V = 768  # of Stable Diffusion 2 models that were trained for the velocity
+
+# names of other models, by which they are refused: the first that some tensor's name holds
+OTHERS = {
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "Flux",
+    "lora_down": "a LoRA, not a checkpoint",
+    "lora_A": "a LoRA, not a checkpoint",
+    "lora_unet": "a LoRA, not a checkpoint",
+    "input_hint_block.": "a ControlNet, not a checkpoint",
+    "controlnet_cond_embedding.": "a ControlNet, not a checkpoint",
+    "clip_mapper.": "Stable Cascade",
+    "motion_modules.": "AnimateDiff, which makes videos",
+    "temporal_transformer": "a video model",
+    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
+    "emb_params": "a textual inversion, not a checkpoint",
+    "string_to_param": "a textual inversion, not a checkpoint",
+}

@@ -1,0 +1,30 @@
+"""CLIP's tokenizer, which single files do not hold: the vocabulary follows from its 48,894 merges.
+
+`merges.txt.gz` has the merges of openai/CLIP's bpe_simple_vocab_16e6.txt (MIT licence) that its tokenizer uses.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+from sdruntime.pipeline.text.tokenizer import byte_symbols
+
+_MERGES = Path(__file__).with_name("merges.txt.gz")
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_LENGTH = 77
+
+
+def clip_tokenizer(*, pad: str) -> dict[str, bytes]:
+    """Return the files of a tokenizer's folder, as `sdexport.checkpoint.tokenizer.read_tokenizer` takes them."""
+    merges = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
+    units = list(byte_symbols().values())
+    words = [*units, *(f"{unit}</w>" for unit in units), *(merge.replace(" ", "") for merge in merges), _START, _END]
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad}
+    documents = {
+        "vocab.json": json.dumps({word: number for number, word in enumerate(words)}),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": _LENGTH} | special),
+    }
+    return {name: text.encode() for name, text in documents.items()}

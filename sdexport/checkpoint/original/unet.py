@@ -1,0 +1,139 @@
+"""A UNet in the original layout: its config, from names and shapes, and its weights under the names of diffusers.
+
+The original code numbers its modules: `input_blocks.4.1` is what diffusers calls `down_blocks.1.attentions.0`. The numbers follow
+from the order of residual blocks, attentions and resamplers, so the names alone say how deep and how wide the network is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sdexport.checkpoint.original.naming import Tensors, children, in_module, renamed, shape_of
+
+_HEAD = 64  # channels of an attention head, where their number is not fixed
+_OUTER = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_TRANSFORMER = re.compile(
+    r"(norm|proj_in|proj_out|transformer_blocks\.\d+\.(norm[123]|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2)))\.(weight|bias)"
+)
+
+
+def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None) -> tuple[dict[str, Any], Tensors]:
+    """Return the config and the weights of a UNet.
+
+    Args:
+        tensors: by their original names, without the prefix of the network.
+        heads: attention heads of each block; None for as many as have 64 channels each.
+        pooled: width of the pooled text embedding, of SDXL; None where there is none.
+
+    Raises ValueError for names and shapes that are no UNet of Stable Diffusion.
+    """
+    down, places = _down_blocks(tensors)
+    up_depths = _up_blocks(tensors, places)
+    middle = _middle(tensors, places)
+    widths = [shape_of(tensors, f"input_blocks.{block[-1]}.0.out_layers.3.weight", 4)[0] for block in down]
+    depths = [_depth(tensors, f"input_blocks.{block[-1]}.1") for block in down]
+    if up_depths != depths[::-1]:
+        raise ValueError(f"the way up has {up_depths} transformer layers and the way down {depths}: not a known architecture")
+    contexts = {tensors[name].shape[-1] for name in tensors if name.endswith(".attn2.to_k.weight")}
+    if len(contexts) != 1:
+        raise ValueError(f"attention takes texts of the widths {sorted(contexts)}: one is expected")
+    counts = [len(block) for block in down]
+    layers = [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle or 1]  # the last block's number is the middle's too
+    config = {
+        "in_channels": shape_of(tensors, "input_blocks.0.0.weight", 4)[1],
+        "out_channels": shape_of(tensors, "out.2.weight", 4)[0],
+        "block_out_channels": widths,
+        "layers_per_block": counts[0] if len(set(counts)) == 1 else counts,
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up_depths],
+        "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
+        "cross_attention_dim": contexts.pop(),
+        "attention_head_dim": heads if heads else [max(1, width // _HEAD) for width in widths],
+        "use_linear_projection": any(name.endswith(".1.proj_in.weight") and len(tensors[name].shape) == 2 for name in tensors),
+    }
+    if "label_emb.0.0.weight" in tensors and pooled is not None:
+        width = shape_of(tensors, "label_emb.0.0.weight", 2)[1]
+        numbers = 5 if middle and depths[0] == 0 and len(down) == 4 else 6
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (width - pooled) // numbers,
+            "projection_class_embeddings_input_dim": width,
+        }
+    return config, renamed(tensors, _OUTER | places, _inside)
+
+
+def _down_blocks(tensors: Tensors) -> tuple[list[list[int]], dict[str, str]]:
+    """Return the numbers of the residual blocks of each block, and the new name of each module."""
+    blocks: list[list[int]] = [[]]
+    places: dict[str, str] = {}
+    for index in children(tensors, "input_blocks")[1:]:
+        block, here = len(blocks) - 1, f"input_blocks.{index}"
+        if f"{here}.0.op.weight" in tensors:
+            places[f"{here}.0.op"] = f"down_blocks.{block}.downsamplers.0.conv"
+            blocks.append([])
+            continue
+        places[f"{here}.0"] = f"down_blocks.{block}.resnets.{len(blocks[-1])}"
+        places[f"{here}.1"] = f"down_blocks.{block}.attentions.{len(blocks[-1])}"
+        blocks[-1].append(index)
+    if not all(blocks):
+        raise ValueError("input_blocks: a block without residual layers: no UNet of Stable Diffusion")
+    return blocks, places
+
+
+def _up_blocks(tensors: Tensors, places: dict[str, str]) -> list[int]:
+    """Return the transformer layers of each block of the way up."""
+    block, layer, depths = 0, 0, [0]
+    for index in children(tensors, "output_blocks"):
+        here = f"output_blocks.{index}"
+        if layer < 0:
+            block, layer, depths = block + 1, 0, [*depths, 0]
+        places[f"{here}.0"] = f"up_blocks.{block}.resnets.{layer}"
+        depths[-1] = max(depths[-1], _depth(tensors, f"{here}.1"))
+        for child in (1, 2):
+            if f"{here}.{child}.conv.weight" in tensors:
+                places[f"{here}.{child}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
+                ends = True
+                break
+            places[f"{here}.{child}"] = f"up_blocks.{block}.attentions.{layer}"
+        else:
+            ends = False
+        layer = -1 if ends else layer + 1
+    return depths
+
+
+def _middle(tensors: Tensors, places: dict[str, str]) -> int:
+    """Return the transformer layers of the middle, 0 where it has no attention."""
+    depth = _depth(tensors, "middle_block.1")
+    places["middle_block.0"] = "mid_block.resnets.0"
+    places["middle_block.1"] = "mid_block.attentions.0" if depth else "mid_block.resnets.1"
+    places["middle_block.2"] = "mid_block.resnets.1"
+    return depth
+
+
+def _depth(tensors: Tensors, attention: str) -> int:
+    return len(children(tensors, f"{attention}.transformer_blocks"))
+
+
+def _inside(place: str, rest: str) -> str | None:
+    """Return the name within a module: residual blocks are named in another way, transformers are not."""
+    if ".attentions." in place:
+        return rest if _TRANSFORMER.fullmatch(rest) else None
+    return in_module(rest, _RESNET if ".resnets." in place else {})

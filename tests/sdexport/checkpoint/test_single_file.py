@@ -1,0 +1,201 @@
+"""Single files in the original layout are the same checkpoints as their diffusers folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from once import once
+from single_files import UNET, VAE, single_file_tensors, write_single_file, write_standard
+
+from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sdexport.checkpoint.names import match_weights
+from sdexport.errors import CheckpointError
+from sdexport.families.components import components
+from sdexport.trace.cache import trace_key
+
+KINDS = ("sd1", "sd2", "sd2_v", "sdxl")
+V = {"modelspec.prediction_type": "v"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def folder_of(factory: pytest.TempPathFactory, kind: str) -> Path:
+    return once(factory, f"checkpoints/standard-{kind}", lambda folder: write_standard(folder, kind))
+
+
+def file_of(factory: pytest.TempPathFactory, kind: str) -> Path:
+    folder = folder_of(factory, kind)
+    metadata = V if kind == "sd2_v" else None
+    return once(
+        factory, f"checkpoints/standard-{kind}.safetensors", lambda file: write_single_file(folder, file, metadata=metadata)
+    )
+
+
+@pytest.fixture(scope="module")
+def both(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
+    paths = folder_of(tmp_path_factory, kind), file_of(tmp_path_factory, kind)
+    folder, file = (read_checkpoint(path, name="x") for path in paths)
+    return folder, file
+
+
+def test_networks_and_settings_are_those_of_the_folder(both: tuple[Checkpoint, Checkpoint]) -> None:
+    """The keys of the traces cover every setting of a network, so the same graphs are exported."""
+    folder, file = both
+    assert [trace_key(each) for each in components(file)] == [trace_key(each) for each in components(folder)]
+    spec, expected = ({name: getattr(each.model, name) for name in each.model.__dataclass_fields__} for each in (file, folder))
+    assert spec.pop("license") == "unknown"
+    assert expected.pop("license") == "cc0-1.0"
+    assert spec == expected
+    assert file.text_length == folder.text_length == 77
+    assert {name: each.files for name, each in file.tokenizers.items()} == {
+        name: each.files for name, each in folder.tokenizers.items()
+    }
+
+
+def test_weights_are_those_of_the_folder(both: tuple[Checkpoint, Checkpoint]) -> None:
+    folder, file = both
+    for part, stored in folder.parts.items():
+        shapes = {name: tensor.shape for name, tensor in stored.weights.items()}
+        matched = match_weights(shapes, file.parts[part].weights, where=part)
+        assert len(file.parts[part].weights) == len(matched) > 10
+        assert [name for name, tensor in matched.items() if not np.array_equal(tensor.read(), stored.weights[name].read())] == []
+
+
+@pytest.mark.parametrize("sampler", ["scheduler"])
+def test_the_scheduler_is_that_of_the_model_s_own_folder(both: tuple[Checkpoint, Checkpoint], sampler: str) -> None:
+    folder, file = both
+    for key in (
+        "_class_name",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "num_train_timesteps",
+        "steps_offset",
+        "prediction_type",
+    ):
+        assert file.scheduler[key] == folder.scheduler[key], key
+
+
+def test_what_was_inferred_is_listed_with_its_reason(tmp_path_factory: pytest.TempPathFactory) -> None:
+    [model, prediction, size] = read_checkpoint(file_of(tmp_path_factory, "sd2_v"), name="x").changes
+    assert model == "Stable Diffusion 2: the file has cond_stage_model.model.ln_final.weight"
+    assert prediction == "prediction type v_prediction: modelspec.prediction_type of its metadata is v"
+    assert size == "default size 768x768: as Stable Diffusion 2 has it for v_prediction"
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.02, "epsilon"), (0.3, "v_prediction")])
+def test_without_metadata_a_weight_tells_what_stable_diffusion_2_predicts(
+    spread: float, expected: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    tensors = tensors_of(tmp_path_factory, "sd2")
+    name = f"{UNET}output_blocks.5.1.transformer_blocks.0.norm1.bias"
+    tensors[name] = spread * (-1.0) ** np.arange(tensors[name].numel(), dtype=np.float32)
+    checkpoint = read_checkpoint(saved(tensors, tmp_path), name="x")
+    assert checkpoint.model.prediction_type == expected
+    assert checkpoint.model.default_size == ((768, 768) if expected == "v_prediction" else (512, 512))
+    assert f"has the standard deviation {spread:.3f}" in checkpoint.changes[1]
+
+
+def tensors_of(factory: pytest.TempPathFactory, kind: str) -> dict[str, Any]:
+    return single_file_tensors(folder_of(factory, kind))
+
+
+def saved(tensors: dict[str, Any], folder: Path, **metadata: str) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    path = folder / "model.safetensors"
+    save_file({name: torch.as_tensor(tensor).contiguous().clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+def faults(path: Path) -> tuple[str, ...]:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path, name="x")
+    assert caught.value.exit_code == 2
+    return caught.value.faults
+
+
+def test_marks_of_the_schedule_are_followed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    tensors = tensors_of(tmp_path_factory, "sdxl") | {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
+    checkpoint = read_checkpoint(saved(tensors, tmp_path), name="x")
+    assert checkpoint.model.prediction_type == "v_prediction"
+    assert checkpoint.scheduler["rescale_betas_zero_snr"] is True
+    assert checkpoint.scheduler["timestep_spacing"] == "trailing"
+
+
+def test_averaged_weights_and_strangers_beside_the_model_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    tensors = tensors_of(tmp_path_factory, "sd1")
+    usual = read_checkpoint(file_of(tmp_path_factory, "sd1"), name="x")
+    more = {"model_ema.diffusion_modelout2bias": np.ones(4, np.float32), "betas": np.ones(1000, np.float32)}
+    checkpoint = read_checkpoint(saved(tensors | more, tmp_path), name="x")
+    assert checkpoint.parts["unet"].config == usual.parts["unet"].config
+    assert checkpoint.changes[1].startswith("the weights without averaging are used")
+
+
+def test_old_files_name_the_text_encoder_without_text_model(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    tensors = {
+        name.replace("transformer.text_model.", "transformer."): tensor
+        for name, tensor in tensors_of(tmp_path_factory, "sd1").items()
+    }
+    checkpoint = read_checkpoint(saved(tensors, tmp_path), name="x")
+    assert len(checkpoint.parts["text_encoder"].weights) == 36
+
+
+def test_every_unknown_and_every_missing_network_is_named_at_once(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    tensors = {name: tensor for name, tensor in tensors_of(tmp_path_factory, "sd1").items() if not name.startswith(VAE)}
+    tensors |= {f"{UNET}input_blocks.1.0.lora_{k}.weight": np.zeros(1, np.float32) for k in range(25)}
+    unet, vae = faults(saved(tensors, tmp_path))
+    assert unet.startswith("unet: 25 unknown names: input_blocks.1.0.lora_0.weight, ")
+    assert unet.endswith(" and 5 more")
+    assert vae.startswith(f"vae: no tensor's name begins with {VAE}")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "not supported: Stable Diffusion 3 (model.diff"),
+        (["double_blocks.0.img_attn.qkv.weight"], "not supported: Flux"),
+        (["lora_unet_down_blocks_0.lora_down.weight"], "not supported: a LoRA, not a checkpoint"),
+        (["control_model.input_hint_block.0.weight"], "not supported: a ControlNet, not a checkpoint"),
+        ([f"{UNET}out.0.weight", "conditioner.embedders.0.model.ln_final.weight"], "not supported: the refiner of"),
+        ([f"{UNET}out.0.weight"], "a UNet without a text encoder: none of conditioner.embedders.1.model.ln_final.weight"),
+        (["weight"], "not a checkpoint of Stable Diffusion: no tensor's name begins with model.diffusion_model."),
+    ],
+)
+def test_other_files_are_refused_by_their_names(names: list[str], told: str, tmp_path: Path) -> None:
+    [fault] = faults(saved({name: np.zeros((2, 2), np.float32) for name in names}, tmp_path))
+    assert fault.startswith(told)
+
+
+def test_a_damaged_file_is_one_fault(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    path = Path(shutil.copy(file_of(tmp_path_factory, "sd1"), tmp_path / "cut.safetensors"))
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - 1)
+    [fault] = faults(path)
+    assert "cut off, or damaged" in fault
+
+
+def test_the_shipped_vocabulary_is_that_of_clip() -> None:
+    """The ids of OpenAI's tokenizer for a text of its README, and the places of the first and last words."""
+    from sdexport.checkpoint.original.tokenizer import clip_tokenizer
+    from sdexport.checkpoint.tokenizer import read_tokenizer
+
+    files = clip_tokenizer(pad="<|endoftext|>")
+    vocabulary = json.loads(files["vocab.json"])
+    assert len(vocabulary) == 49408
+    assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"], vocabulary["!"]) == (49406, 49407, 0)
+    tokenizer = read_tokenizer(files).tokenizer
+    assert tokenizer.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
