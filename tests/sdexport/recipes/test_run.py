@@ -136,7 +136,7 @@ def test_another_model_and_another_place(place: Path, sd1_checkpoint: Path, sd1_
     for names in ((), ("good", "other")):
         result = run("engines", *names, "--model", sd1_checkpoint)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert "name that RECIPE" in result.stderr
+        assert "give a single RECIPE" in result.stderr
 
 
 def test_two_recipes_do_not_share_a_bundle(place: Path, sd1_checkpoint: Path) -> None:
