@@ -170,7 +170,7 @@ def test_without_diffusers_a_bundle_must_be_named(
     code, document = run(options(tmp_path, tmp_path, bundles={}, checkpoints={}, work=tmp_path / "work"), tmp_path)
     assert code == 1
     assert document["diffusers"] == "diffusers is not installed"
-    assert "name it with --bundle sd15=" in document["models"]["sd15"]["error"]
+    assert "pass it with --bundle sd15=" in document["models"]["sd15"]["error"]
 
 
 @pytest.mark.parametrize("text", ["--models=sd3", "--backends=openvino"])
@@ -218,7 +218,7 @@ def test_a_child_that_is_killed_or_late_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("LATE", "0")
     assert tasks.run("check", job(tmp_path))["error"].startswith("check: its process ended with signal 6")
     monkeypatch.setenv("LATE", "60")
-    assert tasks.run("check", job(tmp_path), limit=0.5)["error"].startswith("check: ended after 0 s")
+    assert tasks.run("check", job(tmp_path), limit=0.5)["error"].startswith("check: stopped after 0 s")
 
 
 def test_likeness_of_pictures() -> None:
