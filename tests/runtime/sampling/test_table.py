@@ -249,7 +249,7 @@ def test_an_unknown_option_a_missing_class_and_a_schedule_out_of_place_are_refus
         compile_table(STABLE, steps=5, sampler="ddim", eta=1.5)
     with pytest.raises(SettingError, match="_class_name"):
         compile_table(STABLE, steps=5)
-    with pytest.raises(SettingError, match="holds a list"):
+    with pytest.raises(SettingError, match="expected an object, got list"):
         compile_table([1], steps=5)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="ddim uses the trained timesteps"):
         compile_table(STABLE, steps=5, sampler="ddim", schedule="karras")

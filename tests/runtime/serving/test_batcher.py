@@ -180,7 +180,7 @@ def test_progress_can_cancel(parts: Parts, batcher: Batcher) -> None:
     [
         ({"size": (60, 64)}, SettingError, "size 60x64: both sides must be multiples of 64"),
         ({"sampler": "ddim", "schedule": "karras"}, SettingError, "ddim uses the trained timesteps"),
-        ({"steps": 999, "sampler": "lcm"}, SettingError, "999 steps: a model distilled"),
+        ({"steps": 999, "sampler": "lcm"}, SettingError, "999 steps: at most 50, as the model was distilled"),
         ({"options": {"predict_x0": True}}, SettingError, "option predict_x0: ddim has no such option"),
     ],
 )
