@@ -34,7 +34,7 @@ class Contestant:
     """The parent's side. The constructor starts the child, `opened` waits for its first images, `close` kills it.
 
     `job` has the keys kind ("bundle", or one of `TORCH`), bundle, backend, checkpoint, request (the fields of a Request), batch,
-    and pictures (the file for the first images). A child that has not answered by `deadline` (time.monotonic) is killed.
+    and `pictures` (the file for the first images). A child that has not answered by `deadline` (time.monotonic) is killed.
     """
 
     def __init__(self, name: str, job: Mapping[str, Any], *, deadline: float) -> None:

@@ -1,4 +1,4 @@
-"""Name the first node of a failing component that is too far off: trace it in float32, and walk beside that graph."""
+"""Find the first node of a failing component that leaves the tolerance, by comparison with its float32 graph."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def bisect(
     engine: EngineSpec | None = None,
     allow_pickle: bool = False,
 ) -> Generator[Stage, None, Finding]:
-    """Walk the nodes of a component's ONNX, or of an engine of TensorRT's. Raises LibraryMissing without ONNX Runtime."""
+    """Return the first node of a component's ONNX, or of a TensorRT `engine`, that leaves the tolerance; yield the progress.
+
+    Raises LibraryMissing if ONNX Runtime is not installed.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         yield Stage(name=f"{component}: trace in float32")
         job = ComponentJob(

@@ -1,6 +1,6 @@
-"""A component with chosen tensors from within as its outputs, in Polygraphy's runners: its ONNX, or an engine that is rebuilt.
+"""Run a component with inner tensors as outputs, in Polygraphy's runners: its ONNX, or an engine that is rebuilt for it.
 
-Polygraphy reads which of TensorRT and TensorRT-RTX it drives when it is imported: a process uses one of the two.
+Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported, so a process uses one of the two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sdruntime.bundle.manifest import EngineSpec
 
 
 class OnnxLayers:
-    """An ONNX file in ONNX Runtime, without its optimiser: every node is run as it stands. `nodes`: by their first output."""
+    """An ONNX file in ONNX Runtime without graph optimization. `nodes` has its nodes by their first output."""
 
     def __init__(self, path: Path) -> None:
         self._folder = path.parent
@@ -49,9 +49,9 @@ class OnnxLayers:
 
 
 class EngineLayers:
-    """An engine of TensorRT or TensorRT-RTX, built anew from `path` with other outputs and otherwise as it was.
+    """A TensorRT or TensorRT-RTX engine, rebuilt from the ONNX in `path` with other outputs and otherwise the same options.
 
-    `nodes`: the tensors that its network computes in floating point; those of ONNX nodes have the names of their outputs.
+    `nodes` has the names of the floating-point tensors of its network: for an ONNX node, that of the node's output.
     """
 
     def __init__(self, bundle: Bundle, engine: EngineSpec, path: str, *, profile: int = 0) -> None:
@@ -66,16 +66,16 @@ class EngineLayers:
         return self._trt.float32, self._trt.float16, self._trt.bfloat16
 
     def runner(self, names: Sequence[str]) -> BaseRunner:
-        # memory from the runner: TensorRT-RTX's engines are built to take it from their user
+        # the runner allocates the memory, as TensorRT-RTX requires
         engine = functools.partial(self._engine, names)
         return _EngineRunner(engine, optimization_profile=self._profile, allocation_strategy="runtime")
 
     def plan(self, names: Sequence[str]) -> Any:
-        """The serialised engine (an IHostMemory) with these outputs. Raises EngineError, OutOfSpace."""
+        """Return the serialised engine (an IHostMemory) with these outputs. Raises EngineError and OutOfSpace."""
         log = messages(self._trt)
         builder, network, _parser = network_from_onnx(self._job, self._trt, log)
         for tensor in list(_computed(network)):
-            if tensor.name in names and tensor.dtype == self._trt.bfloat16:  # NumPy has no such type
+            if tensor.name in names and tensor.dtype == self._trt.bfloat16:  # NumPy has no bfloat16
                 self._widen(network, tensor)
         modify_network_outputs((builder, network), outputs=names)
         return plan_from_network(self._job, self._trt, log, builder, network, _go_on)
@@ -84,14 +84,14 @@ class EngineLayers:
         return opened_plan(self._job, self._trt, messages(self._trt), self.plan(names))
 
     def _widen(self, network: Any, tensor: Any) -> None:
-        """Give the name of a tensor to its copy in float32."""
+        """Give the name of a tensor to a float32 copy of it."""
         name = tensor.name
         tensor.name = f"{name} as it is"
         network.add_cast(tensor, self._trt.float32).get_output(0).name = name
 
 
 class _EngineRunner(TrtRunner):  # type: ignore[misc]
-    """Frees its outputs too, which Polygraphy leaves on the GPU."""
+    """A TrtRunner that also frees its outputs, which Polygraphy leaves on the GPU."""
 
     def deactivate(self) -> None:
         buffers = self.output_allocator.buffers
@@ -101,7 +101,7 @@ class _EngineRunner(TrtRunner):  # type: ignore[misc]
 
 
 def _computed(network: Any) -> Iterator[Any]:
-    """The tensors that the layers of a network give."""
+    """Yield the output tensors of a network's layers."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         yield from filter(None, (layer.get_output(k) for k in range(layer.num_outputs)))

@@ -1,8 +1,8 @@
-"""diffusers' own pipeline of a checkpoint, over networks that the caller lends it one at a time.
+"""Generate the reference images with diffusers' own pipeline, with networks that the caller lends one at a time.
 
-What it opens by itself are the tokenizers and the scheduler. Its networks have the modules of diffusers and transformers and no
-numbers: when one is called, the call goes to the lent one. So an image costs no more memory than its largest network, and what is
-between the networks (tokens, guidance, scheduler, the VAE's scaling) is diffusers' code, not ours.
+The pipeline opens the tokenizers and the scheduler itself. Its networks are modules without weights whose calls are forwarded to
+the lent ones. So an image needs the memory of its largest network only, and everything between the networks (tokens, guidance,
+scheduler, the VAE's scaling) is diffusers' code, not ours.
 """
 
 from __future__ import annotations
@@ -32,41 +32,45 @@ if TYPE_CHECKING:
 
 Lend = Callable[[str], "nn.Module"]  # a component's name -> its wrapper of sdexport.families.modules, with its weights
 
-# schedulers that do not take their noise straight from a generator, and the one whose image is used for them
+# schedulers whose noise does not come from the generator alone: the sampler and the scheduler of their reference images
 STAND_INS = {"DPMSolverSDEScheduler": ("euler", "EulerDiscreteScheduler")}
 
 
 def stand_in(checkpoint: Checkpoint) -> str | None:
-    """The sampler of the reference images, where it is not the checkpoint's own."""
+    """Return the sampler of the reference images; None for the checkpoint's own."""
     return STAND_INS.get(checkpoint.scheduler["_class_name"], (None, ""))[0]
 
 
-def original_images(checkpoint: Checkpoint, drawings: Sequence[ReferenceImage], lend: Lend) -> list[Array]:
+def original_images(checkpoint: Checkpoint, requests: Sequence[ReferenceImage], lend: Lend) -> list[Array]:
     """Generate the reference images, uint8 [H, W, 3], with diffusers' pipeline in float32 on the CPU.
 
-    Those of one size and number of steps go together. Raises NotFinite, and ExportError where diffusers refuses the checkpoint.
+    Images of one size and number of steps share a call. Raises NotFinite, and ExportError if diffusers rejects the checkpoint.
     """
-    found: list[Array] = []
+    images: list[Array] = []
+
+    def key(request: ReferenceImage) -> tuple[int, float, tuple[int, int]]:
+        return request.steps, request.guidance, request.size
+
     with _quiet():
         pipe = _pipeline(checkpoint, lend)
-        for (steps, guidance, (width, height)), group in groupby(drawings, lambda each: (each.steps, each.guidance, each.size)):
-            found += _images(pipe, list(group), steps=steps, guidance=guidance, width=width, height=height)
-    return found
+        for (steps, guidance, (width, height)), group in groupby(requests, key):
+            images += _images(pipe, list(group), steps=steps, guidance=guidance, width=width, height=height)
+    return images
 
 
-def _images(pipe: Any, drawings: list[ReferenceImage], *, steps: int, guidance: float, width: int, height: int) -> list[Array]:
+def _images(pipe: Any, requests: list[ReferenceImage], *, steps: int, guidance: float, width: int, height: int) -> list[Array]:
     import torch
 
     name = type(pipe).__name__
     try:
         images = pipe(
-            [drawing.prompt for drawing in drawings],
-            negative_prompt=[drawing.negative for drawing in drawings],
+            [request.prompt for request in requests],
+            negative_prompt=[request.negative for request in requests],
             num_inference_steps=steps,
             guidance_scale=guidance,
             width=width,
             height=height,
-            generator=[torch.Generator().manual_seed(drawing.seed) for drawing in drawings],
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
             output_type="np",
         ).images
     except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
@@ -84,21 +88,21 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
     import torch
 
     kind = getattr(diffusers, checkpoint.index["_class_name"])
-    given: dict[str, Any] = _hollow_networks(checkpoint, lend)
-    given |= dict.fromkeys({"safety_checker", "feature_extractor", "image_encoder"} & set(kind._optional_components))
-    given |= {"add_watermarker": False} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}
+    arguments: dict[str, Any] = _hollow_networks(checkpoint, lend)
+    arguments |= dict.fromkeys({"safety_checker", "feature_extractor", "image_encoder"} & set(kind._optional_components))
+    arguments |= {"add_watermarker": False} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}
     _, other = STAND_INS.get(checkpoint.scheduler["_class_name"], (None, ""))
     if other:
-        given["scheduler"] = getattr(diffusers, other).from_config(dict(checkpoint.scheduler))
+        arguments["scheduler"] = getattr(diffusers, other).from_config(dict(checkpoint.scheduler))
     with tempfile.TemporaryDirectory() as place:
         _write_checked(checkpoint, Path(place))
-        pipe = kind.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True, **given)
+        pipe = kind.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True, **arguments)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
-    """What diffusers opens by itself, and no more than was checked: it imports the classes that a model_index.json names."""
+    """Write what diffusers opens itself, and only what was checked: it imports the classes that a model_index.json names."""
     own = [*checkpoint.parts, *checkpoint.tokenizers, "scheduler"]
     index = {
         key: value for key, value in checkpoint.index.items() if key in ("_class_name", "force_zeros_for_empty_prompt", *own)
@@ -113,7 +117,7 @@ def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
 
 
 def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]:
-    """The checkpoint's modules without numbers; their calls go to the lent wrappers."""
+    """Return the checkpoint's modules without weights; their calls are forwarded to the lent wrappers."""
     from diffusers import AutoencoderKL
 
     from sdexport.families.modules import WRAPPERS
@@ -142,19 +146,19 @@ def _lent(lend: Lend, name: str, part: str) -> Callable[..., Any]:
 
 
 def _hollow(make: Callable[[], Any]) -> Any:
-    """A module that takes no memory: each weight is one zero, seen in its shape, float32 on the CPU."""
+    """Return a module that takes no memory: each weight is one float32 zero, expanded to its shape."""
     import torch
 
     with torch.device("meta"):
         module = make().eval()
     zero = torch.zeros(())
-    module.load_state_dict({name: zero.expand(each.shape) for name, each in module.state_dict().items()}, assign=True)
+    module.load_state_dict({name: zero.expand(tensor.shape) for name, tensor in module.state_dict().items()}, assign=True)
     return module
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and the advice of diffusers; what it changes on opening, `Checkpoint.changes` says."""
+    """Silence the progress bars and advice of diffusers. `Checkpoint.changes` lists what it changes on opening."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Check a bundle: after a build in a process of its own, and against its checkpoint in PyTorch."""
+"""Check a bundle: in a separate process after a build, and against its checkpoint in PyTorch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ _ADVICE = "free some, build on a larger machine, or build with --no-verify"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """`checks`: how many outputs and images were checked; `peak`: bytes of memory."""
+    """The number of outputs and images that were checked, and the peak memory in bytes."""
 
     checks: int
     peak: int
 
 
 def verified_apart(folder: Path, *, what: str) -> Proof:
-    """Hold the bundle's ONNX to its reference outputs, where ONNX Runtime is here. Raises VerificationFailed."""
+    """Check the bundle's ONNX against its reference outputs in a separate process, if ONNX Runtime is installed.
+
+    Raises VerificationFailed.
+    """
     checks, peak = 0, 0
     messages = run_apart(
         "sdruntime.verification.verify",
@@ -53,15 +56,18 @@ def verified_apart(folder: Path, *, what: str) -> Proof:
 
 
 def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint that the bundle was made of. Raises CheckpointError for another, with the hashes of both."""
+    """Return the checkpoint `model` if the bundle was built from it.
+
+    Raises CheckpointError with both hashes if it is another one.
+    """
     golden, _ = read_golden(bundle)
     precision = bundle.manifest.precision
     located = locate(model, precision=precision, allow_pickle=allow_pickle)
     checkpoint = opened(located.path, precision, allow_pickle=allow_pickle)
-    found = checkpoint_hash(checkpoint)
-    if found != golden.checkpoint:
+    digest = checkpoint_hash(checkpoint)
+    if digest != golden.checkpoint:
         source = bundle.manifest.provenance.get("source", "unknown")
-        hashes = f"its weights are {found[:16]}…, the bundle's {golden.checkpoint[:16]}… ({source})"
+        hashes = f"its weights are {digest[:16]}…, the bundle's {golden.checkpoint[:16]}… ({source})"
         raise CheckpointError(model, [f"not the checkpoint of this bundle: {hashes}"])
     return checkpoint
 
@@ -69,8 +75,10 @@ def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = Fal
 def first_nodes(
     bundle: Bundle, checkpoint: Checkpoint, report: Report, *, allow_pickle: bool = False
 ) -> Generator[Stage, None, Report]:
-    """Return the report with a note for each failing ONNX, and for each failing TensorRT engine of an ONNX that passes: its first
-    node that leaves the tolerance."""
+    """Return the report with a note on the first node that leaves the tolerance, for each ONNX that fails.
+
+    A TensorRT engine that fails gets a note if its ONNX passes.
+    """
     from sdexport.verification.bisect import bisect
     from sdexport.verification.walk import has_layers
 
@@ -91,19 +99,19 @@ def first_nodes(
 
 
 def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | ImageCheck]:
-    """`sdruntime.verification.verify.verify` with the whole outputs of PyTorch, run beside it, in place of the stored samples."""
+    """Check a bundle as `sdruntime.verification.verify.verify` does, but compare whole outputs of PyTorch, not stored samples."""
     with tempfile.TemporaryDirectory() as scratch:
         reference = Reference(checkpoint, bundle.manifest, Path(scratch) / "unpickled.safetensors")
-        kept: dict[str, Mapping[str, Array]] = {}
-        of = ""
+        cached: dict[str, Mapping[str, Array]] = {}
+        component = ""
 
-        def answer(case: Case) -> Mapping[str, Array]:
-            nonlocal of
-            if case.component != of:
-                kept.clear()
-                of = case.component
-            if case.name not in kept:
-                kept[case.name] = reference.answer(case)
-            return kept[case.name]
+        def outputs(case: Case) -> Mapping[str, Array]:
+            nonlocal component
+            if case.component != component:  # the outputs of one component in memory at a time
+                cached.clear()
+                component = case.component
+            if case.name not in cached:
+                cached[case.name] = reference.outputs(case)
+            return cached[case.name]
 
-        yield from verify(bundle, against=answer)
+        yield from verify(bundle, against=outputs)

@@ -1,9 +1,9 @@
-"""The first node of a component whose output leaves the tolerance, beside the float32 graph of its checkpoint.
+"""Compare the nodes of a component with the float32 graph of its checkpoint, up to the first that leaves the tolerance.
 
-Both graphs come of one trace, so a tensor has the same name in both. Outputs are marked some at a time, in the order of the
-nodes: memory is that of the marked outputs, and the walk ends where the first one is too far away.
+Both graphs come from one trace, so a tensor has the same name in both. A few outputs are marked at a time, in the order of the
+nodes: this bounds the memory, and the walk ends at the first output that leaves the tolerance.
 
-Run as `python -m sdexport.verification.walk`, in a process of its own.
+Runs in a separate process, as `python -m sdexport.verification.walk`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ from sdruntime.verification.verify import component_faults
 if TYPE_CHECKING:
     from sdexport.verification.layers import EngineLayers, OnnxLayers
 
-AT_ONCE = 48  # marked outputs of a run
-_LARGEST = {"fp16": 65504.0}  # beyond which a mask's −inf need not agree
+AT_ONCE = 48  # marked outputs per run
+_LARGEST = {"fp16": 65504.0}  # larger values, such as the −inf of a mask, are clipped before the comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkJob:
-    """`reference`: the path of the float32 graph. `case`: the reference case whose inputs are fed. `engine`, `backend`: the name
-    of one of the bundle's engines and its backend; "" for the bundle's own ONNX."""
+    """What to walk: the ONNX of a component, or the `engine` of that name and `backend`.
+
+    `reference` is the path of the float32 graph, and `case` the reference case whose inputs are used.
+    """
 
     bundle: str
     reference: str
@@ -55,7 +57,7 @@ class WalkJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The first of `count` nodes that leaves the tolerance; `output` empty: none does."""
+    """The first of `count` nodes that leaves the tolerance; `output` is empty if none does."""
 
     component: str
     case: str
@@ -76,15 +78,15 @@ class Finding:
             )
         if self.engine:
             return (
-                f"{where}: all of {self.count} nodes hold while they are outputs, which TensorRT does not fuse across: "
-                "the fault is probably in a fusion"
+                f"{where}: all {self.count} nodes match as outputs, which TensorRT does not fuse: "
+                "the fault is probably in a fused kernel"
             )
-        return f"{where}: all of {self.count} nodes hold"
+        return f"{where}: all {self.count} nodes match"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with an output. It is false, as Polygraphy has it of an output that does not match."""
+    """Why an output does not match. Always false, which is how Polygraphy marks such an output."""
 
     reason: str
 
@@ -93,34 +95,37 @@ class Fault:
 
 
 def has_layers(engine: EngineSpec) -> bool:
-    """Whether an engine can be built again with tensors from within as outputs."""
+    """Return whether an engine can be rebuilt with inner tensors as outputs."""
     return engine.backend in FLAVOURS
 
 
 def walk(job: WalkJob) -> Generator[Stage, None, Finding]:
-    """Yield how many nodes hold so far. Raises LibraryMissing, and what building an engine raises."""
+    """Return the first node that leaves the tolerance; yield the number of nodes that match so far.
+
+    Raises LibraryMissing, and what building an engine raises.
+    """
     from sdexport.verification.layers import EngineLayers, OnnxLayers
 
     bundle = Bundle.open(job.bundle)
     golden, _ = read_golden(bundle)
     component = bundle.manifest.components[job.component]
-    case = next(each for each in golden.cases if (each.component, each.name) == (job.component, job.case))
+    case = next(case for case in golden.cases if (case.component, case.name) == (job.component, job.case))
     feeds = fill_optional_inputs(component, case.dims, case.feeds(component))
     ours, reference = OnnxLayers(bundle.folder / component.onnx), OnnxLayers(Path(job.reference))
     shared = {name: node for name, node in ours.nodes.items() if name in reference.nodes}
     if not job.engine:
         limits = golden.tolerances[bundle.manifest.precision], bundle.manifest.precision
-        return (yield from _walked(job, shared, ours, reference, feeds, *limits))
-    engine = next(each for each in bundle.manifest.engines if each.name == job.engine)
+        return (yield from _compare(job, shared, ours, reference, feeds, *limits))
+    engine = next(engine for engine in bundle.manifest.engines if engine.name == job.engine)
     profile, feeds = _call_of(engine, case, feeds)
     with lending_onnx(bundle, component.files) as path:
         layers = EngineLayers(bundle, engine, path, profile=profile)
         shared = {name: node for name, node in shared.items() if name in layers.nodes}
         limits = golden.tolerances[tolerance_name(engine)], engine.precision
-        return (yield from _walked(job, shared, layers, reference, feeds, *limits))
+        return (yield from _compare(job, shared, layers, reference, feeds, *limits))
 
 
-def _walked(
+def _compare(
     job: WalkJob,
     nodes: Mapping[str, Any],
     ours: OnnxLayers | EngineLayers,
@@ -132,8 +137,8 @@ def _walked(
     from polygraphy.comparator import Comparator
 
     def faults(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Fault]:
-        """Without the outputs that hold: Polygraphy takes statistics of each that it is told."""
-        reasons = ((name, _apart(array, other[name], tolerance, precision)) for name, array in one.items())
+        """Return the outputs that do not match: Polygraphy computes statistics for every output that it gets."""
+        reasons = ((name, _mismatch(array, other[name], tolerance, precision)) for name, array in one.items())
         return {name: Fault(reason) for name, reason in reasons if reason}
 
     names = list(nodes)
@@ -143,32 +148,33 @@ def _walked(
         marked = names[first : first + AT_ONCE]
         results = Comparator.run([ours.runner(marked), reference.runner(marked)], data_loader=[feeds])
         (compared,) = Comparator.compare_accuracy(results, compare_func=faults)
-        ((found,),) = compared.values()  # one pair of runners, fed once
-        if found:
-            name = min(found, key=names.index)
+        ((differing,),) = compared.values()  # one pair of runners, run once
+        if differing:
+            name = min(differing, key=names.index)
             node, place = nodes[name], names.index(name) + 1
             return dataclasses.replace(
-                finding, node=node.name or name, op=node.op_type, output=name, place=place, reason=found[name].reason
+                finding, node=node.name or name, op=node.op_type, output=name, place=place, reason=differing[name].reason
             )
     return finding
 
 
 def _call_of(engine: EngineSpec, case: Case, feeds: Mapping[str, Array]) -> tuple[int, dict[str, Array]]:
-    """The profile of an engine that takes a case's sizes, and its inputs with as many rows as that takes."""
+    """Return the profile of an engine that admits a case's sizes, and the inputs repeated to a batch that it admits."""
     profile = engine.admitting(**{name: size for name, size in case.dims.items() if name != "batch"})[0]
     low, _, high = engine.profiles[profile]["batch"]
     rows = min(max(case.dims["batch"], low), high)
     return profile, {name: np.resize(array, (rows, *array.shape[1:])) for name, array in feeds.items()}
 
 
-def _apart(one: Array, other: Array, tolerance: Tolerance, precision: str) -> str:
-    if other.dtype.kind != "f" or one.dtype.kind != "f":
+def _mismatch(array: Array, reference: Array, tolerance: Tolerance, precision: str) -> str:
+    """Return why an output leaves the tolerance; "" if it does not."""
+    if array.dtype.kind != "f" or reference.dtype.kind != "f":
         return ""
-    if one.shape != other.shape:
-        return f"shape {list(one.shape)}, not {list(other.shape)}"
+    if array.shape != reference.shape:
+        return f"shape {list(array.shape)}, not {list(reference.shape)}"
     limit = _LARGEST.get(precision, np.inf)
-    ours, reference = (np.clip(each.astype(np.float64), -limit, limit) for each in (one, other))
-    if not np.isfinite(reference).all():  # a mask of −inf; whatever follows from it is finite
+    ours, reference = (np.clip(values.astype(np.float64), -limit, limit) for values in (array, reference))
+    if not np.isfinite(reference).all():  # a mask of −inf; the tensors that depend on it are finite
         return ""
     if not np.isfinite(ours).all():
         return f"{np.count_nonzero(~np.isfinite(ours)):,} of {ours.size:,} numbers are NaN or infinite"
@@ -178,9 +184,9 @@ def _apart(one: Array, other: Array, tolerance: Tolerance, precision: str) -> st
 
 
 def prepare_polygraphy(backend: str) -> None:
-    """Set what Polygraphy reads of its environment, before it is imported: the TensorRT that it drives, and where libcudart is.
+    """Set the environment that Polygraphy reads when it is imported: which TensorRT it uses, and where libcudart is.
 
-    It looks in LD_LIBRARY_PATH and in the wheel of CUDA 12; the wheel of CUDA 13 has another folder.
+    It searches LD_LIBRARY_PATH and the wheel of CUDA 12; the wheel of CUDA 13 has another folder.
     """
     flavour = FLAVOURS.get(backend)
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour is not None and flavour.ahead))
@@ -188,13 +194,13 @@ def prepare_polygraphy(backend: str) -> None:
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (os.environ.get("LD_LIBRARY_PATH"), *wheels)))
 
 
-def _work(job: Message, tell: Callable[[Message], None]) -> None:
+def _work(job: Message, send: Callable[[Message], None]) -> None:
     prepare_polygraphy(job["backend"])
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    finding = finish(walk(WalkJob(**job)), lambda stage: tell({"stage": dataclasses.asdict(stage)}))
-    tell({"finding": dataclasses.asdict(finding)})
+    finding = finish(walk(WalkJob(**job)), lambda stage: send({"stage": dataclasses.asdict(stage)}))
+    send({"finding": dataclasses.asdict(finding)})
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Images for many callers: a queue, and a service for hosts that are not Python."""
+"""Concurrent requests: a queue, and a service for non-Python hosts."""

@@ -1,6 +1,6 @@
-"""A single file as a diffusers folder: which model it is, and what the folder's documents would say.
+"""Recognise the model in a single file, and return what the documents of its diffusers folder would say.
 
-Nothing is asked of a name of a file: the names and shapes of its tensors decide, and its metadata where they cannot.
+The names and shapes of the tensors decide, and the file's metadata where they cannot. The name of the file has no influence.
 """
 
 from __future__ import annotations

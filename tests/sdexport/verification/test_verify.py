@@ -153,7 +153,7 @@ def test_numbers_that_are_not_finite_in_float32_already_are_told(sd1_checkpoint:
     weights = load_file(path)
     weights["text_model.final_layer_norm.weight"][3] = 3e38
     save_file(weights, path)
-    with pytest.raises(NotFinite, match=r"text_encoder, golden case small, row \d, in PyTorch: .* of last_hidden_state"):
+    with pytest.raises(NotFinite, match=r"text_encoder, reference case small, row \d, in PyTorch: .* of last_hidden_state"):
         whole(build(str(large), tmp_path / "bundle", ExportOptions()))
 
 

@@ -48,7 +48,7 @@ def reference(bundle: Path, tmp_path: Path) -> Path:
 def test_the_node_of_a_changed_weight_is_named(bundle: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdexport.verification.walk.AT_ONCE", 2)
     told: list[Stage] = []
-    assert finish(walk(walk_job(bundle, reference)), told.append).line() == "unet small: all of 7 nodes hold"
+    assert finish(walk(walk_job(bundle, reference)), told.append).line() == "unet small: all 7 nodes match"
     assert told == [Stage(name="unet", done=done, total=7) for done in (0, 2, 4, 6)]
     scale(bundle, "part", 1.01)
     found = finish(walk(walk_job(bundle, reference)))
@@ -74,7 +74,7 @@ def test_a_layer_that_an_engine_computes_wrongly_is_named(
     monkeypatch.setattr("sdexport.verification.walk.AT_ONCE", 3)
     sound = finish(walk(walk_job(built, reference)))
     assert (sound.output, sound.count) == ("", 7)
-    assert sound.line().startswith(f"unet {engine.name} small: all of 7 nodes hold while they are outputs, which TensorRT does")
+    assert sound.line().startswith(f"unet {engine.name} small: all 7 nodes match as outputs, which TensorRT does")
 
     compute = fake_context.compute
 
