@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
+import re
 import shutil
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import numpy as np
 import pytest
 import tiny
 from hostile import changed, changed_bytes, encoded
+from once import once
 from safetensors.numpy import save
+from single_files import single_file_tensors, write_standard
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.safetensors import merge_shards, read_header
@@ -179,6 +184,60 @@ def test_checkpoints(sd1_checkpoint: Path, sdxl_checkpoint: Path, tmp_path: Path
             return refused_in(error, 20_000)
         finally:
             (folder / name).write_bytes(kept[which][name])
+
+    read, refused = outcomes(count, one)
+    assert read > count / 20
+    assert refused > count / 5
+
+
+def without_data(tensors: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+    """Write a safetensors file whose tensors are zeros, in a hole of the file."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * {"F16": 2, "F32": 4, "I64": 8, "F4": 1, "F8_E4M3": 1}[dtype] // (2 if dtype == "F4" else 1)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize("count", rounds(150))
+def test_single_files(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, count: int) -> None:
+    bases = []
+    for kind in ("sd1", "sd2", "sdxl"):
+        folder = once(tmp_path_factory, f"checkpoints/standard-{kind}", partial(write_standard, kind=kind))
+        tensors = single_file_tensors(folder)
+        bases.append({name: ("F16" if tensor.ndim else "F32", tuple(tensor.shape)) for name, tensor in tensors.items()})
+    path = tmp_path / "model.safetensors"
+
+    def one(rng: random.Random) -> bool:
+        tensors = dict(rng.choice(bases))
+        for name in rng.sample(sorted(tensors), rng.randint(1, 4)):
+            dtype, shape = tensors[name]
+            kind = rng.randrange(6)
+            if kind == 0:
+                del tensors[name]
+            elif kind == 1:
+                tensors[re.sub(r"\d+", rng.choice(["0", "1", "7", "12345", "99999999"]), name)] = tensors[name]
+            elif kind == 2:
+                tensors[name] = dtype, shape[::-1]
+            elif kind == 3:
+                tensors[name] = dtype, shape[rng.randrange(len(shape) + 1) :]
+            elif kind == 4:
+                tensors[name] = rng.choice(["F32", "I64", "F4", "F8_E4M3"]), shape
+            else:
+                tensors[name] = dtype, tuple(rng.choice([0, 1, side, 2 * side, 3]) for side in shape)
+        if rng.random() < 0.1:
+            start = rng.choice(sorted({name.rpartition(".")[0] for name in tensors}))
+            tensors = {name: each for name, each in tensors.items() if not name.startswith(start)}
+        without_data(tensors, path)
+        try:
+            components(read_checkpoint(path, name="tiny"))
+            return True
+        except CheckpointError as error:
+            return refused_in(error, 20_000)
 
     read, refused = outcomes(count, one)
     assert read > count / 20

@@ -19,6 +19,7 @@ from sdexport.checkpoint.original.unet import read_unet
 from sdexport.checkpoint.original.vae import read_vae
 
 _EMA = "model_ema."
+_BIASES = re.compile(rf"{re.escape(UNET)}output_blocks\.\d{{1,4}}\.1\.transformer_blocks\.0\.norm1\.bias", re.ASCII)
 _V, _EPSILON = "v_prediction", "epsilon"
 _SPREAD_OF_V = 0.09
 
@@ -131,8 +132,9 @@ def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str
     architecture = metadata.get("modelspec.architecture", "")
     if architecture:
         return (_V if "-v" in architecture else _EPSILON), f"modelspec.architecture of its metadata is {architecture:.60}"
-    ending = ".1.transformer_blocks.0.norm1.bias"
-    last = max((name for name in tensors if name.startswith(f"{UNET}output_blocks.") and name.endswith(ending)), key=_number)
+    last = max(filter(_BIASES.fullmatch, tensors), key=_number, default="")
+    if not last or not tensors[last].readable or not tensors[last].size:
+        raise ValueError("the file does not say what the model predicts: no metadata, and no transformer on the way up")
     spread = float(np.std(tensors[last].read().astype(np.float32)))
     what = f"{last} has the standard deviation {spread:.3f}; in models trained for v it is above {_SPREAD_OF_V}"
     return (_V if spread > _SPREAD_OF_V else _EPSILON), what

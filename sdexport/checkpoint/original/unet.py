@@ -51,7 +51,7 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None) -> tup
     depths = [_depth(tensors, f"input_blocks.{block[-1]}.1") for block in down]
     if up_depths != depths[::-1]:
         raise ValueError(f"the way up has {up_depths} transformer layers and the way down {depths}: not a known architecture")
-    contexts = {tensors[name].shape[-1] for name in tensors if name.endswith(".attn2.to_k.weight")}
+    contexts = {shape_of(tensors, name, 2)[1] for name in tensors if name.endswith(".attn2.to_k.weight")}
     if len(contexts) != 1:
         raise ValueError(f"attention takes texts of the widths {sorted(contexts)}: one is expected")
     counts = [len(block) for block in down]
