@@ -184,8 +184,8 @@ def test_what_would_be_ignored_or_never_ends_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--vram-budget", "1K"], "--vram-budget: no engine that was chosen runs on a GPU"),
-        (["--low-memory", "--vram-budget", "1K"], "--vram-budget and --low-memory: no engine"),
+        (["--vram-budget", "1K"], "--vram-budget: no effect, since no chosen engine runs on a GPU"),
+        (["--low-memory", "--vram-budget", "1K"], "--vram-budget and --low-memory: no effect, since no chosen engine"),
         (["--negative", "fog", "--guidance", "1"], "the negative prompt has no effect at guidance 1: set guidance above 1"),
         (["--rescale", "0.5", "--guidance", "0"], "rescale 0.5 has no effect at guidance 0"),
     ],
