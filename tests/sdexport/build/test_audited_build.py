@@ -96,7 +96,7 @@ def test_without_an_audit(sd1_checkpoint: Path, trace_cache: Path, tmp_path: Pat
     out = tmp_path / "out"
     assert run("build", sd1_checkpoint, "-o", out, "--precision", "fp16", "--no-audit").exit_code == 0
     assert audits(out) == {}
-    assert "not audited: build it again without --no-audit" in run("inspect", out, "--precision").stdout
+    assert "not audited: rebuild it without --no-audit" in run("inspect", out, "--precision").stdout
 
 
 def test_inspect_tells_the_nodes_the_reasons_and_the_numbers(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
