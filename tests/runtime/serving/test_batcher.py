@@ -308,8 +308,16 @@ def test_closing_cancels_what_is_not_done_and_takes_nothing_more(parts: Parts, p
 
 
 def test_a_callback_may_close(pipe: Pipeline) -> None:
+    submitted = threading.Event()
+
+    def close(at: Progress) -> None:
+        if at.step == 3:
+            submitted.wait(WAIT)
+            batcher.close()
+
     with Batcher(pipe) as batcher:
-        drawings = [batcher.submit(asked(k, steps=9), progress=lambda at: at.step == 3 and batcher.close()) for k in range(2)]
+        drawings = [batcher.submit(asked(k, steps=9), progress=close) for k in range(2)]
+        submitted.set()
         assert all(each.wait(WAIT) and each.cancelled() for each in drawings)
 
 
