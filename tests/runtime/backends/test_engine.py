@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
-from bundles import TENSORS
+from bundles import TENSORS, make_bundle, with_fake_engines
 
 from sdruntime.arrays import Array
+from sdruntime.backends.base.engine import EngineOptions, Shared
 from sdruntime.backends.base.feeds import call_rows
-from sdruntime.backends.fake.engine import FakeEngine
+from sdruntime.backends.fake.engine import FakeEngine, open_engine
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
-from sdruntime.errors import EngineError
+from sdruntime.errors import BundleError, EngineError
 
 COMPONENT = ComponentSpec(
     files=("unet/model.onnx",), config="unet/config.json", inputs=TENSORS["unet"][0], outputs=TENSORS["unet"][1]
@@ -81,3 +85,10 @@ def test_rows_are_split_and_padded_to_what_the_engine_takes(rows: int, low: int,
 def test_wrong_feeds_are_refused_with_both_shapes(change: dict[str, Array], told: str) -> None:
     with pytest.raises(EngineError, match=told):
         engine(1, 2)(feeds(2) | change)
+
+
+def test_a_file_that_is_no_fake_engine_s_is_named(tmp_path: Path) -> None:
+    bundle = with_fake_engines(make_bundle(tmp_path / "bundle"))
+    spec = dataclasses.replace(bundle.manifest.engines[0], files=("unet/config.json",))
+    with pytest.raises(BundleError, match=r"unet/config\.json: not the file of a fake engine"):
+        open_engine(bundle, spec, EngineOptions(), Shared())

@@ -15,6 +15,7 @@ from sdruntime.backends.base.feeds import check_feeds, shape_of
 from sdruntime.backends.fake.build import TARGETS, VERSION
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
+from sdruntime.errors import BundleError
 
 KEPT_CALLS = 1000
 
@@ -60,5 +61,8 @@ def here() -> Library:
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> FakeEngine:
     """Open a fake engine. Raises BundleError if its file is damaged."""
-    fill = bundle.read_json(spec.files[0])["fill"]
+    document = bundle.read_json(spec.files[0])
+    fill = document.get("fill") if isinstance(document, dict) else None
+    if isinstance(fill, bool) or not isinstance(fill, (int, float)):
+        raise BundleError(bundle.folder, [f"{spec.files[0]}: not the file of a fake engine: it has no number `fill`"])
     return FakeEngine(spec, bundle.manifest.components[spec.component], fill=fill, factor=bundle.manifest.model.vae_factor)
