@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU
+from sdruntime.backends.base.feeds import split_rows
 from sdruntime.backends.registry import BACKENDS, OFFERED, backend, is_hidden
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Manifest
@@ -147,15 +148,11 @@ def _preference(engine: EngineSpec, machine: Machine, rows: int, dims: Mapping[s
 def _waste(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> tuple[bool, int]:
     """Return (False, rows of padding), or (True, -the most rows at a time) if a call of `rows` must be split."""
     sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
-    room = [max(low - rows, 0) for low, _, high in sizes if rows <= high]
-    return (False, min(room)) if room else (True, -max(high for _, _, high in sizes))
+    (first, *others) = split_rows(rows, sizes)
+    return (True, -max(high for _, _, high in sizes)) if others else (False, first[1] - rows)
 
 
 def _computed_rows(engine: EngineSpec, rows: int, dims: Mapping[str, int]) -> int:
     """Return how many rows a call of `rows` computes with padding, as `call_rows` splits and pads it."""
     sizes = [engine.profiles[index].get("batch", (1, 1, rows)) for index in engine.admitting(**dims)]
-    if any(low <= rows <= high for low, _, high in sizes):
-        return rows
-    most = max(high for _, _, high in sizes)
-    left = rows % most
-    return rows - left + (min(max(low, left) for low, _, high in sizes if left <= high) if left else 0)
+    return sum(count for _, count in split_rows(rows, sizes))

@@ -9,7 +9,7 @@ from bundles import TENSORS, make_bundle, with_fake_engines
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import EngineOptions, Shared
-from sdruntime.backends.base.feeds import call_rows
+from sdruntime.backends.base.feeds import call_rows, split_rows
 from sdruntime.backends.fake.engine import FakeEngine, open_engine
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import BundleError, EngineError
@@ -92,3 +92,20 @@ def test_a_file_that_is_no_fake_engine_s_is_named(tmp_path: Path) -> None:
     spec = dataclasses.replace(bundle.manifest.engines[0], files=("unet/config.json",))
     with pytest.raises(BundleError, match=r"unet/config\.json: not the file of a fake engine"):
         open_engine(bundle, spec, EngineOptions(), Shared())
+
+
+@pytest.mark.parametrize(
+    ("rows", "batches", "calls"),
+    [
+        (3, [(1, 1, 8)], [(3, 3)]),
+        (9, [(1, 1, 8)], [(8, 8), (1, 1)]),
+        (5, [(1, 1, 1), (4, 4, 4)], [(4, 4), (1, 1)]),
+        (7, [(2, 2, 2), (4, 4, 4)], [(4, 4), (3, 4)]),
+        (1, [(2, 2, 2), (4, 4, 4)], [(1, 2)]),
+        (3, [(1, 1, 2), (3, 3, 4)], [(3, 3)]),
+    ],
+)
+def test_a_call_is_padded_to_the_smallest_profile_with_room(
+    rows: int, batches: list[tuple[int, int, int]], calls: list[tuple[int, int]]
+) -> None:
+    assert split_rows(rows, batches) == calls

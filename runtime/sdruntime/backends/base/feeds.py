@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -82,22 +82,34 @@ def fill_optional_inputs(component: ComponentSpec, dims: Mapping[str, int], feed
 def call_rows(engine: Engine, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
     """Call `engine` with any number of rows along `batch`, the first axis of every tensor.
 
-    The rows are split by the largest batch of a profile, and padded with copies of the last row to the smallest profile that has
-    room. The outputs have as many rows as `feeds`.
+    They are split and padded as `split_rows` says. The outputs have as many rows as `feeds`.
     """
     rows = len(next(iter(feeds.values())))
     dims = dims_of(engine.component, engine.spec, feeds) if len(engine.spec.profiles) > 1 else {}
     dims.pop("batch", None)
     sizes = [engine.spec.profiles[index]["batch"] for index in engine.spec.admitting(**dims)]
-    if not sizes or any(low <= rows <= high for low, _, high in sizes):
+    calls = split_rows(rows, sizes) if sizes else [(rows, rows)]
+    if calls == [(rows, rows)]:
         return engine(feeds)  # raises EngineError if no profile accepts the sizes
-    most = max(high for _, _, high in sizes)
-    parts = []
-    for start in range(0, rows, most):
-        part = {name: array[start : start + most] for name, array in feeds.items()}
-        size = min(most, rows - start)
-        padded = min(max(low, size) for low, _, high in sizes if size <= high)
-        if size < padded:
-            part = {name: np.concatenate([array, np.repeat(array[-1:], padded - size, axis=0)]) for name, array in part.items()}
+    parts, start = [], 0
+    for size, count in calls:
+        part = {name: padded(array[start : start + size], count) for name, array in feeds.items()}
         parts.append({name: array[:size] for name, array in engine(part).items()})
+        start += size
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def split_rows(rows: int, batches: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Return the calls that compute `rows` rows: for each, its rows, and its rows with padding.
+
+    `batches` are the (min, opt, max) of the profiles. A call has as many rows as the largest takes, and is padded to the smallest
+    profile that has room.
+    """
+    most = max(high for _, _, high in batches)
+    sizes = [min(most, rows - start) for start in range(0, rows, most)]
+    return [(size, min(max(low, size) for low, _, high in batches if size <= high)) for size in sizes]
+
+
+def padded(array: Array, rows: int) -> Array:
+    """Return the array with copies of its last row, up to `rows` rows."""
+    return array if len(array) == rows else np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])

@@ -21,7 +21,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine, closed
-from sdruntime.backends.base.feeds import fill_optional_inputs
+from sdruntime.backends.base.feeds import fill_optional_inputs, padded
 from sdruntime.backends.base.session import aligned
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.bundle.sampler_step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
@@ -338,7 +338,7 @@ def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
     if frame.guided:
         rows = [job.rows[0] for job in jobs] + rows
     feeds = {"sample": _samples(jobs, frame), **stacked(rows)}
-    return fill_optional_inputs(frame.component, frame.dims, {name: _padded(array, frame.rows) for name, array in feeds.items()})
+    return fill_optional_inputs(frame.component, frame.dims, {name: padded(array, frame.rows) for name, array in feeds.items()})
 
 
 def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
@@ -346,10 +346,6 @@ def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
     for k, job in enumerate(jobs):
         job.run.model_input(out=samples[k])
     return np.concatenate([samples, samples]) if frame.guided else samples
-
-
-def _padded(rows: Array, count: int) -> Array:
-    return rows if len(rows) == count else np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)])
 
 
 def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
