@@ -3,7 +3,7 @@
     python benchmarks/export_full_size.py sd15 [--folder DIR] [--json FILE]
     python benchmarks/export_full_size.py sdxl --ours-only
 
-Each measurement runs in its own process. The weights are drawn tensor by tensor, all different, so that none are shared. They
+Each measurement runs in its own process. The weights are generated tensor by tensor, all different, so that none are shared. They
 are stored as float32 for SD1.5 and as float16 for SDXL. The rival is torch.onnx.export of the same module, loaded in float16,
 with the same inputs, opset and dynamic shapes. Requires 6 GB (SD1.5) or 11 GB (SDXL) of disk.
 """

@@ -103,7 +103,7 @@ def sd1_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
 
 @pytest.fixture(scope="session")
 def sd1_proved_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
-    """The same with golden numbers, as a build makes it where nothing else is said."""
+    """The same with reference outputs, as a build makes it where nothing else is said."""
     return exported_once(sd1_checkpoint, verify=True)
 
 

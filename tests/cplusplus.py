@@ -1,4 +1,4 @@
-"""Compiling C and C++ in tests. Without the tools they fail, unless SDRUNTIME_NO_COMPILER=1 says that they shall be left out."""
+"""Compiling C and C++ in tests. Without the tools they fail, unless SDRUNTIME_NO_COMPILER=1 skips them."""
 
 from __future__ import annotations
 

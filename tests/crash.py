@@ -202,7 +202,7 @@ def write_tree(tree: Tree, place: Path) -> None:
 
 
 def visible(tree: Tree) -> Tree:
-    """What a reader sees: names that begin with a dot are left out."""
+    """What a reader sees: names that begin with a dot are omitted."""
     return {
         name: value if isinstance(value, bytes) else visible(value)
         for name, value in sorted(tree.items())

@@ -52,7 +52,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 @functools.cache
 def made(environment: Environment) -> Path | None:
-    """The environment's python: made once, and kept; the runtime in it is always the tree's. None: no such Python is here."""
+    """Return the environment's python, made once and kept, with the tree's runtime; None if no such Python is installed."""
     base = interpreter(environment.python)
     if base is None:
         return None

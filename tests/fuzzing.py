@@ -101,7 +101,7 @@ def _somewhere(value: Any, chance: random.Random) -> Any:
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """Bytes with a few of them changed, left out, doubled or cut off."""
+    """Bytes with a few of them changed, omitted, doubled or cut off."""
     made = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         if not made:

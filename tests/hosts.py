@@ -20,7 +20,7 @@ Event = dict[str, Any]
 
 
 class Host:
-    """Keeps what it is told, each blob beside its event, and lets a test wait for what comes."""
+    """Keeps the events that it receives, each blob beside its event, and lets a test wait for what comes."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []

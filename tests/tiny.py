@@ -1,6 +1,6 @@
 """Tiny random checkpoints in the layout of real ones, written with diffusers' own classes.
 
-Weights are random and drawn once from a fixed seed; the decoder's last layer is scaled so that pictures are not flat.
+Weights are random and generated once from a fixed seed; the decoder's last layer is scaled so that images are not flat.
 What real checkpoints do differently from each other is kept: SD1's quick-GELU text encoder and end-token padding, SD2's plain
 GELU, "!" padding and 23 layers (the penultimate of OpenCLIP's 24 is its last), SDXL's two encoders, pooled text and time ids.
 """

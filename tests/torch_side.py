@@ -13,7 +13,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def outputs(checkpoint: Path, component: str, feeds: Arrays) -> dict[str, NDArray[Any]]:
-    """The component's outputs by their ONNX names. SDXL's text encoders are told by the second one beside them."""
+    """The component's outputs by their ONNX names. SDXL's text encoders are recognised by the second one beside them."""
     import torch
 
     tensors = {name: torch.from_numpy(np.array(feed)) for name, feed in feeds.items()}

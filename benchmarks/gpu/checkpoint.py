@@ -1,7 +1,7 @@
 """Write full-size checkpoints with random weights in diffusers' layout: the published shapes, and therefore the published speed.
 
 Their images are noise; only the similarity between two engines is meaningful. Names and shapes of the weights are those of the
-classes of diffusers and transformers, instantiated without memory for weights. One thread per core draws the random numbers.
+classes of diffusers and transformers, instantiated without memory for weights. One thread per core generates the random numbers.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ e[1 + calls + k]. What it returns after each step is that x over (x[0], all m, a
 
 Needs torch, diffusers and scipy (diffusers' LMS and its beta schedule import it). Writes tables.npz beside itself:
 
-    cases     JSON, a list: config, what compile_table is told, calls, and the rows that are kept
+    cases     JSON, a list: config, what compile_table is given, calls, and the rows that are kept
     refused   JSON, a list: the same, with what diffusers raised, or "not finite"
     numbers   float32, one after another for each case: start [2], t, scale, draws [calls], rows (cut behind row i's
               last possible entry: x[0], m[0 … i-1], n[0 … draws so far])
@@ -146,7 +146,7 @@ def minor_variants() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """What compile_table is told, and diffusers as well: config, steps, strength, options."""
+    """What compile_table is given, and diffusers as well: config, steps, strength, options."""
     for name, config, options in variants():
         flow = name.startswith("FlowMatch")
         for prediction in ("flow_prediction",) if flow else ("epsilon", "v_prediction", "sample"):

@@ -178,7 +178,7 @@ def covering(axes: Sequence[Sequence[Any]], dice: random.Random) -> list[list[in
 
 
 def cases() -> list[dict[str, Any]]:
-    """What compile_table is told, and diffusers as well."""
+    """What compile_table is given, and diffusers as well."""
     found = []
     for name in MODULES:
         axes, dice = axes_of(name), random.Random(name)

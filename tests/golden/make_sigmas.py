@@ -1,6 +1,6 @@
 """Read the tables of noise levels of the caller's off diffusers' schedulers that take `sigmas`, and store them as sigmas.json.
 
-Each case is what compile_table is told (config, sigmas, strength) beside what make.py's `read_off` finds: start, t, scale and all
+Each case is what compile_table is given (config, sigmas, strength), and what make.py's `read_off` finds: start, t, scale and all
 unrolled rows.
 """
 

@@ -40,7 +40,7 @@ def here(request: pytest.FixtureRequest, machine: Callable[..., Machine]) -> Mac
 
 @pytest.fixture(scope="session")
 def reference(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CPU's pictures of the tiny SD1."""
+    """The CPU's images of the tiny SD1."""
     from benchmarks.gpu.check import cpu_pictures
 
     return cpu_pictures(sd1_bundle, tmp_path_factory.mktemp("reference"), PROMPT)

@@ -1,4 +1,4 @@
-"""The benchmark on the fakes, tiny checkpoints for full-size ones: every key of its document, and what of a failure is told."""
+"""The benchmark on the fakes, tiny checkpoints for full-size ones: every key of its document, and how a failure is reported."""
 
 from __future__ import annotations
 

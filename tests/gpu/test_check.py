@@ -57,7 +57,7 @@ def test_a_library_that_is_not_there_is_told_with_its_reason(
 def test_a_gpu_that_tensorrt_rtx_does_not_list_is_tried_all_the_same(
     h100: Callable[[str], Machine], sd1_bundle: Path, reference: Path
 ) -> None:
-    """As a fake would have it: what a real H100 says is for a real one to say, and is told in the same way."""
+    """As a fake would have it: what a real H100 says is for a real one to say, and is reported in the same way."""
     h100("tensorrt_rtx")
     told = checked(sd1_bundle, "tensorrt-rtx", reference)
     assert (told["stage"], told["target"]) == ("loaded", "ampere+")

@@ -1,4 +1,4 @@
-"""diffusers' own pipelines, drawing what our bundle is asked to draw."""
+"""diffusers' own pipelines, generating what our bundle generates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def psnr(a: Array, b: Array) -> float:
-    """In dB. uint8 pictures have a peak of 255, the decoder's floats one of 2. Equal arrays are infinitely alike."""
+    """In dB. uint8 images have a peak of 255, the decoder's floats one of 2. Equal arrays are infinitely alike."""
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     peak = 255.0 if a.dtype == np.uint8 else 2.0
@@ -51,7 +51,7 @@ class Reference:
     def draw(
         self, prompt: str, *, scheduler: str, seed: int, changes: dict[str, Any] | None = None, **settings: Any
     ) -> tuple[Array, Array]:
-        """(uint8 [H, W, 3], float32 [3, H, W]): the picture and the decoder's output."""
+        """(uint8 [H, W, 3], float32 [3, H, W]): the image and the decoder's output."""
         import PIL.Image
 
         kind = getattr(self._schedulers, scheduler)

@@ -1,6 +1,6 @@
 """The runtime alone: environments with nothing but ./runtime[onnxruntime], on the oldest and on newer Pythons.
 
-The runtime's own tests pass there, and it draws the same picture from the same bundle. In the wide run the exporter's tests pass
+The runtime's own tests pass there, and they generate one image from the same bundle. In the full run the exporter's tests pass
 too with the lowest versions that pyproject.toml promises. An interpreter that is not on the machine is skipped by name.
 """
 

@@ -1,4 +1,4 @@
-"""The bundle's picture is diffusers' picture: same checkpoint, same seed, every sampler that diffusers has."""
+"""The bundle's image is diffusers' image: same checkpoint, same seed, every sampler that diffusers has."""
 
 from __future__ import annotations
 

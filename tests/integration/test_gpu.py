@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show: every backend that loads draws the CPU's pictures on it, and leaves nothing there.
+"""What only an NVIDIA GPU can show: every backend that loads generates the CPU's images on it, and leaves nothing there.
 
 `make gpu-test`. Each check runs in a process of its own, so that a library that crashes fails its own test. REQUIRE=tensorrt
 makes its absence a failure. SHAPES=BUNDLE:BUNDLE (fp32 and fp16) stands in for the export where diffusers is missing.

@@ -49,7 +49,7 @@ def bare(bundle: Path, place: Path) -> Path:
 
 
 def built(python: Path, bundle: Path, *arguments: str) -> dict[str, dict[str, object]]:
-    """What `sdruntime build --json` tells of each component's engine."""
+    """Return what `sdruntime build --json` reports of each component's engine."""
     told = json.loads(run(python, "-m", "sdruntime", "build", bundle, "--backend", "tensorrt-rtx", "--json", *arguments))
     return {engine["component"]: engine for engine in told["engines"]}
 
@@ -216,7 +216,7 @@ def test_a_build_that_is_ended_leaves_a_valid_bundle_and_goes_on_later(
 
 @pytest.mark.parametrize("name", ["sd1_fp16", "sdxl_fp16"])
 def test_the_very_graph_of_the_engine_gives_the_fp32_picture(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
-    """No GPU is here to run the engine: ONNX Runtime runs the ONNX that it is built from, and fp32's picture holds it."""
+    """Without a GPU to run the engine, ONNX Runtime runs the ONNX that it is built from; the image matches that of fp32."""
     pictures = []
     for each in (name, name.removesuffix("_fp16")):
         bundle = bare(request.getfixturevalue(f"{each}_bundle"), tmp_path / each)

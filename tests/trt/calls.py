@@ -2,7 +2,7 @@
 
 Attributes have no types here: a use is an attribute with the name of a member of a class that the files can come by, beginning
 with those that they name (`trt.Builder`) and going on to what the members that they use take and return. What is certainly
-something else is left out: attributes of imported modules (other than TensorRT's own), of `self`, and private ones.
+something else is omitted: attributes of imported modules (other than TensorRT's own), of `self`, and private ones.
 """
 
 from __future__ import annotations

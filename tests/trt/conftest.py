@@ -19,7 +19,7 @@ from trt.surface import surface as surface_
 from sdruntime.engines.building import BuildRequest, build_engines
 
 NEWEST = "tensorrt 11.4.0.106"
-DRAWN = ("text_encoder", "unet", "vae_decoder", "step")  # what a picture takes
+DRAWN = ("text_encoder", "unet", "vae_decoder", "step")  # what an image takes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

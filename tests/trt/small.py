@@ -1,4 +1,4 @@
-"""A bundle made by hand whose pictures take a millisecond: each component is a few nodes, and the loop can stay on the device."""
+"""A bundle made by hand whose images take a millisecond: each component is a few nodes, and the loop can stay on the device."""
 
 from __future__ import annotations
 

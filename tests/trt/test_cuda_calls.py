@@ -52,7 +52,7 @@ class Bench:
         return event
 
     def there_and_back(self) -> np.ndarray:
-        """Ones to the device; the pinned array that is asked for, not yet synchronised."""
+        """Ones to the device; the pinned array that is requested, not yet synchronised."""
         self.pinned[:] = 1
         assert self.upload(self.device, self.host) == 0
         assert self.download(self.target, self.device) == 0

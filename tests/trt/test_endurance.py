@@ -1,4 +1,4 @@
-"""A thousand pictures on one pipeline: what it holds after them is what it held after a hundred."""
+"""A thousand images on one pipeline: what it holds after them is what it held after a hundred."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def held(here: Machine, pipe: Pipeline) -> Counter[str]:
 
 
 def test_a_thousand_pictures_take_what_a_hundred_take(here: Machine, small_folder: Path) -> None:
-    assert len(SIZES) > max(KEPT_BINDINGS, KEPT_FRAMES)  # so that both are given up and made anew
+    assert len(SIZES) > max(KEPT_BINDINGS, KEPT_FRAMES)  # so that both are given up and made again
     assert len(ASKED) == 60
     marks = {}
     with Pipeline.open(small_folder) as pipe:

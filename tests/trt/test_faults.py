@@ -83,14 +83,14 @@ def test_memory_that_runs_out_at_any_allocation(here: Machine, folder: Path, on_
                 with pytest.raises(OutOfSpace, match=free) as caught:
                     draw(pipe, on_device=on_device)
                 assert "are free: close other programs that use the GPU" in str(caught.value)
-                again = draw(pipe, on_device=on_device)  # where there is room again, the same pipeline draws the same
+                again = draw(pipe, on_device=on_device)  # where there is room again, the same pipeline generates the same
                 assert same(again, reference)
             assert_nothing_left(here)  # though the error, with all that its traceback sees, is still here
 
 
 @pytest.mark.parametrize(("on_device", "code"), [(False, 719), (True, 700)], ids=["numpy-719", "device-700"])
 def test_a_device_that_breaks_down_at_any_call(here: Machine, folder: Path, on_device: bool, code: int) -> None:
-    """From then on every call fails, as it is after an illegal access: the first error is the one that is told."""
+    """From then on every call fails, as it is after an illegal access: the first error is the one that is reported."""
     reference = whole(folder, here, on_device=on_device)
     told: Counter[str] = Counter()
     for name, count in calls_of(folder, here, on_device=on_device).items():
@@ -105,7 +105,7 @@ def test_a_device_that_breaks_down_at_any_call(here: Machine, folder: Path, on_d
                 error = caught
             assert_nothing_left(here)
             here.gpus.broken = 0
-            if error is None:  # the pictures were there already
+            if error is None:  # the images were there already
                 assert name in _QUIET
                 assert same(images, reference)
                 continue
@@ -160,7 +160,7 @@ def test_a_context_that_cannot_be_had(here: Machine, folder: Path, path: str) ->
 
 
 def test_the_error_of_the_block_is_the_one_that_is_seen(here: Machine, folder: Path) -> None:
-    """Though the device broke down meanwhile, and the loop that was under way is told of it at the end only."""
+    """Though the device broke down meanwhile, and the loop under way learns of it at the end only."""
     for step in range(1, 4):
         streams = []
 
@@ -193,7 +193,7 @@ def test_a_loop_that_is_left_early_on_a_broken_device_gives_no_picture(here: Mac
 
 
 def test_a_device_that_breaks_down_in_a_whole_loop(here: Machine, small_folder: Path) -> None:
-    """All steps as one graph, in the second drawing."""
+    """All steps as one graph, in the second image."""
     prompts, once = ["a cat", "a dog"], {"steps": 4, "seed": 1, "size": (64, 64), "sampler": "dpmpp_2m"}
     options = EngineOptions(whole_loop=True)
     with Pipeline.open(small_folder, options=options) as pipe:

@@ -1,4 +1,4 @@
-"""Ctrl-C at any point of a drawing: nothing stays on the device, and a pipeline that is kept open draws on."""
+"""Ctrl-C at any point of an image: nothing stays on the device, and a pipeline that is kept open generates the next one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUESTS = [
     Request(prompt="a cat", seed=1, steps=3, size=(64, 64), sampler="dpmpp_2m"),
     Request(prompt="a dog", seed=2, steps=5, size=(128, 64), sampler="euler_a"),
 ]
-# A call that makes something is left out: an interrupt just after it comes before anybody knows what was made.
+# A call that makes something is omitted: an interrupt just after it comes before anybody knows what was made.
 CALLS = (
     *("cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyDtoDAsync_v2", "cuStreamSynchronize"),
     *("cuGraphLaunch", "cuEventQuery", "cuEventRecord"),

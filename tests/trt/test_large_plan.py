@@ -1,4 +1,4 @@
-"""A plan of 1.7 GB is opened where it lies on the disk: no copy of it in this process, and its pages are given back at once."""
+"""A plan of 1.7 GB is opened where it lies on the disk: no copy of it in this process, and its pages are released at once."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def drawn(folder: Path, backend: str = "auto", **options: int) -> None:
 
 
 def refused(folder: Path, kind: type[Exception], code: int, *texts: str, **options: int) -> None:
-    """Drawing raises `kind` with this exit code, and a message that holds the texts."""
+    """Check that generating raises `kind` with this exit code and a message with these texts."""
     with pytest.raises(kind) as caught:
         drawn(folder, **options)
     assert type(caught.value) is kind

@@ -1,6 +1,6 @@
-"""A bundle of the first format revision, kept for ever: whatever changes, it still opens, builds and draws the same picture.
+"""A bundle of the first format revision, kept for ever: whatever changes, it still opens, builds and generates the same image.
 
-It was exported from the tiny random SD1 checkpoint of tests/tiny.py in fp16; its picture's numbers lie in tests/golden.
+It was exported from the tiny random SD1 checkpoint of tests/tiny.py in fp16; its image's numbers lie in tests/golden.
 """
 
 from __future__ import annotations

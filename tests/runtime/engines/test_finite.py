@@ -1,4 +1,4 @@
-"""No bad picture leaves silently: single NaN and Inf anywhere in an engine's outputs, and pictures of one colour."""
+"""No bad image leaves silently: single NaN and Inf anywhere in an engine's outputs, and images of one colour."""
 
 from __future__ import annotations
 

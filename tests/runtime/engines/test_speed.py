@@ -1,4 +1,4 @@
-"""Which CPU engine is quickest: what is compared, how it is timed, and that it is asked once."""
+"""Which CPU engine is quickest: what is compared, how it is timed, and that this happens once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After an upgrade of a library: which engines it left behind, and building those again as they were asked for."""
+"""After an upgrade of a library: which engines are out of date, and their rebuild with the same options."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_decode_is_the_text_as_the_tokenizer_sees_it(folder):
 
 
 class Counted(dict):
-    """A merge table that counts how often it is asked: once or twice for each step of the merging."""
+    """A merge table that counts its lookups: once or twice for each step of the merging."""
 
     asked = 0
 

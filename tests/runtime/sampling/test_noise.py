@@ -1,4 +1,4 @@
-"""noise.py against numbers that torch drew (tests/golden/make_noise.py), by its vectorised and its plain code path."""
+"""noise.py against numbers of torch (tests/golden/make_noise.py), from its vectorised and its plain code path."""
 
 import numpy as np
 import pytest

@@ -234,7 +234,7 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
 
 
 def test_an_engine_that_fails_ends_the_jobs_of_that_call(parts: Parts, batcher: Batcher) -> None:
-    """A job of another size that was done in the same round gets its picture."""
+    """A job of another size that was done in the same round gets its image."""
     held: list[ImageFuture] = []
     parts.at_call(1, lambda: held.extend([batcher.submit(asked(2, size=(128, 64))), batcher.submit(asked(3, steps=9))]))
 
@@ -359,7 +359,7 @@ def test_asyncio_can_wait_for_a_drawing_and_cancel_it(batcher: Batcher) -> None:
 
 
 def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipeline) -> None:
-    """Each job ends, with its own picture, cancelled, or with its own fault; and nothing of them stays."""
+    """Each job ends, with its own image, cancelled, or with its own fault; and nothing of them stays."""
     requests = {seed: asked(seed, steps=1 + seed % 7, size=(64, 64 + 64 * (seed % 2))) for seed in range(24)}
     alone = {seed: pipe(request).pixels[0] for seed, request in requests.items()}
     threads = threading.active_count()
@@ -400,7 +400,7 @@ def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipel
 
 
 def _collect(faults: list[str], act: Callable[[], object]) -> None:
-    """A failed assertion on the thread that draws is told to the test."""
+    """A failed assertion on the thread that draws is reported to the test."""
     try:
         act()
     except BaseException as error:

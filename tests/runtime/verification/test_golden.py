@@ -1,4 +1,4 @@
-"""The golden numbers' format: what is written is read, inputs follow from seeds, and a damaged or absent document is told."""
+"""Reference outputs' format: what is written is read; inputs follow from seeds, and a damaged or missing document is named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sdruntime.verification.tolerance import TOLERANCES
 
 @pytest.fixture
 def proved(bundle: Bundle) -> Bundle:
-    """The bundle made by hand, with golden numbers made by hand."""
+    """The bundle made by hand, with reference outputs made by hand."""
     random = np.random.default_rng(1)
     cases, numbers = [], {}
     for case in cases_of(bundle.manifest, {"text_encoder": 514}):

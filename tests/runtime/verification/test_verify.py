@@ -1,4 +1,4 @@
-"""Verification without torch: a bundle that was moved passes, one layer changed by 1 % fails, and what cannot run is told."""
+"""Verification without torch: a bundle that was moved passes, one layer changed by 1 % fails, and what cannot run is reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sdruntime.backends.ort.engine import open_engine  # noqa: E402
 
 @pytest.fixture(scope="module")
 def proved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the first revision with golden numbers that its own ONNX gave, held to as tightly as float32."""
+    """The bundle of the first revision with reference outputs that its own ONNX gave, held to as tightly as float32."""
     folder = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("proved") / "bundle"))
     bundle = Bundle.open(folder)
     specs = {name: onnx_spec(bundle.manifest, name, ort.__version__) for name in bundle.manifest.components}
@@ -69,7 +69,7 @@ def copy(proved: Path, tmp_path: Path) -> Path:
 
 
 def scaled(folder: Path, component: str, weight: str, by: float) -> None:
-    """Multiply a weight of a component's ONNX, and write the hashes anew."""
+    """Multiply a weight of a component's ONNX, and write the hashes again."""
     bundle = Bundle.open(folder)
     tensors = external_tensors(memoryview((folder / component / "model.onnx").read_bytes()), ["model.onnx.data"])
     tensor = next(each for each in tensors if each.name == weight)
@@ -127,7 +127,7 @@ def test_engines_are_run_and_those_that_cannot_be_are_told(copy: Path) -> None:
 
 
 def test_an_engine_that_fails_is_not_added(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its ONNX is not that of the golden numbers any more; what was built of it before stays."""
+    """Its ONNX is not that of the reference outputs any more; what was built of it before stays."""
     asked = ["build", str(copy), "--backend", "onnxruntime", "--component"]
     assert main([*asked, "text_encoder"]) == 0
     former = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}

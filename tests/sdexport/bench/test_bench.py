@@ -63,7 +63,7 @@ def test_the_document_says_what_where_and_how(document: dict[str, Any]) -> None:
     assert document["settings"].keys() >= {"steps", "batch", "size", "guidance", "seconds", "prompt", "seed", "sampler"}
     assert list(document["contestants"]) == ["onnxruntime", "fake", "tensorrt"]
     assert "no tensorrt engine of" in document["contestants"]["tensorrt"]["error"]
-    assert all("build_s" not in each for each in document["contestants"].values())  # nothing was built, so nothing is told
+    assert all("build_s" not in each for each in document["contestants"].values())  # nothing was built, so nothing is reported
 
 
 def test_numbers_stand_in_sane_relations(document: dict[str, Any]) -> None:

@@ -151,7 +151,7 @@ def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> Compo
 def test_a_choice_whose_graph_does_not_hold_is_followed_by_wider_ones(
     audited_job: ComponentJob, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And where not even the whole component in float32 holds, that is told."""
+    """And where not even the whole component in float32 holds, that is reported."""
     kept: list[int] = []
 
     def confirm(path: Path, *_: Any, **__: Any) -> None:

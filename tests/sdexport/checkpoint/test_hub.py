@@ -1,4 +1,4 @@
-"""MODEL as a folder or a hub id; nothing here goes to a network."""
+"""MODEL as a folder or a hub id, without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of sdexport's progress, drawn by rich: their bars begin empty, move, end full, and are as wide as the terminal."""
+"""The rows of sdexport's progress, rendered by rich: their bars begin empty, move, end full, and are as wide as the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A component's process: its errors come through as they were, its death is told as what it was."""
+"""A component's process: its errors come through as they were, its death is reported as what it was."""
 
 from __future__ import annotations
 
