@@ -73,6 +73,8 @@ class Case:
     def __post_init__(self) -> None:
         for name in ("dims", "below", "outputs"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        if faults := [name for name, bound in self.below.items() if bound < 1]:
+            raise ValueError(f"case {self.name}: below {faults[0]}: {self.below[faults[0]]} is not a positive bound")
 
     def key(self, output: str) -> str:
         """Return the name of an output's sample in the numbers."""

@@ -123,3 +123,8 @@ def test_another_format_a_missing_number_and_nonsense_are_told(proved: Bundle) -
     fewer = write_golden(Bundle(proved.folder, load_manifest(proved.folder)), golden, numbers)
     with pytest.raises(BundleError, match=r"unet\.small\.out_sample is missing"):
         read_golden(fewer)
+
+
+def test_a_bound_below_one_is_named() -> None:
+    with pytest.raises(ValueError, match="case small: below input_ids: 0 is not a positive bound"):
+        Case(component="text_encoder", name="small", seed=0, dims={"batch": 1}, below={"input_ids": 0})
