@@ -16,6 +16,7 @@ from sdruntime.verification.golden import (
     DOCUMENT,
     NUMBERS,
     SAMPLE,
+    Case,
     Golden,
     cases_of,
     digest_of,
