@@ -40,11 +40,8 @@ class Original:
     inferred: tuple[str, ...]
 
 
-def read_original(tensors: Tensors, metadata: Mapping[str, str], *, prediction: str | None = None) -> Original:
-    """Return what the tensors of one file are. `prediction`: the prediction type, where the user names it.
-
-    Raises ValueError with every fault, one a line.
-    """
+def read_original(tensors: Tensors, metadata: Mapping[str, str]) -> Original:
+    """Return what the tensors of one file are. Raises ValueError with every fault, one a line."""
     tensors = _with_text_model(tensors)
     standard = _standard(tensors)
     inferred = [f"{standard.name}: the file has {standard.encoders[-1].sign}"]
@@ -74,7 +71,7 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str], *, prediction: 
     take("vae", VAE, read_vae, scaling_factor=standard.scaling_factor)
     if faults:
         raise ValueError("\n".join(faults))
-    kind, reason = _prediction(standard, tensors, metadata, prediction)
+    kind, reason = _prediction(standard, tensors, metadata)
     inferred.append(f"prediction type {kind}: {reason}")
     scheduler = dict(standard.scheduler) | {"prediction_type": kind}
     if "ztsnr" in tensors:
@@ -119,9 +116,7 @@ def _standard(tensors: Tensors) -> Standard:
     raise ValueError(f"not a checkpoint of Stable Diffusion: no tensor's name begins with {UNET}")
 
 
-def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str], named: str | None) -> tuple[str, str]:
-    if named is not None:
-        return named, "as requested"
+def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, str]:
     if "v_pred" in tensors:
         return _V, "the file has v_pred"
     written = metadata.get("modelspec.prediction_type", "")

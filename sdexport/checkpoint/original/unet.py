@@ -71,10 +71,9 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None) -> tup
     }
     if "label_emb.0.0.weight" in tensors and pooled is not None:
         width = shape_of(tensors, "label_emb.0.0.weight", 2)[1]
-        numbers = 5 if middle and depths[0] == 0 and len(down) == 4 else 6
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // numbers,
+            "addition_time_embed_dim": (width - pooled) // 6,
             "projection_class_embeddings_input_dim": width,
         }
     return config, renamed(tensors, _OUTER | places, _inside)
@@ -100,23 +99,19 @@ def _down_blocks(tensors: Tensors) -> tuple[list[list[int]], dict[str, str]]:
 
 def _up_blocks(tensors: Tensors, places: dict[str, str]) -> list[int]:
     """Return the transformer layers of each block of the way up."""
-    block, layer, depths = 0, 0, [0]
+    depths: list[list[int]] = []
+    upsampler = None
     for index in children(tensors, "output_blocks"):
-        here = f"output_blocks.{index}"
-        if layer < 0:
-            block, layer, depths = block + 1, 0, [*depths, 0]
-        places[f"{here}.0"] = f"up_blocks.{block}.resnets.{layer}"
-        depths[-1] = max(depths[-1], _depth(tensors, f"{here}.1"))
-        for child in (1, 2):
-            if f"{here}.{child}.conv.weight" in tensors:
-                places[f"{here}.{child}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
-                ends = True
-                break
-            places[f"{here}.{child}"] = f"up_blocks.{block}.attentions.{layer}"
-        else:
-            ends = False
-        layer = -1 if ends else layer + 1
-    return depths
+        if upsampler or not depths:
+            depths.append([])
+        here, block, layer = f"output_blocks.{index}", f"up_blocks.{len(depths) - 1}", len(depths[-1])
+        places[f"{here}.0"] = f"{block}.resnets.{layer}"
+        places[f"{here}.1"] = f"{block}.attentions.{layer}"
+        depths[-1].append(_depth(tensors, f"{here}.1"))
+        upsampler = next((child for child in (1, 2) if f"{here}.{child}.conv.weight" in tensors), None)
+        if upsampler:
+            places[f"{here}.{upsampler}.conv"] = f"{block}.upsamplers.0.conv"
+    return [max(block) for block in depths]
 
 
 def _middle(tensors: Tensors, places: dict[str, str]) -> int:
