@@ -94,27 +94,27 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. Raises ValueError if it is truncated, damaged or of another format."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and its metadata, as `modelspec.*` (https://github.com/Stability-AI/ModelSpec).
+
+    Raises ValueError as `read_header` does.
+    """
     header, start, total = _header(path)
+    metadata = header.pop(_METADATA, None)
     try:
         if len(header) > MOST_TENSORS:
             raise ValueError(f"{len(header):,} tensors, more than the {MOST_TENSORS:,} that are read")
-        tensors = {name: _stored(path, name, start, entry) for name, entry in header.items() if name != _METADATA}
+        tensors = {name: _stored(path, name, start, entry) for name, entry in header.items()}
         end = _checked_end(tensors, start)
     except ValueError as error:
         raise ValueError(f"the safetensors header is damaged ({error})") from None
     if end != total:
         raise ValueError(f"{total:,} bytes, but its header requires {end:,}: cut off, or damaged; download it again")
-    return tensors
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return what a safetensors file says of itself, as `modelspec.*` (https://github.com/Stability-AI/ModelSpec).
-
-    Raises ValueError as `read_header` does.
-    """
-    metadata = _header(path)[0].get(_METADATA)
     entries = metadata.items() if isinstance(metadata, dict) else ()
-    return {key: value for key, value in entries if isinstance(value, str)}
+    return tensors, {key: value for key, value in entries if isinstance(value, str)}
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 from sdexport.checkpoint.card import Card
 from sdexport.checkpoint.original.layout import Original, read_original
 from sdexport.checkpoint.original.tokenizer import clip_tokenizer
-from sdexport.checkpoint.safetensors import read_header, read_metadata, with_scales
+from sdexport.checkpoint.safetensors import read_header_and_metadata, with_scales
 from sdexport.checkpoint.weight_files import StoredWeights
 from sdexport.errors import CheckpointError
 from sdruntime.errors import plain
@@ -61,7 +61,7 @@ class SingleFile:
 def read_single_file(path: Path) -> SingleFile:
     """Return what a safetensors file holds. Raises CheckpointError with every fault."""
     try:
-        tensors, metadata = with_scales(read_header(path)), read_metadata(path)
-        return SingleFile(path, read_original(tensors, metadata), metadata)
+        tensors, metadata = read_header_and_metadata(path)
+        return SingleFile(path, read_original(with_scales(tensors), metadata), metadata)
     except (OSError, ValueError) as error:
         raise CheckpointError(path.name, plain(error).split("\n")) from None

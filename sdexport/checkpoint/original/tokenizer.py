@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from sdruntime.pipeline.text.tokenizer import byte_symbols
 
@@ -18,13 +21,19 @@ _LENGTH = 77
 
 def clip_tokenizer(*, pad: str) -> dict[str, bytes]:
     """Return the files of a tokenizer's folder, as `sdexport.checkpoint.tokenizer.read_tokenizer` takes them."""
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": _LENGTH} | special
+    return {**_vocabulary(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
+@functools.cache
+def _vocabulary() -> Mapping[str, bytes]:
+    """Return the files that do not depend on the padding token: SDXL has two tokenizers with the same vocabulary."""
     merges = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
     units = list(byte_symbols().values())
     words = [*units, *(f"{unit}</w>" for unit in units), *(merge.replace(" ", "") for merge in merges), _START, _END]
-    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad}
     documents = {
         "vocab.json": json.dumps({word: number for number, word in enumerate(words)}),
         "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-        "tokenizer_config.json": json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": _LENGTH} | special),
     }
-    return {name: text.encode() for name, text in documents.items()}
+    return MappingProxyType({name: text.encode() for name, text in documents.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,26 @@ def test_a_damaged_file_is_one_fault(tmp_path_factory: pytest.TempPathFactory, t
         file.truncate(path.stat().st_size - 1)
     [fault] = faults(path)
     assert "cut off, or damaged" in fault
+
+
+def test_the_header_and_the_vocabulary_are_read_once(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes a part of a second; SDXL has two tokenizers with one vocabulary."""
+    from sdexport.checkpoint import safetensors
+    from sdexport.checkpoint.original import tokenizer
+
+    path = file_of(tmp_path_factory, "sdxl")
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (calls.append(name), function(*arguments))[1]
+
+    monkeypatch.setattr(safetensors, "json_from_text", counted("header", safetensors.json_from_text))
+    monkeypatch.setattr(tokenizer.gzip, "decompress", counted("vocabulary", tokenizer.gzip.decompress))
+    tokenizer._vocabulary.cache_clear()
+    assert len(read_checkpoint(path, name="x").tokenizers) == 2
+    assert sorted(calls) == ["header", "vocabulary"]
 
 
 def test_the_shipped_vocabulary_is_that_of_clip() -> None:
