@@ -22,6 +22,8 @@ from sdruntime.cli.describe import bundle_document, bundle_lines
 from sdruntime.engines.choose import Machine
 from sdruntime.errors import SdruntimeError
 from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.text.editing import schedule
+from sdruntime.pipeline.text.segments import segments
 from sdruntime.pipeline.text.tokenizer import FILES, Tokenizer
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.samplers import SAMPLERS
@@ -159,6 +161,27 @@ def tokenizer(folder: Path) -> Once:
             opened = Tokenizer.from_files(made, where=folder)
             ids = np.array(opened.encode("A cat abc <x> \U0001f600 don't 12"), np.int32)
             opened.decode(ids.tolist())
+
+        return refused(use)
+
+    return once
+
+
+def prompt(folder: Path) -> Once:
+    """A text of marks by chance, sometimes a long one: it is parsed for each of its steps, or refused."""
+    marks = [*"()[]:|\\ ,ab3", ":3]", ":0.5]", ":1.2)", "|b]", "[a:", "((", "]]", "BREAK", " BREAK ", "\n", "\u3000", "é", "1e9"]
+
+    def once(chance: random.Random) -> bool:
+        few = chance.sample(marks, chance.randint(1, 6))
+        text = "".join(chance.choices(few, k=chance.choice([3, 8, 20, 60, 60, 5000, 30000])))
+
+        def use() -> None:
+            steps = chance.choice([1, 2, 20, 1000])
+            texts = schedule(text, steps)
+            assert [step for step, _ in texts] == sorted({step for step, _ in texts})
+            assert 0 == texts[0][0] <= texts[-1][0] < steps
+            for _, edited in texts[:2]:
+                assert all(isinstance(segment.text, str) for segment in segments(edited))
 
         return refused(use)
 

@@ -32,7 +32,7 @@ ORDER = {
     "sdruntime.engines": "shapes finite memory choose building speed pool",
     "sdruntime.pipeline": "images text latents denoise ranges request metadata result pipeline",
     "sdruntime.pipeline.images": "pixels png imagefile",
-    "sdruntime.pipeline.text": "added_tokens tokenizer prompt conditioning",
+    "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics golden report html verify build",
     "sdruntime.cli": "terminal progress describe outputs build capi inspect verify generate sampling parser",

@@ -13,7 +13,7 @@ from fuzzing import escaped
 pytestmark = pytest.mark.slow
 
 INPUTS = int(os.environ.get("SDRUNTIME_FUZZ", "200"))
-TARGETS = ("manifest", "scheduler", "table", "tokenizer", "golden", "npz", "message", "frame")
+TARGETS = ("manifest", "scheduler", "table", "tokenizer", "prompt", "golden", "npz", "message", "frame")
 
 
 @pytest.mark.parametrize("target", TARGETS)
