@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 from sdruntime.cli.parser import parser
 from sdruntime.cli.progress import progress_on
-from sdruntime.cli.terminal import Failed, UsageError, code_of, document, failure, print_any_text, reason_of, wants_json
+from sdruntime.cli.terminal import Failed, UsageError, code_of, document, failure, reason_of, standard_output, wants_json
 from sdruntime.errors import SdruntimeError
 
 
@@ -23,25 +22,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = wants_json(words)
-    print_any_text()
+    with standard_output():
+        try:
+            run(words)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+        except Failed as failed:
+            return fail(failed.error, as_json, **failed.fields)
+        except (KeyboardInterrupt, SdruntimeError, MemoryError, OSError) as error:
+            return fail(error, as_json)
+    return 0
+
+
+def run(words: Sequence[str]) -> None:
+    """Run one command. Raises its error."""
     try:
         options = parser().parse_args(words)
-        with (
-            progress_on(quiet=options.quiet or options.json) as options.progress,
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("default")
-            warnings.showwarning = lambda message, *_, **__: options.progress.note(f"warning: {message}")
-            options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest of the buffer
-        return 128 + signal.SIGPIPE
-    except Failed as failed:
-        return fail(failed.error, as_json, **failed.fields)
-    except (KeyboardInterrupt, SdruntimeError, MemoryError, OSError) as error:
-        return fail(error, as_json)
-    return 0
+    except SystemExit:  # after --help and --version
+        return
+    with (
+        progress_on(quiet=options.quiet or options.json) as options.progress,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: options.progress.note(f"warning: {message}")
+        options.run(options)
 
 
 def fail(error: BaseException, as_json: bool, **fields: Any) -> int:

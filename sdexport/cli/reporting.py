@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import click
 
 from sdexport.cli.progress import progress_on
 from sdexport.errors import SdexportError
-from sdruntime.cli.terminal import Failed, code_of, document, failure, print_any_text, reason_of, wants_json
+from sdruntime.cli.terminal import Failed, code_of, document, failure, reason_of, standard_output, wants_json
 from sdruntime.errors import SdruntimeError
 
 FAULTS = (SdexportError, SdruntimeError, MemoryError, OSError)
@@ -28,26 +27,27 @@ class Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> NoReturn:
         arguments = list(sys.argv[1:] if args is None else args)
         self.as_json = wants_json(arguments)
-        print_any_text()
-        try:
-            code = super().main(arguments, prog_name, **extra | {"standalone_mode": False})
-        except click.ClickException as error:
-            error.show()
-            if self.as_json:
-                name = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
-                document(error=name, code=error.exit_code, reason=error.format_message())
-            sys.exit(error.exit_code)
-        except click.Abort:
-            self.fail(KeyboardInterrupt())
-        sys.exit(code if isinstance(code, int) else 0)
+        with standard_output():
+            try:
+                code = super().main(arguments, prog_name, **extra | {"standalone_mode": False})
+                sys.stdout.flush()
+            except click.ClickException as error:
+                error.show()
+                if self.as_json:
+                    name = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
+                    with contextlib.suppress(OSError):
+                        document(error=name, code=error.exit_code, reason=error.format_message())
+                sys.exit(error.exit_code)
+            except click.Abort:
+                self.fail(KeyboardInterrupt())
+            except OSError as error:  # of --help and --version
+                self.fail(error)
+            sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            return super().invoke(ctx)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest of the buffer
             sys.exit(128 + signal.SIGPIPE)
         except Failed as failed:
             self.fail(failed.error, **failed.fields)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from sdruntime.errors import SettingError, UnknownName, plain, printable, quoted
 
 SCHEMA = 1  # of every --json document
 INTERRUPTED = 130
+_STANDARD_OUTPUT = "standard output"
 # Options of other programs, and ours for the same setting.
 ELSEWHERE = {
     "width": "--size WxH",
@@ -69,14 +72,61 @@ class Parser(argparse.ArgumentParser):
                     self.error(str(error))
         return options, unknown
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help or the version. argparse ignores a write that fails."""
+        print(message, end="", file=file or sys.stderr)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.format_usage().rstrip())
 
 
-def print_any_text() -> None:
-    """Escape characters that standard output cannot encode, as standard error does: file names may contain any character."""
+@contextlib.contextmanager
+def standard_output() -> Iterator[None]:
+    """In this context, an error of standard output names it, and what it cannot encode is escaped, as on standard error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any character
+    with contextlib.redirect_stdout(cast(TextIO, _Output(sys.stdout))):
+        try:
+            yield
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError:  # or the interpreter would fail with it when it exits
+                with contextlib.suppress(OSError):  # a stream in memory has no descriptor
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Output:
+    """A stream for standard output, whose errors have its name."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream  # None if the process was started without standard output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def buffer(self) -> _Output:
+        return _Output(self._stream.buffer)
+
+    def write(self, data: str | bytes) -> int:
+        if self._stream is None:
+            raise OSError(errno.EBADF, "it is closed", _STANDARD_OUTPUT)
+        with self._named():
+            return int(self._stream.write(data))
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            with self._named():
+                self._stream.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = _STANDARD_OUTPUT
+            raise
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +63,40 @@ def test_a_failure_with_json_is_one_document(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+
+
+@needs_full
+@pytest.mark.parametrize("arguments", [["inspect", "{bundle}", "--json"], ["table", "{bundle}", "--json"], ["samplers"], ["-h"]])
 def test_a_full_disk_under_standard_output_is_an_error(
-    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:  # closing it fails too
         monkeypatch.setattr("sys.stdout", full)
-        assert main(["inspect", str(ready), "--json"]) == 1
+        code = run(arguments, {"bundle": ready})
         monkeypatch.undo()
-    assert capsys.readouterr().err == "error: no space left on device\n"
+    assert code == 1
+    assert capsys.readouterr().err == "error: standard output: no space left on device\n"
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_process_with_a_full_standard_output_fails_without_a_traceback(unbuffered: str) -> None:
+    """At its end the interpreter writes what is still buffered: an error there would be another message and exit code."""
+    with Path("/dev/full").open("w") as full:
+        for arguments in (["samplers", "--json"], ["--version"]):
+            command = [sys.executable, "-m", "sdruntime", *arguments]
+            environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+            assert (done.returncode, done.stderr) == (1, "error: standard output: no space left on device\n")
+
+
+def test_a_closed_standard_output_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    code = main(["samplers"])
+    monkeypatch.undo()
+    assert code == 1
+    assert capsys.readouterr().err == "error: standard output: it is closed\n"
 
 
 def test_every_command_fails_in_the_list_above() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,23 @@ def test_a_failure_with_json_is_one_document(tmp_path: Path, arguments: list[str
     assert found["reason"]
     assert found["reason"].splitlines()[0] in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "{bundle}", "--json"], ["nothing", "--json"]])
+def test_a_process_with_a_full_standard_output_fails_without_a_traceback(
+    tmp_path: Path, arguments: list[str], unbuffered: str
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle").folder
+    command = [sys.executable, "-m", "sdexport", *(argument.format(bundle=bundle) for argument in arguments)]
+    with Path("/dev/full").open("w") as full:
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    if arguments[0] == "nothing":
+        assert (done.returncode, done.stderr.count("Error")) == (2, 1)
+    else:
+        assert (done.returncode, done.stderr) == (1, "error: standard output: no space left on device\n")
 
 
 def test_every_command_fails_in_the_list_above() -> None:
@@ -93,8 +113,6 @@ def test_what_is_ignored_or_cannot_work_is_told_before_the_work(tmp_path: Path, 
 
 def test_another_interpreter_tells_its_progress(tmp_path: Path) -> None:
     """The command that builds there prints one document, and its log all the same: no silent minutes here."""
-    import sys
-
     from sdexport.recipes.interpreter import Interpreter
     from sdruntime.engines.building import BuildRequest
 
