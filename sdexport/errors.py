@@ -1,7 +1,7 @@
 """The errors of sdexport, with their exit codes. Errors of sdruntime pass through unchanged.
 
 SdexportError                 1   something failed
-├── CheckpointError           2   the checkpoint is incomplete or not supported; carries every fault
+├── CheckpointError           2   the checkpoint is incomplete or not supported; carries the first 20 faults
 ├── RecipeError               2   a recipe cannot be used; carries every fault with its field
 ├── EnvironmentFault          3   this machine lacks something: a library, a newer version, the network
 │   └── ProcessKilled         3   a signal ended the process of a component, as when the system runs out of memory
@@ -15,10 +15,18 @@ A message says what is wrong, where, the values, and the command or change that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from sdruntime.errors import lines_of
+
+_MOST = 20  # of the faults of a checkpoint: a config may have 50,000 unknown keys
+
+
+def shortened(faults: Sequence[str]) -> tuple[str, ...]:
+    """Return the first faults and, if there are more, a line with their number."""
+    more = len(faults) - _MOST
+    return tuple(faults) if more <= 0 else (*faults[:_MOST], f"… and {more:,} more")
 
 
 class SdexportError(Exception):
@@ -28,13 +36,14 @@ class SdexportError(Exception):
 
 
 class CheckpointError(SdexportError):
-    """A checkpoint cannot be exported. `faults` holds every reason."""
+    """A checkpoint cannot be exported. `faults` holds the first reasons, and a line with the number of the others."""
 
     exit_code = 2
 
     def __init__(self, where: object, faults: Iterable[str]) -> None:
-        self.faults = tuple(faults)
-        super().__init__(_listed(where, self.faults))
+        every = tuple(faults)
+        self.faults = shortened(every)
+        super().__init__(_listed(where, self.faults, len(every)))
 
 
 class RecipeError(SdexportError):
@@ -77,6 +86,6 @@ class AuditError(ExportError):
     """A component in half precision is too far from its float32 graph."""
 
 
-def _listed(where: object, faults: tuple[str, ...]) -> str:
-    count = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}"
-    return f"{where}: {count}\n{lines_of(faults)}"
+def _listed(where: object, faults: tuple[str, ...], count: int = 0) -> str:
+    count = count or len(faults)
+    return f"{where}: {count:,} fault{'s' if count != 1 else ''}\n{lines_of(faults)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sdexport.checkpoint.safetensors import StoredTensor
-from sdexport.errors import ExportError
+from sdexport.errors import ExportError, shortened
+from sdruntime.errors import lines_of
 
 # old and new names of one weight: transformers 5 dropped a prefix, diffusers 0.18 renamed the attention of the VAE
 _OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -19,7 +20,7 @@ def match_weights(
 ) -> dict[str, StoredTensor]:
     """Return the stored tensor for each weight of a module, under its current or an earlier name.
 
-    Raises ExportError with every missing weight, wrong shape and unsupported type.
+    Raises ExportError with the missing weights, wrong shapes and unsupported types, 20 at most.
     """
     matched, faults = {}, []
     for name, shape in shapes.items():
@@ -35,8 +36,7 @@ def match_weights(
         else:
             matched[name] = tensor
     if faults:
-        shown = [*faults[:20], *([f"… and {len(faults) - 20} more"] if len(faults) > 20 else [])]
-        listed = "\n".join(f"  - {fault}" for fault in shown)
+        listed = lines_of(shortened(faults))
         raise ExportError(f"{where}: the weights do not fit the config\n{listed}")
     return matched
 

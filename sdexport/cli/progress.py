@@ -42,7 +42,8 @@ class Rows(Reporter):
         same = previous is not None and (previous.task, previous.stage, previous.total) == (task, stage, total)
         begun = previous.begun if previous is not None and same else now
         self._stage = Activity(task=task, stage=stage, done=done, total=total, unit=unit, begun=begun)
-        numbers = "  ".join([self._stage.count(), *self._stage.pace(now)]) if total else ""
+        rate, eta = (self._stage.pace(now) or ["", ""]) if total else ["", ""]
+        numbers = "  ".join(filter(None, [eta, self._stage.count(), rate])) if total else ""  # the end is cut if room is short
         self._bars.update(self._tasks[task], stage=stage, completed=done if total else 0, total=total or 1, numbers=numbers)
 
     def clear(self) -> None:

@@ -35,7 +35,7 @@ from sdruntime.bundle.manifest import (
     save_manifest,
 )
 from sdruntime.bundle.records import json_from_text
-from sdruntime.errors import BundleError, OutOfSpace, plain
+from sdruntime.errors import BundleError, OutOfSpace, SettingError, plain, shown
 from sdruntime.system.document import LARGEST
 from sdruntime.system.durable import sync_folder
 from sdruntime.system.files import FileFault, Folder, hash_of, leads_to, read_all
@@ -192,8 +192,11 @@ class Bundle:
 def opening(folder: Path | str, use: Callable[[Bundle], T]) -> T:
     """Open the bundle in `folder` and return `use(bundle)`. If that fails because the bundle changed meanwhile, try again.
 
-    Raises BundleError with every fault of the manifest and the listed files, and the errors of `use`.
+    Raises BundleError with every fault of the manifest and the listed files, SettingError for a `folder` that is no path, and the
+    errors of `use`.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise SettingError(f"bundle {shown(folder)}: expected the path of its folder, as text or a pathlib.Path")
     folder = Path(folder)
     for _ in range(_OPENED):
         opened, bundle = opened_folder(folder), None

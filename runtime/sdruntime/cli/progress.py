@@ -60,22 +60,21 @@ class Activity:
 def terminal_line(stage: Activity, now: float, columns: int) -> str:
     """Return `stage` in at most `columns` characters.
 
-    The bar fills the rest of the line. If room is short, the rate is omitted first.
+    The bar fills the rest of the line. If room is short, the rate is omitted first, then the bar, the elapsed time, the count.
     """
     words = [duration(now - stage.begun)]
     barred = stage.total > 0
     if barred:
         words = [stage.count(), *stage.pace(now), *words]
-    tail = "  ".join(words)
-    room = columns - len(tail) - 2
-    while len(words) > 1 and room < len(stage.title) + (NARROWEST_BAR + 2 if barred else 0):
-        if barred and len(words) <= 2:
+    title, tail = stage.title, "  ".join(words)
+    while (room := columns - len(tail) - 2) < len(title) + (NARROWEST_BAR + 2 if barred else 0) and (barred or len(words) > 1):
+        if len(words) == 4:
+            del words[1]
+        elif barred:
             barred = False
         else:
-            del words[min(1, len(words) - 2)]
+            del words[-1 if len(words) == 3 else 0]
         tail = "  ".join(words)
-        room = columns - len(tail) - 2
-    title = stage.title
     if room < len(title) or room < 1:
         title = title[: max(room - 1, 0)] + "…"
     if not barred:

@@ -30,7 +30,7 @@ class Engines:
 
     `given`: returns the caller's own engine of a component, called before each use; the caller opens and closes it. `busy`:
     returns whether jobs are running, in which case the UNet stays open. Raises EngineError if no engine fits this machine,
-    UnknownName for an unknown backend.
+    UnknownName for an unknown backend or session setting, SettingError for the value of a session setting.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class Engines:
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
         # fail early if no engine of the bundle can run on this machine
         self.chosen = self._choose_all() if given is None else []
+        for name in sorted({spec.backend for spec in self.chosen}):
+            BACKENDS[name].check_session(options.session)
 
     def open(self) -> None:
         """Open the chosen engines. Raises the backends' errors, and OutOfSpace before loading if GPU memory is short."""

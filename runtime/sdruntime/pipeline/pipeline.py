@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from sdruntime.bundle.interface import interface_faults
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.choose import AUTO
 from sdruntime.engines.pool import Engines
-from sdruntime.errors import BundleError, SdruntimeError, SettingError
+from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
 from sdruntime.pipeline import latents as latent
 from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.imagefile import fitted
@@ -104,8 +105,21 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle, *, backend: str, options: EngineOptions, given: Callable[[str], Engine] | None = None
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = AUTO,
+        options: EngineOptions | None = None,
+        given: Callable[[str], Engine] | None = None,
     ) -> None:
+        if not isinstance(bundle, Bundle):
+            path = shown(os.fspath(bundle)) if isinstance(bundle, str | os.PathLike) else "the path of a bundle"
+            raise SettingError(f"Pipeline({shown(bundle)}): to open a bundle, write Pipeline.open({path})")
+        if not isinstance(backend, str):
+            raise SettingError(f"backend {shown(backend)}: expected a name, such as {AUTO!r}")
+        options = EngineOptions() if options is None else options
+        if not isinstance(options, EngineOptions):
+            raise SettingError(f"options {shown(options)}: expected EngineOptions(...), such as EngineOptions(threads=4)")
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
         busy = functools.partial(_running, self._loops)  # not a bound method: a reference cycle would keep the pipeline alive
         self._make_engines = functools.partial(Engines, backend=backend, options=options, given=given, busy=busy)
@@ -128,7 +142,7 @@ class Pipeline:
         Other processes may replace a bundle that is passed by path: if that happens before its engines are open, it is read
         again. Raises BundleError for a damaged bundle, EngineError if no engine fits this machine, UnknownName for a backend.
         """
-        make = functools.partial(cls, backend=backend, options=options or EngineOptions())
+        make = functools.partial(cls, backend=backend, options=options)
         if isinstance(bundle, Bundle):
             return make(bundle)
         pipe = opening(bundle, make)
@@ -138,7 +152,7 @@ class Pipeline:
     @classmethod
     def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
         """Return a pipeline over engines that the caller opens and closes; `given` returns a component's before each use."""
-        return cls(bundle, backend=AUTO, options=EngineOptions(), given=given)
+        return cls(bundle, given=given)
 
     def __repr__(self) -> str:
         backends = ", ".join(sorted({f"{spec.backend} {spec.target}" for spec in self.engines.chosen}))

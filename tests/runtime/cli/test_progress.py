@@ -43,8 +43,12 @@ def test_no_line_is_wider_than_the_terminal(stage: Activity) -> None:
         assert len(line) <= columns
     assert "━" in terminal_line(STEPS, 110.0, 80)
     assert "ETA" in terminal_line(STEPS, 110.0, 79)
+    assert "━" in terminal_line(STEPS, 110.0, 60)
+    for columns in (60, 50, 45):  # the time that is left outlasts the rate, the bar and the time so far
+        assert "ETA 0:30" in terminal_line(STEPS, 110.0, columns)
+        assert "ETA 0:18" in terminal_line(BYTES, 110.0, columns)
     for columns in (20, 30, 40):  # what is being done outlasts the numbers
-        assert terminal_line(STEPS, 110.0, columns).startswith("denoise: im")
+        assert terminal_line(STEPS, 110.0, columns).startswith("denoise: ")
 
 
 def test_a_bar_begins_empty_and_is_full_only_at_the_end() -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import FIXTURE
 
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
+from sdruntime.errors import SettingError
 
 
 @pytest.fixture
@@ -192,8 +195,8 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
     ("arguments", "told"),
     [
         (["--strength", "0.5"], "--strength 0.5 has no effect without --image"),
-        (["--threads", "-1"], "threads -1: expected 0 or more"),
-        (["--device", "-1"], "device -1: expected 0 or more"),
+        (["--threads", "-1"], "threads -1: expected a whole number, 0 or more"),
+        (["--device", "-1"], "device -1: expected a whole number, 0 or more"),
         (["--guidance", "-5"], "guidance -5.0 is outside 0 to 100"),
         (["--guidance", "1e9"], "guidance 1000000000.0 is outside 0 to 100"),
         (["--count", "1000000000"], "count 1000000000 of 1 prompt: from 1 to 10,000 images in one call"),
@@ -258,6 +261,47 @@ def test_a_session_setting_that_onnxruntime_does_not_know_is_told(bundle: Bundle
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_unknown(ort, ["session.disable_prepacking", "session.intra_op.allow_spinning"])
+
+
+def test_session_settings_are_checked_before_an_engine_opens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also by the libraries: an empty model is opened with them first. Nothing but the document is on standard output."""
+    pytest.importorskip("onnxruntime")
+    folder = Path(shutil.copytree(FIXTURE, tmp_path / "bundle"))
+    for _ in build_engines(folder, BuildRequest(backend="onnxruntime")):
+        pass
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdruntime.backends.ort.engine.open_session", lambda *_: opened.append(1))
+        arguments = ["generate", str(folder), "a", "-o", str(tmp_path / "a.png"), "--json", "--session"]
+        assert main([*arguments, "session.dynamic_block_base=abc"]) == 2
+        failed = json.loads(capfd.readouterr().out)
+        assert main([*arguments, "session.use_external_initializer_file_buffers_directly=1"]) == 2
+    assert failed["error"] == "SettingError"
+    assert failed["reason"].startswith("session setting session.dynamic_block_base=abc: ONNX Runtime ")
+    assert not opened
+
+
+def test_openvino_checks_session_settings(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from sdruntime.backends.registry import BACKENDS
+
+    check = BACKENDS["openvino"].check_session
+    check({"NUM_STREAMS": "2"})
+    with pytest.raises(SettingError, match=r"^session setting NUM_STREAMS=abc: OpenVINO \S+ does not accept it: Could not read"):
+        check({"NUM_STREAMS": "abc"})
+    with pytest.raises(SettingError, match="NotFound: Unsupported property NUMSTREAMS"):
+        check({"NUMSTREAMS": "2"})
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_tensorrt_checks_session_settings(name: str) -> None:
+    from sdruntime.backends.registry import BACKENDS
+
+    BACKENDS[name].check_session({"engine_host_code": "true"})
+    with pytest.raises(SettingError, match="session setting engine_host_code=yes: expected true or false"):
+        BACKENDS[name].check_session({"engine_host_code": "yes"})
+    with pytest.raises(SettingError, match=f"unknown session setting of {name} 'host_code': did you mean engine_host_code?"):
+        BACKENDS[name].check_session({"host_code": "true"})
 
 
 def test_a_large_count_is_generated_in_groups_of_one_call(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from bundles import MODEL
+from places import FIXTURE
 
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.registry import BACKENDS
@@ -26,6 +29,14 @@ def built(bundle: Bundle, **asked: str) -> Bundle:
     for _ in build_engines(bundle.folder, BuildRequest(backend="fake", **asked)):  # type: ignore[arg-type]
         pass
     return Bundle.open(bundle.folder)
+
+
+def test_onnxruntime_refuses_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = Path(shutil.copytree(FIXTURE, tmp_path / os.fsdecode(b"b\xffndle")))
+    with pytest.raises(SettingError, match=r"ONNX Runtime writes only to paths in UTF-8: rename the folder$"):
+        list(build_engines(folder, BuildRequest(backend="onnxruntime")))
+    assert not (folder / "engines").exists()
 
 
 def ort(target: str, version: str = "1.32.0") -> EngineSpec:

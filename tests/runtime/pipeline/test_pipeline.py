@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,38 @@ def test_the_first_use_opens_the_engines_and_close_releases_them(ready: Bundle) 
         pipe("a prompt", steps=2, size=(64, 64))
     with pipe:  # entering it says what is wanted
         np.testing.assert_array_equal(pipe("a prompt", steps=2, seed=1, size=(64, 64)).pixels[0], first.pixels[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Pipeline("a bundle"), "Pipeline('a bundle'): to open a bundle, write Pipeline.open('a bundle')"),
+        (lambda: Pipeline(Path("b")), "write Pipeline.open('b')"),
+        (lambda: Pipeline(None), "Pipeline(None): to open a bundle, write Pipeline.open(the path of a bundle)"),
+        (lambda: Pipeline.open(None), "bundle None: expected the path of its folder, as text or a pathlib.Path"),
+        (lambda: Bundle.open(7), "bundle 7: expected the path of its folder"),
+        (lambda: EngineOptions(threads="4"), "threads '4': expected a whole number, 0 or more"),
+        (lambda: EngineOptions(device=None), "device None: expected a whole number, 0 or more"),
+        (lambda: EngineOptions(session={"NUM_STREAMS": 2}), "session {'NUM_STREAMS': 2}: expected a mapping of text"),
+        (lambda: EngineOptions(session="a=1"), "session 'a=1': expected a mapping of text"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_with_what_to_write(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_the_constructor_opens_a_bundle_as_open_does(ready: Bundle) -> None:
+    for arguments, message in (
+        ({"options": {"threads": 2}}, "options {'threads': 2}: expected EngineOptions(...)"),
+        ({"backend": None}, "backend None: expected a name, such as 'auto'"),
+    ):
+        with pytest.raises(SettingError) as caught:
+            Pipeline.open(ready, **arguments)  # type: ignore[arg-type]
+        assert message in str(caught.value)
+    with Pipeline(ready, backend="fake") as pipe:
+        assert pipe.engines.options == EngineOptions()
 
 
 def test_a_stream_and_a_batcher_open_it_too(ready: Bundle) -> None:

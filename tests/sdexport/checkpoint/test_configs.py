@@ -107,6 +107,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert any(named in fault and fault.startswith(part) for fault in faults(folder)), faults(folder)
 
 
+def test_a_flood_of_faults_is_cut_to_20_and_their_number(copy: Callable[[str], Path]) -> None:
+    folder = copy("sd1")
+    edit(folder / "unet" / "config.json", **{f"key_{number}": 1 for number in range(50_000)})
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(folder, name="tiny")
+    assert caught.value.faults[-1] == "… and 49,980 more"
+    assert len(caught.value.faults) == 21
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("50,000 faults")
+    assert lines[-1] == "  - … and 49,980 more"
+
+
 def test_the_pooled_text_of_xl_must_fit(copy: Callable[[str], Path]) -> None:
     folder = copy("sdxl")
     edit(folder / "unet" / "config.json", addition_time_embed_dim=4)

@@ -54,6 +54,17 @@ def test_bars_begin_empty_move_and_end_full_in_the_terminals_width(monkeypatch: 
         assert {len(line) for line in (first, half, *lines)} == {columns}
 
 
+def test_a_narrow_terminal_still_shows_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    times = iter([100.0, 110.0])
+    with Rows(Terminal(), clock=lambda: next(times)) as rows:
+        rows.show("unet", "weights", total=3_438_000_000, unit="B")
+        rows.show("unet", "weights", done=1_200_000_000, total=3_438_000_000, unit="B")
+        (row,) = drawn(rows)
+        assert "ETA 0:18" in row
+        assert len(row) == 60
+
+
 def test_elsewhere_it_is_the_log_of_sdruntime() -> None:
     assert type(progress_on(Terminal())) is Rows
     assert type(progress_on(io.StringIO())) is Log

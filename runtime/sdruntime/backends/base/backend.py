@@ -3,7 +3,7 @@
 Every backend folder has the same three files:
 
     build.py    OPTIONS, resolve_target, build_engine   ONNX -> files
-    engine.py   open_engine, here                       files -> Engine
+    engine.py   open_engine, check_session, here        files -> Engine
     backend.py  the record of both
 """
 
@@ -50,7 +50,8 @@ class Backend:
     targets. `resolve_target(target, precision, options)` returns the full name of a target; None means the best one for this
     machine. It checks everything that can be checked before the build: LibraryMissing, DeviceMissing, UnknownName, SettingError.
     `build_engine(bundle, request, folder)` writes the engine's files. `open_engine` raises BundleError, EngineError,
-    DeviceMissing, OutOfSpace.
+    DeviceMissing, OutOfSpace. `check_session(settings)` checks `EngineOptions.session` before an engine is opened, as far as the
+    library can: UnknownName, SettingError.
 
     `reads`: whether a version of the library can open an engine. `lacking`: the unsupported (target, precision) pairs, each with
     the reason to report. `static`: by default, engines are built for the requested shapes only, not for every size.
@@ -66,6 +67,7 @@ class Backend:
     resolve_target: Callable[[str | None, Precision, Mapping[str, str]], str]
     build_engine: Callable[[Bundle, EngineRequest, Path], Generator[Stage, None, Built]]
     open_engine: Callable[[Bundle, EngineSpec, EngineOptions, Shared], Engine]
+    check_session: Callable[[Mapping[str, str]], None]
     reads: Callable[[EngineSpec, str], bool] = same_release
     lacking: Mapping[tuple[str, Precision], str] = field(default_factory=dict)
     static: bool = False

@@ -6,13 +6,14 @@ import contextlib
 import platform
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.limits import MOST_THREADS
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
-from sdruntime.errors import SdruntimeError, SettingError
+from sdruntime.errors import SdruntimeError, SettingError, shown
 
 T = TypeVar("T")
 CPU = "cpu"  # the target of engines that need no GPU
@@ -81,7 +82,7 @@ class EngineWrapper:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Options for opening an engine. Raises SettingError for a negative number or too many threads.
+    """Options for opening an engine. Raises SettingError for a value of another type or out of range.
 
     `threads` 0: the library decides. `session`: the library's own session settings, by its own names. `stream`: the handle of the
     caller's CUDA stream to use; 0: the engines create their own.
@@ -97,12 +98,17 @@ class EngineOptions:
     session: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("device", "threads", "memory"):
+        for name in ("device", "threads", "memory", "stream"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise SettingError(f"{name} {value}: expected 0 or more")
+            if value is None and name == "memory":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+                raise SettingError(f"{name} {shown(value)}: expected a whole number, 0 or more")
         if self.threads > MOST_THREADS:  # libraries start any number without a check
             raise SettingError(f"threads {self.threads}: expected {MOST_THREADS} at most, or 0 for the library's own choice")
+        settings = self.session.items() if isinstance(self.session, Mapping) else [(None, None)]
+        if not all(isinstance(text, str) for setting in settings for text in setting):
+            raise SettingError(f'session {shown(self.session)}: expected a mapping of text, such as {{"NUM_STREAMS": "2"}}')
 
 
 class Shared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdruntime.backends.base.backend import Backend
 from sdruntime.backends.fake.build import ENDING, NAME, OPTIONS, build_engine, resolve_target
-from sdruntime.backends.fake.engine import here, open_engine
+from sdruntime.backends.fake.engine import check_session, here, open_engine
 
 FAKE = Backend(
     name=NAME,
@@ -14,5 +14,6 @@ FAKE = Backend(
     resolve_target=resolve_target,
     build_engine=build_engine,
     open_engine=open_engine,
+    check_session=check_session,
     hidden=True,
 )

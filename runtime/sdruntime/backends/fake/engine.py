@@ -59,6 +59,10 @@ def here() -> Library:
     return Library(version=VERSION, targets=TARGETS)
 
 
+def check_session(settings: Mapping[str, str]) -> None:
+    """Accept any setting."""
+
+
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> FakeEngine:
     """Open a fake engine. Raises BundleError if its file is damaged."""
     document = bundle.read_json(spec.files[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdruntime.backends.base.backend import Backend
 from sdruntime.backends.base.engine import CPU
 from sdruntime.backends.ort.build import ENDING, NAME, OPTIONS, build_engine, resolve_target
-from sdruntime.backends.ort.engine import here, open_engine
+from sdruntime.backends.ort.engine import check_session, here, open_engine
 
 ONNXRUNTIME = Backend(
     name=NAME,
@@ -15,5 +15,6 @@ ONNXRUNTIME = Backend(
     resolve_target=resolve_target,
     build_engine=build_engine,
     open_engine=open_engine,
+    check_session=check_session,
     lacking={(CPU, "bf16"): "ONNX Runtime computes no bf16 on the CPU"},
 )

@@ -6,6 +6,7 @@ benefits from it is opened.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Generator, Mapping
@@ -65,9 +66,12 @@ def resolve_target(target: str | None, precision: Precision, options: Mapping[st
 def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Generator[Stage, None, Built]:
     """Write `stem`.onnx and, for tensors of 1 KiB and more, `stem`.onnx.data into `folder`.
 
-    Raises BundleError, OutOfSpace, DeviceMissing, and SdruntimeError if ONNX Runtime cannot build the model.
+    Raises BundleError, OutOfSpace, DeviceMissing, SettingError for a path that is not UTF-8, and SdruntimeError if the build
+    fails.
     """
     ort, begun = library(), time.monotonic()
+    if not _is_utf8(folder):
+        raise SettingError(f"{bundle.folder}: ONNX Runtime writes only to paths in UTF-8: rename the folder")
     yield Stage(name="optimise")
     component = bundle.manifest.components[request.component]
     model, data = folder / f"{request.stem}{ENDING}", folder / f"{request.stem}{ENDING}.data"
@@ -104,6 +108,14 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     files = (model, data) if data.exists() else (model,)
     seconds = time.monotonic() - begun
     return Built(files=files, version=ort.__version__, precision=bundle.manifest.precision, seconds=seconds)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:  # bytes that are not UTF-8 are surrogates in Python
+        return False
+    return True
 
 
 def _providers(target: str) -> list[str]:

@@ -13,7 +13,7 @@ from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, check_tensors, fill_optional_inputs
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
-from sdruntime.backends.ort.session import warn_of_unknown
+from sdruntime.backends.ort.session import EMPTY_MODEL, warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
@@ -74,10 +74,34 @@ def here() -> Library:
     return Library(version=ort.__version__, targets=targets(ort))
 
 
+def check_session(settings: Mapping[str, str]) -> None:
+    """Check session settings by opening an empty model with them. Issue a RuntimeWarning for unknown names.
+
+    ONNX Runtime checks few values: most of those that it does not know count as "0". Raises SettingError.
+    """
+    if not settings:
+        return
+    ort = library()
+    if settings.get(DIRECTLY, "0") != "0":
+        raise SettingError(
+            f"session setting {DIRECTLY}: must be 0: weights are copied, so that no later change of a file is seen"
+        )
+    warn_of_unknown(ort, settings)
+    for key, value in settings.items():
+        session_options = ort.SessionOptions()
+        session_options.log_severity_level = 4
+        try:
+            session_options.add_session_config_entry(key, value)
+            ort.InferenceSession(EMPTY_MODEL, session_options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
+        except Exception as error:  # onnxruntime's errors have no common base but Exception
+            text = f"session setting {key:.60}={value:.60}: ONNX Runtime {ort.__version__} does not accept it: {error}"
+            raise SettingError(text) from error
+
+
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OrtEngine:
     """Open an engine from verified memory; ONNX Runtime itself opens no file.
 
-    Raises BundleError, EngineError, DeviceMissing, and SettingError for a session option that must not be set.
+    Raises BundleError, EngineError, DeviceMissing, and SettingError for a session setting.
     """
     ort = library()
     model = bundle.read(spec.files[0])
@@ -88,9 +112,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         if role(spec.component).stage in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session_options.enable_mem_pattern = False  # preallocating one block per call takes more memory and is no faster
-    if options.session.get(DIRECTLY, "0") != "0":
-        raise SettingError(f"session option {DIRECTLY}: must be 0: weights are copied, so that no later change of a file is seen")
-    warn_of_unknown(ort, options.session)
+    check_session(options.session)
     for key, value in options.session.items():
         session_options.add_session_config_entry(key, value)
     providers: list[Any] = [PROVIDERS["cpu"]]

@@ -1,4 +1,4 @@
-"""Check the names of session settings, because ONNX Runtime silently ignores unknown ones."""
+"""What checks session settings: the names that ONNX Runtime has, as it silently ignores unknown ones, and a model to open."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 _NAMES = re.compile(rb"(?:session|optimization|ep|mlas|memory)\.[a-zA-Z0-9_.]{3,100}")
+
+# y = Identity(x), float32 [1]: opening it checks settings without the weights of a real model
+EMPTY_MODEL = (
+    b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
 
 
 def warn_of_unknown(ort: Any, names: Iterable[str]) -> None:

@@ -31,7 +31,8 @@ def open_session(ort: Any, bundle: Bundle, model: bytes, files: Sequence[str], o
         ort_value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
         values = [ort_value(arrays[tensor.name], tensor.kind) for tensor in tensors]  # they refer to the arrays
         options.add_external_initializers(list(arrays), values)
-        return ort.InferenceSession(model, options, providers=providers)
+        # its own fallback prints on standard output, and opens the model again
+        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
 @contextlib.contextmanager

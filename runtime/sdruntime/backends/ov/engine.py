@@ -18,7 +18,7 @@ from sdruntime.backends.ov.constants import own_constants
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
-from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, quoted
+from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError, quoted
 
 
 class Network:
@@ -91,6 +91,22 @@ def here() -> Library:
     except LibraryMissing as error:
         return Library(missing=str(error))
     return Library(version=version_of(ov), targets=TARGETS)
+
+
+def check_session(settings: Mapping[str, str]) -> None:
+    """Check session settings by compiling an empty model with each. Raises SettingError."""
+    if not settings:
+        return
+    ov = library()
+    core, parameter = ov.Core(), ov.op.Parameter(ov.Type.f32, ov.Shape([1]))
+    empty = ov.Model([ov.op.Result(parameter.output(0))], [parameter], "empty")
+    for key, value in settings.items():
+        try:
+            core.compile_model(empty, DEVICE, {key: value})
+        except (RuntimeError, ValueError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
+            text = f"session setting {key:.60}={value:.60}: OpenVINO {version_of(ov)} does not accept it: {' '.join(lines)}"
+            raise SettingError(text) from error
 
 
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OvEngine:

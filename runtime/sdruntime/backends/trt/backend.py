@@ -6,7 +6,7 @@ import functools
 
 from sdruntime.backends.base.backend import Backend
 from sdruntime.backends.trt.build import ENDING, OPTIONS, build_engine, resolve_target
-from sdruntime.backends.trt.engine import here, open_engine
+from sdruntime.backends.trt.engine import check_session, here, open_engine
 from sdruntime.backends.trt.loop import device_calls
 from sdruntime.bundle.manifest import EngineSpec
 
@@ -34,6 +34,7 @@ def _backend(name: str, *, in_jetpack: bool = False) -> Backend:
         resolve_target=functools.partial(resolve_target, name),
         build_engine=build_engine,
         open_engine=open_engine,
+        check_session=functools.partial(check_session, name),
         reads=reads,
         static=True,
         gpu_only=True,

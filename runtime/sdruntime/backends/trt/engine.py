@@ -33,7 +33,7 @@ from sdruntime.system.cuda import devices
 from sdruntime.system.nvtx import annotate
 
 KEPT_BINDINGS = 4  # shapes whose buffers and contexts are kept
-SESSION = ("engine_host_code",)  # session options
+SESSION = ("engine_host_code",)  # session settings
 _DTYPES = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}
 _OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "could not be allocated")  # parts of the library's out-of-memory messages
 _MARGIN = 256 << 20  # bytes of device memory that weight streaming reserves for everything else
@@ -170,16 +170,23 @@ def here(name: str) -> Library:
     return Library(version=trt.__version__, targets=(*targets, AMPERE_UP) if targets else ())
 
 
+def check_session(name: str, settings: Mapping[str, str]) -> None:
+    """Check the session settings of a backend. Raises UnknownName, SettingError."""
+    for key, value in settings.items():
+        if key not in SESSION:
+            raise UnknownName(f"session setting of {name}", key, SESSION)
+        if value not in ("true", "false"):
+            raise SettingError(f"session setting {key}={value:.60}: expected true or false")
+
+
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> TrtEngine:
     """Deserialize a plan from its verified file, which is released immediately.
 
-    Raises BundleError for a changed plan, UnknownName or SettingError for a session option, DeviceMissing, OutOfSpace, and
+    Raises BundleError for a changed plan, UnknownName or SettingError for a session setting, DeviceMissing, OutOfSpace, and
     EngineError if TensorRT refuses the plan.
     """
     trt, component = library(spec.backend), bundle.manifest.components[spec.component]
-    for key in options.session:
-        if key not in SESSION:
-            raise UnknownName(f"session setting of {spec.backend}", key, SESSION)
+    check_session(spec.backend, options.session)
     device = shared.get(("cuda", options.device), lambda: session(options))
     device.cuda.use()
     log = messages(trt)
@@ -188,7 +195,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         if options.session.get("engine_host_code") != "true":
             raise SettingError(
                 f"engine {spec.name} carries code of its own (version_compatible): if you trust the bundle, open it with the "
-                "session option engine_host_code=true"
+                "session setting engine_host_code=true"
             )
         runtime.engine_host_code_allowed = True
     try:
