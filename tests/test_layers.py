@@ -37,8 +37,8 @@ ORDER = {
     "sdruntime.verification": "tolerance npz metrics golden report html verify build",
     "sdruntime.cli": "terminal progress describe outputs build capi inspect verify generate sampling parser",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
-    "sdexport.checkpoint": "bounds card configs opening tree safetensors weight_files names tokenizer unpickle hub folder "
-    "original checkpoint",
+    "sdexport.checkpoint": "card configs opening tree tokenizer weights source hub folder original overrides checkpoint",
+    "sdexport.checkpoint.weights": "bounds safetensors files names unpickle",
     "sdexport.checkpoint.original": "naming standard unet vae text layout tokenizer file",
     "sdexport.families": "components modules",
     "sdexport.precision": "numbers rewrite activations probe rounding audit describe",

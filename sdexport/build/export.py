@@ -17,10 +17,11 @@ from pathlib import Path
 
 from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress, ExportResult
 from sdexport.build.files import component_specs, without_code_keys, write_pipeline_files
-from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of
+from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of, without_paths
 from sdexport.checkpoint.card import read_card
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from sdexport.checkpoint.hub import Located, locate
+from sdexport.checkpoint.hub import Located, locate, locate_vae
+from sdexport.checkpoint.overrides import Overrides
 from sdexport.families.components import Component, components
 from sdexport.precision.probe import check_environment
 from sdexport.trace.component import AUDIT, PROBE, ComponentJob
@@ -74,9 +75,19 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     """
     check_place(out)
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
-    _refuse_overlap(out, located.path)
+    vae = locate_vae(options.vae, precision=options.precision, allow_pickle=options.allow_pickle) if options.vae else None
+    config = Path(options.config) if options.config else None
+    for path in (located.path, None if vae is None else vae.path, config):
+        if path is not None:
+            _refuse_overlap(out, path)
     checkpoint = read_checkpoint(
-        located.path, name=model_name(located), precision=options.precision, allow_pickle=options.allow_pickle
+        located.path,
+        name=model_name(located),
+        precision=options.precision,
+        allow_pickle=options.allow_pickle,
+        overrides=Overrides(
+            prediction_type=options.prediction_type, config=str(config or ""), vae="" if vae is None else str(vae.path)
+        ),
     )
     table = components(checkpoint)
     for request in options.engines:
@@ -100,7 +111,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             model=checkpoint.model,
             precision=options.precision,
             components=component_specs(table, audits) | {STEP: step},
-            provenance=provenance_of(located, checkpoint, options, inputs),
+            provenance=provenance_of(located, checkpoint, without_paths(options, vae), inputs),
         )
         if options.verify:
             proof = yield from _verify(checkpoint, options, folder, len(table))
@@ -159,6 +170,7 @@ def _export(
             allow_pickle=options.allow_pickle,
             out=str(folder / component.name),
             full=full,
+            overrides=checkpoint.overrides,
             first=index == 0,
             reference=str(reference or ""),
         )
@@ -196,7 +208,12 @@ def _verify(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count:
     """
     progress = functools.partial(ExportProgress, component="golden", index=count, count=count)
     yield progress(stage=Stage(name="reference"))
-    job = GoldenJob(checkpoint=str(checkpoint.path), bundle=str(folder), allow_pickle=options.allow_pickle)
+    job = GoldenJob(
+        checkpoint=str(checkpoint.path),
+        bundle=str(folder),
+        allow_pickle=options.allow_pickle,
+        overrides=checkpoint.overrides,
+    )
     peak = finish(run_golden(job))
     yield progress(stage=Stage(name="verify"))
     proof = verified_apart(folder, what=checkpoint.model.name)

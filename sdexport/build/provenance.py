@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -24,7 +25,7 @@ from sdruntime.verification.golden import DOCUMENT
 def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions) -> str:
     """Return the hash of everything that determines the ONNX models and the files beside them."""
     files = dict(checkpoint.source.inputs(checkpoint.parts))
-    files |= {path.relative_to(checkpoint.root).as_posix(): path for part in checkpoint.parts.values() for path in part.files}
+    files |= {name: path for part in checkpoint.parts.values() for name, path in part.files.items()}
     return digest_of(
         {
             "model": json_from_record(checkpoint.model),
@@ -52,6 +53,12 @@ def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
         return opening(out, current)
     except BundleError:
         return False
+
+
+def without_paths(options: ExportOptions, vae: Located | None) -> ExportOptions:
+    """Return the options with the names of other sources in place of their paths on this machine."""
+    config = Path(options.config).resolve().name if options.config else None
+    return dataclasses.replace(options, config=config, vae=None if vae is None else vae.source)
 
 
 def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:

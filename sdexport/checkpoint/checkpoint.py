@@ -7,22 +7,23 @@ checkpoint are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from sdexport.checkpoint.bounds import check_depth
-from sdexport.checkpoint.card import Card
 from sdexport.checkpoint.configs import default_size, misfits, read_config
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
-from sdexport.checkpoint.safetensors import StoredTensor
+from sdexport.checkpoint.overrides import NO_OVERRIDES, Overridden, Overrides
+from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
-from sdexport.checkpoint.weight_files import StoredWeights
+from sdexport.checkpoint.weights.bounds import check_depth
+from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import LONGEST_TEXT, Family, ModelSpec, Precision, PredictionType
 from sdruntime.errors import plain
@@ -50,37 +51,15 @@ _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-class Source(Protocol):
-    """Where a checkpoint comes from, presented as a diffusers folder."""
-
-    path: Path
-    inferred: tuple[str, ...]  # a line for each setting that was concluded, as no document states it
-
-    def document(self, path: str) -> Any:
-        """Return a JSON document. Raises FileNotFoundError, OSError and ValueError."""
-
-    def file(self, path: str) -> bytes | None:
-        """Return a file's bytes; None if there is no such file. Raises OSError and ValueError."""
-
-    def weights(self, part: str, faults: list[str]) -> StoredWeights:
-        """Return the weights of a network; what is wrong is added to `faults`."""
-
-    def card(self) -> Card:
-        """Return the model card."""
-
-    def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
-        """Return the files that documents of these networks were read from, by names without this machine's paths."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """A network of the checkpoint: the settings of its config.json, its files, and the location of each weight.
 
-    `weights` is empty if the files are pickles.
+    `files` are by names without this machine's paths. `weights` is empty if they are pickles.
     """
 
     config: Mapping[str, Any]
-    files: tuple[Path, ...]
+    files: Mapping[str, Path]
     weights: Mapping[str, StoredTensor]
     pickled: bool = False
 
@@ -101,26 +80,35 @@ class Checkpoint:
     index: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     changes: tuple[str, ...] = ()
+    overrides: Overrides = NO_OVERRIDES
 
     @property
     def path(self) -> Path:
         """The folder or file."""
         return self.source.path
 
-    @property
-    def root(self) -> Path:
-        """The folder that holds every file of the checkpoint."""
-        return self.path if self.path.is_dir() else self.path.parent
 
-
-def read_checkpoint(path: Path, *, name: str, precision: Precision = "fp32", allow_pickle: bool = False) -> Checkpoint:
+def read_checkpoint(
+    path: Path,
+    *,
+    name: str,
+    precision: Precision = "fp32",
+    allow_pickle: bool = False,
+    overrides: Overrides = NO_OVERRIDES,
+) -> Checkpoint:
     """Read and check a diffusers folder or a single file.
 
     Of a folder, fp16 prefers the files of the fp16 variant; other precisions prefer the full ones. Raises CheckpointError with
     every fault.
     """
-    source: Source = read_single_file(path) if path.is_file() else DiffusersFolder(path, precision, allow_pickle)
-    return _Reader(source).read(name)
+    source: Source
+    if path.is_file():
+        source = read_single_file(path, with_vae=not overrides.vae)
+    else:
+        source = DiffusersFolder(path, precision, allow_pickle)
+    if overrides:
+        source = Overridden(source, overrides, precision, allow_pickle=allow_pickle)
+    return dataclasses.replace(_Reader(source).read(name), overrides=overrides)
 
 
 class _Reader:

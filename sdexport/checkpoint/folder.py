@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sdexport.checkpoint.card import Card, read_card
-from sdexport.checkpoint.safetensors import StoredTensor, is_regular, merge_shards, read_header
+from sdexport.checkpoint.source import StoredWeights
 from sdexport.checkpoint.tree import read_own
-from sdexport.checkpoint.weight_files import StoredWeights, WeightFile, choose_weight_file, full_weights_name
+from sdexport.checkpoint.weights.files import WeightFile, choose_weight_file, full_weights_name
+from sdexport.checkpoint.weights.safetensors import StoredTensor, is_regular, merge_shards, read_header
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import NAME, Precision, load_manifest
 from sdruntime.bundle.records import read_json
@@ -20,31 +21,42 @@ from sdruntime.errors import BundleError, plain, quoted
 
 
 class DiffusersFolder:
-    """A source of `sdexport.checkpoint.checkpoint`. Raises CheckpointError if the folder is a bundle."""
+    """A source of `sdexport.checkpoint.checkpoint`. Raises CheckpointError if the folder is a bundle.
+
+    `places`: the folder of a part, if it is not the one of its name.
+    """
 
     inferred: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, precision: Precision, allow_pickle: bool) -> None:
-        self.path, self.precision, self.allow_pickle = path, precision, allow_pickle
+    def __init__(
+        self, path: Path, precision: Precision, allow_pickle: bool, *, places: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.path, self.precision, self.allow_pickle, self._places = path, precision, allow_pickle, places
         self._refuse_a_bundle()
 
     def document(self, path: str) -> Any:
-        return read_json(self.path / path)
+        return read_json(self._location(path))
+
+    def _location(self, path: str) -> Path:
+        """Return the path of a file that a diffusers folder has at `path`."""
+        part, _, rest = path.partition("/")
+        return self.path / self._places.get(part, part) / rest
 
     def file(self, path: str) -> bytes | None:
-        return read_own(self.path / path, self.path)
+        return read_own(self._location(path), self.path)
 
     def card(self) -> Card:
         return read_card(self.path)
 
     def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
         names = ("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts))
-        return {name: self.path / name for name in names}
+        return {name: self._location(name) for name in names}
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
         files, pickled = self._weight_files(part, faults)
         tensors = {} if pickled else self._tensors(part, files, faults)
-        return StoredWeights(files=files, tensors=tensors, pickled=pickled)
+        named = {f"{part}/{path.name}": path for path in files}
+        return StoredWeights(files=MappingProxyType(named), tensors=tensors, pickled=pickled)
 
     def _refuse_a_bundle(self) -> None:
         """Raise CheckpointError if the folder is a bundle, which has a model_index.json too."""
@@ -56,7 +68,7 @@ class DiffusersFolder:
 
     def _weight_files(self, name: str, faults: list[str]) -> tuple[tuple[Path, ...], bool]:
         """Return the files that diffusers would open (the weights, or the shards of an index), and whether they are pickles."""
-        folder = self.path / name
+        folder = self._location(name)
         present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         file = choose_weight_file(name, present, self.precision)
         if file is None:
@@ -96,7 +108,7 @@ class DiffusersFolder:
         faults.extend(
             f"{listed}: the shard {shard!r:.60} is not a .{ending} file of this folder" for shard in shards if shard not in valid
         )
-        return tuple(self.path / name / shard for shard in valid)
+        return tuple(self._location(f"{name}/{shard}") for shard in valid)
 
     def _tensors(self, name: str, files: tuple[Path, ...], faults: list[str]) -> Mapping[str, StoredTensor]:
         headers = []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdexport.checkpoint.weight_files import PARTS, choose_weight_file, shards_of
+from sdexport.checkpoint.weights.files import PARTS, choose_weight_file, shards_of
 from sdexport.errors import CheckpointError, EnvironmentFault
 from sdruntime.bundle.manifest import Precision
 
@@ -44,6 +44,17 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: st
     return _download(model, precision, allow_pickle, revision)
 
 
+def locate_vae(model: str, *, precision: Precision, allow_pickle: bool) -> Located:
+    """Return the location of a VAE: that of a checkpoint, or one alone, whose repository has its config at the top.
+
+    Raises as `locate` does.
+    """
+    try:
+        return locate(model, precision=precision, allow_pickle=allow_pickle)
+    except CheckpointError as error:
+        raise CheckpointError(f"--vae {model}", error.faults) from error
+
+
 def _name_of(folder: Path) -> str:
     """Return a folder's name; for a snapshot in the hub's cache, whose folder is named after its commit, the hub id."""
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
@@ -62,6 +73,10 @@ def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bo
         file = choose_weight_file(part, present, precision, pickles=allow_pickle)
         if file is not None:
             needed += [f"{part}/{name}" for name in (file.name, *(shards_of(file, present) if file.index else ()))]
+    if "config.json" in names and "model_index.json" not in names:  # a network alone
+        file = choose_weight_file("vae", names, precision, pickles=allow_pickle)
+        if file is not None:
+            needed += ["config.json", file.name, *(shards_of(file, names) if file.index else ())]
     return sorted(needed)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdexport.cli.following import run_with_progress
-from sdexport.cli.reporting import shared, with_progress
+from sdexport.cli.reporting import overriding, shared, with_progress
 from sdruntime.cli.terminal import document
 from sdruntime.errors import quoted
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--guidance", type=click.Choice(["on", "off", "any"]), help="Build engines for images with guidance, without, or both."
 )
+@overriding
 @click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights. Only for a checkpoint that you trust.")
 @click.option("--no-verify", is_flag=True, help="Skip the reference outputs and the check against PyTorch.")
@@ -46,6 +47,9 @@ def build(
     size: str | None,
     batch: str | None,
     guidance: Any,
+    prediction_type: Any,
+    config: str | None,
+    vae: str | None,
     no_audit: bool,
     allow_pickle: bool,
     no_verify: bool,
@@ -69,7 +73,14 @@ def build(
 
     engines = tuple(BuildRequest(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
     options = ExportOptions(
-        precision=precision, engines=engines, allow_pickle=allow_pickle, audit=not no_audit, verify=not no_verify
+        precision=precision,
+        engines=engines,
+        allow_pickle=allow_pickle,
+        prediction_type=prediction_type,
+        config=config,
+        vae=vae,
+        audit=not no_audit,
+        verify=not no_verify,
     )
     if recipe is not None:
         read = read_recipe(recipe) if model is None else read_recipe(recipe).of(model)

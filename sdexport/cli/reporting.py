@@ -7,12 +7,13 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import click
 
 from sdexport.cli.progress import progress_on
 from sdexport.errors import SdexportError
+from sdruntime.bundle.manifest import PredictionType
 from sdruntime.cli.terminal import Failed, code_of, document, failure, reason_of, standard_output, wants_json
 from sdruntime.errors import SdruntimeError
 
@@ -69,6 +70,18 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     quiet = click.option("-q", "--quiet", is_flag=True, callback=_also_before, help="Hide progress.")
     text = "Print one JSON document on standard output, even on failure."
     return click.option("--json", "as_json", is_flag=True, callback=_also_before, help=text)(quiet(command))
+
+
+def overriding(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that replace parts of a checkpoint: those of sdexport.checkpoint.overrides."""
+    predictions = click.Choice([*get_args(PredictionType)])
+    texts = {
+        "--vae": "Use this VAE: a folder or file of a VAE or of a checkpoint, or a Hugging Face model id.",
+        "--config": "Use the configs, tokenizers and scheduler of this diffusers folder, as far as it has them.",
+    }
+    for name, text in texts.items():
+        command = click.option(name, metavar="MODEL" if name == "--vae" else "DIR", help=text)(command)
+    return click.option("--prediction-type", type=predictions, help="What the UNet predicts, if not as inferred.")(command)
 
 
 def _also_before(context: click.Context, option: click.Parameter, value: bool) -> bool:

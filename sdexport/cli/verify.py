@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdexport.cli.reporting import shared, with_progress
+from sdexport.cli.reporting import overriding, shared, with_progress
 from sdruntime.cli.progress import columns_of
 from sdruntime.cli.terminal import Failed, check_output, document
 
@@ -25,18 +25,31 @@ if TYPE_CHECKING:
     is_flag=True,
     help="For each ONNX and TensorRT engine that fails, find the first node that is too far off.",
 )
+@overriding
 @click.option("--allow-pickle", is_flag=True, help="Also read pickled weights of MODEL. Only for a checkpoint that you trust.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the images side by side.")
 @shared
 @with_progress
 def verify(
-    bundle: Path, against: str | None, bisects: bool, allow_pickle: bool, html: Path | None, as_json: bool, reporter: Reporter
+    bundle: Path,
+    against: str | None,
+    bisects: bool,
+    prediction_type: Any,
+    config: str | None,
+    vae: str | None,
+    allow_pickle: bool,
+    html: Path | None,
+    as_json: bool,
+    reporter: Reporter,
 ) -> None:
     """Check BUNDLE against its reference outputs: its ONNX and every engine that this machine can run."""
     if bisects and against is None:
         raise click.UsageError("--bisect compares with the checkpoint: add --against")
     if allow_pickle and against is None:
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
+    for option, value in (("--prediction-type", prediction_type), ("--config", config), ("--vae", vae)):
+        if value and against is None:
+            raise click.UsageError(f"{option} is for the checkpoint: add --against")
     if html is not None:
         check_output(html, "--html")
     from sdexport.verification.verify import first_nodes, reference_checkpoint, verify_against
@@ -53,7 +66,9 @@ def verify(
         report = report_of(opened, with_progress(opened, checks(opened), reporter))
     else:
         reporter.show("read the checkpoint")
-        checkpoint = reference_checkpoint(opened, against, allow_pickle=allow_pickle)
+        checkpoint = reference_checkpoint(
+            opened, against, allow_pickle=allow_pickle, prediction_type=prediction_type, config=config, vae=vae
+        )
         checked = with_progress(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")
         if bisects:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sdexport.checkpoint.safetensors import Array
+from sdexport.checkpoint.weights.safetensors import Array
 from sdexport.errors import EnvironmentFault, ExportError
 from sdexport.precision.rewrite import logits
 from sdruntime.verification.metrics import EQUAL, Difference

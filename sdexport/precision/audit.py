@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from sdexport.checkpoint.safetensors import Array
+from sdexport.checkpoint.weights.safetensors import Array
 from sdexport.errors import AuditError
 from sdexport.precision.activations import NOTHING, SAME, Activations, Feed, Likeness, likeness, session_of
 from sdexport.precision.numbers import in_precision, largest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdexport.checkpoint.safetensors import Array
+from sdexport.checkpoint.weights.safetensors import Array
 from sdruntime.bundle.manifest import Precision
 
 

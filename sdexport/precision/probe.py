@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sdexport.checkpoint.safetensors import Array
+from sdexport.checkpoint.weights.safetensors import Array
 from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sdexport.checkpoint.safetensors import Array
+from sdexport.checkpoint.weights.safetensors import Array
 from sdexport.errors import PrecisionError
 from sdexport.precision.numbers import in_precision, largest
 from sdruntime.bundle.manifest import Precision

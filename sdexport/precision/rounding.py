@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sdexport.checkpoint.safetensors import Array
+from sdexport.checkpoint.weights.safetensors import Array
 from sdexport.precision.activations import Feed, session_of, with_nodes
 from sdexport.precision.numbers import largest
 from sdexport.precision.rewrite import TYPES, accepts_half, fill_value, free_nodes, logits, lower_constant

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from sdexport.errors import RecipeError
 from sdruntime.backends.registry import BACKENDS, OFFERED
-from sdruntime.bundle.manifest import ModelSpec, Precision
+from sdruntime.bundle.manifest import ModelSpec, Precision, PredictionType
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.building import BuildRequest
 from sdruntime.engines.shapes import Guidance, Shapes
@@ -39,8 +39,8 @@ _ANY_MODEL = ModelSpec(
 class Recipe:
     """The description of a bundle and its engines.
 
-    `model` is a folder or a model id of the hub, and `revision` its revision. `audit` measures half precision; `verify` checks
-    the bundle and its engines.
+    `model` is a folder or a model id of the hub, and `revision` its revision. `prediction_type`, `config` and `vae` replace parts
+    of it, as in ExportOptions. `audit` measures half precision; `verify` checks the bundle and its engines.
     """
 
     name: str
@@ -48,13 +48,16 @@ class Recipe:
     engines: tuple[BuildRequest, ...]
     description: str = ""
     revision: str | None = None
+    prediction_type: PredictionType | None = None
+    config: str | None = None
+    vae: str | None = None
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True
 
     def of(self, model: str) -> Recipe:
-        """Return the recipe for another checkpoint, without the revision of the first."""
-        return dataclasses.replace(self, model=model, revision=None)
+        """Return the recipe for another checkpoint, without the revision of the first and what replaces parts of it."""
+        return dataclasses.replace(self, model=model, revision=None, prediction_type=None, config=None, vae=None)
 
 
 def recipe_names() -> list[str]:
@@ -80,8 +83,7 @@ def read_recipe(file: Path) -> Recipe:
     faults: list[str] = []
     text: RecipeText | None = record_from_json(RecipeText, document, where="", faults=faults)
     faults += _option_faults(document)
-    is_path = text is not None and (text.model.startswith((".", "/")) or (file.parent / text.model).exists())
-    if text is not None and text.revision and is_path:
+    if text is not None and text.revision and _is_path(text.model, file):
         faults.append("revision: a folder has no revision: only a model of the hub")
     name = file.stem if text is None else text.name or file.stem
     if text is not None and not text.name and not _NAME.fullmatch(name):
@@ -91,13 +93,25 @@ def read_recipe(file: Path) -> Recipe:
     return Recipe(
         name=name,
         description=text.description,
-        model=str(file.parent / text.model) if is_path else text.model,
+        model=_source(text.model, file),
         revision=text.revision,
+        prediction_type=text.prediction_type,
+        config=None if text.config is None else str(file.parent / text.config),
+        vae=None if text.vae is None else _source(text.vae, file),
         precision=text.precision,
         audit=text.audit,
         verify=text.verify,
         engines=tuple(request for table in text.engines for request in table.requests()),
     )
+
+
+def _is_path(model: str, recipe: Path) -> bool:
+    """Return whether a recipe's text is a path, relative to the recipe, and not a hub id."""
+    return model.startswith((".", "/")) or (recipe.parent / model).exists()
+
+
+def _source(model: str, recipe: Path) -> str:
+    return str(recipe.parent / model) if _is_path(model, recipe) else model
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -219,6 +233,9 @@ class RecipeText:
 
     model: Annotated[str, _check_model]
     revision: Annotated[str, _check_not_empty] | None = None
+    prediction_type: PredictionType | None = None
+    config: Annotated[str, _check_model] | None = None
+    vae: Annotated[str, _check_model] | None = None
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True

@@ -77,6 +77,9 @@ def options_of(recipe: Recipe) -> ExportOptions:
     """Return the options of `sdexport.build.export.build` for a recipe."""
     return ExportOptions(
         revision=recipe.revision,
+        prediction_type=recipe.prediction_type,
+        config=recipe.config,
+        vae=recipe.vae,
         precision=recipe.precision,
         engines=recipe.engines,
         audit=recipe.audit,

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdexport.checkpoint.bounds import at_most
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from sdexport.checkpoint.names import match_weights
-from sdexport.checkpoint.safetensors import StoredTensor
-from sdexport.checkpoint.unpickle import convert_pickles
+from sdexport.checkpoint.overrides import NO_OVERRIDES, Overrides
+from sdexport.checkpoint.weights.bounds import at_most
+from sdexport.checkpoint.weights.names import match_weights
+from sdexport.checkpoint.weights.safetensors import StoredTensor
+from sdexport.checkpoint.weights.unpickle import convert_pickles
 from sdexport.errors import ExportError
 from sdexport.families.components import Component, components
 from sdexport.trace.cache import load_trace, store_trace, trace_key
@@ -46,6 +47,7 @@ class ComponentJob:
     precision: Precision
     allow_pickle: bool
     out: str
+    overrides: Overrides = NO_OVERRIDES
     full: bool = False
     first: bool = False  # the first job of an export checks the weights of all components
     reference: str = ""
@@ -66,7 +68,11 @@ def run(job: ComponentJob) -> Iterator[Stage]:
         return
     with disk_full_as_error(out):
         checkpoint = read_checkpoint(
-            Path(job.checkpoint), name=job.component, precision=job.precision, allow_pickle=job.allow_pickle
+            Path(job.checkpoint),
+            name=job.component,
+            precision=job.precision,
+            allow_pickle=job.allow_pickle,
+            overrides=job.overrides,
         )
         table = components(checkpoint)
         component = next(component for component in table if component.name == job.component)
@@ -75,7 +81,7 @@ def run(job: ComponentJob) -> Iterator[Stage]:
             check_weights(checkpoint, table)
         part = checkpoint.parts[component.part]
         loose = out / "unpickled.safetensors"
-        stored = convert_pickles(part.files, loose) if part.pickled else part.weights
+        stored = convert_pickles([*part.files.values()], loose) if part.pickled else part.weights
         yield from _export(component, stored, job, out)
         loose.unlink(missing_ok=True)
 

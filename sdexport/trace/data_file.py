@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sdexport.checkpoint.safetensors import StoredTensor
+from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import PrecisionError
 from sdexport.precision.numbers import in_precision
 from sdruntime.bundle.manifest import Precision

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator
 
+from sdexport.checkpoint.overrides import Overrides
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
 from sdexport.trace.component import ComponentJob, run
 from sdruntime.backends.base.building import Stage
@@ -33,7 +34,7 @@ def run_job(job: ComponentJob) -> Generator[Stage, None, int]:
 
 
 def _work(job: Message, send: Callable[[Message], None]) -> None:
-    for stage in run(ComponentJob(**job)):
+    for stage in run(ComponentJob(**job | {"overrides": Overrides(**job["overrides"])})):
         send({"stage": dataclasses.asdict(stage)})
 
 

@@ -42,6 +42,7 @@ def bisect(
             component=component,
             precision="fp32",
             allow_pickle=allow_pickle,
+            overrides=checkpoint.overrides,
             out=scratch,
         )
         finish(run_job(job))

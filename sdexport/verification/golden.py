@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from sdexport.checkpoint.bounds import at_most
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from sdexport.checkpoint.names import match_weights
 from sdexport.checkpoint.opening import GOLDEN_STEPS, fitting_steps
-from sdexport.checkpoint.unpickle import convert_pickles
+from sdexport.checkpoint.overrides import NO_OVERRIDES, Overrides
+from sdexport.checkpoint.weights.bounds import at_most
+from sdexport.checkpoint.weights.names import match_weights
+from sdexport.checkpoint.weights.unpickle import convert_pickles
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
 from sdexport.families.components import Component, components
 from sdexport.trace.versions import digest_of as hash_of
@@ -59,6 +60,7 @@ class GoldenJob:
     checkpoint: str
     bundle: str
     allow_pickle: bool
+    overrides: Overrides = NO_OVERRIDES
 
 
 class TorchEngine:
@@ -135,8 +137,8 @@ class Reference:
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
     """Return the hash of the weights of a checkpoint's networks."""
-    files = [path for part in checkpoint.parts.values() for path in part.files]
-    return hash_of({path.relative_to(checkpoint.root).as_posix(): sha256(path) for path in files})
+    files = {name: path for part in checkpoint.parts.values() for name, path in part.files.items()}
+    return hash_of({name: sha256(path) for name, path in files.items()})
 
 
 def make_golden(job: GoldenJob) -> Iterator[str]:
@@ -146,7 +148,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
     """
     bundle = Bundle.open(job.bundle)
     manifest = bundle.manifest
-    checkpoint = opened(Path(job.checkpoint), manifest.precision, allow_pickle=job.allow_pickle)
+    checkpoint = opened(Path(job.checkpoint), manifest.precision, allow_pickle=job.allow_pickle, overrides=job.overrides)
     with disk_full_as_error(bundle.folder):
         reference = Reference(checkpoint, manifest, bundle.folder / "golden.scratch.safetensors")
         cases = cases_of(manifest, reference.vocabulary)
@@ -183,9 +185,9 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
         write_golden(bundle, golden, numbers)
 
 
-def opened(folder: Path, precision: Precision, *, allow_pickle: bool) -> Checkpoint:
+def opened(path: Path, precision: Precision, *, allow_pickle: bool, overrides: Overrides) -> Checkpoint:
     """Return the checkpoint with the weights that a bundle of this precision is built from."""
-    return read_checkpoint(folder, name=folder.name, precision=precision, allow_pickle=allow_pickle)
+    return read_checkpoint(path, name=path.name, precision=precision, allow_pickle=allow_pickle, overrides=overrides)
 
 
 def run_golden(job: GoldenJob) -> Generator[str, None, int]:
@@ -209,7 +211,7 @@ def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
     from sdexport.families.modules import WRAPPERS
 
     part = checkpoint.parts[component.part]
-    stored = convert_pickles(part.files, scratch) if part.pickled else part.weights
+    stored = convert_pickles([*part.files.values()], scratch) if part.pickled else part.weights
     with torch.device("meta"), at_most(len(stored), where=component.name):
         module = WRAPPERS[component.wrapper](component.config).eval()
     state = module.state_dict()
@@ -228,7 +230,7 @@ def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
 
 
 def _work(job: Message, send: Callable[[Message], None]) -> None:
-    for name in make_golden(GoldenJob(**job)):
+    for name in make_golden(GoldenJob(**job | {"overrides": Overrides(**job["overrides"])})):
         send({"begin": name})
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdexport.checkpoint.checkpoint import Checkpoint
-from sdexport.checkpoint.hub import locate
+from sdexport.checkpoint.hub import locate, locate_vae
+from sdexport.checkpoint.overrides import Overrides
 from sdexport.errors import CheckpointError, ExportError, ProcessKilled
 from sdexport.verification.golden import Reference, checkpoint_hash, opened
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import PredictionType
 from sdruntime.errors import LibraryMissing, VerificationFailed
 from sdruntime.system.process import run_apart
 from sdruntime.verification.golden import Case, read_golden
@@ -55,15 +57,25 @@ def verified_apart(folder: Path, *, what: str) -> Proof:
     return Proof(checks=checks, peak=peak)
 
 
-def reference_checkpoint(bundle: Bundle, model: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Return the checkpoint `model` if the bundle was built from it.
+def reference_checkpoint(
+    bundle: Bundle,
+    model: str,
+    *,
+    allow_pickle: bool = False,
+    prediction_type: PredictionType | None = None,
+    config: str | None = None,
+    vae: str | None = None,
+) -> Checkpoint:
+    """Return the checkpoint `model` if the bundle was built from it, with the same prediction type, config and VAE.
 
     Raises CheckpointError with both hashes if it is another one.
     """
     golden, _ = read_golden(bundle)
     precision = bundle.manifest.precision
     located = locate(model, precision=precision, allow_pickle=allow_pickle)
-    checkpoint = opened(located.path, precision, allow_pickle=allow_pickle)
+    other = locate_vae(vae, precision=precision, allow_pickle=allow_pickle) if vae else None
+    overrides = Overrides(prediction_type=prediction_type, config=config or "", vae="" if other is None else str(other.path))
+    checkpoint = opened(located.path, precision, allow_pickle=allow_pickle, overrides=overrides)
     digest = checkpoint_hash(checkpoint)
     if digest != golden.checkpoint:
         source = bundle.manifest.provenance.get("source", "unknown")

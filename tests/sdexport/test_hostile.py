@@ -27,8 +27,8 @@ from safetensors.numpy import save
 from single_files import single_file_tensors, write_standard
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
-from sdexport.checkpoint.safetensors import merge_shards, read_header
 from sdexport.checkpoint.tokenizer import NAMES, read_tokenizer
+from sdexport.checkpoint.weights.safetensors import merge_shards, read_header
 from sdexport.errors import CheckpointError
 from sdexport.families.components import components
 from sdruntime.errors import SettingError
@@ -263,7 +263,7 @@ def test_betas_that_leave_nothing_of_an_image_warn_of_nothing(sd1_checkpoint: Pa
 @pytest.mark.parametrize("count", rounds(200))
 def test_pickles(tmp_path: Path, count: int) -> None:
     torch = pytest.importorskip("torch")
-    from sdexport.checkpoint.unpickle import convert_pickles
+    from sdexport.checkpoint.weights.unpickle import convert_pickles
 
     path = tmp_path / "w.bin"
     bases = []

@@ -9,10 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from sdexport.checkpoint.card import Card
-from sdexport.checkpoint.original.layout import Original, read_original
+from sdexport.checkpoint.original.layout import Original, read_original, read_vae_alone
+from sdexport.checkpoint.original.naming import Tensors
 from sdexport.checkpoint.original.tokenizer import clip_tokenizer
-from sdexport.checkpoint.safetensors import read_header_and_metadata, with_scales
-from sdexport.checkpoint.weight_files import StoredWeights
+from sdexport.checkpoint.source import StoredWeights
+from sdexport.checkpoint.weights.safetensors import read_header, read_header_and_metadata, with_scales
 from sdexport.errors import CheckpointError
 from sdruntime.errors import plain
 
@@ -55,13 +56,48 @@ class SingleFile:
         return {}
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
-        return StoredWeights(files=(self.path,), tensors=MappingProxyType(dict(self._original.weights[part])))
+        return StoredWeights(files={self.path.name: self.path}, tensors=MappingProxyType(dict(self._original.weights[part])))
 
 
-def read_single_file(path: Path) -> SingleFile:
-    """Return what a safetensors file holds. Raises CheckpointError with every fault."""
+class VaeFile:
+    """A source of nothing but a VAE; its config has no scaling_factor."""
+
+    inferred: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
+        self.path, self.config, self._tensors = path, config, tensors
+
+    def document(self, path: str) -> Any:
+        raise FileNotFoundError(path)
+
+    def file(self, path: str) -> bytes | None:
+        return None
+
+    def card(self) -> Card:
+        return Card()
+
+    def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
+        return {}
+
+    def weights(self, part: str, faults: list[str]) -> StoredWeights:
+        return StoredWeights(files={f"vae/{self.path.name}": self.path}, tensors=MappingProxyType(dict(self._tensors)))
+
+
+def read_vae_file(path: Path) -> VaeFile:
+    """Return the VAE in a safetensors file: a VAE alone, or that of a whole checkpoint. Raises CheckpointError."""
+    try:
+        return VaeFile(path, *read_vae_alone(with_scales(read_header(path))))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path.name, plain(error).split("\n")) from None
+
+
+def read_single_file(path: Path, *, with_vae: bool = True) -> SingleFile:
+    """Return what a safetensors file holds, without its VAE if another one replaces it.
+
+    Raises CheckpointError with every fault.
+    """
     try:
         tensors, metadata = read_header_and_metadata(path)
-        return SingleFile(path, read_original(with_scales(tensors), metadata), metadata)
+        return SingleFile(path, read_original(with_scales(tensors), metadata, with_vae=with_vae), metadata)
     except (OSError, ValueError) as error:
         raise CheckpointError(path.name, plain(error).split("\n")) from None

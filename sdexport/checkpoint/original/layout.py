@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from sdexport.checkpoint.original.naming import Tensors, within
-from sdexport.checkpoint.original.standard import OTHERS, SIZE_OF_V, STANDARDS, UNET, VAE, Standard
+from sdexport.checkpoint.original.standard import OTHERS, SIZE_OF_V, STANDARDS, UNET, VAE, VAE_FACTOR, Standard
 from sdexport.checkpoint.original.text import read_clip, read_open_clip
 from sdexport.checkpoint.original.unet import read_unet
 from sdexport.checkpoint.original.vae import read_vae
 
 _EMA = "model_ema."
+_OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # a VAE alone may come with the loss of its training
 _BIASES = re.compile(rf"{re.escape(UNET)}output_blocks\.\d{{1,4}}\.1\.transformer_blocks\.0\.norm1\.bias", re.ASCII)
 _V, _EPSILON = "v_prediction", "epsilon"
 _SPREAD_OF_V = 0.09
@@ -40,8 +41,11 @@ class Original:
     inferred: tuple[str, ...]
 
 
-def read_original(tensors: Tensors, metadata: Mapping[str, str]) -> Original:
-    """Return what the tensors of one file are. Raises ValueError with every fault, one a line."""
+def read_original(tensors: Tensors, metadata: Mapping[str, str], *, with_vae: bool = True) -> Original:
+    """Return what the tensors of one file are; without `with_vae`, of the VAE only the scaling factor that the model has.
+
+    Raises ValueError with every fault, one a line.
+    """
     tensors = _with_text_model(tensors)
     standard = _standard(tensors)
     inferred = [f"{standard.name}: the file has {standard.encoders[-1].sign}"]
@@ -54,7 +58,8 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str]) -> Original:
     def take(part: str, prefix: str, read: Any, **settings: Any) -> None:
         own = within(tensors, prefix)
         if not own:
-            faults.append(f"{part}: no tensor's name begins with {prefix}: use a checkpoint of the whole model")
+            advice = "add --vae with the VAE to use" if part == "vae" else "use a checkpoint of the whole model"
+            faults.append(f"{part}: no tensor's name begins with {prefix}: {advice}")
             return
         try:
             configs[part], weights[part] = read(own, **settings)
@@ -68,9 +73,11 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str]) -> Original:
             take(encoder.part, encoder.prefix, read_open_clip, projected=encoder.projected)
     pooled = configs.get("text_encoder_2", {}).get("projection_dim")
     take("unet", UNET, read_unet, heads=standard.heads, pooled=pooled)
-    take("vae", VAE, read_vae, scaling_factor=standard.scaling_factor)
+    if with_vae:
+        take("vae", VAE, read_vae)
     if faults:
         raise ValueError("\n".join(faults))
+    configs["vae"] = {**configs.get("vae", {}), "scaling_factor": standard.scaling_factor}
     kind, reason = _prediction(standard, tensors, metadata)
     inferred.append(f"prediction type {kind}: {reason}")
     scheduler = dict(standard.scheduler) | {"prediction_type": kind}
@@ -78,9 +85,9 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str]) -> Original:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         inferred.append("a schedule that ends without signal: the file has ztsnr")
     size, why = _size(standard, kind, metadata)
-    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     inferred.append(f"default size {size}x{size}: {why}")
-    configs["unet"] = {**configs["unet"], "sample_size": size // factor}
+    widths = configs["vae"].get("block_out_channels")
+    configs["unet"] = {**configs["unet"], "sample_size": size // (2 ** (len(widths) - 1) if widths else VAE_FACTOR)}
     tokenizers = {encoder.part.replace("text_encoder", "tokenizer"): encoder.pad for encoder in standard.encoders}
     return Original(
         index=_index(standard, tokenizers),
@@ -90,6 +97,18 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str]) -> Original:
         pads=tokenizers,
         inferred=tuple(inferred),
     )
+
+
+def read_vae_alone(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Return the config, except scaling_factor, and the weights of the VAE in a file of a VAE or of a whole checkpoint.
+
+    Raises ValueError if there is none.
+    """
+    for prefix in (VAE, ""):
+        own = within(tensors, prefix)
+        if "encoder.conv_in.weight" in own:
+            return read_vae({name: tensor for name, tensor in own.items() if name.startswith(_OF_VAE)})
+    raise ValueError(f"no VAE: neither {VAE}encoder.conv_in.weight nor encoder.conv_in.weight is in the file")
 
 
 def _with_text_model(tensors: Tensors) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from sdexport.checkpoint.safetensors import StoredTensor
+from sdexport.checkpoint.weights.safetensors import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 

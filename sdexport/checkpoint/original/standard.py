@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE_FACTOR = 8  # pixels per latent cell, of the VAE of each standard
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _LATENT_DIFFUSION = _BETAS | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
 _EULER = _BETAS | {"timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear", "use_karras_sigmas": False}

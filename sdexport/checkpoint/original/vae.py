@@ -16,8 +16,10 @@ _RESNET = {"nin_shortcut": "conv_shortcut", **{name: name for name in ("norm1", 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-def read_vae(tensors: Tensors, *, scaling_factor: float) -> tuple[dict[str, Any], Tensors]:
-    """Return the config and the weights of an autoencoder; `tensors` by their original names, without the network's prefix.
+def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Return the config, except scaling_factor, and the weights of an autoencoder.
+
+    `tensors`: by their original names, without the network's prefix.
 
     Raises ValueError for names and shapes that are no AutoencoderKL.
     """
@@ -48,7 +50,6 @@ def read_vae(tensors: Tensors, *, scaling_factor: float) -> tuple[dict[str, Any]
         "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "scaling_factor": scaling_factor,
         "use_quant_conv": quant,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }

@@ -174,11 +174,11 @@ def test_fp16_prefers_its_variant_and_fp32_the_full_weights(folder: Path) -> Non
     unet = folder / "unet"
     shutil.copyfile(unet / "diffusion_pytorch_model.safetensors", unet / "diffusion_pytorch_model.fp16.safetensors")
     chosen = {
-        precision: read_checkpoint(folder, name="tiny", precision=precision).parts["unet"].files[0].name
+        precision: [*read_checkpoint(folder, name="tiny", precision=precision).parts["unet"].files]
         for precision in ("fp32", "fp16", "bf16")
     }
-    whole = "diffusion_pytorch_model.safetensors"
-    assert chosen == {"fp32": whole, "fp16": "diffusion_pytorch_model.fp16.safetensors", "bf16": whole}
+    whole = ["unet/diffusion_pytorch_model.safetensors"]
+    assert chosen == {"fp32": whole, "fp16": ["unet/diffusion_pytorch_model.fp16.safetensors"], "bf16": whole}
 
 
 def test_the_example_prompts_of_the_card(folder: Path) -> None:

@@ -14,7 +14,7 @@ from once import once
 from single_files import UNET, VAE, single_file_tensors, write_single_file, write_standard
 
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from sdexport.checkpoint.names import match_weights
+from sdexport.checkpoint.weights.names import match_weights
 from sdexport.errors import CheckpointError
 from sdexport.families.components import components
 from sdexport.trace.cache import trace_key

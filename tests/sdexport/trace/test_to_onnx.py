@@ -13,7 +13,7 @@ import torch_side
 from onnx import TensorProto, helper
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
-from sdexport.checkpoint.safetensors import read_header
+from sdexport.checkpoint.weights.safetensors import read_header
 from sdexport.errors import ExportError
 from sdexport.families.components import Component, components
 from sdexport.trace import to_onnx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from sdexport.checkpoint.safetensors import StoredTensor
+from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import ExportError, shortened
 from sdruntime.errors import lines_of
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdexport.checkpoint.safetensors import StoredTensor, read_header, with_scales
+from sdexport.checkpoint.weights.safetensors import StoredTensor, read_header, with_scales
 from sdexport.errors import CheckpointError, EnvironmentFault
 
 

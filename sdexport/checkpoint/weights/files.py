@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from sdexport.checkpoint.safetensors import StoredTensor
 from sdruntime.bundle.manifest import Precision
 
 Variant = Literal["", "fp16"]
@@ -36,15 +34,6 @@ class WeightFile:
     name: str
     index: bool
     pickled: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredWeights:
-    """The files of a network's weights and the location of each tensor in them; no tensors if the files are pickles."""
-
-    files: tuple[Path, ...]
-    tensors: Mapping[str, StoredTensor]
-    pickled: bool = False
 
 
 def choose_weight_file(part: str, names: Collection[str], precision: Precision, *, pickles: bool = True) -> WeightFile | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
-from sdexport.checkpoint.weight_files import choose_weight_file
+from sdexport.checkpoint.weights.files import choose_weight_file
 from sdexport.errors import CheckpointError
 
 UNET, TEXT = "diffusion_pytorch_model", "model"
@@ -73,7 +73,7 @@ def test_shards_in_pickles_are_read_by_their_index(folder: Path) -> None:
     for name in ("a.bin", "b.bin", "c.bin"):
         (folder / "unet" / name).touch()
     part = read_checkpoint(folder, name="tiny", allow_pickle=True).parts["unet"]
-    assert (part.pickled, [path.name for path in part.files]) == (True, ["a.bin", "b.bin"])
+    assert (part.pickled, [*part.files]) == (True, ["unet/a.bin", "unet/b.bin"])
     assert "is a pickle" in faults(folder)[0]
 
 
@@ -139,7 +139,7 @@ def pickles(folder: Path) -> dict[str, bytes]:
 
 def test_a_pickle_that_is_no_state_dict_is_one_clear_error(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from sdexport.checkpoint.unpickle import convert_pickles
+    from sdexport.checkpoint.weights.unpickle import convert_pickles
 
     for name, data in pickles(tmp_path).items():
         path = tmp_path / f"{name}.bin"
@@ -153,7 +153,7 @@ def test_a_pickle_that_is_no_state_dict_is_one_clear_error(tmp_path: Path) -> No
 
 def test_the_former_format_of_torch_is_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from sdexport.checkpoint.unpickle import convert_pickles
+    from sdexport.checkpoint.weights.unpickle import convert_pickles
 
     for number, options in enumerate(({}, {"_use_new_zipfile_serialization": False})):
         torch.save({f"x{number}": torch.full((3,), 2.0 + number)}, tmp_path / f"{number}.bin", **options)

@@ -62,7 +62,7 @@ def test_a_module_is_not_made_beyond_its_weights(sd1_checkpoint: Path, name: str
     """As with pickles, whose names nobody knows before."""
     import dataclasses
 
-    from sdexport.checkpoint.bounds import at_most
+    from sdexport.checkpoint.weights.bounds import at_most
     from sdexport.trace.to_onnx import module_shapes
 
     component = next(each for each in components(read_checkpoint(sd1_checkpoint, name="tiny")) if each.name == name)

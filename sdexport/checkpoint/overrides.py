@@ -1,0 +1,124 @@
+"""Replace parts of a checkpoint: its VAE, its documents, or what its UNet predicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdexport.checkpoint.card import Card
+from sdexport.checkpoint.folder import DiffusersFolder
+from sdexport.checkpoint.opening import PATH as SCHEDULER
+from sdexport.checkpoint.original.file import VaeFile, read_vae_file
+from sdexport.checkpoint.source import Source, StoredWeights
+from sdexport.errors import CheckpointError
+from sdruntime.bundle.manifest import Precision, PredictionType
+
+_VAE, _VAE_CONFIG = "vae", "vae/config.json"
+_INDEX = "model_index.json"
+_AUTOENCODER = ["diffusers", "AutoencoderKL"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """What replaces parts of a checkpoint. Plain data, so that jobs can carry it; the paths are of this machine.
+
+    `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
+    replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE.
+    """
+
+    prediction_type: PredictionType | None = None
+    config: str = ""
+    vae: str = ""
+
+    def __bool__(self) -> bool:
+        return self != NO_OVERRIDES
+
+
+NO_OVERRIDES = Overrides()
+
+
+class Overridden:
+    """A source with parts of others."""
+
+    def __init__(self, source: Source, overrides: Overrides, precision: Precision, *, allow_pickle: bool) -> None:
+        self.path, self._source, self._prediction = source.path, source, overrides.prediction_type
+        self._documents = _documents(Path(overrides.config), precision) if overrides.config else None
+        self._vae = _vae(Path(overrides.vae), precision, allow_pickle) if overrides.vae else None
+        lines = list(source.inferred)
+        if self._documents is not None:
+            lines.append(f"configs, tokenizers and scheduler: of {self._documents.path.name}, where it has them (--config)")
+        if self._vae is not None:
+            lines.append(f"VAE: of {self._vae.path.name} (--vae)")
+        if self._prediction:
+            lines.append(f"prediction type {self._prediction} (--prediction-type)")
+        self.inferred = tuple(lines)
+
+    def document(self, path: str) -> Any:
+        document = self._document(path)
+        if path == SCHEDULER and self._prediction and isinstance(document, dict):
+            return document | {"prediction_type": self._prediction}
+        if path == _INDEX and self._vae is not None and isinstance(document, dict):
+            return document | {_VAE: _AUTOENCODER}
+        return document
+
+    def _document(self, path: str) -> Any:
+        if path == _VAE_CONFIG and isinstance(self._vae, VaeFile):
+            return dict(self._vae.config) | {"scaling_factor": self._scaling_factor(self._vae)}
+        return self._owner(path).document(path)
+
+    def _scaling_factor(self, vae: VaeFile) -> Any:
+        """Return the checkpoint's own scaling factor: a file of a VAE does not hold one."""
+        try:
+            return self._beside_vae(_VAE_CONFIG).document(_VAE_CONFIG)["scaling_factor"]
+        except (OSError, ValueError, LookupError, TypeError):
+            what = f"the checkpoint has no {_VAE_CONFIG} with one, and the file {vae.path.name} cannot hold one"
+            raise ValueError(f"no scaling_factor is known: {what}: use a folder of a VAE, with config.json") from None
+
+    def _owner(self, path: str) -> Source:
+        """Return the source that a document is read from."""
+        return self._vae if self._vae is not None and path.startswith(f"{_VAE}/") else self._beside_vae(path)
+
+    def _beside_vae(self, path: str) -> Source:
+        has = self._documents is not None and (self._documents.path / path).exists()
+        return self._documents if self._documents is not None and has else self._source
+
+    def file(self, path: str) -> bytes | None:
+        if path in (SCHEDULER, _INDEX):
+            return json.dumps(self.document(path)).encode()
+        folder = path.rpartition("/")[0]  # a tokenizer's files belong together
+        if self._documents is not None and folder and (self._documents.path / folder).is_dir():
+            return self._documents.file(path)
+        return self._source.file(path)
+
+    def weights(self, part: str, faults: list[str]) -> StoredWeights:
+        owner = self._vae if part == _VAE and self._vae is not None else self._source
+        return owner.weights(part, faults)
+
+    def card(self) -> Card:
+        return self._source.card()
+
+    def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
+        parts = tuple(parts)
+        inputs = dict(self._source.inputs(parts))
+        for source in (self._documents, self._vae):
+            listed = {} if source is None else source.inputs(parts)
+            inputs |= {name: path for name, path in listed.items() if self._owner(name) is source and path.exists()}
+        return inputs
+
+
+def _documents(path: Path, precision: Precision) -> DiffusersFolder:
+    if not path.is_dir():
+        raise CheckpointError(path, ["--config: no such folder: give a diffusers folder; its weights are not needed"])
+    return DiffusersFolder(path, precision, allow_pickle=False)
+
+
+def _vae(path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder | VaeFile:
+    if path.is_file():
+        return read_vae_file(path)
+    if not path.is_dir():
+        raise CheckpointError(path, ["--vae: no such folder or file"])
+    places = {_VAE: "."} if (path / "config.json").exists() and not (path / _VAE).exists() else {}
+    return DiffusersFolder(path, precision, allow_pickle, places=places)

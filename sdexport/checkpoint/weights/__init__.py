@@ -1,0 +1,1 @@
+"""The weights of a checkpoint: their files, and where each tensor lies in them."""

@@ -1,0 +1,166 @@
+"""Another VAE, other documents and another prediction type in place of a checkpoint's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from generators import whole
+from once import once
+from sdexport_cli import run
+from single_files import VAE, single_file_tensors, write_single_file, write_standard
+
+from sdexport.build.events import ExportOptions, ExportResult
+from sdexport.build.export import build
+from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sdexport.checkpoint.hub import needed_files
+from sdexport.checkpoint.opening import PATH as SCHEDULER
+from sdexport.checkpoint.overrides import Overrides
+from sdexport.errors import CheckpointError
+from sdexport.families.components import components
+from sdexport.trace.cache import trace_key
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.errors import BundleError
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return once(tmp_path_factory, "checkpoints/standard-sd1", lambda folder: write_standard(folder, "sd1"))
+
+
+@pytest.fixture
+def without_vae(folder: Path, tmp_path: Path) -> Path:
+    return write_single_file(folder, tmp_path / "model.safetensors", drop=VAE)
+
+
+@pytest.fixture
+def other(sd1_checkpoint: Path, tmp_path: Path) -> Path:
+    """A VAE alone in its folder, with a scaling factor and weights of its own."""
+    from safetensors.torch import load_file, save_file
+
+    vae = Path(shutil.copytree(sd1_checkpoint / "vae", tmp_path / "other-vae"))
+    [weights] = vae.glob("*.safetensors")
+    save_file({name: 1.25 * tensor for name, tensor in load_file(weights).items()}, weights)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    return vae
+
+
+def read(path: Path, **overrides: Any) -> Checkpoint:
+    return read_checkpoint(path, name="x", overrides=Overrides(**{key: str(value) for key, value in overrides.items()}))
+
+
+def vae_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: tensor.read() for name, tensor in checkpoint.parts["vae"].weights.items()}
+
+
+def test_a_file_without_a_vae_asks_for_one(without_vae: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(without_vae, name="x")
+    assert caught.value.faults == (f"vae: no tensor's name begins with {VAE}: add --vae with the VAE to use",)
+
+
+def test_a_vae_comes_from_a_folder_a_checkpoint_or_a_file(without_vae: Path, folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    whole_model = read_checkpoint(folder, name="x")
+    alone = {
+        name.removeprefix(VAE): tensor.contiguous().clone()
+        for name, tensor in single_file_tensors(folder).items()
+        if name.startswith(VAE)
+    }
+    save_file(alone | {"loss.logvar": next(iter(alone.values())).clone()}, tmp_path / "vae.safetensors")
+    bare = Path(shutil.copytree(folder / "vae", tmp_path / "bare"))
+    for vae in (folder, bare, tmp_path / "vae.safetensors", write_single_file(folder, tmp_path / "whole.safetensors")):
+        checkpoint = read(without_vae, vae=vae)
+        expected, weights = vae_weights(whole_model), vae_weights(checkpoint)
+        assert weights.keys() == expected.keys()
+        assert all(np.array_equal(weights[name], expected[name]) for name in weights)
+        assert [trace_key(each) for each in components(checkpoint)] == [trace_key(each) for each in components(whole_model)]
+        assert checkpoint.model.scaling_factor == whole_model.model.scaling_factor
+        assert checkpoint.changes[-1] == f"VAE: of {vae.name} (--vae)"
+
+
+def test_a_vae_s_own_scaling_factor_counts_and_a_file_of_a_vae_has_none(
+    sd1_checkpoint: Path, folder: Path, other: Path, tmp_path: Path
+) -> None:
+    assert read(sd1_checkpoint, vae=other).model.scaling_factor == 0.5
+    file = write_single_file(folder, tmp_path / "whole.safetensors")
+    base = read(other_model := Path(shutil.copytree(folder, tmp_path / "base")), vae=other)
+    assert base.model.scaling_factor == 0.5
+    config = json.loads((other_model / "vae" / "config.json").read_text())
+    (other_model / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.25}))
+    assert read(other_model, vae=file).model.scaling_factor == 0.25
+    shutil.rmtree(other_model / "vae")
+    with pytest.raises(CheckpointError, match=r"no scaling_factor is known: .* and the file whole\.safetensors"):
+        read(other_model, vae=file)
+
+
+def test_a_prediction_type_replaces_the_stored_one_also_for_the_reference(sd1_checkpoint: Path) -> None:
+    checkpoint = read(sd1_checkpoint, prediction_type="v_prediction")
+    assert checkpoint.model.prediction_type == checkpoint.scheduler["prediction_type"] == "v_prediction"
+    assert json.loads(checkpoint.source.file(SCHEDULER) or b"")["prediction_type"] == "v_prediction"
+    assert checkpoint.changes[0] == "prediction type v_prediction (--prediction-type)"
+
+
+def test_documents_of_another_folder_replace_those_that_it_has(folder: Path, tmp_path: Path) -> None:
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+    documents = tmp_path / "documents"
+    (documents / "scheduler").mkdir(parents=True)
+    scheduler = json.loads((folder / SCHEDULER).read_text()) | {"beta_end": 0.02}
+    (documents / SCHEDULER).write_text(json.dumps(scheduler))
+    shutil.copytree(folder / "tokenizer", documents / "tokenizer")
+    text = json.loads((documents / "tokenizer" / "tokenizer_config.json").read_text())
+    (documents / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(text | {"model_max_length": 40}))
+    checkpoint = read(file, config=documents)
+    assert checkpoint.scheduler["beta_end"] == 0.02
+    assert checkpoint.text_length == 40
+    assert checkpoint.parts["unet"].config == read_checkpoint(file, name="x").parts["unet"].config
+    assert set(checkpoint.source.inputs(checkpoint.parts)) == {SCHEDULER}
+    assert checkpoint.changes[-1] == "configs, tokenizers and scheduler: of documents, where it has them (--config)"
+
+
+def test_faults_name_the_option(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--vae: no such folder or file"):
+        read(sd1_checkpoint, vae=tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="--config: no such folder"):
+        read(sd1_checkpoint, config=tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"no VAE: neither first_stage_model\.encoder\.conv_in\.weight nor"):
+        read(sd1_checkpoint, vae=sd1_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_hub_repository_of_a_vae_is_downloaded_without_its_other_files() -> None:
+    names = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "sdxl.vae.safetensors"]
+    assert needed_files(names, "fp16", allow_pickle=False) == names[:2]
+
+
+def test_a_build_with_another_vae_is_that_of_the_folder_with_that_vae(sd1_checkpoint: Path, other: Path, tmp_path: Path) -> None:
+    def built(model: Path, out: Path, **options: Any) -> ExportResult:
+        *_, last = whole(build(str(model), out, ExportOptions(**options)))
+        assert isinstance(last, ExportResult)
+        return last
+
+    merged = Path(shutil.copytree(sd1_checkpoint, tmp_path / "merged"))
+    shutil.rmtree(merged / "vae")
+    shutil.copytree(other, merged / "vae")
+    built(merged, tmp_path / "expected", verify=False)
+    assert not built(sd1_checkpoint, tmp_path / "bundle", vae=str(other)).up_to_date
+    bundle, expected = (Bundle.open(tmp_path / name).manifest for name in ("bundle", "expected"))
+    assert {name: file.sha256 for name, file in expected.files.items()}.items() <= {
+        name: file.sha256 for name, file in bundle.files.items()
+    }.items()
+    assert bundle.provenance["options"]["vae"] == "other-vae"
+    assert str(tmp_path) not in (tmp_path / "bundle" / "manifest.json").read_text()
+    assert built(sd1_checkpoint, tmp_path / "bundle", vae=str(other)).up_to_date
+
+    against = run("verify", tmp_path / "bundle", "--against", sd1_checkpoint)
+    assert against.exit_code == 2
+    assert "not the checkpoint of this bundle" in against.stderr
+    assert run("verify", tmp_path / "bundle", "--against", sd1_checkpoint, "--vae", other).exit_code == 0
+    assert "--vae is for the checkpoint: add --against" in run("verify", tmp_path / "bundle", "--vae", other).stderr
+    with pytest.raises(BundleError, match="overlap"):
+        built(sd1_checkpoint, other / "bundle", vae=str(other))
