@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 VALUES: tuple[Any, ...] = (
@@ -68,3 +70,40 @@ def changed_bytes(rng: random.Random, data: bytes) -> bytes:
                 data[:place] + rng.choice((b"{", b"[" * 3000, b'"', b",", b"\xff", b"\x00", b"1" * 5000, b"NaN")) + data[place:]
             )
     return data
+
+
+def changed_pickle(rng: random.Random, data: bytes, call: bytes) -> bytes:
+    """A pickle with some bytes, operations or numbers changed, repeated or moved, and now and then a `call` of its own."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        place, kind = rng.randrange(2, len(data)), rng.random()
+        if kind < 0.4:
+            data = (
+                data[:place] + bytes([rng.choice(_OPERATIONS) if rng.random() < 0.5 else rng.randrange(256)]) + data[place + 1 :]
+            )
+        elif kind < 0.6:
+            data = data[:place] + bytes(rng.choices(_OPERATIONS, k=rng.randint(1, 4))) + data[place:]
+        elif kind < 0.75:
+            end = min(len(data), place + rng.randrange(1, 40))
+            data = data[:place] + (data[place:end] * rng.choice((0, 2, 2, 50))) + data[end:]
+        elif kind < 0.9:
+            data = data[:place] + call + rng.choice((b")R", b"N\x85R", b"0", b"}\x81", b"]b")) + data[place:]
+        else:
+            data = (
+                data[:place]
+                + rng.choice((b"J\xff\xff\xff\xff", b"r\xff\xff\xff\xff", b"\x8a\xff" + b"\xff" * 255))
+                + data[place:]
+            )
+    return data
+
+
+_OPERATIONS = b".NKMJGUTXCB])}teasubqrhjcRQ(0120\x80\x81\x85\x86\x87\x88\x89\x8a\x8c\x8d\x8f\x90\x91\x92\x93\x94\x95\x96"
+
+
+class Planted:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)

@@ -45,7 +45,7 @@ REFERENCE = "reference"  # a folder that exists while half precision is audited
 
 
 def build(model: str, out: Path, options: ExportOptions) -> Generator[ExportProgress | EngineProgress, None, ExportResult]:
-    """Build the bundle `out` from a diffusers folder, a .safetensors file or a hub id; return the result.
+    """Build the bundle `out` from a diffusers folder, a single file or a hub id; return the result.
 
     An existing bundle of the same inputs is kept, and missing engines are added. Raises SdexportError, and sdruntime's errors for
     the disk and the engines.

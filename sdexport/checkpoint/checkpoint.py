@@ -1,7 +1,7 @@
 """Read and check a checkpoint: its networks, their configs and weights, its tokenizers and its scheduler.
 
-A checkpoint is a diffusers folder, or one file that `original` presents as such a folder. It is read as JSON and safetensors
-headers. No name in it is ever imported (diffusers imports what model_index.json names, GHSA-4prv-5hj7-c2xr). All faults of a
+A checkpoint is a diffusers folder, or one file that `original` presents as such a folder. It is read as JSON and weight headers.
+No name in it is ever imported (diffusers imports what model_index.json names, GHSA-4prv-5hj7-c2xr). All faults of a
 checkpoint are reported at once.
 """
 
@@ -55,13 +55,12 @@ _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample",
 class Part:
     """A network of the checkpoint: the settings of its config.json, its files, and the location of each weight.
 
-    `files` are by names without this machine's paths. `weights` is empty if they are pickles.
+    `files` are by names without this machine's paths.
     """
 
     config: Mapping[str, Any]
     files: Mapping[str, Path]
     weights: Mapping[str, StoredTensor]
-    pickled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ def read_checkpoint(
     """
     source: Source
     if path.is_file():
-        source = read_single_file(path, with_vae=not overrides.vae)
+        source = read_single_file(path, allow_pickle=allow_pickle, with_vae=not overrides.vae)
     else:
         source = DiffusersFolder(path, precision, allow_pickle)
     if overrides:
@@ -139,8 +138,7 @@ class _Reader:
         self.faults.extend(misfits(configs, two_encoders="text_encoder_2" in parts))
         self._stop_at_faults()
         for name_of_part, part in parts.items():
-            if not part.pickled:  # the names in pickles are unknown until they are loaded
-                check_depth(name_of_part, part.config, part.weights, self.faults)
+            check_depth(name_of_part, part.config, part.weights, self.faults)
         length = self._text_length(parts, tokenizers)
         self._stop_at_faults()
         model = self._model(name, index, parts, scheduler, tokenizers["tokenizer"].pad_token)
@@ -187,7 +185,7 @@ class _Reader:
             self.changes.extend(changes)
         config = read_config(kind, written, f"{name}/config.json", self.faults) if written else {}
         stored = self.source.weights(name, self.faults)
-        return Part(config=config, files=stored.files, weights=stored.tensors, pickled=stored.pickled)
+        return Part(config=config, files=stored.files, weights=stored.tensors)
 
     def _tokenizer(self, name: str) -> StoredTokenizer | None:
         files, before = {}, len(self.faults)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from sdexport.checkpoint.source import StoredWeights
 from sdexport.checkpoint.tree import read_own
 from sdexport.checkpoint.weights.files import WeightFile, choose_weight_file, full_weights_name
 from sdexport.checkpoint.weights.safetensors import StoredTensor, is_regular, merge_shards, read_header
+from sdexport.checkpoint.weights.torch_file.file import REFUSED_PICKLE, read_torch_file
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import NAME, Precision, load_manifest
 from sdruntime.bundle.records import read_json
@@ -54,9 +55,9 @@ class DiffusersFolder:
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
         files, pickled = self._weight_files(part, faults)
-        tensors = {} if pickled else self._tensors(part, files, faults)
+        tensors = self._tensors(part, files, read_torch_file if pickled else read_header, faults)
         named = {f"{part}/{path.name}": path for path in files}
-        return StoredWeights(files=MappingProxyType(named), tensors=tensors, pickled=pickled)
+        return StoredWeights(files=MappingProxyType(named), tensors=tensors)
 
     def _refuse_a_bundle(self) -> None:
         """Raise CheckpointError if the folder is a bundle, which has a model_index.json too."""
@@ -77,10 +78,7 @@ class DiffusersFolder:
             faults.append(f"{name}/{full_weights_name(name)} is missing{beside}")
             return (), False
         if file.pickled and not self.allow_pickle:
-            faults.append(
-                f"{name}/{file.name} is a pickle, which can run code when it is read: "
-                "use a checkpoint with safetensors, or trust this one with --allow-pickle"
-            )
+            faults.append(f"{name}/{file.name} is {REFUSED_PICKLE}")
             return (), True
         files = self._shards(name, file, faults) if file.index else (folder / file.name,)
         unreadable = [path for path in files if not is_regular(path)]
@@ -110,11 +108,13 @@ class DiffusersFolder:
         )
         return tuple(self._location(f"{name}/{shard}") for shard in valid)
 
-    def _tensors(self, name: str, files: tuple[Path, ...], faults: list[str]) -> Mapping[str, StoredTensor]:
+    def _tensors(
+        self, name: str, files: tuple[Path, ...], read: Callable[[Path], dict[str, StoredTensor]], faults: list[str]
+    ) -> Mapping[str, StoredTensor]:
         headers = []
         for path in files:
             try:
-                headers.append((path, read_header(path)))
+                headers.append((path, read(path)))
             except (OSError, ValueError) as error:
                 faults.append(f"{path.relative_to(self.path)}: {plain(error)}")
         try:

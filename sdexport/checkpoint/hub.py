@@ -18,6 +18,7 @@ _SMALL = re.compile(
     r"model_index\.json|README\.md|scheduler/scheduler_config\.json|(text_encoder|text_encoder_2|unet|vae)/config\.json"
     r"|tokenizer(_2)?/(vocab\.json|merges\.txt|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json)"
 )
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 _NOWHERE = "no such folder, and not a hub id (owner/name)"
 
 
@@ -39,7 +40,7 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: st
     path = Path(model)
     if path.exists():
         return Located(path=path, source=_name_of(path.resolve()))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix == ".safetensors":
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.suffix in _SINGLE_FILES:
         raise CheckpointError(model, [_NOWHERE])
     return _download(model, precision, allow_pickle, revision)
 

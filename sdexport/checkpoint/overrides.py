@@ -117,7 +117,7 @@ def _documents(path: Path, precision: Precision) -> DiffusersFolder:
 
 def _vae(path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder | VaeFile:
     if path.is_file():
-        return read_vae_file(path)
+        return read_vae_file(path, allow_pickle=allow_pickle)
     if not path.is_dir():
         raise CheckpointError(path, ["--vae: no such folder or file"])
     places = {_VAE: "."} if (path / "config.json").exists() and not (path / _VAE).exists() else {}

@@ -13,14 +13,10 @@ from sdexport.checkpoint.weights.safetensors import StoredTensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """The files of a network's weights and the location of each tensor in them; no tensors if the files are pickles.
-
-    `files` are by names without this machine's paths.
-    """
+    """The files of a network's weights, by names without this machine's paths, and the location of each tensor in them."""
 
     files: Mapping[str, Path]
     tensors: Mapping[str, StoredTensor]
-    pickled: bool = False
 
 
 class Source(Protocol):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @overriding
 @click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
-@click.option("--allow-pickle", is_flag=True, help="Also read pickled weights. Only for a checkpoint that you trust.")
+@click.option("--allow-pickle", is_flag=True, help="Also read weights from pickles (.ckpt, .pt, .bin). Nothing in them is run.")
 @click.option("--no-verify", is_flag=True, help="Skip the reference outputs and the check against PyTorch.")
 @shared
 @with_progress
@@ -56,7 +56,7 @@ def build(
     as_json: bool,
     reporter: Reporter,
 ) -> None:
-    """Export MODEL to a bundle: a diffusers folder, a .safetensors file, or a Hugging Face model id."""
+    """Export MODEL to a bundle: a diffusers folder, a single .safetensors or .ckpt file, or a Hugging Face model id."""
     if recipe is not None:
         _refuse_beside_a_recipe(click.get_current_context())
     elif not backends and (target or size or batch or guidance):

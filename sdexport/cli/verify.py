@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     help="For each ONNX and TensorRT engine that fails, find the first node that is too far off.",
 )
 @overriding
-@click.option("--allow-pickle", is_flag=True, help="Also read pickled weights of MODEL. Only for a checkpoint that you trust.")
+@click.option("--allow-pickle", is_flag=True, help="Also read weights from pickles (.ckpt, .pt, .bin). Nothing in them is run.")
 @click.option("--html", type=click.Path(path_type=Path), help="Also write a report with the images side by side.")
 @shared
 @with_progress

@@ -16,7 +16,6 @@ from sdexport.checkpoint.overrides import NO_OVERRIDES, Overrides
 from sdexport.checkpoint.weights.bounds import at_most
 from sdexport.checkpoint.weights.names import match_weights
 from sdexport.checkpoint.weights.safetensors import StoredTensor
-from sdexport.checkpoint.weights.unpickle import convert_pickles
 from sdexport.errors import ExportError
 from sdexport.families.components import Component, components
 from sdexport.trace.cache import load_trace, store_trace, trace_key
@@ -79,26 +78,17 @@ def run(job: ComponentJob) -> Iterator[Stage]:
         if job.first:
             yield Stage(name="check")
             check_weights(checkpoint, table)
-        part = checkpoint.parts[component.part]
-        loose = out / "unpickled.safetensors"
-        stored = convert_pickles([*part.files.values()], loose) if part.pickled else part.weights
-        yield from _export(component, stored, job, out)
-        loose.unlink(missing_ok=True)
+        yield from _export(component, checkpoint.parts[component.part].weights, job, out)
 
 
 def check_weights(checkpoint: Checkpoint, table: Sequence[Component]) -> None:
-    """Raise ExportError with the faults of all components whose weights do not fit their configs.
-
-    Pickled weights have no headers; the job of their component checks them.
-    """
+    """Raise ExportError with the faults of all components whose weights do not fit their configs."""
     faults = []
     for component in table:
-        part = checkpoint.parts[component.part]
-        if not part.pickled:
-            try:
-                match_weights(_shapes(component), part.weights, where=component.name)
-            except ExportError as error:
-                faults.append(str(error))
+        try:
+            match_weights(_shapes(component), checkpoint.parts[component.part].weights, where=component.name)
+        except ExportError as error:
+            faults.append(str(error))
     if faults:
         raise ExportError("\n".join(faults))
 

@@ -22,7 +22,6 @@ from sdexport.checkpoint.opening import GOLDEN_STEPS, fitting_steps
 from sdexport.checkpoint.overrides import NO_OVERRIDES, Overrides
 from sdexport.checkpoint.weights.bounds import at_most
 from sdexport.checkpoint.weights.names import match_weights
-from sdexport.checkpoint.weights.unpickle import convert_pickles
 from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, SdexportError
 from sdexport.families.components import Component, components
 from sdexport.trace.versions import digest_of as hash_of
@@ -66,7 +65,7 @@ class GoldenJob:
 class TorchEngine:
     """A component of a checkpoint in PyTorch, on the CPU in float32: `sdruntime.backends.base.engine.Engine`."""
 
-    def __init__(self, checkpoint: Checkpoint, component: Component, spec: ComponentSpec, scratch: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, component: Component, spec: ComponentSpec) -> None:
         self.component = spec
         self.spec = EngineSpec(
             component=component.name,
@@ -77,7 +76,7 @@ class TorchEngine:
             files=(f"{component.name}/torch",),
             profiles=(any_shape(spec.dimensions),),
         )
-        self._module = _module(checkpoint, component, scratch)
+        self._module = _module(checkpoint, component)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         import torch
@@ -105,8 +104,8 @@ class TorchEngine:
 class Reference:
     """The networks of a checkpoint. One is in memory at a time, or all text encoders."""
 
-    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, scratch: Path) -> None:
-        self._checkpoint, self._manifest, self._scratch = checkpoint, manifest, scratch
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        self._checkpoint, self._manifest = checkpoint, manifest
         self._table = {component.name: component for component in components(checkpoint)}
         self._open: dict[str, TorchEngine] = {}
 
@@ -124,7 +123,7 @@ class Reference:
         if name not in self._open:
             if not all(role(other).stage == "text" for other in (name, *self._open)):
                 self._open.clear()  # releases their memory before the next one is loaded
-            self._open[name] = TorchEngine(self._checkpoint, self._table[name], self._manifest.components[name], self._scratch)
+            self._open[name] = TorchEngine(self._checkpoint, self._table[name], self._manifest.components[name])
         return self._open[name]
 
     def outputs(self, case: Case) -> Mapping[str, Array]:
@@ -150,7 +149,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
     manifest = bundle.manifest
     checkpoint = opened(Path(job.checkpoint), manifest.precision, allow_pickle=job.allow_pickle, overrides=job.overrides)
     with disk_full_as_error(bundle.folder):
-        reference = Reference(checkpoint, manifest, bundle.folder / "golden.scratch.safetensors")
+        reference = Reference(checkpoint, manifest)
         cases = cases_of(manifest, reference.vocabulary)
         sampler = stand_in(checkpoint)
         steps = fitting_steps(checkpoint.scheduler, GOLDEN_STEPS, sampler=sampler)
@@ -204,14 +203,13 @@ def run_golden(job: GoldenJob) -> Generator[str, None, int]:
     return peak
 
 
-def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
+def _module(checkpoint: Checkpoint, component: Component) -> Any:
     """Return the network with its weights in float32. It is created on the meta device, so it needs no more memory than these."""
     import torch
 
     from sdexport.families.modules import WRAPPERS
 
-    part = checkpoint.parts[component.part]
-    stored = convert_pickles([*part.files.values()], scratch) if part.pickled else part.weights
+    stored = checkpoint.parts[component.part].weights
     with torch.device("meta"), at_most(len(stored), where=component.name):
         module = WRAPPERS[component.wrapper](component.config).eval()
     state = module.state_dict()
@@ -221,7 +219,6 @@ def _module(checkpoint: Checkpoint, component: Component, scratch: Path) -> Any:
     for name in state:
         state[name] = torch.from_numpy(weights[name.removeprefix(_OWN)].read().astype(np.float32, copy=False))
     module.load_state_dict(state, assign=True)
-    scratch.unlink(missing_ok=True)
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_meta:  # a table of positions, which the wrappers pass themselves

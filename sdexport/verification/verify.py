@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,18 +111,17 @@ def first_nodes(
 
 def verify_against(bundle: Bundle, checkpoint: Checkpoint) -> Iterator[Check | ImageCheck]:
     """Check a bundle as `sdruntime.verification.verify.verify` does, but compare whole outputs of PyTorch, not stored samples."""
-    with tempfile.TemporaryDirectory() as scratch:
-        reference = Reference(checkpoint, bundle.manifest, Path(scratch) / "unpickled.safetensors")
-        cached: dict[str, Mapping[str, Array]] = {}
-        component = ""
+    reference = Reference(checkpoint, bundle.manifest)
+    cached: dict[str, Mapping[str, Array]] = {}
+    component = ""
 
-        def outputs(case: Case) -> Mapping[str, Array]:
-            nonlocal component
-            if case.component != component:  # the outputs of one component in memory at a time
-                cached.clear()
-                component = case.component
-            if case.name not in cached:
-                cached[case.name] = reference.outputs(case)
-            return cached[case.name]
+    def outputs(case: Case) -> Mapping[str, Array]:
+        nonlocal component
+        if case.component != component:  # the outputs of one component in memory at a time
+            cached.clear()
+            component = case.component
+        if case.name not in cached:
+            cached[case.name] = reference.outputs(case)
+        return cached[case.name]
 
-        yield from verify(bundle, against=outputs)
+    yield from verify(bundle, against=outputs)

@@ -13,7 +13,8 @@ from sdexport.checkpoint.original.layout import Original, read_original, read_va
 from sdexport.checkpoint.original.naming import Tensors
 from sdexport.checkpoint.original.tokenizer import clip_tokenizer
 from sdexport.checkpoint.source import StoredWeights
-from sdexport.checkpoint.weights.safetensors import read_header, read_header_and_metadata, with_scales
+from sdexport.checkpoint.weights.safetensors import read_header_and_metadata, with_scales
+from sdexport.checkpoint.weights.torch_file.file import REFUSED_PICKLE, is_torch_file, read_torch_file
 from sdexport.errors import CheckpointError
 from sdruntime.errors import plain
 
@@ -83,21 +84,31 @@ class VaeFile:
         return StoredWeights(files={f"vae/{self.path.name}": self.path}, tensors=MappingProxyType(dict(self._tensors)))
 
 
-def read_vae_file(path: Path) -> VaeFile:
-    """Return the VAE in a safetensors file: a VAE alone, or that of a whole checkpoint. Raises CheckpointError."""
+def read_vae_file(path: Path, *, allow_pickle: bool = False) -> VaeFile:
+    """Return the VAE in a file: a VAE alone, or that of a whole checkpoint. Raises CheckpointError."""
     try:
-        return VaeFile(path, *read_vae_alone(with_scales(read_header(path))))
+        return VaeFile(path, *read_vae_alone(_read(path, allow_pickle)[0]))
     except (OSError, ValueError) as error:
         raise CheckpointError(path.name, plain(error).split("\n")) from None
 
 
-def read_single_file(path: Path, *, with_vae: bool = True) -> SingleFile:
-    """Return what a safetensors file holds, without its VAE if another one replaces it.
+def read_single_file(path: Path, *, allow_pickle: bool = False, with_vae: bool = True) -> SingleFile:
+    """Return what a safetensors file or a file of torch.save holds, without its VAE if another one replaces it.
 
     Raises CheckpointError with every fault.
     """
     try:
-        tensors, metadata = read_header_and_metadata(path)
-        return SingleFile(path, read_original(with_scales(tensors), metadata, with_vae=with_vae), metadata)
+        tensors, metadata = _read(path, allow_pickle)
+        return SingleFile(path, read_original(tensors, metadata, with_vae=with_vae), metadata)
     except (OSError, ValueError) as error:
         raise CheckpointError(path.name, plain(error).split("\n")) from None
+
+
+def _read(path: Path, allow_pickle: bool) -> tuple[Tensors, Mapping[str, str]]:
+    """Return the tensors and the metadata of a file. Its contents decide what it is, not its name."""
+    if not is_torch_file(path):
+        tensors, metadata = read_header_and_metadata(path)
+        return with_scales(tensors), metadata
+    if not allow_pickle:
+        raise ValueError(REFUSED_PICKLE)
+    return with_scales(read_torch_file(path)), {}

@@ -25,16 +25,16 @@ from sdruntime.system.document import open_regular
 Array = NDArray[Any]
 
 # bits per element; types that cannot be exported are listed too, so that they are not reported as damage
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-_BITS |= {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64}
-_BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
+BITS |= {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64}
+BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 # safetensors name -> name in NumPy or ml_dtypes
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 LONGEST_HEADER = 16 << 20  # bytes. SDXL's has 230 kB
 MOST_TENSORS = 50_000  # SDXL's UNet has 1,680
-_MOST_AXES, _LARGEST_AXIS = 8, 1 << 40
+MOST_AXES, LARGEST_AXIS = 8, 1 << 40
 
 _METADATA = "__metadata__"
 _WEIGHT, _SCALE = ".weight", ".scale_weight"
@@ -44,7 +44,11 @@ _HARMLESS = (".scale_input",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """The location of a tensor: `size` bytes at `offset` in `file`. `scale` is a number that multiplies a float8 tensor."""
+    """The location of a tensor: `size` bytes at `offset` in `file`.
+
+    `scale` is a number that multiplies a float8 tensor. `axes` is the order of the axes in the file, outermost first; () is their
+    own order.
+    """
 
     file: Path
     dtype: str  # safetensors' name
@@ -52,24 +56,25 @@ class StoredTensor:
     offset: int
     size: int
     scale: StoredTensor | None = None
-    is_transposed: bool = False
+    axes: tuple[int, ...] = ()
 
     def rows(self, index: int, of: int) -> StoredTensor:
-        """Return part `index` of `of` equal parts along the first axis. Raises ValueError where they are not equal."""
-        if not self.shape or self.shape[0] % of or self.is_transposed:
-            raise ValueError(f"a tensor of {list(self.shape)} has no {of} equal parts")
+        """Return part `index` of `of` equal parts along the first axis. Raises ValueError where there are none."""
+        if not self.shape or self.shape[0] % of or (self.axes and self.axes[0] != 0):
+            order = f" in the order {list(self.axes)}" if self.axes else ""
+            raise ValueError(f"a tensor of {list(self.shape)}{order} has no {of} equal parts")
         size, shape = self.size // of, (self.shape[0] // of, *self.shape[1:])
         return dataclasses.replace(self, shape=shape, offset=self.offset + index * size, size=size)
 
     def reshaped(self, shape: tuple[int, ...]) -> StoredTensor:
-        """Return the same values in another shape. Raises ValueError where their numbers differ."""
-        if math.prod(shape) != math.prod(self.shape):
+        """Return the same values in another shape. Raises ValueError where their numbers or the order of the axes differ."""
+        if math.prod(shape) != math.prod(self.shape) or self.axes:
             raise ValueError(f"a tensor of {list(self.shape)} cannot take the shape {list(shape)}")
         return dataclasses.replace(self, shape=shape)
 
     def transposed(self) -> StoredTensor:
         """Return a matrix with its axes exchanged."""
-        return dataclasses.replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
+        return dataclasses.replace(self, shape=self.shape[::-1], axes=() if self.axes else (1, 0))
 
     @property
     def readable(self) -> bool:
@@ -80,7 +85,7 @@ class StoredTensor:
         import ml_dtypes
 
         kind = np.dtype(getattr(ml_dtypes, (_FLOATS | _FLOAT8)[self.dtype], _FLOATS.get(self.dtype)))
-        values = np.empty(self.shape[::-1] if self.is_transposed else self.shape, kind)
+        values = np.empty([self.shape[axis] for axis in self.axes] if self.axes else self.shape, kind)
         with self.file.open("rb") as file:
             file.seek(self.offset)
             if self.size and file.readinto(values.reshape(-1).view(np.uint8).data) != self.size:
@@ -89,7 +94,7 @@ class StoredTensor:
             values = values.astype(np.float32)
         if self.scale is not None:
             values *= self.scale.read().astype(np.float32).reshape(())
-        return np.ascontiguousarray(values.T) if self.is_transposed else values
+        return np.ascontiguousarray(values.transpose(np.argsort(self.axes))) if self.axes else values
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -172,20 +177,20 @@ def _stored(path: Path, name: str, start: int, entry: Any) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name:.60}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{name:.60}: unknown dtype {dtype!r:.40}")
-    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
+    if not _are_sizes(shape) or len(shape) > MOST_AXES:
         raise ValueError(f"{name:.60}: invalid shape {shape!r:.40}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name:.60}: invalid data_offsets {offsets!r:.40}")
     first, last = offsets
-    if (last - first) * 8 != math.prod(shape) * _BITS[dtype]:
+    if (last - first) * 8 != math.prod(shape) * BITS[dtype]:
         raise ValueError(f"{name:.60}: {last - first} bytes do not fit the shape {shape!r:.40} of {dtype}")
     return StoredTensor(file=path, dtype=dtype, shape=tuple(shape), offset=start + first, size=last - first)
 
 
 def _are_sizes(sizes: Any) -> bool:
-    return isinstance(sizes, list) and all(type(size) is int and 0 <= size <= _LARGEST_AXIS for size in sizes)
+    return isinstance(sizes, list) and all(type(size) is int and 0 <= size <= LARGEST_AXIS for size in sizes)
 
 
 def _checked_end(tensors: Mapping[str, StoredTensor], start: int) -> int:

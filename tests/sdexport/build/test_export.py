@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from generators import whole
+from once import once
 from places import SHAPES
+from single_files import single_file_tensors, write_single_file, write_standard
 
 import sdexport.build.export
 from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress, ExportResult
@@ -230,6 +232,27 @@ def test_pickled_weights_with_the_flag_give_the_same_bundle(sd1_checkpoint: Path
     data = "text_encoder/model.onnx.data"
     assert contents(tmp_path / "bundle")[data] == contents(sd1_bundle)[data]
     assert set(contents(tmp_path / "bundle")) == set(contents(sd1_bundle))
+
+
+@pytest.mark.full
+def test_a_folder_a_single_file_and_a_pickle_give_the_same_components(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, trace_cache: Path
+) -> None:
+    import torch
+
+    folder = once(tmp_path_factory, "checkpoints/standard-sd1", lambda folder: write_standard(folder, "sd1"))
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+    torch.save({"state_dict": single_file_tensors(folder), "epoch": 3}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match="--allow-pickle"):
+        built(tmp_path / "model.ckpt", tmp_path / "pickled")
+    assert not (tmp_path / "pickled").exists()
+    hashes = []
+    for name, path in {"folder": folder, "file": file, "pickled": tmp_path / "model.ckpt"}.items():
+        built(path, tmp_path / name, allow_pickle=True)
+        files = Bundle.open(tmp_path / name).manifest.files
+        hashes.append({file: digest for file, digest in files.items() if file.endswith((".onnx", ".data"))})
+    assert len(hashes[0]) == 9
+    assert hashes[0] == hashes[1] == hashes[2]
 
 
 def test_engines_are_built_into_the_bundle_and_added_to_one_that_is_there(sd1_checkpoint: Path, copy: Path) -> None:

@@ -85,6 +85,21 @@ def test_a_vae_comes_from_a_folder_a_checkpoint_or_a_file(without_vae: Path, fol
         assert checkpoint.changes[-1] == f"VAE: of {vae.name} (--vae)"
 
 
+def test_a_vae_in_a_pickle_needs_the_flag(without_vae: Path, folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    tensors = single_file_tensors(folder)
+    weights = {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "vae.pt")
+    overrides = Overrides(vae=str(tmp_path / "vae.pt"))
+    with pytest.raises(CheckpointError, match=r"vae\.pt: 1 fault\n  - a pickle, .* --allow-pickle"):
+        read_checkpoint(without_vae, name="x", overrides=overrides)
+    expected = vae_weights(read_checkpoint(folder, name="x"))
+    found = vae_weights(read_checkpoint(without_vae, name="x", overrides=overrides, allow_pickle=True))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+
+
 def test_a_vae_s_own_scaling_factor_counts_and_a_file_of_a_vae_has_none(
     sd1_checkpoint: Path, folder: Path, other: Path, tmp_path: Path
 ) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import Planted
 from once import once
 from single_files import UNET, VAE, single_file_tensors, write_single_file, write_standard
 
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.checkpoint.weights.names import match_weights
+from sdexport.checkpoint.weights.torch_file.file import REFUSED_PICKLE
 from sdexport.errors import CheckpointError
 from sdexport.families.components import components
 from sdexport.trace.cache import trace_key
@@ -68,6 +70,39 @@ def test_weights_are_those_of_the_folder(both: tuple[Checkpoint, Checkpoint]) ->
         matched = match_weights(shapes, file.parts[part].weights, where=part)
         assert len(file.parts[part].weights) == len(matched) > 10
         assert [name for name, tensor in matched.items() if not np.array_equal(tensor.read(), stored.weights[name].read())] == []
+
+
+@pytest.mark.parametrize(("named", "zipped"), [("sd1", True), ("sd1", False), ("sd2", True), ("sdxl", True)])
+def test_a_pickle_is_the_same_checkpoint(
+    named: str, zipped: bool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """As the training code wrote it: under `state_dict`, beside other objects, with matrices that are views."""
+    import torch
+
+    canary, path = tmp_path / "canary", tmp_path / "model.ckpt"
+    whole = {"state_dict": tensors_of(tmp_path_factory, named), "callbacks": {"x": Planted(canary)}, "global_step": 3}
+    torch.save(whole, path, _use_new_zipfile_serialization=zipped)
+    assert faults(path) == (REFUSED_PICKLE,)
+    pickled = read_checkpoint(path, name="x", allow_pickle=True)
+    file = read_checkpoint(file_of(tmp_path_factory, named), name="x")
+    assert [trace_key(each) for each in components(pickled)] == [trace_key(each) for each in components(file)]
+    assert (pickled.model, pickled.changes, pickled.scheduler) == (file.model, file.changes, file.scheduler)
+    for part, stored in file.parts.items():
+        weights = pickled.parts[part].weights
+        assert weights.keys() == stored.weights.keys()
+        assert all(np.array_equal(weights[name].read(), tensor.read()) for name, tensor in stored.weights.items()), part
+    assert not canary.exists()
+
+
+def test_the_contents_decide_what_a_file_is_not_its_ending(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    import torch
+
+    path = Path(shutil.copy(file_of(tmp_path_factory, "sd1"), tmp_path / "model.ckpt"))
+    assert len(read_checkpoint(path, name="x").parts) == 3
+    torch.save({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert faults(tmp_path / "model.safetensors") == (REFUSED_PICKLE,)
+    with pytest.raises(CheckpointError, match="not a checkpoint of Stable Diffusion"):
+        read_checkpoint(tmp_path / "model.safetensors", name="x", allow_pickle=True)
 
 
 @pytest.mark.parametrize("sampler", ["scheduler"])
@@ -193,8 +228,8 @@ def test_the_header_and_the_vocabulary_are_read_once(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a part of a second; SDXL has two tokenizers with one vocabulary."""
-    from sdexport.checkpoint import safetensors
     from sdexport.checkpoint.original import tokenizer
+    from sdexport.checkpoint.weights import safetensors
 
     path = file_of(tmp_path_factory, "sdxl")
     calls: list[str] = []

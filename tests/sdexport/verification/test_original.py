@@ -38,7 +38,7 @@ class Lender:
             self.loads.append(name)
             if not name.startswith("text_encoder"):
                 self.kept.clear()
-            self.kept[name] = _module(self.checkpoint, self.table[name], Path("unused"))
+            self.kept[name] = _module(self.checkpoint, self.table[name])
         return self.kept[name]
 
 

@@ -59,7 +59,7 @@ def test_layers_without_weights_are_refused_before_anything_is_made(folder: Path
     ],
 )
 def test_a_module_is_not_made_beyond_its_weights(sd1_checkpoint: Path, name: str, changes: dict[str, Any]) -> None:
-    """As with pickles, whose names nobody knows before."""
+    """Whichever key of the config multiplies them."""
     import dataclasses
 
     from sdexport.checkpoint.weights.bounds import at_most

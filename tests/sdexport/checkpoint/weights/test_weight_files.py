@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.weights.files import choose_weight_file
@@ -67,14 +69,36 @@ def test_what_lies_there_instead_is_named(folder: Path) -> None:
 
 
 def test_shards_in_pickles_are_read_by_their_index(folder: Path) -> None:
-    (folder / "unet" / f"{UNET}.safetensors").unlink()
+    torch = pytest.importorskip("torch")
+    whole = folder / "unet" / f"{UNET}.safetensors"
+    weights = load_file(whole)
+    whole.unlink()
     index = {"metadata": {}, "weight_map": {"x": "b.bin", "y": "a.bin", "z": "b.bin"}}
     (folder / "unet" / f"{UNET}.bin.index.json").write_text(json.dumps(index))
-    for name in ("a.bin", "b.bin", "c.bin"):
-        (folder / "unet" / name).touch()
+    names = sorted(weights)
+    torch.save({name: weights[name] for name in names[::2]}, folder / "unet" / "a.bin")
+    torch.save({name: weights[name] for name in names[1::2]}, folder / "unet" / "b.bin", _use_new_zipfile_serialization=False)
+    (folder / "unet" / "c.bin").touch()
     part = read_checkpoint(folder, name="tiny", allow_pickle=True).parts["unet"]
-    assert (part.pickled, [*part.files]) == (True, ["unet/a.bin", "unet/b.bin"])
-    assert "is a pickle" in faults(folder)[0]
+    assert [*part.files] == ["unet/a.bin", "unet/b.bin"]
+    assert sorted(part.weights) == names
+    assert all(np.array_equal(part.weights[name].read(), weights[name]) for name in names)
+    assert faults(folder)[0].startswith(f"unet/{UNET}.bin.index.json is a pickle")
+    shutil.copyfile(folder / "unet" / "a.bin", folder / "unet" / "b.bin")
+    assert faults(folder, allow_pickle=True) == (f"unet: b.bin and a.bin both hold {names[0]}",)
+
+
+def test_pickles_are_checked_like_other_weights(folder: Path) -> None:
+    """Their depth before a module is made, as they too have names before their weights are read."""
+    torch = pytest.importorskip("torch")
+    path = folder / "vae" / f"{UNET}.bin"
+    torch.save({"x": torch.ones(3)}, path)
+    (folder / "vae" / f"{UNET}.safetensors").unlink()
+    (fault,) = faults(folder, allow_pickle=True)
+    assert "none of the 1 stored weights is in it" in fault
+    torch.save({"x": [torch.ones(3)]}, path)
+    (fault,) = faults(folder, allow_pickle=True)
+    assert fault == f"vae/{UNET}.bin: 'x': a list, not a plain tensor; 0 of 1 entries are tensors by name"
 
 
 def test_two_shards_that_hold_the_same_weight_are_refused(folder: Path) -> None:
@@ -94,68 +118,3 @@ def test_weights_that_are_a_pipe_are_not_opened(folder: Path) -> None:
     path.unlink()
     path.symlink_to("/dev/zero")
     assert faults(folder) == (f"vae/{UNET}.safetensors is not a regular file",)
-
-
-class Planted:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def pickles(folder: Path) -> dict[str, bytes]:
-    """Files that are no state dict, each in its own way."""
-    import io
-    import pickle
-
-    import torch
-
-    def saved(value: Any, **options: Any) -> bytes:
-        file = io.BytesIO()
-        torch.save(value, file, **options)
-        return file.getvalue()
-
-    whole = saved({"x": torch.ones(3)})
-    return {
-        "empty": b"",
-        "text": b"version https://git-lfs.github.com/spec/v1\n",
-        "plain pickle": pickle.dumps({"x": [1.0]}),
-        "cut": whole[: len(whole) // 2],
-        "list": saved([torch.ones(3)]),
-        "number": saved(7),
-        "no tensors": saved({"epoch": 3}),
-        "nested": saved({"state_dict": {"x": torch.ones(3)}}),
-        "numbered": saved({1: torch.ones(3)}),
-        "nothing": saved({}),
-        "sparse": saved({"x": torch.eye(3).to_sparse()}),
-        "complex": saved({"x": torch.ones(3, dtype=torch.complex128)}),
-        "module": saved(torch.nn.Linear(2, 2)),
-        "code": saved({"x": Planted(folder / "planted")}),
-    }
-
-
-def test_a_pickle_that_is_no_state_dict_is_one_clear_error(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    from sdexport.checkpoint.weights.unpickle import convert_pickles
-
-    for name, data in pickles(tmp_path).items():
-        path = tmp_path / f"{name}.bin"
-        path.write_bytes(data)
-        with pytest.raises(CheckpointError) as caught:
-            convert_pickles([path], tmp_path / "out.safetensors")
-        assert str(caught.value).startswith(f"{name}.bin: "), name
-        assert len(str(caught.value)) < 1000, name
-    assert not (tmp_path / "planted").exists()
-
-
-def test_the_former_format_of_torch_is_read(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from sdexport.checkpoint.weights.unpickle import convert_pickles
-
-    for number, options in enumerate(({}, {"_use_new_zipfile_serialization": False})):
-        torch.save({f"x{number}": torch.full((3,), 2.0 + number)}, tmp_path / f"{number}.bin", **options)
-    found = convert_pickles([tmp_path / "0.bin", tmp_path / "1.bin"], tmp_path / "out.safetensors")
-    assert {name: tensor.read().tolist() for name, tensor in found.items()} == {"x0": [2.0] * 3, "x1": [3.0] * 3}
