@@ -106,9 +106,14 @@ def read_single_file(path: Path, *, allow_pickle: bool = False, with_vae: bool =
 
 def _read(path: Path, allow_pickle: bool) -> tuple[Tensors, Mapping[str, str]]:
     """Return the tensors and the metadata of a file. Its contents decide what it is, not its name."""
-    if not is_torch_file(path):
+    if is_torch_file(path):
+        if not allow_pickle:
+            raise ValueError(REFUSED_PICKLE)
+        return with_scales(read_torch_file(path)), {}
+    try:
         tensors, metadata = read_header_and_metadata(path)
-        return with_scales(tensors), metadata
-    if not allow_pickle:
-        raise ValueError(REFUSED_PICKLE)
-    return with_scales(read_torch_file(path)), {}
+    except ValueError as error:
+        if path.suffix == ".safetensors":
+            raise
+        raise ValueError(f"neither a file of torch.save nor a safetensors file: {error}") from None
+    return with_scales(tensors), metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,9 @@ def test_the_contents_decide_what_a_file_is_not_its_ending(tmp_path_factory: pyt
     assert faults(tmp_path / "model.safetensors") == (REFUSED_PICKLE,)
     with pytest.raises(CheckpointError, match="not a checkpoint of Stable Diffusion"):
         read_checkpoint(tmp_path / "model.safetensors", name="x", allow_pickle=True)
+    (tmp_path / "other.ckpt").write_bytes(pickle.dumps({"x": [1.0]}))
+    [fault] = faults(tmp_path / "other.ckpt")
+    assert fault.startswith("neither a file of torch.save nor a safetensors file: not a whole safetensors file")
 
 
 @pytest.mark.parametrize("sampler", ["scheduler"])

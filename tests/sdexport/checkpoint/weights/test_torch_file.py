@@ -154,6 +154,34 @@ def test_the_order_of_axes_in_the_file() -> None:
             axes_in_file(shape, strides)
 
 
+def test_views_of_a_permuted_tensor(tmp_path: Path) -> None:
+    weight = torch.arange(120.0).reshape(6, 4, 5)
+    turned, swapped = weight.permute(2, 0, 1), torch.arange(6.0).reshape(2, 3).T
+    path = written(tmp_path / "w.pt", saved({"last": weight.mT.contiguous().mT, "turned": turned, "swapped": swapped}))
+    found = read_torch_file(path)
+    assert (found["last"].axes, found["turned"].axes, found["swapped"].axes) == ((0, 2, 1), (1, 2, 0), (1, 0))
+    for index in range(3):  # the first axis is the outermost in the file too
+        assert found["last"].rows(index, 3).read().tolist() == weight[2 * index : 2 * index + 2].tolist()
+    with pytest.raises(ValueError, match=r"a tensor of \[5, 6, 4\] in the order \[1, 2, 0\] has no 5 equal parts"):
+        found["turned"].rows(0, 5)
+    with pytest.raises(ValueError, match="cannot take the shape"):
+        found["turned"].reshaped((30, 4))
+    assert found["swapped"].transposed().read().tolist() == swapped.T.tolist()
+    assert found["swapped"].transposed().transposed().read().tolist() == swapped.tolist()
+
+
+def test_storages_beyond_four_gigabytes(tmp_path: Path) -> None:
+    """A sparse archive whose last entry has its offset in a zip64 field, as in a checkpoint of seven gigabytes."""
+    path, values = tmp_path / "w.pt", torch.arange(4.0)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", tensor_pickle())
+        file.start_dir = (5 << 30) + 3
+        file.writestr("archive/data/0", values.numpy().tobytes())
+    found = read_torch_file(path)["x"]
+    assert found.offset > 5 << 30
+    assert found.read().tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
 def test_what_is_no_state_dict_is_one_clear_error(tmp_path: Path) -> None:
     whole = saved({"x": torch.ones(3)})
     older = saved({"x": torch.ones(300)}, zipped=False)
