@@ -5,7 +5,6 @@ It needs numpy but no torch. Nothing is installed into it: it can import `sdrunt
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
 import tempfile
@@ -17,7 +16,8 @@ import sdruntime
 from sdruntime.bundle.manifest import Precision
 from sdruntime.engines.building import BuildEvent, BuildRequest
 from sdruntime.errors import EnvironmentFault
-from sdruntime.system.process import Message, run_apart
+from sdruntime.system.events import finish, mapped
+from sdruntime.system.process import Message, Outcome, run_apart
 from sdruntime.verification.build import build_job, check_job, event_of
 
 _TO_CLEAN_UP = 30.0  # seconds
@@ -32,26 +32,22 @@ class Interpreter:
     def check(self, request: BuildRequest, precision: Precision) -> None:
         """Raise EnvironmentFault if it cannot run sdruntime, LibraryMissing, or DeviceMissing if it cannot build the target."""
         try:
-            for _ in self._messages(check_job(request, precision)):
-                pass
+            finish(self._events(check_job(request, precision)))
         except EnvironmentFault as error:
             error.args = (f"--python {self.python}: {error}",)
             raise
 
     def build(self, folder: Path, request: BuildRequest, *, verify: bool) -> Generator[BuildEvent, None, None]:
         """Build as `sdruntime.engines.building.build_engines` does. Closing the generator interrupts the build and cleans up."""
-        with contextlib.closing(self._messages(build_job(str(folder.resolve()), request, verify=verify))) as messages:
-            for message in messages:
-                if "event" in message:
-                    yield event_of(message)
+        yield from mapped(self._events(build_job(str(folder.resolve()), request, verify=verify)), event_of)
 
-    def _messages(self, job: Message) -> Generator[Message, None, None]:
+    def _events(self, job: Message) -> Generator[Message, None, Outcome]:
         if shutil.which(self.python) is None:
             raise EnvironmentFault("cannot be started: no such program")
         advice = f"Python 3.10 or later with numpy is needed: {shlex.quote(self.python)} -m pip install 'numpy>=1.26'"
         with tempfile.TemporaryDirectory() as import_path:
             (Path(import_path) / "sdruntime").symlink_to(Path(sdruntime.__file__).resolve().parent)
-            messages = run_apart(
+            events = run_apart(
                 "sdruntime.verification.build",
                 job,
                 what=self.python,
@@ -62,5 +58,4 @@ class Interpreter:
                 path=import_path,
                 patience=_TO_CLEAN_UP,
             )
-            with contextlib.closing(messages):
-                yield from messages
+            return (yield from mapped(events, lambda event: event))

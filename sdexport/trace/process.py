@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Generator
 
@@ -11,6 +10,7 @@ from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, Sdexpo
 from sdexport.trace.component import ComponentJob, run
 from sdruntime.backends.base.building import Stage
 from sdruntime.errors import SdruntimeError
+from sdruntime.system.events import mapped
 from sdruntime.system.process import Message, run_apart, serve
 
 _ADVICE = "free some, or export on a larger machine"
@@ -21,21 +21,16 @@ def run_job(job: ComponentJob) -> Generator[Stage, None, int]:
 
     Raises the job's error, ProcessKilled if a signal ended it, and ExportError if it failed in another way.
     """
-    messages = run_apart(
+    stages = run_apart(
         __name__, dataclasses.asdict(job), what=job.component, failed=ExportError, killed=ProcessKilled, advice=_ADVICE
     )
-    peak = 0
-    with contextlib.closing(messages):
-        for message in messages:
-            if "stage" in message:
-                yield Stage(**message["stage"])
-            peak = message.get("peak", peak)
-    return peak
+    outcome = yield from mapped(stages, lambda stage: Stage(**stage))
+    return outcome.peak
 
 
 def _work(job: Message, send: Callable[[Message], None]) -> None:
     for stage in run(ComponentJob(**job | {"overrides": Overrides(**job["overrides"])})):
-        send({"stage": dataclasses.asdict(stage)})
+        send(dataclasses.asdict(stage))
 
 
 if __name__ == "__main__":

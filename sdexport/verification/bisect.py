@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Generator
@@ -16,7 +15,7 @@ from sdexport.verification.walk import Finding, WalkJob
 from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.system.events import finish
+from sdruntime.system.events import finish, mapped
 from sdruntime.system.process import run_apart
 
 WALK = "sdexport.verification.walk"
@@ -54,7 +53,7 @@ def bisect(
             engine=engine.name if engine else "",
             backend=engine.backend if engine else "",
         )
-        messages = run_apart(
+        stages = run_apart(
             WALK,
             dataclasses.asdict(walk),
             what=f"{component}: --bisect",
@@ -62,10 +61,5 @@ def bisect(
             killed=ProcessKilled,
             advice="free some, or verify on a larger machine",
         )
-        with contextlib.closing(messages):
-            for message in messages:
-                if "stage" in message:
-                    yield Stage(**message["stage"])
-                if "finding" in message:
-                    finding = Finding(**message["finding"])
-    return finding
+        outcome = yield from mapped(stages, lambda stage: Stage(**stage))
+    return Finding(**outcome.result)

@@ -7,7 +7,6 @@ networks: `sdexport.verification.original`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, Manifest, Preci
 from sdruntime.bundle.roles import role
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SdruntimeError
+from sdruntime.system.events import mapped
 from sdruntime.system.process import Message, run_apart, serve
 from sdruntime.verification.golden import (
     Case,
@@ -191,16 +191,11 @@ def opened(path: Path, precision: Precision, *, allow_pickle: bool, overrides: O
 
 def run_golden(job: GoldenJob) -> Generator[str, None, int]:
     """Run `make_golden` in a separate process: yield what it yields, and return its peak memory in bytes."""
-    peak = 0
-    messages = run_apart(
+    begun = run_apart(
         __name__, dataclasses.asdict(job), what="reference outputs", failed=ExportError, killed=ProcessKilled, advice=_ADVICE
     )
-    with contextlib.closing(messages):
-        for message in messages:
-            if "begin" in message:
-                yield message["begin"]
-            peak = message.get("peak", peak)
-    return peak
+    outcome = yield from mapped(begun, lambda event: str(event["begin"]))
+    return outcome.peak
 
 
 def _module(checkpoint: Checkpoint, component: Component) -> Any:

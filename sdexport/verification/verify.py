@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import PredictionType
 from sdruntime.errors import LibraryMissing, VerificationFailed
+from sdruntime.system.events import finish
 from sdruntime.system.process import run_apart
 from sdruntime.verification.golden import Case, read_golden
 from sdruntime.verification.report import Check, ImageCheck, Report
@@ -39,8 +39,7 @@ def verified_apart(folder: Path, *, what: str) -> Proof:
 
     Raises VerificationFailed.
     """
-    checks, peak = 0, 0
-    messages = run_apart(
+    events = run_apart(
         "sdruntime.verification.verify",
         {"bundle": str(folder)},
         what="verification",
@@ -48,12 +47,13 @@ def verified_apart(folder: Path, *, what: str) -> Proof:
         killed=ProcessKilled,
         advice=_ADVICE,
     )
-    with contextlib.closing(messages), contextlib.suppress(LibraryMissing):
-        for message in messages:
-            if message.get("faults"):
-                raise VerificationFailed(what, message["faults"])
-            checks, peak = message.get("ran", checks), message.get("peak", peak)
-    return Proof(checks=checks, peak=peak)
+    try:
+        outcome = finish(events)
+    except LibraryMissing:
+        return Proof(checks=0, peak=0)
+    if faults := outcome.result["faults"]:
+        raise VerificationFailed(what, faults)
+    return Proof(checks=outcome.result["ran"], peak=outcome.peak)
 
 
 def reference_checkpoint(

@@ -194,13 +194,12 @@ def prepare_polygraphy(backend: str) -> None:
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (os.environ.get("LD_LIBRARY_PATH"), *wheels)))
 
 
-def _work(job: Message, send: Callable[[Message], None]) -> None:
+def _work(job: Message, send: Callable[[Message], None]) -> Message:
     prepare_polygraphy(job["backend"])
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    finding = finish(walk(WalkJob(**job)), lambda stage: send({"stage": dataclasses.asdict(stage)}))
-    send({"finding": dataclasses.asdict(finding)})
+    return dataclasses.asdict(finish(walk(WalkJob(**job)), lambda stage: send(dataclasses.asdict(stage))))
 
 
 if __name__ == "__main__":

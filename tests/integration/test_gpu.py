@@ -104,5 +104,5 @@ def test_a_layer_of_an_engine_that_differs_is_named(backend: str, tmp_path: Path
 def walked(bundle: Path, reference: Path) -> Finding:
     """In a process of its own, as `sdexport verify --bisect` has it."""
     job = dataclasses.asdict(walk_job(bundle, reference))
-    messages = run_apart("sdexport.verification.walk", job, what="walk", failed=SdruntimeError, killed=SdruntimeError, advice="")
-    return next(Finding(**message["finding"]) for message in messages if "finding" in message)
+    stages = run_apart("sdexport.verification.walk", job, what="walk", failed=SdruntimeError, killed=SdruntimeError, advice="")
+    return Finding(**finish(stages).result)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from trt.surface import Surface
 
 from sdruntime.backends.trt import build, worker
 from sdruntime.system import cuda
+from sdruntime.system.process import Outcome
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_rtx_bindings")
 
@@ -62,10 +63,11 @@ def machine(surface: Surface | None, **gpus: Any) -> Iterator[Machine]:
             _forget()
 
 
-def _run_here(module: str, job: dict[str, Any], **_: Any) -> Iterator[dict[str, Any]]:
-    told: list[dict[str, Any]] = []
-    worker.work(json.loads(json.dumps(job)), told.append)
-    yield from told
+def _run_here(module: str, job: dict[str, Any], **_: Any) -> Generator[dict[str, Any], None, Outcome]:
+    stages: list[dict[str, Any]] = []
+    properties = worker.work(json.loads(json.dumps(job)), stages.append)
+    yield from stages
+    return Outcome(properties or {}, peak=0)
 
 
 def _forget() -> None:

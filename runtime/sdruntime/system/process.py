@@ -1,7 +1,7 @@
 """Run a job in a separate process: its memory is released when it ends, and a crash does not end the caller.
 
-The child runs a module (`module_command`) whose main calls `serve`. It receives its job as JSON and writes its messages as JSON
-lines; an error is sent as its class and its text.
+The child runs a module (`module_command`) whose main calls `serve`. It receives its job as JSON and writes JSON lines:
+{"event": …} for each event, then {"result": …, "peak": …}, or {"error": …} with the class and the text of an error.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a job in a separate process, and the peak memory of the process in bytes."""
+
+    result: Message
+    peak: int
+
 
 # Does what `python -P -m` does, also in Python 3.10: "" at the head of the path is the current folder. Keep equal to
 # WORKER_SOURCE in runtime/capi/src/python/service_source.hpp.
@@ -52,8 +62,8 @@ def run_apart(
     python: str = sys.executable,
     path: str | None = None,
     patience: float = 0.0,
-) -> Generator[Message, None, None]:
-    """Run a job in `module`: yield its messages, then {"peak": its peak memory in bytes}.
+) -> Generator[Message, None, Outcome]:
+    """Run a job in `module`: yield its events, and return its outcome.
 
     Raises the job's own error; `killed` if a signal ended it (`advice` says what to do if memory is short); `failed` if it ended
     in another way. `what` names the work in those two.
@@ -76,6 +86,7 @@ def run_apart(
         )
         assert child.stdin is not None
         assert child.stdout is not None
+        outcome = None
         try:
             for line in child.stdout:
                 if not line.endswith("\n"):  # the job ended in the middle of a message
@@ -83,7 +94,10 @@ def run_apart(
                 message = json.loads(line)
                 if "error" in message:
                     raise _from_message(message["error"])
-                yield message
+                if "result" in message:
+                    outcome = Outcome(**message)
+                else:
+                    yield message["event"]
             child.wait()
         finally:
             if patience and child.poll() is None:
@@ -102,12 +116,18 @@ def run_apart(
             name = signal.Signals(-child.returncode).name
             hint = f": the system was probably out of memory; {advice}" if name == "SIGKILL" else f": {last}"
             raise killed(f"{what}: its process was ended by {name}{hint}")
+        if outcome is None:
+            raise failed(f"{what}: its process ended without a result")
+        return outcome
 
 
 def serve(
-    work: Callable[[Message, Callable[[Message], None]], None], *, errors: tuple[type[Exception], ...], memory: Exception
+    work: Callable[[Message, Callable[[Message], None]], Message | None],
+    *,
+    errors: tuple[type[Exception], ...],
+    memory: Exception,
 ) -> None:
-    """Run `work(job, send)` as the main of a child process. `send` writes a message to the process's standard output.
+    """Run `work(job, send)` as the main of a child process: it calls `send` for each event and returns its result, if it has one.
 
     The listed `errors` are sent as messages, and `memory` instead of a MemoryError.
     """
@@ -115,18 +135,18 @@ def serve(
     os.dup2(2, 1)  # what libraries print goes to standard error
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def send(message: Message) -> None:
+    def write(message: Message) -> None:
         print(json.dumps(message), file=output, flush=True)
 
     try:
-        work(json.loads(sys.argv[1]), send)
+        result = work(json.loads(sys.argv[1]), lambda event: write({"event": event}))
+        write({"result": result or {}, "peak": peak_memory()})
     except errors as error:
-        send({"error": _to_message(error)})
+        write({"error": _to_message(error)})
     except MemoryError:
-        send({"error": _to_message(memory)})
+        write({"error": _to_message(memory)})
     except KeyboardInterrupt:
         os._exit(130)
-    send({"peak": peak_memory()})
     os._exit(0)  # large libraries take seconds to shut down
 
 

@@ -1,18 +1,18 @@
 """Build engines in a separate process, which `sdexport` runs with another Python.
 
 A job with "request" and "precision" checks whether the interpreter can build; a job with "request", "bundle" and "verify" builds,
-and sends {"event": ...} for each event of the build. Events and requests are records of `bundle.records` in JSON.
+and sends each event of the build. Events and requests are records of `bundle.records` in JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.engines.building import BuildEvent, BuildRequest, build_engines
 from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError
+from sdruntime.system.events import finish
 from sdruntime.system.process import Message, serve
 from sdruntime.verification.verify import check_engine
 
@@ -29,7 +29,7 @@ def build_job(bundle: str, request: BuildRequest, *, verify: bool) -> Message:
 
 def event_of(message: Message) -> BuildEvent:
     """Return the event of a message. Raises SettingError if it is damaged."""
-    event: BuildEvent = _record(BuildEvent, message["event"])
+    event: BuildEvent = _record(BuildEvent, message)
     return event
 
 
@@ -40,9 +40,7 @@ def work(job: Message, send: Callable[[Message], None]) -> None:
         request.resolve_library(job["precision"])
         return
     events = build_engines(job["bundle"], request, check=check_engine if job["verify"] else None)
-    with contextlib.closing(events):
-        for event in events:
-            send({"event": json_from_record(event)})
+    finish(events, lambda event: send(json_from_record(event)))
 
 
 def _record(kind: type, value: object) -> Any:

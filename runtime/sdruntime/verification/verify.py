@@ -287,11 +287,11 @@ def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference |
     )
 
 
-def _work(job: Message, send: Callable[[Message], None]) -> None:
-    """Verify a bundle for a build, and send the report's faults and the number of checks that ran."""
+def _work(job: Message, send: Callable[[Message], None]) -> Message:
+    """Verify a bundle for a build, and return the report's faults and the number of checks that ran."""
     bundle = Bundle.open(job["bundle"])
     report = report_of(bundle, verify(bundle))
-    send({"ran": report.ran, "faults": report.faults(), "lines": list(report.lines())})
+    return {"ran": report.ran, "faults": report.faults()}
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def replaced_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
         ("import os; os.kill(os.getpid(), 9)", errors.ProcessKilled, "ended by SIGKILL: the system was probably out of memory"),
         ("import os; os.kill(os.getpid(), 11)", errors.ProcessKilled, "ended by SIGSEGV"),
         ("import sys; print('odd', file=sys.stderr); sys.exit(7)", errors.ExportError, "failed with code 7: odd"),
+        ("pass", errors.ExportError, "its process ended without a result"),
         ("raise KeyError('nobody expected')", errors.ExportError, "failed with code 1: KeyError: 'nobody expected'"),
         ("print('{\"sta', end='', flush=True); import os; os.kill(os.getpid(), 9)", errors.ProcessKilled, "SIGKILL"),
     ],
@@ -88,7 +89,7 @@ def test_a_death_is_told_as_what_it_was(
 
 def test_a_job_that_is_left_ends_its_process(job: ComponentJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mark = tmp_path / "pid"
-    stage = '{"stage": {"name": "trace"}}'
+    stage = '{"event": {"name": "trace"}}'
     replaced_child(
         monkeypatch,
         f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); print('{stage}', flush=True); time.sleep(60)",

@@ -136,7 +136,7 @@ def test_an_engine_is_walked_in_a_process_of_its_own_as_far_as_its_gpu(rtx: Path
     """Polygraphy for TensorRT-RTX, beside one for TensorRT in this process, builds the engine; it then needs a GPU."""
     kinds = {"failed": RuntimeError, "killed": RuntimeError, "what": "walk", "advice": ""}
     messages = run_apart("sdexport.verification.walk", dataclasses.asdict(walk_job(rtx, reference)), **kinds)  # type: ignore[arg-type]
-    assert next(messages) == {"stage": {"name": f"unet {walk_job(rtx, reference).engine}", "done": 0, "total": 7}}
+    assert next(messages) == {"name": f"unet {walk_job(rtx, reference).engine}", "done": 0, "total": 7}
     with pytest.raises(EngineError, match=r"the engine that was just built cannot be opened here: .*CUDA"):
         list(messages)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -18,6 +17,7 @@ from sdruntime.bundle.manifest import EngineSpec, Precision
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.errors import DeviceMissing, EngineError, OutOfSpace, SettingError, UnknownName
 from sdruntime.system.cuda import Cuda, Device, devices
+from sdruntime.system.events import mapped
 from sdruntime.system.memory import available_memory
 from sdruntime.system.process import Message, run_apart
 from sdruntime.system.sizes import parse_bytes
@@ -176,10 +176,9 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     _check_memory(request, sum(bundle.manifest.files[path].size for path in component.files))
     plan = folder / f"{request.stem}{ENDING}"
     job = build_job(bundle, request)
-    notes: tuple[str, ...]
-    begun, memory, peak, notes = time.monotonic(), None, 0, ()
+    begun = time.monotonic()
     with lending_onnx(bundle, component.files) as onnx:
-        messages = run_apart(
+        stages = run_apart(
             WORKER,
             job | {"onnx": onnx, "plan": str(plan)},
             what=request.stem,
@@ -187,19 +186,14 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
             killed=OutOfSpace,
             advice="free some, or build on a larger machine",
         )
-        with contextlib.closing(messages):
-            for message in messages:
-                if "stage" in message:
-                    yield Stage(**message["stage"])
-                memory, peak = message.get("memory", memory), message.get("peak", peak)
-                notes = tuple(message.get("notes", notes))
+        outcome = yield from mapped(stages, lambda stage: Stage(**stage))
     return Built(
         files=(plan,),
         version=trt.__version__,
         precision=job["precision"],
-        memory=memory,
+        memory=outcome.result.get("memory"),
         platform=PLATFORM,
         seconds=time.monotonic() - begun,
-        peak=peak,
-        notes=notes,
+        peak=outcome.peak,
+        notes=tuple(outcome.result.get("notes", ())),
     )

@@ -271,13 +271,13 @@ def _properties(job: Mapping[str, Any], trt: Any, plan: Any, attentions: int) ->
     return properties
 
 
-def work(job: Message, send: Callable[[Message], None]) -> None:
-    """Build the engine of a job and write its plan; send the stages and, at the end, the engine's properties."""
+def work(job: Message, send: Callable[[Message], None]) -> Message | None:
+    """Build the engine of a job and write its plan; send the stages, and return the engine's properties if it runs here."""
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 
     def progress(stage: Stage) -> bool:
-        send({"stage": dataclasses.asdict(stage)})
+        send(dataclasses.asdict(stage))
         return not stopped
 
     trt = library(job["backend"])
@@ -285,8 +285,7 @@ def work(job: Message, send: Callable[[Message], None]) -> None:
     path = Path(job["plan"])
     with disk_full_as_error(path.parent), path.open("wb") as file:
         file.write(memoryview(plan))
-    if _runs_here(job):
-        send(_properties(job, trt, plan, attentions))
+    return _properties(job, trt, plan, attentions) if _runs_here(job) else None
 
 
 if __name__ == "__main__":
