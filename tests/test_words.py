@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,54 @@ def test_docstrings_and_comments_are_in_plain_words() -> None:
             ]
             found += [f"{path.relative_to(ROOT)}:{line}: {fault}" for fault in told]
     assert found == []
+
+
+ROOMS = ("runtime", "sdexport", "tests", "docs", "engines", "examples", "benchmarks", "reports")
+# a file of this project: with its folders, or the bare name of a source file; and a module with its package
+FILE = re.compile(r"(?<![\w/.{}<*-])(?:(?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|hpp|c|h|md)|[\w-]+\.(?:py|cpp|hpp))\b")
+MODULE = re.compile(r"\b(?:sdexport|sdruntime)(?:\.(?!hp?p?\b)[a-z_]\w*)+")
+WRITTEN_LATER = ("numpy.py",)  # the file of a hostile checkpoint
+
+
+def project_files() -> set[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    return set(listed) or {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")}
+
+
+def strangers(text: str, files: set[str]) -> Iterator[str]:
+    """Yield each file or module in a comment that is not in the project."""
+    for match in FILE.finditer(text):
+        name, (top, slash, _) = match.group(), match.group().partition("/")
+        in_project = not slash or top in ROOMS
+        if in_project and name not in WRITTEN_LATER and not any(file == name or file.endswith(f"/{name}") for file in files):
+            yield name
+    for match in MODULE.finditer(text):
+        parts = match.group().replace("sdruntime", "runtime.sdruntime", 1).split(".")
+        homes = (
+            (f"{'/'.join(parts[:count])}{end}", parts[count : count + 1])
+            for count in range(len(parts), 0, -1)
+            for end in (".py", "/__init__.py")
+        )
+        home, attribute = next(((home, rest) for home, rest in homes if home in files), ("", parts))
+        if attribute and not (home and re.search(rf"\b{attribute[0]}\b", (ROOT / home).read_text(encoding="utf-8"))):
+            yield match.group()
+
+
+def test_comments_name_files_and_modules_of_the_project() -> None:
+    files, found = project_files(), []
+    for path in (*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))):
+        for line, text in comments(path.read_text(encoding="utf-8")):
+            found += [f"{path.relative_to(ROOT)}:{line}: {name} does not exist" for name in strangers(text, files)]
+    for path in sorted((ROOT / "runtime" / "capi").rglob("*.[ch]pp")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            comment = line[line.index("//") :] if "//" in line else ""
+            found += [f"{path.relative_to(ROOT)}:{number}: {name} does not exist" for name in strangers(comment, files)]
+    assert found == []
+
+
+def test_a_file_that_does_not_exist_is_found() -> None:
+    text = "see runtime/old.py, image.py and sdruntime.nowhere.thing; not other/old.py, sdruntime.errors.plain or numpy.py"
+    assert list(strangers(text, {"runtime/sdruntime/errors.py"})) == ["runtime/old.py", "image.py", "sdruntime.nowhere.thing"]
 
 
 def test_a_phrase_is_found() -> None:

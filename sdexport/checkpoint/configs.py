@@ -2,7 +2,7 @@
 
 A key is *read* (the traced network or the runtime uses it) or *idle* (it affects no image). Unsupported values and unknown keys
 are refused by name. Keep equal to diffusers' UNet2DConditionModel and AutoencoderKL and transformers' CLIPTextConfig:
-tests/sdexport/test_configs.py compares keys and defaults.
+tests/sdexport/checkpoint/test_configs.py compares keys and defaults.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Apply the changes that a diffusers pipeline makes to settings when it opens a checkpoint, and check the scheduler's settings.
 
 Source: diffusers' DiffusionPipeline.from_pretrained, ConfigMixin.from_config and the __init__ of StableDiffusionPipeline and
-StableDiffusionImg2ImgPipeline (those of XL change nothing). tests/sdexport/test_opening.py compares all of it with diffusers.
+StableDiffusionImg2ImgPipeline (those of XL change nothing). tests/sdexport/checkpoint/test_opening.py compares it with diffusers.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sa_solver": ("SASolverScheduler", {}, {}),
 }
 FROM_IMAGE = ("ddim", "pndm", "euler_a", "heun", "dpmpp_2m", "unipc")  # the others in `make test-full`
-# diffusers starts these two from an image with a past that they have not seen: tests/runtime/test_golden.py says more
+# diffusers starts these two from an image with a past that they have not seen: tests/runtime/sampling/test_golden.py says more
 UNLIKE = ("lms", "pndm with its Runge-Kutta start")
 PROMPT, NEGATIVE = "a small red circle on the left on a blue background", "green"
 

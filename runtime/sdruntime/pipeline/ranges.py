@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from sdruntime.bundle.limits import LARGEST_SIDE
 from sdruntime.errors import SettingError, shown
+from sdruntime.sampling.noise_schedule import stored_levels
 from sdruntime.sampling.table import MOST_STEPS
 
 
@@ -65,10 +65,7 @@ def sigmas_of(value: Any) -> tuple[float, ...]:
     if not SIGMAS.low <= len(value) <= SIGMAS.high:
         raise SettingError(f"sigmas: got {len(value):,} noise levels; expected {SIGMAS}")
     levels = tuple(SIGMA.number(f"sigmas[{i}]", level) for i, level in enumerate(value))
-    rounded = np.array(levels, np.float32).tolist()  # as a sampler stores them: two levels may round to one
-    for i, (high, low) in enumerate(pairwise(rounded), 1):
-        if low >= high:
-            raise SettingError(f"sigmas[{i}] {levels[i]!r}: expected less than the level before it, {levels[i - 1]!r}")
+    stored_levels(levels)
     return levels
 
 

@@ -7,7 +7,8 @@ from diffusers' by 2e-5. All later computations are float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -193,3 +194,12 @@ RATIO_SCHEDULES: Mapping[str, Callable[[float, float, int], Array]] = {
 def shifted(sigma: Array, shift: float) -> Array:
     """Shift flow sigmas towards noise, for larger images (Stable Diffusion 3, arXiv 2403.03206, equation 23)."""
     return np.asarray(shift * sigma / (1 + (shift - 1) * sigma))
+
+
+def stored_levels(sigmas: Sequence[float]) -> list[float]:
+    """Return noise levels as a sampler stores them, in float32 as diffusers. Raises SettingError unless they decrease."""
+    levels: list[float] = np.array(sigmas, np.float32).tolist()
+    for i, (high, low) in enumerate(pairwise(levels), 1):  # two levels may round to one
+        if low >= high:
+            raise SettingError(f"sigmas[{i}] {sigmas[i]!r}: expected less than the level before it, {sigmas[i - 1]!r}")
+    return levels

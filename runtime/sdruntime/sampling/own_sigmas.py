@@ -8,13 +8,12 @@ interpolated in log sigma. The list for a flow omits the 0 at the end and is shi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from sdruntime.errors import SettingError
 from sdruntime.sampling.grids import Path, chained, flow_path, ve_start
-from sdruntime.sampling.noise_schedule import Curve, Settings, at_ratio
+from sdruntime.sampling.noise_schedule import Curve, Settings, at_ratio, stored_levels
 from sdruntime.sampling.samplers import SAMPLERS, Sampler
 
 
@@ -43,9 +42,7 @@ def own_steps(sampler: Sampler, settings: Settings, sigmas: Sequence[float], ste
 
 def own_path(sampler: Sampler, settings: Settings, sigmas: Sequence[float], begin: int) -> Path:
     """Return the Path through `sigmas`, without its first `begin` steps. Raises SettingError unless they decrease."""
-    levels = np.array(sigmas, np.float32).astype(float)  # float32, as in diffusers
-    if (low := next((low for high, low in pairwise(levels.tolist()) if low >= high), None)) is not None:
-        raise SettingError(f"sigmas: {low:g} is not below the level before it")
+    levels = np.array(stored_levels(sigmas))
     if sampler.space == "flow":
         return flow_path(settings, levels, begin)
     curve = Curve(settings, sampler.space)

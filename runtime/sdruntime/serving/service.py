@@ -63,7 +63,7 @@ REASONS: dict[type[BaseException], str] = {
     Unsupported: "unsupported",
     BufferTooSmall: "buffer_too_small",
     MemoryError: "out_of_memory",
-}  # keep equal to runtime/capi/src/runtime.cpp
+}  # keep equal to runtime/capi/src/api/runtime.cpp
 _RECORDING = threading.Lock()  # warnings are recorded for the whole process
 
 

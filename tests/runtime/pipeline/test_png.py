@@ -1,4 +1,4 @@
-"""image.py: rounding, PNG there and back with every filter and colour type, files that attack, files half written."""
+"""Pixels and PNG files: rounding, there and back with every filter and colour type, files that attack, files half written."""
 
 import contextlib
 import errno

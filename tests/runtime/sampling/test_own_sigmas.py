@@ -77,7 +77,7 @@ def test_an_image_starts_at_one_of_the_levels() -> None:
         ({**STABLE, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {"sampler": "dpmpp_2m"}, "use_flow_sigmas"),
         (STABLE, {"steps": 7}, "steps 7: the 6 sigmas make 5 steps of euler; omit steps"),
         (STABLE, {"sigmas": [14.6]}, "sigmas: got 1; euler needs at least 2"),
-        (STABLE, {"sigmas": [1.0, 2.0, 0.0]}, "sigmas: 2 is not below the level before it"),
+        (STABLE, {"sigmas": [1.0, 2.0, 0.0]}, r"sigmas\[1\] 2.0: expected less than the level before it, 1.0"),
         (STABLE, {"sigmas": [*np.linspace(14, 0, MOST_STEPS + 2)]}, "steps 1001: .* from 1 to 1000"),
         (STABLE, {"sampler": "dpm_2m"}, "cannot step to sigma 0: it needs .* sigmas that end above 0"),
         (STABLE, {"strength": 0.1}, "strength 0.1 of 5 steps leaves no steps"),

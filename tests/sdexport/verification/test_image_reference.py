@@ -1,4 +1,4 @@
-"""image.py against diffusers' image processor, to the bit, and against Pillow, both ways."""
+"""Pixels and PNG files against diffusers' image processor, to the bit, and against Pillow, both ways."""
 
 import io
 
