@@ -192,7 +192,7 @@ def test_the_other_interpreter_gets_the_same_request_and_its_events_arrive_whole
         BuildEvent(component="unet", engine="e", state="stage", stage=Stage(name="fill", done=1, total=3)),
         BuildEvent(component="unet", engine="e", state="done", size=7, seconds=0.5, peak=9, notes=("slow", "large")),
     ):
-        assert event_of(json.loads(json.dumps({"event": json_from_record(event)}))) == event
+        assert event_of(json.loads(json.dumps(json_from_record(event)))) == event
 
 
 def test_engines_by_another_interpreter(place: Path, sd1_checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.onnx_file.external import ExternalTensor, external_tensors, locations
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import BundleError
+from sdruntime.system.memory import return_freed_memory
 
 DIRECTLY = "session.use_external_initializer_file_buffers_directly"
 
@@ -32,7 +33,10 @@ def open_session(ort: Any, bundle: Bundle, model: bytes, files: Sequence[str], o
         values = [ort_value(arrays[tensor.name], tensor.kind) for tensor in tensors]  # they refer to the arrays
         options.add_external_initializers(list(arrays), values)
         # its own fallback prints on standard output, and opens the model again
-        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        # constant folding and the layouts of convolutions hold a second copy of the weights until here
+        return_freed_memory()
+        return session
 
 
 @contextlib.contextmanager
