@@ -50,8 +50,8 @@ def bare(bundle: Path, place: Path) -> Path:
 
 def built(python: Path, bundle: Path, *arguments: str) -> dict[str, dict[str, object]]:
     """Return what `sdruntime build --json` reports of each component's engine."""
-    told = json.loads(run(python, "-m", "sdruntime", "build", bundle, "--backend", "tensorrt-rtx", "--json", *arguments))
-    return {engine["component"]: engine for engine in told["engines"]}
+    report = json.loads(run(python, "-m", "sdruntime", "build", bundle, "--backend", "tensorrt-rtx", "--json", *arguments))
+    return {engine["component"]: engine for engine in report["engines"]}
 
 
 def test_nothing_but_numpy_and_the_library_is_there(python: Path) -> None:
@@ -68,9 +68,9 @@ def test_nothing_but_numpy_and_the_library_is_there(python: Path) -> None:
 def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     bundle = bare(shapes_bundle, tmp_path / "bundle")
     before = Bundle.open(bundle).manifest
-    told = built(python, bundle)
+    engines = built(python, bundle)
     after = Bundle.open(bundle)
-    assert list(told) == list(before.components)
+    assert list(engines) == list(before.components)
     assert after.changed_files() == []
     assert {path: after.manifest.files[path] for path in before.files} == before.files
     for engine in after.manifest.engines:
@@ -81,8 +81,8 @@ def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Pat
             "linux-x86_64",
         )
         assert [low for low, best, high in engine.profiles[0].values() if engine.component == "unet" and low != high] == []
-        assert after.manifest.files[engine.files[0]].size == told[engine.component]["bytes"]
-        assert 50e6 < float(str(told[engine.component]["peak_memory"])) < 4e9
+        assert after.manifest.files[engine.files[0]].size == engines[engine.component]["bytes"]
+        assert 50e6 < float(str(engines[engine.component]["peak_memory"])) < 4e9
     assert {engine["state"] for engine in built(python, bundle).values()} == {"present"}
     assert Bundle.open(bundle).manifest == after.manifest
 
@@ -107,9 +107,9 @@ FULL = [
 
 
 def check_matrix(python: Path, bundle: Path, shapes: tuple[str, ...], target: str) -> None:
-    told = built(python, bundle, "--target", target, *shapes)
+    engines = built(python, bundle, "--target", target, *shapes)
     opened = Bundle.open(bundle)
-    assert list(told) == list(opened.manifest.components)
+    assert list(engines) == list(opened.manifest.components)
     assert {engine.target for engine in opened.manifest.engines} == {target}
     precisions = {engine.component: engine.precision for engine in opened.manifest.engines}
     assert precisions.pop("step") == "fp32"
@@ -135,7 +135,7 @@ def test_every_component_builds_for_every_target(
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "code", "told"),
+    ("name", "arguments", "code", "message"),
     [
         ("sd1", ("--target", "sm75"), 2, "no fp32 matrix product for Turing: export with --precision fp16"),
         ("sd1_bf16", ("--target", "sm75"), 2, "bf16 needs compute capability 8.0"),
@@ -154,13 +154,13 @@ def test_what_cannot_be_built_is_refused_before_the_work(
     name: str,
     arguments: tuple[str, ...],
     code: int,
-    told: str,
+    message: str,
 ) -> None:
     bundle = bare(request.getfixturevalue(f"{name}_bundle"), tmp_path / "bundle")
     before = Bundle.open(bundle).manifest
     command = [python, "-m", "sdruntime", "build", bundle, "--backend", "tensorrt-rtx", *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert told in done.stderr
+    assert message in done.stderr
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

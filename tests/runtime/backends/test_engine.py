@@ -69,7 +69,7 @@ def test_rows_are_split_and_padded_to_what_the_engine_takes(rows: int, low: int,
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {"sample": np.zeros((2, 4, 2, 3))},
@@ -82,8 +82,8 @@ def test_rows_are_split_and_padded_to_what_the_engine_takes(rows: int, low: int,
         ({"more": np.zeros(2, np.float32)}, "fed sample, timestep, encoder_hidden_states, more, but it takes"),
     ],
 )
-def test_wrong_feeds_are_refused_with_both_shapes(change: dict[str, Array], told: str) -> None:
-    with pytest.raises(EngineError, match=told):
+def test_wrong_feeds_are_refused_with_both_shapes(change: dict[str, Array], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
         engine(1, 2)(feeds(2) | change)
 
 

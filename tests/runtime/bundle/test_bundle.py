@@ -85,7 +85,7 @@ def test_a_listed_file_of_unknown_kind_is_refused(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"format": "sdexport-bundle", "format": "x"}', "appears twice"),
         ('{"format": "sdexport-bundle", "revision": NaN}', "NaN"),
@@ -95,9 +95,9 @@ def test_a_listed_file_of_unknown_kind_is_refused(bundle: Bundle) -> None:
         ("\xff", "not readable"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(bundle: Bundle, text: str, told: str) -> None:
+def test_a_manifest_that_is_none_is_refused(bundle: Bundle, text: str, message: str) -> None:
     (bundle.folder / "manifest.json").write_bytes(text.encode("latin-1"))
-    assert told in faults(bundle.folder)[0]
+    assert message in faults(bundle.folder)[0]
 
 
 def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_infinity_is_read_but_is_no_number_of_a_record() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is not a JSON number"),
@@ -91,8 +91,8 @@ def test_infinity_is_read_but_is_no_number_of_a_record() -> None:
         ("{", "property name"),
     ],
 )
-def test_json_that_is_not_strict_is_refused(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_json_that_is_not_strict_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         json_from_text(text)
 
 
@@ -112,7 +112,7 @@ class Checked:
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "expected"),
     [
         ({"one": 2, "some": [4, "6"], "off": False}, []),
         ({"one": 3, "some": "5"}, ["one: 3 is odd", "some: 5 is odd"]),
@@ -124,8 +124,8 @@ class Checked:
         ({"off": {"sort": "a"}}, ["off.sort: unknown key", "off.kind: missing"]),
     ],
 )
-def test_a_checked_value_and_a_choice_of_forms(document: dict[str, Any], told: list[str]) -> None:
+def test_a_checked_value_and_a_choice_of_forms(document: dict[str, Any], expected: list[str]) -> None:
     faults: list[str] = []
     record = record_from_json(Checked, document, where="", faults=faults)
-    assert faults == told
+    assert faults == expected
     assert faults or record == Checked(one=2, some=(4, "6"), off=False)

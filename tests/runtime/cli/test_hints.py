@@ -65,16 +65,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), CASES, ids=lambda each: " ".join(each) if type(each) is list else "")
+@pytest.mark.parametrize(("arguments", "message"), CASES, ids=lambda each: " ".join(each) if type(each) is list else "")
 def test_a_message_names_what_mends_it_and_leaks_nothing(
-    places: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    places: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     for library in ("onnxruntime", "openvino"):
         if library in arguments:
             pytest.importorskip(library)
     assert main([argument.format(**places) for argument in arguments]) in (2, 5)
     error = capsys.readouterr().err
-    assert told.format(**places).replace("1.32", "") in error.replace("1.32", "")
+    assert message.format(**places).replace("1.32", "") in error.replace("1.32", "")
     assert LEAKS.findall(error.replace("--backend fake", "")) == []
 
 

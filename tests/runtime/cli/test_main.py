@@ -114,7 +114,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (["--size", "100x64"], 2, "size 100x64: both sides must be multiples of 64, such as 128x64"),
         (["--size", "0x0"], 2, "size: width 0 is outside 1 to 16,384"),
@@ -150,12 +150,12 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
     ],
 )
 def test_bad_settings_are_named_with_their_exit_code(
-    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, told: str
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
 ) -> None:
     out = tmp_path / "out.png"
     assert generate(ready, "-o", out, *arguments) == code
     printed = capsys.readouterr()
-    assert told in printed.err
+    assert message in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

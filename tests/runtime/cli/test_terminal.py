@@ -192,7 +192,7 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--strength", "0.5"], "--strength 0.5 has no effect without --image"),
         (["--threads", "-1"], "threads -1: expected a whole number, 0 or more"),
@@ -204,16 +204,16 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
     ],
 )
 def test_what_would_be_ignored_or_never_ends_is_refused(
-    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     out = tmp_path / "out.png"
     assert main(["generate", str(ready), "x", "--backend", "fake", "--seed", "1", "-o", str(out), *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--vram-budget", "1K"], "--vram-budget: no effect, since no chosen engine runs on a GPU"),
         (["--low-memory", "--vram-budget", "1K"], "--vram-budget and --low-memory: no effect, since no chosen engine"),
@@ -222,7 +222,7 @@ def test_what_would_be_ignored_or_never_ends_is_refused(
     ],
 )
 def test_what_has_no_effect_is_told_in_a_line(
-    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     command = [
         "generate",
@@ -238,9 +238,9 @@ def test_what_has_no_effect_is_told_in_a_line(
         str(tmp_path / "out.png"),
     ]
     assert main([*command, *arguments]) == 0
-    assert capsys.readouterr().err.count(f"warning: {told}") == 1
+    assert capsys.readouterr().err.count(f"warning: {message}") == 1
     assert main(command) == 0
-    assert told not in capsys.readouterr().err
+    assert message not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--size", "64x64"], ["--option", "a=1"], ["--component", "unet"], ["--target", "cpu"]])

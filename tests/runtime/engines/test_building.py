@@ -88,7 +88,7 @@ def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundl
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         ({"size": "500x512"}, "500 is not a multiple of 64"),
         ({"size": "512"}, "WIDTHxHEIGHT"),
@@ -100,8 +100,8 @@ def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundl
         ({"batch": "many"}, "expected 4, 1:4"),
     ],
 )
-def test_shapes_out_of_order_are_refused(asked: dict[str, str], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+def test_shapes_out_of_order_are_refused(asked: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         Shapes.parse(MODEL, **asked)
 
 

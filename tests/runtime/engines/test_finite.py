@@ -93,10 +93,12 @@ def test_the_unet_is_named_with_its_step_and_sampler(pipe: Pipeline, number: flo
     plant(pipe, "unet", place=300, number=number, call=2)
     with pytest.raises(
         NotFinite, match=r"unet, step 3 of 5, sampler euler: 1 of 256 numbers of out_sample are NaN or inf"
-    ) as told:
+    ) as caught:
         pipe("a prompt", steps=5, sampler="euler", seed=1, size=(64, 64))
-    assert str(told.value).endswith(f"in fp32 this is no overflow: check the engine with `sdruntime verify {pipe.bundle.folder}`")
-    assert told.value.exit_code == 1
+    assert str(caught.value).endswith(
+        f"in fp32 this is no overflow: check the engine with `sdruntime verify {pipe.bundle.folder}`"
+    )
+    assert caught.value.exit_code == 1
 
 
 def test_of_several_pictures_the_bad_ones_step_and_sampler_are_told(pipe: Pipeline) -> None:

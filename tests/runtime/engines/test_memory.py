@@ -23,7 +23,7 @@ def test_weights_add_up_and_activations_share_a_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "settings", "told"),
+    ("free", "settings", "message"),
     [
         (2800 * MIB, {}, None),
         (2700 * MIB, {}, "need 2,934,964,224 bytes and 2,831,155,200 are free: open it with --low-memory"),
@@ -36,12 +36,12 @@ def test_weights_add_up_and_activations_share_a_place() -> None:
     ],
 )
 def test_too_little_is_refused_with_the_numbers_and_the_option_that_helps(
-    free: int, settings: dict[str, int], told: str | None
+    free: int, settings: dict[str, int], message: str | None
 ) -> None:
-    if told is None:
+    if message is None:
         PLAN.check(free, where="sd15 on a GPU", **settings)
         return
-    with pytest.raises(OutOfSpace, match=told) as caught:
+    with pytest.raises(OutOfSpace, match=message) as caught:
         PLAN.check(free, where="sd15 on a GPU", **settings)
     assert all(part.component in str(caught.value) for part in PLAN.parts)
 

@@ -64,8 +64,8 @@ def test_an_optional_input_of_another_size_is_refused(parts: Parts) -> None:
         "encoder_hidden_states": np.zeros((2, 77, 8), np.float32),
     }
     assert parts.unet(feeds | {"residual": np.zeros((2, 4, 4, 8), np.float32)})["out_sample"].shape == (2, 4, 8, 16)
-    told = r"unet\.residual: expected float32 \[batch, 4, height/2, width/2\], got float32 \[2, 4, 8, 16\]"
-    with pytest.raises(EngineError, match=told):
+    message = r"unet\.residual: expected float32 \[batch, 4, height/2, width/2\], got float32 \[2, 4, 8, 16\]"
+    with pytest.raises(EngineError, match=message):
         parts.unet(feeds | {"residual": np.zeros((2, 4, 8, 16), np.float32)})
     with pytest.raises(EngineError, match=r"fed residual, but it takes sample, .* and optionally residual"):
         parts.unet({"residual": np.zeros((2, 4, 4, 8), np.float32)})

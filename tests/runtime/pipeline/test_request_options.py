@@ -48,7 +48,7 @@ def test_other_names_are_not_options(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "settings", "told"),
+    ("prompt", "settings", "message"),
     [
         (3, {}, "prompt: expected text, a Request or a list of them, got int"),
         (None, {}, "prompt: expected text"),
@@ -64,8 +64,8 @@ def test_other_names_are_not_options(key: str) -> None:
         ("a cat", {"latents": None}, "setting 'latents' of diffusers is not supported"),
     ],
 )
-def test_values_of_another_type_are_setting_errors(prompt: Any, settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+def test_values_of_another_type_are_setting_errors(prompt: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         requests_from(prompt, **settings)
 
 

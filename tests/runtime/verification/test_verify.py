@@ -117,9 +117,9 @@ def test_engines_are_run_and_those_that_cannot_be_are_told(copy: Path) -> None:
     bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, engines=(*bundle.manifest.engines, stale)))
     report = report_of(bundle, verify(bundle))
     assert report.passed, report.faults()
-    told = {(each.component, each.status): each.reason for each in report.checks if each.reason}
-    assert "built with onnxruntime 0.1, installed is" in told["text_encoder", "skip"]
-    assert "built for 96x96, batch 2, sequence 77; the reference outputs are for 48x32" in told["unet", "skip"]
+    reasons = {(each.component, each.status): each.reason for each in report.checks if each.reason}
+    assert "built with onnxruntime 0.1, installed is" in reasons["text_encoder", "skip"]
+    assert "built for 96x96, batch 2, sequence 77; the reference outputs are for 48x32" in reasons["unet", "skip"]
     assert not any("fake" in each.engine for each in report.checks)
     ran = {each.engine for each in report.checks if each.status == "pass"}
     assert {"text_encoder", "unet", "vae_decoder", "vae_encoder"} <= {name.split("-")[0] for name in ran}

@@ -1,4 +1,4 @@
-"""Bundles in half precision: audited, told, equal from build to build, and refused where float32 itself is not finite."""
+"""Bundles in half precision: audited, reported, equal from build to build, and refused where float32 itself is not finite."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def test_inspect_tells_the_nodes_the_reasons_and_the_numbers(sd1_checkpoint: Pat
     assert weights["decoder.up_blocks.3.resnets.1.conv2.weight"] == ir.DataType.FLOAT
     assert weights["decoder.up_blocks.3.resnets.1.conv1.weight"] == ir.DataType.FLOAT16
 
-    told = run("inspect", tmp_path / "out", "--precision").stdout
-    assert f"{kept[0].node} (Conv): its output overflows; largest {kept[0].largest}, rounded alone not finite" in told
-    assert "vae_decoder: fp16, of 268 nodes 4 in float32, over 4 sets of activations" in told
-    assert "(InstanceNormalization): takes what overflows" in told
+    printed = run("inspect", tmp_path / "out", "--precision").stdout
+    assert f"{kept[0].node} (Conv): its output overflows; largest {kept[0].largest}, rounded alone not finite" in printed
+    assert "vae_decoder: fp16, of 268 nodes 4 in float32, over 4 sets of activations" in printed
+    assert "(InstanceNormalization): takes what overflows" in printed
     document = json.loads(run("inspect", tmp_path / "out", "--precision", "--json").stdout)
     assert document["precision"] == "fp16"
     assert document["audits"]["vae_decoder"]["kept"][0]["reason"] == "overflow"

@@ -92,7 +92,7 @@ def test_a_checkpoint_given_as_a_bundle_is_told_as_one(tmp_path: Path, command: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["build", "{here}/none", "-o", "{here}/out", "--no-audit"], "--no-audit has no effect: fp32 is not audited"),
         (["build", "{here}/none", "-o", "{here}/out", "--backend", "nothing"], "known: onnxruntime, openvino, tensorrt"),
@@ -103,10 +103,10 @@ def test_a_checkpoint_given_as_a_bundle_is_told_as_one(tmp_path: Path, command: 
         ),
     ],
 )
-def test_what_is_ignored_or_cannot_work_is_told_before_the_work(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_what_is_ignored_or_cannot_work_is_told_before_the_work(tmp_path: Path, arguments: list[str], message: str) -> None:
     result = run(*(argument.format(here=tmp_path) for argument in arguments))
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert "fake" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -118,8 +118,8 @@ def test_a_recipe_may_leave_the_audit_and_the_verification_out(tmp_path: Path) -
     assert (options.audit, options.verify) == (False, False)
     found = read(tmp_path, HEAD + "audit = true\n" + engines)
     assert (options_of(found).audit, options_of(found).verify) == (True, True)
-    told = faults(tmp_path, 'model = "owner/name"\naudit = "no"\n' + engines)
-    assert told == ['audit: expected true or false, got "no"']
+    listed = faults(tmp_path, 'model = "owner/name"\naudit = "no"\n' + engines)
+    assert listed == ['audit: expected true or false, got "no"']
 
 
 def test_a_path_is_meant_from_the_recipes_folder(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ vae_encoder = true
 batch = 0
 target = "sm86"
 """
-    told = faults(tmp_path, text)
+    listed = faults(tmp_path, text)
     expected = """\
 precission: unknown key; did you mean precision,
 model: missing
@@ -185,13 +185,13 @@ engines[1].options.workspace: got 'lots'; expected bytes
 engines[1].options.level: unknown option 'level': known: optimization_level
 engines[1].options.optimization_level: got 9; expected 0 (fastest build) to 5
 """.splitlines()
-    assert len(told) == len(expected), told
-    for line, beginning in zip(told, expected, strict=True):
+    assert len(listed) == len(expected), listed
+    for line, beginning in zip(listed, expected, strict=True):
         assert line.startswith(beginning)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", ["model: missing", "engines: missing"]),
         ('model = ""\n[[engines]]\nbackend = "fake"', ["model: empty: expected a folder or a hub id"]),
@@ -217,14 +217,14 @@ engines[1].options.optimization_level: got 9; expected 0 (fastest build) to 5
         (HEAD + "precision = 0x" + "f" * 5000, ["precision: a number of 20,000 bits is not one of ", "engines: missing"]),
     ],
 )
-def test_other_faults(text: str, told: list[str], tmp_path: Path) -> None:
+def test_other_faults(text: str, expected: list[str], tmp_path: Path) -> None:
     found = faults(tmp_path, text)
-    assert len(found) == len(told), found
-    assert all(line.startswith(beginning) for line, beginning in zip(found, told, strict=True)), found
+    assert len(found) == len(expected), found
+    assert all(line.startswith(beginning) for line, beginning in zip(found, expected, strict=True)), found
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"a = 1\nb = = 2\n", r"not TOML: .*\(at line 2, column 5\)"),
         (b"a = 1\na = 2\n", r"not TOML: Cannot overwrite a value \(at line 2"),
@@ -234,11 +234,11 @@ def test_other_faults(text: str, told: list[str], tmp_path: Path) -> None:
         (None, "not readable: no such file"),
     ],
 )
-def test_what_is_no_toml_is_reported_with_line_and_column(data: bytes | None, told: str, tmp_path: Path) -> None:
+def test_what_is_no_toml_is_reported_with_line_and_column(data: bytes | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     if data is not None:
         file.write_bytes(data)
-    with pytest.raises(RecipeError, match=told) as caught:
+    with pytest.raises(RecipeError, match=message) as caught:
         read_recipe(file)
     assert str(caught.value).startswith(f"{file}: 1 fault")
 

@@ -263,7 +263,7 @@ def test_a_build_that_is_left_early_is_interrupted_and_cleans_up(place: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "told"),
+    ("text", "kind", "message"),
     [
         (
             "echo Traceback >&2; echo 'ModuleNotFoundError: no numpy' >&2; exit 1",
@@ -274,11 +274,11 @@ def test_a_build_that_is_left_early_is_interrupted_and_cleans_up(place: Path, mo
         (f'exec "{sys.executable}" "$@"', LibraryMissing, "^--python .*/python: tensorrt cannot be imported"),
     ],
 )
-def test_an_interpreter_that_cannot_is_reported_before_the_work(tmp_path: Path, text: str, kind: type, told: str) -> None:
+def test_an_interpreter_that_cannot_is_reported_before_the_work(tmp_path: Path, text: str, kind: type, message: str) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{text}\n")
     python.chmod(0o755)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         Interpreter(python=str(python)).check(BuildRequest(backend="tensorrt"), "fp16")
 
 

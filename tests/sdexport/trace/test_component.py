@@ -35,11 +35,11 @@ def test_missing_weights_of_all_components_are_told_before_any_is_exported(
     seen = []
     with pytest.raises(ExportError) as caught:
         seen.extend(stage.name for stage in stages(job))
-    told = str(caught.value)
+    text = str(caught.value)
     for name in ("conv_out.weight is missing", "conv_in.bias is missing", "decoder.conv_in.weight is missing"):
-        assert told.count(name) == 1
-    assert "unet: the weights do not fit" in told
-    assert "vae_decoder: the weights do not fit" in told
+        assert text.count(name) == 1
+    assert "unet: the weights do not fit" in text
+    assert "vae_decoder: the weights do not fit" in text
     assert seen == ["check"]
     assert list(out.iterdir()) == []
 
