@@ -106,5 +106,5 @@ class Parts:
         return Pipeline.over(make_bundle(self.folder), self.engines.__getitem__)
 
 
-def asked(seed: int = 1, *, steps: int = 4, sampler: str = "ddim", **settings: Any) -> Request:
+def request_for(seed: int = 1, *, steps: int = 4, sampler: str = "ddim", **settings: Any) -> Request:
     return Request(prompt=f"a cat {seed}", seed=seed, steps=steps, sampler=sampler, **({"size": SIZE} | settings))

@@ -29,17 +29,17 @@ WIDE = {"seed": 3, "width": 128, "height": 64}
 PROMPT = "a cat"
 
 
-def asked(seed: int, *, steps: int = 5, sampler: str = "dpmpp_2m", **settings: Any) -> Request:
+def request_for(seed: int, *, steps: int = 5, sampler: str = "dpmpp_2m", **settings: Any) -> Request:
     return Request(prompt=f"{PROMPT} {seed}", seed=seed, steps=steps, sampler=sampler, **({"size": (64, 64)} | settings))
 
 
 def crowd() -> list[Request]:
     return [
-        asked(1, steps=6),
-        asked(2, steps=3, sampler="euler_a", guidance=1.0),
-        asked(3, steps=7, sampler="unipc", negative="red"),
-        asked(4, steps=4, size=(128, 64)),
-        asked(5, steps=5, rescale=0.7),  # NumPy's
+        request_for(1, steps=6),
+        request_for(2, steps=3, sampler="euler_a", guidance=1.0),
+        request_for(3, steps=7, sampler="unipc", negative="red"),
+        request_for(4, steps=4, size=(128, 64)),
+        request_for(5, steps=5, rescale=0.7),  # NumPy's
     ]
 
 
@@ -85,24 +85,24 @@ def test_a_step_that_is_told_is_done_on_the_device(pipe: Pipeline, here: Machine
         waits.append(here.gpus.counts["cuStreamSynchronize"])
 
     with Batcher(pipe) as batcher:
-        batcher.submit(asked(1, steps=9), progress=look).result(WAIT)
+        batcher.submit(request_for(1, steps=9), progress=look).result(WAIT)
     assert queued == [0] * 10
     assert waits[1:] == [waits[1]] * 9
 
 
 def test_numbers_that_are_not_finite_end_their_job_alone(pipe: Pipeline) -> None:
-    alone = pipe(asked(1)).pixels[0]
+    alone = pipe(request_for(1)).pixels[0]
     bad: list[ImageFuture] = []
 
     def join(at: Progress) -> None:
         if at.step == 1:
-            bad.append(batcher.submit(asked(2)))
+            bad.append(batcher.submit(request_for(2)))
 
-    hidden = pipe.jobs([asked(2)])[0].rows[-1]["encoder_hidden_states"]  # which is kept, and used again
+    hidden = pipe.jobs([request_for(2)])[0].rows[-1]["encoder_hidden_states"]  # which is kept, and used again
     hidden.flags.writeable = True
     hidden[0, 0] = np.nan
     with Batcher(pipe) as batcher:
-        picture = batcher.submit(asked(1), progress=join).result(WAIT)
+        picture = batcher.submit(request_for(1), progress=join).result(WAIT)
         with pytest.raises(NotFinite, match=r"unet, after step 5 of 5, sampler dpmpp_2m: the latents are no longer finite"):
             bad[0].result(WAIT)
     assert psnr(picture.pixels, alone) >= 50
@@ -110,16 +110,16 @@ def test_numbers_that_are_not_finite_end_their_job_alone(pipe: Pipeline) -> None
 
 def test_jobs_in_low_memory(small_folder: Path, here: Machine, pipe: Pipeline) -> None:
     """Components go and come between the steps, but the UNet stays while jobs are on their way."""
-    alone = [pipe(asked(k)).pixels[0] for k in (1, 2)]
+    alone = [pipe(request_for(k)).pixels[0] for k in (1, 2)]
     pipe.close()
     late: list[ImageFuture] = []
     with Pipeline.open(small_folder, options=EngineOptions(low_memory=True)) as low, Batcher(low) as batcher:
 
         def join(at: Progress) -> None:
             if at.step == 2:
-                late.append(batcher.submit(asked(2)))
+                late.append(batcher.submit(request_for(2)))
 
-        first = batcher.submit(asked(1), progress=join).result(WAIT).pixels
+        first = batcher.submit(request_for(1), progress=join).result(WAIT).pixels
         second = late[0].result(WAIT).pixels
     assert psnr(first, alone[0]) >= 50
     assert psnr(second, alone[1]) >= 50
@@ -127,12 +127,12 @@ def test_jobs_in_low_memory(small_folder: Path, here: Machine, pipe: Pipeline) -
 
 def test_five_hundred_jobs_take_what_fifty_take(pipe: Pipeline, here: Machine) -> None:
     marks = {}
-    for requests in ([asked(k + 1, size=size) for k in range(jobs)] for size in ((64, 64), (128, 64)) for jobs in (1, 2)):
+    for requests in ([request_for(k + 1, size=size) for k in range(jobs)] for size in ((64, 64), (128, 64)) for jobs in (1, 2)):
         for _ in pipe.stream(requests, on_device=True):  # whichever jobs meet below, a frame of their shape is kept since now
             pass
     with Batcher(pipe) as batcher:
         for number in range(1, 501):
-            drawings = [batcher.submit(asked(number + k, steps=1 + k, size=(64 + 64 * (number % 2), 64))) for k in range(2)]
+            drawings = [batcher.submit(request_for(number + k, steps=1 + k, size=(64 + 64 * (number % 2), 64))) for k in range(2)]
             drawings[number % 2].cancel()
             assert all(each.wait(WAIT) for each in drawings)
             if number in (50, 500):

@@ -30,7 +30,7 @@ def test_a_closed_engine_says_so(name: str, tmp_path: Path) -> None:
     assert engine(feeds)["last_hidden_state"].shape[0] == 1
     for _ in range(2):
         engine.close()
-        for given in (feeds, {}):
+        for inputs in (feeds, {}):
             with pytest.raises(SdruntimeError, match=rf"^engine {spec.name} is closed: open it again$") as caught:
-                engine(given)
+                engine(inputs)
             assert type(caught.value) is SdruntimeError

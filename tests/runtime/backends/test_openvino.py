@@ -36,8 +36,8 @@ PROMPT = "the red cat and the sand"
 ASKED: dict[str, Any] = {"seed": 7, "steps": 4, "sampler": "dpmpp_2m", "size": (64, 64), "guidance": 5.0}
 
 
-def build(folder: Path, backend: str, *, size: str = "64x64", **asked: Any) -> Bundle:
-    for _ in build_engines(folder, BuildRequest(backend=backend, size=size, **asked)):
+def build(folder: Path, backend: str, *, size: str = "64x64", **settings: Any) -> Bundle:
+    for _ in build_engines(folder, BuildRequest(backend=backend, size=size, **settings)):
         pass
     return Bundle.open(folder)
 
@@ -148,14 +148,14 @@ def test_an_option_that_is_not_known_or_not_readable_is_refused(folder: Path) ->
 
 
 def test_jobs_at_different_steps_and_rows_beyond_the_engine_draw_what_they_draw_alone(folder: Path) -> None:
-    asked = [
+    requests = [
         Request(prompt="a cat", seed=1, steps=6, sampler="dpmpp_2m", size=(64, 64)),
         Request(prompt="the sand", seed=2, steps=3, sampler="euler_a", size=(64, 64)),
         Request(prompt="a cat", seed=3, steps=4, sampler="ddim", guidance=1.0, size=(64, 64)),
     ]
     with Pipeline.open(folder, backend="openvino") as pipe:
-        together = pipe(asked).pixels
-        alone = [pipe(each).pixels[0] for each in asked]
+        together = pipe(requests).pixels
+        alone = [pipe(each).pixels[0] for each in requests]
     for ours, theirs in zip(together, alone, strict=True):
         assert theirs.std() >= 10
         assert psnr(ours, theirs) >= 60

@@ -25,8 +25,8 @@ UNET = BuildRequest(backend="fake", components=("unet",))
 PROFILE = {"batch": (1, 1, 1), "height": (8, 8, 8), "width": (8, 8, 8), "sequence": (77, 77, 77)}
 
 
-def build(folder: Path, asked: BuildRequest = UNET) -> list[tuple[str, str]]:
-    return [(event.state, event.engine) for event in build_engines(folder, asked) if event.state in ("done", "present")]
+def build(folder: Path, request: BuildRequest = UNET) -> list[tuple[str, str]]:
+    return [(event.state, event.engine) for event in build_engines(folder, request) if event.state in ("done", "present")]
 
 
 def engine(name: str) -> EngineSpec:

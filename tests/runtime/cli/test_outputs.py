@@ -61,8 +61,8 @@ def image(prompt: str = "a cat, 猫", side: int = 64) -> Image:
     ],
 )
 def test_names_say_which_image_is_which(output: str, expected: list[str], tmp_path: Path) -> None:
-    asked = requests_from(["../two dogs: 2!", "one cat on a mat, in a very long sentence that goes on and on and on"], seed=7)
-    found = outputs.paths(str(tmp_path / output), asked, overwrite=False)
+    requests = requests_from(["../two dogs: 2!", "one cat on a mat, in a very long sentence that goes on and on and on"], seed=7)
+    found = outputs.paths(str(tmp_path / output), requests, overwrite=False)
     assert [path.name for path in found] == expected
     assert {path.parent for path in found} == {tmp_path}
 

@@ -309,9 +309,9 @@ def test_a_large_count_is_generated_in_groups_of_one_call(ready: Path, tmp_path:
 
     sizes, stream = [], Pipeline.stream
 
-    def watched(self: Pipeline, asked: Any, **settings: Any) -> Any:
-        sizes.append(len(asked))
-        return stream(self, asked, **settings)
+    def watched(self: Pipeline, requests: Any, **settings: Any) -> Any:
+        sizes.append(len(requests))
+        return stream(self, requests, **settings)
 
     monkeypatch.setattr(Pipeline, "stream", watched)
     command = ["generate", str(ready), "x", "--backend", "fake", "--steps", "1", "--size", "64x64", "--count", "20"]

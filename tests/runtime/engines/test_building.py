@@ -25,8 +25,8 @@ ORT_CUDA = Library(version="1.32.0", targets=("cuda", "cpu"))
 GPU = Device(name="a GPU", capability=(9, 0), memory=1 << 36)
 
 
-def built(bundle: Bundle, **asked: str) -> Bundle:
-    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", **asked)):  # type: ignore[arg-type]
+def built(bundle: Bundle, **settings: str) -> Bundle:
+    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", **settings)):  # type: ignore[arg-type]
         pass
     return Bundle.open(bundle.folder)
 
@@ -88,7 +88,7 @@ def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundl
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("sizes", "message"),
     [
         ({"size": "500x512"}, "500 is not a multiple of 64"),
         ({"size": "512"}, "WIDTHxHEIGHT"),
@@ -100,9 +100,9 @@ def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundl
         ({"batch": "many"}, "expected 4, 1:4"),
     ],
 )
-def test_shapes_out_of_order_are_refused(asked: dict[str, str], message: str) -> None:
+def test_shapes_out_of_order_are_refused(sizes: dict[str, str], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        Shapes.parse(MODEL, **asked)
+        Shapes.parse(MODEL, **sizes)
 
 
 def test_an_unknown_backend_component_or_target_is_refused(bundle: Bundle) -> None:
@@ -115,8 +115,11 @@ def test_an_unknown_backend_component_or_target_is_refused(bundle: Bundle) -> No
 
 
 def test_all_components_but_those_left_out(bundle: Bundle) -> None:
-    asked = BuildRequest(backend="fake", without=("vae_encoder", "text_encoder"))
-    assert [event.component for event in build_engines(bundle.folder, asked) if event.state == "done"] == ["unet", "vae_decoder"]
+    request = BuildRequest(backend="fake", without=("vae_encoder", "text_encoder"))
+    assert [event.component for event in build_engines(bundle.folder, request) if event.state == "done"] == [
+        "unet",
+        "vae_decoder",
+    ]
     with pytest.raises(UnknownName, match="did you mean vae_encoder"):
         list(build_engines(bundle.folder, BuildRequest(backend="fake", without=("vae_encodr",))))
 
@@ -179,12 +182,12 @@ def test_a_library_that_fails_on_a_full_disk_is_told_as_a_full_disk(bundle: Bund
 
     monkeypatch.setattr("sdruntime.backends.ort.build.split_upsampling", bytes)
     monkeypatch.setattr("sdruntime.backends.ort.build.open_session", failing)
-    asked = BuildRequest(backend="onnxruntime", size="64x64")
+    request = BuildRequest(backend="onnxruntime", size="64x64")
     with pytest.raises(SdruntimeError, match=r"ONNX Runtime .* cannot build it"):
-        list(build_engines(bundle.folder, asked))
+        list(build_engines(bundle.folder, request))
     monkeypatch.setattr("sdruntime.backends.ort.build._ROOM", 1 << 80)
     with pytest.raises(OutOfSpace, match=r"the disk is full \([0-9,]+ bytes are free\)"):
-        list(build_engines(bundle.folder, asked))
+        list(build_engines(bundle.folder, request))
 
 
 def test_every_backend_says_what_this_machine_has_of_it() -> None:

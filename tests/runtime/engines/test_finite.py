@@ -102,13 +102,13 @@ def test_the_unet_is_named_with_its_step_and_sampler(pipe: Pipeline, number: flo
 
 
 def test_of_several_pictures_the_bad_ones_step_and_sampler_are_told(pipe: Pipeline) -> None:
-    asked = [
+    requests = [
         Request(prompt="one", steps=2, guidance=1, size=(64, 64)),
         Request(prompt="two", steps=4, sampler="heun", guidance=1, size=(64, 64)),
     ]
     plant(pipe, "unet", place=4 * 8 * 8, number=np.nan, call=1)
     with pytest.raises(NotFinite, match=r"unet, step 2 of 7, sampler heun"):
-        pipe(asked)
+        pipe(requests)
 
 
 def test_the_text_encoder_is_named_with_its_text(pipe: Pipeline) -> None:

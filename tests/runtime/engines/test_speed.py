@@ -55,7 +55,7 @@ def both(bundle: Bundle) -> Bundle:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Race]:
+def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Race]:
     """The races that were run, each of which the stub decides by SPEEDS."""
     races = []
 
@@ -89,44 +89,44 @@ def test_a_gpu_goes_before_the_quickest_cpu(bundle: Bundle) -> None:
 
 
 def test_it_is_measured_once_for_each_processor_and_number_of_threads(
-    both: Bundle, asked: list[Race], monkeypatch: pytest.MonkeyPatch
+    both: Bundle, races: list[Race], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {"onnxruntime": 2.0, "openvino": 1.5}
     assert cpu_speeds(both, HERE, EngineOptions()) == expected
     assert cpu_speeds(both, HERE, EngineOptions()) == expected
-    assert [dict(race.dims) for race in asked] == [{"batch": 2, **SIZES, "sequence": 77}]
+    assert [dict(race.dims) for race in races] == [{"batch": 2, **SIZES, "sequence": 77}]
     assert "onnxruntime 2 s" in "\n".join(bundle_lines(both, HERE))
     assert bundle_document(both, HERE)["cpu_seconds"] == expected
     cpu_speeds(both, HERE, EngineOptions(threads=1))
     monkeypatch.setattr(speed.processor, "fingerprint", lambda: "another x4")
     assert bundle_document(both, HERE)["cpu_seconds"] is None
     cpu_speeds(both, HERE, EngineOptions())
-    assert len(asked) == 3
+    assert len(races) == 3
 
 
-def test_what_was_kept_and_cannot_be_read_is_measured_again(both: Bundle, asked: list[Race], tmp_path: Path) -> None:
+def test_what_was_kept_and_cannot_be_read_is_measured_again(both: Bundle, races: list[Race], tmp_path: Path) -> None:
     cpu_speeds(both, HERE, EngineOptions())
     (kept,) = (tmp_path / "cache" / "cpu").iterdir()
     for text in ("", "[]", '{"seconds": 3}', '{"seconds": {"openvino": "fast"}}'):
         kept.write_text(text)
         assert cpu_speeds(both, HERE, EngineOptions()) == {"onnxruntime": 2.0, "openvino": 1.5}
-    assert len(asked) == 5
+    assert len(races) == 5
 
 
-def test_nothing_is_measured_where_there_is_nothing_to_compare(bundle: Bundle, both: Bundle, asked: list[Race]) -> None:
+def test_nothing_is_measured_where_there_is_nothing_to_compare(bundle: Bundle, both: Bundle, races: list[Race]) -> None:
     apart = with_engines(bundle, unet("onnxruntime", cells=(8, 32)), unet("openvino", cells=(64, 64)))
     one = with_engines(bundle, unet("onnxruntime"), unet("openvino", version="2025.1.0"))
     for each in (apart, one, with_fake_engines(bundle)):
         assert cpu_speeds(each, HERE, EngineOptions()) == {}
     assert cpu_speeds(both, HERE, EngineOptions(measure=False)) == {}
     assert cpu_speeds(both, HERE, EngineOptions(session={"session.intra_op.allow_spinning": "0"})) == {}
-    assert asked == []
+    assert races == []
 
 
-def test_too_little_memory_for_both_is_left_alone(both: Bundle, asked: list[Race], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_both_is_left_alone(both: Bundle, races: list[Race], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "available_memory", lambda: 1)
     assert cpu_speeds(both, HERE, EngineOptions()) == {}
-    assert asked == []
+    assert races == []
 
 
 def test_settings_make_a_kind_of_its_own() -> None:

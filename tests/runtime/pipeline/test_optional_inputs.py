@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import make_bundle, with_fake_engines
-from computed import Parts, asked, predict
+from computed import Parts, predict, request_for
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle, write_bundle
@@ -35,7 +35,7 @@ def parts(tmp_path: Path) -> Parts:
 
 def drawn(pipe: Pipeline, residuals: dict[int, float], seeds: tuple[int, ...]) -> list[Array]:
     """The latents of a job for each seed; those in `residuals` have one of that value in both of their rows."""
-    jobs = pipe.jobs([asked(seed) for seed in seeds])
+    jobs = pipe.jobs([request_for(seed) for seed in seeds])
     for seed, job in zip(seeds, jobs, strict=True):
         if seed in residuals:
             residual = np.full((4, 4, 4), residuals[seed], np.float32)

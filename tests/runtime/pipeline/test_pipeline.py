@@ -146,8 +146,8 @@ def test_diffusers_names_are_answered_with_ours(ready: Bundle, name: str) -> Non
 
 def test_a_start_image_is_read_once_for_all_of_its_requests(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    asked = requests_from(["a", "b"], count=3, image=tmp_path / "a.png")
-    assert all(request.pixels is asked[0].pixels for request in asked)
+    requests = requests_from(["a", "b"], count=3, image=tmp_path / "a.png")
+    assert all(request.pixels is requests[0].pixels for request in requests)
 
 
 def test_an_unknown_setting_has_near_names() -> None:
@@ -192,9 +192,9 @@ def test_reprs_are_short(ready: Bundle) -> None:
 def test_own_sigmas_beside_other_requests(ready: Bundle) -> None:
     alike = {"sampler": "euler", "seed": 3, "size": (64, 64)}
     levels = ([14.6, 4.0, 1.0, 0.0], [9.0, 4.0, 1.0, 0.0])
-    asked = [Request(prompt="x", sigmas=sigmas, **alike) for sigmas in levels]
+    requests = [Request(prompt="x", sigmas=sigmas, **alike) for sigmas in levels]
     with fake_pipeline(ready) as pipe:
-        stream = pipe.stream([*asked, Request(prompt="x", steps=5, **alike)])
+        stream = pipe.stream([*requests, Request(prompt="x", steps=5, **alike)])
         assert [job.run.steps for job in stream.jobs] == [3, 3, 5]
         for _ in stream:
             pass

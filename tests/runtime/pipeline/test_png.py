@@ -197,7 +197,7 @@ def test_exif_that_turns_nothing_or_is_damaged_is_passed_over(data):
 
 
 def test_a_bomb_is_unpacked_no_further_than_its_size(monkeypatch):
-    asked = []
+    limits = []
     real = zlib.decompressobj
 
     class Watched:
@@ -205,7 +205,7 @@ def test_a_bomb_is_unpacked_no_further_than_its_size(monkeypatch):
             self.real = real()
 
         def decompress(self, data, limit):
-            asked.append(limit)
+            limits.append(limit)
             return self.real.decompress(data, limit)
 
         @property
@@ -217,7 +217,7 @@ def test_a_bomb_is_unpacked_no_further_than_its_size(monkeypatch):
     assert len(bomb) < 50_000
     with pytest.raises(SettingError, match="do not unpack to the 14 bytes"):
         image_from_png(bomb)
-    assert asked == [15]
+    assert limits == [15]
 
 
 def test_any_bytes_are_an_error_and_nothing_else():

@@ -110,10 +110,10 @@ def test_decode_is_the_text_as_the_tokenizer_sees_it(folder):
 class Counted(dict):
     """A merge table that counts its lookups: once or twice for each step of the merging."""
 
-    asked = 0
+    lookups = 0
 
     def get(self, pair, default=None):
-        self.asked += 1
+        self.lookups += 1
         return super().get(pair, default)
 
 
@@ -123,14 +123,14 @@ def test_a_long_word_is_merged_in_linear_many_steps(folder, word):
     merges = Counted(opened.merges)
     tokenizer = Tokenizer(vocab=opened.vocab, merges=merges, added=opened.added, start=0, end=0, pad=0, unknown=opened.unknown)
     for size in (2000, 64000):
-        merges.asked = 0
+        merges.lookups = 0
         text = (word * size)[: size // len(word.encode())]
         ids = tokenizer.encode(text)
         bytes_in = len(text.encode())
         assert len(ids) < bytes_in  # there was something to merge
         # each pair is looked up once, each merge looks at itself and its two new neighbours; each heap entry is taken out once
-        assert merges.asked <= 6 * bytes_in
-        assert merges.asked >= bytes_in - 1
+        assert merges.lookups <= 6 * bytes_in
+        assert merges.lookups >= bytes_in - 1
 
 
 def test_merging_keeps_every_letter(folder):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from computed import SIZE, Feeds, Parts, asked
+from computed import SIZE, Feeds, Parts, request_for
 
 from sdruntime.arrays import Array
 from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError
@@ -26,14 +26,14 @@ WAIT = 60  # seconds after which a test is given up
 def crowd() -> list[Request]:
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     return [
-        asked(1, steps=5),
-        asked(2, steps=9, sampler="euler_a", guidance=1.0),
-        asked(3, steps=3, sampler="heun", negative="dog", rescale=0.7),
-        asked(4, steps=7, sampler="dpmpp_2m", size=(128, 64)),
-        asked(5, steps=4, sampler="unipc", size=(128, 64)),
-        asked(6, steps=8, image=image, size=None, strength=0.5, options={"eta": 1.0}),
-        asked(7, steps=6, sampler="dpmpp_2m_sde", schedule="karras"),
-        asked(2**64 - 1, steps=2, sampler="lcm"),
+        request_for(1, steps=5),
+        request_for(2, steps=9, sampler="euler_a", guidance=1.0),
+        request_for(3, steps=3, sampler="heun", negative="dog", rescale=0.7),
+        request_for(4, steps=7, sampler="dpmpp_2m", size=(128, 64)),
+        request_for(5, steps=4, sampler="unipc", size=(128, 64)),
+        request_for(6, steps=8, image=image, size=None, strength=0.5, options={"eta": 1.0}),
+        request_for(7, steps=6, sampler="dpmpp_2m_sde", schedule="karras"),
+        request_for(2**64 - 1, steps=2, sampler="lcm"),
     ]
 
 
@@ -84,8 +84,8 @@ def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batch
     def progress(at: Progress) -> None:
         told.append((len(parts.unet.calls), at.step))
 
-    parts.at_call(2, lambda: late.append(batcher.submit(asked(2, steps=3), progress=progress)))
-    batcher.submit(asked(1, steps=6)).result(WAIT)
+    parts.at_call(2, lambda: late.append(batcher.submit(request_for(2, steps=3), progress=progress)))
+    batcher.submit(request_for(1, steps=6)).result(WAIT)
     late[0].result(WAIT)
     assert parts.unet.rows == [2, 2, 4, 4, 4, 2]
     assert told == [(2, 0), (3, 1), (4, 2), (5, 3)]
@@ -93,8 +93,8 @@ def test_a_job_that_arrives_during_a_step_is_in_the_next_one(parts: Parts, batch
 
 def test_jobs_of_other_sizes_run_beside_in_calls_of_their_own(parts: Parts, batcher: Batcher) -> None:
     held: list[ImageFuture] = []
-    parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=2, size=(128, 64))) for k in (2, 3)))
-    batcher.submit(asked(1, steps=3)).result(WAIT)
+    parts.at_call(1, lambda: held.extend(batcher.submit(request_for(k, steps=2, size=(128, 64))) for k in (2, 3)))
+    batcher.submit(request_for(1, steps=3)).result(WAIT)
     assert all(each.wait(WAIT) for each in held)
     assert [(call["batch"], call["width"]) for call in parts.unet.calls] == [(2, 8), (2, 8), (4, 16), (2, 8), (4, 16)]
 
@@ -103,8 +103,8 @@ def test_calls_are_split_to_what_the_engine_takes(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "bundle", most=3)
     with parts.pipeline() as pipe, Batcher(pipe, running=4) as batcher:
         held: list[ImageFuture] = []
-        parts.at_call(1, lambda: held.extend(map(batcher.submit, [asked(2, steps=1), asked(3, steps=1)])))
-        batcher.submit(asked(1, steps=2)).result(WAIT)
+        parts.at_call(1, lambda: held.extend(map(batcher.submit, [request_for(2, steps=1), request_for(3, steps=1)])))
+        batcher.submit(request_for(1, steps=2)).result(WAIT)
         assert all(each.wait(WAIT) for each in held)
         assert parts.unet.rows == [2, 3, 3]
         assert Batcher(pipe).running == 1  # a second one would not fit into a call
@@ -113,7 +113,7 @@ def test_calls_are_split_to_what_the_engine_takes(tmp_path: Path) -> None:
 def test_jobs_beyond_those_that_run_wait_in_order(parts: Parts, pipe: Pipeline) -> None:
     order: list[int] = []
     with Batcher(pipe, running=1) as batcher:
-        drawings = [batcher.submit(asked(k, steps=2), done=lambda each: order.append(each.result().seed)) for k in range(5)]
+        drawings = [batcher.submit(request_for(k, steps=2), done=lambda each: order.append(each.result().seed)) for k in range(5)]
         assert all(each.wait(WAIT) for each in drawings)
     assert order == list(range(5))
     assert parts.unet.rows == [2] * 10
@@ -124,16 +124,16 @@ def test_a_full_queue_is_told_and_a_cancelled_job_makes_room(parts: Parts, pipe:
     held: list[ImageFuture] = []
 
     def fill() -> None:
-        held.extend(batcher.submit(asked(k)) for k in (2, 3))
+        held.extend(batcher.submit(request_for(k)) for k in (2, 3))
         with pytest.raises(QueueFull, match=r"3 requests are running or waiting, and the queue holds 2 besides the 1 that run"):
-            batcher.submit(asked(4))
+            batcher.submit(request_for(4))
         assert held[0].cancel()
         assert (held[0].done(), held[0].cancelled()) == (True, True)
-        held.append(batcher.submit(asked(5)))
+        held.append(batcher.submit(request_for(5)))
 
     with Batcher(pipe, queue=2, running=1) as batcher:
         parts.at_call(2, lambda: _collect(faults, fill))
-        batcher.submit(asked(1)).result(WAIT)
+        batcher.submit(request_for(1)).result(WAIT)
         assert faults == []
         assert [each.result(WAIT).seed for each in held[1:]] == [3, 5]
         assert held[0].timings.denoise == 0
@@ -145,12 +145,12 @@ def test_a_cancelled_job_ends_at_the_next_boundary_and_the_others_go_on(parts: P
 
     def act(feeds: Feeds) -> None:
         if len(parts.unet.calls) == 1:
-            late.append(batcher.submit(asked(2, steps=50)))
+            late.append(batcher.submit(request_for(2, steps=50)))
         if len(parts.unet.calls) == 3:
             running.extend([late[0].running(), late[0].cancel(), late[0].cancel(), late[0].done()])
 
     parts.unet.before = act
-    drawing = batcher.submit(asked(1, steps=5))
+    drawing = batcher.submit(request_for(1, steps=5))
     assert drawing.result(WAIT).pixels.std() > 1
     with pytest.raises(CancelledError):
         late[0].result(WAIT)
@@ -168,7 +168,7 @@ def test_progress_can_cancel(parts: Parts, batcher: Batcher) -> None:
         if at.step == 2:
             drawing[0].cancel()
 
-    drawing.append(batcher.submit(asked(steps=9), progress=progress))
+    drawing.append(batcher.submit(request_for(steps=9), progress=progress))
     ready.set()
     assert drawing[0].wait(WAIT)
     assert drawing[0].cancelled()
@@ -188,15 +188,15 @@ def test_a_wrong_setting_ends_its_job_alone(
     parts: Parts, batcher: Batcher, wrong: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
     held: list[ImageFuture] = []
-    parts.at_call(1, lambda: held.append(batcher.submit(asked(2, **wrong))))
-    assert batcher.submit(asked(1)).result(WAIT).pixels.std() > 1
+    parts.at_call(1, lambda: held.append(batcher.submit(request_for(2, **wrong))))
+    assert batcher.submit(request_for(1)).result(WAIT).pixels.std() > 1
     with pytest.raises(kind, match=text):
         held[0].result(WAIT)
     assert parts.unet.rows == [2] * 4
 
 
 def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Parts, pipe: Pipeline) -> None:
-    alone = [pipe(asked(k, steps=5)).pixels[0] for k in (1, 3)]
+    alone = [pipe(request_for(k, steps=5)).pixels[0] for k in (1, 3)]
     parts.unet.calls.clear()
 
     def spoil(outputs: dict[str, Array]) -> None:
@@ -205,9 +205,9 @@ def test_numbers_that_are_not_finite_end_the_job_whose_row_they_are_in(parts: Pa
 
     with Batcher(pipe) as batcher:
         held: list[ImageFuture] = []
-        parts.at_call(1, lambda: held.extend(batcher.submit(asked(k, steps=5)) for k in (2, 3)))
+        parts.at_call(1, lambda: held.extend(batcher.submit(request_for(k, steps=5)) for k in (2, 3)))
         parts.unet.after = spoil
-        first = batcher.submit(asked(1, steps=5))
+        first = batcher.submit(request_for(1, steps=5))
         np.testing.assert_array_equal(first.result(WAIT).pixels, alone[0])
         with pytest.raises(NotFinite, match=r"unet, step 2 of 5, sampler ddim: 1 of 256 numbers"):
             held[0].result(WAIT)
@@ -226,28 +226,30 @@ def test_a_failure_beside_the_loop_ends_its_job_alone(parts: Parts, batcher: Bat
 
     engine.before = fail
     held: list[ImageFuture] = []
-    parts.at_call(1, lambda: held.append(batcher.submit(asked(2))))
-    assert batcher.submit(asked(1)).result(WAIT).pixels.std() > 1
+    parts.at_call(1, lambda: held.append(batcher.submit(request_for(2))))
+    assert batcher.submit(request_for(1)).result(WAIT).pixels.std() > 1
     with pytest.raises(SdruntimeError, match="the engine failed"):
         held[0].result(WAIT)
-    assert batcher.submit(asked(3)).result(WAIT).pixels.std() > 1
+    assert batcher.submit(request_for(3)).result(WAIT).pixels.std() > 1
 
 
 def test_an_engine_that_fails_ends_the_jobs_of_that_call(parts: Parts, batcher: Batcher) -> None:
     """A job of another size that was done in the same round gets its image."""
     held: list[ImageFuture] = []
-    parts.at_call(1, lambda: held.extend([batcher.submit(asked(2, size=(128, 64))), batcher.submit(asked(3, steps=9))]))
+    parts.at_call(
+        1, lambda: held.extend([batcher.submit(request_for(2, size=(128, 64))), batcher.submit(request_for(3, steps=9))])
+    )
 
     def fail(outputs: dict[str, Array]) -> None:
         if outputs["out_sample"].shape[3] == 16 and len(parts.unet.calls) == 5:
             raise SdruntimeError("the engine failed")
 
     parts.unet.after = fail
-    assert batcher.submit(asked(1, steps=3)).result(WAIT).pixels.std() > 1  # its last step is that round's
+    assert batcher.submit(request_for(1, steps=3)).result(WAIT).pixels.std() > 1  # its last step is that round's
     with pytest.raises(SdruntimeError, match="the engine failed"):
         held[0].result(WAIT)
     assert held[1].result(WAIT).pixels.std() > 1
-    assert batcher.submit(asked(4, size=(128, 64))).result(WAIT).pixels.std() > 1
+    assert batcher.submit(request_for(4, size=(128, 64))).result(WAIT).pixels.std() > 1
 
 
 def test_what_progress_raises_ends_its_job_alone(batcher: Batcher) -> None:
@@ -255,7 +257,7 @@ def test_what_progress_raises_ends_its_job_alone(batcher: Batcher) -> None:
         if at.step == 2:
             raise RuntimeError("no terminal")
 
-    bad, good = batcher.submit(asked(1), progress=fail), batcher.submit(asked(2))
+    bad, good = batcher.submit(request_for(1), progress=fail), batcher.submit(request_for(2))
     with pytest.raises(RuntimeError, match="no terminal"):
         bad.result(WAIT)
     assert good.result(WAIT).pixels.std() > 1
@@ -269,11 +271,11 @@ def test_a_preview_is_a_copy_of_the_latents(batcher: Batcher) -> None:
         told.append(Progress(step=at.step, steps=at.steps, latents=at.latents.copy()))
         at.latents[:] = np.nan  # nobody else's
 
-    assert batcher.submit(asked(steps=3), progress=progress, preview=True).result(WAIT).pixels.std() > 1
+    assert batcher.submit(request_for(steps=3), progress=progress, preview=True).result(WAIT).pixels.std() > 1
     assert [(at.step, at.steps) for at in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert len({at.latents.tobytes() for at in told if at.latents is not None}) == 4
     plain: list[Progress] = []
-    batcher.submit(asked(steps=1), progress=plain.append).result(WAIT)
+    batcher.submit(request_for(steps=1), progress=plain.append).result(WAIT)
     assert [at.latents for at in plain] == [None, None]
 
 
@@ -297,14 +299,14 @@ def test_closing_cancels_what_is_not_done_and_takes_nothing_more(parts: Parts, p
     with Batcher(pipe, running=2) as batcher:
         started = threading.Event()
         parts.at_call(2, started.set)
-        drawings += [batcher.submit(asked(k, steps=900)) for k in range(5)]
+        drawings += [batcher.submit(request_for(k, steps=900)) for k in range(5)]
         assert started.wait(WAIT)
     assert [each.cancelled() for each in drawings] == [True] * 5
     assert threading.active_count() == threads
     with pytest.raises(SdruntimeError, match="the batcher is not open"):
-        batcher.submit(asked())
+        batcher.submit(request_for())
     batcher.close()
-    assert pipe(asked()).pixels[0].std() > 1  # the pipeline is free again
+    assert pipe(request_for()).pixels[0].std() > 1  # the pipeline is free again
 
 
 def test_a_callback_may_close(pipe: Pipeline) -> None:
@@ -316,7 +318,7 @@ def test_a_callback_may_close(pipe: Pipeline) -> None:
             batcher.close()
 
     with Batcher(pipe) as batcher:
-        drawings = [batcher.submit(asked(k, steps=9), progress=close) for k in range(2)]
+        drawings = [batcher.submit(request_for(k, steps=9), progress=close) for k in range(2)]
         submitted.set()
         assert all(each.wait(WAIT) and each.cancelled() for each in drawings)
 
@@ -330,13 +332,13 @@ def test_a_thread_that_ends_loses_no_job(parts: Parts, pipe: Pipeline) -> None:
 
     with Batcher(pipe, running=1) as batcher:
         parts.at_call(2, leave)
-        drawings = [batcher.submit(asked(k)) for k in range(3)]
+        drawings = [batcher.submit(request_for(k)) for k in range(3)]
         submitted.set()
         for each in drawings:
             with pytest.raises(SystemExit):
                 each.result(WAIT)
         with pytest.raises(SdruntimeError, match="not open"):
-            batcher.submit(asked())
+            batcher.submit(request_for())
 
 
 @pytest.mark.parametrize("limits", [{"queue": 0}, {"running": 0}, {"running": -1}])
@@ -347,8 +349,8 @@ def test_limits_below_one_are_refused(pipe: Pipeline, limits: dict[str, int]) ->
 
 def test_asyncio_can_wait_for_a_drawing_and_cancel_it(batcher: Batcher) -> None:
     async def both() -> tuple[np.ndarray, bool]:
-        done = await asyncio.wrap_future(batcher.submit(asked(1)))
-        long = asyncio.wrap_future(inner := batcher.submit(asked(2, steps=900)))
+        done = await asyncio.wrap_future(batcher.submit(request_for(1)))
+        long = asyncio.wrap_future(inner := batcher.submit(request_for(2, steps=900)))
         long.cancel()
         await asyncio.sleep(0)  # lets the loop hand it on
         return done.pixels, inner.wait(WAIT) and inner.cancelled()
@@ -360,7 +362,7 @@ def test_asyncio_can_wait_for_a_drawing_and_cancel_it(batcher: Batcher) -> None:
 
 def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipeline) -> None:
     """Each job ends, with its own image, cancelled, or with its own fault; and nothing of them stays."""
-    requests = {seed: asked(seed, steps=1 + seed % 7, size=(64, 64 + 64 * (seed % 2))) for seed in range(24)}
+    requests = {seed: request_for(seed, steps=1 + seed % 7, size=(64, 64 + 64 * (seed % 2))) for seed in range(24)}
     alone = {seed: pipe(request).pixels[0] for seed, request in requests.items()}
     threads = threading.active_count()
     gc.collect()
@@ -371,7 +373,7 @@ def test_many_threads_with_random_cancels_lose_nothing(parts: Parts, pipe: Pipel
         for _ in range(40):
             seed = chance.randrange(24)
             try:
-                drawing = batcher.submit(requests[seed] if chance.random() > 0.1 else asked(seed, size=(1, 1)))
+                drawing = batcher.submit(requests[seed] if chance.random() > 0.1 else request_for(seed, size=(1, 1)))
             except QueueFull:
                 ends["refused"] += 1
                 continue
