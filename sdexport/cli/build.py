@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     "--guidance", type=click.Choice(["on", "off", "any"]), help="Build engines for images with guidance, without, or both."
 )
 @overriding
+@click.option("--chunks", help="Chunks of 75 tokens in a prompt that the engines take: 1, or 1:3, or 1:1:3.")
 @click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from pickles (.ckpt, .pt, .bin). Nothing in them is run.")
 @click.option("--no-verify", is_flag=True, help="Skip the reference outputs and the check against PyTorch.")
@@ -50,6 +51,7 @@ def build(
     prediction_type: Any,
     config: str | None,
     vae: str | None,
+    chunks: str | None,
     no_audit: bool,
     allow_pickle: bool,
     no_verify: bool,
@@ -59,8 +61,8 @@ def build(
     """Export MODEL to a bundle: a diffusers folder, a single .safetensors or .ckpt file, or a Hugging Face model id."""
     if recipe is not None:
         _refuse_beside_a_recipe(click.get_current_context())
-    elif not backends and (target or size or batch or guidance):
-        raise click.UsageError("--target, --size, --batch and --guidance apply to engines: add a --backend")
+    elif not backends and (target or size or batch or guidance or chunks):
+        raise click.UsageError("--target, --size, --batch, --guidance and --chunks apply to engines: add a --backend")
     if model is None and recipe is None:
         raise click.UsageError("give a MODEL, or a --recipe")
     if no_audit and recipe is None and precision == "fp32":
@@ -71,7 +73,8 @@ def build(
     from sdexport.recipes.run import options_of
     from sdruntime.engines.building import BuildRequest
 
-    engines = tuple(BuildRequest(backend=name, target=target, size=size, batch=batch, guidance=guidance) for name in backends)
+    shapes = {"size": size, "batch": batch, "guidance": guidance, "chunks": chunks}
+    engines = tuple(BuildRequest(backend=name, target=target, **shapes) for name in backends)
     options = ExportOptions(
         precision=precision,
         engines=engines,

@@ -158,6 +158,10 @@ def _check_batch(batch: int | str) -> None:
     Shapes.parse(_ANY_MODEL, batch=str(batch))
 
 
+def _check_chunks(chunks: int | str) -> None:
+    Shapes.parse(_ANY_MODEL, chunks=str(chunks))
+
+
 def _check_not_empty(items: object) -> None:
     if items in ((), ""):
         raise SettingError("empty: give at least one, or omit the key for the default")
@@ -169,6 +173,7 @@ Size = Annotated[str, _check_size]
 Sizes = Size | Annotated[tuple[Size, ...], _check_not_empty]
 Batch = Annotated[int | str, _check_batch]
 Batches = Batch | Annotated[tuple[Batch, ...], _check_not_empty]
+Chunks = Annotated[int | str, _check_chunks]
 Options = Mapping[str, bool | int | str]
 
 
@@ -179,6 +184,7 @@ class ComponentTable:
     size: Sizes | None = None
     batch: Batches | None = None
     guidance: Guidance | None = None
+    chunks: Chunks | None = None
     options: Options = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -186,7 +192,8 @@ class ComponentTable:
         shapes: dict[str, Any] = {
             name: _joined(value) for name in ("size", "batch") if (value := getattr(self, name)) is not None
         }
-        return shapes | ({"guidance": self.guidance} if self.guidance else {})
+        shapes |= {"guidance": self.guidance} if self.guidance else {}
+        return shapes | ({"chunks": str(self.chunks)} if self.chunks is not None else {})
 
     def option_texts(self) -> dict[str, str]:
         """Return the options as the command line would pass them."""

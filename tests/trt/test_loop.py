@@ -117,6 +117,32 @@ def test_the_whole_loop_can_be_one_graph(folder: Path, here: Machine) -> None:
     assert psnr(pictures[1], warm) < 40
 
 
+EDITED = Request(prompt="a [cat:red:3]", negative="[x|the]", prompt_syntax="a1111", seed=4, steps=6, sampler="dpmpp_2m")
+
+
+def test_rows_that_change_are_written_again_on_the_device(pipe: Pipeline, here: Machine) -> None:
+    plain = Request(prompt=PROMPT, seed=1, steps=4, sampler="euler_a")
+    reference = latents(pipe, EDITED, plain, on_device=False)
+    assert here.gpus.counts["launches"] == 0
+    assert_near(latents(pipe, EDITED, plain, on_device=True), reference)
+    assert_near(latents(pipe, EDITED, on_device=True), reference[:1])
+    assert here.gpus.counts["launches"] > 0
+    unedited = Request(prompt="a cat", negative="x", seed=4, steps=6, sampler="dpmpp_2m")
+    assert np.abs(latents(pipe, unedited, on_device=True)[0] - reference[0]).max() > 5e-3 * np.abs(reference[0]).max()
+
+
+def test_a_loop_whose_rows_change_is_not_one_graph(folder: Path, here: Machine) -> None:
+    with Pipeline.open(folder, backend=here.backend, options=EngineOptions(whole_loop=True)) as pipe:
+        pipe(EDITED)
+        launches = here.gpus.counts["launches"]
+        image = pipe(EDITED).pixels[0]
+        assert here.gpus.counts["launches"] - launches == 6
+        stream = pipe.stream(EDITED)
+        for _ in stream:
+            pass
+        assert psnr(stream.result.pixels[0], image) >= 60
+
+
 def test_a_whole_loop_waits_until_all_jobs_end_together(small_folder: Path, here: Machine) -> None:
     """A job that ends sooner lets the others be grouped anew, in the middle of their steps."""
     requests = [

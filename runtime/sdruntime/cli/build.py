@@ -64,7 +64,7 @@ def build(options: argparse.Namespace) -> None:
 def check_stale_options(options: argparse.Namespace) -> None:
     """Check that no option that changes a build is combined with --stale, which rebuilds engines with their own settings."""
     names = {"components": "--component"}
-    for name in ("target", "size", "batch", "guidance", "components", "without", "option"):
+    for name in ("target", "size", "batch", "guidance", "chunks", "components", "without", "option"):
         if getattr(options, name):
             raise SettingError(f"{names.get(name, f'--{name}')} cannot be used with --stale")
 
@@ -79,6 +79,7 @@ def request_of(options: argparse.Namespace) -> BuildRequest:
         size=options.size,
         batch=options.batch,
         guidance=options.guidance,
+        chunks=options.chunks,
         components=tuple(options.components),
         without=tuple(options.without),
         options=dict(pairs(options.option, "optimization_level=5")),

@@ -47,6 +47,10 @@ def generate(options: argparse.Namespace) -> None:
         raise SettingError(f"--strength {options.strength:g} has no effect without --image")
     settings = {
         "negative": options.negative,
+        "prompt_2": options.prompt_2,
+        "negative_2": options.negative_2,
+        "prompt_syntax": options.prompt_syntax,
+        "emphasis": options.emphasis,
         "steps": options.steps,
         "sigmas": options.sigmas,
         "sampler": options.sampler,

@@ -15,6 +15,8 @@ from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
 from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
+from sdruntime.pipeline.text.emphasis import EMPHASES
+from sdruntime.pipeline.text.wording import SYNTAXES
 from sdruntime.serving.capi import add_arguments
 
 
@@ -45,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--guidance", choices=["on", "off", "any"], help="for images with guidance (two rows each), without, or both"
     )
+    sub.add_argument("--chunks", metavar="N", help="chunks of 75 tokens in a prompt: 1, or MIN:MAX, MIN:OPT:MAX")
     sub.add_argument("--component", action="append", default=[], dest="components", help="only this component; may be repeated")
     sub.add_argument("--without", action="append", default=[], metavar="COMPONENT", help="skip this component; may be repeated")
     library = "a setting of the engine library, such as optimization_level=5"
@@ -59,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
     sub.add_argument("--grid", action="store_true", help="write all images as one sheet")
     sub.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
+    sub.add_argument("--prompt-2", metavar="PROMPT", help="text for a model's second text encoder (PROMPT)")
+    sub.add_argument("--negative-2", metavar="PROMPT", help="negative text for the second text encoder (--negative)")
+    reading = "how to read the texts: a1111 has (emphasis:1.2), BREAK, [a:b:0.5] and [a|b], and takes long texts (a1111)"
+    sub.add_argument("--prompt-syntax", choices=SYNTAXES, default="a1111", help=reading)
+    weighing = "how to apply weights: original restores each chunk's mean, no-norm does not (original)"
+    sub.add_argument("--emphasis", choices=EMPHASES, default="original", help=weighing)
     sub.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
     sub.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
     setting(sub, "strength", "how much of --image is changed", otherwise=False)

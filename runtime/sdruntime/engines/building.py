@@ -33,6 +33,7 @@ class BuildRequest:
     size: str | None = None
     batch: str | None = None
     guidance: Guidance | None = None
+    chunks: str | None = None
     components: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class BuildRequest:
     def shapes(self, model: ModelSpec) -> Shapes:
         """Return the shapes to build for. Raises SettingError, and UnknownName for a backend that does not exist."""
         static = backend(self.backend).static
-        return Shapes.parse(model, size=self.size, batch=self.batch, guidance=self.guidance, static=static)
+        return Shapes.parse(model, size=self.size, batch=self.batch, guidance=self.guidance, chunks=self.chunks, static=static)
 
     def resolve(self, model: ModelSpec, precision: Precision, components: Iterable[str]) -> tuple[Shapes, str, str]:
         """Return the shapes, the library's version and the target's full name, after every check that needs no build.

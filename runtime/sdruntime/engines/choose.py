@@ -121,7 +121,8 @@ def _advice(
         why_not[offered] = BACKENDS[offered].cannot_build(library, machine.device, bundle.manifest.precision)
         if why_not[offered] is None:
             size = _size(bundle.manifest, component, dims)
-            command = f"build one: sdruntime build {quoted(bundle.folder)} --backend {offered}{size}"
+            chunks, shorter = _chunks(bundle.manifest, dims)
+            command = f"{shorter}build one: sdruntime build {quoted(bundle.folder)} --backend {offered}{size}{chunks}"
             return f"{command}, or {other}" if other else command
     if name != AUTO:
         return f"{name} cannot be used: {why_not[name]}\n" + (
@@ -136,6 +137,14 @@ def _size(manifest: Manifest, component: str, dims: Mapping[str, int]) -> str:
         return ""
     factor = role(component).factor(manifest.model.vae_factor)
     return f" --size {factor * dims['width']}x{factor * dims['height']}"
+
+
+def _chunks(manifest: Manifest, dims: Mapping[str, int]) -> tuple[str, str]:
+    """Return the --chunks option for a text of several chunks, and the way without a build; "" and "" for a text of one."""
+    count = -(-dims.get("sequence", 0) // manifest.text_length)
+    if count < 2:
+        return "", ""
+    return f" --chunks 1:{count}", f"the prompt takes {count} chunks of {manifest.text_length - 2} tokens: shorten it, or "
 
 
 def _preference(engine: EngineSpec, machine: Machine, rows: int, dims: Mapping[str, int]) -> tuple[bool, float, int]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from sdruntime.bundle.limits import MOST_CHUNKS
 from sdruntime.bundle.manifest import EngineSpec, Manifest, ModelSpec, Profile
 from sdruntime.bundle.roles import role
-from sdruntime.errors import SettingError
+from sdruntime.errors import SettingError, shown
 from sdruntime.system.sizes import Size, parse_size
 
 T = TypeVar("T")
@@ -22,14 +23,17 @@ LARGEST = 4  # times the default side
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
     """`sizes` in pixels (width, height) and `batches` in images per call, each as (min, opt, max). Every size is combined with
-    every batch. `guidance`: whether an image takes two rows of a UNet call (on), one (off), or either (any)."""
+    every batch. `guidance`: whether an image takes two rows of a UNet call (on), one (off), or either (any). `chunks`: how many
+    outputs of the text encoder a prompt has, one after the other, as (min, opt, max)."""
 
     sizes: tuple[tuple[Size, Size, Size], ...]
     batches: tuple[tuple[int, int, int], ...]
     guidance: Guidance = "any"
+    chunks: tuple[int, int, int] = (1, 1, 1)
 
     def __post_init__(self) -> None:
         triples: list[tuple[str, tuple[int, int, int]]] = [("batch", batch) for batch in self.batches]
+        triples += [("chunks", self.chunks)]
         for low, opt, high in self.sizes:
             triples += [("width", (low[0], opt[0], high[0])), ("height", (low[1], opt[1], high[1]))]
         for name, (least, best, most) in triples:
@@ -44,12 +48,14 @@ class Shapes:
         size: str | None = None,
         batch: str | None = None,
         guidance: Guidance | None = None,
+        chunks: str | None = None,
         static: bool = False,
     ) -> Shapes:
-        """Parse comma-separated lists of sizes and of batches, each one value, "MIN:MAX" or "MIN:OPT:MAX". Raises SettingError.
+        """Parse comma-separated lists of sizes and of batches, and `chunks`, each one value, "MIN:MAX" or "MIN:OPT:MAX".
 
-        A size is written "WxH". Defaults for a `static` engine: the model's own size, one image and guidance on. For others:
-        every size from the smallest to four times the model's own side, 1 to 8 images, and guidance on or off.
+        A size is written "WxH". Defaults for a `static` engine: the model's own size, one image, guidance on and prompts of one
+        chunk. For others: every size from the smallest to four times the model's own side, 1 to 8 images, guidance on or off,
+        and 1 to MOST_CHUNKS chunks. Raises SettingError.
         """
         height, width = model.default_size
         smallest = model.size_multiple
@@ -69,7 +75,15 @@ class Shapes:
             if not re.fullmatch(r"\d{1,4}(:\d{1,4}){0,2}", text):
                 raise SettingError(f"batch {batch!r}: expected 4, 1:4 or 1:2:4 (min:opt:max images), or a list such as 1,2,4")
             batches.append(_triple([int(part) for part in text.split(":")], f"batch {text!r}"))
-        return cls(sizes=tuple(sizes), batches=tuple(batches), guidance=guidance or ("on" if static else "any"))
+        if chunks is None:
+            chunks = "1" if static else f"1:{MOST_CHUNKS}"
+        if not re.fullmatch(r"\d{1,2}(:\d{1,2}){0,2}", chunks):
+            raise SettingError(f"chunks {shown(chunks)}: expected 1, 1:3 or 1:1:3 (min:opt:max chunks of a prompt)")
+        counts = _triple([int(part) for part in chunks.split(":")], f"chunks {chunks!r}")
+        if counts[2] > MOST_CHUNKS:
+            raise SettingError(f"chunks {chunks}: at most {MOST_CHUNKS}")
+        guidance = guidance or ("on" if static else "any")
+        return cls(sizes=tuple(sizes), batches=tuple(batches), guidance=guidance, chunks=counts)
 
     def profiles(self, component: str, manifest: Manifest) -> tuple[Profile, ...]:
         """Return (min, opt, max) of each named dimension of a component, in its own units, for each size and batch."""
@@ -84,7 +98,7 @@ class Shapes:
                 "batch": batch,
                 "width": tuple(width // scale for width, _ in size),
                 "height": tuple(height // scale for _, height in size),
-                "sequence": (manifest.text_length,) * 3,
+                "sequence": tuple(count * manifest.text_length for count in self.chunks),
                 "jobs": batch,
                 "cells": tuple(channels * (width // scale) * (height // scale) for width, height in size),
             }
@@ -103,6 +117,8 @@ class Shapes:
         sizes = ["-".join(dict.fromkeys(f"{w}x{h}" for w, h in (low, high))) for low, _, high in self.sizes]
         batches = ["-".join(dict.fromkeys((str(low), str(high)))) for low, _, high in self.batches]
         label = "+".join(dict.fromkeys(sizes)) + "-b" + "+".join(dict.fromkeys(batches))
+        if self.chunks[2] not in (1, MOST_CHUNKS):  # the defaults
+            label += "-c" + "-".join(dict.fromkeys((str(self.chunks[0]), str(self.chunks[2]))))
         return label if len(label) <= 80 else f"{len(self.sizes)}sizes-{len(self.batches)}batches"
 
 

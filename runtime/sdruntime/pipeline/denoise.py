@@ -86,8 +86,8 @@ def _finish(calls: list[Stepper]) -> None:
 class Call:
     """Advance a group of jobs on the host with one UNet call per step.
 
-    The UNet's inputs are allocated once; a step rewrites only `sample` and `timestep`. `unet` is called at each step and may
-    return another engine. The unconditional rows come first.
+    The UNet's inputs are allocated once; a step rewrites only `sample`, `timestep`, and the rows that change there. `unet` is
+    called at each step and may return another engine. The unconditional rows come first.
     """
 
     def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
@@ -96,7 +96,7 @@ class Call:
         first = len(guided)  # conditional row
         unconditional = iter(range(first))
         self._rows = [(job, first + k, next(unconditional) if job.guided else None) for k, job in enumerate(jobs)]
-        rows = [job.rows[0] for job in guided] + [job.rows[-1] for job in jobs]
+        rows = [job.current_rows[0] for job in guided] + [job.current_rows[-1] for job in jobs]
         self._sample = np.empty((len(rows), *jobs[0].run.x.shape), np.float32)
         self._timestep = np.empty(len(rows), np.float32)
         self._feeds: dict[str, Array] = {"sample": self._sample, "timestep": self._timestep, **stacked(rows)}
@@ -105,6 +105,9 @@ class Call:
         for job, row, unconditional in self._rows:
             job.run.model_input(out=self._sample[row])
             self._timestep[row] = job.run.t
+            for changed, index in zip(reversed(job.changes.get(job.run.step, ())), (row, unconditional), strict=False):
+                for name, array in changed.items():
+                    self._feeds[name][index] = array
             if unconditional is not None:
                 self._sample[unconditional] = self._sample[row]
                 self._timestep[unconditional] = job.run.t

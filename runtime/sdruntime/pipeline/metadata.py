@@ -19,6 +19,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
 from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.sampling.own_sigmas import own_steps
 from sdruntime.sampling.samplers import A1111_SCHEDULES, identified, settled
 
@@ -29,6 +30,8 @@ AUTOMATIC = "Automatic"
 OWN_TIMESTEPS = ("DDIM", "PLMS", "UniPC")
 # The web UI's schedule type with the noise levels of each timestep_spacing. "Automatic" would often be Karras: another image.
 SPACINGS: Mapping[str, str] = {"linspace": A1111_SCHEDULES[None] or "", "leading": "DDIM", "trailing": "Simple"}
+# The web UI writes no key for "Original".
+A1111_EMPHASES: Mapping[Emphasis, str | None] = {"original": None, "no-norm": "No norm", "ignore": "Ignore"}
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -99,6 +102,10 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,
         "CFG Rescale": request.rescale or None,
+        "Emphasis": A1111_EMPHASES[request.emphasis] if request.prompt_syntax == "a1111" else None,
+        "Prompt syntax": "a1111" if request.prompt_syntax == "a1111" else None,
+        "Prompt 2": request.prompt_2,
+        "Negative prompt 2": request.negative_2,
         "RNG": RNG,
         "Sigmas": None if request.sigmas is None else ", ".join(map(_number, request.sigmas)),
         "Timestep spacing": origin.spacing or None,

@@ -34,9 +34,11 @@ from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
+from sdruntime.pipeline.text.wording import Wording
+from sdruntime.pipeline.texts import Texts
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
-from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
+from sdruntime.sampling.job import IN_FLIGHT, Job, Row, State, Stepper, after
 from sdruntime.sampling.noise import NoiseStream
 from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
@@ -247,12 +249,15 @@ class Pipeline:
         for _, height, width in set(shapes):  # fail before the texts are encoded
             for component in ("unet", "vae_decoder") if self.engines.given is None else ():
                 self.engines.choose(component, height=height, width=width)
-        texts = [request.prompt for request in requests]
-        texts += [request.negative or "" for request in requests if request.guided]
-        conditions = self._conditioner.encode(texts, self.engine)
-        return [
-            self._job(request, shape, table, conditions) for request, shape, table in zip(requests, shapes, tables, strict=True)
+        texts = [
+            Texts.of(request, steps=table.steps, encoders=len(self._conditioner.tokenizers))
+            for request, table in zip(requests, tables, strict=True)
         ]
+        conditions = self._conditioner.encode([text.wordings for text in texts], self.engine)
+        for (_, height, width), encoded in zip(shapes, conditions, strict=True) if self.engines.given is None else ():
+            sequence = len(next(iter(encoded.values())).hidden)
+            self.engines.choose("unet", height=height, width=width, sequence=sequence)
+        return [self._job(*parts) for parts in zip(requests, shapes, tables, texts, conditions, strict=True)]
 
     def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
         """Return the loop `denoise`, which the pipeline closes with itself. `steppers`: `self.steppers` or `device_steppers`."""
@@ -360,7 +365,14 @@ class Pipeline:
             )
         return self._tables[key]
 
-    def _job(self, request: Request, shape: tuple[int, int, int], table: Table, conditions: Mapping[str, Condition]) -> Job:
+    def _job(
+        self,
+        request: Request,
+        shape: tuple[int, int, int],
+        table: Table,
+        texts: Texts,
+        conditions: Mapping[Wording, Condition],
+    ) -> Job:
         noise = NoiseStream(request.seed)
         if request.pixels is None:
             first = table.start[1] * noise.normal(shape)
@@ -371,20 +383,25 @@ class Pipeline:
             encoder = self.engine("vae_encoder", height=height, width=width)
             clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model, self.bundle.folder)[0]
             first = table.start[0] * clean + table.start[1] * noise.normal(shape)
-        condition = conditions[request.prompt]
-        encoded = [(request.prompt, condition)]
-        if request.guided:
-            absent = request.negative is None and self.model.zero_empty_negative
-            encoded += [(request.negative or "", condition.zeros() if absent else conditions[request.negative or ""])]
-        sizes = {} if condition.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
+        rows: dict[int, tuple[Row, ...]] = {}
+        encoded: list[tuple[str, Condition]] = []
+        for step, (prompt, *negative) in texts.at.items():
+            condition = conditions[prompt]
+            encoded += [(prompt.text, condition)]
+            if negative:
+                absent = texts.no_negative and self.model.zero_empty_negative
+                encoded += [(negative[0].text, condition.zeros() if absent else conditions[negative[0]])]
+            sizes = {} if condition.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
+            rows[step] = tuple({**text.row, **sizes} for _, text in reversed(encoded[-1 - len(negative) :]))
         return Job(
             run=Run(table, first.astype(np.float32), lambda: noise.normal(shape)),
-            rows=tuple({**text.row, **sizes} for _, text in reversed(encoded)),
+            rows=rows.pop(0),
+            changes=rows,
             guidance=request.guidance,
             rescale=request.rescale,
             sampler=request.sampler or self.sampler,
             bundle=self.bundle.folder,
-            cut=condition.cut,
+            cut=encoded[0][1].cut,
             warnings=tuple(cut_lines(encoded)),
         )
 

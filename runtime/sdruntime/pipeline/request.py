@@ -17,6 +17,8 @@ from sdruntime.arrays import Array
 from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
 from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIDE, sigmas_of
+from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
+from sdruntime.pipeline.text.wording import SYNTAXES, Syntax
 from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
 
@@ -29,6 +31,7 @@ DIFFUSERS: Mapping[str, str] = {
     "guidance_scale": "guidance=…",
     "guidance_rescale": "rescale=…",
     "negative_prompt": "negative=…",
+    "negative_prompt_2": "negative_2=…",
     "num_images_per_prompt": "count=…",
     "generator": "seed=…: image k has seed + k, and the noise of torch's CPU generator",
     "height": "size=(width, height)",
@@ -44,7 +47,7 @@ DIFFUSERS: Mapping[str, str] = {
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
-    *("latents", "timesteps", "prompt_2", "negative_prompt_2", "clip_skip", "cross_attention_kwargs", "return_dict"),
+    *("latents", "timesteps", "clip_skip", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     *("mask_image", "control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
 )
@@ -60,6 +63,11 @@ class Request:
     pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it.
     `options`: the sampler's own settings, such as eta. `guidance`: 1 or less disables guidance and the negative prompt.
     `rescale`: guidance rescale φ in [0, 1], Lin et al. 2023, section 3.4.
+
+    `prompt_2`, `negative_2`: texts for the second text encoder of a model that has two, None for the same as for the first.
+    `prompt_syntax`: "plain" takes all texts as they are and cuts them at the encoder's length. "a1111" reads the syntax of
+    AUTOMATIC1111's web UI: emphasis, BREAK, prompt editing and alternation, in texts of any length. `emphasis`: how "a1111"
+    applies weights, "original", "no-norm" or "ignore".
     """
 
     prompt: str
@@ -76,9 +84,13 @@ class Request:
     fit: Fit | None = None
     strength: float = NUMBERS["strength"]
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_2: str | None = None
+    negative_2: str | None = None
+    prompt_syntax: Syntax = "plain"
+    emphasis: Emphasis = "original"
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative", "sampler", "schedule"):
+        for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
             text = getattr(self, name)
             if not isinstance(text, str) and (name == "prompt" or text is not None):
                 raise SettingError(f"{name} {shown(text)}: expected text")
@@ -97,6 +109,9 @@ class Request:
         check_options(self.options)
         if self.fit is not None and self.fit not in FITS:
             raise UnknownName("fit", str(self.fit), FITS)
+        for name, known in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES)):
+            if getattr(self, name) not in known:
+                raise UnknownName(name, str(getattr(self, name)), known)
         if self.image is not None:
             object.__setattr__(self, "image", pixels_from(self.image))
 
@@ -130,6 +145,7 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
     unguided = [request for request in requests if not request.guided]
     text_only = [request for request in requests if request.pixels is None]
     unused = [("the negative prompt", request) for request in unguided if request.negative]
+    unused += [("the second negative prompt", request) for request in unguided if request.negative_2]
     unused += [(f"rescale {request.rescale:g}", request) for request in unguided if request.rescale]
     lines = [f"{name} has no effect at guidance {request.guidance:g}: set guidance above 1" for name, request in unused]
     lines += [
@@ -138,6 +154,11 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
         if request.strength != DEFAULTS["strength"]
     ]
     lines += [f"fit {request.fit!r} has no effect without an image" for request in text_only if request.fit is not None]
+    lines += [
+        f"emphasis {request.emphasis!r} has no effect in the prompt syntax 'plain'"
+        for request in requests
+        if request.prompt_syntax == "plain" and request.emphasis != DEFAULTS["emphasis"]
+    ]
     return list(dict.fromkeys(lines))
 
 

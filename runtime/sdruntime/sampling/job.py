@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,13 +21,15 @@ class Job:
     """One image in progress. `run.x`, float32 [C, h, w], is its latents; between steps the caller may read and edit it.
 
     `rows`: the UNet's inputs besides `sample` and `timestep`, for each row of a call: (unconditional, conditional), or without
-    guidance the conditional row alone. Set `stopped` to leave the job as it is. For messages: `sampler`; `cut`, the part of the
+    guidance the conditional row alone. `changes`: step -> the rows from that step on, of the same names and shapes, if the prompt
+    is edited on the way. Set `stopped` to leave the job as it is. For messages: `sampler`; `cut`, the part of the
     prompt that did not fit; `warnings`, texts for users. `error`: the error that ended the job's call. The job is then where it
     was before the call, or is lost with a device's state.
     """
 
     run: Run
     rows: tuple[Row, ...]
+    changes: Mapping[int, tuple[Row, ...]] = field(default_factory=dict)
     guidance: float = 1.0
     rescale: float = 0.0
     sampler: str = ""
@@ -44,6 +46,12 @@ class Job:
     @property
     def guided(self) -> bool:
         return len(self.rows) == 2
+
+    @property
+    def current_rows(self) -> tuple[Row, ...]:
+        """The rows of the next step."""
+        last = max((step for step in self.changes if step <= self.run.step), default=None)
+        return self.rows if last is None else self.changes[last]
 
     @property
     def sequence(self) -> int:

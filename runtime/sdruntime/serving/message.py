@@ -12,6 +12,8 @@ from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.request import DEFAULTS, Request
+from sdruntime.pipeline.text.emphasis import Emphasis
+from sdruntime.pipeline.text.wording import Syntax
 from sdruntime.serving.batcher import QUEUE
 
 
@@ -67,6 +69,10 @@ class RequestMessage:
     height: int | None = None
     strength: float = DEFAULTS["strength"]
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_2: str | None = None
+    negative_2: str | None = None
+    prompt_syntax: Syntax = DEFAULTS["prompt_syntax"]
+    emphasis: Emphasis = DEFAULTS["emphasis"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -88,6 +94,10 @@ class RequestMessage:
             image=image,
             strength=self.strength,
             options=self.options,
+            prompt_2=self.prompt_2,
+            negative_2=self.negative_2,
+            prompt_syntax=self.prompt_syntax,
+            emphasis=self.emphasis,
         )
 
 

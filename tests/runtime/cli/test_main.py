@@ -119,7 +119,7 @@ def test_image_to_image_takes_the_size_of_the_picture(ready: Path, tmp_path: Pat
         (["--size", "100x64"], 2, "size 100x64: both sides must be multiples of 64, such as 128x64"),
         (["--size", "0x0"], 2, "size: width 0 is outside 1 to 16,384"),
         (["--size", "big"], 2, "WIDTHxHEIGHT"),
-        (["--size", "1024x1024"], 5, "built for 64x64 to 512x512, batch 1 to 16, sequence 77; requested is 1024x1024"),
+        (["--size", "1024x1024"], 5, "built for 64x64 to 512x512, batch 1 to 16, sequence 77 to 2464; requested is 1024x1024"),
         (["--steps", "0"], 2, "steps 0"),
         (["--steps", "1000000000"], 2, "steps 1000000000"),
         (["--sampler", "dpmp_2m"], 2, "did you mean dpmpp_2m"),
@@ -167,7 +167,7 @@ def test_a_prompt_over_64_kib_is_refused_with_the_limit(ready: Path, tmp_path: P
 
 
 def test_what_the_text_encoder_does_not_take_is_reported(ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate(ready, "-o", tmp_path / "out.png", "--json", prompt="x " * 75 + "lost words") == 0
+    assert generate(ready, "-o", tmp_path / "out.png", "--json", "--prompt-syntax", "plain", prompt="x " * 75 + "lost words") == 0
     printed = capsys.readouterr()
     (picture,) = json.loads(printed.out)["pictures"]
     assert picture["cut"] == "lost words"

@@ -74,9 +74,17 @@ def test_ranges_are_in_the_units_of_each_component(bundle: Bundle) -> None:
         for engine in built(bundle, size="256x128:512x512:768x1024", batch="1:2:4").manifest.engines
     }
     assert engines["text_encoder"] == {"batch": (1, 2, 8)}
-    assert engines["unet"] == {"batch": (1, 4, 8), "height": (16, 64, 128), "width": (32, 64, 96), "sequence": (77, 77, 77)}
+    assert engines["unet"] == {"batch": (1, 4, 8), "height": (16, 64, 128), "width": (32, 64, 96), "sequence": (77, 77, 2464)}
     assert engines["vae_decoder"] == {"batch": (1, 2, 4), "height": (16, 64, 128), "width": (32, 64, 96)}
     assert engines["vae_encoder"] == {"batch": (1, 2, 4), "height": (128, 512, 1024), "width": (256, 512, 768)}
+
+
+def test_chunks_of_a_prompt_are_a_range_of_tokens(bundle: Bundle) -> None:
+    (engine,) = [each for each in built(bundle, size="64x64", chunks="1:2:3").manifest.engines if each.component == "unet"]
+    assert engine.profiles[0]["sequence"] == (77, 154, 231)
+    assert "64x64-b1-8-c1-3" in engine.name
+    assert Shapes.parse(MODEL, static=True).chunks == (1, 1, 1)
+    assert Shapes.parse(MODEL, static=True, chunks="2").label == "512x512-b1-c2"
 
 
 def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundle: Bundle) -> None:
@@ -98,6 +106,10 @@ def test_engines_that_differ_in_their_optimum_only_stand_beside_each_other(bundl
         ({"batch": "0"}, "must rise from 1"),
         ({"batch": "4:1"}, "must rise"),
         ({"batch": "many"}, "expected 4, 1:4"),
+        ({"chunks": "many"}, "chunks 'many': expected 1, 1:3 or 1:1:3"),
+        ({"chunks": "0"}, "chunks 0:0:0: MIN, OPT and MAX must rise from 1"),
+        ({"chunks": "3:1"}, "must rise"),
+        ({"chunks": "1:33"}, "chunks 1:33: at most 32"),
     ],
 )
 def test_shapes_out_of_order_are_refused(sizes: dict[str, str], message: str) -> None:

@@ -54,7 +54,9 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_buffers_are_those_of_the_largest_profile(bundle: Bundle) -> None:
-    for _ in build_engines(bundle.folder, BuildRequest(backend="fake", size="64x64,128x64", batch="1,2", guidance="on")):
+    for _ in build_engines(
+        bundle.folder, BuildRequest(backend="fake", size="64x64,128x64", batch="1,2", guidance="on", chunks="1")
+    ):
         pass
     engines = [dataclasses.replace(engine, target="sm86") for engine in Bundle.open(bundle.folder).manifest.engines]
     parts = {part.component: part for part in memory_plan(bundle.manifest, []).parts}

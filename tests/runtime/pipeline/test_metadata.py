@@ -158,7 +158,11 @@ def again(found: dict[str, str]) -> list[str]:
         "--rescale": "CFG Rescale",
         "--strength": "Denoising strength",
         "--sigmas": "Sigmas",
+        "--prompt-2": "Prompt 2",
+        "--negative-2": "Negative prompt 2",
     }
+    arguments += ["--prompt-syntax", found.get("Prompt syntax", "plain")]
+    arguments += ["--emphasis", {"No norm": "no-norm", "Ignore": "ignore"}.get(found.get("Emphasis", ""), "original")]
     arguments += [part for flag, key in optional.items() if found.get(key) for part in (flag, found[key])]
     if "Timestep spacing" not in found and found["Schedule type"] != "Automatic":
         arguments += ["--schedule", found.get("Schedule", found["Schedule type"])]
@@ -175,6 +179,8 @@ def again(found: dict[str, str]) -> list[str]:
         ["--sampler", "DPM++ 2M Karras", "--rescale", "0.7", "--guidance", "9.125", "--negative", "a, b"],
         ["--sampler", "dpmpp_2m", "--option", "solver_order=3", "--option", "euler_at_final=true"],
         ["--sampler", "euler", "--schedule", "sgm_uniform"],
+        ["--negative", "[x|(y)]", "--emphasis", "no-norm"],
+        ["--negative", "(x:1.5) [y:2]", "--prompt-syntax", "plain"],
         ["--sampler", "euler", "--schedule", "lu"],
         ["--image", "start.png", "--strength", "0.6", "--sampler", "Euler a"],
         ["--sampler", "euler", "--sigmas", "14.6,6.5,2.25,0.7000000000000001,0"],
@@ -188,7 +194,7 @@ def test_the_settings_of_an_image_generate_it_again(given: list[str], small_bund
     given = [str(start) if part == "start.png" else part for part in given]
     images = [tmp_path / "first.png", tmp_path / "second.png"]
     common = ["generate", str(small_bundle), "--steps", "4", "--no-measure", "-o"]
-    assert main([*common, str(images[0]), "the red cat", *given, "--seed", "11"]) == 0
+    assert main([*common, str(images[0]), "the (red:1.4) [cat:dog:0.5]", *given, "--seed", "11"]) == 0
     with PIL.Image.open(images[0]) as image:
         found = read_infotext(str(image.info["parameters"]))
     start_image = ["--image", str(start)] if "Init image hash" in found else []

@@ -7,7 +7,7 @@ import pytest
 from clip_files import KINDS, golden_ids, write_kind
 
 from sdruntime.errors import SettingError
-from sdruntime.pipeline.text.prompt import batch, tokenize
+from sdruntime.pipeline.text.prompt import tokenize
 from sdruntime.pipeline.text.tokenizer import Tokenizer
 
 IDS = golden_ids()
@@ -21,7 +21,7 @@ def tokenizer(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_cut_and_padded_as_the_reference_does(kind, tmp_path):
     tokenizer = Tokenizer.open(write_kind(tmp_path / "tokenizer", kind))
-    ids = batch([tokenize(tokenizer, prompt) for prompt in IDS["prompts"]])
+    ids = np.stack([tokenize(tokenizer, prompt).ids for prompt in IDS["prompts"]])
     assert ids.dtype == np.int32
     assert np.array_equal(ids, IDS["kinds"][kind]["padded"])
 

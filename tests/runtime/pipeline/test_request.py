@@ -98,11 +98,14 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
     with pytest.raises(SystemExit):
         parser().parse_args(["generate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
+    assert given["prompt_syntax"] == "a1111"
+    assert [given[name] for name in ("emphasis", "prompt_2", "negative_2")] == ["original", None, None]
     for name in ("steps", "guidance", "rescale", "strength"):
         assert f"{RANGES[name]} ({DEFAULTS[name]:g})" in told
 
 
 def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
+    assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis"} <= shared
     assert {"steps", "guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}

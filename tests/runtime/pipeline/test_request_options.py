@@ -61,6 +61,10 @@ def test_other_names_are_not_options(key: str) -> None:
         ("a cat", {"seed": 1.0}, "seed 1.0: expected a whole number"),
         ("a cat", {"options": "eta=1"}, "options 'eta=1': expected a mapping"),
         ("a cat", {"mask_image": None}, "setting 'mask_image' of diffusers is not supported"),
+        ("a cat", {"negative_prompt_2": "x"}, "unknown setting 'negative_prompt_2': write negative_2=…"),
+        ("a cat", {"prompt_2": 3}, "prompt_2 3: expected text"),
+        ("a cat", {"prompt_syntax": "compel"}, "unknown prompt_syntax 'compel'"),
+        ("a cat", {"emphasis": "No norm"}, "unknown emphasis 'No norm'"),
         ("a cat", {"latents": None}, "setting 'latents' of diffusers is not supported"),
     ],
 )
@@ -77,6 +81,15 @@ def test_prompts_come_from_any_iterable() -> None:
 def test_settings_of_an_image_without_one_are_reported() -> None:
     found = unused_lines([Request(prompt="a cat", strength=0.3, fit="crop"), Request(prompt="a cat")])
     assert found == ["strength 0.3 has no effect without an image", "fit 'crop' has no effect without an image"]
+
+
+def test_settings_of_texts_without_effect_are_reported() -> None:
+    plain = Request(prompt="a (cat)", emphasis="ignore")
+    unguided = Request(prompt="a cat", negative_2="x", guidance=1.0)
+    assert unused_lines([plain, unguided]) == [
+        "the second negative prompt has no effect at guidance 1: set guidance above 1",
+        "emphasis 'ignore' has no effect in the prompt syntax 'plain'",
+    ]
 
 
 def test_a_seed_of_numpy_is_a_plain_number() -> None:

@@ -211,12 +211,14 @@ class Frames:
 class DeviceCall:
     """A `denoise.Call` that keeps the loop on the GPU, until the first of its jobs has finished its steps.
 
-    `whole`: if the frame has run before, all steps are launched with the first one, and no intermediate state can be fetched.
+    `whole`: if the frame has run before, and no job's rows change later, all steps are launched with the first one, and no
+    intermediate state can be fetched.
     """
 
     def __init__(self, jobs: Sequence[Job], frame: Frame, *, whole: bool = False, ahead: int = IN_FLIGHT) -> None:
         self.jobs, self._frame, self._index = jobs, frame, 0
-        self._launch_all, self._launched, self._ahead = whole, False, ahead
+        changing = any(step > job.run.step for job in jobs for step in job.changes)
+        self._launch_all, self._launched, self._ahead = whole and not changing, False, ahead
         self._events: collections.deque[Event] = collections.deque()
         frame.busy = True
         try:
@@ -242,6 +244,9 @@ class DeviceCall:
     def advance(self) -> None:
         """Queue one step. While more than `ahead` steps are in flight, poll their events."""
         self._frame.check_open()
+        if self._index and any(job.run.step in job.changes for job in self.jobs):
+            self._wait(0)  # steps in flight read the rows
+            self._frame.unet.upload(_rows(self.jobs, self._frame))
         if self._launch_all and self._index == 0:
             self._launched = self._frame.run_all(self.steps)
         if not self._launched:
@@ -251,7 +256,11 @@ class DeviceCall:
             job.run.skip()
         if not self._launched:
             self._events.append(self._frame.session.stream.event())
-        while len(self._events) > self._ahead:
+        self._wait(self._ahead)
+
+    def _wait(self, ahead: int) -> None:
+        """Poll until at most `ahead` steps are in flight."""
+        while len(self._events) > ahead:
             if self._events[0].reached():
                 self._events.popleft().close()
             else:
@@ -333,12 +342,17 @@ def _fits(job: Job) -> bool:
 
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
-    """Return the UNet's inputs that are set once: unconditional rows first, then conditional ones, then padding."""
-    rows = [job.rows[-1] for job in jobs]
+    """Return the UNet's inputs before the first step: unconditional rows first, then conditional ones, then padding."""
+    feeds = {"sample": padded(_samples(jobs, frame), frame.rows), **_rows(jobs, frame)}
+    return fill_optional_inputs(frame.component, frame.dims, feeds)
+
+
+def _rows(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
+    """Return the inputs that stay until the prompt of a job changes."""
+    rows = [job.current_rows[-1] for job in jobs]
     if frame.guided:
-        rows = [job.rows[0] for job in jobs] + rows
-    feeds = {"sample": _samples(jobs, frame), **stacked(rows)}
-    return fill_optional_inputs(frame.component, frame.dims, {name: padded(array, frame.rows) for name, array in feeds.items()})
+        rows = [job.current_rows[0] for job in jobs] + rows
+    return {name: padded(array, frame.rows) for name, array in stacked(rows).items()}
 
 
 def _samples(jobs: Sequence[Job], frame: Frame) -> Array:

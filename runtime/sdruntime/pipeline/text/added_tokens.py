@@ -104,6 +104,19 @@ def _is_word(character: str) -> bool:
     return kind == "So" and any(first <= ord(character) <= last for first, last in _CIRCLED)
 
 
+def vectors_of(tokens: Iterable[AddedToken]) -> dict[int, int]:
+    """Return the number of tokens of each multi-vector token, by the id of its first: that of "<cat>", beside "<cat>_1"."""
+    ids = {token.text: token.id for token in tokens}
+    counts = {}
+    for name in ids:
+        number = 1
+        while f"{name}_{number}" in ids:
+            number += 1
+        if number > 1:
+            counts[ids[name]] = number
+    return counts
+
+
 def expanded(text: str, tokens: Iterable[AddedToken], tokenize: Callable[[str], Iterable[str]], *, most: int) -> str:
     """Return `text` with multi-vector tokens written out as in diffusers' pipelines: "<cat>" becomes "<cat> <cat>_1 …".
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,17 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.finite import checked_rows
-from sdruntime.pipeline.text.prompt import batch, tokenize
+from sdruntime.errors import SettingError, shown
+from sdruntime.pipeline.text.chunks import Chunk, chunks, whole
+from sdruntime.pipeline.text.emphasis import emphasized
+from sdruntime.pipeline.text.prompt import tokenize
 from sdruntime.pipeline.text.tokenizer import FILES, Tokenizer
+from sdruntime.pipeline.text.wording import Wording
 from sdruntime.system.document import LARGEST
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-KEPT = 64  # encoded texts in memory: 15 MiB for SD1, 40 MiB for SDXL
+KEPT = 64  # encoded chunks in memory: 15 MiB for SD1, 40 MiB for SDXL
+MOST_ENCODED = 512  # chunks of one image: 120 MiB for SD1, 320 MiB for SDXL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,12 @@ class Condition:
         """The UNet's inputs for one row of a call."""
         pooled = {} if self.pooled is None else {"text_embeds": self.pooled}
         return {"encoder_hidden_states": self.hidden, **pooled}
+
+    def filled(self, count: int, empty: Condition | None) -> Condition:
+        """Return the condition with the `hidden` of `count` empty chunks at its end; itself without any."""
+        if not count or empty is None:
+            return self
+        return replace(self, hidden=_read_only(np.concatenate([self.hidden, *[empty.hidden] * count])))
 
     def zeros(self) -> Condition:
         """Return the condition that some checkpoints use in place of an absent negative prompt: all zeros."""
@@ -51,12 +63,24 @@ def cut_lines(encoded: Iterable[tuple[str, Condition]]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Chunked:
+    """A text as inputs of the text encoders: `parts`, the same number for each. `cut`: what did not fit."""
+
+    parts: Mapping[str, Sequence[Chunk]]
+    cut: str
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioner:
     """Encode texts with a bundle's text encoders. `tokenizers`: by the name of the text encoder that each feeds."""
 
     tokenizers: Mapping[str, Tokenizer]
     bundle: Path | None = None
-    _kept: dict[str, Condition] = field(default_factory=dict)  # ordered by use: the most recent text is last
+    _kept: dict[Wording, Condition] = field(default_factory=dict)  # ordered by use: the most recent text is last
 
     @classmethod
     def open(cls, bundle: Bundle) -> Conditioner:
@@ -72,42 +96,88 @@ class Conditioner:
                 )
         return cls(tokenizers, bundle.folder)
 
-    def encode(self, texts: Iterable[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
-        """Return the condition of each distinct text; encode those that are not in memory. Raises NotFinite.
+    def encode(self, images: Sequence[Sequence[Wording]], engine: Callable[[str], Engine]) -> list[dict[Wording, Condition]]:
+        """Return the condition of each wording of each image, all of one image filled with empty chunks to the same length.
 
-        `engine` returns the open engine of a text encoder. It is called only if there is something to encode.
+        Wordings that are not in memory are encoded. `engine` returns the open engine of a text encoder. It is called only if
+        there is something to encode. Raises SettingError, NotFinite.
         """
-        texts = list(dict.fromkeys(texts))
-        conditions = {text: self._kept.pop(text) for text in texts if text in self._kept}
-        if new := [text for text in texts if text not in conditions]:
-            conditions |= self._encode(new, engine)
-        self._kept.update((text, conditions[text]) for text in texts)
-        for text in list(self._kept)[:-KEPT]:
-            del self._kept[text]
-        return conditions
+        chunked = {wording: self._chunked(wording) for image in images for wording in image if wording not in self._kept}
+        counts = {wording: made.count for wording, made in chunked.items()}
+        counts |= {wording: self._count(condition) for wording, condition in self._kept.items()}
+        most = [max(counts[wording] for wording in image) for image in images]
+        for image, count in zip(images, most, strict=True):
+            if len(set(image)) * count > MOST_ENCODED:
+                raise SettingError(
+                    f"the prompt {shown(image[0].text)} changes to {len(set(image))} texts of up to {count} chunks; the maximum "
+                    f"is {MOST_ENCODED} chunks in all: shorten it, or use fewer [a|b] or [a:b:when] in it"
+                )
+        short = {w.empty for image, count in zip(images, most, strict=True) for w in image if counts[w] < count}
+        chunked |= {empty: self._chunked(empty) for empty in short if empty not in self._kept}
+        columns = itertools.zip_longest(*images)  # the first wording of every image, then the second, …
+        wordings = dict.fromkeys([*(wording for column in columns for wording in column if wording), *short])
+        conditions = {wording: self._kept.pop(wording) for wording in wordings if wording in self._kept}
+        conditions |= self._encode({wording: chunked[wording] for wording in wordings if wording in chunked}, engine)
+        self._keep(conditions)
+        return [
+            {w: conditions[w].filled(count - counts[w], conditions.get(w.empty)) for w in image}
+            for image, count in zip(images, most, strict=True)
+        ]
 
     def forget(self) -> None:
         """Drop all encoded texts."""
         self._kept.clear()
 
-    def _encode(self, texts: Sequence[str], engine: Callable[[str], Engine]) -> dict[str, Condition]:
-        tokens = {encoder: [tokenize(tokenizer, text) for text in texts] for encoder, tokenizer in self.tokenizers.items()}
-        outputs = [
-            checked_rows(engine(encoder), {"input_ids": batch(prompts)}, lambda row: f"text {texts[row][:40]!r}", self.bundle)
-            for encoder, prompts in tokens.items()
-        ]
-        cuts = [
-            " / ".join(dict.fromkeys(prompt.cut for prompt in prompts if prompt.cut))
-            for prompts in zip(*tokens.values(), strict=True)
-        ]
-        if len(outputs) == 1 and "last_hidden_state" in outputs[0]:
-            hidden, pooled = outputs[0]["last_hidden_state"], None
-        else:  # SDXL: both encoders' second-to-last hidden states, concatenated, and the pooled text of the second
-            hidden, pooled = np.concatenate([out["hidden_states"] for out in outputs], axis=-1), outputs[-1]["text_embeds"]
-        return {
-            text: Condition(hidden=_read_only(hidden[k]), pooled=None if pooled is None else _read_only(pooled[k]), cut=cuts[k])
-            for k, text in enumerate(texts)
-        }
+    def _keep(self, conditions: Mapping[Wording, Condition]) -> None:
+        self._kept.update(conditions)
+        room = KEPT
+        for wording, condition in reversed(list(self._kept.items())):
+            room -= self._count(condition)
+            if room < 0:
+                del self._kept[wording]
+
+    def _count(self, condition: Condition) -> int:
+        """Return the number of chunks of a condition."""
+        return len(condition.hidden) // next(iter(self.tokenizers.values())).length
+
+    def _chunked(self, wording: Wording) -> _Chunked:
+        """Return the inputs of the text encoders, for each as many chunks as for the other."""
+        if wording.syntax == "plain":
+            prompts = {encoder: tokenize(tokenizer, wording.of(encoder)) for encoder, tokenizer in self.tokenizers.items()}
+            cut = " / ".join(dict.fromkeys(prompt.cut for prompt in prompts.values() if prompt.cut))
+            return _Chunked({encoder: [whole(prompt)] for encoder, prompt in prompts.items()}, cut)
+        parts = {encoder: chunks(tokenizer, wording.of(encoder)) for encoder, tokenizer in self.tokenizers.items()}
+        most = max(map(len, parts.values()))
+        return _Chunked(
+            {name: [*part, *chunks(self.tokenizers[name], "") * (most - len(part))] for name, part in parts.items()}, ""
+        )
+
+    def _encode(self, texts: Mapping[Wording, _Chunked], engine: Callable[[str], Engine]) -> dict[Wording, Condition]:
+        """Encode all chunks of all texts in one call of each text encoder."""
+        if not texts:
+            return {}
+        rows = [wording for wording, text in texts.items() for _ in range(text.count)]
+        hidden, pooled = [], None
+        for encoder in self.tokenizers:
+            parts = [chunk for text in texts.values() for chunk in text.parts[encoder]]
+            feeds = {"input_ids": np.stack([chunk.ids for chunk in parts])}
+            describe = lambda row, encoder=encoder: f"text {rows[row].of(encoder)[:40]!r}"  # noqa: E731
+            outputs = checked_rows(engine(encoder), feeds, describe, self.bundle)
+            # SDXL: both encoders' second-to-last hidden states, concatenated, and the pooled text of the second
+            states = outputs.get("last_hidden_state", outputs.get("hidden_states"))
+            assert states is not None
+            hidden.append(
+                [emphasized(z, chunk.weights, wording.emphasis) for z, chunk, wording in zip(states, parts, rows, strict=True)]
+            )
+            pooled = outputs.get("text_embeds")
+        conditions, row = {}, 0
+        for wording, text in texts.items():
+            places = range(row, row + text.count)
+            joined = np.concatenate([np.concatenate([states[place] for states in hidden], axis=-1) for place in places])
+            first = None if pooled is None else _read_only(pooled[row])
+            conditions[wording] = Condition(hidden=_read_only(joined), pooled=first, cut=text.cut)
+            row += text.count
+        return conditions
 
 
 def _read_only(row: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +33,3 @@ def tokenize(tokenizer: Tokenizer, text: str) -> TokenizedPrompt:
     ids[: len(row)] = row
     cut = tokenizer.decode(tokens[room:]) if len(tokens) > room else ""
     return TokenizedPrompt(text=text, ids=ids, used=len(row) - 2, cut=cut)
-
-
-def batch(prompts: Sequence[TokenizedPrompt]) -> NDArray[np.int32]:
-    """Return the text encoder's input_ids, int32 [B, S]."""
-    return np.stack([prompt.ids for prompt in prompts])

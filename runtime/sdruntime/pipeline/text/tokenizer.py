@@ -21,7 +21,7 @@ from sdruntime.bundle.manifest import LONGEST_TEXT
 from sdruntime.bundle.records import json_from_text
 from sdruntime.errors import BundleError, SettingError, plain
 from sdruntime.pipeline.text.added_tokens import LONGEST as LONGEST_TOKEN
-from sdruntime.pipeline.text.added_tokens import MOST, SPACES, AddedToken, Finder, Match, expanded
+from sdruntime.pipeline.text.added_tokens import MOST, SPACES, AddedToken, Finder, Match, expanded, vectors_of
 from sdruntime.system.document import LARGEST
 from sdruntime.system.files import FileFault, FileMissing, Folder
 
@@ -49,7 +49,8 @@ class Tokenizer:
     """CLIP's tokenizer.
 
     `vocab`: token -> id. `merges`: ids of a pair -> (rank, id of the merged token). `start`, `end`, `pad`, `unknown`: ids of the
-    special tokens. `length`: tokens of the encoder's input, including start and end.
+    special tokens. `length`: tokens of the encoder's input, including start and end. `vectors`: id of the first token of an
+    embedding of several -> how many, as `expand` writes them out.
     """
 
     vocab: Mapping[str, int] = field(repr=False)
@@ -60,6 +61,7 @@ class Tokenizer:
     pad: int  # SD 1 pads with the end token, SD 2 with "!"
     unknown: int
     length: int = CONTEXT
+    vectors: Mapping[int, int] = field(init=False, repr=False)
     _names: Mapping[int, str] = field(init=False, repr=False)
     _finders: tuple[Finder, Finder] = field(init=False, repr=False)  # for the original text, for the normalized text
     _inside: tuple[int, ...] = field(init=False, repr=False)  # byte -> id, within a word
@@ -70,6 +72,7 @@ class Tokenizer:
             raise ValueError(f"length {self.length}: expected 3 to {LONGEST_TEXT:,}")
         names = {number: token for token, number in self.vocab.items()} | {token.id: token.text for token in self.added}
         normalized, plain = ([token for token in self.added if token.normalized is kind] for kind in (True, False))
+        object.__setattr__(self, "vectors", vectors_of(self.added))
         object.__setattr__(self, "_names", names)
         object.__setattr__(self, "_finders", (Finder(plain, str), Finder(normalized, normal)))
         symbols = [_SYMBOLS[byte] for byte in range(256)]
@@ -116,7 +119,7 @@ class Tokenizer:
 
     def _tokens(self, text: str) -> Iterator[tuple[int, str]]:
         """Yield each token's id and name; for an added token, the characters that it matched."""
-        _check_text(text)
+        check_text(text)
         plain, normalized = self._finders
         for part in plain.split(text):
             for piece in normalized.split(normal(part)) if isinstance(part, str) else (part,):
@@ -162,7 +165,8 @@ class Tokenizer:
         return [number for number in ids if number != gone]
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises SettingError for over 64 KiB of UTF-8, or a lone surrogate."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:

@@ -1,0 +1,56 @@
+"""What to encode for one row of the UNet: texts, and how to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from sdruntime.pipeline.text.editing import schedule
+from sdruntime.pipeline.text.emphasis import Emphasis
+from sdruntime.pipeline.text.tokenizer import check_text
+
+Syntax = Literal["plain", "a1111"]
+SYNTAXES: tuple[Syntax, ...] = get_args(Syntax)
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """A text, and all that its encoding depends on besides the bundle.
+
+    `second`: the text for the second text encoder, None for the same one.
+    """
+
+    text: str
+    second: str | None = None
+    syntax: Syntax = "plain"
+    emphasis: Emphasis = "original"
+
+    def of(self, encoder: str) -> str:
+        """Return the text for a text encoder."""
+        return self.text if self.second is None or encoder != "text_encoder_2" else self.second
+
+    @property
+    def empty(self) -> Wording:
+        """The wording of an empty chunk beside this one's."""
+        return Wording("", syntax=self.syntax)
+
+
+def over_steps(wording: Wording, steps: int) -> dict[int, Wording]:
+    """Return the wordings of a run of `steps` steps, each by the step from which it holds, from 0; more than one if it is edited.
+
+    Raises SettingError for a text over 64 KiB or of too many changes.
+    """
+    if wording.syntax == "plain":
+        return {0: wording}
+    texts = _edited(wording.text, steps)
+    seconds = {} if wording.second is None else _edited(wording.second, steps)
+    changed: dict[int, Wording] = {}
+    for step in sorted({*texts, *seconds}):
+        wording = replace(wording, text=texts.get(step, wording.text), second=seconds.get(step, wording.second))
+        changed[step] = wording
+    return changed
+
+
+def _edited(text: str, steps: int) -> dict[int, str]:
+    check_text(text)
+    return dict(schedule(text, steps))

@@ -1,0 +1,43 @@
+"""The texts of a request: what each row of the UNet is conditioned on, at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sdruntime.errors import SettingError
+from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.text.wording import Wording, over_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """`at`: the step from which they hold, from 0 -> the prompt, and with guidance the negative prompt.
+
+    `no_negative`: the request has no negative prompt, for which some models take zeros instead of an empty text.
+    """
+
+    at: Mapping[int, tuple[Wording, ...]]
+    no_negative: bool
+
+    @classmethod
+    def of(cls, request: Request, *, steps: int, encoders: int) -> Texts:
+        """Return the texts of a request over its model calls. `encoders`: the model's number of them. Raises SettingError."""
+        for name in ("prompt_2", "negative_2"):
+            if getattr(request, name) is not None and encoders < 2:
+                raise SettingError(f"{name}: the model has one text encoder: omit it, and write all in {name[:-2]}")
+        pairs = [(request.prompt, request.prompt_2)]
+        if request.guided:
+            pairs.append((request.negative or "", request.negative_2))
+        read = [over_steps(Wording(text, second, request.prompt_syntax, request.emphasis), steps) for text, second in pairs]
+        at: dict[int, tuple[Wording, ...]] = {}
+        current = [wordings[0] for wordings in read]
+        for step in sorted(set().union(*read)):
+            current = [wordings.get(step, before) for wordings, before in zip(read, current, strict=True)]
+            at[step] = tuple(current)
+        return cls(at=at, no_negative=request.negative is None and request.negative_2 is None)
+
+    @property
+    def wordings(self) -> list[Wording]:
+        """Every wording, in the order of the steps."""
+        return list(dict.fromkeys(wording for wordings in self.at.values() for wording in wordings))
