@@ -245,6 +245,7 @@ def message(folder: Path) -> Once:
     service.handle(json.dumps({"op": "open", "bundle": str(bundle.folder), "options": {"backend": "fake"}}).encode())
     assert events[-1]["event"] == "ready", events
     asked = {"prompt": "a cat", "negative": "", "seed": 7, "steps": 2, "sampler": "ddim", "schedule": None, "guidance": 5.0}
+    asked |= {"prompt_syntax": "a1111", "emphasis": "no-norm", "prompt_2": None, "negative_2": None}
     asked |= {"rescale": 0.0, "width": 512, "height": 512, "strength": 0.8, "options": {"eta": 0.5}}
     submit = {"op": "submit", "job": 1, "request": asked, "preview": False, "png": False}
     submit |= {"image": None, "device_buffer": None, "device_buffer_size": None}

@@ -8,7 +8,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,12 +33,11 @@ from sdruntime.pipeline.metadata import Origin
 from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
-from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
-from sdruntime.pipeline.text.wording import Wording
-from sdruntime.pipeline.texts import Texts
+from sdruntime.pipeline.text.conditioning import Conditioner, cut_lines
+from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
-from sdruntime.sampling.job import IN_FLIGHT, Job, Row, State, Stepper, after
+from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
 from sdruntime.sampling.noise import NoiseStream
 from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
@@ -365,14 +364,7 @@ class Pipeline:
             )
         return self._tables[key]
 
-    def _job(
-        self,
-        request: Request,
-        shape: tuple[int, int, int],
-        table: Table,
-        texts: Texts,
-        conditions: Mapping[Wording, Condition],
-    ) -> Job:
+    def _job(self, request: Request, shape: tuple[int, int, int], table: Table, texts: Texts, conditions: Conditions) -> Job:
         noise = NoiseStream(request.seed)
         if request.pixels is None:
             first = table.start[1] * noise.normal(shape)
@@ -383,16 +375,10 @@ class Pipeline:
             encoder = self.engine("vae_encoder", height=height, width=width)
             clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model, self.bundle.folder)[0]
             first = table.start[0] * clean + table.start[1] * noise.normal(shape)
-        rows: dict[int, tuple[Row, ...]] = {}
-        encoded: list[tuple[str, Condition]] = []
-        for step, (prompt, *negative) in texts.at.items():
-            condition = conditions[prompt]
-            encoded += [(prompt.text, condition)]
-            if negative:
-                absent = texts.no_negative and self.model.zero_empty_negative
-                encoded += [(negative[0].text, condition.zeros() if absent else conditions[negative[0]])]
-            sizes = {} if condition.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
-            rows[step] = tuple({**text.row, **sizes} for _, text in reversed(encoded[-1 - len(negative) :]))
+        encoded = texts.encoded(conditions, zero_absent=self.model.zero_empty_negative)
+        prompt = encoded[0][0][1]
+        sizes = {} if prompt.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
+        rows = {step: tuple({**text.row, **sizes} for _, text in reversed(pairs)) for step, pairs in encoded.items()}
         return Job(
             run=Run(table, first.astype(np.float32), lambda: noise.normal(shape)),
             rows=rows.pop(0),
@@ -401,8 +387,8 @@ class Pipeline:
             rescale=request.rescale,
             sampler=request.sampler or self.sampler,
             bundle=self.bundle.folder,
-            cut=encoded[0][1].cut,
-            warnings=tuple(cut_lines(encoded)),
+            cut=prompt.cut,
+            warnings=tuple(cut_lines(pair for pairs in encoded.values() for pair in pairs)),
         )
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.text.conditioning import Condition
 from sdruntime.pipeline.text.wording import Wording, over_steps
+
+Conditions = Mapping[Wording, Condition]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,19 @@ class Texts:
             current = [wordings.get(step, before) for wordings, before in zip(read, current, strict=True)]
             at[step] = tuple(current)
         return cls(at=at, no_negative=request.negative is None and request.negative_2 is None)
+
+    def encoded(self, conditions: Conditions, *, zero_absent: bool) -> dict[int, list[tuple[str, Condition]]]:
+        """Return each text with its condition, by step: the prompt, and with guidance the negative prompt.
+
+        `zero_absent`: the model takes zeros if there is no negative prompt.
+        """
+        encoded = {}
+        for step, (prompt, *negative) in self.at.items():
+            encoded[step] = [(prompt.text, conditions[prompt])]
+            for wording in negative:
+                zeros = zero_absent and self.no_negative
+                encoded[step] += [(wording.text, conditions[prompt].zeros() if zeros else conditions[wording])]
+        return encoded
 
     @property
     def wordings(self) -> list[Wording]:
