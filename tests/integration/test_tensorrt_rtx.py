@@ -91,12 +91,12 @@ def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Pat
 FAST = [
     ("sd1", (), "ampere+"),
     ("sd1_fp16", (), "ampere+"),
-    ("sd1_fp16", ("--size", "64x64:128x128", "--batch", "1:4"), "sm75"),
+    ("sd1_fp16", ("--size", "64x64:128x128", "--batch", "1:4", "--chunks", "1:3"), "sm75"),
     ("sd1_bf16", (), "sm89"),
     ("sd2_fp16", ("--size", "64x64,128x64", "--batch", "1,2"), "sm86"),
     ("sdxl_fp16", (), "sm120"),
 ]
-DYNAMIC = ("--size", "64x64:64x64:128x128", "--batch", "1:2:4")
+DYNAMIC = ("--size", "64x64:64x64:128x128", "--batch", "1:2:4", "--chunks", "1:3")
 FULL = [
     (name, shapes, target)
     for name in ("sd1", "sd1_fp16", "sd1_bf16", "sd2_fp16", "sdxl_fp16")

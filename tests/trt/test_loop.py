@@ -131,6 +131,18 @@ def test_rows_that_change_are_written_again_on_the_device(pipe: Pipeline, here: 
     assert np.abs(latents(pipe, unedited, on_device=True)[0] - reference[0]).max() > 5e-3 * np.abs(reference[0]).max()
 
 
+def test_long_prompts_go_through_the_device(here: Machine, sd1_bundle: Path, tmp_path: Path) -> None:
+    """Jobs of one chunk and of two share no call; the device's buffers of a text that changes are of both its chunks."""
+    folder = with_engines(sd1_bundle, tmp_path / "bundle", here, chunks="1:3")
+    long = Request(prompt="a [cat:(red:1.3):2] BREAK the", prompt_syntax="a1111", seed=1, steps=4, sampler="euler")
+    with Pipeline.open(folder, backend=here.backend) as pipe:
+        requests = [long, EDITED]
+        reference = [latents(pipe, request, on_device=False)[0] for request in requests]
+        assert here.gpus.counts["launches"] == 0
+        assert_near(latents(pipe, *requests, on_device=True), reference)
+        assert here.gpus.counts["launches"] > 0
+
+
 def test_a_loop_whose_rows_change_is_not_one_graph(folder: Path, here: Machine) -> None:
     with Pipeline.open(folder, backend=here.backend, options=EngineOptions(whole_loop=True)) as pipe:
         pipe(EDITED)

@@ -225,6 +225,18 @@ def test_where_nothing_is_said_the_models_own_size_is_built(folder: Path) -> Non
     assert shapes == Shapes.parse(bundle.manifest.model, static=True)
 
 
+def test_prompts_of_several_chunks(folder: Path, tmp_path: Path) -> None:
+    folder = Path(copytree(folder, tmp_path / "bundle"))
+    build(folder, "openvino", size="64x64", chunks="1:3", components=("unet",))
+    request = Request(prompt="a (red:1.3) cat BREAK [dog|sea]", prompt_syntax="a1111", steps=3, seed=3, size=(64, 64))
+    images = []
+    for backend in ("openvino", "onnxruntime"):
+        with Pipeline.open(folder, backend=backend) as pipe:
+            images.append(pipe(request).pixels[0])
+    assert images[1].std() >= 10
+    assert psnr(*images) >= 50
+
+
 def test_importing_it_sends_nothing(tmp_path: Path) -> None:
     code = "from sdruntime.backends.ov.build import library; library(); import sys; print('openvino_telemetry' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
