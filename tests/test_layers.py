@@ -15,12 +15,12 @@ from sdruntime.backends.registry import BACKENDS
 ORDER = {
     "sdruntime": "errors arrays system sampling bundle backends engines pipeline serving verification cli __main__",
     "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
-    "sdruntime.sampling": "noise_schedule grids prediction samplers own_sigmas table compile executor noise guidance job",
+    "sdruntime.sampling": "noise_schedule grids prediction samplers own_sigmas table compile executor noise guidance kept job",
     "sdruntime.sampling.samplers": (
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow"
     ),
     "sdruntime.bundle": (
-        "roles limits audit records dimensions manifest interface sampler_step lending bundle lock change staging"
+        "roles tasks limits audit records dimensions manifest interface sampler_step lending bundle lock change staging"
     ),
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building engine feeds subpixel session backend",
@@ -30,14 +30,16 @@ ORDER = {
     "sdruntime.backends.ov": "subpixel constants build engine backend",
     "sdruntime.backends.trt": "library inspection binding build worker engine loop backend",
     "sdruntime.engines": "shapes finite memory choose building speed pool",
-    "sdruntime.pipeline": "images text latents denoise ranges request texts metadata result pipeline",
+    "sdruntime.pipeline": "images text latents denoise ranges request texts tasks metadata result pipeline",
+    "sdruntime.pipeline.tasks": "start inpainting pix2pix choose",
     "sdruntime.pipeline.images": "pixels png imagefile",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
-    "sdruntime.verification": "tolerance npz metrics golden report html verify build",
+    "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress describe outputs build capi inspect verify generate sampling parser",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
-    "sdexport.checkpoint": "card configs opening tree tokenizer weights source hub folder original overrides checkpoint",
+    "sdexport.checkpoint": "card configs opening pipelines tree tokenizer weights source hub folder original overrides "
+    "checkpoint",
     "sdexport.checkpoint.weights": "bounds safetensors files names torch_file",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
     "sdexport.checkpoint.original": "naming standard unet vae text layout tokenizer file",

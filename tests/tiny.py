@@ -48,6 +48,28 @@ def write_checkpoint(folder: Path, kind: Kind) -> Path:
     return folder
 
 
+# task -> input channels of its UNet, and the pipeline that a checkpoint of it names
+TASKS = {"inpainting": (9, "Inpaint"), "instruct_pix2pix": (8, "InstructPix2Pix")}
+
+
+def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
+    """The checkpoint of that kind with a UNet that was made for a task."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    write_checkpoint(folder, kind)
+    channels, named = TASKS[task]
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    torch.manual_seed(channels)
+    unet = UNet2DConditionModel.from_config(config | {"in_channels": channels})
+    _liven(unet)
+    unet.eval().save_pretrained(folder / "unet")
+    index = _index(kind)
+    prefix = index["_class_name"].removesuffix("Pipeline")
+    _write_json(folder / "model_index.json", index | {"_class_name": f"{prefix}{named}Pipeline"})
+    return folder
+
+
 def write_tokenizer(folder: Path, pad: str) -> None:
     """The classic files of a CLIP tokenizer: every byte, every byte at a word's end, and a few merges."""
     units = byte_units()

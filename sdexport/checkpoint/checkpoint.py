@@ -7,6 +7,7 @@ checkpoint are reported at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, Overridden, Overrides
+from sdexport.checkpoint.pipelines import PARTS, pipeline_of
 from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
@@ -26,26 +28,9 @@ from sdexport.checkpoint.weights.bounds import check_depth
 from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import LONGEST_TEXT, Family, ModelSpec, Precision, PredictionType
+from sdruntime.bundle.tasks import Task, task_for
 from sdruntime.errors import plain
 
-_CLIP = ("transformers", "CLIPTextModel")
-_TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
-_PARTS: Mapping[str, Mapping[str, tuple[tuple[str, str], ...]]] = {
-    "StableDiffusionPipeline": {
-        "text_encoder": (_CLIP,),
-        "tokenizer": _TOKENIZERS,
-        "unet": (("diffusers", "UNet2DConditionModel"),),
-        "vae": (("diffusers", "AutoencoderKL"),),
-    },
-    "StableDiffusionXLPipeline": {
-        "text_encoder": (_CLIP,),
-        "text_encoder_2": (("transformers", "CLIPTextModelWithProjection"),),
-        "tokenizer": _TOKENIZERS,
-        "tokenizer_2": _TOKENIZERS,
-        "unet": (("diffusers", "UNet2DConditionModel"),),
-        "vae": (("diffusers", "AutoencoderKL"),),
-    },
-}
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -68,7 +53,7 @@ class Checkpoint:
     """A checked checkpoint, as `read_checkpoint` returns it.
 
     `scheduler` has the settings of the scheduler in diffusers' open pipeline, and `changes` a line for each setting that the
-    pipeline changes when it opens the checkpoint.
+    pipeline changes when it opens the checkpoint. `pipeline` is that pipeline, by its class: the one for the UNet's `task`.
     """
 
     source: Source
@@ -77,6 +62,8 @@ class Checkpoint:
     tokenizers: Mapping[str, StoredTokenizer]
     text_length: int  # tokens of a text, including start, end and padding
     index: Mapping[str, Any]
+    pipeline: str
+    task: Task | None
     scheduler: Mapping[str, Any]
     changes: tuple[str, ...] = ()
     overrides: Overrides = NO_OVERRIDES
@@ -121,16 +108,19 @@ class _Reader:
     def read(self, name: str) -> Checkpoint:
         index = self._json("model_index.json")
         self._stop_at_faults()
-        required = _PARTS.get(str(index.get("_class_name")))
+        named = str(index.get("_class_name"))
+        required = PARTS.get(named)
         if required is None:
-            known = ", ".join(_PARTS)
+            known = ", ".join(PARTS)
             self.faults.append(f"model_index.json: _class_name {index.get('_class_name')!r} is not one of {known}")
             raise CheckpointError(self.source.path, self.faults)
         for required_part, classes in required.items():
             self._check_class(index, required_part, classes)
         check_index(index, self.faults)
-        parts = {part: self._part(part, required[part][0][1], index["_class_name"]) for part in required if part in _NETWORKS}
-        scheduler = self._scheduler(index)
+        task = self._task()
+        pipeline = pipeline_of(named, task)
+        parts = {part: self._part(part, required[part][0][1], pipeline) for part in required if part in _NETWORKS}
+        scheduler = self._scheduler(index, pipeline)
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
         tokenizers = {part: tokenizer for part, tokenizer in read.items() if tokenizer is not None}
         self._stop_at_faults()
@@ -149,9 +139,21 @@ class _Reader:
             tokenizers=MappingProxyType(tokenizers),
             text_length=length,
             index=MappingProxyType(index),
+            pipeline=pipeline,
+            task=task,
             scheduler=MappingProxyType(scheduler),
             changes=tuple(self.changes),
         )
+
+    def _task(self) -> Task | None:
+        """Return the UNet's task, which decides the pipeline; the configs report invalid numbers of channels."""
+        numbers = []
+        for part, key in (("unet", "in_channels"), ("vae", "latent_channels")):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                numbers.append(self.source.document(f"{part}/config.json").get(key, 4))
+        with contextlib.suppress(ValueError, TypeError):
+            return task_for(*numbers)
+        return None
 
     def _stop_at_faults(self) -> None:
         if self.faults:
@@ -229,11 +231,11 @@ class _Reader:
             )
         return next(iter(lengths.values()))
 
-    def _scheduler(self, index: Mapping[str, Any]) -> dict[str, Any]:
+    def _scheduler(self, index: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
         value, path = index.get("scheduler"), "scheduler/scheduler_config.json"
         if isinstance(value, list) and len(value) == 2 and value[1] in FLOW_SCHEDULERS:
             self.faults.append(
-                f"model_index.json: scheduler is {value[1]}, which {index['_class_name']} cannot run, so diffusers has no image "
+                f"model_index.json: scheduler is {value[1]}, which {pipeline} cannot run, so diffusers has no image "
                 "to compare with; for a flow model use UniPCMultistepScheduler, with use_flow_sigmas true and prediction_type "
                 "flow_prediction in its config"
             )
@@ -246,7 +248,7 @@ class _Reader:
         if prediction not in _PREDICTIONS:
             self.faults.append(f"{path}: prediction_type {prediction!r} is not one of {', '.join(_PREDICTIONS)}")
             return {}
-        scheduler, changes = opened_scheduler(index["_class_name"], value[-1], written, self.faults)
+        scheduler, changes = opened_scheduler(pipeline, value[-1], written, self.faults)
         self.changes.extend(changes)
         return scheduler
 

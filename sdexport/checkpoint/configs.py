@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdruntime.bundle.tasks import task_for
+
 REQUIRED = object()  # in place of a default: the file must have the key
 
 # limits beyond any trained network, which keep a damaged config from requesting hours of work
@@ -259,13 +261,15 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, two_encoders: bool) -> 
     added, expected = unet["addition_embed_type"], "text_time" if two_encoders else None
     if added != expected:
         yield f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {expected!r}"
-    if unet["in_channels"] != vae["latent_channels"]:
+    try:
+        task_for(unet["in_channels"], vae["latent_channels"])
+    except ValueError as error:
+        yield f"unet/config.json: {error}"
+    if unet["out_channels"] != vae["latent_channels"]:
         yield (
-            f"unet/config.json: in_channels {unet['in_channels']}, but the VAE has {vae['latent_channels']}: "
-            "inpainting and depth checkpoints are not supported yet"
+            f"unet/config.json: out_channels {unet['out_channels']}, but the VAE has latent_channels {vae['latent_channels']}: "
+            "they must be equal"
         )
-    if unet["out_channels"] != unet["in_channels"]:
-        yield f"unet/config.json: out_channels {unet['out_channels']}, but in_channels {unet['in_channels']}: both must be equal"
     for key in ("latents_mean", "latents_std"):
         if vae[key] is not None and len(vae[key]) != vae["latent_channels"]:
             yield f"vae/config.json: {key} has {len(vae[key])} numbers for {vae['latent_channels']} latent channels"

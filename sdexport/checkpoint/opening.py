@@ -20,7 +20,8 @@ PATH = "scheduler/scheduler_config.json"
 # all that the runtime supports, except flow matching: its schedulers lack methods that the Stable Diffusion pipelines call
 SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers and row.space != "flow"}))
 FLOW_SCHEDULERS = tuple(sorted({row.diffusers for row in SAMPLERS.values() if row.diffusers and row.space == "flow"}))
-_AMENDING = ("StableDiffusionPipeline",)
+_AMENDING = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
+_INPAINTING = "StableDiffusionInpaintPipeline"
 _WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler",)
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # their default of clip_sample is true
 
@@ -89,10 +90,13 @@ def opened_scheduler(
         if offset != 1:
             changes.append(f"scheduler: steps_offset {_shown(written, 'steps_offset')} becomes 1, as {pipeline} has it")
             _set(settings, written, "steps_offset", 1)
-        if written.get("clip_sample", named in _CLIPPING) is True:
+        if pipeline == _INPAINTING and written.get("skip_prk_steps", named != "PNDMScheduler") is False:
+            changes.append(f"scheduler: skip_prk_steps {_shown(written, 'skip_prk_steps')} becomes true, as {pipeline} has it")
+            _set(settings, written, "skip_prk_steps", True)
+        if pipeline != _INPAINTING and written.get("clip_sample", named in _CLIPPING) is True:
             changes.append(f"scheduler: clip_sample {_shown(written, 'clip_sample')} becomes false, as {pipeline} has it")
             _set(settings, written, "clip_sample", False)
-    elif "clip_sample" not in written and named in _CLIPPING:
+    if (pipeline == _INPAINTING or pipeline not in _AMENDING) and "clip_sample" not in written and named in _CLIPPING:
         faults.append(
             f"{PATH}: clip_sample is missing, and {named}'s default is true, which {pipeline} keeps; clipping is not supported: "
             'add "clip_sample": false if the model was not trained with it'

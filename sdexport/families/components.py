@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
 from sdruntime.bundle.manifest import TensorSpec
+from sdruntime.bundle.tasks import channels
 
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
@@ -82,13 +83,16 @@ def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], length: in
 def _unet(checkpoint: Checkpoint) -> Component:
     config, model = checkpoint.parts["unet"].config, checkpoint.model
     inputs = [
-        _float("sample", "batch", config["in_channels"], "height", "width"),
+        _float("sample", "batch", model.latent_channels, "height", "width"),
         _float("timestep", "batch"),
         _float("encoder_hidden_states", "batch", "sequence", text_width(config)),
     ]
     if model.family == "sdxl":
         width = checkpoint.parts["text_encoder_2"].config["projection_dim"]
         inputs += [_float("text_embeds", "batch", width), _float("time_ids", "batch", 6)]
+    if checkpoint.task:
+        added = channels(checkpoint.task, model.latent_channels)
+        inputs += [_float(name, "batch", count, "height", "width") for name, count in added.items()]
     cells = model.size_multiple // model.vae_factor
     return Component(
         name="unet",

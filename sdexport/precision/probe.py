@@ -23,6 +23,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline import latents as latent
 from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.verification.inputs import task_settings
 from sdruntime.verification.verify import onnx_spec
 
 PROMPTS = (
@@ -57,7 +58,9 @@ def probe(folder: Path) -> None:
         for number, prompt in enumerate(PROMPTS):
             prompted = f"prompt {prompt[:30]!r}…"
             probed.at = prompted
-            stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS, sampler="ddim")  # DDIM calls the UNet once per step
+            settings = task_settings(pipe.task, pipe.model.default_size[::-1], _SEED + number)
+            # DDIM calls the UNet once per step
+            stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS, sampler="ddim", **settings)
             probed.at = f"{prompted}, step 1 of {STEPS}"
             for state in stream:
                 probed.at = f"{prompted}, step {state.step + 1} of {STEPS}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import tempfile
 import warnings
@@ -23,9 +24,12 @@ from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.opening import PATH as SCHEDULER
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.errors import ExportError
+from sdexport.trace.versions import versions
 from sdruntime.arrays import Array
+from sdruntime.bundle.tasks import Task
 from sdruntime.errors import NotFinite
 from sdruntime.verification.golden import ReferenceImage
+from sdruntime.verification.inputs import task_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,22 +58,47 @@ def original_images(checkpoint: Checkpoint, requests: Sequence[ReferenceImage], 
     with _quiet():
         pipe = _pipeline(checkpoint, lend)
         for (steps, guidance, (width, height)), group in groupby(requests, key):
-            images += _images(pipe, list(group), steps=steps, guidance=guidance, width=width, height=height)
+            task = checkpoint.task
+            images += _images(pipe, list(group), steps=steps, guidance=guidance, width=width, height=height, task=task)
     return images
 
 
-def _images(pipe: Any, requests: list[ReferenceImage], *, steps: int, guidance: float, width: int, height: int) -> list[Array]:
+def _inputs(task: Task | None, requests: list[ReferenceImage]) -> dict[str, Any]:
+    """Return the arguments for the images and masks that a task needs."""
+    from PIL import Image
+
+    settings = [task_settings(task, request.size, request.seed) for request in requests]
+    names = {"image": "image", "mask": "mask_image"}
+    arguments: dict[str, Any] = {
+        theirs: [Image.fromarray(each[ours]) for each in settings] for ours, theirs in names.items() if ours in settings[0]
+    }
+    return arguments | ({"strength": settings[0]["strength"]} if "strength" in settings[0] else {})
+
+
+def _images(
+    pipe: Any,
+    requests: list[ReferenceImage],
+    *,
+    steps: int,
+    guidance: float,
+    width: int,
+    height: int,
+    task: Task | None,
+) -> list[Array]:
     import torch
 
     name = type(pipe).__name__
+    sizes = {"width": width, "height": height}
+    if "width" not in inspect.signature(pipe.__call__).parameters:  # the size is that of the image
+        sizes = {}
     try:
         images = pipe(
             [request.prompt for request in requests],
             negative_prompt=[request.negative for request in requests],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            width=width,
-            height=height,
+            **sizes,
+            **_inputs(task, requests),
             generator=[torch.Generator().manual_seed(request.seed) for request in requests],
             output_type="np",
         ).images
@@ -87,7 +116,7 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
     import diffusers
     import torch
 
-    kind = getattr(diffusers, checkpoint.index["_class_name"])
+    kind = getattr(diffusers, checkpoint.pipeline)
     arguments: dict[str, Any] = _hollow_networks(checkpoint, lend)
     arguments |= dict.fromkeys({"safety_checker", "feature_extractor", "image_encoder"} & set(kind._optional_components))
     arguments |= {"add_watermarker": False} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}
@@ -104,9 +133,8 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
 def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
     """Write what diffusers opens itself, and only what was checked: it imports the classes that a model_index.json names."""
     own = [*checkpoint.parts, *checkpoint.tokenizers, "scheduler"]
-    index = {
-        key: value for key, value in checkpoint.index.items() if key in ("_class_name", "force_zeros_for_empty_prompt", *own)
-    }
+    index = {key: value for key, value in checkpoint.index.items() if key in ("force_zeros_for_empty_prompt", *own)}
+    index |= {"_class_name": checkpoint.pipeline, "_diffusers_version": versions()["diffusers"]}
     (place / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     files = [f"{name}/{file}" for name in checkpoint.tokenizers for file in TOKENIZER_FILES]
     for path in (*files, SCHEDULER):
@@ -131,9 +159,10 @@ def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]
         module.forward = _lent(lend, name, "weights")
         hollow[name] = module
     vae = _hollow(lambda: AutoencoderKL.from_config(dict(checkpoint.parts["vae"].config)))
-    for part in ("post_quant_conv", "decoder"):
-        if getattr(vae, part) is not None:
-            getattr(vae, part).forward = _lent(lend, "vae_decoder", part)
+    for component, parts in {"vae_decoder": ("post_quant_conv", "decoder"), "vae_encoder": ("encoder", "quant_conv")}.items():
+        for part in parts:
+            if getattr(vae, part) is not None:
+                getattr(vae, part).forward = _lent(lend, component, part)
     return hollow | {"vae": vae}
 
 

@@ -15,7 +15,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.engines.finite import advice, checked_rows, is_finite
 from sdruntime.errors import NotFinite, SdruntimeError
-from sdruntime.sampling.guidance import combine, rescale
+from sdruntime.sampling.guidance import combine, combine_with_image, rescale
 from sdruntime.sampling.job import Job, Stepper, after, at, grouped, stacked
 from sdruntime.system.nvtx import annotate
 
@@ -92,25 +92,25 @@ class Call:
 
     def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
         self.jobs, self._unet = jobs, unet
-        guided = [job for job in jobs if job.guided]
-        first = len(guided)  # conditional row
-        unconditional = iter(range(first))
-        self._rows = [(job, first + k, next(unconditional) if job.guided else None) for k, job in enumerate(jobs)]
-        rows = [job.current_rows[0] for job in guided] + [job.current_rows[-1] for job in jobs]
+        others = [row for job in jobs for row in job.current_rows[:-1]]
+        indices = iter(range(len(others)))
+        # of each job: the indices of its rows, the conditional one last
+        self._rows = [(job, (*(next(indices) for _ in job.rows[:-1]), len(others) + k)) for k, job in enumerate(jobs)]
+        rows = others + [job.current_rows[-1] for job in jobs]
         self._sample = np.empty((len(rows), *jobs[0].run.x.shape), np.float32)
         self._timestep = np.empty(len(rows), np.float32)
         self._feeds: dict[str, Array] = {"sample": self._sample, "timestep": self._timestep, **stacked(rows)}
 
     def advance(self) -> None:
-        for job, row, unconditional in self._rows:
+        for job, (*others, row) in self._rows:
             job.run.model_input(out=self._sample[row])
             self._timestep[row] = job.run.t
-            for changed, index in zip(reversed(job.changes.get(job.run.step, ())), (row, unconditional), strict=False):
+            for changed, index in zip(job.changes.get(job.run.step, ()), (*others, row), strict=False):
                 for name, array in changed.items():
                     self._feeds[name][index] = array
-            if unconditional is not None:
-                self._sample[unconditional] = self._sample[row]
-                self._timestep[unconditional] = job.run.t
+            for other in others:
+                self._sample[other] = self._sample[row]
+                self._timestep[other] = job.run.t
         try:
             output = checked_rows(self._unet(), self._feeds, self._describe, self.jobs[0].bundle)["out_sample"]
         except NotFinite as error:
@@ -121,13 +121,17 @@ class Call:
             if len(self.jobs) == 1:
                 raise
             return self._advance_alone()
-        for job, row, unconditional in self._rows:
+        for job, (*others, row) in self._rows:
             model = output[row]
-            if unconditional is not None:
-                model = combine(output[unconditional], output[row], job.guidance)
-                if job.rescale:
-                    model = rescale(model[None], output[row][None], job.rescale)[0]
+            if len(others) == 1:
+                model = combine(output[others[0]], model, job.guidance)
+            elif others:
+                model = combine_with_image(output[others[0]], output[others[1]], model, job.guidance, job.image_guidance)
+            if others and job.rescale:
+                model = rescale(model[None], output[row][None], job.rescale)[0]
             job.run.advance(model)
+            if job.kept is not None:
+                job.kept.restore(job.run)
 
     def _describe(self, row: int) -> str:
         job = self._job_of(row)
@@ -148,7 +152,7 @@ class Call:
             raise first
 
     def _job_of(self, row: int) -> Job:
-        return next(job for job, *rows in self._rows if row in rows)
+        return next(job for job, rows in self._rows if row in rows)
 
     def finish(self) -> None:
         """Do nothing: `advance` leaves the jobs up to date."""

@@ -47,6 +47,12 @@ def encode(images: Array, noise: Array, engine: Engine, model: ModelSpec, bundle
     return draw
 
 
+def encode_mode(images: Array, engine: Engine, bundle: Path | None = None) -> Array:
+    """Return the mode of the VAE's posterior of images float32 [B, 3, H, W] in [-1, 1], not scaled. Raises NotFinite."""
+    feeds = {"sample": np.ascontiguousarray(images, np.float32)}
+    return checked_rows(engine, feeds, lambda row: "the initial image", bundle)["latent_mean"]
+
+
 def _channels(values: Sequence[float]) -> Array:
     return np.array(values, np.float32)[:, None, None]
 

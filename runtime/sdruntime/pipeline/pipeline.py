@@ -22,17 +22,19 @@ from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.interface import interface_faults
 from sdruntime.bundle.sampler_step import NAME as STEP
+from sdruntime.bundle.tasks import task_of
 from sdruntime.engines.choose import AUTO
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
 from sdruntime.pipeline import latents as latent
 from sdruntime.pipeline.denoise import Call, denoise
-from sdruntime.pipeline.images.imagefile import fitted
-from sdruntime.pipeline.images.pixels import from_uint8, to_uint8
+from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.metadata import Origin
 from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
+from sdruntime.pipeline.tasks.choose import check_task, rows_of, start_strength, task_start
+from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.pipeline.text.conditioning import Conditioner, cut_lines
 from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.sampling.compile import compile_table
@@ -131,6 +133,7 @@ class Pipeline:
         if faults := list(interface_faults(bundle.manifest)):
             raise BundleError(bundle.folder, faults)
         self.bundle, self.model = bundle, bundle.manifest.model
+        self.task = task_of(tensor.name for tensor in bundle.manifest.components["unet"].inputs)
         self.engines = self._make_engines(bundle)
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
@@ -242,6 +245,8 @@ class Pipeline:
 
         Raises SettingError, EngineError for a size that no engine supports, NotFinite.
         """
+        for request in requests:
+            check_task(request, self.task)
         shapes = [self.latent_shape(request) for request in requests]
         tables = [self._table(request) for request in requests]
         self.engines.ready()
@@ -347,7 +352,7 @@ class Pipeline:
         return self.model.latent_channels, height // factor, width // factor
 
     def _table(self, request: Request) -> Table:
-        strength = request.strength if request.pixels is not None else None
+        strength = start_strength(request, self.task)
         options = repr(sorted(request.options.items()))
         key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, options)
         if key not in self._tables:
@@ -364,27 +369,49 @@ class Pipeline:
             )
         return self._tables[key]
 
+    def _start(self, request: Request, shape: tuple[int, int, int], table: Table, noise: NoiseStream) -> Start:
+        height, width = (side * self.model.vae_factor for side in shape[1:])
+        encoder = functools.partial(self.engine, "vae_encoder", height=height, width=width)
+
+        def encode(pixels: Array, draw: Array) -> Array:
+            latents: Array
+            [latents] = latent.encode(pixels[None], draw[None], encoder(), self.model, self.bundle.folder)
+            return latents
+
+        def encode_mode(pixels: Array) -> Array:
+            latents: Array
+            [latents] = latent.encode_mode(pixels[None], encoder(), self.bundle.folder)
+            return latents
+
+        setting = Setting(
+            request=request,
+            table=table,
+            shape=shape,
+            size=(width, height),
+            noise=noise,
+            encode=encode,
+            encode_mode=encode_mode,
+        )
+        return task_start(request, self.task)(setting)
+
     def _job(self, request: Request, shape: tuple[int, int, int], table: Table, texts: Texts, conditions: Conditions) -> Job:
         noise = NoiseStream(request.seed)
-        if request.pixels is None:
-            first = table.start[1] * noise.normal(shape)
-        else:
-            height, width = (side * self.model.vae_factor for side in shape[1:])
-            image = fitted(request.pixels, (width, height), request.fit) if request.fit else request.pixels
-            pixels = from_uint8(image)[None]
-            encoder = self.engine("vae_encoder", height=height, width=width)
-            clean = latent.encode(pixels, noise.normal((1, *shape)), encoder, self.model, self.bundle.folder)[0]
-            first = table.start[0] * clean + table.start[1] * noise.normal(shape)
+        start = self._start(request, shape, table, noise)
         encoded = texts.encoded(conditions, zero_absent=self.model.zero_empty_negative)
         prompt = encoded[0][0][1]
         sizes = {} if prompt.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
-        rows = {step: tuple({**text.row, **sizes} for _, text in reversed(pairs)) for step, pairs in encoded.items()}
+        rows = {
+            step: rows_of(self.task, [{**text.row, **sizes} for _, text in reversed(pairs)], start.inputs)
+            for step, pairs in encoded.items()
+        }
         return Job(
-            run=Run(table, first.astype(np.float32), lambda: noise.normal(shape)),
+            run=Run(table, start.latents, lambda: noise.normal(shape)),
             rows=rows.pop(0),
             changes=rows,
             guidance=request.guidance,
+            image_guidance=request.image_guidance,
             rescale=request.rescale,
+            kept=start.kept,
             sampler=request.sampler or self.sampler,
             bundle=self.bundle.folder,
             cut=prompt.cut,

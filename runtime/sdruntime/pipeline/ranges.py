@@ -47,10 +47,19 @@ RANGES: Mapping[str, Range] = {
     "seed": Range(0, 2**64 - 1, whole=True),
     "steps": Range(1, MOST_STEPS, whole=True),
     "guidance": Range(0, 100),  # models are used with 1 to 30
+    "image_guidance": Range(1, 100),
     "rescale": Range(0, 1),
     "strength": Range(0, 1, above=True),
 }
-NUMBERS: Mapping[str, Any] = {"seed": 0, "steps": 20, "guidance": 7.5, "rescale": 0.0, "strength": 0.8}  # the defaults
+# the defaults
+NUMBERS: Mapping[str, Any] = {
+    "seed": 0,
+    "steps": 20,
+    "guidance": 7.5,
+    "image_guidance": 1.5,
+    "rescale": 0.0,
+    "strength": 0.8,
+}
 
 # Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.
 SIGMA = Range(0, 1_000_000)

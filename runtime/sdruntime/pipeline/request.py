@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.errors import SettingError, UnknownName, Unsupported, shown
-from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
+from sdruntime.errors import LibraryMissing, SettingError, UnknownName, Unsupported, shown
+from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
 from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIDE, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
 from sdruntime.pipeline.text.wording import SYNTAXES, Syntax
@@ -44,12 +44,14 @@ DIFFUSERS: Mapping[str, str] = {
     "cfg_scale": "guidance=…",
     "denoising_strength": "strength=…",
     "init_image": "image=…",
+    "mask_image": "mask=…",
+    "image_guidance_scale": "image_guidance=…",
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
     *("latents", "timesteps", "clip_skip", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-    *("mask_image", "control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
+    *("control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
 )
 
 
@@ -60,9 +62,11 @@ class Request:
     `negative`: None for no negative prompt. `size`: (width, height) in pixels, None for the model's default. `sampler`: None for
     the checkpoint's. `sigmas`: noise levels from high to low, in place of `steps`; then omit `steps` or pass their number of
     steps. `image`, `strength` in (0, 1]: image to image, from a path, an array uint8 [H, W, 3], an Image or a Pillow image; its
-    pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it.
+    pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it. `mask`:
+    the part of `image` to generate anew, white, in an image or array of the same size; its gray is in `mask_pixels`.
     `options`: the sampler's own settings, such as eta. `guidance`: 1 or less disables guidance and the negative prompt.
-    `rescale`: guidance rescale φ in [0, 1], Lin et al. 2023, section 3.4.
+    `image_guidance`: how closely to follow `image`, for models that edit an image (InstructPix2Pix). `rescale`: guidance
+    rescale φ in [0, 1], Lin et al. 2023, section 3.4.
 
     `prompt_2`, `negative_2`: texts for the second text encoder of a model that has two, None for the same as for the first.
     `prompt_syntax`: "plain" takes all texts as they are and cuts them at the encoder's length. "a1111" reads the syntax of
@@ -78,9 +82,11 @@ class Request:
     sampler: str | None = None
     schedule: str | None = None
     guidance: float = NUMBERS["guidance"]
+    image_guidance: float = NUMBERS["image_guidance"]
     rescale: float = NUMBERS["rescale"]
     size: tuple[int, int] | None = None
     image: ImageLike | None = None
+    mask: ImageLike | None = None
     fit: Fit | None = None
     strength: float = NUMBERS["strength"]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -114,15 +120,30 @@ class Request:
                 raise UnknownName(name, str(getattr(self, name)), known)
         if self.image is not None:
             object.__setattr__(self, "image", pixels_from(self.image))
+        if self.mask is not None:
+            self._check_mask()
+
+    def _check_mask(self) -> None:
+        if self.pixels is None:
+            raise SettingError("mask: it marks a part of an image: pass the image too, as image=… (--image)")
+        try:
+            mask = gray_from(self.mask)
+        except (SettingError, LibraryMissing) as error:
+            raise type(error)(f"mask: {str(error).removeprefix('image: ')}") from error
+        ours, theirs = self.pixels.shape[:2], mask.shape
+        if ours != theirs:
+            raise SettingError(f"mask: it is {theirs[1]}x{theirs[0]}, and the image {ours[1]}x{ours[0]}: they must be equal")
+        object.__setattr__(self, "mask", mask)
 
     def __repr__(self) -> str:
         """Return one line: the prompt, the seed, and each setting that is not the default."""
         parts = [short(self.prompt), f"seed {self.seed}"]
-        if self.pixels is not None:
-            parts.append("image {1}x{0}".format(*self.pixels.shape))
+        for name, pixels in (("image", self.pixels), ("mask", self.mask_pixels)):
+            if pixels is not None:
+                parts.append("{2} {1}x{0}".format(*pixels.shape[:2], name))
         for setting in fields(self):
             value, default = getattr(self, setting.name), {} if setting.name == "options" else setting.default
-            if setting.name not in ("prompt", "seed", "image") and value != default:
+            if setting.name not in ("prompt", "seed", "image", "mask") and value != default:
                 parts.append(f"{setting.name} {short(value)}")
         return f"<Request {', '.join(parts)}>"
 
@@ -131,6 +152,12 @@ class Request:
         """The pixels of the initial image, uint8 [H, W, 3], or None."""
         pixels: Array | None = self.image
         return pixels
+
+    @property
+    def mask_pixels(self) -> Array | None:
+        """The mask, uint8 [H, W] from 0 (kept) to 255 (generated anew), or None."""
+        mask: Array | None = self.mask
+        return mask
 
     @property
     def guided(self) -> bool:

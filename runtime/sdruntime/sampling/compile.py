@@ -121,6 +121,7 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
         M=padded(of_m),
         N=padded(of_n),
         draws=np.diff(totals, prepend=0),
+        levels=np.array([(at.alpha, at.sigma) for at in points]),
     )
 
 

@@ -23,6 +23,15 @@ def combine(uncond: FloatArray, cond: FloatArray, scale: float | FloatArray, out
     return guided
 
 
+def combine_with_image(uncond: FloatArray, image: FloatArray, cond: FloatArray, scale: float, image_scale: float) -> FloatArray:
+    """Return uncond + scale · (cond − image) + image_scale · (image − uncond): guidance by a text and an image.
+
+    Brooks et al. 2022 (InstructPix2Pix, arXiv 2211.09800), equation 3. `image`: the output for the image without the text.
+    """
+    guided: FloatArray = uncond + np.float32(scale) * (cond - image) + np.float32(image_scale) * (image - uncond)
+    return guided
+
+
 def rescale(guided: FloatArray, cond: FloatArray, phi: float | FloatArray) -> FloatArray:
     """Scale each row of `guided` [B, ...], in place, towards the standard deviation of `cond` (Lin et al. 2023, eq. 15-16).
 

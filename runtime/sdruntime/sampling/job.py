@@ -11,6 +11,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.sampling.executor import Run
+from sdruntime.sampling.kept import Kept
 
 IN_FLIGHT = 2  # default number of steps queued on a device before the host waits for the first
 Row = Mapping[str, Array]  # inputs of the UNet by name, for one row of a call: without the batch axis, read-only
@@ -21,17 +22,20 @@ class Job:
     """One image in progress. `run.x`, float32 [C, h, w], is its latents; between steps the caller may read and edit it.
 
     `rows`: the UNet's inputs besides `sample` and `timestep`, for each row of a call: (unconditional, conditional), or without
-    guidance the conditional row alone. `changes`: step -> the rows from that step on, of the same names and shapes, if the prompt
-    is edited on the way. Set `stopped` to leave the job as it is. For messages: `sampler`; `cut`, the part of the
-    prompt that did not fit; `warnings`, texts for users. `error`: the error that ended the job's call. The job is then where it
-    was before the call, or is lost with a device's state.
+    guidance the conditional row alone; with an image as a second condition (unconditional, image, conditional), of which
+    `image_guidance` weighs the first two. `changes`: step -> the rows from that step on, of the same names and shapes, if the
+    prompt is edited on the way. `kept`: the part of an image that inpainting puts back after each step. Set `stopped` to leave
+    the job as it is. For messages: `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for users.
+    `error`: the error that ended the job's call. The job is then where it was before the call, or is lost with a device's state.
     """
 
     run: Run
     rows: tuple[Row, ...]
     changes: Mapping[int, tuple[Row, ...]] = field(default_factory=dict)
     guidance: float = 1.0
+    image_guidance: float = 1.0
     rescale: float = 0.0
+    kept: Kept | None = None
     sampler: str = ""
     cut: str = ""
     warnings: tuple[str, ...] = ()
@@ -45,7 +49,7 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        return len(self.rows) == 2
+        return len(self.rows) > 1
 
     @property
     def current_rows(self) -> tuple[Row, ...]:

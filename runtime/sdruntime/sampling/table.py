@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sdruntime.errors import SettingError
 
 Floats = NDArray[np.float64]
-FORMAT, REVISION = "sdruntime.sampling.table", 1
+FORMAT, REVISION = "sdruntime.sampling.table", 2
 MOST_STEPS = 1000  # a table of 1000 takes at most 4 MB and half a second to compile; both grow with the square of the steps
 
 
@@ -25,7 +25,8 @@ MOST_STEPS = 1000  # a table of 1000 takes at most 4 MB and half a second to com
 class Table:
     """The coefficients of C model calls: t [C] float32, scale [C], X [C, ·], M [C, ·], N [C, ·] float64, draws [C] int.
 
-    `start` (a, b): x[0] = a·image latent + b·unit noise, a = 0 for text to image. Columns count backwards from the newest. The
+    `start` (a, b): x[0] = a·image latent + b·unit noise, a = 0 for text to image. `levels` [C, 2] float64, (alpha, sigma): the
+    noise level of each x[i], alpha·image latent + sigma·unit noise. Columns count backwards from the newest. The
     arrays are read-only. Raises SettingError if shapes disagree, a number is not finite, or a row refers to x, m or n before
     the first.
     """
@@ -37,6 +38,7 @@ class Table:
     M: Floats
     N: Floats
     draws: NDArray[np.int64]
+    levels: Floats
 
     def __post_init__(self) -> None:
         faults = []
@@ -46,6 +48,8 @@ class Table:
         if self.t.ndim != 1 or self.scale.shape != (calls,) or self.draws.shape != (calls,) or np.any(self.draws < 0):
             shapes = f"t {self.t.shape}, scale {self.scale.shape} and draws {self.draws.shape}"
             faults.append(f"{shapes} must have one entry per call, and no draws below 0")
+        if self.levels.shape != (calls, 2):
+            faults.append(f"levels has shape {self.levels.shape}; expected {calls} rows of 2")
         drawn = np.cumsum(self.draws)
         reach = {"X": np.arange(1, calls + 1), "M": np.arange(1, calls + 1), "N": drawn}
         for name in ("X", "M", "N"):
@@ -54,11 +58,11 @@ class Table:
                 faults.append(f"{name} has shape {rows.shape}; expected {calls} rows")
             elif np.any(rows[np.arange(rows.shape[1]) >= reach[name][:, None]]):
                 faults.append(f"{name} refers to entries before the first")
-        numbers = ("start", "t", "scale", "X", "M", "N")
+        numbers = ("start", "t", "scale", "X", "M", "N", "levels")
         faults += [f"{name} holds a number that is not finite" for name in numbers if not np.isfinite(getattr(self, name)).all()]
         if faults:
             raise SettingError("not a table: " + "; ".join(faults))
-        for name in ("t", "scale", "X", "M", "N", "draws"):  # jobs share a table
+        for name in ("t", "scale", "X", "M", "N", "draws", "levels"):  # jobs share a table
             array = getattr(self, name)
             own = array.copy() if array.flags.writeable else array
             own.flags.writeable = False
@@ -86,7 +90,7 @@ class Table:
 
     def to_json(self) -> str:
         """Return the fields as a JSON document, with the format's name and revision."""
-        fields = {name: getattr(self, name).tolist() for name in ("t", "scale", "X", "M", "N", "draws")}
+        fields = {name: getattr(self, name).tolist() for name in ("t", "scale", "X", "M", "N", "draws", "levels")}
         return json.dumps({"format": FORMAT, "revision": REVISION, "start": self.start, **fields}, allow_nan=False)
 
     @classmethod
@@ -99,12 +103,12 @@ class Table:
             raise SettingError(f"not a table in JSON: {error!r}") from error
         if named != (FORMAT, REVISION):
             raise SettingError(f"{named[0]!r} revision {named[1]!r} is not supported; expected {FORMAT!r} revision {REVISION}")
-        kinds = {"t": np.float32, "draws": np.int64, **dict.fromkeys(("scale", "X", "M", "N"), np.float64)}
+        kinds = {"t": np.float32, "draws": np.int64, **dict.fromkeys(("scale", "X", "M", "N", "levels"), np.float64)}
         if set(data) != {"start", *kinds}:
             raise SettingError(f"table: expected the fields start, {', '.join(kinds)}; got {', '.join(data)}")
         try:
             arrays = {name: np.array(data[name], kind) for name, kind in kinds.items()}
-            for name in ("X", "M", "N"):
+            for name in ("X", "M", "N", "levels"):
                 arrays[name] = arrays[name].reshape(len(arrays["t"]), -1)
             return cls(start=(float(data["start"][0]), float(data["start"][1])), **arrays)
         except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:

@@ -22,9 +22,11 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.bundle.roles import role
+from sdruntime.bundle.tasks import task_of
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.noise import NoiseStream
+from sdruntime.verification.inputs import task_settings
 from sdruntime.verification.npz import LARGEST, read_npz
 from sdruntime.verification.tolerance import TOLERANCES, Tolerance
 
@@ -105,8 +107,9 @@ class ReferenceImage:
     size: tuple[int, int]
     sampler: str | None = None
 
-    @property
-    def request(self) -> Request:
+    def request(self, manifest: Manifest) -> Request:
+        """Return the request, with the image and the mask that the bundle's UNet needs."""
+        task = task_of(tensor.name for tensor in manifest.components["unet"].inputs)
         return Request(
             prompt=self.prompt,
             negative=self.negative,
@@ -115,6 +118,7 @@ class ReferenceImage:
             guidance=self.guidance,
             size=self.size,
             sampler=self.sampler,
+            **task_settings(task, self.size, self.seed),
         )
 
 

@@ -218,7 +218,7 @@ class _Verification:
         manifest = dataclasses.replace(self.bundle.manifest, engines=tuple(usable))
         try:
             with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=backend_name, options=self.options) as pipe:
-                images = pipe([reference.request for reference in self.golden.drawings]).pixels
+                images = pipe([reference.request(self.bundle.manifest) for reference in self.golden.drawings]).pixels
         except SdruntimeError as error:
             yield ImageCheck(engines=title, status="fail", reason=str(error))
             return

@@ -49,6 +49,7 @@ def small(**changes: Any) -> Table:
         "M": np.array([[2.0], [1.0]]),
         "N": np.array([[0.0], [1.0]]),
         "draws": np.array([0, 1]),
+        "levels": np.array([[0.6, 0.8], [0.8, 0.6]]),
     }
     return Table(**{**parts, **changes})
 
@@ -69,7 +70,9 @@ def test_unrolled_rows_are_over_the_first_x_all_m_and_all_n() -> None:
         ({"start": (0.0, math.inf)}, "start holds a number that is not finite"),
         ({"draws": np.array([0, -1])}, "one entry per call"),
         (
-            {name: np.zeros((0, 1)) for name in "XMN"} | {name: np.zeros(0, int) for name in ("t", "scale", "draws")},
+            {name: np.zeros((0, 1)) for name in "XMN"}
+            | {name: np.zeros(0, int) for name in ("t", "scale", "draws")}
+            | {"levels": np.zeros((0, 2))},
             "no model call",
         ),
     ],
@@ -98,7 +101,7 @@ def test_json_gives_the_same_table_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(revision=2), "revision 2"),
+        (lambda data: data.update(revision=1), "revision 1"),
         (lambda data: data.update(format="other"), "'other'"),
         (lambda data: data.pop("X"), "expected the fields"),
         (lambda data: data.update(more=1), "expected the fields"),

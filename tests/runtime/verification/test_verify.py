@@ -43,7 +43,7 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers, cases = {}, []
     with Pipeline.over(bundle, lambda name: open_engine(bundle, specs[name], EngineOptions(), Shared())) as pipe:
         drawings = reference_images(bundle.manifest)
-        images = pipe([drawing.request for drawing in drawings]).pixels
+        images = pipe([drawing.request(bundle.manifest) for drawing in drawings]).pixels
         for case in cases_of(bundle.manifest, {"text_encoder": 500}):
             outputs = pipe.engine(case.component)(case.feeds(bundle.manifest.components[case.component]))
             numbers |= {case.key(name): sample_of(array, case.seed) for name, array in outputs.items()}

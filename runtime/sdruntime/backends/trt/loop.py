@@ -307,8 +307,9 @@ def device_calls(
 ) -> list[DeviceCall]:
     """Return the calls that run these jobs, all of one shape, as few as the UNet's profiles allow.
 
-    The list is empty if the loop cannot run on the GPU: rescaled guidance is not linear, a table may need more than SLOTS rows of
-    state, rows must be aligned, and streamed weights cannot be captured in a graph.
+    The list is empty if the loop cannot run on the GPU: rescaled guidance is not linear, guidance by an image takes three rows,
+    inpainting may put a part of an image back after each step, a table may need more than SLOTS rows of state, rows must be
+    aligned, and streamed weights cannot be captured in a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
         return []
@@ -338,7 +339,7 @@ def device_calls(
 
 def _fits(job: Job) -> bool:
     x, m = job.run.windows()
-    return job.rescale == 0 and len(x) + len(m) <= SLOTS
+    return job.rescale == 0 and job.kept is None and len(job.rows) <= 2 and len(x) + len(m) <= SLOTS
 
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdruntime.errors import LibraryMissing, SettingError, plain
 from sdruntime.pipeline.images.pixels import Pixels
@@ -70,6 +71,19 @@ def pixels_from(image: ImageLike) -> Pixels:
     return pixels
 
 
+def gray_from(image: ImageLike) -> NDArray[np.uint8]:
+    """Return an image, or an array uint8 or bool [H, W], as gray uint8 [H, W], with Pillow's weights of the colours (BT.601).
+
+    Raises as `read_image` does.
+    """
+    pixels = np.asarray(image) if hasattr(image, "__array__") else None
+    if pixels is not None and pixels.ndim == 2 and pixels.size and pixels.dtype in (np.uint8, np.bool_):
+        return pixels if pixels.dtype == np.uint8 else np.where(pixels, np.uint8(255), np.uint8(0))
+    red, green, blue = np.moveaxis(pixels_from(image).astype(np.uint32), -1, 0)
+    gray: NDArray[np.uint8] = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
+    return gray
+
+
 def check_ending(path: Path, where: str) -> None:
     """Raises SettingError if the name ends in no format that can be written, LibraryMissing if the format requires Pillow."""
     if _format(path, where) != "PNG":
@@ -110,7 +124,9 @@ def _encode_by_pillow(path: Path, pixels: Pixels, kind: str, text: Mapping[str, 
 
 
 def fitted(pixels: Pixels, size: tuple[int, int], fit: Fit) -> Pixels:
-    """Return `pixels` resized to `size`, (width, height), by Lanczos as in diffusers' VaeImageProcessor. Raises LibraryMissing.
+    """Return `pixels`, [H, W, 3] or gray [H, W], resized to `size`, (width, height), by Lanczos as in diffusers.
+
+    Raises LibraryMissing.
 
     "resize" changes the proportions; "crop" keeps them, covers `size` and crops the excess equally on both sides.
     """

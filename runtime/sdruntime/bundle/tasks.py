@@ -1,0 +1,40 @@
+"""Tasks that a UNet was trained for: the inputs that it takes beside the noisy latents, the timestep and the text.
+
+The exported graph concatenates them to `sample` along the channels, in the order given here, as diffusers' pipelines do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+Task = Literal["inpainting", "instruct_pix2pix"]
+LATENT = "C"  # as many channels as the latents have
+
+# inpainting: 1 where the image is generated anew, and the latents of the image without that part (arXiv 2112.10752, section 4.5)
+# instruct_pix2pix: the latents of the image to edit (arXiv 2211.09800)
+INPUTS: Mapping[Task, Mapping[str, int | str]] = {
+    "inpainting": {"mask": 1, "masked_image_latents": LATENT},
+    "instruct_pix2pix": {"image_latents": LATENT},
+}
+TASKS: tuple[Task, ...] = get_args(Task)
+
+
+def channels(task: Task, latent: int) -> dict[str, int]:
+    """Return the number of channels of each input of a task; `latent`: those of the latents."""
+    return {name: latent if count == LATENT else int(count) for name, count in INPUTS[task].items()}
+
+
+def task_of(inputs: Iterable[str]) -> Task | None:
+    """Return the task of a UNet with inputs of these names, or None."""
+    names = set(inputs)
+    return next((task for task in TASKS if names.issuperset(INPUTS[task])), None)
+
+
+def task_for(in_channels: int, latent: int) -> Task | None:
+    """Return the task of a UNet with so many input channels; None without a task. Raises ValueError for an unknown number."""
+    totals = {latent: None} | {latent + sum(channels(task, latent).values()): task for task in TASKS}
+    if in_channels not in totals:
+        known = ", ".join(f"{total} ({task or 'text to image'})" for total, task in totals.items())
+        raise ValueError(f"in_channels {in_channels} with {latent} latent channels is not one of {known}")
+    return totals[in_channels]

@@ -1,0 +1,1 @@
+"""What each task makes of a request: the first latents, and inputs of the UNet."""

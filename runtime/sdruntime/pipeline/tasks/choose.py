@@ -1,0 +1,50 @@
+"""Choose the task of a request: by the UNet's own task, and by what the request gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sdruntime.bundle.tasks import Task
+from sdruntime.errors import SettingError
+from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.tasks import inpainting, pix2pix
+from sdruntime.pipeline.tasks.start import Setting, Start, from_image, from_text
+from sdruntime.sampling.job import Row
+
+
+def task_start(request: Request, task: Task | None) -> Callable[[Setting], Start]:
+    """Return the function that starts a request on a UNet with this task."""
+    if task == "instruct_pix2pix":
+        return pix2pix.edit
+    if task == "inpainting":
+        return inpainting.conditioned
+    if request.mask is not None:
+        return inpainting.keeping
+    return from_text if request.pixels is None else from_image
+
+
+def start_strength(request: Request, task: Task | None) -> float | None:
+    """Return the strength with which the first latents follow from the request's image; None if they are pure noise."""
+    inpaints = task == "inpainting" or request.mask is not None
+    if request.pixels is None or task == "instruct_pix2pix" or (inpaints and inpainting.from_noise(request)):
+        return None
+    return request.strength
+
+
+def check_task(request: Request, task: Task | None) -> None:
+    """Raise SettingError if a request does not fit the UNet's task."""
+    if task == "instruct_pix2pix":
+        if request.pixels is None:
+            raise SettingError("this model edits an image: pass one as image=… (--image)")
+        if request.mask is not None:
+            raise SettingError("mask: this model edits whole images: use an inpainting or a plain model, or omit the mask")
+
+
+def rows_of(task: Task | None, texts: Sequence[Row], inputs: Row) -> tuple[Row, ...]:
+    """Return the rows of a UNet call: those of the texts, each with the inputs that follow from the image.
+
+    `texts`: (unconditional, conditional), or the conditional one alone. InstructPix2Pix with guidance has one row more, of neither
+    the text nor the image: an input that a row lacks is zeros.
+    """
+    rows = [{**text, **inputs} for text in texts]
+    return (texts[0], *rows) if task == "instruct_pix2pix" and len(rows) > 1 else tuple(rows)

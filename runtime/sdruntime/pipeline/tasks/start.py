@@ -1,0 +1,71 @@
+"""The start of a job: from noise, or from an image at the noise level where its steps begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.pipeline.images.imagefile import fitted
+from sdruntime.pipeline.images.pixels import from_uint8
+from sdruntime.pipeline.request import Request
+from sdruntime.sampling.job import Row
+from sdruntime.sampling.kept import Kept
+from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The first latents of a job, float32 [C, h, w], and the UNet's inputs that follow from its image, without the batch axis."""
+
+    latents: Array
+    inputs: Row = field(default_factory=dict)
+    kept: Kept | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a task starts from.
+
+    `shape` (C, h, w): of the latents; `size` (width, height): of the image in pixels. `encode` and `encode_mode` return the
+    latents of an image float32 [3, H, W] in [-1, 1]: a draw from the VAE's posterior, with this unit noise, scaled for the UNet;
+    and the posterior's mode, as the VAE returns it.
+    """
+
+    request: Request
+    table: Table
+    shape: tuple[int, int, int]
+    size: tuple[int, int]
+    noise: NoiseStream
+    encode: Callable[[Array, Array], Array]
+    encode_mode: Callable[[Array], Array]
+
+    def draw(self) -> Array:
+        """Draw unit noise of the latents' shape."""
+        return self.noise.normal(self.shape)
+
+    def pixels(self) -> Array:
+        """Return the request's image at the size to generate, float32 [3, H, W] in [-1, 1]."""
+        image = self.request.pixels
+        assert image is not None
+        return from_uint8(fitted(image, self.size, self.request.fit) if self.request.fit else image)
+
+    def noised(self, image: Array | None, noise: Array) -> Array:
+        """Return the latents at the noise level of the first step: of `image`, or pure noise."""
+        image_weight, noise_weight = self.table.start
+        first = noise_weight * noise if image is None else image_weight * image + noise_weight * noise
+        return first.astype(np.float32)
+
+
+def from_text(setting: Setting) -> Start:
+    """Start from noise."""
+    return Start(latents=setting.noised(None, setting.draw()))
+
+
+def from_image(setting: Setting) -> Start:
+    """Start from the request's image, as diffusers' StableDiffusionImg2ImgPipeline does."""
+    image = setting.encode(setting.pixels(), setting.draw())
+    return Start(latents=setting.noised(image, setting.draw()))

@@ -1,0 +1,39 @@
+"""The pipelines of diffusers that a checkpoint may name, and the one that runs a UNet's task.
+
+A UNet's task follows from its number of input channels, whatever pipeline the checkpoint was saved from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sdruntime.bundle.tasks import Task
+
+Classes = tuple[tuple[str, str], ...]  # (library, class): one of them
+
+_CLIP = ("transformers", "CLIPTextModel")
+_TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
+_ONE_ENCODER: Mapping[str, Classes] = {
+    "text_encoder": (_CLIP,),
+    "tokenizer": _TOKENIZERS,
+    "unet": (("diffusers", "UNet2DConditionModel"),),
+    "vae": (("diffusers", "AutoencoderKL"),),
+}
+_TWO_ENCODERS: Mapping[str, Classes] = {
+    "text_encoder": (_CLIP,),
+    "text_encoder_2": (("transformers", "CLIPTextModelWithProjection"),),
+    "tokenizer": _TOKENIZERS,
+    "tokenizer_2": _TOKENIZERS,
+    "unet": (("diffusers", "UNet2DConditionModel"),),
+    "vae": (("diffusers", "AutoencoderKL"),),
+}
+TASKS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")
+PARTS: Mapping[str, Mapping[str, Classes]] = {f"StableDiffusion{task}Pipeline": _ONE_ENCODER for task in TASKS} | {
+    f"StableDiffusionXL{task}Pipeline": _TWO_ENCODERS for task in TASKS
+}
+_BY_TASK: Mapping[Task | None, str] = {None: "", "inpainting": "Inpaint", "instruct_pix2pix": "InstructPix2Pix"}
+
+
+def pipeline_of(named: str, task: Task | None) -> str:
+    """Return the pipeline that runs a UNet's task; `named`: the pipeline that the checkpoint names."""
+    return f"StableDiffusion{'XL' if PARTS[named] is _TWO_ENCODERS else ''}{_BY_TASK[task]}Pipeline"
