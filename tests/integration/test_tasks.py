@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import tiny
 from integration.reference import Array, assert_same_picture
 from once import once
 
+from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 from sdruntime.verification.inputs import patches
@@ -22,9 +24,10 @@ ROWS = (  # UNet's task, kind of checkpoint, diffusers' pipeline
     ("inpainting", "sd1", "StableDiffusionInpaintPipeline"),
     ("inpainting", "sdxl", "StableDiffusionXLInpaintPipeline"),
     ("", "sd1", "StableDiffusionInpaintPipeline"),
-    ("", "sd2_v", "StableDiffusionInpaintPipeline"),
-    ("", "sdxl", "StableDiffusionXLInpaintPipeline"),
+    pytest.param(("", "sd2_v", "StableDiffusionInpaintPipeline"), marks=pytest.mark.full),
+    pytest.param(("", "sdxl", "StableDiffusionXLInpaintPipeline"), marks=pytest.mark.full),
     ("instruct_pix2pix", "sd1", "StableDiffusionInstructPix2PixPipeline"),
+    pytest.param(("instruct_pix2pix", "sdxl", "StableDiffusionXLInstructPix2PixPipeline"), marks=pytest.mark.full),
 )
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -35,6 +38,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+SHORT = (("ddim", 1.0), ("euler_a", 0.6), ("heun", 0.6))  # the others in `make test-full`
 PROMPT, NEGATIVE, SEED, STEPS, GUIDANCE = "a red circle", "green", 5, 6, 4.0
 
 
@@ -118,8 +122,10 @@ def ours_request(pipe: Pipeline, sampler: str, **settings: Any) -> Request:
     return Request(prompt=PROMPT, negative=NEGATIVE, seed=SEED, steps=STEPS, sampler=sampler, **given, **settings)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("sampler", "strength"),
+    [pytest.param(*pair, marks=() if pair in SHORT else pytest.mark.full) for pair in itertools.product(SAMPLERS, (1.0, 0.6))],
+)
 def test_images_are_those_of_diffusers(both: tuple[Any, Pipeline], sampler: str, strength: float) -> None:
     reference, pipe = both
     if pipe.task == "instruct_pix2pix" and strength < 1:
@@ -130,3 +136,64 @@ def test_images_are_those_of_diffusers(both: tuple[Any, Pipeline], sampler: str,
 
 def _pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
     return a[0], b[0], a[1], b[1]
+
+
+def test_a_mixed_batch_gives_the_images_that_each_gives_alone(both: tuple[Any, Pipeline]) -> None:
+    _, pipe = both
+    image, mask = inputs(pipe)
+    common: dict[str, Any] = {"prompt": PROMPT, "steps": 3, "sampler": "ddim"}
+    requests = [
+        ours_request(pipe, "euler_a", strength=0.6, guidance=GUIDANCE),
+        ours_request(pipe, "heun", strength=1.0, guidance=1.0),
+        Request(**common, seed=2, image=image),
+    ]
+    if pipe.task is None:
+        requests += [Request(**common, seed=3), Request(**common, seed=4, image=image, mask=255 - mask)]
+    together = pipe(requests)
+    for request, picture in zip(requests, together.images, strict=True):
+        assert np.array_equal(picture.pixels, pipe(request).images[0].pixels), request
+
+
+def test_inpainting_keeps_what_the_mask_does_not_cover(both: tuple[Any, Pipeline]) -> None:
+    """The kept latents are those of the image exactly; of a UNet that takes a mask only this is known: the mask matters."""
+    _, pipe = both
+    if pipe.task == "instruct_pix2pix":
+        pytest.skip("has no mask")
+    image, mask = inputs(pipe)
+    stream = pipe.stream(ours_request(pipe, "ddim"))
+    for _ in stream:
+        pass
+    latents = stream.jobs[0].run.x
+    same: dict[str, Any] = {"prompt": PROMPT, "negative": NEGATIVE, "seed": SEED, "steps": STEPS, "sampler": "ddim"}
+    other = pipe.stream(Request(**same, image=image, mask=255 - mask))
+    for _ in other:
+        pass
+    assert not np.array_equal(latents, other.jobs[0].run.x)
+    if pipe.task is None:
+        kept = stream.jobs[0].kept
+        assert kept is not None
+        outside = np.broadcast_to(kept.mask == 0, latents.shape)
+        assert 0.2 < outside.mean() < 0.8
+        assert np.array_equal(latents[outside], kept.image[outside])
+
+
+def test_an_inpainting_model_generates_whole_images_too(both: tuple[Any, Pipeline]) -> None:
+    """As diffusers does with a mask that covers everything."""
+    _, pipe = both
+    if pipe.task != "inpainting":
+        pytest.skip("of inpainting models")
+    height, width = pipe.model.default_size
+    everything: dict[str, Any] = {"image": np.full((height, width, 3), 9, np.uint8), "mask": np.ones((height, width), bool)}
+    masked = pipe(PROMPT, seed=1, steps=3, strength=1.0, **everything)
+    assert np.array_equal(pipe(PROMPT, seed=1, steps=3).pixels, masked.pixels)
+
+
+def test_a_request_that_does_not_fit_the_model_is_refused(both: tuple[Any, Pipeline]) -> None:
+    _, pipe = both
+    if pipe.task != "instruct_pix2pix":
+        pytest.skip("of models that edit an image")
+    image, mask = inputs(pipe)
+    with pytest.raises(SettingError, match=r"this model edits an image: pass one as image=… \(--image\)"):
+        pipe("make it red")
+    with pytest.raises(SettingError, match="mask: this model edits whole images"):
+        pipe("make it red", image=image, mask=mask)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 Task = Literal["inpainting", "instruct_pix2pix"]
 LATENT = "C"  # as many channels as the latents have
 
-# inpainting: 1 where the image is generated anew, and the latents of the image without that part (arXiv 2112.10752, section 4.5)
+# inpainting: 1 where the image is regenerated, and the latents of the image without that part (arXiv 2112.10752, section 4.5)
 # instruct_pix2pix: the latents of the image to edit (arXiv 2211.09800)
 INPUTS: Mapping[Task, Mapping[str, int | str]] = {
     "inpainting": {"mask": 1, "masked_image_latents": LATENT},

@@ -43,6 +43,8 @@ def generate(options: argparse.Namespace) -> None:
 
     if options.fit is not None and options.image is None:
         raise SettingError(f"--fit {options.fit} has no effect without --image")
+    if options.mask is not None and options.image is None:
+        raise SettingError("--mask marks a part of an image: add --image")
     if options.strength is not None and options.image is None:
         raise SettingError(f"--strength {options.strength:g} has no effect without --image")
     settings = {
@@ -56,9 +58,11 @@ def generate(options: argparse.Namespace) -> None:
         "sampler": options.sampler,
         "schedule": options.schedule,
         "guidance": options.guidance,
+        "image_guidance": options.image_guidance,
         "rescale": options.rescale,
         "size": parse_size(options.size) if options.size else None,
         "image": options.image,
+        "mask": options.mask,
         "fit": options.fit,
         "options": sampler_options(options),
     }

@@ -69,10 +69,13 @@ def parser() -> argparse.ArgumentParser:
     weighing = "how to apply weights: original restores each chunk's mean, no-norm does not (original)"
     sub.add_argument("--emphasis", choices=EMPHASES, default="original", help=weighing)
     sub.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
+    masked = "the part of --image to regenerate, white, in an image of its size"
+    sub.add_argument("--mask", type=Path, metavar="FILE", help=masked)
     sub.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
     setting(sub, "strength", "how much of --image is changed", otherwise=False)
     setting(sub, "steps", "number of denoising steps")
     setting(sub, "guidance", "how closely to follow the prompt; at 1 or less, the negative prompt has no effect")
+    setting(sub, "image_guidance", "how closely to follow --image, for models that edit an image")
     setting(sub, "rescale", "guidance rescale")
     sub.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
     sub.add_argument("--size", metavar="WxH", help="size in pixels (the model's own)")
@@ -118,7 +121,7 @@ def setting(sub: argparse.ArgumentParser, name: str, what: str, *, otherwise: bo
     allowed, default = RANGES[name], NUMBERS[name]
     described = f"{what}: {allowed} ({default:g})"
     number = int if allowed.whole else float
-    sub.add_argument(f"--{name}", type=number, default=default if otherwise else None, help=described)
+    sub.add_argument(f"--{name.replace('_', '-')}", type=number, default=default if otherwise else None, help=described)
 
 
 def sampling(sub: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from sdruntime import __version__
 from sdruntime.arrays import Array
 from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.tasks import Task
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
 from sdruntime.pipeline.request import Request
@@ -46,7 +47,8 @@ class Origin:
     """What generated an image, besides its request. `sampler`, `schedule`: AUTOMATIC1111's names, or ours if it has none.
 
     `ours`: our name of a schedule whose name in the web UI is ambiguous. `spacing`: the timestep_spacing, "" with a schedule.
-    `steps`: the number of steps, if the request has sigmas. `backend`: backend, version and target of the UNet's engine.
+    `steps`: the number of steps, if the request has sigmas. `backend`: backend, version and target of the UNet's engine. `task`:
+    the UNet's.
     """
 
     model: str
@@ -57,12 +59,15 @@ class Origin:
     steps: int | None = None
     backend: str = ""
     precision: str = ""
+    task: Task | None = None
 
     @classmethod
-    def of(cls, request: Request, config: Mapping[str, Any], model: str, unet: EngineSpec | None) -> Origin:
+    def of(
+        cls, request: Request, config: Mapping[str, Any], model: str, unet: EngineSpec | None, task: Task | None = None
+    ) -> Origin:
         """Return the origin of a request's image. Raises SettingError.
 
-        `config`: the checkpoint's scheduler_config.json. `unet`: None for engines of the caller.
+        `config`: the checkpoint's scheduler_config.json. `unet`: None for engines of the caller; `task`: the UNet's.
         """
         chosen: dict[str, Any] = {"sampler": request.sampler, "schedule": request.schedule, **request.options}
         row, kind = identified(config, **chosen)
@@ -80,6 +85,7 @@ class Origin:
             spacing=spacing,
             steps=steps,
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
+            task=task,
             precision=unet.precision if unet else "",
         )
 
@@ -98,6 +104,8 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Model": origin.model,
         "Denoising strength": None if request.pixels is None else request.strength,
         "Init image hash": None if request.pixels is None else image_hash(request.pixels),
+        "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
+        "Image CFG scale": request.image_guidance if origin.task == "instruct_pix2pix" else None,
         "Schedule": origin.ours or None,
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,

@@ -285,7 +285,7 @@ class Pipeline:
 
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
-        return Origin.of(request, self._schedule, self.model.name, unet)
+        return Origin.of(request, self._schedule, self.model.name, unet, self.task)
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.

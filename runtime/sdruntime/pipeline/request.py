@@ -63,7 +63,7 @@ class Request:
     the checkpoint's. `sigmas`: noise levels from high to low, in place of `steps`; then omit `steps` or pass their number of
     steps. `image`, `strength` in (0, 1]: image to image, from a path, an array uint8 [H, W, 3], an Image or a Pillow image; its
     pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it. `mask`:
-    the part of `image` to generate anew, white, in an image or array of the same size; its gray is in `mask_pixels`.
+    the part of `image` to regenerate, white, in an image or array of the same size; its gray is in `mask_pixels`.
     `options`: the sampler's own settings, such as eta. `guidance`: 1 or less disables guidance and the negative prompt.
     `image_guidance`: how closely to follow `image`, for models that edit an image (InstructPix2Pix). `rescale`: guidance
     rescale φ in [0, 1], Lin et al. 2023, section 3.4.
@@ -155,7 +155,7 @@ class Request:
 
     @property
     def mask_pixels(self) -> Array | None:
-        """The mask, uint8 [H, W] from 0 (kept) to 255 (generated anew), or None."""
+        """The mask, uint8 [H, W] from 0 (kept) to 255 (regenerated), or None."""
         mask: Array | None = self.mask
         return mask
 

@@ -14,7 +14,7 @@ from sdruntime.sampling.executor import Run
 class Kept:
     """Latents that are put back after each step: x = (1 - mask)·(image at the step's noise level) + mask·x.
 
-    `mask` float32 [1, h, w]: 1 where the image is generated anew. `image`, `noise` float32 [C, h, w].
+    `mask` float32 [1, h, w]: 1 where the image is regenerated. `image`, `noise` float32 [C, h, w].
 
     As diffusers' StableDiffusionInpaintPipeline does with a UNet of 4 channels: RePaint (arXiv 2201.09865, equation 8) without
     its resampling.

@@ -64,6 +64,7 @@ class RequestMessage:
     sampler: str | None = None
     schedule: str | None = None
     guidance: float = DEFAULTS["guidance"]
+    image_guidance: float = DEFAULTS["image_guidance"]
     rescale: float = DEFAULTS["rescale"]
     width: int | None = None
     height: int | None = None
@@ -89,6 +90,7 @@ class RequestMessage:
             sampler=self.sampler,
             schedule=self.schedule,
             guidance=self.guidance,
+            image_guidance=self.image_guidance,
             rescale=self.rescale,
             size=None if self.width is None or self.height is None else (self.width, self.height),
             image=image,

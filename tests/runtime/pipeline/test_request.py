@@ -29,6 +29,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("guidance", 10**400, "guidance 1000.* is outside 0 to 100"),
     ("guidance", "7.5", "guidance '7.5': expected a number from 0 to 100"),
     ("guidance", False, "guidance False: expected a number"),
+    ("image_guidance", 0.5, "image_guidance 0.5 is outside 1 to 100"),
+    ("mask", np.zeros((2, 2), np.uint8), r"mask: it marks a part of an image: pass the image too, as image=… \(--image\)"),
     ("rescale", -0.1, "rescale -0.1 is outside 0 to 1"),
     ("strength", 0, r"strength 0 is outside 0 \(excluded\) to 1"),
     ("strength", 1.5, "strength 1.5 is outside"),
@@ -93,19 +95,50 @@ def test_the_ends_of_each_range_belong_to_it() -> None:
 
 def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
     given = vars(parser().parse_args(["generate", "bundle", "a cat", "-o", "out.png"]))
-    for name in ("steps", "sigmas", "guidance", "rescale", "negative", "sampler", "schedule", "fit"):
+    for name in ("steps", "sigmas", "guidance", "image_guidance", "mask", "rescale", "negative", "sampler", "schedule", "fit"):
         assert given[name] == DEFAULTS[name]
     with pytest.raises(SystemExit):
         parser().parse_args(["generate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert given["prompt_syntax"] == "a1111"
     assert [given[name] for name in ("emphasis", "prompt_2", "negative_2")] == ["original", None, None]
-    for name in ("steps", "guidance", "rescale", "strength"):
+    for name in ("steps", "guidance", "image_guidance", "rescale", "strength"):
         assert f"{RANGES[name]} ({DEFAULTS[name]:g})" in told
 
 
 def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
     assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis"} <= shared
-    assert {"steps", "guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
+    assert {"steps", "guidance", "image_guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
+
+
+IMAGE = np.zeros((4, 6, 3), np.uint8)
+
+
+def test_a_mask_is_gray_of_the_image_s_size() -> None:
+    columns = np.tile(np.arange(6, dtype=np.uint8), (4, 1))
+    assert Request(prompt="", image=IMAGE, mask=columns).mask_pixels is columns
+    found = Request(prompt="", image=IMAGE, mask=columns > 2).mask_pixels
+    assert found is not None
+    assert found.tolist() == [[0, 0, 0, 255, 255, 255]] * 4
+    colours = np.zeros((4, 6, 3), np.uint8)
+    colours[:, 0], colours[:, 1], colours[:, 2], colours[:, 3] = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)
+    request = Request(prompt="", image=IMAGE, mask=colours)
+    assert request.mask_pixels is not None
+    assert request.mask_pixels[0].tolist() == [76, 150, 29, 9, 0, 0], "as Pillow converts to L"
+    assert repr(request) == "<Request '', seed 0, image 6x4, mask 6x4>"
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((4, 5), np.uint8), "mask: it is 5x4, and the image 6x4: they must be equal"),
+        (np.zeros((4, 6), np.float32), r"mask: expected uint8 \[height, width, 3\], got float32 \[4, 6\]"),
+        (3, "mask: expected a path, an array or a Pillow image, got int"),
+        ("missing.png", "mask: missing.png: cannot be read"),
+    ],
+)
+def test_a_wrong_mask_is_refused(mask: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Request(prompt="", image=IMAGE, mask=mask)

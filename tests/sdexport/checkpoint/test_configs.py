@@ -69,7 +69,7 @@ def test_defaults_stand_in_for_what_an_old_file_lacks() -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "named"),
     [
-        ("unet", {"out_channels": 8}, "out_channels 8, but in_channels 4"),
+        ("unet", {"out_channels": 8}, "out_channels 8, but the VAE has latent_channels 4"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep', which is not supported; it must be null"),
         ("unet", {"num_class_embeds": 10}, "num_class_embeds is 10"),
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),

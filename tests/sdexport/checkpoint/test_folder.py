@@ -87,7 +87,7 @@ def spoil_architecture(folder: Path) -> None:
 
 
 def spoil_channels(folder: Path) -> None:
-    edit(folder / "unet" / "config.json", in_channels=9)
+    edit(folder / "unet" / "config.json", in_channels=6)
 
 
 def spoil_key(folder: Path) -> None:
@@ -141,7 +141,10 @@ def stray_shard(folder: Path) -> None:
         (name_scheduler_unknown_to_the_runtime, "'IPNDMScheduler'], not one of diffusers.DDIMScheduler"),
         (spoil_prediction, "prediction_type 'score'"),
         (spoil_architecture, "text_encoder/config.json is of a T5EncoderModel"),
-        (spoil_channels, "in_channels 9, but the VAE has 4"),
+        (
+            spoil_channels,
+            "in_channels 6 with 4 latent channels is not one of 4 (text to image), 9 (inpainting), 8 (",
+        ),
         (spoil_key, "unet/config.json: sample_size is missing"),
         (spoil_json, "vae/config.json is not readable: NaN"),
         (drop_config, "unet/config.json is missing"),

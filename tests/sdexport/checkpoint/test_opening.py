@@ -16,7 +16,10 @@ from sdexport.checkpoint.opening import _IDLE, _KNOWN, SCHEDULERS, opened_schedu
 from sdexport.errors import CheckpointError
 from sdruntime.sampling.samplers import SAMPLERS, resolve, settled
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINES = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    *("StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"),
+)
 CLASSES = [name for name in SCHEDULERS if name != "DPMSolverSDEScheduler"]  # which needs torchsde
 MISSING = object()
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -49,8 +52,8 @@ def opened(pipeline: str, named: str, written: dict[str, Any]) -> Any:
 def test_the_scheduler_is_the_open_pipelines(pipeline: str, named: str) -> None:
     diffusers = pytest.importorskip("diffusers", minversion="0.42")
     for offset in (MISSING, 0, 1, 2):
-        for clip in (MISSING, True, False):
-            values = {"steps_offset": offset, "clip_sample": clip}
+        for clip, prk in ((MISSING, MISSING), (True, False), (False, False), (False, True)):
+            values = {"steps_offset": offset, "clip_sample": clip, "skip_prk_steps": prk}
             written = BETAS | {"_class_name": "PNDMScheduler"} | {k: v for k, v in values.items() if v is not MISSING}
             theirs, found = opened(pipeline, named, written).scheduler, []
             settings, changes = opened_scheduler(pipeline, named, written, found)
@@ -62,7 +65,7 @@ def test_the_scheduler_is_the_open_pipelines(pipeline: str, named: str) -> None:
             sampler, ours = settled(settings)
             assert sampler.diffusers == named
             assert any("PNDMScheduler" in line for line in changes) == (named != "PNDMScheduler")
-            for key in ("steps_offset", "clip_sample"):
+            for key in ("steps_offset", "clip_sample", "skip_prk_steps"):
                 if key in ours:
                     assert ours[key] == getattr(theirs.config, key), (key, values)
             for other in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
@@ -103,6 +106,8 @@ def test_the_size_of_an_old_unet_is_the_open_pipelines(version: Any, size: Any) 
         "layers_per_block": 1,
     }
     for pipeline in PIPELINES:
+        if pipeline == "StableDiffusionInpaintPipeline" and isinstance(size, list):
+            continue  # it compares the list with a number, and fails
         unet = diffusers.UNet2DConditionModel.from_config(small | written)
         kind = getattr(diffusers, pipeline)
         parts = dict.fromkeys(key for key in inspect.signature(kind.__init__).parameters if key != "self")

@@ -43,8 +43,8 @@ def check_task(request: Request, task: Task | None) -> None:
 def rows_of(task: Task | None, texts: Sequence[Row], inputs: Row) -> tuple[Row, ...]:
     """Return the rows of a UNet call: those of the texts, each with the inputs that follow from the image.
 
-    `texts`: (unconditional, conditional), or the conditional one alone. InstructPix2Pix with guidance has one row more, of neither
-    the text nor the image: an input that a row lacks is zeros.
+    `texts`: (unconditional, conditional), or the conditional one alone. InstructPix2Pix with guidance has one row more, without
+    the text and the image: an input that a row lacks is zeros.
     """
     rows = [{**text, **inputs} for text in texts]
     return (texts[0], *rows) if task == "instruct_pix2pix" and len(rows) > 1 else tuple(rows)

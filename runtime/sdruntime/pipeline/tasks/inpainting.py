@@ -1,4 +1,4 @@
-"""Inpainting: generate the part of an image under a mask anew.
+"""Inpainting: regenerate the part of an image under a mask.
 
 Source: diffusers' StableDiffusionInpaintPipeline, in the order in which it draws noise.
 """
@@ -43,7 +43,7 @@ def conditioned(setting: Setting) -> Start:
 
 
 def _mask(setting: Setting) -> Array:
-    """Return the mask in pixels, float32 [1, H, W] of 0 and 1; without one, the whole image is generated anew."""
+    """Return the mask in pixels, float32 [1, H, W] of 0 and 1; without one, the whole image is regenerated."""
     mask, fit = setting.request.mask_pixels, setting.request.fit
     if mask is None:
         return np.ones((1, *setting.size[::-1]), np.float32)

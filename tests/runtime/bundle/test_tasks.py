@@ -1,0 +1,48 @@
+"""A UNet's task follows from its inputs, and for a checkpoint from their number of channels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from trt.small import small_bundle
+
+from sdruntime.bundle.interface import interface_faults
+from sdruntime.bundle.manifest import TensorSpec
+from sdruntime.bundle.tasks import TASKS, channels, task_for, task_of
+
+PLAIN = ("sample", "timestep", "encoder_hidden_states")
+
+
+def test_the_task_follows_from_the_names_of_the_inputs() -> None:
+    assert task_of(PLAIN) is None
+    assert task_of((*PLAIN, "mask")) is None
+    for task in TASKS:
+        assert task_of((*PLAIN, *channels(task, 4))) == task
+
+
+def test_the_task_of_a_checkpoint_follows_from_the_number_of_channels() -> None:
+    assert [task_for(count, 4) for count in (4, 9, 8)] == [None, "inpainting", "instruct_pix2pix"]
+    assert task_for(33, 16) == "inpainting"
+    with pytest.raises(ValueError, match="in_channels 5 with 4 latent channels is not one of 4"):
+        task_for(5, 4)
+
+
+def test_a_bundle_may_have_the_inputs_of_a_task_and_no_others(tmp_path_factory: pytest.TempPathFactory) -> None:
+    manifest = small_bundle(tmp_path_factory.mktemp("task") / "bundle").manifest
+    unet = manifest.components["unet"]
+
+    def faults(*names: str, count: int = 0) -> list[str]:
+        known = channels("inpainting", manifest.model.latent_channels)
+        more = [
+            TensorSpec(name=name, dtype="float32", shape=("batch", count or known.get(name, 1), "height", "width"))
+            for name in names
+        ]
+        changed = dataclasses.replace(unet, inputs=(*unet.inputs, *more))
+        return list(interface_faults(dataclasses.replace(manifest, components={**manifest.components, "unet": changed})))
+
+    assert faults() == faults("mask", "masked_image_latents") == []
+    assert faults("mask") == ["unet.inputs: mask is not an input of the pipeline"]
+    [mask, latents] = faults("mask", "masked_image_latents", count=2)
+    assert mask.startswith("unet.inputs: mask is float32 [batch, 2, height, width], expected [batch, 1, height, width]")
+    assert "masked_image_latents" in latents
