@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import warnings
@@ -144,7 +145,7 @@ def test_a_mixed_batch_gives_the_images_that_each_gives_alone(both: tuple[Any, P
     common: dict[str, Any] = {"prompt": PROMPT, "steps": 3, "sampler": "ddim"}
     requests = [
         ours_request(pipe, "euler_a", strength=0.6, guidance=GUIDANCE),
-        ours_request(pipe, "heun", strength=1.0, guidance=1.0),
+        dataclasses.replace(ours_request(pipe, "heun", strength=1.0), guidance=1.0, negative=None),
         Request(**common, seed=2, image=image),
     ]
     if pipe.task is None:

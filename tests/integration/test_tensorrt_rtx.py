@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from integration.reference import psnr
 from integration.test_environments import ROOT, run
+from once import once
 
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.change import remove_engine
+from sdruntime.bundle.tasks import task_of
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 
@@ -63,6 +68,19 @@ def test_nothing_but_numpy_and_the_library_is_there(python: Path) -> None:
         "setuptools",
         "wheel",
     }
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_unets_of_tasks_are_built_in_half_precision(
+    task: str, python: Path, tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[..., Path], tmp_path: Path
+) -> None:
+    write = functools.partial(tiny.write_task_checkpoint, kind="sd1", task=task)
+    checkpoint = once(tmp_path_factory, f"checkpoints/tiny-{task}-sd1", write)
+    bundle = bare(exported_once(checkpoint, precision="fp16", audit=False), tmp_path / "bundle")
+    engines = built(python, bundle, "--target", "sm86", "--component", "unet", "--no-verify")
+    assert int(str(engines["unet"]["bytes"])) > 100_000
+    inputs = [tensor.name for tensor in Bundle.open(bundle).manifest.components["unet"].inputs]
+    assert task_of(inputs) == task
 
 
 def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Path, tmp_path: Path) -> None:
