@@ -28,14 +28,18 @@ def outputs(checkpoint: Path, component: str, feeds: Arrays) -> dict[str, NDArra
 
 
 def _text(checkpoint: Path, component: str, feeds: dict[str, Any]) -> dict[str, Any]:
+    import torch
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
-    output = kind.from_pretrained(checkpoint / component).eval()(feeds["input_ids"].long(), output_hidden_states=True)
+    encoder = kind.from_pretrained(checkpoint / component).eval()
+    output = encoder(feeds["input_ids"].long(), output_hidden_states=True)
     if not (checkpoint / "text_encoder_2").exists():
-        return {"last_hidden_state": output.last_hidden_state}
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        layers = torch.stack([norm(state) for state in output.hidden_states[:-1]], dim=1)
+        return {"last_hidden_state": output.last_hidden_state, "layers": layers}
     pooled = {"text_embeds": output.text_embeds} if component == "text_encoder_2" else {}
-    return {"hidden_states": output.hidden_states[-2]} | pooled
+    return {"hidden_states": output.hidden_states[-2], "layers": torch.stack(output.hidden_states[:-2], dim=1)} | pooled
 
 
 def _unet(checkpoint: Path, feeds: dict[str, Any]) -> dict[str, Any]:

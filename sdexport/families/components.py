@@ -62,17 +62,26 @@ def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
     if checkpoint.model.family != "sdxl":
         config = checkpoint.parts["text_encoder"].config
         last = _float("last_hidden_state", "batch", length, config["hidden_size"])
-        return (_text_encoder("text_encoder", "TextEncoder", config, length, (last,)),)
+        return (_text_encoder("text_encoder", "TextEncoder", config, length, (last, _layers(config, length, 1))),)
     first, second = (checkpoint.parts[part].config for part in ("text_encoder", "text_encoder_2"))
     pooled = _float("text_embeds", "batch", second["projection_dim"])
     return (
-        _text_encoder("text_encoder", "PenultimateTextEncoder", first, length, (_hidden(first, length),)),
-        _text_encoder("text_encoder_2", "PooledTextEncoder", second, length, (_hidden(second, length), pooled)),
+        _text_encoder(
+            "text_encoder", "PenultimateTextEncoder", first, length, (_hidden(first, length), _layers(first, length, 2))
+        ),
+        _text_encoder(
+            "text_encoder_2", "PooledTextEncoder", second, length, (_hidden(second, length), pooled, _layers(second, length, 2))
+        ),
     )
 
 
 def _hidden(config: Mapping[str, Any], length: int) -> TensorSpec:
     return _float("hidden_states", "batch", length, config["hidden_size"])
+
+
+def _layers(config: Mapping[str, Any], length: int, used: int) -> TensorSpec:
+    """The states of the embeddings and of each layer, except the last `used` of them."""
+    return _float("layers", "batch", config["num_hidden_layers"] + 1 - used, length, config["hidden_size"])
 
 
 def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], length: int, outputs: tuple[TensorSpec, ...]) -> Component:

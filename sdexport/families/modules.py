@@ -23,39 +23,50 @@ _LOGVAR = (-30.0, 20.0)
 
 
 class TextEncoder(nn.Module):
-    """input_ids [B,S] -> last_hidden_state [B,S,D] after the final layer norm: the conditioning of SD1 and SD2."""
+    """input_ids [B,S] -> last_hidden_state [B,S,D] after the final layer norm: the conditioning of SD1 and SD2.
+
+    The output `layers` [B,L,S,D] has the states before it, after the same norm, for clip skip.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.weights = CLIPTextModel(_text_config(config))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        output: Tensor = self.weights(input_ids, position_ids=_positions(input_ids)).last_hidden_state
-        return output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True)
+        transformer = getattr(self.weights, "text_model", self.weights)  # transformers 5 has no prefix
+        layers = transformer.final_layer_norm(torch.stack(output.hidden_states[:-1], dim=1))
+        return output.last_hidden_state, layers
 
 
 class PenultimateTextEncoder(nn.Module):
-    """input_ids [B,S] -> hidden_states [B,S,D] before the last layer: the first encoder of SDXL."""
+    """input_ids [B,S] -> hidden_states [B,S,D] before the last layer: the first encoder of SDXL.
+
+    The output `layers` [B,L,S,D] has the states before it, for clip skip.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.weights = CLIPTextModel(_text_config(config))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        output: Tensor = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True).hidden_states[-2]
-        return output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True).hidden_states
+        return states[-2], torch.stack(states[:-2], dim=1)
 
 
 class PooledTextEncoder(nn.Module):
-    """input_ids [B,S] -> hidden_states [B,S,D] before the last layer, text_embeds [B,P]: the second encoder of SDXL."""
+    """input_ids [B,S] -> hidden_states [B,S,D] before the last layer, text_embeds [B,P]: the second encoder of SDXL.
+
+    The output `layers` is as for the first one.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.weights = CLIPTextModelWithProjection(_text_config(config))
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
+        return output.hidden_states[-2], output.text_embeds, torch.stack(output.hidden_states[:-2], dim=1)
 
 
 class Unet(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from integration.reference import Array, Reference, assert_same_picture
+from places import SHAPES
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
@@ -58,7 +59,9 @@ def chunked(tokenizer: Any, segments: Segments) -> list[tuple[list[int], list[fl
     return rows
 
 
-def embedded(reference: Reference, segments: Segments, count: int = 1, *, norm: bool = True) -> tuple[Array, Array | None]:
+def embedded(
+    reference: Reference, segments: Segments, count: int = 1, *, norm: bool = True, skip: int = 0
+) -> tuple[Array, Array | None]:
     """(embeddings [1, 77·chunks, D], pooled), filled with empty chunks up to `count`."""
     import torch
 
@@ -71,7 +74,10 @@ def embedded(reference: Reference, segments: Segments, count: int = 1, *, norm: 
         for index, (ids, weights) in enumerate(rows):
             with torch.no_grad():
                 out = encoder(torch.tensor([ids]), output_hidden_states=True)
-            z = (out.hidden_states[-2] if reference.xl else out.last_hidden_state)[0].numpy()
+                state = out.hidden_states[-(skip + (2 if reference.xl else 1))]
+                if not reference.xl:
+                    state = getattr(encoder, "text_model", encoder).final_layer_norm(state)
+            z = state[0].numpy()
             weighted = z * np.array(weights, np.float32)[:, None]
             hidden.append(weighted * (z.mean() / weighted.mean()) if norm else weighted)
             pooled = out.text_embeds.numpy() if index == 0 and hasattr(out, "text_embeds") else pooled
@@ -198,6 +204,37 @@ def test_a_mixed_batch_gives_the_image_that_each_gives_alone(both: tuple[Referen
     assert len({image.tobytes() for image in alone}) == 4
 
 
+def test_clip_skip(both: tuple[Reference, Pipeline]) -> None:
+    reference, pipe = both
+    names = ("", "_2") if reference.xl else ("",)
+    layers = min(getattr(reference.pipe, f"text_encoder{name}").config.num_hidden_layers for name in names)
+    most = layers - 1 if reference.xl else layers
+    for skip in sorted({0, 1, most}):
+        prompt, negative = rows(pipe, LONG, negative="x", clip_skip=skip)
+        close(prompt, embedded(reference, LONG_SEGMENTS, skip=skip)[0][0])
+        close(negative, embedded(reference, [("x", 1.0)], 2, skip=skip)[0][0])
+    with pytest.raises(SettingError, match=f"clip_skip {most + 1}: the model's text encoders allow 0 to {most}"):
+        pipe(LONG, clip_skip=most + 1)
+    if not reference.xl:  # diffusers' own clip_skip of SD1 and SD2 fails with transformers 5
+        return
+    stream = pipe.stream("a red cat", negative="x", clip_skip=1, **SETTINGS)
+    for _ in stream:
+        pass
+    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    theirs = reference.draw(
+        "a red cat",
+        scheduler="EulerDiscreteScheduler",
+        seed=7,
+        num_inference_steps=6,
+        guidance_scale=7.5,
+        height=64,
+        width=64,
+        negative_prompt="x",
+        clip_skip=1,
+    )
+    assert_same_picture(stream.result.pixels[0], theirs[0], decoded, theirs[1])
+
+
 def test_the_second_encoder_has_its_own_texts(both: tuple[Reference, Pipeline]) -> None:
     reference, pipe = both
     request = Request(prompt="a cat", prompt_2="a red sea", negative="x", negative_2="the sand", **SETTINGS)
@@ -227,3 +264,15 @@ def test_the_second_encoder_has_its_own_texts(both: tuple[Reference, Pipeline]) 
     hidden = job.rows[-1]["encoder_hidden_states"]
     close(hidden[:, :width], embedded(reference, [("a cat", 1.0)], 2)[0][0, :, :width])
     close(hidden[:, width:], embedded(reference, LONG_SEGMENTS)[0][0, :, width:])
+
+
+def test_editing_shows_in_a_trained_model(shapes_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SHAPES))
+    from read import read  # type: ignore[import-not-found]
+
+    prompt = "a [large blue:small red:{}] circle on the left on a white background"
+    circle = {"shape": "circle", "place": "left", "background": "white"}
+    with Pipeline.open(shapes_bundle, backend="onnxruntime") as pipe:
+        never, soon = (pipe(prompt.format(when), prompt_syntax="a1111", seed=1).pixels[0] for when in ("1.0", "0.2"))
+    assert read(never) == {**circle, "colour": "blue", "size": "large"}
+    assert read(soon) == {**circle, "colour": "red", "size": "small"}

@@ -53,6 +53,7 @@ def generate(options: argparse.Namespace) -> None:
         "negative_2": options.negative_2,
         "prompt_syntax": options.prompt_syntax,
         "emphasis": options.emphasis,
+        "clip_skip": options.clip_skip,
         "steps": options.steps,
         "sigmas": options.sigmas,
         "sampler": options.sampler,

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--negative-2", metavar="PROMPT", help="negative text for the second text encoder (--negative)")
     reading = "how to read the texts: a1111 has (emphasis:1.2), BREAK, [a:b:0.5] and [a|b], and takes long texts (a1111)"
     sub.add_argument("--prompt-syntax", choices=SYNTAXES, default="a1111", help=reading)
+    setting(sub, "clip_skip", "layers of the text encoder to skip, as in diffusers")
     weighing = "how to apply weights: original restores each chunk's mean, no-norm does not (original)"
     sub.add_argument("--emphasis", choices=EMPHASES, default="original", help=weighing)
     sub.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")

@@ -111,6 +111,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,
         "CFG Rescale": request.rescale or None,
         "Emphasis": A1111_EMPHASES[request.emphasis] if request.prompt_syntax == "a1111" else None,
+        "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # the web UI counts from 1
         "Prompt syntax": "a1111" if request.prompt_syntax == "a1111" else None,
         "Prompt 2": request.prompt_2,
         "Negative prompt 2": request.negative_2,

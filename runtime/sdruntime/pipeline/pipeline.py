@@ -254,7 +254,7 @@ class Pipeline:
             for component in ("unet", "vae_decoder") if self.engines.given is None else ():
                 self.engines.choose(component, height=height, width=width)
         texts = [
-            Texts.of(request, steps=table.steps, encoders=len(self._conditioner.tokenizers))
+            Texts.of(request, steps=table.steps, conditioner=self._conditioner)
             for request, table in zip(requests, tables, strict=True)
         ]
         conditions = self._conditioner.encode([text.wordings for text in texts], self.engine)

@@ -50,6 +50,7 @@ RANGES: Mapping[str, Range] = {
     "image_guidance": Range(1, 100),
     "rescale": Range(0, 1),
     "strength": Range(0, 1, above=True),
+    "clip_skip": Range(0, 64, whole=True),
 }
 # the defaults
 NUMBERS: Mapping[str, Any] = {
@@ -59,6 +60,7 @@ NUMBERS: Mapping[str, Any] = {
     "image_guidance": 1.5,
     "rescale": 0.0,
     "strength": 0.8,
+    "clip_skip": 0,
 }
 
 # Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.

@@ -49,7 +49,7 @@ DIFFUSERS: Mapping[str, str] = {
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
-    *("latents", "timesteps", "clip_skip", "cross_attention_kwargs", "return_dict"),
+    *("latents", "timesteps", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     *("control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
 )
@@ -71,7 +71,8 @@ class Request:
     `prompt_2`, `negative_2`: texts for the second text encoder of a model that has two, None for the same as for the first.
     `prompt_syntax`: "plain" takes all texts as they are and cuts them at the encoder's length. "a1111" reads the syntax of
     AUTOMATIC1111's web UI: emphasis, BREAK, prompt editing and alternation, in texts of any length. `emphasis`: how "a1111"
-    applies weights, "original", "no-norm" or "ignore".
+    applies weights, "original", "no-norm" or "ignore". `clip_skip`: how many layers of the text encoders to skip, counted from
+    the one that the checkpoint uses, as in diffusers; "plain" skips none for the negative prompt.
     """
 
     prompt: str
@@ -94,6 +95,7 @@ class Request:
     negative_2: str | None = None
     prompt_syntax: Syntax = "plain"
     emphasis: Emphasis = "original"
+    clip_skip: int = NUMBERS["clip_skip"]
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdruntime.errors import SettingError
+from sdruntime.errors import SettingError, Unsupported
 from sdruntime.pipeline.request import Request
-from sdruntime.pipeline.text.conditioning import Condition
+from sdruntime.pipeline.text.conditioning import Condition, Conditioner
 from sdruntime.pipeline.text.wording import Wording, over_steps
 
 Conditions = Mapping[Wording, Condition]
@@ -24,15 +24,22 @@ class Texts:
     no_negative: bool
 
     @classmethod
-    def of(cls, request: Request, *, steps: int, encoders: int) -> Texts:
-        """Return the texts of a request over its model calls. `encoders`: the model's number of them. Raises SettingError."""
+    def of(cls, request: Request, *, steps: int, conditioner: Conditioner) -> Texts:
+        """Return the texts of a request over its model calls. Raises SettingError for what the text encoders do not support."""
+        most, encoders = conditioner.most_skipped, len(conditioner.tokenizers)
+        if request.clip_skip > most:
+            if not most:
+                raise Unsupported("clip_skip: the bundle was exported without the text encoder's inner layers: export it again")
+            raise SettingError(f"clip_skip {request.clip_skip}: the model's text encoders allow 0 to {most}")
         for name in ("prompt_2", "negative_2"):
             if getattr(request, name) is not None and encoders < 2:
                 raise SettingError(f"{name}: the model has one text encoder: omit it, and write all in {name[:-2]}")
-        pairs = [(request.prompt, request.prompt_2)]
+        parts = [(request.prompt, request.prompt_2, request.clip_skip)]
         if request.guided:
-            pairs.append((request.negative or "", request.negative_2))
-        read = [over_steps(Wording(text, second, request.prompt_syntax, request.emphasis), steps) for text, second in pairs]
+            skip = 0 if request.prompt_syntax == "plain" else request.clip_skip  # diffusers' negative prompt skips nothing
+            parts.append((request.negative or "", request.negative_2, skip))
+        syntax, emphasis = request.prompt_syntax, request.emphasis
+        read = [over_steps(Wording(text, second, syntax, emphasis, skip), steps) for text, second, skip in parts]
         at: dict[int, tuple[Wording, ...]] = {}
         current = [wordings[0] for wordings in read]
         for step in sorted(set().union(*read)):

@@ -74,6 +74,7 @@ class RequestMessage:
     negative_2: str | None = None
     prompt_syntax: Syntax = DEFAULTS["prompt_syntax"]
     emphasis: Emphasis = DEFAULTS["emphasis"]
+    clip_skip: int = DEFAULTS["clip_skip"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -100,6 +101,7 @@ class RequestMessage:
             negative_2=self.negative_2,
             prompt_syntax=self.prompt_syntax,
             emphasis=self.emphasis,
+            clip_skip=self.clip_skip,
         )
 
 

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import bundles
 import pytest
 from bundles import with_fake_engines
 
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
-from sdruntime.errors import EngineError, SettingError
+from sdruntime.errors import EngineError, SettingError, Unsupported
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
-from sdruntime.pipeline.text.conditioning import KEPT
+from sdruntime.pipeline.text.conditioning import KEPT, Conditioner
 
 SIZE = (64, 64)
 
@@ -118,3 +120,30 @@ def test_an_engine_for_one_chunk_names_the_way_to_more(bundle: Bundle) -> None:
     )
     with Pipeline.open(bundle.folder, backend="fake") as pipe, pytest.raises(EngineError, match=told):
         pipe("a BREAK b", prompt_syntax="a1111", size=SIZE, steps=1)
+
+
+def test_a_bundle_without_the_states_of_the_layers_refuses_clip_skip(bundle: Bundle) -> None:
+    message = "clip_skip: the bundle was exported without the text encoder's inner layers: export it again"
+    with Pipeline.open(with_fake_engines(bundle), backend="fake") as pipe, pytest.raises(Unsupported, match=message):
+        pipe("a cat", clip_skip=1, steps=1, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtype", "most"),
+    [
+        (("batch", 2, 77, 8), "float32", 2),
+        (("batch", "batch", 77, 8), "float32", 0),
+        (("batch", 2, 77, 4), "float32", 0),
+        (("batch", 77, 8), "float32", 0),
+        (("batch",), "float32", 0),
+        (("batch", 2, 77, 8), "int32", 0),
+    ],
+)
+def test_the_states_of_the_layers_are_those_of_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: tuple[Any, ...], dtype: Any, most: int
+) -> None:
+    inputs, outputs = bundles.TENSORS["text_encoder"]
+    monkeypatch.setitem(
+        bundles.TENSORS, "text_encoder", (inputs, (*outputs, bundles.TensorSpec(name="layers", dtype=dtype, shape=layers)))
+    )
+    assert Conditioner.open(bundles.make_bundle(tmp_path / "bundle")).most_skipped == most

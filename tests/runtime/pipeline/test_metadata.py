@@ -133,6 +133,18 @@ def test_the_checkpoint_s_own_sampler_is_named_too(config: dict[str, Any], sampl
     assert (found["Sampler"], found["Schedule type"]) == (sampler, schedule)
 
 
+def test_settings_of_the_texts() -> None:
+    settings: dict[str, Any] = {"prompt_syntax": "a1111", "emphasis": "no-norm", "prompt_2": "a, b", "negative_2": "c"}
+    found = read(Request(prompt="x", negative="y", clip_skip=1, **settings), {})
+    told = {"Clip skip": "2", "Emphasis": "No norm", "Prompt syntax": "a1111", "Prompt 2": "a, b", "Negative prompt 2": "c"}
+    assert told.items() <= found.items()
+    for request in (Request(prompt="x"), Request(prompt="x", prompt_syntax="a1111")):
+        plain = read(request, {})
+        assert plain["Clip skip"] == "1"  # the web UI's default
+        assert not {"Emphasis", "Prompt 2", "Negative prompt 2"} & plain.keys()
+        assert plain.get("Prompt syntax", "plain") == request.prompt_syntax
+
+
 def test_every_sampler_has_a_name_that_its_own_request_resolves_to() -> None:
     for name, row in SAMPLERS.items():
         config = {"prediction_type": "flow_prediction"} if name.startswith("flow") else {}
@@ -161,6 +173,7 @@ def again(found: dict[str, str]) -> list[str]:
         "--prompt-2": "Prompt 2",
         "--negative-2": "Negative prompt 2",
     }
+    arguments += ["--clip-skip", str(int(found.get("Clip skip", "1")) - 1)]
     arguments += ["--prompt-syntax", found.get("Prompt syntax", "plain")]
     arguments += ["--emphasis", {"No norm": "no-norm", "Ignore": "ignore"}.get(found.get("Emphasis", ""), "original")]
     arguments += [part for flag, key in optional.items() if found.get(key) for part in (flag, found[key])]

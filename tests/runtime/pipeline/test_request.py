@@ -101,14 +101,14 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
         parser().parse_args(["generate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert given["prompt_syntax"] == "a1111"
-    assert [given[name] for name in ("emphasis", "prompt_2", "negative_2")] == ["original", None, None]
+    assert [given[name] for name in ("emphasis", "prompt_2", "negative_2", "clip_skip")] == ["original", None, None, 0]
     for name in ("steps", "guidance", "image_guidance", "rescale", "strength"):
         assert f"{RANGES[name]} ({DEFAULTS[name]:g})" in told
 
 
 def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
-    assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis"} <= shared
+    assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis", "clip_skip"} <= shared
     assert {"steps", "guidance", "image_guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
 

@@ -12,6 +12,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError, shown
 from sdruntime.pipeline.text.chunks import Chunk, chunks, whole
@@ -22,6 +23,7 @@ from sdruntime.pipeline.text.wording import Wording
 from sdruntime.system.document import LARGEST
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+LAYERS = "layers"  # an output: the states of the layers before the last one, in order
 KEPT = 64  # encoded chunks in memory: 15 MiB for SD1, 40 MiB for SDXL
 MOST_ENCODED = 512  # chunks of one image: 120 MiB for SD1, 320 MiB for SDXL
 
@@ -76,9 +78,14 @@ class _Chunked:
 
 @dataclass(frozen=True, slots=True)
 class Conditioner:
-    """Encode texts with a bundle's text encoders. `tokenizers`: by the name of the text encoder that each feeds."""
+    """Encode texts with a bundle's text encoders.
+
+    `tokenizers`: by the name of the text encoder that each feeds. `most_skipped`: how many layers can be skipped, 0 if the
+    encoders were exported without the states of their layers.
+    """
 
     tokenizers: Mapping[str, Tokenizer]
+    most_skipped: int = 0
     bundle: Path | None = None
     _kept: dict[Wording, Condition] = field(default_factory=dict)  # ordered by use: the most recent text is last
 
@@ -94,7 +101,8 @@ class Conditioner:
                 tokenizers[encoder] = Tokenizer.from_files(
                     files, where=bundle.folder / folder, length=bundle.manifest.text_length
                 )
-        return cls(tokenizers, bundle.folder)
+        layers = [_layers(bundle.manifest.components[encoder]) for encoder in tokenizers]
+        return cls(tokenizers, min(layers), bundle.folder)
 
     def encode(self, images: Sequence[Sequence[Wording]], engine: Callable[[str], Engine]) -> list[dict[Wording, Condition]]:
         """Return the condition of each wording of each image, all of one image filled with empty chunks to the same length.
@@ -164,8 +172,9 @@ class Conditioner:
             describe = lambda row, encoder=encoder: f"text {rows[row].of(encoder)[:40]!r}"  # noqa: E731
             outputs = checked_rows(engine(encoder), feeds, describe, self.bundle)
             # SDXL: both encoders' second-to-last hidden states, concatenated, and the pooled text of the second
-            states = outputs.get("last_hidden_state", outputs.get("hidden_states"))
-            assert states is not None
+            last = outputs.get("last_hidden_state", outputs.get("hidden_states"))
+            assert last is not None
+            states = [outputs[LAYERS][row, -wording.skip] if wording.skip else last[row] for row, wording in enumerate(rows)]
             hidden.append(
                 [emphasized(z, chunk.weights, wording.emphasis) for z, chunk, wording in zip(states, parts, rows, strict=True)]
             )
@@ -178,6 +187,17 @@ class Conditioner:
             conditions[wording] = Condition(hidden=_read_only(joined), pooled=first, cut=text.cut)
             row += text.count
         return conditions
+
+
+def _layers(encoder: ComponentSpec) -> int:
+    """Return the number of layers whose states a text encoder returns besides those that are used by default."""
+    tensors = {tensor.name: tensor for tensor in encoder.outputs}
+    last = tensors.get("last_hidden_state", tensors.get("hidden_states"))
+    if last is None or LAYERS not in tensors:
+        return 0
+    shape = tensors[LAYERS].shape
+    count = shape[1] if len(shape) == 1 + len(last.shape) and (shape[0], *shape[2:]) == last.shape else 0
+    return count if isinstance(count, int) and tensors[LAYERS].dtype == "float32" else 0
 
 
 def _read_only(row: Array) -> Array:

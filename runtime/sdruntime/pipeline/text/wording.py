@@ -17,13 +17,14 @@ SYNTAXES: tuple[Syntax, ...] = get_args(Syntax)
 class Wording:
     """A text, and all that its encoding depends on besides the bundle.
 
-    `second`: the text for the second text encoder, None for the same one.
+    `second`: the text for the second text encoder, None for the same one. `skip`: how many layers of the encoders to skip.
     """
 
     text: str
     second: str | None = None
     syntax: Syntax = "plain"
     emphasis: Emphasis = "original"
+    skip: int = 0
 
     def of(self, encoder: str) -> str:
         """Return the text for a text encoder."""
@@ -32,7 +33,7 @@ class Wording:
     @property
     def empty(self) -> Wording:
         """The wording of an empty chunk beside this one's."""
-        return Wording("", syntax=self.syntax)
+        return Wording("", syntax=self.syntax, skip=self.skip)
 
 
 def over_steps(wording: Wording, steps: int) -> dict[int, Wording]:
