@@ -60,7 +60,7 @@ def test_other_names_are_not_options(key: str) -> None:
         ("a cat", {"seed": [1, 2]}, r"seed \[1, 2\]: expected a whole number"),
         ("a cat", {"seed": 1.0}, "seed 1.0: expected a whole number"),
         ("a cat", {"options": "eta=1"}, "options 'eta=1': expected a mapping"),
-        ("a cat", {"mask_image": None}, "setting 'mask_image' of diffusers is not supported"),
+        ("a cat", {"mask_image": None}, "unknown setting 'mask_image': write mask=…"),
         ("a cat", {"negative_prompt_2": "x"}, "unknown setting 'negative_prompt_2': write negative_2=…"),
         ("a cat", {"prompt_2": 3}, "prompt_2 3: expected text"),
         ("a cat", {"prompt_syntax": "compel"}, "unknown prompt_syntax 'compel'"),
