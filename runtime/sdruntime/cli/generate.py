@@ -126,6 +126,7 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
         threads=options.threads,
         memory=parse_bytes(options.vram_budget) if options.vram_budget else None,
         low_memory=options.low_memory,
+        tile=int(options.tile) if options.tile.isdecimal() and len(options.tile) < 6 else options.tile,
         measure=not options.no_measure,
         session=dict(pairs(options.session, "engine_host_code=true", "--session")),
     )

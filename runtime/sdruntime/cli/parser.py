@@ -87,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--session", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine library")
     sub.add_argument("--no-measure", action="store_true", help="do not time CPU engines to find the fastest")
     sub.add_argument("--low-memory", action="store_true", help="keep one component on the GPU at a time")
+    tiles = (
+        "run the VAE on overlapping tiles: off, their side in pixels, or auto: if the image is too large for its engines (auto)"
+    )
+    sub.add_argument("--tile", default="auto", metavar="auto|off|PIXELS", help=tiles)
     sub.add_argument("--vram-budget", metavar="SIZE", help="how much GPU memory to use: 4G, 600M (all that is free)")
     sampling(sub)
 

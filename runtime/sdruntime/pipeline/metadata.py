@@ -47,8 +47,8 @@ class Origin:
     """What generated an image, besides its request. `sampler`, `schedule`: AUTOMATIC1111's names, or ours if it has none.
 
     `ours`: our name of a schedule whose name in the web UI is ambiguous. `spacing`: the timestep_spacing, "" with a schedule.
-    `steps`: the number of steps, if the request has sigmas. `backend`: backend, version and target of the UNet's engine. `task`:
-    the UNet's.
+    `steps`: the number of steps, if the request has sigmas. `tile`: the size of the VAE's tiles, "" if it took the whole image.
+    `backend`: backend, version and target of the UNet's engine. `task`: the UNet's.
     """
 
     model: str
@@ -57,13 +57,21 @@ class Origin:
     ours: str = ""
     spacing: str = ""
     steps: int | None = None
+    tile: str = ""
     backend: str = ""
     precision: str = ""
     task: Task | None = None
 
     @classmethod
     def of(
-        cls, request: Request, config: Mapping[str, Any], model: str, unet: EngineSpec | None, task: Task | None = None
+        cls,
+        request: Request,
+        config: Mapping[str, Any],
+        model: str,
+        unet: EngineSpec | None,
+        task: Task | None = None,
+        *,
+        tile: str = "",
     ) -> Origin:
         """Return the origin of a request's image. Raises SettingError.
 
@@ -84,6 +92,7 @@ class Origin:
             ours="lu" if kind == "lu" else "",  # the web UI calls both lu and our exponential "Exponential"
             spacing=spacing,
             steps=steps,
+            tile=tile,
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
             task=task,
             precision=unet.precision if unet else "",
@@ -119,6 +128,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Sigmas": None if request.sigmas is None else ", ".join(map(_number, request.sigmas)),
         "Timestep spacing": origin.spacing or None,
         "Sampler options": json.dumps(options, sort_keys=True, default=lambda number: number.item()) if options else None,
+        "VAE tile": origin.tile or None,
         "Backend": origin.backend or None,
         "Precision": origin.precision or None,
         "Version": VERSION,

@@ -21,6 +21,7 @@ from sdruntime.backends.base.engine import Engine, EngineOptions
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.interface import interface_faults
+from sdruntime.bundle.roles import role
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.bundle.tasks import task_of
 from sdruntime.engines.choose import AUTO
@@ -37,6 +38,7 @@ from sdruntime.pipeline.tasks.choose import check_task, rows_of, start_strength,
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.pipeline.text.conditioning import Conditioner, cut_lines
 from sdruntime.pipeline.texts import Conditions, Texts
+from sdruntime.pipeline.tile_size import Tiling, check_tile, tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
@@ -134,6 +136,7 @@ class Pipeline:
             raise BundleError(bundle.folder, faults)
         self.bundle, self.model = bundle, bundle.manifest.model
         self.task = task_of(tensor.name for tensor in bundle.manifest.components["unet"].inputs)
+        check_tile(self._make_engines.keywords["options"].tile, self.model)
         self.engines = self._make_engines(bundle)
         self._conditioner = Conditioner.open(bundle)
         self._schedule = bundle.read_json(SCHEDULER)
@@ -250,9 +253,10 @@ class Pipeline:
         shapes = [self.latent_shape(request) for request in requests]
         tables = [self._table(request) for request in requests]
         self.engines.ready()
-        for _, height, width in set(shapes):  # fail before the texts are encoded
-            for component in ("unet", "vae_decoder") if self.engines.given is None else ():
-                self.engines.choose(component, height=height, width=width)
+        for _, height, width in set(shapes) if self.engines.given is None else ():  # fail before the texts are encoded
+            self.engines.choose("unet", height=height, width=width)
+            tiles = self._tiling("vae_decoder", height, width)
+            self.engines.choose("vae_decoder", **(tiles.dims if tiles else {"height": height, "width": width}))
         texts = [
             Texts.of(request, steps=table.steps, conditioner=self._conditioner)
             for request, table in zip(requests, tables, strict=True)
@@ -285,15 +289,29 @@ class Pipeline:
 
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
-        return Origin.of(request, self._schedule, self.model.name, unet, self.task)
+        tiles = self._tiling("vae_decoder", *job.run.x.shape[1:])
+        return Origin.of(request, self._schedule, self.model.name, unet, self.task, tile=tiles.text if tiles else "")
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.
 
-        Raises EngineError, SdruntimeError.
+        For a size that needs tiles, the engine runs another one on them. Raises EngineError, SdruntimeError.
         """
         self._open_at_first_use()
+        if role(component).stage == "vae" and dims.keys() == {"height", "width"}:
+            per_cell = self.model.vae_factor // role(component).factor(self.model.vae_factor)
+            if tiles := self._tiling(component, dims["height"] // per_cell, dims["width"] // per_cell):
+                return tiles.engine(functools.partial(self.engines.engine, component))
         return self.engines.engine(component, rows=rows, **dims)
+
+    def _tile_lines(self, shape: tuple[int, int, int]) -> list[str]:
+        """Return a line about the tiles of an image, unless the user chose their size."""
+        tiles = self._tiling("vae_decoder", *shape[1:]) if self.engines.options.tile == "auto" else None
+        return [tiles.line] if tiles else []
+
+    def _tiling(self, component: str, height: int, width: int) -> Tiling | None:
+        """Return the tiles of a VAE component for an image of this size in latent cells, or None if it runs on the whole."""
+        return tiling(self.engines, component, self.model.vae_factor, height, width)
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """Return the stepper that advances jobs of one shape on the host, in one call of the UNet."""
@@ -415,7 +433,7 @@ class Pipeline:
             sampler=request.sampler or self.sampler,
             bundle=self.bundle.folder,
             cut=prompt.cut,
-            warnings=tuple(cut_lines(pair for pairs in encoded.values() for pair in pairs)),
+            warnings=(*self._tile_lines(shape), *cut_lines(pair for pairs in encoded.values() for pair in pairs)),
         )
 
 

@@ -201,6 +201,8 @@ def test_with_quiet_or_json_standard_error_has_no_progress(
         (["--guidance", "1e9"], "guidance 1000000000.0 is outside 0 to 100"),
         (["--count", "1000000000"], "count 1000000000 of 1 prompt: from 1 to 10,000 images in one call"),
         (["--session", "x"], "--session 'x': expected KEY=VALUE"),
+        (["--tile", "100"], "tile 100: the side must be a multiple of 8 pixels, and at least 64"),
+        (["--tile", "512x512"], 'tile \'512x512\': expected "auto", "off" or the side of a tile in pixels'),
     ],
 )
 def test_what_would_be_ignored_or_never_ends_is_refused(

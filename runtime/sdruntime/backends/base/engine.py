@@ -85,7 +85,8 @@ class EngineOptions:
     """Options for opening an engine. Raises SettingError for a value of another type or out of range.
 
     `threads` 0: the library decides. `session`: the library's own session settings, by its own names. `stream`: the handle of the
-    caller's CUDA stream to use; 0: the engines create their own.
+    caller's CUDA stream to use; 0: the engines create their own. `tile`: the side in pixels of overlapping tiles, in
+    which a pipeline decodes and encodes larger images; "auto": only if an image is too large for its engines; "off": never.
     """
 
     device: int = 0  # index of the GPU
@@ -94,6 +95,7 @@ class EngineOptions:
     low_memory: bool = False  # a pipeline keeps one component on the GPU at a time
     whole_loop: bool = False  # without progress callbacks, a pipeline launches all steps as one CUDA graph
     stream: int = 0
+    tile: int | str = "auto"
     measure: bool = True  # "auto" may benchmark CPU engines the first time it can choose between several
     session: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,6 +106,9 @@ class EngineOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
                 raise SettingError(f"{name} {shown(value)}: expected a whole number, 0 or more")
+        tile = self.tile
+        if tile not in ("auto", "off") and (isinstance(tile, bool) or not isinstance(tile, Integral) or tile < 1):
+            raise SettingError(f'tile {shown(tile)}: expected "auto", "off" or the side of a tile in pixels, such as 1024')
         if self.threads > MOST_THREADS:  # libraries start any number without a check
             raise SettingError(f"threads {self.threads}: expected {MOST_THREADS} at most, or 0 for the library's own choice")
         settings = self.session.items() if isinstance(self.session, Mapping) else [(None, None)]
