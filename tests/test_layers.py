@@ -20,7 +20,7 @@ ORDER = {
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow"
     ),
     "sdruntime.bundle": (
-        "roles tasks limits audit records dimensions manifest interface sampler_step lending bundle lock change staging"
+        "roles limits audit records dimensions manifest tasks interface sampler_step lending bundle lock change staging"
     ),
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building engine feeds subpixel session backend",

@@ -48,8 +48,12 @@ def write_checkpoint(folder: Path, kind: Kind) -> Path:
     return folder
 
 
-# task -> input channels of its UNet, and the pipeline that a checkpoint of it names
-TASKS = {"inpainting": (9, "Inpaint"), "instruct_pix2pix": (8, "InstructPix2Pix")}
+# task -> what is different in its UNet's config, and the pipeline that a checkpoint of it names
+TASKS: dict[str, tuple[dict[str, int], str]] = {
+    "inpainting": ({"in_channels": 9}, "{}InpaintPipeline"),
+    "instruct_pix2pix": ({"in_channels": 8}, "{}InstructPix2PixPipeline"),
+    "lcm": ({"time_cond_proj_dim": 32}, "LatentConsistencyModelPipeline"),
+}
 
 
 def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
@@ -58,15 +62,19 @@ def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
     from diffusers import UNet2DConditionModel
 
     write_checkpoint(folder, kind)
-    channels, named = TASKS[task]
+    changes, named = TASKS[task]
     config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    torch.manual_seed(channels)
-    unet = UNet2DConditionModel.from_config(config | {"in_channels": channels})
+    torch.manual_seed(len(task))
+    unet = UNet2DConditionModel.from_config(config | changes)
     _liven(unet)
     unet.eval().save_pretrained(folder / "unet")
-    index = _index(kind)
-    prefix = index["_class_name"].removesuffix("Pipeline")
-    _write_json(folder / "model_index.json", index | {"_class_name": f"{prefix}{named}Pipeline"})
+    index, scheduler = _index(kind), _scheduler(kind)
+    if task == "lcm":
+        scheduler["_class_name"] = "LCMScheduler"
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index["_class_name"] = named.format(index["_class_name"].removesuffix("Pipeline"))
+    _write_json(folder / "model_index.json", index)
     return folder
 
 

@@ -134,7 +134,7 @@ _UNET = Config(
         "time_embedding_dim": Key(None, _NULL | _WIDTH),
         "time_embedding_act_fn": Key(None, _NULL | _ACTIVATIONS),
         "timestep_post_act": Key(None, _NULL | _ACTIVATIONS),
-        "time_cond_proj_dim": Key(None, _NULL),  # takes an embedding of the guidance (latent consistency models)
+        "time_cond_proj_dim": Key(None, _NULL | _WIDTH),  # of the embedding of the guidance (latent consistency models)
         "conv_in_kernel": Key(3, _one_of(1, 3, 5, 7, 9)),
         "conv_out_kernel": Key(3, _one_of(1, 3, 5, 7, 9)),
         "projection_class_embeddings_input_dim": Key(None, _NULL | _WIDTH),

@@ -27,13 +27,18 @@ _TWO_ENCODERS: Mapping[str, Classes] = {
     "unet": (("diffusers", "UNet2DConditionModel"),),
     "vae": (("diffusers", "AutoencoderKL"),),
 }
-TASKS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")
-PARTS: Mapping[str, Mapping[str, Classes]] = {f"StableDiffusion{task}Pipeline": _ONE_ENCODER for task in TASKS} | {
-    f"StableDiffusionXL{task}Pipeline": _TWO_ENCODERS for task in TASKS
+_TASKS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")
+DISTILLED = "LatentConsistencyModelPipeline"  # of models that take the guidance as an input
+PARTS: Mapping[str, Mapping[str, Classes]] = {
+    **{f"StableDiffusion{task}Pipeline": _ONE_ENCODER for task in _TASKS},
+    **{f"StableDiffusionXL{task}Pipeline": _TWO_ENCODERS for task in _TASKS},
+    **dict.fromkeys((DISTILLED, "LatentConsistencyModelImg2ImgPipeline"), _ONE_ENCODER),
 }
 _BY_TASK: Mapping[Task | None, str] = {None: "", "inpainting": "Inpaint", "instruct_pix2pix": "InstructPix2Pix"}
 
 
 def pipeline_of(named: str, task: Task | None) -> str:
     """Return the pipeline that runs a UNet's task; `named`: the pipeline that the checkpoint names."""
+    if task is None and named.startswith("LatentConsistencyModel"):
+        return DISTILLED
     return f"StableDiffusion{'XL' if PARTS[named] is _TWO_ENCODERS else ''}{_BY_TASK[task]}Pipeline"

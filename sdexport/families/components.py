@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
 from sdruntime.bundle.manifest import TensorSpec
-from sdruntime.bundle.tasks import channels
+from sdruntime.bundle.tasks import GUIDANCE, channels
 
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
@@ -102,6 +102,8 @@ def _unet(checkpoint: Checkpoint) -> Component:
     if checkpoint.task:
         added = channels(checkpoint.task, model.latent_channels)
         inputs += [_float(name, "batch", count, "height", "width") for name, count in added.items()]
+    if config["time_cond_proj_dim"]:
+        inputs.append(_float(GUIDANCE, "batch", config["time_cond_proj_dim"]))
     cells = model.size_multiple // model.vae_factor
     return Component(
         name="unet",

@@ -73,7 +73,7 @@ class Unet(nn.Module):
     """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] -> out_sample [B,C,h,w].
 
     SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6]. The inputs of a task (sdruntime.bundle.tasks), each [B,·,h,w],
-    are concatenated to `sample` in the order of the arguments.
+    are concatenated to `sample` in the order of the arguments. timestep_cond [B,G] is the embedding of the guidance.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -90,12 +90,20 @@ class Unet(nn.Module):
         mask: Tensor | None = None,
         masked_image_latents: Tensor | None = None,
         image_latents: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         added = [tensor for tensor in (mask, masked_image_latents, image_latents) if tensor is not None]
         if added:
             sample = torch.cat([sample, *added], dim=1)
         pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        output: Tensor = self.weights(sample, timestep, encoder_hidden_states, added_cond_kwargs=pooled, return_dict=False)[0]
+        output: Tensor = self.weights(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=pooled,
+            return_dict=False,
+        )[0]
         return output
 
 

@@ -88,16 +88,15 @@ def _images(
     import torch
 
     name = type(pipe).__name__
-    sizes = {"width": width, "height": height}
-    if "width" not in inspect.signature(pipe.__call__).parameters:  # the size is that of the image
-        sizes = {}
+    # not of every pipeline: the size may be that of the image, and a distilled model takes no negative prompt
+    optional = {"width": width, "height": height, "negative_prompt": [request.negative for request in requests]}
+    known = inspect.signature(pipe.__call__).parameters
     try:
         images = pipe(
             [request.prompt for request in requests],
-            negative_prompt=[request.negative for request in requests],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            **sizes,
+            **{argument: value for argument, value in optional.items() if argument in known},
             **_inputs(task, requests),
             generator=[torch.Generator().manual_seed(request.seed) for request in requests],
             output_type="np",

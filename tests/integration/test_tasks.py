@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from integration.reference import Array, assert_same_picture
+from integration.reference import Array, assert_same_picture, psnr
 from once import once
 
 from sdruntime.errors import SettingError
@@ -56,8 +56,7 @@ def both(
     task, kind, named = request.param
     torch.set_num_threads(1)
     if task:
-        write = lambda folder: tiny.write_task_checkpoint(folder, kind, task)  # noqa: E731
-        checkpoint = once(tmp_path_factory, f"checkpoints/tiny-{task}-{kind}", write)
+        checkpoint = task_checkpoint(tmp_path_factory, kind, task)
         # with reference images: the build compares with diffusers too, at full strength
         bundle = exported_once(checkpoint, verify=True)
     else:
@@ -68,6 +67,11 @@ def both(
         reference = getattr(diffusers, named).from_pretrained(str(checkpoint), torch_dtype=torch.float32)
         reference.set_progress_bar_config(disable=True)
         yield reference, pipe
+
+
+def task_checkpoint(factory: pytest.TempPathFactory, kind: tiny.Kind, task: str) -> Path:
+    write = lambda folder: tiny.write_task_checkpoint(folder, kind, task)  # noqa: E731
+    return once(factory, f"checkpoints/tiny-{task}-{kind}", write)
 
 
 def inputs(pipe: Pipeline) -> tuple[Array, Array]:
@@ -91,14 +95,13 @@ def theirs(reference: Any, pipe: Pipeline, sampler: str, **settings: Any) -> tup
         warnings.simplefilter("ignore")
         reference.scheduler = getattr(diffusers, named).from_config(reference.scheduler.config, **changes)
     arguments: dict[str, Any] = {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask)}
-    arguments |= {"height": image.shape[0], "width": image.shape[1], "strength": 1.0}
+    arguments |= {"negative_prompt": NEGATIVE, "height": image.shape[0], "width": image.shape[1], "strength": 1.0}
     known = inspect.signature(reference.__call__).parameters
     arguments = {name: value for name, value in (arguments | settings).items() if name in known}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         latents = reference(
             PROMPT,
-            negative_prompt=NEGATIVE,
             num_inference_steps=STEPS,
             generator=torch.Generator().manual_seed(SEED),
             output_type="latent",
@@ -198,3 +201,30 @@ def test_a_request_that_does_not_fit_the_model_is_refused(both: tuple[Any, Pipel
         pipe("make it red")
     with pytest.raises(SettingError, match="mask: this model edits whole images"):
         pipe("make it red", image=image, mask=mask)
+
+
+def test_a_latent_consistency_model_takes_the_guidance_as_an_input(
+    tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[..., Path], ready: Callable[[Path], Path]
+) -> None:
+    import diffusers
+    import torch
+
+    checkpoint = task_checkpoint(tmp_path_factory, "sd1", "lcm")
+    with warnings.catch_warnings(), Pipeline.open(ready(exported_once(checkpoint, verify=True))) as pipe:
+        warnings.simplefilter("ignore")
+        reference = diffusers.LatentConsistencyModelPipeline.from_pretrained(str(checkpoint), torch_dtype=torch.float32)
+        reference.set_progress_bar_config(disable=True)
+        images = []
+        for guidance in (1.0, 8.5):
+            generator = torch.Generator().manual_seed(SEED)
+            settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": guidance, "output_type": "np"}
+            [theirs] = reference(PROMPT, generator=generator, **settings).images
+            stream = pipe.stream(PROMPT, seed=SEED, steps=4, guidance=guidance)
+            assert [len(job.rows) for job in stream.jobs] == [1]
+            for _ in stream:
+                pass
+            images.append(stream.result.images[0].pixels)
+            assert psnr(images[-1], (theirs * 255).round().astype(np.uint8)) >= 60
+        assert not np.array_equal(*images)
+        with pytest.warns(UserWarning, match="the negative prompt has no effect: the model takes the guidance as an input"):
+            pipe(PROMPT, negative="green", steps=1, guidance=2.0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
+from sdruntime.bundle.manifest import ComponentSpec
+
 Task = Literal["inpainting", "instruct_pix2pix"]
 LATENT = "C"  # as many channels as the latents have
 
@@ -17,6 +19,8 @@ INPUTS: Mapping[Task, Mapping[str, int | str]] = {
     "inpainting": {"mask": 1, "masked_image_latents": LATENT},
     "instruct_pix2pix": {"image_latents": LATENT},
 }
+# of latent consistency models (arXiv 2310.04378): the guidance as an input, in place of an unconditional row
+GUIDANCE = "timestep_cond"
 TASKS: tuple[Task, ...] = get_args(Task)
 
 
@@ -29,6 +33,12 @@ def task_of(inputs: Iterable[str]) -> Task | None:
     """Return the task of a UNet with inputs of these names, or None."""
     names = set(inputs)
     return next((task for task in TASKS if names.issuperset(INPUTS[task])), None)
+
+
+def guidance_width(unet: ComponentSpec) -> int | None:
+    """Return the width of the embedding of the guidance that a distilled UNet takes as an input; None if it takes none."""
+    shape = next((tensor.shape for tensor in unet.inputs if tensor.name == GUIDANCE), ())
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
 
 def task_for(in_channels: int, latent: int) -> Task | None:

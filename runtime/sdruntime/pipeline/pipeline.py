@@ -23,7 +23,7 @@ from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.interface import interface_faults
 from sdruntime.bundle.roles import role
 from sdruntime.bundle.sampler_step import NAME as STEP
-from sdruntime.bundle.tasks import task_of
+from sdruntime.bundle.tasks import GUIDANCE, guidance_width, task_of
 from sdruntime.engines.choose import AUTO
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
@@ -41,6 +41,7 @@ from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.pipeline.tile_size import Tiling, check_tile, tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
+from sdruntime.sampling.guidance import guidance_embedding
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
 from sdruntime.sampling.noise import NoiseStream
 from sdruntime.sampling.samplers import identified
@@ -135,7 +136,9 @@ class Pipeline:
         if faults := list(interface_faults(bundle.manifest)):
             raise BundleError(bundle.folder, faults)
         self.bundle, self.model = bundle, bundle.manifest.model
-        self.task = task_of(tensor.name for tensor in bundle.manifest.components["unet"].inputs)
+        unet = bundle.manifest.components["unet"]
+        self.task = task_of(tensor.name for tensor in unet.inputs)
+        self._guidance_width = guidance_width(unet)
         check_tile(self._make_engines.keywords["options"].tile, self.model)
         self.engines = self._make_engines(bundle)
         self._conditioner = Conditioner.open(bundle)
@@ -258,7 +261,7 @@ class Pipeline:
             tiles = self._tiling("vae_decoder", height, width)
             self.engines.choose("vae_decoder", **(tiles.dims if tiles else {"height": height, "width": width}))
         texts = [
-            Texts.of(request, steps=table.steps, conditioner=self._conditioner)
+            Texts.of(request, steps=table.steps, conditioner=self._conditioner, guided=self._guided(request))
             for request, table in zip(requests, tables, strict=True)
         ]
         conditions = self._conditioner.encode([text.wordings for text in texts], self.engine)
@@ -412,14 +415,27 @@ class Pipeline:
         )
         return task_start(request, self.task)(setting)
 
+    def _unused(self, request: Request) -> Iterator[str]:
+        if request.guided and self._guidance_width is not None:
+            names = {"the negative prompt": request.negative, "rescale": request.rescale}
+            yield from (
+                f"{name} has no effect: the model takes the guidance as an input" for name, value in names.items() if value
+            )
+
+    def _guided(self, request: Request) -> bool:
+        """Return whether a request takes an unconditional row. A distilled model takes the guidance as an input instead."""
+        return request.guided and self._guidance_width is None
+
     def _job(self, request: Request, shape: tuple[int, int, int], table: Table, texts: Texts, conditions: Conditions) -> Job:
         noise = NoiseStream(request.seed)
         start = self._start(request, shape, table, noise)
         encoded = texts.encoded(conditions, zero_absent=self.model.zero_empty_negative)
         prompt = encoded[0][0][1]
-        sizes = {} if prompt.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
+        more = {} if prompt.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
+        if self._guidance_width is not None:
+            more[GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
         rows = {
-            step: rows_of(self.task, [{**text.row, **sizes} for _, text in reversed(pairs)], start.inputs)
+            step: rows_of(self.task, [{**text.row, **more} for _, text in reversed(pairs)], start.inputs)
             for step, pairs in encoded.items()
         }
         return Job(
@@ -433,7 +449,11 @@ class Pipeline:
             sampler=request.sampler or self.sampler,
             bundle=self.bundle.folder,
             cut=prompt.cut,
-            warnings=(*self._tile_lines(shape), *cut_lines(pair for pairs in encoded.values() for pair in pairs)),
+            warnings=(
+                *self._tile_lines(shape),
+                *cut_lines(pair for pairs in encoded.values() for pair in pairs),
+                *self._unused(request),
+            ),
         )
 
 

@@ -24,8 +24,11 @@ class Texts:
     no_negative: bool
 
     @classmethod
-    def of(cls, request: Request, *, steps: int, conditioner: Conditioner) -> Texts:
-        """Return the texts of a request over its model calls. Raises SettingError for what the text encoders do not support."""
+    def of(cls, request: Request, *, steps: int, conditioner: Conditioner, guided: bool) -> Texts:
+        """Return the texts of a request over its model calls; if `guided`, with the negative prompt.
+
+        Raises SettingError for what the text encoders do not support.
+        """
         most, encoders = conditioner.most_skipped, len(conditioner.tokenizers)
         if request.clip_skip > most:
             if not most:
@@ -35,7 +38,7 @@ class Texts:
             if getattr(request, name) is not None and encoders < 2:
                 raise SettingError(f"{name}: the model has one text encoder: omit it, and write all in {name[:-2]}")
         parts = [(request.prompt, request.prompt_2, request.clip_skip)]
-        if request.guided:
+        if guided:
             skip = 0 if request.prompt_syntax == "plain" else request.clip_skip  # diffusers' negative prompt skips nothing
             parts.append((request.negative or "", request.negative_2, skip))
         syntax, emphasis = request.prompt_syntax, request.emphasis

@@ -32,6 +32,18 @@ def combine_with_image(uncond: FloatArray, image: FloatArray, cond: FloatArray, 
     return guided
 
 
+def guidance_embedding(scale: float, width: int) -> FloatArray:
+    """Return the embedding of a guidance scale, float32 [width], for models that take the guidance as an input.
+
+    Luo et al. 2023 (latent consistency models, arXiv 2310.04378): the sinusoidal embedding of 1000·(scale − 1). In float32, as in
+    diffusers: float64 differs from it by up to 2e-4.
+    """
+    half = width // 2
+    rates = np.exp(np.arange(half, dtype=np.float32) * -(np.log(np.float32(10_000)) / np.float32(half - 1)))
+    angles = np.float32(scale - 1) * np.float32(1000) * rates
+    return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2, np.float32)]).astype(np.float32)
+
+
 def rescale(guided: FloatArray, cond: FloatArray, phi: float | FloatArray) -> FloatArray:
     """Scale each row of `guided` [B, ...], in place, towards the standard deviation of `cond` (Lin et al. 2023, eq. 15-16).
 

@@ -22,7 +22,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.bundle.roles import role
-from sdruntime.bundle.tasks import task_of
+from sdruntime.bundle.tasks import guidance_width, task_of
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.noise import NoiseStream
@@ -174,9 +174,10 @@ def reference_images(manifest: Manifest, *, steps: int = 6, sampler: str | None 
     model = manifest.model
     multiple = math.lcm(model.size_multiple, 8)  # diffusers' pipelines require multiples of 8, whatever the VAE's factor
     height, width = (_small_side(side, multiple) for side in model.default_size)
+    negative = "" if guidance_width(manifest.components["unet"]) else "a blurred text"
     return tuple(
         ReferenceImage(
-            prompt=prompt, negative="a blurred text", seed=7 + k, steps=steps, guidance=5.0, size=(width, height), sampler=sampler
+            prompt=prompt, negative=negative, seed=7 + k, steps=steps, guidance=5.0, size=(width, height), sampler=sampler
         )
         for k, prompt in enumerate((*model.prompts, *_PROMPTS)[: len(_PROMPTS)])
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdruntime.sampling.guidance import combine, rescale
+from sdruntime.sampling.guidance import combine, combine_with_image, guidance_embedding, rescale
 
 
 @pytest.fixture
@@ -63,3 +63,25 @@ def test_a_constant_row_stays(pair):
     cond = pair[0]
     guided = np.full_like(cond, 2.0)
     assert np.array_equal(rescale(guided, cond, 0.7), np.full_like(cond, 2.0))
+
+
+@pytest.mark.parametrize(("scale", "width"), [(1.0, 256), (7.5, 256), (8.5, 33), (100.0, 512)])
+def test_the_embedding_of_the_guidance_is_that_of_diffusers(scale: float, width: int) -> None:
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([scale - 1]), width)[0].numpy()
+    ours = guidance_embedding(scale, width)
+    assert ours.dtype == np.float32
+    largest = np.float32((scale - 1) * 1000)  # angle, of which float32 keeps the last digit
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2 * np.spacing(largest) + 1e-6)
+
+
+def test_the_embedding_of_no_guidance_is_of_the_angle_zero() -> None:
+    assert guidance_embedding(1.0, 6).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_guidance_by_an_image_is_the_plane_through_the_three(pair):
+    uncond, cond = pair
+    image = 0.5 * cond[::-1]
+    expected = uncond + 7.0 * (cond - image) + 1.5 * (image - uncond)
+    np.testing.assert_allclose(combine_with_image(uncond, image, cond, 7.0, 1.5), expected, rtol=1e-5, atol=1e-5)

@@ -72,7 +72,7 @@ def test_defaults_stand_in_for_what_an_old_file_lacks() -> None:
         ("unet", {"out_channels": 8}, "out_channels 8, but the VAE has latent_channels 4"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep', which is not supported; it must be null"),
         ("unet", {"num_class_embeds": 10}, "num_class_embeds is 10"),
-        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
+        ("unet", {"time_cond_proj_dim": 0}, "time_cond_proj_dim is 0"),
         ("unet", {"encoder_hid_dim": 48}, "encoder_hid_dim 48, but the text's embedding is 32 wide"),
         ("unet", {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 32}, "encoder_hid_dim_type is 'image_proj'"),
         ("unet", {"encoder_hid_dim": 32, "cross_attention_dim": [32, 32]}, "is a list, but encoder_hid_dim"),

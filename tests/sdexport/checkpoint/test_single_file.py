@@ -21,6 +21,7 @@ from sdexport.checkpoint.weights.torch_file.file import REFUSED_PICKLE
 from sdexport.errors import CheckpointError
 from sdexport.families.components import components
 from sdexport.trace.cache import trace_key
+from sdruntime.bundle.tasks import channels
 
 KINDS = ("sd1", "sd2", "sd2_v", "sdxl")
 V = {"modelspec.prediction_type": "v"}
@@ -170,6 +171,20 @@ def test_marks_of_the_schedule_are_followed(tmp_path_factory: pytest.TempPathFac
     assert checkpoint.model.prediction_type == "v_prediction"
     assert checkpoint.scheduler["rescale_betas_zero_snr"] is True
     assert checkpoint.scheduler["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize(("count", "task"), [(9, "inpainting"), (8, "instruct_pix2pix")])
+def test_the_first_weight_says_which_task_a_unet_was_made_for(
+    count: int, task: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    import torch
+
+    tensors = tensors_of(tmp_path_factory, "sd1")
+    name = f"{UNET}input_blocks.0.0.weight"
+    tensors[name] = torch.zeros((tensors[name].shape[0], count, 3, 3))
+    checkpoint = read_checkpoint(saved(tensors, tmp_path), name="x")
+    assert checkpoint.task == task
+    assert [tensor.name for tensor in components(checkpoint)[-1].inputs][3:] == [*channels(checkpoint.task, 4)]
 
 
 def test_averaged_weights_and_strangers_beside_the_model_change_nothing(
