@@ -21,7 +21,7 @@ CPU_TILE = 1024  # pixels of a tile's side, if the size is the only reason for t
 def check_tile(tile: int | str, model: ModelSpec) -> None:
     """Check a tile's side in pixels against the VAE. Raises SettingError."""
     factor = model.vae_factor
-    if isinstance(tile, int) and (tile % factor or tile < LEAST * factor):
+    if not isinstance(tile, str) and (tile % factor or tile < LEAST * factor):
         near = max(LEAST * factor, round(tile / factor) * factor)
         raise SettingError(
             f"tile {tile}: the side must be a multiple of {factor} pixels, and at least {LEAST * factor}, since neighbours "
@@ -58,7 +58,7 @@ class Tiling:
         why = "--tile off takes it whole, with more memory" if self.whole_fits else "no engine takes the whole image"
         return (
             f"size {size}: the VAE takes the image in {len(rows) * len(columns)} overlapping tiles of {self.text}, which changes "
-            f"its colors a little; {why}"
+            f"its colours a little; {why}"
         )
 
     def engine(self, choose: Callable[..., Engine]) -> Engine:

@@ -28,7 +28,7 @@ Choose = Callable[..., Engine]
 def even_spans(side: int, tile: int, overlap: float = OVERLAP) -> list[Span]:
     """Return tiles of one size, spread evenly over a side. Neighbours share at least the overlap.
 
-    diffusers cuts off the last tile instead, to a single cell in the worst case, and a narrow tile has other colors.
+    diffusers cuts off the last tile instead, to a single cell in the worst case, and a narrow tile has other colours.
     """
     shared = max(1, int(tile * overlap))
     count = max(1, -(-(side - shared) // (tile - shared)))

@@ -33,6 +33,7 @@ class OpenOptions:
     stream: int | None = None
     queue: int = QUEUE
     running: int | None = None
+    tile: int | str = "auto"
     measure: bool = True
     session: Mapping[str, str] = field(default_factory=dict)
 

@@ -114,6 +114,7 @@ class Service:
             threads=options.threads,
             memory=options.memory,
             low_memory=options.low_memory,
+            tile=options.tile,
             stream=options.stream or 0,
             measure=options.measure,
             session=options.session,

@@ -86,7 +86,9 @@ def test_a_large_image_on_a_cpu_is_decoded_in_tiles_though_the_engine_takes_it(m
 
 
 def test_the_user_chooses_the_tiles(made: Path) -> None:
-    with Pipeline.open(made, backend="fake", options=EngineOptions(tile=128)) as pipe:  # no warning: pytest makes it an error
+    with Pipeline.open(
+        made, backend="fake", options=EngineOptions(tile=np.int64(128))
+    ) as pipe:  # no warning: pytest makes it an error
         pipe("a fox", steps=1, size=(64, 320))
         assert _decoded(pipe) == [{"batch": 3, "height": 16, "width": 8}]
     for options, size in ((EngineOptions(tile="off"), (640, 64)), (EngineOptions(tile=640), (1024, 64))):

@@ -198,6 +198,7 @@ def test_a_device_buffer_is_refused_where_the_engines_or_the_process_cannot_reac
     [
         ({"backend": "tensorrt-x"}, 2, "did you mean tensorrt"),
         ({"thread": 2}, 2, "options.thread: unknown key; did you mean threads, stream?"),
+        ({"tile": 100}, 2, "tile 100: the side must be a multiple of 8 pixels, and at least 64"),
         ({"threads": -1}, 2, "threads -1"),
         ({"queue": 0}, 2, "queue 0: at least 1 image"),
         ({"memory": 0}, 2, "memory 0: at least 1 byte"),
