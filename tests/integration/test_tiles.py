@@ -13,7 +13,6 @@ import pytest
 
 from sdruntime import EngineOptions, Pipeline
 from sdruntime.arrays import Array
-from sdruntime.pipeline import tiles
 from sdruntime.pipeline.tiles import Span, TiledEngine
 
 FACTOR, TILE = 8, 8  # the tiny VAE's; latent cells
@@ -44,14 +43,11 @@ def tiled(pipe: Pipeline, component: str, height: int, width: int) -> TiledEngin
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_tiles_are_blended_as_in_diffusers_to_the_last_bit(
-    pipe: Pipeline, height: int, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_are_blended_as_in_diffusers_to_the_last_bit(pipe: Pipeline, height: int, width: int) -> None:
     """diffusers' methods, over the outputs of our own engines."""
     import torch
     from diffusers import AutoencoderKL
 
-    monkeypatch.setattr(tiles, "MOST_PIXELS", 1)  # one tile in a call, as in diffusers
     decoder, encoder = (partial(pipe.engines.engine, name) for name in ("vae_decoder", "vae_encoder"))
 
     def decode(tile: Any) -> Any:

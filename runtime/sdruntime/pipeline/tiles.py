@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.backends.base.engine import Engine, EngineWrapper
+from sdruntime.backends.base.engine import CPU, Engine, EngineWrapper
 from sdruntime.backends.base.feeds import call_rows
 from sdruntime.bundle.limits import any_shape
 from sdruntime.bundle.manifest import EngineSpec
 
 OVERLAP = 0.25  # of a tile's side, as in diffusers
-MOST_PIXELS = 2 << 20  # of the tiles in one call
 Span = tuple[int, int]  # start and stop, in latent cells
 Place = tuple[Span, Span]  # a tile's rows and columns
 Choose = Callable[..., Engine]
@@ -48,7 +47,6 @@ class TiledEngine(EngineWrapper):
         self._choose, self._cell_in, self._cell_out = engine, cell_in, cell_out
         self._rows, self._columns = rows, columns
         height, width = (max(stop - start for start, stop in spans) * cell_in for spans in (rows, columns))
-        self._most = max(1, MOST_PIXELS // (height * width * max(1, cell_out // cell_in) ** 2))
         super().__init__(engine(rows=1, height=height, width=width))
 
     @property
@@ -58,8 +56,11 @@ class TiledEngine(EngineWrapper):
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         ((name, whole),) = feeds.items()
+        if self._one_by_one and len(whole) > 1:
+            images = [self({name: whole[k : k + 1]}) for k in range(len(whole))]
+            return {key: np.concatenate([image[key] for image in images]) for key in images[0]}
         parts: dict[str, dict[Place, Array]] = {}
-        for places in self._calls(len(whole)):
+        for places in self._calls():
             tiles = np.concatenate([_part(whole, place, self._cell_in) for place in places])
             height, width = tiles.shape[-2:]
             outputs = call_rows(self._choose(rows=len(tiles), height=height, width=width), {name: tiles})
@@ -68,13 +69,18 @@ class TiledEngine(EngineWrapper):
                 parts.setdefault(key, {}).update((place, part.copy()) for place, part in zip(places, split, strict=True))
         return {key: self._blended(tiles) for key, tiles in parts.items()}
 
-    def _calls(self, images: int) -> Iterator[list[Place]]:
-        """Yield the tiles of each call: all of one shape, and as many as MOST_PIXELS allow for this many images."""
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether each tile is a call: on a CPU, activations grow with the rows; on a GPU, their memory is reserved."""
+        return super().spec.target == CPU
+
+    def _calls(self) -> Iterator[list[Place]]:
+        """Yield the tiles of each call, all of one shape."""
         by_shape: dict[tuple[int, ...], list[Place]] = {}
         for place in itertools.product(self._rows, self._columns):
             by_shape.setdefault(tuple(stop - start for start, stop in place), []).append(place)
-        count = max(1, self._most // images)
         for places in by_shape.values():
+            count = 1 if self._one_by_one else len(places)
             yield from (places[start : start + count] for start in range(0, len(places), count))
 
     def _blended(self, tiles: dict[Place, Array]) -> Array:

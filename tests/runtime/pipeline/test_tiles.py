@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import warnings
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from places import FIXTURE
 
 from sdruntime import Bundle, EngineError, EngineOptions, Pipeline, SettingError
+from sdruntime.backends.base.engine import CPU, CUDA
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline import tile_size
-from sdruntime.pipeline.tiles import even_spans
+from sdruntime.pipeline.tiles import TiledEngine, even_spans
 
 VAE = ("vae_decoder", "vae_encoder")
 
@@ -64,7 +66,7 @@ def test_an_image_beyond_the_decoder_s_profile_is_decoded_in_its_largest_tiles(m
             match="^size 1024x384: the VAE takes the image in 3 overlapping tiles of 512x384, .*no engine takes the whole",
         ):
             image = pipe("a fox", steps=1, seed=1, size=(1024, 384)).images[0]
-        assert _decoded(pipe) == [{"batch": 3, "height": 48, "width": 64}]
+        assert _decoded(pipe) == [{"batch": 1, "height": 48, "width": 64}] * 3
         assert image.shape == (384, 1024, 3)
         assert "VAE tile: 512x384" in image.text()["parameters"]
         start = np.zeros((384, 1024, 3), np.uint8)
@@ -81,8 +83,7 @@ def test_a_large_image_on_a_cpu_is_decoded_in_tiles_though_the_engine_takes_it(m
     with Pipeline.open(made, backend="fake") as pipe:
         with pytest.warns(UserWarning, match="--tile off takes it whole"):
             pipe("a fox", steps=1, size=(256, 320))
-        calls = [{"batch": count, "height": 16, "width": 16} for count in (8, 1)]  # 3x3 tiles, 8 to a call
-        assert _decoded(pipe) == calls
+        assert _decoded(pipe) == [{"batch": 1, "height": 16, "width": 16}] * 9
 
 
 def test_the_user_chooses_the_tiles(made: Path) -> None:
@@ -90,11 +91,24 @@ def test_the_user_chooses_the_tiles(made: Path) -> None:
         made, backend="fake", options=EngineOptions(tile=np.int64(128))
     ) as pipe:  # no warning: pytest makes it an error
         pipe("a fox", steps=1, size=(64, 320))
-        assert _decoded(pipe) == [{"batch": 3, "height": 16, "width": 8}]
+        assert _decoded(pipe) == [{"batch": 1, "height": 16, "width": 8}] * 3
     for options, size in ((EngineOptions(tile="off"), (640, 64)), (EngineOptions(tile=640), (1024, 64))):
         pipe = Pipeline.open(made, backend="fake", options=options)
         with pytest.raises(EngineError, match=r"built for 64x64 to 512x512.*; requested is 640x64"):
             pipe("a fox", steps=1, size=size)
+
+
+def test_a_gpu_takes_as_many_tiles_in_a_call_as_its_profile_and_a_cpu_one(made: Path) -> None:
+    bundle = Bundle.open(made)
+    spec = next(engine for engine in bundle.manifest.engines if engine.component == "vae_decoder")
+    for target, batches in ((CUDA, [8, 8, 2]), (CPU, [1] * 18)):
+        one = FakeEngine(dataclasses.replace(spec, target=target), bundle.manifest.components["vae_decoder"], fill=0.5, factor=8)
+        spans = even_spans(40, 16)
+        tiled = TiledEngine(lambda one=one, **dims: one, spans, spans, cell_out=8)
+        images = tiled({"latent_sample": np.zeros((2, 4, 40, 40), np.float32)})["sample"]
+        assert [call["batch"] for call in one.calls] == batches
+        assert images.shape == (2, 3, 320, 320)
+        np.testing.assert_array_equal(images, np.float32(0.5))
 
 
 @pytest.mark.parametrize("tile", [0, -8, True, 64.0, None, "large"])
