@@ -30,8 +30,53 @@ def limits() -> str:
     return "\n".join(lines)
 
 
+_MODELS = {
+    "shapes": "the trained example",
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sd2_v": "Stable Diffusion 2.x, v-prediction",
+    "sdxl": "Stable Diffusion XL",
+}
+_TASKS = {"inpainting": "inpainting, nine channels", "": "inpainting, four channels", "instruct_pix2pix": "InstructPix2Pix"}
+
+
+def models() -> str:
+    """Return which images are compared with diffusers', from the parameters of the tests, as a table."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from integration import test_fidelity, test_tasks, test_tensorrt_rtx
+
+    # the trained example has a test of its own there
+    built = {"shapes", *(str(name) for name, _, _ in (*test_tensorrt_rtx.FULL, *test_tensorrt_rtx.FAST))}
+
+    def engines(kind: str, task: str = "") -> str:
+        if task:
+            return "UNet: fp16" if (task, kind) in test_tensorrt_rtx.TASKS else "–"
+        names = {"fp32": kind, "fp16": f"{kind}_fp16", "bf16": f"{kind}_bf16"}
+        return ", ".join(precision for precision, name in names.items() if name in built) or "–"
+
+    rows = []
+    every, few = len(test_fidelity.SAMPLERS), len(test_fidelity.FROM_IMAGE)
+    for kind in test_fidelity.CHECKPOINTS:
+        xl = "XL" if kind == "sdxl" else ""
+        rows.append((kind, "text to image", f"StableDiffusion{xl}Pipeline", every, every, engines(kind)))
+        most = every - len(test_fidelity.UNLIKE)
+        rows.append((kind, "image to image", f"StableDiffusion{xl}Img2ImgPipeline", few, most, engines(kind)))
+    for task, kind, pipeline in (*test_tasks.ROWS, *test_tasks.MORE_ROWS):
+        quick = len(test_tasks.SHORT) if (task, kind, pipeline) in test_tasks.ROWS else 0
+        rows.append((kind, _TASKS[task], pipeline, quick, len(test_tasks.SAMPLERS), engines(kind, task)))
+    task, kind, pipeline = test_tasks.DISTILLED
+    rows.append((kind, "text to image, latent consistency", pipeline, 1, 1, engines(kind, task)))
+    lines = [
+        "| model | task | diffusers' pipeline | `make test` | `make test-full` | TensorRT-RTX |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {_MODELS[kind]} | {' | '.join(map(str, row))} |" for kind, *row in rows]
+    return "\n".join(lines)
+
+
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/verification.md": {"limits": limits},
+    "docs/models.md": {"models": models},
 }
 
 

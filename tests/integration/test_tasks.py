@@ -27,11 +27,14 @@ ROWS = (  # UNet's task, kind of checkpoint, diffusers' pipeline
     ("inpainting", "sd1", "StableDiffusionInpaintPipeline"),
     ("inpainting", "sdxl", "StableDiffusionXLInpaintPipeline"),
     ("", "sd1", "StableDiffusionInpaintPipeline"),
-    pytest.param(("", "sd2_v", "StableDiffusionInpaintPipeline"), marks=pytest.mark.full),
-    pytest.param(("", "sdxl", "StableDiffusionXLInpaintPipeline"), marks=pytest.mark.full),
     ("instruct_pix2pix", "sd1", "StableDiffusionInstructPix2PixPipeline"),
-    pytest.param(("instruct_pix2pix", "sdxl", "StableDiffusionXLInstructPix2PixPipeline"), marks=pytest.mark.full),
 )
+MORE_ROWS = (  # in `make test-full`
+    ("", "sd2_v", "StableDiffusionInpaintPipeline"),
+    ("", "sdxl", "StableDiffusionXLInpaintPipeline"),
+    ("instruct_pix2pix", "sdxl", "StableDiffusionXLInstructPix2PixPipeline"),
+)
+DISTILLED = ("lcm", "sd1", "LatentConsistencyModelPipeline")
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -45,7 +48,11 @@ SHORT = (("ddim", 1.0), ("euler_a", 0.6), ("heun", 0.6))  # the others in `make 
 PROMPT, NEGATIVE, SEED, STEPS, GUIDANCE = "a red circle", "green", 5, 6, 4.0
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: f"{row[0] or 'plain'}-{row[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[*ROWS, *(pytest.param(row, marks=pytest.mark.full) for row in MORE_ROWS)],
+    ids=lambda row: f"{row[0] or 'plain'}-{row[1]}",
+)
 def both(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -211,10 +218,11 @@ def test_a_latent_consistency_model_takes_the_guidance_as_an_input(
     import diffusers
     import torch
 
-    checkpoint = task_checkpoint(tmp_path_factory, "sd1", "lcm")
+    task, kind, named = DISTILLED
+    checkpoint = task_checkpoint(tmp_path_factory, kind, task)
     with warnings.catch_warnings(), Pipeline.open(ready(exported_once(checkpoint, verify=True))) as pipe:
         warnings.simplefilter("ignore")
-        reference = diffusers.LatentConsistencyModelPipeline.from_pretrained(str(checkpoint), torch_dtype=torch.float32)
+        reference = getattr(diffusers, named).from_pretrained(str(checkpoint), torch_dtype=torch.float32)
         reference.set_progress_bar_config(disable=True)
         images = []
         for guidance in (1.0, 8.5):

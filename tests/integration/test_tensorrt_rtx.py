@@ -28,6 +28,7 @@ from sdruntime.pipeline.pipeline import Pipeline
 
 RTX = "1.7.1.116"
 PROMPT = "a cat in the red and"
+TASKS = tuple((task, "sd1") for task in tiny.TASKS)
 GPU_TARGETS = ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "ampere+"]
 
 
@@ -70,12 +71,17 @@ def test_nothing_but_numpy_and_the_library_is_there(python: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize(("task", "kind"), TASKS)
 def test_unets_of_tasks_are_built_in_half_precision(
-    task: str, python: Path, tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[..., Path], tmp_path: Path
+    task: str,
+    kind: tiny.Kind,
+    python: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    exported_once: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    write = functools.partial(tiny.write_task_checkpoint, kind="sd1", task=task)
-    checkpoint = once(tmp_path_factory, f"checkpoints/tiny-{task}-sd1", write)
+    write = functools.partial(tiny.write_task_checkpoint, kind=kind, task=task)
+    checkpoint = once(tmp_path_factory, f"checkpoints/tiny-{task}-{kind}", write)
     bundle = bare(exported_once(checkpoint, precision="fp16", audit=False), tmp_path / "bundle")
     engines = built(python, bundle, "--target", "sm86", "--component", "unet", "--no-verify")
     assert int(str(engines["unet"]["bytes"])) > 100_000
