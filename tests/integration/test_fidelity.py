@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from integration.reference import Array, Reference, assert_same_picture
 
+from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
 
 CHECKPOINTS = ("shapes", "sd1", "sd2_v", "sdxl")
@@ -143,6 +144,23 @@ def test_own_sigmas(both: tuple[Reference, Pipeline], strength: float | None) ->
     theirs, theirs_float = reference.draw(PROMPT, scheduler="EulerDiscreteScheduler", guidance_scale=5.0, **common)
     picture, decoded = ours(pipe, PROMPT, sampler="euler", guidance=5.0, **common)
     assert_same_picture(picture, theirs, decoded, theirs_float)
+
+
+def test_sizes_that_sdxl_is_told(both: tuple[Reference, Pipeline]) -> None:
+    reference, pipe = both
+    told: dict[str, Any] = {"original_size": (1000, 700), "crop": (30, 20), "target_size": (512, 640)}
+    if not reference.xl:
+        for name, value in told.items():
+            with pytest.raises(SettingError, match=f"{name}: only models of SDXL's kind take it"):
+                pipe(PROMPT, **{name: value})
+        return
+    sizes = {"original_size": (700, 1000), "crops_coords_top_left": (20, 30), "target_size": (640, 512)}
+    common: dict[str, Any] = {"seed": 2}
+    theirs, theirs_float = reference.draw(PROMPT, scheduler="EulerDiscreteScheduler", num_inference_steps=6, **sizes, **common)
+    plain, _ = ours(pipe, PROMPT, sampler="euler", steps=6, guidance=5.0, **common)
+    picture, decoded = ours(pipe, PROMPT, sampler="euler", steps=6, guidance=5.0, **common, **told)
+    assert_same_picture(picture, theirs, decoded, theirs_float)
+    assert not np.array_equal(plain, picture)
 
 
 def test_without_a_negative_prompt_and_without_guidance(both: tuple[Reference, Pipeline]) -> None:

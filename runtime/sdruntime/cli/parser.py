@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     setting(sub, "rescale", "guidance rescale")
     sub.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
     sub.add_argument("--size", metavar="WxH", help="size in pixels (the model's own)")
+    before = "for SDXL: the size that the image is said to have had before it was cropped (the size)"
+    sub.add_argument("--original-size", metavar="WxH", help=before)
+    sub.add_argument("--crop", metavar="LEFT,TOP", type=corner, default=(0, 0), help="for SDXL: the corner of that crop (0,0)")
+    sub.add_argument("--target-size", metavar="WxH", help="for SDXL: the size that the image is said to have (the size)")
     sub.add_argument("--count", type=int, default=1, help="images per prompt (1)")
     sub.add_argument("--backend", default="auto", help="tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
     sub.add_argument("--device", type=int, default=0, help="which GPU (0)")
@@ -138,6 +143,14 @@ def sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampler, such as eta=0.5"
     )
+
+
+def corner(text: str) -> tuple[int, int]:
+    """Return (left, top) from "LEFT,TOP"."""
+    if not re.fullmatch(r"\d{1,5},\d{1,5}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LEFT,TOP in pixels, such as 0,128")
+    left, top = map(int, text.split(","))
+    return left, top
 
 
 def numbers(text: str) -> list[float]:

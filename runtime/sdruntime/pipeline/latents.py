@@ -55,12 +55,3 @@ def encode_mode(images: Array, engine: Engine, bundle: Path | None = None) -> Ar
 
 def _channels(values: Sequence[float]) -> Array:
     return np.array(values, np.float32)[:, None, None]
-
-
-def time_ids(shape: tuple[int, int, int], model: ModelSpec) -> Array:
-    """Return SDXL's size conditioning for an uncropped image of the generated size (arXiv 2307.01952, section 2.2).
-
-    float32 [6]: original size, crop corner, target size, each (height, width) in pixels.
-    """
-    height, width = shape[1] * model.vae_factor, shape[2] * model.vae_factor
-    return np.array([height, width, 0, 0, height, width], np.float32)

@@ -124,6 +124,9 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Prompt syntax": "a1111" if request.prompt_syntax == "a1111" else None,
         "Prompt 2": request.prompt_2,
         "Negative prompt 2": request.negative_2,
+        "Original size": _size(request.original_size),
+        "Crop": "{},{}".format(*request.crop) if any(request.crop) else None,
+        "Target size": _size(request.target_size),
         "RNG": RNG,
         "Sigmas": None if request.sigmas is None else ", ".join(map(_number, request.sigmas)),
         "Timestep spacing": origin.spacing or None,
@@ -146,6 +149,10 @@ def image_hash(pixels: Array) -> str:
 def png_text(parameters: str) -> dict[str, str]:
     """Return PNG text keys: the infotext, and XMP with the IPTC digital source type trainedAlgorithmicMedia."""
     return {"parameters": parameters, XMP: MACHINE_MADE}
+
+
+def _size(size: tuple[int, int] | None) -> str | None:
+    return None if size is None else f"{size[0]}x{size[1]}"
 
 
 def _number(value: float) -> str:

@@ -31,6 +31,7 @@ from sdruntime.pipeline import latents as latent
 from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.metadata import Origin
+from sdruntime.pipeline.micro_conditions import check_no_sizes, time_ids
 from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
@@ -253,6 +254,8 @@ class Pipeline:
         """
         for request in requests:
             check_task(request, self.task)
+            if self.model.family != "sdxl":
+                check_no_sizes(request)
         shapes = [self.latent_shape(request) for request in requests]
         tables = [self._table(request) for request in requests]
         self.engines.ready()
@@ -431,7 +434,8 @@ class Pipeline:
         start = self._start(request, shape, table, noise)
         encoded = texts.encoded(conditions, zero_absent=self.model.zero_empty_negative)
         prompt = encoded[0][0][1]
-        more = {} if prompt.pooled is None else {"time_ids": latent.time_ids(shape, self.model)}
+        size = shape[2] * self.model.vae_factor, shape[1] * self.model.vae_factor
+        more = {} if prompt.pooled is None else {"time_ids": time_ids(request, size)}
         if self._guidance_width is not None:
             more[GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
         rows = {

@@ -43,6 +43,7 @@ class Range:
 
 
 SIDE = Range(1, LARGEST_SIDE, whole=True)  # of an image, in pixels
+CORNER = Range(0, LARGEST_SIDE, whole=True)  # of a crop, in pixels
 RANGES: Mapping[str, Range] = {
     "seed": Range(0, 2**64 - 1, whole=True),
     "steps": Range(1, MOST_STEPS, whole=True),

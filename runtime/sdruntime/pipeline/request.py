@@ -16,7 +16,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.errors import LibraryMissing, SettingError, UnknownName, Unsupported, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
-from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIDE, sigmas_of
+from sdruntime.pipeline.ranges import CORNER, NUMBERS, RANGES, SIDE, Range, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
 from sdruntime.pipeline.text.wording import SYNTAXES, Syntax
 from sdruntime.sampling.samplers import resolve, resolve_schedule
@@ -45,13 +45,14 @@ DIFFUSERS: Mapping[str, str] = {
     "denoising_strength": "strength=…",
     "init_image": "image=…",
     "mask_image": "mask=…",
+    "crops_coords_top_left": "crop=(left, top)",
     "image_guidance_scale": "image_guidance=…",
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
     *("latents", "timesteps", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-    *("control_image", "ip_adapter_image", "denoising_start", "denoising_end", "original_size", "target_size"),
+    *("control_image", "ip_adapter_image", "denoising_start", "denoising_end"),
 )
 
 
@@ -73,6 +74,9 @@ class Request:
     AUTOMATIC1111's web UI: emphasis, BREAK, prompt editing and alternation, in texts of any length. `emphasis`: how "a1111"
     applies weights, "original", "no-norm" or "ignore". `clip_skip`: how many layers of the text encoders to skip, counted from
     the one that the checkpoint uses, as in diffusers; "plain" skips none for the negative prompt.
+
+    `original_size`, `crop`, `target_size`: conditions of SDXL: the size of the image before it was cropped, the corner of that
+    crop (left, top), and the size to aim at, (width, height) in pixels; None for the generated size.
     """
 
     prompt: str
@@ -96,6 +100,9 @@ class Request:
     prompt_syntax: Syntax = "plain"
     emphasis: Emphasis = "original"
     clip_skip: int = NUMBERS["clip_skip"]
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -106,8 +113,10 @@ class Request:
             object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", sigmas_of(self.sigmas))
-        if self.size is not None:
-            object.__setattr__(self, "size", _sides(self.size))
+        for name in ("size", "original_size", "target_size"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _pair(name, getattr(self, name), SIDE, ("width", "height")))
+        object.__setattr__(self, "crop", _pair("crop", self.crop, CORNER, ("left", "top")))
         if self.sampler is not None:
             resolve(self.sampler)
         if self.schedule is not None:
@@ -191,12 +200,12 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _sides(size: Any) -> tuple[int, int]:
-    sides = tuple(size) if isinstance(size, Sequence | np.ndarray) and not isinstance(size, str) else ()
-    if len(sides) != 2:
-        raise SettingError(f"size {shown(size)}: expected (width, height) in pixels")
-    width, height = (SIDE.number(f"size: {name}", side) for name, side in zip(("width", "height"), sides, strict=True))
-    return width, height
+def _pair(name: str, value: Any, allowed: Range, parts: tuple[str, str]) -> tuple[int, int]:
+    numbers = tuple(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else ()
+    if len(numbers) != 2:
+        raise SettingError(f"{name} {shown(value)}: expected ({parts[0]}, {parts[1]}) in pixels")
+    first, second = (allowed.number(f"{name}: {part}", number) for part, number in zip(parts, numbers, strict=True))
+    return first, second
 
 
 def requests_from(

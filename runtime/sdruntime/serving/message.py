@@ -76,6 +76,9 @@ class RequestMessage:
     prompt_syntax: Syntax = DEFAULTS["prompt_syntax"]
     emphasis: Emphasis = DEFAULTS["emphasis"]
     clip_skip: int = DEFAULTS["clip_skip"]
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = DEFAULTS["crop"]
+    target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -103,6 +106,9 @@ class RequestMessage:
             prompt_syntax=self.prompt_syntax,
             emphasis=self.emphasis,
             clip_skip=self.clip_skip,
+            original_size=self.original_size,
+            crop=self.crop,
+            target_size=self.target_size,
         )
 
 
