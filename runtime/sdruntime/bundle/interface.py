@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sdruntime.bundle.manifest import Manifest, TensorSpec
+from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, guidance_width, task_of
 
 Shape = tuple[int | str, ...]
@@ -46,9 +47,10 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
         if component is None:
             yield f"components: {name} is missing"
             continue
-        if name == "unet" and (task := task_of(tensor.name for tensor in component.inputs)):
+        denoiser = role(name).kind == "denoiser"
+        if denoiser and (task := task_of(tensor.name for tensor in component.inputs)):
             inputs = {**inputs, **{tensor: ("batch", count, *_LATENT[2:]) for tensor, count in INPUTS[task].items()}}
-        if name == "unet" and guidance_width(component) is not None:
+        if denoiser and guidance_width(component) is not None:
             inputs = {**inputs, GUIDANCE: ("batch", "G")}
         yield from _faults(f"{name}.inputs", inputs, component.inputs, known, complete=True)
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)

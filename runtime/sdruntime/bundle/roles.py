@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ class Role:
 
     `stage`: with little memory, only the engines of one stage are loaded. `in_pixels`: `height` and `width` are those of the
     image, not of the latents. `late`: opened on first use, because most images do not need it. `has_reference`: it has reference
-    outputs from PyTorch.
+    outputs from PyTorch. `takes_second_texts`: it encodes a request's prompt_2 and negative_2, if there are any.
     """
 
     kind: Kind
@@ -24,6 +25,7 @@ class Role:
     in_pixels: bool = False
     late: bool = False
     has_reference: bool = True
+    takes_second_texts: bool = False
 
     def factor(self, vae_factor: int) -> int:
         """Return how many image pixels one unit of the component's `height` and `width` is, given the VAE's factor."""
@@ -33,7 +35,7 @@ class Role:
 _TEXT_ENCODER = Role(kind="text encoder", rows="texts", stage="text")
 ROLES: Mapping[str, Role] = {
     "text_encoder": _TEXT_ENCODER,
-    "text_encoder_2": _TEXT_ENCODER,
+    "text_encoder_2": dataclasses.replace(_TEXT_ENCODER, takes_second_texts=True),
     "unet": Role(kind="denoiser", rows="guided", stage="denoise"),
     "vae_decoder": Role(kind="VAE decoder", rows="images", stage="vae"),
     "vae_encoder": Role(kind="VAE encoder", rows="images", stage="vae", in_pixels=True, late=True),

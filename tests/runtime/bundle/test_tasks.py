@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
-from trt.small import small_bundle
 
 from sdruntime.bundle.interface import interface_faults
-from sdruntime.bundle.manifest import TensorSpec
+from sdruntime.bundle.manifest import TensorSpec, load_manifest
 from sdruntime.bundle.tasks import TASKS, channels, task_for, task_of
 
 PLAIN = ("sample", "timestep", "encoder_hidden_states")
@@ -28,8 +28,8 @@ def test_the_task_of_a_checkpoint_follows_from_the_number_of_channels() -> None:
         task_for(5, 4)
 
 
-def test_a_bundle_may_have_the_inputs_of_a_task_and_no_others(tmp_path_factory: pytest.TempPathFactory) -> None:
-    manifest = small_bundle(tmp_path_factory.mktemp("task") / "bundle").manifest
+def test_a_bundle_may_have_the_inputs_of_a_task_and_no_others(small_bundle: Path) -> None:
+    manifest = load_manifest(small_bundle)
     unet = manifest.components["unet"]
 
     def faults(*names: str, count: int = 0) -> list[str]:

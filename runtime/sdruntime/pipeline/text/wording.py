@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from sdruntime.bundle.roles import role
 from sdruntime.pipeline.text.editing import schedule
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.tokenizer import check_text
@@ -28,7 +29,7 @@ class Wording:
 
     def of(self, encoder: str) -> str:
         """Return the text for a text encoder."""
-        return self.text if self.second is None or encoder != "text_encoder_2" else self.second
+        return self.second if self.second is not None and role(encoder).takes_second_texts else self.text
 
     @property
     def empty(self) -> Wording:
