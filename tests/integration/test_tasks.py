@@ -25,11 +25,11 @@ from sdruntime.verification.inputs import patches
 
 ROWS = (  # UNet's task, kind of checkpoint, diffusers' pipeline
     ("inpainting", "sd1", "StableDiffusionInpaintPipeline"),
-    ("inpainting", "sdxl", "StableDiffusionXLInpaintPipeline"),
     ("", "sd1", "StableDiffusionInpaintPipeline"),
     ("instruct_pix2pix", "sd1", "StableDiffusionInstructPix2PixPipeline"),
 )
 MORE_ROWS = (  # in `make test-full`
+    ("inpainting", "sdxl", "StableDiffusionXLInpaintPipeline"),
     ("", "sd2_v", "StableDiffusionInpaintPipeline"),
     ("", "sdxl", "StableDiffusionXLInpaintPipeline"),
     ("instruct_pix2pix", "sdxl", "StableDiffusionXLInstructPix2PixPipeline"),
