@@ -132,7 +132,9 @@ def ours(pipe: Pipeline, sampler: str, **settings: Any) -> tuple[Array, Array]:
 def ours_request(pipe: Pipeline, sampler: str, **settings: Any) -> Request:
     image, mask = inputs(pipe)
     given: dict[str, Any] = {"image": image} if pipe.task == "instruct_pix2pix" else {"image": image, "mask": mask}
-    return Request(prompt=PROMPT, negative=NEGATIVE, seed=SEED, steps=STEPS, sampler=sampler, **given, **settings)
+    options = {"skip_prk_steps": True} if sampler == "pndm" else {}  # as SAMPLERS has it for diffusers
+    common: dict[str, Any] = {"prompt": PROMPT, "negative": NEGATIVE, "seed": SEED, "steps": STEPS, "options": options}
+    return Request(sampler=sampler, **common, **given, **settings)
 
 
 @pytest.mark.parametrize(
