@@ -69,15 +69,15 @@ def needed_files(names: Sequence[str], precision: Precision, *, allow_pickle: bo
     fp16 prefers the fp16 variant; the other precisions prefer the full weights.
     """
     needed = [name for name in names if _SMALL.fullmatch(name)]
-    for part in PARTS:
-        present = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+    places = [(part, f"{part}/") for part in PARTS]
+    if "config.json" in names and "model_index.json" not in names:  # a VAE alone
+        places.append(("vae", ""))
+    for part, folder in places:
+        present = [name.removeprefix(folder) for name in names if name.startswith(folder)]
         file = choose_weight_file(part, present, precision, pickles=allow_pickle)
         if file is not None:
-            needed += [f"{part}/{name}" for name in (file.name, *(shards_of(file, present) if file.index else ()))]
-    if "config.json" in names and "model_index.json" not in names:  # a network alone
-        file = choose_weight_file("vae", names, precision, pickles=allow_pickle)
-        if file is not None:
-            needed += ["config.json", file.name, *(shards_of(file, names) if file.index else ())]
+            needed += [f"{folder}{name}" for name in (file.name, *(shards_of(file, present) if file.index else ()))]
+            needed += [] if folder else ["config.json"]  # _SMALL has those in folders
     return sorted(needed)
 
 

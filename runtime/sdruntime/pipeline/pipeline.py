@@ -393,8 +393,10 @@ class Pipeline:
             )
         return self._tables[key]
 
-    def _start(self, request: Request, shape: tuple[int, int, int], table: Table, noise: NoiseStream) -> Start:
-        height, width = (side * self.model.vae_factor for side in shape[1:])
+    def _start(
+        self, request: Request, shape: tuple[int, int, int], size: tuple[int, int], table: Table, noise: NoiseStream
+    ) -> Start:
+        width, height = size
         encoder = functools.partial(self.engine, "vae_encoder", height=height, width=width)
 
         def encode(pixels: Array, draw: Array) -> Array:
@@ -411,7 +413,7 @@ class Pipeline:
             request=request,
             table=table,
             shape=shape,
-            size=(width, height),
+            size=size,
             noise=noise,
             encode=encode,
             encode_mode=encode_mode,
@@ -431,10 +433,10 @@ class Pipeline:
 
     def _job(self, request: Request, shape: tuple[int, int, int], table: Table, texts: Texts, conditions: Conditions) -> Job:
         noise = NoiseStream(request.seed)
-        start = self._start(request, shape, table, noise)
+        size = shape[2] * self.model.vae_factor, shape[1] * self.model.vae_factor
+        start = self._start(request, shape, size, table, noise)
         encoded = texts.encoded(conditions, zero_absent=self.model.zero_empty_negative)
         prompt = encoded[0][0][1]
-        size = shape[2] * self.model.vae_factor, shape[1] * self.model.vae_factor
         more = {} if prompt.pooled is None else {"time_ids": time_ids(request, size)}
         if self._guidance_width is not None:
             more[GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
