@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
+
 Array = NDArray[Any]
 
 
@@ -25,6 +28,15 @@ def assert_same_picture(ours: Array, theirs: Array, ours_float: Array, theirs_fl
     assert theirs.std() >= 10, "the reference picture is flat"
     assert psnr(ours, theirs) >= 60, f"uint8 PSNR {psnr(ours, theirs):.1f} dB"
     assert psnr(ours_float, theirs_float) >= 90, f"float PSNR {psnr(ours_float, theirs_float):.1f} dB"
+
+
+def ours(pipe: Pipeline, prompt: str | Request, **settings: Any) -> tuple[Array, Array]:
+    """(uint8 [H, W, 3], float32 [3, H, W]): the image and the decoder's output of one request."""
+    stream = pipe.stream(prompt, **settings)
+    for _ in stream:
+        pass
+    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    return stream.result.pixels[0], decoded
 
 
 class Reference:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from integration.reference import Array, Reference, assert_same_picture
+from integration.reference import Reference, assert_same_picture, ours
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
@@ -57,14 +57,6 @@ def both(request: pytest.FixtureRequest, ready: Callable[[Path], Path]) -> Itera
     bundle: Path = request.getfixturevalue(f"{request.param}_bundle")
     with Pipeline.open(ready(bundle)) as pipe:
         yield Reference(checkpoint), pipe
-
-
-def ours(pipe: Pipeline, prompt: str, **settings: Any) -> tuple[Array, Array]:
-    stream = pipe.stream(prompt, **settings)
-    for _ in stream:
-        pass
-    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
-    return stream.result.pixels[0], decoded
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from integration.reference import Array, Reference, assert_same_picture
+from integration.reference import Array, Reference, assert_same_picture, ours
 from places import SHAPES
 
 from sdruntime.errors import SettingError
@@ -18,6 +18,8 @@ from sdruntime.pipeline.request import Request
 
 Segments = Sequence[tuple[str, float]]
 SETTINGS: dict[str, Any] = {"seed": 7, "steps": 6, "guidance": 7.5, "sampler": "euler", "size": (64, 64)}
+THEIR_SETTINGS: dict[str, Any] = {"seed": 7, "num_inference_steps": 6, "guidance_scale": 7.5, "height": 64, "width": 64}
+THEIR_SETTINGS["scheduler"] = "EulerDiscreteScheduler"
 # most tokens are one byte: two chunks, the first of which ends at a comma
 LONG = (
     "the (red cat:1.4) in the sea, and [a dog] of sand, with (((many (small:0.5) birds))) above the hills, "
@@ -135,21 +137,13 @@ def embeddings(reference: Reference, prompt: Segments, negative: Segments, count
 
 def test_the_image_is_that_of_diffusers_with_these_embeddings(both: tuple[Reference, Pipeline]) -> None:
     reference, pipe = both
-    stream = pipe.stream(LONG, negative="green", prompt_syntax="a1111", **SETTINGS)
-    for _ in stream:
-        pass
-    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    picture, decoded = ours(pipe, LONG, negative="green", prompt_syntax="a1111", **SETTINGS)
     theirs = reference.draw(
         None,  # type: ignore[arg-type]
-        scheduler="EulerDiscreteScheduler",
-        seed=7,
-        num_inference_steps=6,
-        guidance_scale=7.5,
-        height=64,
-        width=64,
+        **THEIR_SETTINGS,
         **embeddings(reference, LONG_SEGMENTS, [("green", 1.0)], 2),
     )
-    assert_same_picture(stream.result.pixels[0], theirs[0], decoded, theirs[1])
+    assert_same_picture(picture, theirs[0], decoded, theirs[1])
 
 
 def test_prompt_editing_is_that_of_diffusers_with_embeddings_that_change(both: tuple[Reference, Pipeline]) -> None:
@@ -160,10 +154,7 @@ def test_prompt_editing_is_that_of_diffusers_with_embeddings_that_change(both: t
     more = "sea and the rest of it is sand, and an old ship that no one has ever seen before, with a big flag in the sky, and a"
     prompt = f"a [red:(green:1.3) {more}:0.5] cat"
     before, after = [("a red cat", 1.0)], [("a ", 1.0), ("green", 1.3), (f" {more} cat", 1.0)]
-    stream = pipe.stream(prompt, negative="x", prompt_syntax="a1111", **SETTINGS)
-    for _ in stream:
-        pass
-    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    picture, decoded = ours(pipe, prompt, negative="x", prompt_syntax="a1111", **SETTINGS)
     first, second = (embeddings(reference, segments, [("x", 1.0)], 2) for segments in (before, after))
 
     def change(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -176,17 +167,12 @@ def test_prompt_editing_is_that_of_diffusers_with_embeddings_that_change(both: t
 
     theirs = reference.draw(
         None,  # type: ignore[arg-type]
-        scheduler="EulerDiscreteScheduler",
-        seed=7,
-        num_inference_steps=6,
-        guidance_scale=7.5,
-        height=64,
-        width=64,
+        **THEIR_SETTINGS,
         callback_on_step_end=change,
         callback_on_step_end_tensor_inputs=["prompt_embeds", *(["add_text_embeds"] if reference.xl else [])],
         **first,
     )
-    assert_same_picture(stream.result.pixels[0], theirs[0], decoded, theirs[1])
+    assert_same_picture(picture, theirs[0], decoded, theirs[1])
 
 
 def test_a_mixed_batch_gives_the_image_that_each_gives_alone(both: tuple[Reference, Pipeline]) -> None:
@@ -217,22 +203,14 @@ def test_clip_skip(both: tuple[Reference, Pipeline]) -> None:
         pipe(LONG, clip_skip=most + 1)
     if not reference.xl:  # diffusers' own clip_skip of SD1 and SD2 fails with transformers 5
         return
-    stream = pipe.stream("a red cat", negative="x", clip_skip=1, **SETTINGS)
-    for _ in stream:
-        pass
-    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    picture, decoded = ours(pipe, "a red cat", negative="x", clip_skip=1, **SETTINGS)
     theirs = reference.draw(
         "a red cat",
-        scheduler="EulerDiscreteScheduler",
-        seed=7,
-        num_inference_steps=6,
-        guidance_scale=7.5,
-        height=64,
-        width=64,
+        **THEIR_SETTINGS,
         negative_prompt="x",
         clip_skip=1,
     )
-    assert_same_picture(stream.result.pixels[0], theirs[0], decoded, theirs[1])
+    assert_same_picture(picture, theirs[0], decoded, theirs[1])
 
 
 def test_the_second_encoder_has_its_own_texts(both: tuple[Reference, Pipeline]) -> None:
@@ -242,23 +220,15 @@ def test_the_second_encoder_has_its_own_texts(both: tuple[Reference, Pipeline]) 
         with pytest.raises(SettingError, match="prompt_2: the model has one text encoder: omit it, and write all in prompt"):
             pipe(request)
         return
-    stream = pipe.stream(request)
-    for _ in stream:
-        pass
-    (decoded,) = pipe.decode([job.run.x for job in stream.jobs])
+    picture, decoded = ours(pipe, request)
     theirs = reference.draw(
         "a cat",
-        scheduler="EulerDiscreteScheduler",
-        seed=7,
-        num_inference_steps=6,
-        guidance_scale=7.5,
-        height=64,
-        width=64,
+        **THEIR_SETTINGS,
         prompt_2="a red sea",
         negative_prompt="x",
         negative_prompt_2="the sand",
     )
-    assert_same_picture(stream.result.pixels[0], theirs[0], decoded, theirs[1])
+    assert_same_picture(picture, theirs[0], decoded, theirs[1])
     (job,) = pipe.jobs([Request(prompt="a cat", prompt_2=LONG, prompt_syntax="a1111", **SETTINGS)])
     width = reference.pipe.text_encoder.config.hidden_size
     hidden = job.rows[-1]["encoder_hidden_states"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from integration.reference import Array, assert_same_picture, psnr
+from integration.reference import Array, assert_same_picture, ours, psnr
 from once import once
 from places import SHAPES
 
@@ -121,14 +121,6 @@ def theirs(reference: Any, pipe: Pipeline, sampler: str, **settings: Any) -> tup
     return (picture * 255).round().astype(np.uint8), decoded[0].numpy()
 
 
-def ours(pipe: Pipeline, sampler: str, **settings: Any) -> tuple[Array, Array]:
-    request = ours_request(pipe, sampler, **settings)
-    stream = pipe.stream(request)
-    for _ in stream:
-        pass
-    return stream.result.images[0].pixels, pipe.decode([job.run.x for job in stream.jobs])[0]
-
-
 def ours_request(pipe: Pipeline, sampler: str, **settings: Any) -> Request:
     image, mask = inputs(pipe)
     given: dict[str, Any] = {"image": image} if pipe.task == "instruct_pix2pix" else {"image": image, "mask": mask}
@@ -145,12 +137,9 @@ def test_images_are_those_of_diffusers(both: tuple[Any, Pipeline], sampler: str,
     reference, pipe = both
     if pipe.task == "instruct_pix2pix" and strength < 1:
         pytest.skip("starts from noise, whatever the strength")
-    picture, decoded = theirs(reference, pipe, sampler, strength=strength, guidance_scale=GUIDANCE)
-    assert_same_picture(*_pairs(ours(pipe, sampler, strength=strength, guidance=GUIDANCE), (picture, decoded)))
-
-
-def _pairs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
-    return a[0], b[0], a[1], b[1]
+    picture, decoded = ours(pipe, ours_request(pipe, sampler, strength=strength, guidance=GUIDANCE))
+    expected, expected_float = theirs(reference, pipe, sampler, strength=strength, guidance_scale=GUIDANCE)
+    assert_same_picture(picture, expected, decoded, expected_float)
 
 
 def test_a_mixed_batch_gives_the_images_that_each_gives_alone(both: tuple[Any, Pipeline]) -> None:
