@@ -32,7 +32,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
-from sdruntime.pipeline.tiles import Span, TiledEngine, even_spans
+from sdruntime.pipeline.vae.tiles import Span, TiledEngine, even_spans
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 
@@ -153,7 +153,7 @@ def main() -> None:
                 engine = TiledEngine(lambda **dims: cast(Engine, decoder), rows, rows, cell_out=factor)
                 with contextlib.ExitStack() as stack:
                     if layout == "not blended":
-                        stack.enter_context(mock.patch("sdruntime.pipeline.tiles._fade"))
+                        stack.enter_context(mock.patch("sdruntime.pipeline.vae.tiles._fade"))
                     tiled = engine({"latent_sample": latents})["sample"]
                 name = f"{tile} {layout} {overlap}"
                 document[name] = compare(levels(tiled), levels(whole), rows, rows, factor)

@@ -21,7 +21,7 @@ from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.pipeline import latents as latent
+from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.verification.inputs import task_settings
 from sdruntime.verification.verify import onnx_spec

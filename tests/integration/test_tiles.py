@@ -13,7 +13,7 @@ import pytest
 
 from sdruntime import EngineOptions, Pipeline
 from sdruntime.arrays import Array
-from sdruntime.pipeline.tiles import Span, TiledEngine
+from sdruntime.pipeline.vae.tiles import Span, TiledEngine
 
 FACTOR, TILE = 8, 8  # the tiny VAE's; latent cells
 SIZES = [(8, 16), (14, 20), (18, 9), (15, 26)]

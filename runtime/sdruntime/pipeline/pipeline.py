@@ -27,7 +27,7 @@ from sdruntime.bundle.tasks import GUIDANCE, guidance_width, task_of
 from sdruntime.engines.choose import AUTO
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
-from sdruntime.pipeline import latents as latent
+from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.metadata import Origin
@@ -39,7 +39,7 @@ from sdruntime.pipeline.tasks.choose import check_task, rows_of, start_strength,
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.pipeline.text.conditioning import Conditioner, cut_lines
 from sdruntime.pipeline.texts import Conditions, Texts
-from sdruntime.pipeline.tile_size import Tiling, check_tile, tiling
+from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.guidance import guidance_embedding

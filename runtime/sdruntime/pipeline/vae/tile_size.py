@@ -10,7 +10,7 @@ from sdruntime.bundle.manifest import ModelSpec
 from sdruntime.bundle.roles import role
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import SettingError
-from sdruntime.pipeline.tiles import Span, TiledEngine, even_spans
+from sdruntime.pipeline.vae.tiles import Span, TiledEngine, even_spans
 
 OFF, AUTO = "off", "auto"
 LEAST = 8  # latent cells of a tile's side

@@ -1,0 +1,1 @@
+"""Run the VAE: on a whole image, or on tiles of it."""
