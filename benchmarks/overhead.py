@@ -20,7 +20,8 @@ import numpy as np
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.images.png import write_png
-from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
+from sdruntime.pipeline.jobs import SCHEDULER
+from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.sampling.compile import compile_table
 
 STEPS, SIZE, ROUNDS = 20, (512, 512), 30

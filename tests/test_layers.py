@@ -30,11 +30,10 @@ ORDER = {
     "sdruntime.backends.ov": "subpixel constants build engine backend",
     "sdruntime.backends.trt": "library inspection binding build worker engine loop backend",
     "sdruntime.engines": "shapes finite memory choose building speed pool",
-    "sdruntime.pipeline": (
-        "images text latents tiles tile_size denoise ranges request micro_conditions texts tasks metadata result pipeline"
-    ),
+    "sdruntime.pipeline": ("images text vae denoise ranges request micro_conditions texts tasks metadata result jobs pipeline"),
     "sdruntime.pipeline.tasks": "start inpainting pix2pix choose",
     "sdruntime.pipeline.images": "pixels png imagefile",
+    "sdruntime.pipeline.vae": "latents tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",

@@ -30,7 +30,7 @@ from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import AUTO, Machine
 from sdruntime.errors import EngineError, SdruntimeError, SettingError, UnknownName
-from sdruntime.pipeline.pipeline import SCHEDULER
+from sdruntime.pipeline.jobs import SCHEDULER
 from sdruntime.pipeline.request import Request
 from sdruntime.system import processor
 

@@ -18,7 +18,7 @@ from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.bundle.roles import role
 from sdruntime.engines.choose import Machine, choose_engine
 from sdruntime.errors import quoted
-from sdruntime.pipeline.pipeline import SCHEDULER
+from sdruntime.pipeline.jobs import SCHEDULER
 from sdruntime.system import processor
 from sdruntime.verification.golden import build_command
 

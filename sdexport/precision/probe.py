@@ -21,8 +21,8 @@ from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.vae import latents as latent
 from sdruntime.verification.inputs import task_settings
 from sdruntime.verification.verify import onnx_spec
 

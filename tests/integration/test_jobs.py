@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from integration.reference import Array, psnr
 
-from sdruntime.pipeline.pipeline import Pipeline, Request
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
 
 SIZE = (64, 64)
 

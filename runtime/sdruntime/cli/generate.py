@@ -36,7 +36,8 @@ def generate(options: argparse.Namespace) -> None:
     """Run `sdruntime generate`."""
     from sdruntime.cli import outputs
     from sdruntime.pipeline.images.png import png_from_image
-    from sdruntime.pipeline.pipeline import SCHEDULER, Pipeline
+    from sdruntime.pipeline.jobs import SCHEDULER
+    from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.request import requests_from
     from sdruntime.sampling.samplers import meaning
     from sdruntime.system.sizes import parse_size

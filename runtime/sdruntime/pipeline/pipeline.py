@@ -23,34 +23,20 @@ from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.bundle.interface import interface_faults
 from sdruntime.bundle.roles import role
 from sdruntime.bundle.sampler_step import NAME as STEP
-from sdruntime.bundle.tasks import GUIDANCE, guidance_width, task_of
+from sdruntime.bundle.tasks import Task
 from sdruntime.engines.choose import AUTO
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
-from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.pixels import to_uint8
+from sdruntime.pipeline.jobs import JobFactory
 from sdruntime.pipeline.metadata import Origin
-from sdruntime.pipeline.micro_conditions import check_no_sizes, time_ids
-from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
-from sdruntime.pipeline.tasks.choose import check_task, rows_of, start_strength, task_start
-from sdruntime.pipeline.tasks.start import Setting, Start
-from sdruntime.pipeline.text.conditioning import Conditioner, cut_lines
-from sdruntime.pipeline.texts import Conditions, Texts
+from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
-from sdruntime.sampling.compile import compile_table
-from sdruntime.sampling.executor import Run
-from sdruntime.sampling.guidance import guidance_embedding
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
-from sdruntime.sampling.noise import NoiseStream
-from sdruntime.sampling.samplers import identified
-from sdruntime.sampling.table import Table
 
-SCHEDULER = "scheduler/scheduler_config.json"
-KEPT_TABLES = 64
-HOW_TO_FIT = 'resize it, or pass fit "resize" or "crop" (--fit)'
 _MOST_RELOADS = 100  # how often a bundle that changes while its engines open is read again
 Loop = Generator[None, None, None]  # what `denoise` returns
 
@@ -137,14 +123,9 @@ class Pipeline:
         if faults := list(interface_faults(bundle.manifest)):
             raise BundleError(bundle.folder, faults)
         self.bundle, self.model = bundle, bundle.manifest.model
-        unet = bundle.manifest.components["unet"]
-        self.task = task_of(tensor.name for tensor in unet.inputs)
-        self._guidance_width = guidance_width(unet)
         check_tile(self._make_engines.keywords["options"].tile, self.model)
         self.engines = self._make_engines(bundle)
-        self._conditioner = Conditioner.open(bundle)
-        self._schedule = bundle.read_json(SCHEDULER)
-        self._tables: dict[tuple[Any, ...], Table] = {}
+        self._factory = JobFactory(bundle, self.engines)
 
     @classmethod
     def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
@@ -215,13 +196,17 @@ class Pipeline:
             stack.callback(self.engines.close)
             for loop in list(self._loops):
                 stack.callback(_close_quietly, loop)
-        self._conditioner.forget()
+        self._factory.forget()
+
+    @property
+    def task(self) -> Task | None:
+        """What the UNet is made for besides text to image, or None."""
+        return self._factory.task
 
     @property
     def sampler(self) -> str:
         """The checkpoint's own sampler: its name, or its diffusers class if no registered sampler matches its settings."""
-        row, _ = identified(self._schedule)
-        return str(self._schedule["_class_name"]) if row is None else row.name
+        return self._factory.sampler
 
     def __call__(self, prompt: str | Request | Sequence[str | Request], **settings: Any) -> Result:
         """Generate images. `settings`: those of `Request`, and `count`, the images per prompt. Image k has the seed `seed` + k.
@@ -252,26 +237,13 @@ class Pipeline:
 
         Raises SettingError, EngineError for a size that no engine supports, NotFinite.
         """
-        for request in requests:
-            check_task(request, self.task)
-            if self.model.family != "sdxl":
-                check_no_sizes(request)
-        shapes = [self.latent_shape(request) for request in requests]
-        tables = [self._table(request) for request in requests]
-        self.engines.ready()
-        for _, height, width in set(shapes) if self.engines.given is None else ():  # fail before the texts are encoded
-            self.engines.choose("unet", height=height, width=width)
-            tiles = self._tiling("vae_decoder", height, width)
-            self.engines.choose("vae_decoder", **(tiles.dims if tiles else {"height": height, "width": width}))
-        texts = [
-            Texts.of(request, steps=table.steps, conditioner=self._conditioner, guided=self._guided(request))
-            for request, table in zip(requests, tables, strict=True)
-        ]
-        conditions = self._conditioner.encode([text.wordings for text in texts], self.engine)
-        for (_, height, width), encoded in zip(shapes, conditions, strict=True) if self.engines.given is None else ():
-            sequence = len(next(iter(encoded.values())).hidden)
-            self.engines.choose("unet", height=height, width=width, sequence=sequence)
-        return [self._job(*parts) for parts in zip(requests, shapes, tables, texts, conditions, strict=True)]
+        self._factory.check(requests)
+        self._open_at_first_use()  # which may read the bundle again, and make another factory
+        return self._factory.jobs(requests, self.engine)
+
+    def latent_shape(self, request: Request) -> tuple[int, int, int]:
+        """Return (channels, height, width) of a request's latents. Raises SettingError for a size the model does not support."""
+        return self._factory.latent_shape(request)
 
     def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
         """Return the loop `denoise`, which the pipeline closes with itself. `steppers`: `self.steppers` or `device_steppers`."""
@@ -296,7 +268,7 @@ class Pipeline:
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
         tiles = self._tiling("vae_decoder", *job.run.x.shape[1:])
-        return Origin.of(request, self._schedule, self.model.name, unet, self.task, tile=tiles.text if tiles else "")
+        return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tiles.text if tiles else "")
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.
@@ -309,11 +281,6 @@ class Pipeline:
             if tiles := self._tiling(component, dims["height"] // per_cell, dims["width"] // per_cell):
                 return tiles.engine(functools.partial(self.engines.engine, component))
         return self.engines.engine(component, rows=rows, **dims)
-
-    def _tile_lines(self, shape: tuple[int, int, int]) -> list[str]:
-        """Return a line about the tiles of an image, unless the user chose their size."""
-        tiles = self._tiling("vae_decoder", *shape[1:]) if self.engines.options.tile == "auto" else None
-        return [tiles.line] if tiles else []
 
     def _tiling(self, component: str, height: int, width: int) -> Tiling | None:
         """Return the tiles of a VAE component for an image of this size in latent cells, or None if it runs on the whole."""
@@ -359,108 +326,6 @@ class Pipeline:
             images = latent.decode(batch, engine, self.model, describe, self.bundle.folder)
             decoded |= zip(indices, images, strict=True)
         return [decoded[k] for k in range(len(latents))]
-
-    def latent_shape(self, request: Request) -> tuple[int, int, int]:
-        """Return (channels, height, width) of a request's latents. Raises SettingError for a size the model does not support."""
-        width, height = request.size or self.model.default_size[::-1]
-        if request.pixels is not None and request.fit is None:
-            height, width = request.pixels.shape[:2]
-            if request.size not in (None, (width, height)):
-                raise SettingError(f"the image is {width}x{height}, the size {request.size[0]}x{request.size[1]}: {HOW_TO_FIT}")
-        multiple, factor = self.model.size_multiple, self.model.vae_factor
-        if width < 1 or height < 1 or width % multiple or height % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-            size = f"the image is {width}x{height}" if request.pixels is not None else f"size {width}x{height}"
-            fix = f"; {HOW_TO_FIT}" if request.pixels is not None else ""
-            raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}")
-        return self.model.latent_channels, height // factor, width // factor
-
-    def _table(self, request: Request) -> Table:
-        strength = start_strength(request, self.task)
-        options = repr(sorted(request.options.items()))
-        key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, options)
-        if key not in self._tables:
-            if len(self._tables) >= KEPT_TABLES:
-                self._tables.clear()
-            self._tables[key] = compile_table(
-                self._schedule,
-                steps=steps_beside(request.sigmas, request.steps),
-                sigmas=request.sigmas,
-                sampler=request.sampler,
-                schedule=request.schedule,
-                strength=strength,
-                **request.options,
-            )
-        return self._tables[key]
-
-    def _start(
-        self, request: Request, shape: tuple[int, int, int], size: tuple[int, int], table: Table, noise: NoiseStream
-    ) -> Start:
-        width, height = size
-        encoder = functools.partial(self.engine, "vae_encoder", height=height, width=width)
-
-        def encode(pixels: Array, draw: Array) -> Array:
-            latents: Array
-            [latents] = latent.encode(pixels[None], draw[None], encoder(), self.model, self.bundle.folder)
-            return latents
-
-        def encode_mode(pixels: Array) -> Array:
-            latents: Array
-            [latents] = latent.encode_mode(pixels[None], encoder(), self.bundle.folder)
-            return latents
-
-        setting = Setting(
-            request=request,
-            table=table,
-            shape=shape,
-            size=size,
-            noise=noise,
-            encode=encode,
-            encode_mode=encode_mode,
-        )
-        return task_start(request, self.task)(setting)
-
-    def _unused(self, request: Request) -> Iterator[str]:
-        if request.guided and self._guidance_width is not None:
-            names = {"the negative prompt": request.negative, "rescale": request.rescale}
-            yield from (
-                f"{name} has no effect: the model takes the guidance as an input" for name, value in names.items() if value
-            )
-
-    def _guided(self, request: Request) -> bool:
-        """Return whether a request takes an unconditional row. A distilled model takes the guidance as an input instead."""
-        return request.guided and self._guidance_width is None
-
-    def _job(self, request: Request, shape: tuple[int, int, int], table: Table, texts: Texts, conditions: Conditions) -> Job:
-        noise = NoiseStream(request.seed)
-        size = shape[2] * self.model.vae_factor, shape[1] * self.model.vae_factor
-        start = self._start(request, shape, size, table, noise)
-        encoded = texts.encoded(conditions, zero_absent=self.model.zero_empty_negative)
-        prompt = encoded[0][0][1]
-        more = {} if prompt.pooled is None else {"time_ids": time_ids(request, size)}
-        if self._guidance_width is not None:
-            more[GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
-        rows = {
-            step: rows_of(self.task, [{**text.row, **more} for _, text in reversed(pairs)], start.inputs)
-            for step, pairs in encoded.items()
-        }
-        return Job(
-            run=Run(table, start.latents, lambda: noise.normal(shape)),
-            rows=rows.pop(0),
-            changes=rows,
-            guidance=request.guidance,
-            image_guidance=request.image_guidance,
-            rescale=request.rescale,
-            kept=start.kept,
-            sampler=request.sampler or self.sampler,
-            bundle=self.bundle.folder,
-            cut=prompt.cut,
-            warnings=(
-                *self._tile_lines(shape),
-                *cut_lines(pair for pairs in encoded.values() for pair in pairs),
-                *self._unused(request),
-            ),
-        )
 
 
 def _running(loops: Iterable[Loop]) -> bool:

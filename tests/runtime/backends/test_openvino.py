@@ -24,7 +24,8 @@ from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import Machine, choose_engine
 from sdruntime.engines.shapes import Shapes
 from sdruntime.errors import BundleError, EngineError, LibraryMissing, SettingError, UnknownName
-from sdruntime.pipeline.pipeline import Pipeline, Request
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.request import Request
 
 pytestmark = pytest.mark.slow
 

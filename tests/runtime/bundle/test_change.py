@@ -213,8 +213,8 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {0o666 & ~mask}
 
 
-@pytest.mark.parametrize("entered", [True, False])
-def test_a_pipeline_opens_the_engines_of_the_bundle_as_it_is_then(bundle: Bundle, entered: bool) -> None:
+@pytest.mark.parametrize("use", ["entered", "engine", "request"])
+def test_a_pipeline_opens_the_engines_of_the_bundle_as_it_is_then(bundle: Bundle, use: str) -> None:
     """Between its opening and that of its engines, another process rebuilds one of them."""
     from sdruntime.pipeline.pipeline import Pipeline
 
@@ -223,10 +223,12 @@ def test_a_pipeline_opens_the_engines_of_the_bundle_as_it_is_then(bundle: Bundle
     fixed = Pipeline.open(Bundle.open(bundle.folder), backend="fake")
     build(bundle.folder, BuildRequest(backend="fake", size="64x64,512x512", components=("unet",)))
     remove_engine(bundle, first)
-    if entered:
+    if use == "entered":
         pipe.__enter__()
-    else:
+    elif use == "engine":
         pipe.engine("unet", rows=2, height=64, width=64)
+    else:
+        pipe("a cat", size=(64, 64), steps=1)
     assert len(pipe.bundle.manifest.engines) == 4
     assert first not in pipe.bundle.manifest.engines
     pipe.close()

@@ -16,7 +16,7 @@ from sdruntime import Bundle, EngineError, EngineOptions, Pipeline, SettingError
 from sdruntime.backends.base.engine import CPU, CUDA
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.engines.building import BuildRequest, build_engines
-from sdruntime.pipeline import tile_size
+from sdruntime.pipeline.vae import tile_size
 from sdruntime.pipeline.vae.tiles import TiledEngine, even_spans
 
 VAE = ("vae_decoder", "vae_encoder")
