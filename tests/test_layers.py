@@ -15,7 +15,10 @@ from sdruntime.backends.registry import BACKENDS
 ORDER = {
     "sdruntime": "errors arrays system sampling bundle backends engines pipeline serving verification cli __main__",
     "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
-    "sdruntime.sampling": "noise_schedule grids prediction samplers own_sigmas table compile executor noise guidance kept job",
+    "sdruntime.sampling": (
+        "noise_schedule schedules grids prediction samplers own_sigmas table compile executor noise guidance kept job"
+    ),
+    "sdruntime.sampling.schedules": "ratios published",
     "sdruntime.sampling.samplers": (
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow"
     ),

@@ -139,7 +139,7 @@ def sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sampler", help="a name from `sdruntime samplers` (the checkpoint's own)")
     levels = f"noise levels from high to low in place of --steps: {SIGMAS} numbers from {SIGMA}, such as 14.6,6.5,2,0"
     sub.add_argument("--sigmas", type=numbers, metavar="S,S,…", help=levels)
-    sub.add_argument("--schedule", help="karras, exponential, beta, … (the checkpoint's own)")
+    sub.add_argument("--schedule", help="karras, sgm_uniform, align_your_steps, … (the checkpoint's own)")
     sub.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of the sampler, such as eta=0.5"
     )

@@ -19,6 +19,7 @@ def table(options: argparse.Namespace) -> None:
     from sdruntime.bundle.records import read_json
     from sdruntime.pipeline.ranges import sigmas_of, steps_beside
     from sdruntime.sampling.compile import compile_table
+    from sdruntime.sampling.grids import FAMILY
     from sdruntime.sampling.samplers import meaning
     from sdruntime.sampling.samplers.keys import check_options
 
@@ -30,7 +31,8 @@ def table(options: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise SettingError(f"--config {options.config}: {plain(error)}") from error
     else:
-        config = Bundle.open(options.bundle).read_json("scheduler/scheduler_config.json")
+        bundle = Bundle.open(options.bundle)
+        config = {**bundle.read_json("scheduler/scheduler_config.json"), FAMILY: bundle.manifest.model.family}
     settings = sampler_options(options)
     check_options(settings)
     named = {"sampler": options.sampler, "schedule": options.schedule, **settings}

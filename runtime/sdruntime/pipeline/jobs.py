@@ -23,6 +23,7 @@ from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae.tile_size import tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
+from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.guidance import guidance_embedding
 from sdruntime.sampling.job import Job
 from sdruntime.sampling.noise import NoiseStream
@@ -48,7 +49,7 @@ class JobFactory:
         self.task = task_of(tensor.name for tensor in unet.inputs)
         self._guidance_width = guidance_width(unet)
         self._conditioner = Conditioner.open(bundle)
-        self.schedule = bundle.read_json(SCHEDULER)
+        self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables: dict[tuple[Any, ...], Table] = {}
 
     @property

@@ -16,10 +16,11 @@ from typing import Protocol
 import numpy as np
 
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.sampling.noise_schedule import RATIO_SCHEDULES, Array, Curve, FlowCurve, Point, Settings, at_ratio, shifted
+from sdruntime.sampling.noise_schedule import Array, Curve, FlowCurve, Point, Settings, at_ratio, shifted
+from sdruntime.sampling.schedules import SCHEDULES, scheduled
+from sdruntime.sampling.schedules.ratios import RATIO_SCHEDULES
 
-TIME_SCHEDULES = ("simple", "sgm_uniform", "normal")
-SCHEDULES = (*RATIO_SCHEDULES, *TIME_SCHEDULES)
+FAMILY = "_family"  # the key under which a pipeline adds the model's family to the scheduler config
 
 
 class Levels(Protocol):
@@ -200,7 +201,8 @@ def ve_grid(
     kind = chosen_schedule(settings)
     if kind is not None:
         bounded = karras_bounds or kind != "karras"
-        times, sigmas = scheduled(kind, steps, curve, *sigma_bounds(settings, sigmas[0], sigmas[-1], bounded))
+        bounds = sigma_bounds(settings, sigmas[0], sigmas[-1], bounded)
+        times, sigmas = scheduled(kind, steps, curve, *bounds, settings.get(FAMILY))
         if kind == "karras" and whole_karras_times:
             times = times.round()
     sigmas = sigmas.astype(np.float32)  # float32, as in diffusers
@@ -253,10 +255,11 @@ def _vp_path(
         times = spaced(spacing, steps, trained, offset, last=last, extra=1).round()
         sigmas = curve.ratio_at(times)
     else:
-        times, sigmas = scheduled(kind, steps, curve, *sigma_bounds(settings, curve.sigmas[-1], curve.sigmas[0], kind != "lu"))
+        bounds = sigma_bounds(settings, curve.sigmas[-1], curve.sigmas[0], kind != "lu")
+        times, sigmas = scheduled(kind, steps, curve, *bounds, settings.get(FAMILY))
         if kind in ("karras", "lu") and (whole_cosine_times or settings["beta_schedule"] != "squaredcos_cap_v2"):
             times = times.round()
-        if kind in RATIO_SCHEDULES:
+        if kind in RATIO_SCHEDULES and kind != "kl_optimal":  # those that diffusers has
             times = np.trunc(times)
     sigmas = sigmas.astype(np.float32)  # float32, as in diffusers
     points = [at_ratio(t, sigma, "vp") for t, sigma in zip(times.tolist(), sigmas.tolist(), strict=True)]
@@ -272,26 +275,6 @@ def sigma_bounds(settings: Settings, high: float, low: float, bounded: bool) -> 
         return float(high), float(low)
     sigma_max, sigma_min = settings.get("sigma_max"), settings.get("sigma_min")
     return float(high if sigma_max is None else sigma_max), float(low if sigma_min is None else sigma_min)
-
-
-def scheduled(kind: str, steps: int, curve: Curve, high: float, low: float) -> tuple[Array, Array]:
-    """Return timesteps and sigmas of a named schedule between two sigmas; the time schedules use the whole curve."""
-    if low <= 0 or (low > high and steps > 1):
-        raise SettingError(f"sigma_min {low:g} and sigma_max {high:g}: the schedule {kind!r} needs 0 < min <= max")
-    if kind in RATIO_SCHEDULES:
-        sigmas = RATIO_SCHEDULES[kind](high, low, steps)
-        if kind == "lu":  # the same from float32 logarithms, as in diffusers: rounding decides whole timesteps
-            first, last = float(curve.log_sigmas[-1]), float(curve.log_sigmas[0])
-            sigmas = np.exp(first + np.linspace(0, 1, steps) * (last - first))
-        return np.array([curve.time_of(sigma) for sigma in sigmas.tolist()]), sigmas
-    trained = len(curve.sigmas)
-    if kind == "simple":  # every n-th trained level: the name in ComfyUI and A1111
-        times = trained - 1 - np.floor(np.arange(steps) * (trained / steps))
-    elif kind == "sgm_uniform":  # evenly in t, without timestep 0
-        times = np.linspace(trained - 1, 0, steps + 1)[:-1]
-    else:  # normal: evenly in t, including timestep 0 (k-diffusion's get_sigmas)
-        times = np.linspace(trained - 1, 0, steps)
-    return times, np.exp(np.interp(times, np.arange(trained), curve.log_sigmas))
 
 
 def final_sigma(settings: Settings, default: str, curve: Curve) -> float:

@@ -10,20 +10,16 @@ from solvers import STABLE
 
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.sampling.noise_schedule import (
-    RATIO_SCHEDULES,
     Curve,
     FlowCurve,
     Point,
     alpha_bars,
     at_ratio,
-    beta_quantile,
-    exponential,
-    karras,
     linspace_float32,
-    polyexponential,
     shifted,
     zero_terminal_snr,
 )
+from sdruntime.sampling.schedules.ratios import RATIO_SCHEDULES, beta_quantile, exponential, karras, polyexponential
 
 SETTINGS = {**STABLE, "trained_betas": None}
 

@@ -14,9 +14,9 @@ from solvers import STABLE, clean_by, smooth_path, solve
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import run
-from sdruntime.sampling.grids import SCHEDULES
 from sdruntime.sampling.noise_schedule import Point, Space
 from sdruntime.sampling.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, folded, identified, resolve
+from sdruntime.sampling.schedules import SCHEDULES
 
 NAMES = list(SAMPLERS)
 DISTILLED = ("lcm", "tcd")

@@ -9,8 +9,8 @@ from solvers import STABLE
 
 from sdruntime.errors import SettingError
 from sdruntime.sampling.compile import compile_table
-from sdruntime.sampling.grids import SCHEDULES
 from sdruntime.sampling.samplers import SAMPLERS
+from sdruntime.sampling.schedules import SCHEDULES
 from sdruntime.sampling.table import Table
 
 pytest.importorskip("hypothesis")

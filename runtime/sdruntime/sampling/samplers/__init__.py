@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.sampling.grids import SCHEDULES, chosen_schedule
+from sdruntime.sampling.grids import chosen_schedule
 from sdruntime.sampling.samplers import consistency, ddim, deis, dpm, dpm_ancestral, flow, kdiffusion, pndm, sa, unipc
 from sdruntime.sampling.samplers.sampler import Sampler
+from sdruntime.sampling.schedules import SCHEDULES
 
 __all__ = [
     "A1111_SCHEDULES",
@@ -39,6 +40,11 @@ A1111_SCHEDULES: Mapping[str | None, str] = {
     "simple": "Simple",
     "sgm_uniform": "SGM Uniform",
     "normal": "Normal",
+    "ddim_uniform": "DDIM",
+    "turbo": "Turbo",  # Forge's name, like the last
+    "kl_optimal": "KL Optimal",
+    "align_your_steps": "Align Your Steps",
+    "gits": "Align Your Steps GITS",
 }
 
 
@@ -48,12 +54,16 @@ def folded(name: str) -> str:
     return "".join(letter for letter in text if letter.isalnum())
 
 
-_SCHEDULES = {folded(name): name for name in SCHEDULES} | {"uniform": "normal"}  # AUTOMATIC1111's name of the same levels
-# names of AUTOMATIC1111 and ComfyUI that are not schedules here, with what to use instead
+_ALIASES = {  # names of AUTOMATIC1111, Forge and ComfyUI
+    "uniform": "normal",
+    "ddim": "ddim_uniform",
+    "ays": "align_your_steps",
+    "alignyourstepsgits": "gits",
+}
+_SCHEDULES = _ALIASES | {folded(name): name for name in SCHEDULES}
+# names that are not schedules here, with what to use instead
 _NO_SCHEDULES = {
     "automatic": "omit the schedule for the checkpoint's own timesteps; the web UI uses Karras for most DPM++ samplers",
-    "ddim": "omit the schedule, with the sampler option timestep_spacing leading",
-    "ddimuniform": "omit the schedule, with the sampler option timestep_spacing leading",
 }
 _FAMILIES = (ddim, pndm, kdiffusion, dpm_ancestral, dpm, unipc, deis, sa, consistency, flow)
 _ROWS: dict[str, Sampler] = {}
@@ -101,7 +111,7 @@ def resolve(name: str) -> tuple[Sampler, dict[str, Any]]:
 def resolve_schedule(name: str) -> str:
     """Return our name of a schedule ("Karras", "SGM Uniform"). Raises UnknownName with similar names.
 
-    Raises SettingError for "automatic" and "ddim", which are not schedules here.
+    Raises SettingError for "automatic", which is not a schedule here.
     """
     schedule = _SCHEDULES.get(folded(name))
     if schedule is None and (fix := _NO_SCHEDULES.get(folded(name))):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
+from sdruntime.sampling.grids import FAMILY
 
 # The defaults are those of the diffusers classes, except that keys which only filter images (clip_sample, thresholding) are
 # always false: they count only if a file sets them to true.
@@ -29,7 +30,7 @@ SCHEDULED: Mapping[str, Any] = {
     "sigma_min": None,  # parameters of few classes; from_config passes them to the others all the same
     "sigma_max": None,
 }
-BY_NAME: Mapping[str, Any] = {"schedule": None}
+BY_NAME: Mapping[str, Any] = {"schedule": None, FAMILY: None}
 ZERO_SNR: Mapping[str, Any] = {"rescale_betas_zero_snr": False}
 FINAL: Mapping[str, Any] = {"final_sigmas_type": "zero"}
 FLOW: Mapping[str, Any] = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}

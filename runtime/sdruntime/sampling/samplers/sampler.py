@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName, shown
-from sdruntime.sampling.grids import SCHEDULES, Path
+from sdruntime.sampling.grids import FAMILY, Path
 from sdruntime.sampling.noise_schedule import Settings, Space
 from sdruntime.sampling.prediction import PREDICTIONS
 from sdruntime.sampling.samplers.keys import OPTIONS
 from sdruntime.sampling.samplers.protocol import Solver
+from sdruntime.sampling.schedules import SCHEDULES
 
 # The key that lists which keys of a scheduler_config.json are defaults of its class: from_config does not pass those on to
 # another class.
@@ -103,6 +104,9 @@ class Sampler:
             if not number or not low <= value <= high:
                 expected = "a whole number" if kind is int else "a number"
                 raise SettingError(f"{key} {shown(value)}: expected {expected} from {low:g} to {high:g}")
+        elif key == FAMILY:
+            if not isinstance(value, str):
+                raise SettingError(f"{key} {shown(value)}: expected the name of a family")
         elif isinstance(self.reads[key], bool):
             if not isinstance(value, bool):
                 raise SettingError(f"{key} {shown(value)}: expected true or false")
