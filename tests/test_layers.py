@@ -22,6 +22,7 @@ ORDER = {
     "sdruntime.sampling.samplers": (
         "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow"
     ),
+    "sdruntime.sampling.noise": "cpu cuda image",
     "sdruntime.bundle": (
         "roles limits audit records dimensions manifest tasks interface sampler_step lending bundle lock change staging"
     ),

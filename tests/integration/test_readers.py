@@ -13,7 +13,7 @@ from integration.reference import Reference, psnr
 from places import ROOT
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise.cpu import NoiseStream
 
 PROMPT = "a small red circle on the left on a blue background"
 

@@ -63,6 +63,10 @@ def generate(options: argparse.Namespace) -> None:
         "image_guidance": options.image_guidance,
         "rescale": options.rescale,
         "size": parse_size(options.size) if options.size else None,
+        "rng": options.rng,
+        "variation_seed": options.variation_seed,
+        "variation_strength": options.variation_strength,
+        "seed_resize": parse_size(options.seed_resize) if options.seed_resize else None,
         "original_size": parse_size(options.original_size) if options.original_size else None,
         "crop": options.crop,
         "target_size": parse_size(options.target_size) if options.target_size else None,
@@ -84,6 +88,8 @@ def generate(options: argparse.Namespace) -> None:
     warned: list[str] = []
     if options.seed is None and not (options.json or options.quiet):  # the document and the images have the seed
         reporter.note(f"seed {all_requests[0].seed} (random): --seed {all_requests[0].seed} generates the same image again")
+    if options.variation_strength and options.variation_seed is None and not (options.json or options.quiet):
+        reporter.note(f"variation seed {all_requests[0].variation_seed} (random)")
 
     def write(path: Path, image: Image, *parts: Image) -> None:
         """Write one file. `parts`: the images on a sheet, or `image` itself."""

@@ -18,6 +18,7 @@ from sdruntime.cli.verify import verify
 from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
 from sdruntime.pipeline.text.emphasis import EMPHASES
 from sdruntime.pipeline.text.wording import SYNTAXES
+from sdruntime.sampling.noise.image import RNGS
 from sdruntime.serving.capi import add_arguments
 
 
@@ -80,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
     setting(sub, "image_guidance", "how closely to follow --image, for models that edit an image")
     setting(sub, "rescale", "guidance rescale")
     sub.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
+    numbers_of = 'whose numbers a seed stands for: those of PyTorch on the CPU, or on CUDA, AUTOMATIC1111\'s RNG "NV" (cpu)'
+    sub.add_argument("--rng", choices=RNGS, default="cpu", help=numbers_of)
+    another = "with --variation-strength: the other seed; each further image uses the next one, with the same --seed (random)"
+    sub.add_argument("--variation-seed", type=int, metavar="SEED", help=another)
+    setting(sub, "variation_strength", "how far to move the first noise towards that of another seed")
+    resized = "put the first noise of an image of this size in the middle, to keep its composition at another --size"
+    sub.add_argument("--seed-resize", metavar="WxH", help=resized)
     sub.add_argument("--size", metavar="WxH", help="size in pixels (the model's own)")
     before = "for SDXL: the size that the image is said to have had before it was cropped (the size)"
     sub.add_argument("--original-size", metavar="WxH", help=before)

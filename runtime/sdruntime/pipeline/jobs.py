@@ -26,7 +26,7 @@ from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.guidance import guidance_embedding
 from sdruntime.sampling.job import Job
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise.image import ImageNoise
 from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
 
@@ -69,6 +69,7 @@ class JobFactory:
             if self._model.family != "sdxl":
                 check_no_sizes(request)
             self.latent_shape(request)
+            self._noise(request)
             self._table(request)
 
     def jobs(self, requests: Sequence[Request], engine: GetEngine) -> list[Job]:
@@ -107,6 +108,20 @@ class JobFactory:
             raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}")
         return self._model.latent_channels, height // factor, width // factor
 
+    def _noise(self, request: Request) -> ImageNoise:
+        width, height = request.seed_resize or (0, 0)
+        factor = self._model.vae_factor
+        if width % factor or height % factor:
+            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (width, height))
+            raise SettingError(f"seed_resize {width}x{height}: both sides must be multiples of {factor}, such as {near}")
+        return ImageNoise(
+            request.seed,
+            request.rng,
+            variation_seed=request.variation_seed,
+            variation_strength=request.variation_strength,
+            origin=(height // factor, width // factor) if request.seed_resize else None,
+        )
+
     def _table(self, request: Request) -> Table:
         strength = start_strength(request, self.task)
         options = repr(sorted(request.options.items()))
@@ -126,7 +141,7 @@ class JobFactory:
         return self._tables[key]
 
     def _start(
-        self, request: Request, shape: Shape, size: tuple[int, int], table: Table, noise: NoiseStream, engine: GetEngine
+        self, request: Request, shape: Shape, size: tuple[int, int], table: Table, noise: ImageNoise, engine: GetEngine
     ) -> Start:
         width, height = size
         encoder = functools.partial(engine, "vae_encoder", height=height, width=width)
@@ -153,7 +168,7 @@ class JobFactory:
         return task_start(request, self.task)(setting)
 
     def _job(self, request: Request, shape: Shape, table: Table, texts: Texts, conditions: Conditions, engine: GetEngine) -> Job:
-        noise = NoiseStream(request.seed)
+        noise = self._noise(request)
         size = shape[2] * self._model.vae_factor, shape[1] * self._model.vae_factor
         start = self._start(request, shape, size, table, noise, engine)
         encoded = texts.encoded(conditions, zero_absent=self._model.zero_empty_negative)

@@ -21,11 +21,13 @@ from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
 from sdruntime.pipeline.request import Request
 from sdruntime.pipeline.text.emphasis import Emphasis
+from sdruntime.sampling.noise.image import Rng
 from sdruntime.sampling.own_sigmas import own_steps
 from sdruntime.sampling.samplers import A1111_SCHEDULES, identified, settled
 
 VERSION = f"sdruntime {__version__}"  # other programs take a bare number for a version of the web UI
-RNG = "CPU"  # our noise is that of torch's CPU generator
+# The web UI's "NV" is its own NumPy version of CUDA's noise; "GPU", which it does not write, depends on the GPU for large images.
+A1111_RNGS: Mapping[Rng, str] = {"cpu": "CPU", "cuda": "NV"}
 AUTOMATIC = "Automatic"
 # The web UI's samplers that ignore the schedule type.
 OWN_TIMESTEPS = ("DDIM", "PLMS", "UniPC")
@@ -111,6 +113,9 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Seed": request.seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": origin.model,
+        "Variation seed": request.variation_seed if request.variation_strength else None,
+        "Variation seed strength": request.variation_strength or None,
+        "Seed resize from": _size(request.seed_resize),
         "Denoising strength": None if request.pixels is None else request.strength,
         "Init image hash": None if request.pixels is None else image_hash(request.pixels),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
@@ -127,7 +132,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Original size": _size(request.original_size),
         "Crop": "{},{}".format(*request.crop) if any(request.crop) else None,
         "Target size": _size(request.target_size),
-        "RNG": RNG,
+        "RNG": A1111_RNGS[request.rng],
         "Sigmas": None if request.sigmas is None else ", ".join(map(_number, request.sigmas)),
         "Timestep spacing": origin.spacing or None,
         "Sampler options": json.dumps(options, sort_keys=True, default=lambda number: number.item()) if options else None,

@@ -44,8 +44,11 @@ class Range:
 
 SIDE = Range(1, LARGEST_SIDE, whole=True)  # of an image, in pixels
 CORNER = Range(0, LARGEST_SIDE, whole=True)  # of a crop, in pixels
+SEED = Range(0, 2**64 - 1, whole=True)
 RANGES: Mapping[str, Range] = {
-    "seed": Range(0, 2**64 - 1, whole=True),
+    "seed": SEED,
+    "variation_seed": SEED,
+    "variation_strength": Range(0, 1),
     "steps": Range(1, MOST_STEPS, whole=True),
     "guidance": Range(0, 100),  # models are used with 1 to 30
     "image_guidance": Range(1, 100),
@@ -56,6 +59,8 @@ RANGES: Mapping[str, Range] = {
 # the defaults
 NUMBERS: Mapping[str, Any] = {
     "seed": 0,
+    "variation_seed": 0,
+    "variation_strength": 0.0,
     "steps": 20,
     "guidance": 7.5,
     "image_guidance": 1.5,

@@ -19,6 +19,7 @@ from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from,
 from sdruntime.pipeline.ranges import CORNER, NUMBERS, RANGES, SIDE, Range, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
 from sdruntime.pipeline.text.wording import SYNTAXES, Syntax
+from sdruntime.sampling.noise.image import RNGS, Rng
 from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
 
@@ -33,7 +34,7 @@ DIFFUSERS: Mapping[str, str] = {
     "negative_prompt": "negative=…",
     "negative_prompt_2": "negative_2=…",
     "num_images_per_prompt": "count=…",
-    "generator": "seed=…: image k has seed + k, and the noise of torch's CPU generator",
+    "generator": 'seed=…: image k has seed + k, and the noise of torch\'s CPU generator, or with rng="cuda" of the one on CUDA',
     "height": "size=(width, height)",
     "width": "size=(width, height)",
     "eta": 'options={"eta": …}',
@@ -75,6 +76,10 @@ class Request:
     applies weights, "original", "no-norm" or "ignore". `clip_skip`: how many layers of the text encoders to skip, counted from
     the one that the checkpoint uses, as in diffusers; "plain" skips none for the negative prompt.
 
+    `rng`: whose noise a seed stands for, that of torch on the "cpu" or on "cuda". `variation_seed`, `variation_strength`: move
+    the noise of the first latents from that of `seed` towards that of another seed, 0 to 1. `seed_resize`: put the noise of an
+    image of this size, (width, height), in the middle of the first latents. All three are those of AUTOMATIC1111's web UI.
+
     `original_size`, `crop`, `target_size`: conditions of SDXL: the size of the image before it was cropped, the corner of that
     crop (left, top), and the size to aim at, (width, height) in pixels; None for the generated size.
     """
@@ -100,6 +105,10 @@ class Request:
     prompt_syntax: Syntax = "plain"
     emphasis: Emphasis = "original"
     clip_skip: int = NUMBERS["clip_skip"]
+    rng: Rng = "cpu"
+    variation_seed: int = NUMBERS["variation_seed"]
+    variation_strength: float = NUMBERS["variation_strength"]
+    seed_resize: tuple[int, int] | None = None
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
@@ -113,7 +122,7 @@ class Request:
             object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", sigmas_of(self.sigmas))
-        for name in ("size", "original_size", "target_size"):
+        for name in ("size", "seed_resize", "original_size", "target_size"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _pair(name, getattr(self, name), SIDE, ("width", "height")))
         object.__setattr__(self, "crop", _pair("crop", self.crop, CORNER, ("left", "top")))
@@ -129,6 +138,8 @@ class Request:
         for name, known in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES)):
             if getattr(self, name) not in known:
                 raise UnknownName(name, str(getattr(self, name)), known)
+        if self.rng not in RNGS:
+            raise SettingError(f"rng {shown(self.rng)}: expected one of {', '.join(RNGS)}")
         if self.image is not None:
             object.__setattr__(self, "image", pixels_from(self.image))
         if self.mask is not None:
@@ -187,6 +198,11 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
     unused += [(f"rescale {request.rescale:g}", request) for request in unguided if request.rescale]
     lines = [f"{name} has no effect at guidance {request.guidance:g}: set guidance above 1" for name, request in unused]
     lines += [
+        f"variation_seed {request.variation_seed} has no effect without variation_strength"
+        for request in requests
+        if request.variation_seed and not request.variation_strength
+    ]
+    lines += [
         f"strength {request.strength:g} has no effect without an image"
         for request in text_only
         if request.strength != DEFAULTS["strength"]
@@ -213,8 +229,9 @@ def requests_from(
 ) -> list[Request]:
     """Return one Request per image: `count` for each prompt, in order. Image k has the seed `seed` + k, over all prompts.
 
-    `seed`: None for a random one. A Request among the prompts keeps its own seed and settings and counts as one image. Raises
-    SettingError, also for settings that apply to no prompt because all prompts are Requests.
+    With `variation_strength`, all images have the seed `seed`, and image k has the variation seed `variation_seed` + k.
+    `seed`, `variation_seed`: None for a random one. A Request among the prompts keeps its own seed and settings and counts as one
+    image. Raises SettingError, also for settings that apply to no prompt because all prompts are Requests.
     """
     if not isinstance(prompt, str | Request | Iterable) or isinstance(prompt, bytes):
         raise SettingError(f"prompt: expected text, a Request or a list of them, got {type(prompt).__name__}")
@@ -234,13 +251,19 @@ def requests_from(
     if settings.get("image") is not None:
         settings["image"] = pixels_from(settings["image"])  # read a file once, whatever the count
     seed = secrets.randbelow(2**32) if seed is None else seed
+    other_seed = settings.pop("variation_seed", None)
+    varied = bool(settings.get("variation_strength"))
+    if other_seed is None:
+        other_seed = secrets.randbelow(2**32) if varied else NUMBERS["variation_seed"]
     requests: list[Request] = []
     for item in prompts:
         if isinstance(item, Request):
             requests.append(item)
             continue
         for _ in range(count):
-            requests.append(Request(prompt=item, seed=seed + len(requests), **settings))
+            k = len(requests)
+            seeds = (seed, other_seed + k) if varied else (seed + k, other_seed)
+            requests.append(Request(prompt=item, seed=seeds[0], variation_seed=seeds[1], **settings))
     return requests
 
 

@@ -14,6 +14,7 @@ from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.request import DEFAULTS, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
+from sdruntime.sampling.noise.image import Rng
 from sdruntime.serving.batcher import QUEUE
 
 
@@ -55,7 +56,10 @@ class Open:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMessage:
-    """A Request without its image. `width` and `height` in pixels, both or neither; `seed` null: a random seed."""
+    """A Request without its image.
+
+    `width` and `height` in pixels, both or neither. `seed`, `variation_seed`: null for a random one.
+    """
 
     prompt: str
     negative: str | None = None
@@ -76,6 +80,10 @@ class RequestMessage:
     prompt_syntax: Syntax = DEFAULTS["prompt_syntax"]
     emphasis: Emphasis = DEFAULTS["emphasis"]
     clip_skip: int = DEFAULTS["clip_skip"]
+    rng: Rng = DEFAULTS["rng"]
+    variation_seed: int | None = None
+    variation_strength: float = DEFAULTS["variation_strength"]
+    seed_resize: tuple[int, int] | None = None
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = DEFAULTS["crop"]
     target_size: tuple[int, int] | None = None
@@ -83,6 +91,11 @@ class RequestMessage:
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
             raise ValueError(f"width {self.width} and height {self.height}: give both or neither")
+
+    def _variation_seed(self) -> int:
+        if self.variation_seed is None and self.variation_strength:
+            return secrets.randbelow(2**32)
+        return self.variation_seed or 0
 
     def request(self, image: Array | None) -> Request:
         """Return the Request with this start image, uint8 [H, W, 3]. Raises SettingError."""
@@ -106,6 +119,10 @@ class RequestMessage:
             prompt_syntax=self.prompt_syntax,
             emphasis=self.emphasis,
             clip_skip=self.clip_skip,
+            rng=self.rng,
+            variation_seed=self._variation_seed(),
+            variation_strength=self.variation_strength,
+            seed_resize=self.seed_resize,
             original_size=self.original_size,
             crop=self.crop,
             target_size=self.target_size,

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.tasks import Task
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise.cpu import NoiseStream
 
 _PATCHES = 8  # along each side
 

@@ -14,7 +14,7 @@ from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.job import Job, Row, grouped, stacked
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise.cpu import NoiseStream
 
 UNET = ComponentSpec(files=("unet/model.onnx",), config="unet/config.json", inputs=TENSORS["unet"][0], outputs=TENSORS["unet"][1])
 

@@ -147,6 +147,16 @@ def test_settings_of_the_texts() -> None:
         assert plain.get("Prompt syntax", "plain") == request.prompt_syntax
 
 
+def test_settings_of_the_noise_have_the_web_ui_s_names() -> None:
+    settings: dict[str, Any] = {"rng": "cuda", "variation_seed": 99, "seed_resize": (512, 384)}
+    found = read(Request(prompt="x", seed=7, variation_strength=0.25, **settings), {})
+    told = {"Seed": "7", "Variation seed": "99", "Variation seed strength": "0.25", "RNG": "NV"}
+    assert (told | {"Seed resize from-1": "512", "Seed resize from-2": "384"}).items() <= found.items()
+    without = read(Request(prompt="x", variation_seed=99), {})
+    assert not {"Variation seed", "Variation seed strength", "Seed resize from-1"} & without.keys()
+    assert without["RNG"] == "CPU"
+
+
 def test_every_sampler_has_a_name_that_its_own_request_resolves_to() -> None:
     for name, row in SAMPLERS.items():
         config = {"prediction_type": "flow_prediction"} if name.startswith("flow") else {}
@@ -174,7 +184,12 @@ def again(found: dict[str, str]) -> list[str]:
         "--sigmas": "Sigmas",
         "--prompt-2": "Prompt 2",
         "--negative-2": "Negative prompt 2",
+        "--variation-seed": "Variation seed",
+        "--variation-strength": "Variation seed strength",
     }
+    arguments += ["--rng", {"CPU": "cpu", "NV": "cuda"}[found["RNG"]]]
+    if "Seed resize from-1" in found:
+        arguments += ["--seed-resize", f"{found['Seed resize from-1']}x{found['Seed resize from-2']}"]
     arguments += ["--clip-skip", str(int(found.get("Clip skip", "1")) - 1)]
     arguments += ["--prompt-syntax", found.get("Prompt syntax", "plain")]
     arguments += ["--emphasis", {"No norm": "no-norm", "Ignore": "ignore"}.get(found.get("Emphasis", ""), "original")]
@@ -198,6 +213,8 @@ def again(found: dict[str, str]) -> list[str]:
         ["--negative", "(x:1.5) [y:2]", "--prompt-syntax", "plain"],
         ["--sampler", "euler", "--schedule", "lu"],
         ["--sampler", "euler", "--schedule", "gits"],
+        ["--variation-seed", "5", "--variation-strength", "0.3", "--rng", "cuda", "--sampler", "euler_a"],
+        ["--seed-resize", "32x96"],
         ["--image", "start.png", "--strength", "0.6", "--sampler", "Euler a"],
         ["--sampler", "euler", "--sigmas", "14.6,6.5,2.25,0.7000000000000001,0"],
         ["--sampler", "DPM++ 2M", "--sigmas", "10,2,0.5,0.1,1e-3", "--image", "start.png", "--strength", "0.75"],

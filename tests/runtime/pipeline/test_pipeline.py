@@ -76,6 +76,16 @@ def test_the_constructor_opens_a_bundle_as_open_does(ready: Bundle) -> None:
         assert pipe.engines.options == EngineOptions()
 
 
+def test_the_size_of_seed_resize_is_one_that_an_image_can_have(ready: Bundle) -> None:
+    factor = ready.manifest.model.vae_factor
+    with fake_pipeline(ready) as pipe, pytest.raises(SettingError) as caught:
+        pipe("a", seed_resize=(5 * factor + 1, 3 * factor))
+    near = f"{5 * factor}x{3 * factor}"
+    assert str(caught.value) == (
+        f"seed_resize {5 * factor + 1}x{3 * factor}: both sides must be multiples of {factor}, such as {near}"
+    )
+
+
 def test_a_stream_and_a_batcher_open_it_too(ready: Bundle) -> None:
     pipe = fake_pipeline(ready)
     stream = pipe.stream("a prompt", steps=2, size=(64, 64))

@@ -52,6 +52,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("size", (512, 0), "size: height 0 is outside 1 to 16,384"),
     ("size", (1 << 20, 512), "size: width 1048576 is outside 1 to 16,384"),
     ("size", (512.0, 512), "size: width 512.0: expected a whole number"),
+    ("rng", "gpu", "rng 'gpu': expected one of cpu, cuda"),
+    ("variation_seed", -1, "variation_seed -1 is outside 0 to 18,446,744,073,709,551,615"),
+    ("variation_strength", 1.5, "variation_strength 1.5 is outside 0 to 1"),
+    ("seed_resize", (512,), r"seed_resize \(512,\): expected \(width, height\)"),
     ("original_size", (0, 5), "original_size: width 0 is outside 1 to 16,384"),
     ("target_size", 7, r"target_size 7: expected \(width, height\) in pixels"),
     ("crop", (-1, 0), "crop: left -1 is outside 0 to 16,384"),
@@ -111,7 +115,7 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
 
 
 def test_the_service_has_its_defaults() -> None:
-    shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed"}
+    shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed", "variation_seed"}
     assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis", "clip_skip"} <= shared
     assert {"steps", "guidance", "image_guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}

@@ -1,12 +1,12 @@
-"""noise.py against numbers of torch (tests/golden/make_noise.py), from its vectorised and its plain code path."""
+"""noise/cpu.py against numbers of torch (tests/golden/make_noise.py), from its vectorised and its plain code path."""
 
 import numpy as np
 import pytest
 from places import GOLDEN
 
 from sdruntime.errors import SettingError
-from sdruntime.sampling import noise
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise import cpu as noise
+from sdruntime.sampling.noise.cpu import NoiseStream
 
 GOLDEN = np.load(GOLDEN / "noise.npz")
 

@@ -1,4 +1,4 @@
-"""noise.py and guidance.py against torch and diffusers themselves, on the machine that runs this."""
+"""noise/cpu.py and guidance.py against torch and diffusers themselves, on the machine that runs this."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdruntime.sampling.guidance import combine, rescale
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise.cpu import NoiseStream
 
 torch = pytest.importorskip("torch")
 

@@ -22,7 +22,7 @@ def from_noise(request: Request) -> bool:
 def keeping(setting: Setting) -> Start:
     """Inpaint with a UNet that knows of no mask: the rest of the image is put back after each step."""
     image = setting.encode(setting.pixels(), setting.draw())
-    noise = setting.draw()
+    noise = setting.first_noise()
     setting.draw()  # the pipeline also encodes the masked image, which such a UNet does not use
     kept = Kept(mask=_latent_mask(_mask(setting), setting), image=image, noise=noise)
     return Start(latents=setting.noised(None if from_noise(setting.request) else image, noise), kept=kept)
@@ -36,7 +36,7 @@ def conditioned(setting: Setting) -> Start:
     else:
         pixels, mask = setting.pixels(), _mask(setting)
     image = None if from_noise(setting.request) else setting.encode(pixels, setting.draw())
-    noise = setting.draw()
+    noise = setting.first_noise()
     masked = setting.encode(pixels * (mask < 0.5), setting.draw())
     inputs = {"mask": _latent_mask(mask, setting), "masked_image_latents": masked.astype(np.float32)}
     return Start(latents=setting.noised(image, noise), inputs=inputs)

@@ -13,4 +13,4 @@ from sdruntime.pipeline.tasks.start import Setting, Start
 def edit(setting: Setting) -> Start:
     """Start from noise; the UNet takes the latents of the image: the mode of the posterior, not scaled."""
     image = setting.encode_mode(setting.pixels())
-    return Start(latents=setting.noised(None, setting.draw()), inputs={"image_latents": image.astype(np.float32)})
+    return Start(latents=setting.noised(None, setting.first_noise()), inputs={"image_latents": image.astype(np.float32)})

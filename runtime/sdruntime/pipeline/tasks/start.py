@@ -13,7 +13,7 @@ from sdruntime.pipeline.images.pixels import from_uint8
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.job import Row
 from sdruntime.sampling.kept import Kept
-from sdruntime.sampling.noise import NoiseStream
+from sdruntime.sampling.noise.image import ImageNoise
 from sdruntime.sampling.table import Table
 
 
@@ -39,13 +39,17 @@ class Setting:
     table: Table
     shape: tuple[int, int, int]
     size: tuple[int, int]
-    noise: NoiseStream
+    noise: ImageNoise
     encode: Callable[[Array, Array], Array]
     encode_mode: Callable[[Array], Array]
 
     def draw(self) -> Array:
         """Draw unit noise of the latents' shape."""
         return self.noise.normal(self.shape)
+
+    def first_noise(self) -> Array:
+        """Draw the noise of the first latents, which the request's variation and seed resize change."""
+        return self.noise.first(self.shape)
 
     def pixels(self) -> Array:
         """Return the request's image at the size to generate, float32 [3, H, W] in [-1, 1]."""
@@ -62,10 +66,10 @@ class Setting:
 
 def from_text(setting: Setting) -> Start:
     """Start from noise."""
-    return Start(latents=setting.noised(None, setting.draw()))
+    return Start(latents=setting.noised(None, setting.first_noise()))
 
 
 def from_image(setting: Setting) -> Start:
     """Start from the request's image, as diffusers' StableDiffusionImg2ImgPipeline does."""
     image = setting.encode(setting.pixels(), setting.draw())
-    return Start(latents=setting.noised(image, setting.draw()))
+    return Start(latents=setting.noised(image, setting.first_noise()))

@@ -1,0 +1,1 @@
+"""The noise of an image: what a seed stands for."""
