@@ -33,9 +33,11 @@ def solve(
 def clean_by(model: Callable[[Any, float], Any], prediction: str, space: Space) -> Callable[[Any, Point], Any]:
     """The clean estimate of a raw model(scaled x, t)."""
 
+    data = 0.5 if space == "edm" else None
+
     def clean(x: Any, point: Point) -> Any:
-        p, q = clean_from_raw(prediction, point)
-        return p * x + q * model(input_scale(point, space) * x, point.t)
+        p, q = clean_from_raw(prediction, point, data)
+        return p * x + q * model(input_scale(point, space, data) * x, point.t)
 
     return clean
 

@@ -20,9 +20,10 @@ ORDER = {
     ),
     "sdruntime.sampling.schedules": "ratios published",
     "sdruntime.sampling.samplers": (
-        "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency flow"
+        "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency forms"
     ),
     "sdruntime.sampling.noise": "cpu cuda image",
+    "sdruntime.sampling.samplers.forms": "flow edm",
     "sdruntime.bundle": (
         "roles limits audit records dimensions manifest tasks interface sampler_step lending bundle lock change staging"
     ),

@@ -138,6 +138,39 @@ def test_own_sigmas(both: tuple[Reference, Pipeline], strength: float | None) ->
     assert_same_picture(picture, theirs, decoded, theirs_float)
 
 
+@pytest.mark.parametrize("strength", [None, 0.6])
+@pytest.mark.parametrize(
+    ("scheduler", "changes"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {"sigma_max": 120.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}),
+        ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_edm_models(
+    both: tuple[Reference, Pipeline],
+    scheduler: str,
+    changes: dict[str, Any],
+    strength: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model in EDM's preconditioning differs from the others in its scheduler's file alone."""
+    reference, pipe = both
+    prediction = pipe.model.prediction_type
+    written = {"_class_name": scheduler, "prediction_type": prediction, **changes}
+    monkeypatch.setattr(pipe._factory, "schedule", written)
+    pipe._factory._tables.clear()
+    height, width = pipe.model.default_size
+    noise = np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8)
+    start = {} if strength is None else {"image": noise, "strength": strength}
+    theirs, theirs_float = reference.draw(
+        PROMPT, scheduler=scheduler, changes=changes, guidance_scale=3.0, num_inference_steps=10, seed=4, **start
+    )
+    picture, decoded = ours(pipe, PROMPT, guidance=3.0, steps=10, seed=4, **start)
+    pipe._factory._tables.clear()
+    assert_same_picture(picture, theirs, decoded, theirs_float)
+
+
 def test_sizes_that_sdxl_is_told(both: tuple[Reference, Pipeline]) -> None:
     reference, pipe = both
     told: dict[str, Any] = {"original_size": (1000, 700), "crop": (30, 20), "target_size": (512, 640)}

@@ -57,6 +57,7 @@ def compile_table(
             chosen,
             path,
             prediction=prediction,
+            sigma_data=settings["sigma_data"] if chosen.space == "edm" else None,
             start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
             options={key: settings[key] for key in chosen.options},
         )
@@ -75,7 +76,15 @@ def first_step(steps: int, strength: float) -> int:
     return steps - int(steps * strength)
 
 
-def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float, float], options: Mapping[str, Any]) -> Table:
+def traced(
+    sampler: Sampler,
+    path: Path,
+    *,
+    prediction: str,
+    start: tuple[float, float],
+    options: Mapping[str, Any],
+    sigma_data: float | None = None,
+) -> Table:
     """Return the table of a sampler, by running its generator on unit vectors: a separate one for x[0], each m and each n.
 
     The vectors have room for two calls and two draws per pair of the path; no sampler makes more.
@@ -103,7 +112,7 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
     _, point = next(solver)
     while point is not None:
         call = len(points)
-        p, q = clean_from_raw(prediction, point)
+        p, q = clean_from_raw(prediction, point, sigma_data)
         points.append(point)
         try:
             row, point = solver.send((unit(call), p * unit(call) + q * unit(room + call)))
@@ -116,7 +125,7 @@ def traced(sampler: Sampler, path: Path, *, prediction: str, start: tuple[float,
     return Table(
         start=start,
         t=np.array([at.t for at in points], np.float32),
-        scale=np.array([input_scale(at, sampler.space) for at in points]),
+        scale=np.array([input_scale(at, sampler.space, sigma_data) for at in points]),
         X=padded(of_x),
         M=padded(of_m),
         N=padded(of_n),

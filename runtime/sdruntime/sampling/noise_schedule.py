@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from sdruntime.errors import SettingError, UnknownName
 
 Array = NDArray[np.floating[Any]]
-Space = Literal["ve", "vp", "flow"]
+Space = Literal["ve", "vp", "flow", "edm"]
 Settings = Mapping[str, Any]
 
 
 class Point(NamedTuple):
     """A noise level, x = alpha·clean + sigma·noise, and its timestep t for the model.
 
-    Space "ve": alpha = 1. Space "vp": alpha² + sigma² = 1. Space "flow": alpha + sigma = 1.
+    Spaces "ve" and "edm": alpha = 1. Space "vp": alpha² + sigma² = 1. Space "flow": alpha + sigma = 1.
     """
 
     t: float
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 def at_ratio(t: float, ratio: float, space: Space) -> Point:
     """Return the Point of noise-to-signal `ratio` ≥ 0 in a space; in "flow", `ratio` is the flow's sigma ≤ 1."""
-    if space == "ve":
+    if space in ("ve", "edm"):
         return Point(t, 1.0, ratio)
     if space == "flow":
         return Point(t, 1.0 - ratio, ratio)
@@ -143,6 +143,19 @@ class FlowCurve:
 
     def at_sigma(self, sigma: float) -> Point:
         return at_ratio(sigma * self.trained, sigma, "flow")
+
+
+class EdmCurve:
+    """The noise levels of a model in EDM's preconditioning (arXiv 2206.00364, table 1): any sigma, with t = log(sigma) / 4."""
+
+    def at_time(self, t: int) -> Point:
+        return self.at_sigma(math.exp(4 * t))
+
+    def at_sigma(self, sigma: float) -> Point:
+        return at_ratio(self.time_of(sigma), sigma, "edm")
+
+    def time_of(self, sigma: float) -> float:
+        return math.log(sigma) / 4 if sigma > 0 else 0.0  # at sigma 0 the model is not called
 
 
 def shifted(sigma: Array, shift: float) -> Array:

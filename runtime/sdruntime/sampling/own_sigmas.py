@@ -7,13 +7,14 @@ interpolated in log sigma. The list for a flow omits the 0 at the end and is shi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from sdruntime.errors import SettingError
 from sdruntime.sampling.grids import Path, chained, flow_path, ve_start
-from sdruntime.sampling.noise_schedule import Curve, Settings, at_ratio, stored_levels
+from sdruntime.sampling.noise_schedule import Curve, EdmCurve, Settings, at_ratio, stored_levels
 from sdruntime.sampling.samplers import SAMPLERS, Sampler
 
 
@@ -45,9 +46,13 @@ def own_path(sampler: Sampler, settings: Settings, sigmas: Sequence[float], begi
     levels = np.array(stored_levels(sigmas))
     if sampler.space == "flow":
         return flow_path(settings, levels, begin)
-    curve = Curve(settings, sampler.space)
+    curve = EdmCurve() if sampler.space == "edm" else Curve(settings, sampler.space)
     points = [at_ratio(curve.time_of(sigma), sigma, sampler.space) for sigma in levels.tolist()]
-    start = ve_start(settings, levels[0]) if sampler.space == "ve" else 1.0
+    start = 1.0
+    if sampler.space == "ve":
+        start = ve_start(settings, levels[0])
+    elif sampler.space == "edm":
+        start = math.hypot(1.0, levels[0])
     return chained(points, begin, start, curve)
 
 

@@ -6,6 +6,11 @@ At a Point, x = alpha·clean + sigma·noise. With r = hypot(alpha, sigma), the m
     v_prediction   raw = (alpha·noise - sigma·clean) / r        (arXiv 2202.00512, appendix D)
     sample         raw = clean
     flow           raw = noise - clean                          (rectified flow, arXiv 2209.03003)
+
+A model in EDM's preconditioning (arXiv 2206.00364, table 1) for data of deviation d has the input x / r, r = hypot(d, sigma), and
+
+    epsilon        clean = d²/r²·x + sigma·d/r·raw
+    v_prediction   clean = d²/r²·x - sigma·d/r·raw
 """
 
 from __future__ import annotations
@@ -18,12 +23,18 @@ from sdruntime.sampling.noise_schedule import Point, Space
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
-def clean_from_raw(prediction: str, point: Point) -> tuple[float, float]:
-    """Return (p, q) with clean = p·x + q·raw.
+def clean_from_raw(prediction: str, point: Point, sigma_data: float | None = None) -> tuple[float, float]:
+    """Return (p, q) with clean = p·x + q·raw. `sigma_data`: the deviation of the data, for EDM's preconditioning.
 
     Raises SettingError for epsilon at alpha 0, where x is pure noise: then the noise does not determine the clean image.
     """
     _, alpha, sigma = point
+    if sigma_data is not None:
+        if prediction not in ("epsilon", "v_prediction"):
+            raise UnknownName("prediction_type", str(prediction), ["epsilon", "v_prediction"])
+        norm = math.hypot(sigma_data, sigma)
+        out = sigma * sigma_data / norm
+        return (sigma_data / norm) ** 2, out if prediction == "epsilon" else -out
     if prediction == "epsilon":
         if alpha == 0:
             raise SettingError(
@@ -41,6 +52,9 @@ def clean_from_raw(prediction: str, point: Point) -> tuple[float, float]:
     raise UnknownName("prediction_type", str(prediction), PREDICTIONS)
 
 
-def input_scale(point: Point, space: Space) -> float:
-    """Return the factor of x in the model's input: 1, or 1 / hypot(1, sigma) for variance-exploding x, to unit variance."""
-    return 1 / math.hypot(1.0, point.sigma) if space == "ve" else 1.0
+def input_scale(point: Point, space: Space, sigma_data: float | None = None) -> float:
+    """Return the factor of x in the model's input: for variance-exploding x 1 / hypot(sigma_data, sigma), else 1.
+
+    The result has unit variance for data of deviation `sigma_data`, 1 if not given.
+    """
+    return 1 / math.hypot(1.0 if sigma_data is None else sigma_data, point.sigma) if space in ("ve", "edm") else 1.0

@@ -31,6 +31,9 @@ REASONS = (
     "takes flow_prediction",
     "a flow grid takes",
     "takes none",
+    "'turbo': at most 10 steps",
+    "the family of the model is not known",
+    "a model in EDM's preconditioning takes",
     "cannot step to sigma 0",
     "the first sigma cannot also be the last",
 )

@@ -69,7 +69,7 @@ def test_the_scheduler_is_the_open_pipelines(pipeline: str, named: str) -> None:
                 if key in ours:
                     assert ours[key] == getattr(theirs.config, key), (key, values)
             for other in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
-                if other != named:
+                if other != named and sampler.space != "edm":  # whose models take no other sampler
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
                         switched = getattr(diffusers, other).from_config(theirs.config)

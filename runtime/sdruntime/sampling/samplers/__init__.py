@@ -11,7 +11,8 @@ from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.sampling.grids import chosen_schedule
-from sdruntime.sampling.samplers import consistency, ddim, deis, dpm, dpm_ancestral, flow, kdiffusion, pndm, sa, unipc
+from sdruntime.sampling.samplers import consistency, ddim, deis, dpm, dpm_ancestral, kdiffusion, pndm, sa, unipc
+from sdruntime.sampling.samplers.forms import edm, flow
 from sdruntime.sampling.samplers.sampler import Sampler
 from sdruntime.sampling.schedules import SCHEDULES
 
@@ -65,7 +66,7 @@ _SCHEDULES = _ALIASES | {folded(name): name for name in SCHEDULES}
 _NO_SCHEDULES = {
     "automatic": "omit the schedule for the checkpoint's own timesteps; the web UI uses Karras for most DPM++ samplers",
 }
-_FAMILIES = (ddim, pndm, kdiffusion, dpm_ancestral, dpm, unipc, deis, sa, consistency, flow)
+_FAMILIES = (ddim, pndm, kdiffusion, dpm_ancestral, dpm, unipc, deis, sa, consistency, flow, edm)
 _ROWS: dict[str, Sampler] = {}
 _NAMES: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}  # folded name -> row, and the settings that the name implies
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(_ROWS)
@@ -165,6 +166,13 @@ def settled(
     if not isinstance(name, str):
         raise SettingError("scheduler_config.json has no _class_name: choose a sampler")
     row, implied = resolve(name)
+    trained, _ = _NAMES.get(folded(str(config.get("_class_name", ""))), (row, None))
+    if (trained.space == "edm") != (row.space == "edm"):
+        fitting = ", ".join(other.name for other in SAMPLERS.values() if (other.space == "edm") == (trained.space == "edm"))
+        raise SettingError(
+            f"sampler {name!r}: the model was trained {'in' if trained.space == 'edm' else 'without'} EDM's preconditioning "
+            f"({trained.diffusers} in its scheduler_config.json); samplers for it: {fitting}"
+        )
     chosen = {**implied, **options, **({} if schedule is None else {"schedule": schedule})}
     if isinstance(chosen.get("schedule"), str):
         chosen["schedule"] = resolve_schedule(chosen["schedule"])

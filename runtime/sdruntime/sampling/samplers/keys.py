@@ -59,15 +59,36 @@ CONSISTENCY: Mapping[str, Any] = {
     "original_inference_steps": 50,
 }
 FLOW_MATCH: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "prediction_type": "flow_prediction"}
+EDM: Mapping[str, Any] = {
+    **BY_NAME,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+    "final_sigmas_type": "zero",
+}
+EDM_DPM: Mapping[str, Any] = {
+    **EDM,
+    **PIXEL,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "algorithm_type": "dpmsolver++",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "third_order": "exact",  # not in any file; diffusers' class has no order 3 of the SDE
+}
 FLOW_ONLY: Mapping[str, tuple[str, ...]] = {"prediction_type": ("flow_prediction",)}
 
 # How the model was trained: only its file sets these. A request may set every other key that its sampler reads: OPTIONS.
-TRAINING = frozenset({*TRAINED, *ZERO_SNR})
+TRAINING = frozenset({*TRAINED, *ZERO_SNR, "sigma_data"})
 OPTIONS = frozenset({
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "eta", "variance_type"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
     *("sigma_min", "sigma_max", "final_sigmas_type", "lambda_min_clipped"),
-    *("flow_shift", "shift", "shift_terminal"),
+    *("flow_shift", "shift", "shift_terminal", "sigma_schedule", "rho"),
     *("order", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
     *("predict_x0", "disable_corrector", "predictor_order", "corrector_order"),
     *("original_inference_steps", "timestep_scaling"),

@@ -122,6 +122,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "schedule": SCHEDULES,
     "third_order": ("diffusers", "exact"),
+    "sigma_schedule": ("karras", "exponential"),
 }
 SIBLING_CHOICES: Mapping[str, tuple[str, ...]] = {
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
@@ -155,6 +156,8 @@ RANGES: Mapping[str, tuple[type, float, float]] = {
     "eta": (float, 0.0, 1.0),
     "sigma_min": (float, 1e-6, 1e6),
     "sigma_max": (float, 1e-6, 1e6),
+    "sigma_data": (float, 1e-3, 1e3),
+    "rho": (float, 1.0, 100.0),
     "lambda_min_clipped": (float, -math.inf, math.inf),
     "flow_shift": (float, 1e-2, 100.0),
     "shift": (float, 1e-2, 100.0),

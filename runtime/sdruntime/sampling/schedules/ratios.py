@@ -10,10 +10,10 @@ import numpy as np
 from sdruntime.sampling.noise_schedule import Array
 
 
-def karras(high: float, low: float, steps: int) -> Array:
-    """Return sigmas [steps] spaced evenly in sigma^(1/7), rho = 7 (arXiv 2206.00364, equation 5)."""
+def karras(high: float, low: float, steps: int, rho: float = 7.0) -> Array:
+    """Return sigmas [steps] spaced evenly in sigma^(1/rho) (arXiv 2206.00364, equation 5)."""
     ramp = np.linspace(0, 1, steps)
-    return np.asarray((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
+    return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
 
 
 def exponential(high: float, low: float, steps: int) -> Array:
