@@ -19,10 +19,9 @@ ORDER = {
         "noise_schedule schedules grids prediction samplers own_sigmas table compile executor noise guidance kept job"
     ),
     "sdruntime.sampling.schedules": "ratios published",
-    "sdruntime.sampling.samplers": (
-        "keys protocol sampler integrals ddim pndm kdiffusion dpm_ancestral dpm unipc deis sa consistency forms"
-    ),
+    "sdruntime.sampling.samplers": ("keys protocol sampler integrals ddim pndm kdiffusion dpm unipc deis sa consistency forms"),
     "sdruntime.sampling.noise": "cpu cuda image",
+    "sdruntime.sampling.samplers.kdiffusion": "slopes dpm_ancestral restart",
     "sdruntime.sampling.samplers.forms": "flow edm",
     "sdruntime.bundle": (
         "roles limits audit records dimensions manifest tasks interface sampler_step lending bundle lock change staging"

@@ -109,7 +109,8 @@ def traced(
     of_m: list[Floats] = []
     of_n: list[Floats] = []
     point: Point | None
-    _, point = next(solver)
+    first, point = next(solver)
+    churned = drawn
     while point is not None:
         call = len(points)
         p, q = clean_from_raw(prediction, point, sigma_data)
@@ -129,7 +130,8 @@ def traced(
         X=padded(of_x),
         M=padded(of_m),
         N=padded(of_n),
-        draws=np.diff(totals, prepend=0),
+        draws=np.diff(totals, prepend=churned),
+        churn=float(first[2 * room]) if churned else 0.0,
         levels=np.array([(at.alpha, at.sigma) for at in points]),
     )
 

@@ -31,7 +31,8 @@ class Run:
             for draws, *rows in zip(table.draws.tolist(), table.X.tolist(), table.M.tolist(), table.N.tolist(), strict=True)
         ]
         # windows, newest first: as many as the widest row reaches back, and one more for the next x
-        self._x = [np.array(x, np.float32, order="C")] + [np.zeros_like(x, np.float32) for _ in range(table.X.shape[1])]
+        first = x + np.float32(table.churn) * noise() if table.churn else x
+        self._x = [np.array(first, np.float32, order="C")] + [np.zeros_like(x, np.float32) for _ in range(table.X.shape[1])]
         self._m = [np.zeros_like(self._x[0]) for _ in range(table.M.shape[1])]
         self._n = [np.empty_like(self._x[0]) for _ in range(table.N.shape[1])]
         self._term, self._noise = np.empty_like(self._x[0]), noise

@@ -25,7 +25,8 @@ MOST_STEPS = 1000  # a table of 1000 takes at most 4 MB and half a second to com
 class Table:
     """The coefficients of C model calls: t [C] float32, scale [C], X [C, ·], M [C, ·], N [C, ·] float64, draws [C] int.
 
-    `start` (a, b): x[0] = a·image latent + b·unit noise, a = 0 for text to image. `levels` [C, 2] float64, (alpha, sigma): the
+    `start` (a, b): x[0] = a·image latent + b·unit noise, a = 0 for text to image. `churn`: the factor of one more draw of unit
+    noise, which is added to x[0] before the first call; 0 draws none. `levels` [C, 2] float64, (alpha, sigma): the
     noise level of each x[i], alpha·image latent + sigma·unit noise. Columns count backwards from the newest. The
     arrays are read-only. Raises SettingError if shapes disagree, a number is not finite, or a row refers to x, m or n before
     the first.
@@ -39,6 +40,7 @@ class Table:
     N: Floats
     draws: NDArray[np.int64]
     levels: Floats
+    churn: float = 0.0
 
     def __post_init__(self) -> None:
         faults = []
@@ -58,7 +60,7 @@ class Table:
                 faults.append(f"{name} has shape {rows.shape}; expected {calls} rows")
             elif np.any(rows[np.arange(rows.shape[1]) >= reach[name][:, None]]):
                 faults.append(f"{name} refers to entries before the first")
-        numbers = ("start", "t", "scale", "X", "M", "N", "levels")
+        numbers = ("start", "churn", "t", "scale", "X", "M", "N", "levels")
         faults += [f"{name} holds a number that is not finite" for name in numbers if not np.isfinite(getattr(self, name)).all()]
         if faults:
             raise SettingError("not a table: " + "; ".join(faults))
@@ -74,7 +76,7 @@ class Table:
         return len(self.t)
 
     def unrolled(self) -> Floats:
-        """Return each x[i] as coefficients of (x[0], all m, all n), [C + 1, 1 + C + draws]. Use it to compare tables."""
+        """Return each x[i] as coefficients of (x[0] after its churn, all m, all n), [C + 1, 1 + C + draws]."""
         calls, total = self.steps, int(self.draws.sum())
         rows = np.zeros((calls + 1, 1 + calls + total))
         rows[0, 0] = 1.0
@@ -91,14 +93,15 @@ class Table:
     def to_json(self) -> str:
         """Return the fields as a JSON document, with the format's name and revision."""
         fields = {name: getattr(self, name).tolist() for name in ("t", "scale", "X", "M", "N", "draws", "levels")}
-        return json.dumps({"format": FORMAT, "revision": REVISION, "start": self.start, **fields}, allow_nan=False)
+        first = {"start": self.start, **({"churn": self.churn} if self.churn else {})}
+        return json.dumps({"format": FORMAT, "revision": REVISION, **first, **fields}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Table:
         """Read a table. Raises SettingError for another format or revision, and for missing, unknown or invalid fields."""
         try:
             data = json.loads(text)
-            named = data.pop("format"), data.pop("revision")
+            named, churn = (data.pop("format"), data.pop("revision")), data.pop("churn", 0.0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingError(f"not a table in JSON: {error!r}") from error
         if named != (FORMAT, REVISION):
@@ -110,6 +113,6 @@ class Table:
             arrays = {name: np.array(data[name], kind) for name, kind in kinds.items()}
             for name in ("X", "M", "N", "levels"):
                 arrays[name] = arrays[name].reshape(len(arrays["t"]), -1)
-            return cls(start=(float(data["start"][0]), float(data["start"][1])), **arrays)
+            return cls(start=(float(data["start"][0]), float(data["start"][1])), churn=float(churn), **arrays)
         except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
             raise SettingError(f"not a table in JSON: {error!r:.200}") from error

@@ -11,6 +11,7 @@ import pytest
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.sampling.compile import compile_table
+from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.samplers import SAMPLERS
 from sdruntime.sampling.samplers.keys import OPTIONS, TRAINING
 from sdruntime.sampling.table import MOST_STEPS
@@ -104,7 +105,7 @@ def test_names_are_text() -> None:
 def test_every_key_of_every_sampler_is_an_option_or_of_the_training() -> None:
     keys = {key for sampler in SAMPLERS.values() for key in sampler.reads}
     assert not OPTIONS & TRAINING
-    assert keys - {"schedule"} == OPTIONS | TRAINING
+    assert keys - {"schedule", FAMILY} == OPTIONS | TRAINING
 
 
 @pytest.mark.parametrize("steps", [MOST_STEPS + 1, 20_000, 10**30])

@@ -32,6 +32,7 @@ REASONS = (
     "a flow grid takes",
     "takes none",
     "'turbo': at most 10 steps",
+    "has a share of noise to choose",
     "the family of the model is not known",
     "a model in EDM's preconditioning takes",
     "cannot step to sigma 0",

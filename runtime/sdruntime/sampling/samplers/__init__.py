@@ -11,8 +11,9 @@ from typing import Any
 
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.sampling.grids import chosen_schedule
-from sdruntime.sampling.samplers import consistency, ddim, deis, dpm, dpm_ancestral, kdiffusion, pndm, sa, unipc
+from sdruntime.sampling.samplers import consistency, ddim, deis, dpm, pndm, sa, unipc
 from sdruntime.sampling.samplers.forms import edm, flow
+from sdruntime.sampling.samplers.kdiffusion import dpm_ancestral, restart, slopes
 from sdruntime.sampling.samplers.sampler import Sampler
 from sdruntime.sampling.schedules import SCHEDULES
 
@@ -66,7 +67,7 @@ _SCHEDULES = _ALIASES | {folded(name): name for name in SCHEDULES}
 _NO_SCHEDULES = {
     "automatic": "omit the schedule for the checkpoint's own timesteps; the web UI uses Karras for most DPM++ samplers",
 }
-_FAMILIES = (ddim, pndm, kdiffusion, dpm_ancestral, dpm, unipc, deis, sa, consistency, flow, edm)
+_FAMILIES = (ddim, pndm, slopes, dpm_ancestral, restart, dpm, unipc, deis, sa, consistency, flow, edm)
 _ROWS: dict[str, Sampler] = {}
 _NAMES: dict[str, tuple[Sampler, Mapping[str, Any]]] = {}  # folded name -> row, and the settings that the name implies
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(_ROWS)

@@ -16,7 +16,7 @@ from sdruntime.errors import SettingError
 from sdruntime.sampling.grids import Path, vp_grid
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.samplers.integrals import phi
-from sdruntime.sampling.samplers.keys import DPM, LINSPACE, ZERO_SNR
+from sdruntime.sampling.samplers.keys import ANCESTRAL, DPM, LINSPACE, ZERO_SNR
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X, noise_of, stay_above_zero
 from sdruntime.sampling.samplers.sampler import Sampler
 
@@ -24,17 +24,21 @@ from sdruntime.sampling.samplers.sampler import Sampler
 class Algorithm(NamedTuple):
     """An algorithm_type. `data`: the model's output is read as the clean image, not as noise. `sde`: the equation is stochastic.
 
-    `flipped`: the weight of D2 has the wrong sign of diffusers' SDE of order 3, which reduces that to order 1.
+    `flipped`: the weight of D2 has the wrong sign of diffusers' SDE of order 3, which reduces that to order 1. `eta`: the share
+    of the SDE's noise, 0 for none; k-diffusion's.
     """
 
     data: bool
     sde: bool
     flipped: bool
+    eta: float = 0.0
 
     @classmethod
-    def named(cls, name: str, third_order: str) -> Algorithm:
+    def named(cls, name: str, third_order: str, eta: float = 1.0) -> Algorithm:
         data, sde = name.endswith("++"), name.startswith("sde-")
-        return cls(data=data, sde=sde, flipped=data and sde and third_order == "diffusers")
+        if eta != 1 and not (data and sde):
+            raise SettingError(f"eta {eta:g} with algorithm_type {name!r}: only 'sde-dpmsolver++' has a share of noise to choose")
+        return cls(data=data, sde=sde, flipped=data and sde and third_order == "diffusers", eta=eta if sde else 0.0)
 
     def read(self, x: X, m: X, s: Point) -> X:
         return m if self.data else noise_of(x, m, s)
@@ -51,13 +55,18 @@ def dpm_multistep(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
     third_order: str = "diffusers",
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> Solver:
     """Multistep DPM-Solver: DPM-Solver++(2M), (3M) and related. The order grows from 1 and may decrease at the end.
 
     lower_order_final lowers it in the last two steps of paths of fewer than 15 steps; a last step to sigma 0 is always of
-    order 1. third_order: the weights of the SDE of order 3, "diffusers" or "exact", which are k-diffusion's.
+    order 1. third_order: the weights of the SDE of order 3, "diffusers" or "exact", which are k-diffusion's. eta,
+    s_noise: the SDE's share of noise and a factor of it, as in k-diffusion.
     """
-    algorithm = Algorithm.named(algorithm_type, third_order)
+    algorithm = Algorithm.named(algorithm_type, third_order, eta)
+    if s_noise != 1 and not algorithm.sde:
+        raise SettingError(f"s_noise {s_noise:g} with algorithm_type {algorithm_type!r}: it adds no noise")
     if not algorithm.data:
         stay_above_zero(path, "algorithm_type", algorithm_type)
     past: deque[tuple[float, X]] = deque(maxlen=solver_order)
@@ -73,7 +82,7 @@ def dpm_multistep(
         derivatives = backward_differences([*past][:order], t.lam - s.lam)
         x = integrated(x, s, t, derivatives, algorithm, midpoint=order == 2 and solver_type == "midpoint")
         if algorithm.sde:
-            x = x + added_std(s, t, algorithm) * noise()
+            x = x + s_noise * added_std(s, t, algorithm) * noise()
     return x
 
 
@@ -160,8 +169,9 @@ def integrated(x: X, s: Point, t: Point, derivatives: list[X], algorithm: Algori
     """
     h = t.lam - s.lam
     if algorithm.data:
-        z, scale = (-2 * h if algorithm.sde else -h), -t.alpha
-        x = t.sigma / s.sigma * (math.exp(-h) if algorithm.sde else 1.0) * x
+        stochastic = algorithm.eta * h if algorithm.eta else 0.0  # h is infinite in a step to sigma 0
+        z, scale = -h - stochastic, -t.alpha
+        x = t.sigma / s.sigma * math.exp(-stochastic) * x
     else:
         z, scale = h, -t.sigma * (2 if algorithm.sde else 1)
         x = t.alpha / s.alpha * x
@@ -181,13 +191,20 @@ def added_std(s: Point, t: Point, algorithm: Algorithm) -> float:
             "an SDE cannot step back to more noise: final_sigmas_type 'sigma_min' ends at the lowest trained sigma, "
             "and this schedule goes below it first (sigma_min, or a flow); set final_sigmas_type 'zero'"
         )
-    return t.sigma * math.sqrt(max(-math.expm1(-2 * h) if algorithm.data else math.expm1(2 * h), 0.0))
+    if algorithm.data:
+        return t.sigma * math.sqrt(max(-math.expm1(-2 * algorithm.eta * h), 0.0)) if algorithm.eta else 0.0
+    return t.sigma * math.sqrt(max(math.expm1(2 * h), 0.0))
 
 
 def _solver(order: int, algorithm: str) -> dict[str, Any]:
     """Return the settings that a name implies; solvers for the noise cannot step to sigma 0 and end at sigma_min."""
     fixed: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm}
     return fixed if algorithm.endswith("++") else {**fixed, "final_sigmas_type": "sigma_min"}
+
+
+MULTISTEP_OPTIONS = (
+    *("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order", "eta", "s_noise"),
+)
 
 
 def _multistep(name: str, solver_order: int, algorithm: str, *, fixed: Mapping[str, Any] | None = None, **more: Any) -> Sampler:
@@ -197,8 +214,8 @@ def _multistep(name: str, solver_order: int, algorithm: str, *, fixed: Mapping[s
         grid=partial(vp_grid, whole_cosine_times=False),
         space="vp",
         takes_schedule=True,
-        reads={**DPM, **LINSPACE, **ZERO_SNR, "use_lu_lambdas": False, "euler_at_final": False},
-        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
+        reads={**DPM, **LINSPACE, **ZERO_SNR, **ANCESTRAL, "use_lu_lambdas": False, "euler_at_final": False},
+        options=MULTISTEP_OPTIONS,
         choices={
             "solver_type": ("midpoint", "heun"),
             "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),

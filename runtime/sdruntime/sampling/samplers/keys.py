@@ -31,6 +31,8 @@ SCHEDULED: Mapping[str, Any] = {
     "sigma_max": None,
 }
 BY_NAME: Mapping[str, Any] = {"schedule": None, FAMILY: None}
+CHURN: Mapping[str, Any] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+ANCESTRAL: Mapping[str, Any] = {"eta": 1.0, "s_noise": 1.0}
 ZERO_SNR: Mapping[str, Any] = {"rescale_betas_zero_snr": False}
 FINAL: Mapping[str, Any] = {"final_sigmas_type": "zero"}
 FLOW: Mapping[str, Any] = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}
@@ -72,6 +74,7 @@ EDM: Mapping[str, Any] = {
 }
 EDM_DPM: Mapping[str, Any] = {
     **EDM,
+    **ANCESTRAL,
     **PIXEL,
     "solver_order": 2,
     "solver_type": "midpoint",
@@ -92,6 +95,7 @@ OPTIONS = frozenset({
     *("order", "solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
     *("predict_x0", "disable_corrector", "predictor_order", "corrector_order"),
     *("original_inference_steps", "timestep_scaling"),
+    *("s_churn", "s_tmin", "s_tmax", "s_noise"),
     # not expressible in a table: a request may set the one supported value, if the file has another
     *("thresholding", "clip_sample", "use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"),
     *("interpolation_type", "timestep_type", "solver_p"),

@@ -9,9 +9,9 @@ from typing import Any
 from sdruntime.errors import SettingError
 from sdruntime.sampling.grids import Path, chained
 from sdruntime.sampling.noise_schedule import EdmCurve, Settings, at_ratio, stored_levels
-from sdruntime.sampling.samplers.dpm import dpm_multistep
-from sdruntime.sampling.samplers.kdiffusion import euler, euler_ancestral, heun
-from sdruntime.sampling.samplers.keys import EDM, EDM_DPM
+from sdruntime.sampling.samplers.dpm import MULTISTEP_OPTIONS, dpm_multistep
+from sdruntime.sampling.samplers.kdiffusion.slopes import euler, euler_ancestral, heun
+from sdruntime.sampling.samplers.keys import ANCESTRAL, CHURN, EDM, EDM_DPM
 from sdruntime.sampling.samplers.sampler import Sampler
 from sdruntime.sampling.schedules.ratios import RATIO_SCHEDULES, karras
 
@@ -49,7 +49,7 @@ def _multistep(name: str, solver_order: int, algorithm: str, order: int, about: 
         grid=edm_grid,
         order=order,
         reads=EDM_DPM,
-        options=("solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "third_order"),
+        options=MULTISTEP_OPTIONS,
         choices={"solver_type": ("midpoint", "heun"), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
         implied={"solver_order": solver_order, "algorithm_type": algorithm},
         diffusers="EDMDPMSolverMultistepScheduler",
@@ -57,12 +57,33 @@ def _multistep(name: str, solver_order: int, algorithm: str, order: int, about: 
     )
 
 
+_CHURN: dict[str, Any] = {"reads": {**EDM, **CHURN}, "options": tuple(CHURN)}
+_ANCESTRAL: dict[str, Any] = {"reads": {**EDM, **ANCESTRAL}, "options": tuple(ANCESTRAL)}
 ROWS = (
-    _row("euler", solve=euler, order=1, diffusers="EDMEulerScheduler", about="Euler's method for EDM models (arXiv 2206.00364)"),
+    _row(
+        "euler",
+        solve=euler,
+        order=1,
+        diffusers="EDMEulerScheduler",
+        about="Euler's method for EDM models (arXiv 2206.00364)",
+        **_CHURN,
+    ),
     _multistep("dpmpp_2m", 2, "dpmsolver++", 2, "DPM-Solver++(2M) for EDM models (arXiv 2211.01095)"),
     _multistep("dpmpp_3m", 3, "dpmsolver++", 2, "DPM-Solver++(3M) for EDM models (arXiv 2211.01095)"),
     _multistep("dpmpp_2m_sde", 2, "sde-dpmsolver++", 2, "Stochastic DPM-Solver++(2M) for EDM models (arXiv 2211.01095)"),
     _multistep("dpmpp_3m_sde", 3, "sde-dpmsolver++", 2, "Stochastic DPM-Solver++(3M) for EDM models (k-diffusion)"),
-    _row("euler_a", solve=euler_ancestral, order=1, about="Euler with ancestral noise for EDM models (k-diffusion)"),
-    _row("heun", solve=heun, order=2, about="Heun's method for EDM models, two model calls per step (arXiv 2206.00364)"),
+    _row(
+        "euler_a",
+        solve=euler_ancestral,
+        order=1,
+        about="Euler with ancestral noise for EDM models (k-diffusion)",
+        **_ANCESTRAL,
+    ),
+    _row(
+        "heun",
+        solve=heun,
+        order=2,
+        about="Heun's method for EDM models, two model calls per step (arXiv 2206.00364)",
+        **_CHURN,
+    ),
 )

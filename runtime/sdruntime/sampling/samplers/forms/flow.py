@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sdruntime.sampling.grids import flow_grid
 from sdruntime.sampling.samplers import dpm, unipc
-from sdruntime.sampling.samplers.kdiffusion import euler, heun
+from sdruntime.sampling.samplers.kdiffusion.slopes import euler, heun
 from sdruntime.sampling.samplers.keys import (
     BY_NAME,
     FLOW_MATCH,

@@ -17,7 +17,9 @@ from sdruntime.sampling.grids import Path, ve_grid
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.samplers.integrals import adams_weights
 from sdruntime.sampling.samplers.keys import (
+    ANCESTRAL,
     BY_NAME,
+    CHURN,
     FINAL,
     LINSPACE,
     SCHEDULED,
@@ -29,26 +31,28 @@ from sdruntime.sampling.samplers.protocol import Draw, Solver, X
 from sdruntime.sampling.samplers.sampler import Sampler
 
 
-def euler(x: X, path: Path, noise: Draw) -> Solver:
-    """Euler's method: EDM, algorithm 1 without the second-order correction."""
+def euler(x: X, path: Path, noise: Draw, **churn: float) -> Solver:
+    """Euler's method: EDM, algorithm 2 without the second-order correction."""
     for s, t in path:
+        x, s = churned(x, s, path, noise, **churn)
         x, m = yield x, s
         x = x + (t.sigma - s.sigma) * slope(x, m, s)
     return x
 
 
-def euler_ancestral(x: X, path: Path, noise: Draw) -> Solver:
+def euler_ancestral(x: X, path: Path, noise: Draw, *, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
     """k-diffusion sample_euler_ancestral: Euler down to sigma_down, then noise up to the next level."""
     for s, t in path:
         x, m = yield x, s
-        down, up = ancestral(s.sigma, t.sigma)
-        x = x + (down - s.sigma) * slope(x, m, s) + up * noise()
+        down, up = ancestral(s.sigma, t.sigma, eta)
+        x = x + (down - s.sigma) * slope(x, m, s) + s_noise * up * noise()
     return x
 
 
-def heun(x: X, path: Path, noise: Draw) -> Solver:
-    """Heun's method: EDM, algorithm 1. The mean of the slopes at both ends; Euler for a step to sigma 0."""
+def heun(x: X, path: Path, noise: Draw, **churn: float) -> Solver:
+    """Heun's method: EDM, algorithm 2. The mean of the slopes at both ends; Euler for a step to sigma 0."""
     for s, t in path:
+        x, s = churned(x, s, path, noise, **churn)
         start, m = yield x, s
         d = slope(start, m, s)
         x = start + (t.sigma - s.sigma) * d
@@ -58,9 +62,10 @@ def heun(x: X, path: Path, noise: Draw) -> Solver:
     return x
 
 
-def dpm2(x: X, path: Path, noise: Draw) -> Solver:
+def dpm2(x: X, path: Path, noise: Draw, **churn: float) -> Solver:
     """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) as in k-diffusion: the slope at the middle in log sigma."""
     for s, t in path:
+        x, s = churned(x, s, path, noise, **churn)
         x, m = yield x, s
         if t.sigma == 0:
             return x - s.sigma * slope(x, m, s)
@@ -71,17 +76,17 @@ def dpm2(x: X, path: Path, noise: Draw) -> Solver:
     return x
 
 
-def dpm2_ancestral(x: X, path: Path, noise: Draw) -> Solver:
+def dpm2_ancestral(x: X, path: Path, noise: Draw, *, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
     """k-diffusion sample_dpm_2_ancestral: dpm2 down to sigma_down, then noise up to the next level."""
     for s, t in path:
         x, m = yield x, s
         if t.sigma == 0:
             return x - s.sigma * slope(x, m, s)
-        down, up = ancestral_float32(s.sigma, t.sigma)
+        down, up = ancestral_float32(s.sigma, t.sigma) if eta == 1 else ancestral(s.sigma, t.sigma, eta)
         middle = path.levels.at_sigma(math.sqrt(s.sigma * down))
         start, x = x, x + (middle.sigma - s.sigma) * slope(x, m, s)
         x, m = yield x, middle
-        x = start + (down - s.sigma) * slope(x, m, middle) + up * noise()
+        x = start + (down - s.sigma) * slope(x, m, middle) + s_noise * up * noise()
     return x
 
 
@@ -101,9 +106,34 @@ def slope(x: X, m: X, s: Point) -> X:
     return (x - m) / s.sigma
 
 
-def ancestral(sigma: float, after: float) -> tuple[float, float]:
-    """Return (down, up), down² + up² = after²: the sigma to denoise to and the std of the noise to add (DDPM's share, eta 1)."""
-    up = after * math.sqrt(1 - (after / sigma) ** 2)
+def churned(
+    x: X,
+    s: Point,
+    path: Path,
+    noise: Draw,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> tuple[X, Point]:
+    """Return x with fresh noise, and its level: lines 4 to 6 of EDM's algorithm 2, before a step from s.
+
+    The level rises by the factor 1 + s_churn / steps, at most sqrt(2), for sigmas from s_tmin to s_tmax.
+    """
+    gamma = min(s_churn / len(path), math.sqrt(2) - 1) if s_tmin <= s.sigma <= s_tmax else 0.0
+    if gamma == 0:
+        return x, s
+    up = path.levels.at_sigma(s.sigma * (1 + gamma))
+    return x + s_noise * math.sqrt(up.sigma**2 - s.sigma**2) * noise(), up
+
+
+def ancestral(sigma: float, after: float, eta: float = 1.0) -> tuple[float, float]:
+    """Return (down, up), down² + up² = after²: the sigma to denoise to and the std of the noise to add.
+
+    eta: from 0, no noise, to 1, DDPM's share.
+    """
+    up = eta * after * math.sqrt(1 - (after / sigma) ** 2)
     return math.sqrt(after**2 - up**2), up
 
 
@@ -134,9 +164,11 @@ ROWS = (
             **SCHEDULED,
             **ZERO_SNR,
             **FINAL,
+            **CHURN,
             "interpolation_type": "linear",
             "timestep_type": "discrete",
         },
+        options=tuple(CHURN),
         a1111=("Euler",),
         about="Euler's method in sigma (arXiv 2206.00364)",
     ),
@@ -145,7 +177,8 @@ ROWS = (
         euler_ancestral,
         "EulerAncestralDiscreteScheduler",
         order=1,
-        reads=ZERO_SNR,
+        reads={**ZERO_SNR, **ANCESTRAL},
+        options=tuple(ANCESTRAL),
         a1111=("Euler a", "Euler Ancestral"),
         about="Euler with ancestral noise (k-diffusion)",
     ),
@@ -154,7 +187,8 @@ ROWS = (
         heun,
         "HeunDiscreteScheduler",
         order=2,
-        reads={**STABLE, **SCHEDULED, "clip_sample": False},
+        reads={**STABLE, **SCHEDULED, **CHURN, "clip_sample": False},
+        options=tuple(CHURN),
         a1111=("Heun",),
         about="Heun's method in sigma, two model calls per step (arXiv 2206.00364)",
     ),
@@ -164,7 +198,8 @@ ROWS = (
         "KDPM2DiscreteScheduler",
         order=2,
         grid=partial(ve_grid, whole_karras_times=True),
-        reads={**STABLE, **SCHEDULED},
+        reads={**STABLE, **SCHEDULED, **CHURN},
+        options=tuple(CHURN),
         a1111=("DPM2",),
         about="DPM-Solver-2 in sigma, two model calls per step (arXiv 2206.00927)",
     ),
@@ -174,7 +209,8 @@ ROWS = (
         "KDPM2AncestralDiscreteScheduler",
         order=2,
         grid=partial(ve_grid, whole_karras_times=True),
-        reads={**STABLE, **SCHEDULED},
+        reads={**STABLE, **SCHEDULED, **ANCESTRAL},
+        options=tuple(ANCESTRAL),
         a1111=("DPM2 a", "DPM2 Ancestral"),
         about="DPM-Solver-2 with ancestral noise (k-diffusion)",
     ),

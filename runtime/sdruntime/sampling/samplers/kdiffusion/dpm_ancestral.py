@@ -6,29 +6,30 @@ import math
 from functools import partial
 
 from sdruntime.sampling.grids import Path, ve_grid
-from sdruntime.sampling.samplers.kdiffusion import ancestral, sigma_row
+from sdruntime.sampling.samplers.kdiffusion.slopes import ancestral, sigma_row
 from sdruntime.sampling.samplers.keys import (
+    ANCESTRAL,
     SCHEDULED,
     STABLE,
 )
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X
 
 
-def dpmpp_2s_ancestral(x: X, path: Path, noise: Draw) -> Solver:
+def dpmpp_2s_ancestral(x: X, path: Path, noise: Draw, *, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
     """k-diffusion sample_dpmpp_2s_ancestral: 2S down to sigma_down, then noise up to the next level."""
     for s, t in path:
         x, m = yield x, s
         if t.sigma == 0:
             return m
-        down, up = ancestral(s.sigma, t.sigma)
+        down, up = ancestral(s.sigma, t.sigma, eta)
         middle = path.levels.at_sigma(math.sqrt(s.sigma * down))
         start, x = x, toward(x, m, s.sigma, middle.sigma)
         x, m = yield x, middle
-        x = toward(start, m, s.sigma, down) + up * noise()
+        x = toward(start, m, s.sigma, down) + s_noise * up * noise()
     return x
 
 
-def dpmpp_sde(x: X, path: Path, noise: Draw) -> Solver:
+def dpmpp_sde(x: X, path: Path, noise: Draw, *, eta: float = 1.0, s_noise: float = 1.0) -> Solver:
     """k-diffusion sample_dpmpp_sde with r = 1/2: each half step is ancestral.
 
     The noises are increments of one Brownian motion in sigma. The interval of the second includes that of the first, so they
@@ -39,14 +40,14 @@ def dpmpp_sde(x: X, path: Path, noise: Draw) -> Solver:
         if t.sigma == 0:
             return m
         middle = path.levels.at_sigma(math.sqrt(s.sigma * t.sigma))
-        down, up = ancestral(s.sigma, middle.sigma)
+        down, up = ancestral(s.sigma, middle.sigma, eta)
         first = noise()
-        start, x = x, toward(x, m, s.sigma, down) + up * first
+        start, x = x, toward(x, m, s.sigma, down) + s_noise * up * first
         x, m = yield x, middle
-        down, up = ancestral(s.sigma, t.sigma)
+        down, up = ancestral(s.sigma, t.sigma, eta)
         rho = (s.sigma - middle.sigma) / (s.sigma - t.sigma)
         both = math.sqrt(rho) * first + math.sqrt(1 - rho) * noise()
-        x = toward(start, m, s.sigma, down) + up * both
+        x = toward(start, m, s.sigma, down) + s_noise * up * both
     return x
 
 
@@ -61,7 +62,8 @@ ROWS = (
         dpmpp_2s_ancestral,
         None,
         order=2,
-        reads=SCHEDULED,
+        reads={**SCHEDULED, **ANCESTRAL},
+        options=tuple(ANCESTRAL),
         a1111=("DPM++ 2S a", "DPM++ 2S Ancestral"),
         about="DPM-Solver++(2S) with ancestral noise, two model calls per step (k-diffusion)",
     ),
@@ -71,7 +73,8 @@ ROWS = (
         "DPMSolverSDEScheduler",
         order=2,
         grid=partial(ve_grid, karras_bounds=False),
-        reads={**STABLE, **SCHEDULED},
+        reads={**STABLE, **SCHEDULED, **ANCESTRAL},
+        options=tuple(ANCESTRAL),
         a1111=("DPM++ SDE",),
         about="Stochastic DPM-Solver++, two model calls per step (k-diffusion)",
     ),
