@@ -181,6 +181,100 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(both: tuple[Any, Pipeline
         assert np.array_equal(latents[outside], kept.image[outside])
 
 
+PARTS = ((16, 24, 40, 60), (60, 3, 100, 20), (1, 70, 14, 79))  # of a 144x80 image: inside, at the top, in a corner
+
+
+@pytest.mark.parametrize("part", [PARTS[0], *(pytest.param(part, marks=pytest.mark.full) for part in PARTS[1:])])
+def test_only_the_masked_part_is_generated_as_diffusers_does(both: tuple[Any, Pipeline], part: tuple[int, ...]) -> None:
+    """padding_mask_crop: the same crop, and the same paste, with a blurred mask too."""
+    import diffusers
+    import torch
+    from PIL import Image
+
+    from sdruntime.pipeline.images.blur import gaussian
+
+    reference, pipe = both
+    if pipe.task == "instruct_pix2pix":
+        pytest.skip("has no mask")
+    height, width = pipe.model.default_size
+    image, mask = patches((144, 80), 5), np.zeros((80, 144), np.uint8)
+    mask[part[1] : part[3], part[0] : part[2]] = 255
+    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config, clip_sample=False)
+    [expected] = reference(
+        PROMPT,
+        image=Image.fromarray(image),
+        mask_image=Image.fromarray(gaussian(mask, 2)),
+        padding_mask_crop=8,
+        height=height,
+        width=width,
+        strength=0.6,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+    ).images
+    common: dict[str, Any] = {"seed": SEED, "steps": STEPS, "guidance": GUIDANCE, "sampler": "ddim", "strength": 0.6}
+    [found] = pipe(PROMPT, image=image, mask=mask, mask_blur=2, mask_padding=8, **common).pixels
+    assert found.shape == image.shape
+    assert psnr(found, np.asarray(expected)) >= 60
+    assert np.array_equal(found[gaussian(mask, 2) == 0], image[gaussian(mask, 2) == 0])
+    assert not np.array_equal(found[mask == 255], image[mask == 255])
+
+
+def test_an_overlay_is_that_of_diffusers(both: tuple[Any, Pipeline]) -> None:
+    from PIL import Image
+
+    reference, pipe = both
+    if pipe.task == "instruct_pix2pix":
+        pytest.skip("has no mask")
+    image, mask = inputs(pipe)
+    plain, laid = (pipe(dataclasses.replace(ours_request(pipe, "ddim"), overlay=over)).pixels[0] for over in (False, True))
+    parts = (Image.fromarray(array) for array in (mask, image, plain))
+    assert np.array_equal(laid, np.asarray(reference.image_processor.apply_overlay(*parts)))
+    assert np.array_equal(laid[mask == 0], image[mask == 0])
+    assert not np.array_equal(plain[mask == 0], image[mask == 0]), "the VAE changes what the latents keep"
+
+
+def test_what_the_masked_part_starts_from(both: tuple[Any, Pipeline]) -> None:
+    """The latents of the start, from those of the original: x = a·image + b·noise."""
+    _, pipe = both
+    if pipe.task == "instruct_pix2pix":
+        pytest.skip("has no mask")
+    starts = {}
+    for fill in ("original", "fill", "noise", "zeros"):
+        [job] = pipe.jobs([dataclasses.replace(ours_request(pipe, "ddim", strength=0.6), mask_fill=fill)])
+        starts[fill] = job.run.x.copy()
+    a, b = job.run.table.start
+    mask = (job.rows[0]["mask"] if job.kept is None else job.kept.mask)[0] > 0
+    noise = starts["zeros"] / b
+    np.testing.assert_allclose(starts["noise"][:, mask], (a + b) * noise[:, mask], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(starts["zeros"][:, ~mask], starts["noise"][:, ~mask], rtol=1e-5, atol=1e-6)
+    assert np.abs(starts["fill"] - starts["original"])[:, mask].mean() > 0.01
+    image = starts["original"][:, mask] / a - b / a * noise[:, mask]
+    assert np.abs(image).max() > 0.1
+
+
+def test_a_mask_and_an_extension_of_the_same_area_are_the_same(both: tuple[Any, Pipeline]) -> None:
+    _, pipe = both
+    if pipe.task == "instruct_pix2pix":
+        with pytest.raises(SettingError, match="extend: this model edits whole images"):
+            pipe("make it red", image=inputs(pipe)[0], extend=(0, 0, 64, 0))
+        return
+    image, mask = inputs(pipe)
+    height, width = mask.shape
+    part, hole = image[:, : width // 2], mask[:, : width // 2]
+    whole = np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), mode="edge")
+    common: dict[str, Any] = {"prompt": PROMPT, "seed": SEED, "steps": 3, "sampler": "ddim", "strength": 0.8}
+    extended = [
+        Request(**common, image=part, extend=(0, 0, width - part.shape[1], 0)),
+        Request(**common, image=part, mask=hole, extend=(0, 0, width - part.shape[1], 0)),
+    ]
+    padded = [np.pad(gray, ((0, 0), (0, width - part.shape[1])), constant_values=255) for gray in (0 * hole, hole)]
+    masked = [Request(**common, image=whole, mask=gray) for gray in padded]
+    for one, other in zip(extended, masked, strict=True):
+        assert np.array_equal(pipe(one).pixels[0], pipe(other).pixels[0])
+        assert pipe.image_size(one) == (width, height)
+
+
 def test_an_inpainting_model_generates_whole_images_too(both: tuple[Any, Pipeline]) -> None:
     """As diffusers does with a mask that covers everything."""
     _, pipe = both
@@ -252,6 +346,11 @@ def test_the_trained_example_repaints_one_half_and_keeps_the_other(shapes_bundle
         for ground, scene in zip(grounds, scenes, strict=True)
         for seed in range(2)
     ]
+    outpainted = [  # the left half is cut off, and generated as an extension
+        dataclasses.replace(request, image=request.image[:, draw.SIZE // 2 :], mask=None, extend=(draw.SIZE // 2, 0, 0, 0))
+        for request in requests[::2]
+    ]
+    requests += outpainted
     with Pipeline.open(shapes_bundle) as pipe:
         pictures = pipe(requests).pixels
     for request, picture in zip(requests, pictures, strict=True):

@@ -72,6 +72,11 @@ def generate(options: argparse.Namespace) -> None:
         "target_size": parse_size(options.target_size) if options.target_size else None,
         "image": options.image,
         "mask": options.mask,
+        "mask_blur": options.mask_blur,
+        "mask_padding": options.mask_padding,
+        "mask_fill": options.mask_fill,
+        "overlay": options.overlay,
+        "extend": options.extend,
         "fit": options.fit,
         "options": sampler_options(options),
     }

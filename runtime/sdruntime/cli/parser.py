@@ -16,6 +16,7 @@ from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
 from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
+from sdruntime.pipeline.request import MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
 from sdruntime.pipeline.text.wording import SYNTAXES
 from sdruntime.sampling.noise.image import RNGS
@@ -74,6 +75,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
     masked = "the part of --image to regenerate, white, in an image of its size"
     sub.add_argument("--mask", type=Path, metavar="FILE", help=masked)
+    setting(sub, "mask_blur", "blur of the mask, in pixels")
+    only = (
+        "generate only the masked part, with this many pixels around it, at --size, and paste it into the image (the whole image)"
+    )
+    sub.add_argument("--mask-padding", type=int, metavar="PIXELS", help=only)
+    starts = "what the masked part starts from; fill: the colours around it; noise and zeros are of latents (original)"
+    sub.add_argument("--mask-fill", choices=MASK_FILLS, default="original", help=starts)
+    sub.add_argument("--overlay", action="store_true", help="put the pixels that the mask keeps back over the result")
+    sides = "pixels to add to --image and to generate there (0,0,0,0)"
+    sub.add_argument("--extend", metavar="LEFT,TOP,RIGHT,BOTTOM", type=extension, default=(0, 0, 0, 0), help=sides)
     sub.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
     setting(sub, "strength", "how much of --image is changed", otherwise=False)
     setting(sub, "steps", "number of denoising steps")
@@ -159,6 +170,13 @@ def corner(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected LEFT,TOP in pixels, such as 0,128")
     left, top = map(int, text.split(","))
     return left, top
+
+
+def extension(text: str) -> tuple[int, ...]:
+    """Return (left, top, right, bottom)."""
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5}){3}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LEFT,TOP,RIGHT,BOTTOM in pixels, such as 128,0,128,0")
+    return tuple(map(int, text.split(",")))
 
 
 def numbers(text: str) -> list[float]:

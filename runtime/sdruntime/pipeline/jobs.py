@@ -96,15 +96,18 @@ class JobFactory:
     def latent_shape(self, request: Request) -> Shape:
         """Return the shape of a request's latents. Raises SettingError for a size the model does not support."""
         width, height = request.size or self._model.default_size[::-1]
-        if request.pixels is not None and request.fit is None:
-            height, width = request.pixels.shape[:2]
+        part = request.inpaints and request.mask_padding is not None  # the image may have any size
+        image = f"the {'extended ' if any(request.extend) else ''}image is"
+        if request.image_size is not None and request.fit is None and not part:
+            width, height = request.image_size
             if request.size not in (None, (width, height)):
-                raise SettingError(f"the image is {width}x{height}, the size {request.size[0]}x{request.size[1]}: {HOW_TO_FIT}")
+                raise SettingError(f"{image} {width}x{height}, the size {request.size[0]}x{request.size[1]}: {HOW_TO_FIT}")
         multiple, factor = self._model.size_multiple, self._model.vae_factor
         if width < 1 or height < 1 or width % multiple or height % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-            size = f"the image is {width}x{height}" if request.pixels is not None else f"size {width}x{height}"
-            fix = f"; {HOW_TO_FIT}" if request.pixels is not None else ""
+            given = request.pixels is not None and not part
+            size = f"{image} {width}x{height}" if given else f"size {width}x{height}"
+            fix = f"; {HOW_TO_FIT}" if given else ""
             raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}")
         return self._model.latent_channels, height // factor, width // factor
 

@@ -19,7 +19,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.tasks import Task
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.request import MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.sampling.noise.image import Rng
 from sdruntime.sampling.own_sigmas import own_steps
@@ -35,6 +35,12 @@ OWN_TIMESTEPS = ("DDIM", "PLMS", "UniPC")
 SPACINGS: Mapping[str, str] = {"linspace": A1111_SCHEDULES[None] or "", "leading": "DDIM", "trailing": "Simple"}
 # The web UI writes no key for "Original".
 A1111_EMPHASES: Mapping[Emphasis, str | None] = {"original": None, "no-norm": "No norm", "ignore": "Ignore"}
+A1111_FILLS: Mapping[MaskFill, str | None] = {
+    "original": None,
+    "fill": "fill",
+    "noise": "latent noise",
+    "zeros": "latent nothing",
+}
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -51,6 +57,7 @@ class Origin:
     `ours`: our name of a schedule whose name in the web UI is ambiguous. `spacing`: the timestep_spacing, "" with a schedule.
     `steps`: the number of steps, if the request has sigmas. `tile`: the size of the VAE's tiles, "" if it took the whole image.
     `backend`: backend, version and target of the UNet's engine. `task`: the UNet's.
+    `size`: (width, height) that was generated, None for that of the image.
     """
 
     model: str
@@ -63,6 +70,7 @@ class Origin:
     backend: str = ""
     precision: str = ""
     task: Task | None = None
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -74,6 +82,7 @@ class Origin:
         task: Task | None = None,
         *,
         tile: str = "",
+        size: tuple[int, int] | None = None,
     ) -> Origin:
         """Return the origin of a request's image. Raises SettingError.
 
@@ -97,6 +106,7 @@ class Origin:
             tile=tile,
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
             task=task,
+            size=size,
             precision=unet.precision if unet else "",
         )
 
@@ -119,6 +129,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Denoising strength": None if request.pixels is None else request.strength,
         "Init image hash": None if request.pixels is None else image_hash(request.pixels),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
+        **_mask_settings(request),
         "Image CFG scale": request.image_guidance if origin.task == "instruct_pix2pix" else None,
         "Schedule": origin.ours or None,
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,
@@ -144,6 +155,19 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None)
     negative = f"Negative prompt: {request.negative}" if request.negative else ""
     return "\n".join(part for part in (request.prompt, negative, line) if part)
+
+
+def _mask_settings(request: Request) -> dict[str, object]:
+    if not request.inpaints:
+        return {}
+    return {
+        "Mask blur": request.mask_blur or None,
+        "Inpaint area": None if request.mask_padding is None else "Only masked",
+        "Masked area padding": request.mask_padding,
+        "Masked content": A1111_FILLS[request.mask_fill],
+        "Overlay": True if request.overlay else None,
+        "Extend": ",".join(map(str, request.extend)) if any(request.extend) else None,
+    }
 
 
 def image_hash(pixels: Array) -> str:

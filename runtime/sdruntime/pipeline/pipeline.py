@@ -33,6 +33,7 @@ from sdruntime.pipeline.jobs import JobFactory
 from sdruntime.pipeline.metadata import Origin
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
+from sdruntime.pipeline.tasks.canvas import finished, result_size
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
@@ -245,6 +246,11 @@ class Pipeline:
         """Return (channels, height, width) of a request's latents. Raises SettingError for a size the model does not support."""
         return self._factory.latent_shape(request)
 
+    def image_size(self, request: Request) -> tuple[int, int]:
+        """Return (width, height) of a request's image. Raises SettingError for a size the model does not support."""
+        _, height, width = self.latent_shape(request)
+        return result_size(request, (width * self.model.vae_factor, height * self.model.vae_factor))
+
     def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
         """Return the loop `denoise`, which the pipeline closes with itself. `steppers`: `self.steppers` or `device_steppers`."""
         loop = denoise(jobs, steppers)
@@ -256,7 +262,7 @@ class Pipeline:
         decoded = self.decode([job.run.x for job in jobs], lambda k: after(jobs[k]))
         return [
             Image(
-                pixels=to_uint8(decoded_image),
+                pixels=finished(request, to_uint8(decoded_image)),
                 request=request,
                 sampler=request.sampler or self.sampler,
                 origin=self._origin(request, job),
@@ -268,7 +274,9 @@ class Pipeline:
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
         tiles = self._tiling("vae_decoder", *job.run.x.shape[1:])
-        return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tiles.text if tiles else "")
+        size = job.run.x.shape[2] * self.model.vae_factor, job.run.x.shape[1] * self.model.vae_factor
+        tile = tiles.text if tiles else ""
+        return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tile, size=size)
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.

@@ -55,6 +55,7 @@ RANGES: Mapping[str, Range] = {
     "rescale": Range(0, 1),
     "strength": Range(0, 1, above=True),
     "clip_skip": Range(0, 64, whole=True),
+    "mask_blur": Range(0, 64),
 }
 # the defaults
 NUMBERS: Mapping[str, Any] = {
@@ -67,6 +68,7 @@ NUMBERS: Mapping[str, Any] = {
     "rescale": 0.0,
     "strength": 0.8,
     "clip_skip": 0,
+    "mask_blur": 0.0,
 }
 
 # Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.

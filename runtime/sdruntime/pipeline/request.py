@@ -6,10 +6,10 @@ The command line, the service and the C library share the defaults and ranges.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
 
 MOST_IMAGES = 10_000  # of one call
+MaskFill = Literal["original", "fill", "noise", "zeros"]
+MASK_FILLS: tuple[MaskFill, ...] = ("original", "fill", "noise", "zeros")
 
 
 # Arguments of diffusers' pipelines, and the setting to write instead.
@@ -48,6 +50,7 @@ DIFFUSERS: Mapping[str, str] = {
     "mask_image": "mask=…",
     "crops_coords_top_left": "crop=(left, top)",
     "image_guidance_scale": "image_guidance=…",
+    "padding_mask_crop": "mask_padding=…",
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
@@ -65,10 +68,16 @@ class Request:
     the checkpoint's. `sigmas`: noise levels from high to low, in place of `steps`; then omit `steps` or pass their number of
     steps. `image`, `strength` in (0, 1]: image to image, from a path, an array uint8 [H, W, 3], an Image or a Pillow image; its
     pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it. `mask`:
-    the part of `image` to regenerate, white, in an image or array of the same size; its gray is in `mask_pixels`.
+    the part of `image` to regenerate, white, in an image or array of the same size; its gray is in `mask_pixels`. `extend`:
+    pixels to add to `image` (left, top, right, bottom), which are regenerated as if the mask covered them.
     `options`: the sampler's own settings, such as eta. `guidance`: 1 or less disables guidance and the negative prompt.
     `image_guidance`: how closely to follow `image`, for models that edit an image (InstructPix2Pix). `rescale`: guidance
     rescale φ in [0, 1], Lin et al. 2023, section 3.4.
+
+    Of a mask: `mask_blur`, the deviation of a Gaussian in pixels. `mask_padding`: generate only the masked part, at `size`: its
+    box, enlarged by so many pixels and to the proportions of `size`; then resize it and paste it into the image. None generates
+    the whole. `mask_fill`: what the masked part starts from, "original", "fill" (the colours around it), "noise" or "zeros" (of
+    latents). `overlay`: put the pixels that the mask keeps back over the result, as `mask_padding` always does.
 
     `prompt_2`, `negative_2`: texts for the second text encoder of a model that has two, None for the same as for the first.
     `prompt_syntax`: "plain" takes all texts as they are and cuts them at the encoder's length. "a1111" reads the syntax of
@@ -112,6 +121,11 @@ class Request:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
+    mask_blur: float = NUMBERS["mask_blur"]
+    mask_padding: int | None = None
+    mask_fill: MaskFill = "original"
+    overlay: bool = False
+    extend: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -126,6 +140,11 @@ class Request:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _pair(name, getattr(self, name), SIDE, ("width", "height")))
         object.__setattr__(self, "crop", _pair("crop", self.crop, CORNER, ("left", "top")))
+        object.__setattr__(self, "extend", _whole_numbers("extend", self.extend, CORNER, ("left", "top", "right", "bottom")))
+        if self.mask_padding is not None:
+            object.__setattr__(self, "mask_padding", CORNER.number("mask_padding", self.mask_padding))
+        if not isinstance(self.overlay, bool):
+            raise SettingError(f"overlay {shown(self.overlay)}: expected True or False")
         if self.sampler is not None:
             resolve(self.sampler)
         if self.schedule is not None:
@@ -135,7 +154,7 @@ class Request:
         check_options(self.options)
         if self.fit is not None and self.fit not in FITS:
             raise UnknownName("fit", str(self.fit), FITS)
-        for name, known in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES)):
+        for name, known in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES), ("mask_fill", MASK_FILLS)):
             if getattr(self, name) not in known:
                 raise UnknownName(name, str(getattr(self, name)), known)
         if self.rng not in RNGS:
@@ -144,6 +163,7 @@ class Request:
             object.__setattr__(self, "image", pixels_from(self.image))
         if self.mask is not None:
             self._check_mask()
+        self._check_canvas()
 
     def _check_mask(self) -> None:
         if self.pixels is None:
@@ -156,6 +176,14 @@ class Request:
         if ours != theirs:
             raise SettingError(f"mask: it is {theirs[1]}x{theirs[0]}, and the image {ours[1]}x{ours[0]}: they must be equal")
         object.__setattr__(self, "mask", mask)
+
+    def _check_canvas(self) -> None:
+        if any(self.extend) and self.pixels is None:
+            raise SettingError("extend: it adds to an image: pass the image too, as image=… (--image)")
+        if self.mask_padding is not None and self.fit is not None:
+            raise SettingError(
+                f"fit {self.fit!r} with mask_padding {self.mask_padding}: only the masked part is resized then: omit fit"
+            )
 
     def __repr__(self) -> str:
         """Return one line: the prompt, the seed, and each setting that is not the default."""
@@ -180,6 +208,20 @@ class Request:
         """The mask, uint8 [H, W] from 0 (kept) to 255 (regenerated), or None."""
         mask: Array | None = self.mask
         return mask
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(width, height) of the initial image with its extension, or None."""
+        if self.pixels is None:
+            return None
+        height, width = self.pixels.shape[:2]
+        left, top, right, bottom = self.extend
+        return left + width + right, top + height + bottom
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether a part of an image is regenerated: under a mask, or around the image."""
+        return self.mask is not None or any(self.extend)
 
     @property
     def guided(self) -> bool:
@@ -208,6 +250,7 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
         if request.strength != DEFAULTS["strength"]
     ]
     lines += [f"fit {request.fit!r} has no effect without an image" for request in text_only if request.fit is not None]
+    lines += [line for request in requests for line in _unused_of_a_mask(request)]
     lines += [
         f"emphasis {request.emphasis!r} has no effect in the prompt syntax 'plain'"
         for request in requests
@@ -216,12 +259,29 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def _unused_of_a_mask(request: Request) -> Iterator[str]:
+    if not request.inpaints:
+        names = ("mask_blur", "mask_padding", "mask_fill", "overlay")
+        given = [name for name in names if getattr(request, name) != DEFAULTS[name]]
+        yield from (f"{name} {getattr(request, name)!r} has no effect without a mask" for name in given)
+    elif request.strength == 1 and request.mask_fill != DEFAULTS["mask_fill"]:
+        yield f"mask_fill {request.mask_fill!r} has no effect at strength 1: the masked part starts from noise"
+    elif request.mask_padding is not None and request.overlay:
+        yield "overlay has no effect with mask_padding, which always has one"
+    if request.inpaints and request.mask_blur and not request.overlay and request.mask_padding is None:
+        yield "mask_blur has little effect without overlay: the latents take a mask of black and white"
+
+
 def _pair(name: str, value: Any, allowed: Range, parts: tuple[str, str]) -> tuple[int, int]:
-    numbers = tuple(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else ()
-    if len(numbers) != 2:
-        raise SettingError(f"{name} {shown(value)}: expected ({parts[0]}, {parts[1]}) in pixels")
-    first, second = (allowed.number(f"{name}: {part}", number) for part, number in zip(parts, numbers, strict=True))
+    first, second = _whole_numbers(name, value, allowed, parts)
     return first, second
+
+
+def _whole_numbers(name: str, value: Any, allowed: Range, parts: Sequence[str]) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else ()
+    if len(numbers) != len(parts):
+        raise SettingError(f"{name} {shown(value)}: expected ({', '.join(parts)}) in pixels")
+    return tuple(allowed.number(f"{name}: {part}", number) for part, number in zip(parts, numbers, strict=True))
 
 
 def requests_from(

@@ -63,7 +63,7 @@ class Image:
 
     def text(self) -> dict[str, str]:
         """Return the text keys of a PNG: the settings as other programs read them, and XMP that marks a machine-made image."""
-        return png_text(parameters(self.request, self.request.size or self.size, self.origin))
+        return png_text(parameters(self.request, self.request.size or self.origin.size or self.size, self.origin))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -11,7 +11,7 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.request import DEFAULTS, Request
+from sdruntime.pipeline.request import DEFAULTS, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
 from sdruntime.sampling.noise.image import Rng
@@ -56,7 +56,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMessage:
-    """A Request without its image.
+    """A Request without its image and mask.
 
     `width` and `height` in pixels, both or neither. `seed`, `variation_seed`: null for a random one.
     """
@@ -87,6 +87,11 @@ class RequestMessage:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = DEFAULTS["crop"]
     target_size: tuple[int, int] | None = None
+    mask_blur: float = DEFAULTS["mask_blur"]
+    mask_padding: int | None = None
+    mask_fill: MaskFill = DEFAULTS["mask_fill"]
+    overlay: bool = False
+    extend: tuple[int, int, int, int] = DEFAULTS["extend"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -97,8 +102,8 @@ class RequestMessage:
             return secrets.randbelow(2**32)
         return self.variation_seed or 0
 
-    def request(self, image: Array | None) -> Request:
-        """Return the Request with this start image, uint8 [H, W, 3]. Raises SettingError."""
+    def request(self, image: Array | None, mask: Array | None = None) -> Request:
+        """Return the Request with this start image, uint8 [H, W, 3], and mask, uint8 [H, W]. Raises SettingError."""
         return Request(
             prompt=self.prompt,
             negative=self.negative,
@@ -112,6 +117,7 @@ class RequestMessage:
             rescale=self.rescale,
             size=None if self.width is None or self.height is None else (self.width, self.height),
             image=image,
+            mask=mask,
             strength=self.strength,
             options=self.options,
             prompt_2=self.prompt_2,
@@ -126,6 +132,11 @@ class RequestMessage:
             original_size=self.original_size,
             crop=self.crop,
             target_size=self.target_size,
+            mask_blur=self.mask_blur,
+            mask_padding=self.mask_padding,
+            mask_fill=self.mask_fill,
+            overlay=self.overlay,
+            extend=self.extend,
         )
 
 
@@ -133,9 +144,10 @@ class RequestMessage:
 class Submit:
     """Submit a job.
 
-    `image`: (width, height) of the start image, whose rows are the blob. `device_buffer`: the address of the caller's buffer of
-    `device_buffer_size` bytes on the engines' GPU. The image's rows are also copied there on the engines' stream, after rounding
-    to uint8 on the host; the copy is complete when "done" is sent.
+    `image`: (width, height) of the start image, whose rows are the blob. `mask`: the blob goes on with a mask of that size, 8
+    bits of gray for a pixel. `device_buffer`: the address of the caller's buffer of `device_buffer_size` bytes on the engines'
+    GPU. The image's rows are also copied there on the engines' stream, after rounding to uint8 on the host; the copy is complete
+    when "done" is sent.
     """
 
     op: Literal["submit"]
@@ -144,8 +156,13 @@ class Submit:
     preview: bool = False
     png: bool = False
     image: tuple[int, int] | None = None
+    mask: bool = False
     device_buffer: int | None = None
     device_buffer_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask and self.image is None:
+            raise ValueError("mask: it marks a part of an image: send the image too")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

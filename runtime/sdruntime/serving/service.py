@@ -3,7 +3,8 @@
 A message is a JSON object in UTF-8, some with a blob of bytes. From the host:
 
     {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.OpenOptions`
-    {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows
+    {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows,
+                                                                and with "mask": true the mask, rows of 8 bits of gray
     {"op": "cancel", "job": ID}                                 no effect on a finished job
     {"op": "close"}                                             cancels all unfinished jobs; answered by "closed", the last event
 
@@ -139,7 +140,7 @@ class Service:
         self._send({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
 
     def _submit(self, message: Submit, blob: bytes | memoryview | None, size: int) -> None:
-        request = message.request.request(_start_image(message, blob, size))
+        request = message.request.request(*_start_image(message, blob, size))
         with self._lock:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
@@ -263,28 +264,31 @@ def _traceback(error: BaseException) -> str:
 
 
 def blob_bytes(message: bytes) -> int:
-    """Return how many bytes a message's blob may have: those of its start image, or 0, so that no other blob is read."""
+    """Return how many bytes a message's blob may have: those of its image and mask, or 0, so that no other blob is read."""
     try:
         parsed = message_from_json(_document(message))
     except SettingError:
         return 0
     width, height = (parsed.image if isinstance(parsed, Submit) else None) or (0, 0)
-    return 3 * width * height if 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE else 0
+    if not (isinstance(parsed, Submit) and 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
+        return 0
+    return (4 if parsed.mask else 3) * width * height
 
 
-def _start_image(message: Submit, blob: bytes | memoryview | None, size: int) -> Array | None:
-    """Return the start image, uint8 [H, W, 3]. Raises SettingError if the blob has another size."""
+def _start_image(message: Submit, blob: bytes | memoryview | None, size: int) -> tuple[Array | None, Array | None]:
+    """Return the start image, uint8 [H, W, 3], and the mask, uint8 [H, W]. Raises SettingError if the blob has another size."""
     width, height = message.image or (0, 0)
     if message.image is not None and (width < 1 or height < 1):
         raise SettingError(f"image {width}x{height}: expected its width and height in pixels")
-    if size != 3 * width * height:
-        raise SettingError(
-            f"image {width}x{height}: expected {3 * width * height:,} bytes of RGB8 rows in the blob, got {size:,}"
-        )
+    rows = 3 * width * height
+    expected, what = (rows + width * height, "RGB8 rows and a mask of 8 bits") if message.mask else (rows, "RGB8 rows")
+    if size != expected:
+        raise SettingError(f"image {width}x{height}: expected {expected:,} bytes of {what} in the blob, got {size:,}")
     if blob is None or not size:
-        return None
-    image: Array = np.frombuffer(blob, np.uint8).reshape(height, width, 3).copy()
-    return image
+        return None, None
+    numbers = np.frombuffer(blob, np.uint8).copy()
+    mask = numbers[rows:].reshape(height, width) if message.mask else None
+    return numbers[:rows].reshape(height, width, 3), mask
 
 
 def _check_buffer(pipe: Pipeline, message: Submit, request: Request, *, apart: bool) -> None:
@@ -296,8 +300,8 @@ def _check_buffer(pipe: Pipeline, message: Submit, request: Request, *, apart: b
         raise Unsupported(f"{where}: a separate process cannot use the caller's device memory: open the bundle in process")
     if all(spec.target == CPU for spec in pipe.engines.chosen):
         raise Unsupported(f"{where}: the engines run on the CPU: omit it and read the image's bytes")
-    _, height, width = pipe.latent_shape(request)
-    needed, available = 3 * height * width * pipe.model.vae_factor**2, message.device_buffer_size or 0
+    width, height = pipe.image_size(request)
+    needed, available = 3 * height * width, message.device_buffer_size or 0
     if message.device_buffer < 1 or available < needed:
         raise BufferTooSmall(f"{where}: {available:,} bytes at {message.device_buffer:#x}, but the image has {needed:,}")
 

@@ -157,6 +157,17 @@ def test_settings_of_the_noise_have_the_web_ui_s_names() -> None:
     assert without["RNG"] == "CPU"
 
 
+def test_settings_of_a_mask() -> None:
+    image, mask = np.zeros((64, 64, 3), np.uint8), np.full((64, 64), 255, np.uint8)
+    settings: dict[str, Any] = {"mask_blur": 4, "mask_padding": 32, "mask_fill": "noise", "extend": (64, 0, 0, 128)}
+    found = read(Request(prompt="x", image=image, mask=mask, **settings), {})
+    told = {"Mask blur": "4", "Inpaint area": "Only masked", "Masked area padding": "32", "Masked content": "latent noise"}
+    assert (told | {"Extend": "64,0,0,128", "Mask hash": image_hash(mask)}).items() <= found.items()
+    assert read(Request(prompt="x", image=image, mask=mask, overlay=True), {})["Overlay"] == "True"
+    plain = read(Request(prompt="x", image=image, mask=mask), {})
+    assert not (told.keys() | {"Extend", "Overlay"}) & plain.keys()
+
+
 def test_every_sampler_has_a_name_that_its_own_request_resolves_to() -> None:
     for name, row in SAMPLERS.items():
         config = {"prediction_type": "flow_prediction"} if name.startswith("flow") else {}
@@ -186,10 +197,16 @@ def again(found: dict[str, str]) -> list[str]:
         "--negative-2": "Negative prompt 2",
         "--variation-seed": "Variation seed",
         "--variation-strength": "Variation seed strength",
+        "--mask-blur": "Mask blur",
+        "--mask-padding": "Masked area padding",
+        "--extend": "Extend",
     }
     arguments += ["--rng", {"CPU": "cpu", "NV": "cuda"}[found["RNG"]]]
     if "Seed resize from-1" in found:
         arguments += ["--seed-resize", f"{found['Seed resize from-1']}x{found['Seed resize from-2']}"]
+    fills = {"fill": "fill", "latent noise": "noise", "latent nothing": "zeros"}
+    arguments += ["--mask-fill", fills.get(found.get("Masked content", ""), "original")]
+    arguments += ["--overlay"] if "Overlay" in found else []
     arguments += ["--clip-skip", str(int(found.get("Clip skip", "1")) - 1)]
     arguments += ["--prompt-syntax", found.get("Prompt syntax", "plain")]
     arguments += ["--emphasis", {"No norm": "no-norm", "Ignore": "ignore"}.get(found.get("Emphasis", ""), "original")]
@@ -218,19 +235,25 @@ def again(found: dict[str, str]) -> list[str]:
         ["--image", "start.png", "--strength", "0.6", "--sampler", "Euler a"],
         ["--sampler", "euler", "--sigmas", "14.6,6.5,2.25,0.7000000000000001,0"],
         ["--sampler", "DPM++ 2M", "--sigmas", "10,2,0.5,0.1,1e-3", "--image", "start.png", "--strength", "0.75"],
+        ["--image", "start.png", "--mask", "mask.png", "--mask-blur", "1.5", "--mask-fill", "noise", "--overlay"],
+        ["--image", "start.png", "--mask", "mask.png", "--mask-padding", "3", "--mask-fill", "fill"],
+        ["--image", "start.png", "--extend", "0,64,0,0", "--strength", "1"],
     ],
     ids=" ".join,
 )
 def test_the_settings_of_an_image_generate_it_again(given: list[str], small_bundle: Path, tmp_path: Path) -> None:
     start = tmp_path / "start.png"
     write_png(start, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    given = [str(start) if part == "start.png" else part for part in given]
+    mask = tmp_path / "mask.png"
+    write_png(mask, np.pad(np.full((30, 20, 3), 255, np.uint8), ((10, 24), (4, 40), (0, 0))))
+    given = [str(tmp_path / part) if part in ("start.png", "mask.png") else part for part in given]
     images = [tmp_path / "first.png", tmp_path / "second.png"]
     common = ["generate", str(small_bundle), "--steps", "4", "--no-measure", "-o"]
     assert main([*common, str(images[0]), "the (red:1.4) [cat:dog:0.5]", *given, "--seed", "11"]) == 0
     with PIL.Image.open(images[0]) as image:
         found = read_infotext(str(image.info["parameters"]))
     start_image = ["--image", str(start)] if "Init image hash" in found else []
+    start_image += ["--mask", str(mask)] if "Mask hash" in found else []
     assert main([*common, str(images[1]), *again(found), *start_image]) == 0
     first, second = (np.asarray(PIL.Image.open(path)) for path in images)
     assert first.std() >= 10

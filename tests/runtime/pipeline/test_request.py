@@ -60,6 +60,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("target_size", 7, r"target_size 7: expected \(width, height\) in pixels"),
     ("crop", (-1, 0), "crop: left -1 is outside 0 to 16,384"),
     ("crop", None, r"crop None: expected \(left, top\) in pixels"),
+    ("mask_blur", 65, "mask_blur 65 is outside 0 to 64"),
+    ("mask_padding", -1, "mask_padding -1 is outside 0 to 16,384"),
+    ("mask_padding", 0.5, "mask_padding 0.5: expected a whole number"),
+    ("mask_fill", "latent noise", "unknown mask_fill 'latent noise'"),
+    ("overlay", 1, "overlay 1: expected True or False"),
+    ("extend", (64, 0), r"extend \(64, 0\): expected \(left, top, right, bottom\) in pixels"),
+    ("extend", (0, 0, -8, 0), "extend: right -8 is outside 0 to 16,384"),
+    ("extend", (0, 0, 8, 0), r"extend: it adds to an image: pass the image too, as image=… \(--image\)"),
     ("prompt", None, "prompt None: expected text"),
     ("negative", 3, "negative 3: expected text"),
     ("sampler", 3, "sampler 3: expected text"),
@@ -105,18 +113,21 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
     given = vars(parser().parse_args(["generate", "bundle", "a cat", "-o", "out.png"]))
     for name in ("steps", "sigmas", "guidance", "image_guidance", "mask", "rescale", "negative", "sampler", "schedule", "fit"):
         assert given[name] == DEFAULTS[name]
+    for name in ("mask_blur", "mask_padding", "mask_fill", "overlay", "extend"):
+        assert given[name] == DEFAULTS[name]
     with pytest.raises(SystemExit):
         parser().parse_args(["generate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert given["prompt_syntax"] == "a1111"
     assert [given[name] for name in ("emphasis", "prompt_2", "negative_2", "clip_skip")] == ["original", None, None, 0]
-    for name in ("steps", "guidance", "image_guidance", "rescale", "strength"):
+    for name in ("steps", "guidance", "image_guidance", "rescale", "strength", "mask_blur"):
         assert f"{RANGES[name]} ({DEFAULTS[name]:g})" in told
 
 
 def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed", "variation_seed"}
     assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis", "clip_skip"} <= shared
+    assert {"mask_blur", "mask_padding", "mask_fill", "overlay", "extend"} <= shared
     assert {"steps", "guidance", "image_guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
 

@@ -84,6 +84,28 @@ def test_settings_of_an_image_without_one_are_reported() -> None:
     assert found == ["strength 0.3 has no effect without an image", "fit 'crop' has no effect without an image"]
 
 
+def test_settings_of_a_mask_without_one_are_reported() -> None:
+    image, mask = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
+    settings: dict[str, Any] = {"mask_blur": 4, "mask_padding": 8, "mask_fill": "zeros", "overlay": True}
+    assert unused_lines([Request(prompt="x", image=image, **settings)]) == [
+        "mask_blur 4.0 has no effect without a mask",
+        "mask_padding 8 has no effect without a mask",
+        "mask_fill 'zeros' has no effect without a mask",
+        "overlay True has no effect without a mask",
+    ]
+    assert unused_lines([Request(prompt="x", image=image, mask=mask, strength=1, mask_fill="noise")]) == [
+        "mask_fill 'noise' has no effect at strength 1: the masked part starts from noise"
+    ]
+    assert unused_lines([Request(prompt="x", image=image, mask=mask, mask_padding=8, overlay=True)]) == [
+        "overlay has no effect with mask_padding, which always has one"
+    ]
+    assert unused_lines([Request(prompt="x", image=image, mask=mask, mask_blur=3)]) == [
+        "mask_blur has little effect without overlay: the latents take a mask of black and white"
+    ]
+    with pytest.raises(SettingError, match=r"fit 'crop' with mask_padding 8: only the masked part is resized then: omit fit"):
+        Request(prompt="x", image=image, mask=mask, mask_padding=8, fit="crop")
+
+
 def test_settings_of_texts_without_effect_are_reported() -> None:
     plain = Request(prompt="a (cat)", emphasis="ignore")
     unguided = Request(prompt="a cat", negative_2="x", guidance=1.0)

@@ -18,14 +18,14 @@ def task_start(request: Request, task: Task | None) -> Callable[[Setting], Start
         return pix2pix.edit
     if task == "inpainting":
         return inpainting.conditioned
-    if request.mask is not None:
+    if request.inpaints:
         return inpainting.keeping
     return from_text if request.pixels is None else from_image
 
 
 def start_strength(request: Request, task: Task | None) -> float | None:
     """Return the strength with which the first latents follow from the request's image; None if they are pure noise."""
-    inpaints = task == "inpainting" or request.mask is not None
+    inpaints = task == "inpainting" or request.inpaints
     if request.pixels is None or task == "instruct_pix2pix" or (inpaints and inpainting.from_noise(request)):
         return None
     return request.strength
@@ -36,8 +36,9 @@ def check_task(request: Request, task: Task | None) -> None:
     if task == "instruct_pix2pix":
         if request.pixels is None:
             raise SettingError("this model edits an image: pass one as image=… (--image)")
-        if request.mask is not None:
-            raise SettingError("mask: this model edits whole images: use an inpainting or a plain model, or omit the mask")
+        if request.inpaints:
+            name = "extend" if request.mask is None else "mask"
+            raise SettingError(f"{name}: this model edits whole images: use an inpainting or a plain model, or omit it")
 
 
 def rows_of(task: Task | None, texts: Sequence[Row], inputs: Row) -> tuple[Row, ...]:

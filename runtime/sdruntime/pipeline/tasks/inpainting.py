@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.pipeline.images.imagefile import fitted
+from sdruntime.pipeline.images.compose import filled
+from sdruntime.pipeline.images.pixels import Pixels, from_uint8
 from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.tasks.canvas import Canvas
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.sampling.kept import Kept
 
@@ -21,41 +23,55 @@ def from_noise(request: Request) -> bool:
 
 def keeping(setting: Setting) -> Start:
     """Inpaint with a UNet that knows of no mask: the rest of the image is put back after each step."""
-    image = setting.encode(setting.pixels(), setting.draw())
+    pixels, mask = _canvas(setting)
+    latent_mask = _latent_mask(mask, setting)
+    image = setting.encode(_fill(setting, pixels, mask), setting.draw())
     noise = setting.first_noise()
     setting.draw()  # the pipeline also encodes the masked image, which such a UNet does not use
-    kept = Kept(mask=_latent_mask(_mask(setting), setting), image=image, noise=noise)
-    return Start(latents=setting.noised(None if from_noise(setting.request) else image, noise), kept=kept)
+    kept = Kept(mask=latent_mask, image=image, noise=noise)
+    first = None if from_noise(setting.request) else _fill_latents(setting, image, noise, latent_mask)
+    return Start(latents=setting.noised(first, noise), kept=kept)
 
 
 def conditioned(setting: Setting) -> Start:
     """Inpaint with a UNet that takes the mask and the rest of the image; without an image, generate the whole of it."""
     width, height = setting.size
     if setting.request.pixels is None:
-        pixels, mask = np.zeros((3, height, width), np.float32), np.ones((1, height, width), np.float32)
+        pixels, mask = np.zeros((height, width, 3), np.uint8), np.full((height, width), 255, np.uint8)
     else:
-        pixels, mask = setting.pixels(), _mask(setting)
-    image = None if from_noise(setting.request) else setting.encode(pixels, setting.draw())
+        pixels, mask = _canvas(setting)
+    latent_mask = _latent_mask(mask, setting)
+    image = None if from_noise(setting.request) else setting.encode(_fill(setting, pixels, mask), setting.draw())
     noise = setting.first_noise()
-    masked = setting.encode(pixels * (mask < 0.5), setting.draw())
-    inputs = {"mask": _latent_mask(mask, setting), "masked_image_latents": masked.astype(np.float32)}
+    masked = setting.encode(from_uint8(pixels) * (mask < _HALF), setting.draw())
+    inputs = {"mask": latent_mask, "masked_image_latents": masked.astype(np.float32)}
+    if image is not None:
+        image = _fill_latents(setting, image, noise, latent_mask)
     return Start(latents=setting.noised(image, noise), inputs=inputs)
 
 
-def _mask(setting: Setting) -> Array:
-    """Return the mask in pixels, float32 [1, H, W] of 0 and 1; without one, the whole image is regenerated."""
-    mask, fit = setting.request.mask_pixels, setting.request.fit
-    if mask is None:
-        return np.ones((1, *setting.size[::-1]), np.float32)
-    if fit:
-        mask = fitted(mask, setting.size, fit)
-    return (mask[None] >= _HALF).astype(np.float32)
+def _canvas(setting: Setting) -> tuple[Pixels, Pixels]:
+    """Return the image uint8 [H, W, 3] and the mask uint8 [H, W], at the size to generate."""
+    return Canvas.of(setting.request, setting.size).part(setting.size)
+
+
+def _fill(setting: Setting, pixels: Pixels, mask: Pixels) -> Array:
+    """Return the image to start from, float32 [3, H, W]: with any fill but the original, the masked part is painted over."""
+    return from_uint8(pixels if setting.request.mask_fill == "original" else filled(pixels, mask))
+
+
+def _fill_latents(setting: Setting, image: Array, noise: Array, mask: Array) -> Array:
+    """Return the latents of the image, noise or zeros under the mask if the request says so. The noise is that of the start."""
+    fill = setting.request.mask_fill
+    if fill not in ("noise", "zeros"):
+        return image
+    return (1 - mask) * image + (mask * noise if fill == "noise" else 0)
 
 
 _HALF = 128  # of 255: diffusers compares the mask as a fraction with 0.5
 
 
-def _latent_mask(mask: Array, setting: Setting) -> Array:
-    """Return the mask of the latents: that of the first pixel of each cell (torch's interpolation "nearest")."""
-    factor = mask.shape[1] // setting.shape[1]
-    return np.ascontiguousarray(mask[:, ::factor, ::factor])
+def _latent_mask(mask: Pixels, setting: Setting) -> Array:
+    """Return the mask of the latents, float32 [1, h, w] of 0 and 1: that of each cell's first pixel (torch's "nearest")."""
+    factor = mask.shape[0] // setting.shape[1]
+    return (mask[None, ::factor, ::factor] >= _HALF).astype(np.float32)
