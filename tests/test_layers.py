@@ -37,11 +37,12 @@ ORDER = {
     "sdruntime.pipeline": ("images text vae denoise ranges request micro_conditions texts tasks metadata result jobs pipeline"),
     "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix choose",
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile",
-    "sdruntime.pipeline.vae": "latents tiles tile_size",
+    "sdruntime.pipeline.vae": "latents preview tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
-    "sdruntime.cli": "terminal progress describe outputs build capi inspect verify generate sampling parser",
+    "sdruntime.cli": "terminal progress terminal_images previews describe outputs build capi inspect verify generate sampling "
+    "parser",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
     "sdexport.checkpoint": "card configs opening pipelines tree tokenizer weights source hub folder original overrides "
     "checkpoint",
@@ -51,7 +52,7 @@ ORDER = {
     "sdexport.families": "components modules",
     "sdexport.precision": "numbers rewrite activations probe rounding audit describe",
     "sdexport.trace": "versions data_file sampler_step cache to_onnx component process",
-    "sdexport.verification": "layers walk bisect original golden verify",
+    "sdexport.verification": "layers walk bisect original preview golden verify",
     "sdexport.build": "events files provenance export",
     "sdexport.recipes": "recipe interpreter run",
     "sdexport.bench": "timing subject diffusers runners contestant bench chart",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from sdexport.families.components import Component, components
 from sdexport.trace.versions import digest_of as hash_of
 from sdexport.trace.versions import versions
 from sdexport.verification.original import original_images, stand_in
+from sdexport.verification.preview import linear_preview
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import CPU
 from sdruntime.bundle.bundle import Bundle, disk_full_as_error, sha256
@@ -164,11 +165,12 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
                     outputs = reference.outputs(case)
                     numbers.update({case.key(output): sample_of(array, case.seed) for output, array in outputs.items()})
                     digests = {output: digest_of(array) for output, array in outputs.items()}
-                    finished[name].append(dataclasses.replace(case, outputs=digests))
+                    finished[name].append(replace(case, outputs=digests))
             return reference.engine(name).module
 
         yield "pictures"
         images = original_images(checkpoint, requests, lend)
+        preview = linear_preview(images, reference.engine, manifest.model)
         numbers |= {image_key(index): image for index, image in enumerate(images)}
         for name in reference.names:
             if name not in finished:
@@ -181,7 +183,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
             drawings=requests,
             tolerances=TOLERANCES,
         )
-        write_golden(bundle, golden, numbers)
+        write_golden(bundle, golden, numbers).with_preview(preview)
 
 
 def opened(path: Path, precision: Precision, *, allow_pickle: bool, overrides: Overrides) -> Checkpoint:

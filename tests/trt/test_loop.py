@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
+from sdruntime.sampling.job import Job
 from sdruntime.sampling.samplers import SAMPLERS
 
 PROMPT = "a cat in the red and"
@@ -40,12 +41,17 @@ def pipe(folder: Path, here: Machine) -> Iterator[Pipeline]:
         yield opened
 
 
+def ends_of(jobs: Iterable[Job]) -> list[np.ndarray]:
+    """Return each job's latents, and the last estimate of the finished ones."""
+    return [np.stack([job.run.x, job.run.clean]) for job in jobs]
+
+
 def latents(pipe: Pipeline, *requests: Request, on_device: bool) -> list[np.ndarray]:
     stream = pipe.stream(list(requests), on_device=on_device)
     for _ in stream:
         pass
     stream.close()
-    return [job.run.x.copy() for job in stream.jobs]
+    return ends_of(stream.jobs)
 
 
 def assert_near(ours: list[np.ndarray], reference: list[np.ndarray]) -> None:
@@ -217,7 +223,7 @@ def test_a_loop_that_was_begun_on_the_device_goes_on_in_numpy(pipe: Pipeline) ->
         for _ in denoise(stream.jobs, pipe.steppers):
             pass
         reference = latents(pipe, Request(prompt=PROMPT, seed=1, steps=8, sampler=sampler), on_device=False)
-        assert_near([stream.jobs[0].run.x], reference)
+        assert_near(ends_of(stream.jobs), reference)
 
 
 def test_jobs_join_and_leave_between_steps(pipe: Pipeline) -> None:
@@ -230,7 +236,7 @@ def test_jobs_join_and_leave_between_steps(pipe: Pipeline) -> None:
     for step, _ in enumerate(denoise(crowd, pipe.device_steppers), start=1):
         if step == 2:
             crowd.append(late)
-    assert_near([job.run.x for job in (first, second, late)], alone)
+    assert_near(ends_of((first, second, late)), alone)
 
 
 def test_a_rescaled_guidance_is_left_to_numpy(pipe: Pipeline, here: Machine) -> None:
@@ -262,4 +268,4 @@ def test_two_loops_at_a_time_keep_out_of_each_other_s_way(pipe: Pipeline, here: 
         if states[0].step in (2, 3):
             for count in (1, 2, 3, 4):
                 latents(pipe, *many[:count], on_device=True)
-    assert_near([stream.jobs[0].run.x for stream in streams], alone)
+    assert_near(ends_of(stream.jobs[0] for stream in streams), alone)

@@ -27,6 +27,7 @@ from sdruntime.bundle.manifest import (
     NAME,
     ComponentSpec,
     FileSpec,
+    LinearPreview,
     Manifest,
     ModelSpec,
     Precision,
@@ -184,7 +185,14 @@ class Bundle:
             target.write_bytes(data)
             listed[path] = file_spec(target)
             sync_folder(target.parent)
-        manifest = dataclasses.replace(self.manifest, files=dict(sorted(listed.items())))
+        return self._with(files=dict(sorted(listed.items())))
+
+    def with_preview(self, preview: LinearPreview) -> Bundle:
+        """Write the weights of linear previews into the manifest of a staged bundle, and return it."""
+        return self._with(model=dataclasses.replace(self.manifest.model, preview=preview))
+
+    def _with(self, **fields: Any) -> Bundle:
+        manifest = dataclasses.replace(self.manifest, **fields)
         save_manifest(self.folder, manifest)
         return Bundle(self.folder, manifest)
 

@@ -177,6 +177,18 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPreview:
+    """Colours of a latent cell without the VAE: colour = weights · latents + bias, in [-1, 1].
+
+    `weights`: for red, green and blue, a number per latent channel. `psnr`: dB against the VAE's images, averaged over each cell.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+    psnr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The properties of the checkpoint that the pipeline needs. Sizes are in pixels, (height, width)."""
 
@@ -195,6 +207,7 @@ class ModelSpec:
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
     license: str = "unknown"  # an SPDX identifier, or the id on the model card
     prompts: tuple[str, ...] = ()  # example prompts from the model card
+    preview: LinearPreview | None = None
 
     def __post_init__(self) -> None:
         for name in ("scaling_factor", "latent_channels", "vae_factor", "size_multiple"):
@@ -210,6 +223,10 @@ class ModelSpec:
         for name, least, most in MODEL:
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name):g} is outside {least:g} to {most:g}")
+        if self.preview is not None:
+            shape = [*map(len, self.preview.weights), len(self.preview.bias)]
+            if shape != [*[self.latent_channels] * 3, 3]:
+                raise ValueError(f"preview: expected 3 colours of {self.latent_channels} weights, and 3 numbers as bias")
         if self.size_multiple % self.vae_factor:
             raise ValueError(f"size_multiple {self.size_multiple} is not a multiple of vae_factor {self.vae_factor}")
         if any(side < 1 or side % self.size_multiple for side in self.default_size):

@@ -4,7 +4,8 @@ A step of any table (sdruntime.sampling.table), guidance, and the scaled input o
 
     [next_state; sample] = weights · [state; uncond; cond; noise]
 
-for each job. `state` has the last x and the last model outputs in SLOTS rows (unused rows have weight 0). `cells` is the number
+for each job. `state` has the last x and the last model outputs in SLOTS rows (unused rows have weight 0), and in the last row the
+estimate of the finished image. `cells` is the number
 of values in one image's latents. `sample` is output twice, for the two UNet rows that guidance needs.
 """
 
@@ -14,6 +15,7 @@ from sdruntime.bundle.manifest import TensorSpec
 
 NAME = "step"
 SLOTS = 12
+CLEAN = SLOTS - 1  # the row of the state with the estimate of the finished image
 SOURCES = SLOTS + 3  # plus uncond, cond, noise
 UNCOND, COND, NOISE = SLOTS, SLOTS + 1, SLOTS + 2
 TARGETS = SLOTS + 1  # plus sample

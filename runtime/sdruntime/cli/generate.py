@@ -15,6 +15,7 @@ from sdruntime.errors import SdruntimeError, SettingError
 
 if TYPE_CHECKING:
     from sdruntime.backends.base.engine import EngineOptions
+    from sdruntime.cli.previews import Previews
     from sdruntime.cli.progress import Reporter
     from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.request import Request
@@ -48,6 +49,7 @@ def generate(options: argparse.Namespace) -> None:
         raise SettingError("--mask marks a part of an image: add --image")
     if options.strength is not None and options.image is None:
         raise SettingError(f"--strength {options.strength:g} has no effect without --image")
+    previews = previews_of(options)
     settings = {
         "negative": options.negative,
         "prompt_2": options.prompt_2,
@@ -114,7 +116,9 @@ def generate(options: argparse.Namespace) -> None:
             named = {"sampler": options.sampler, "schedule": options.schedule, **settings["options"]}
             if not options.json and (line := meaning(pipe.bundle.read_json(SCHEDULER), **named)):
                 reporter.note(line)
-            for result in generate_groups(pipe, all_requests, reporter):
+            if previews is not None:
+                previews.check(pipe)
+            for result in generate_groups(pipe, all_requests, reporter, previews):
                 if options.grid:
                     images += result.images
                 else:
@@ -147,7 +151,26 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
     )
 
 
-def generate_groups(pipe: Pipeline, requests: Sequence[Request], reporter: Reporter) -> Iterator[Result]:
+def previews_of(options: argparse.Namespace) -> Previews | None:
+    """Return the previews that the options ask for. Raises SettingError."""
+    from sdruntime.cli.previews import Previews
+
+    if options.preview is None and options.preview_dir is None:
+        if options.preview_every is not None:
+            raise SettingError(f"--preview-every {options.preview_every} has no effect without --preview or --preview-dir")
+        return None
+    return Previews(
+        options.preview,
+        options.preview_dir,
+        every=1 if options.preview_every is None else options.preview_every,
+        overwrite=options.overwrite,
+        shown=not (options.json or options.quiet),
+    )
+
+
+def generate_groups(
+    pipe: Pipeline, requests: Sequence[Request], reporter: Reporter, previews: Previews | None = None
+) -> Iterator[Result]:
     """Generate the images in groups of one UNet call, which limits the memory for any number of images."""
     for stage in pipe.opening():
         reporter.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
@@ -159,6 +182,9 @@ def generate_groups(pipe: Pipeline, requests: Sequence[Request], reporter: Repor
         stream = pipe.stream(group, on_device=True)
         reporter.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")
         for state in stream:
+            if previews is not None:
+                reporter.clear()
+                previews.show(pipe, state, group)
             reporter.show("denoise", what, done=state.step, total=state.steps, unit="steps")
         reporter.show("decode", what)
         yield stream.result

@@ -19,6 +19,7 @@ from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
 from sdruntime.pipeline.request import MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
 from sdruntime.pipeline.text.wording import SYNTAXES
+from sdruntime.pipeline.vae.preview import KINDS
 from sdruntime.sampling.noise.image import RNGS
 from sdruntime.serving.capi import add_arguments
 
@@ -64,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
     sub.add_argument("--grid", action="store_true", help="write all images as one sheet")
+    shown = "show the image while it is generated: linear is blurred and almost free, full decodes it (linear)"
+    sub.add_argument("--preview", choices=KINDS, help=shown)
+    into = "write previews to SEED-STEP.png in this folder, not to the terminal"
+    sub.add_argument("--preview-dir", type=Path, metavar="DIR", help=into)
+    sub.add_argument("--preview-every", type=int, metavar="STEPS", help="steps from one preview to the next (1)")
     sub.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
     sub.add_argument("--prompt-2", metavar="PROMPT", help="text for a model's second text encoder (PROMPT)")
     sub.add_argument("--negative-2", metavar="PROMPT", help="negative text for the second text encoder (--negative)")

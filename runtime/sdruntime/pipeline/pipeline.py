@@ -28,13 +28,14 @@ from sdruntime.engines.choose import AUTO
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
 from sdruntime.pipeline.denoise import Call, denoise
-from sdruntime.pipeline.images.pixels import to_uint8
+from sdruntime.pipeline.images.pixels import Pixels, to_uint8
 from sdruntime.pipeline.jobs import JobFactory
 from sdruntime.pipeline.metadata import Origin
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.pipeline.tasks.canvas import finished, result_size
 from sdruntime.pipeline.vae import latents as latent
+from sdruntime.pipeline.vae.preview import Kind, check_preview, linear_colours
 from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
 
@@ -270,6 +271,18 @@ class Pipeline:
             )
             for decoded_image, request, job in zip(decoded, requests, jobs, strict=True)
         ]
+
+    def preview(self, jobs: Sequence[Job], kind: Kind = "linear") -> list[Pixels]:
+        """Return how jobs in progress are coming along: their estimates of the finished images, uint8, or noise before step 1.
+
+        `kind`: "linear", [h, w, 3], one pixel for each cell of the latents, almost free; "full", [H, W, 3], decoded by the VAE.
+        Raises UnknownName, Unsupported for a bundle without the weights of "linear", NotFinite.
+        """
+        check_preview(kind, self.model)
+        latents = [job.run.x if job.run.clean is None else job.run.clean for job in jobs]
+        if kind == "linear":
+            return [linear_colours(each, self.model) for each in latents]
+        return [to_uint8(image) for image in self.decode(latents, lambda k: f"the preview {after(jobs[k])}")]
 
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None

@@ -104,6 +104,7 @@ def traced(
 
     solver = sampler.solve(unit(0), path, noise, **options)
     points: list[Point] = []
+    clean: list[tuple[float, float]] = []
     totals: list[int] = []
     of_x: list[Floats] = []
     of_m: list[Floats] = []
@@ -115,6 +116,7 @@ def traced(
         call = len(points)
         p, q = clean_from_raw(prediction, point, sigma_data)
         points.append(point)
+        clean.append((p, q))
         try:
             row, point = solver.send((unit(call), p * unit(call) + q * unit(room + call)))
         except StopIteration as end:
@@ -133,6 +135,7 @@ def traced(
         draws=np.diff(totals, prepend=churned),
         churn=float(first[2 * room]) if churned else 0.0,
         levels=np.array([(at.alpha, at.sigma) for at in points]),
+        clean=np.array(clean),
     )
 
 

@@ -21,7 +21,22 @@ class Run:
     the result.
     """
 
-    __slots__ = ("_ahead", "_fetch", "_m", "_n", "_noise", "_rows", "_scale", "_t", "_term", "_x", "step", "steps", "table")
+    __slots__ = (
+        "_ahead",
+        "_clean",
+        "_fetch",
+        "_m",
+        "_n",
+        "_noise",
+        "_rows",
+        "_scale",
+        "_t",
+        "_term",
+        "_x",
+        "step",
+        "steps",
+        "table",
+    )
 
     def __init__(self, table: Table, x: Latents, noise: Callable[[], Latents]) -> None:
         self.step, self.steps, self.table = 0, table.steps, table
@@ -32,18 +47,34 @@ class Run:
         ]
         # windows, newest first: as many as the widest row reaches back, and one more for the next x
         first = x + np.float32(table.churn) * noise() if table.churn else x
-        self._x = [np.array(first, np.float32, order="C")] + [np.zeros_like(x, np.float32) for _ in range(table.X.shape[1])]
-        self._m = [np.zeros_like(self._x[0]) for _ in range(table.M.shape[1])]
+        self._x = [np.array(first, np.float32, order="C")] + [
+            np.zeros_like(x, np.float32) for _ in range(max(1, table.X.shape[1]))
+        ]
+        self._m = [np.zeros_like(self._x[0]) for _ in range(max(1, table.M.shape[1]))]
         self._n = [np.empty_like(self._x[0]) for _ in range(table.N.shape[1])]
         self._term, self._noise = np.empty_like(self._x[0]), noise
         self._ahead: collections.deque[Latents | None] = collections.deque()  # noise terms of the next rows, already drawn
         self._fetch: Callable[[], None] | None = None
+        self._clean: Latents | None = None  # by a loop on a device
 
     @property
     def x(self) -> Latents:
         if self._fetch is not None:
             self._fetch()
         return self._x[0]
+
+    @property
+    def clean(self) -> Latents | None:
+        """A copy of the estimate of the finished latents at the last model call, float32 [C, h, w]; None before the first."""
+        if not self.step:
+            return None
+        if self._fetch is not None:
+            self._fetch()
+        if self._clean is not None:
+            return np.array(self._clean)
+        p, q = self.table.clean[self.step - 1].tolist()
+        estimate: Latents = np.multiply(self._x[1], np.float32(p)) + np.float32(q) * self._m[0]
+        return estimate
 
     @property
     def done(self) -> bool:
@@ -61,9 +92,9 @@ class Run:
     def advance(self, output: Latents) -> None:
         """Apply the next row to the model's raw output, which is copied."""
         draws, (*weights, noise_weights) = self._rows[self.step]
-        if self._m:
-            self._m.insert(0, self._m.pop())
-            np.copyto(self._m[0], output)
+        self._clean = None
+        self._m.insert(0, self._m.pop())
+        np.copyto(self._m[0], output)
         if self._ahead:
             term = self._ahead.popleft()
             noise = ([] if term is None else [term], [(0, 1.0)] if term is not None else [])
@@ -92,7 +123,7 @@ class Run:
 
     def windows(self) -> tuple[list[Latents], list[Latents]]:
         """Return the past x and the past model outputs that the next row can read, newest first."""
-        return self._x[: self.table.X.shape[1]], self._m[: max(len(self._m) - 1, 0)]
+        return self._x[: self.table.X.shape[1]], self._m[: max(self.table.M.shape[1] - 1, 0)]
 
     def draw_ahead(self, count: int) -> list[Latents | None]:
         """Draw the noise of the next `count` rows now, in order; return each row's noise term of x, None for no noise."""
@@ -112,12 +143,16 @@ class Run:
         self._ahead.popleft()
         self.step += 1
 
-    def restore(self, state: Latents) -> None:
-        """Write the windows back after skipped rows. `state` [slots, cells]: x, then model outputs, newest first."""
+    def restore(self, state: Latents, clean: Latents | None = None) -> None:
+        """Write the windows back after skipped rows. `state` [slots, cells]: x, then model outputs, newest first.
+
+        `clean` [cells]: the estimate of the last of these rows.
+        """
         fetch, self._fetch = self._fetch, None
         x, m = self.windows()
         for window, values in zip((*x, *m), state, strict=False):
             np.copyto(window, values.reshape(window.shape))
+        self._clean = None if clean is None else clean.reshape(self._x[0].shape).copy()
         self._fetch = fetch
 
 

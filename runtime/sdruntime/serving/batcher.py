@@ -42,12 +42,16 @@ QUEUE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """The progress of a job: `step` of `steps` model calls are done, 0 when it has just joined. `latents`: a copy, float32
-    [C, h, w], if a preview was requested."""
+    """The progress of a job: `step` of `steps` model calls are done, 0 when it has just joined.
+
+    If a preview was requested: `latents`, and from step 1 on `clean`, the estimate of the finished ones, which
+    `Pipeline.preview` shows. Both are copies, float32 [C, h, w].
+    """
 
     step: int
     steps: int
     latents: Array | None = None
+    clean: Array | None = None
 
 
 @dataclass(slots=True)
@@ -310,5 +314,5 @@ def _report_progress(job: Job, entry: _Entry) -> None:
     """Call `progress` once per step."""
     if entry.progress is not None and entry.reported != job.run.step:
         entry.reported = job.run.step
-        latents = job.run.x.copy() if entry.preview else None
-        entry.progress(Progress(step=job.run.step, steps=job.run.steps, latents=latents))
+        latents, clean = (job.run.x.copy(), job.run.clean) if entry.preview else (None, None)
+        entry.progress(Progress(step=job.run.step, steps=job.run.steps, latents=latents, clean=clean))

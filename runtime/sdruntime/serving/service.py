@@ -13,7 +13,8 @@ To the host, each job's events in order and ended by one "done" or "failed":
     {"event": "ready", "describe": {...}}                       `describe.pipeline_document`
     {"event": "refused", "code": N, "message": TEXT}            and "reason", if a host may want to act on it: `REASONS`
     {"event": "started", "job", "steps"}
-    {"event": "progress", "job", "step", "steps", "preview": [C, h, w]}     blob: float32 latents; both only with "preview": true
+    {"event": "progress", "job", "step", "steps", "preview": [C, h, w]}     both only with "preview": true;
+                                                                blob: float32, the estimate of the finished latents
     {"event": "done", "job", "width", "height", "seed", "sampler", "timings", "warnings", "rgb": BYTES, "png": BYTES}
                                                                 blob: RGB8 rows, then the PNG's bytes if requested
     {"event": "failed", "job", "code", "message"}               and "reason", the same or "closed"
@@ -196,10 +197,10 @@ class Service:
         event = {"event": "progress", "job": message.job, "step": progress.step, "steps": progress.steps}
         if progress.step == 0:
             self._send({"event": "started", "job": message.job, "steps": progress.steps})
-        elif progress.latents is None:
+        elif progress.clean is None:
             self._send(event)
         else:
-            self._send(event | {"preview": list(progress.latents.shape)}, progress.latents)
+            self._send(event | {"preview": list(progress.clean.shape)}, progress.clean)
 
     def _finished(self, message: Submit, future: ImageFuture) -> None:
         with self._lock:

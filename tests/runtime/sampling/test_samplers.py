@@ -13,7 +13,7 @@ from solvers import STABLE, clean_by, smooth_path, solve
 
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.sampling.compile import compile_table
-from sdruntime.sampling.executor import run
+from sdruntime.sampling.executor import Run, run
 from sdruntime.sampling.noise_schedule import Point, Space
 from sdruntime.sampling.samplers import A1111_SCHEDULES, SAMPLERS, Sampler, folded, identified, resolve
 from sdruntime.sampling.schedules import SCHEDULES
@@ -55,6 +55,33 @@ def test_a_generator_run_directly_gives_what_its_table_gives(name: str, predicti
     found = run(table, x.astype(np.float32), model, lambda: next(drawn))
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def raw(name: str, prediction: str, image: Any, noise: Any, alpha: float, sigma: float) -> Any:
+    """What a model was trained to return for alpha·image + sigma·noise."""
+    if SAMPLERS[name].space == "edm":  # table 1 of arXiv 2206.00364, with data of deviation 0.5
+        outward = (sigma * image - 0.25 * noise) / (0.5 * math.hypot(0.5, sigma))
+        return outward if prediction == "epsilon" else -outward
+    return {
+        "epsilon": noise,
+        "v_prediction": (alpha * noise - sigma * image) / math.hypot(alpha, sigma),
+        "sample": image,
+        "flow_prediction": noise - image,
+    }[prediction]
+
+
+@pytest.mark.parametrize(("name", "prediction"), [(name, one) for name in NAMES for one in predictions(SAMPLERS[name])])
+def test_the_estimate_of_a_model_that_knows_the_image_is_the_image(name: str, prediction: str) -> None:
+    """At every step of every sampler: x is alpha·image + sigma·noise, and the model returns what it was trained to for that."""
+    table = compile_table({**STABLE, "prediction_type": prediction}, steps=8, sampler=name)
+    image, start, *noises = np.random.default_rng(0).standard_normal((40, 3, 5)).astype(np.float32)
+    state = Run(table, start * np.float32(table.start[1]), iter(noises).__next__)
+    assert state.clean is None
+    while not state.done:
+        alpha, sigma = table.levels[state.step]
+        state.advance(raw(name, prediction, image, (state.x - alpha * image) / sigma, alpha, sigma))
+        assert state.clean is not None
+        assert np.abs(state.clean - image).max() < 2e-3
 
 
 ENDING_CLEAN = [name for name in NAMES if name not in ("deis", "sa_solver", "tcd") and not name.startswith("dpm_")]

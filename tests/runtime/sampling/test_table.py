@@ -50,6 +50,7 @@ def small(**changes: Any) -> Table:
         "N": np.array([[0.0], [1.0]]),
         "draws": np.array([0, 1]),
         "levels": np.array([[0.6, 0.8], [0.8, 0.6]]),
+        "clean": np.array([[1.25, -0.75], [0.8, -0.6]]),
     }
     return Table(**{**parts, **changes})
 
@@ -69,10 +70,11 @@ def test_unrolled_rows_are_over_the_first_x_all_m_and_all_n() -> None:
         ({"M": np.array([[math.nan], [1.0]])}, "M holds a number that is not finite"),
         ({"start": (0.0, math.inf)}, "start holds a number that is not finite"),
         ({"draws": np.array([0, -1])}, "one entry per call"),
+        ({"clean": np.ones((2, 3))}, r"clean has shape \(2, 3\); expected 2 rows of 2"),
         (
             {name: np.zeros((0, 1)) for name in "XMN"}
             | {name: np.zeros(0, int) for name in ("t", "scale", "draws")}
-            | {"levels": np.zeros((0, 2))},
+            | {"levels": np.zeros((0, 2)), "clean": np.zeros((0, 2))},
             "no model call",
         ),
     ],

@@ -268,12 +268,17 @@ def test_a_preview_is_a_copy_of_the_latents(batcher: Batcher) -> None:
 
     def progress(at: Progress) -> None:
         assert at.latents is not None
-        told.append(Progress(step=at.step, steps=at.steps, latents=at.latents.copy()))
+        assert (at.clean is None) == (at.step == 0)
+        clean = None if at.clean is None else at.clean.copy()
+        told.append(Progress(step=at.step, steps=at.steps, latents=at.latents.copy(), clean=clean))
         at.latents[:] = np.nan  # nobody else's
+        if at.clean is not None:
+            at.clean[:] = np.nan
 
     assert batcher.submit(request_for(steps=3), progress=progress, preview=True).result(WAIT).pixels.std() > 1
     assert [(at.step, at.steps) for at in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert len({at.latents.tobytes() for at in told if at.latents is not None}) == 4
+    assert len({at.clean.tobytes() for at in told if at.clean is not None}) == 3
     plain: list[Progress] = []
     batcher.submit(request_for(steps=1), progress=plain.append).result(WAIT)
     assert [at.latents for at in plain] == [None, None]

@@ -87,6 +87,10 @@ def test_a_build_adds_golden_numbers_and_nothing_else(sd1_bundle: Path, sd1_prov
     plain, proved = Bundle.open(sd1_bundle), Bundle.open(sd1_proved_bundle)
     assert set(proved.manifest.files) - set(plain.manifest.files) == {DOCUMENT, NUMBERS}
     assert proved.changed_files() == []
+    preview = proved.manifest.model.preview
+    assert preview is not None
+    assert dataclasses.replace(proved.manifest.model, preview=None) == plain.manifest.model
+    assert 5 < preview.psnr < 99
     assert sum(proved.manifest.files[path].size for path in (DOCUMENT, NUMBERS)) < 200_000
     golden, numbers = read_golden(proved)
     assert set(golden.reference) == {"torch", "diffusers", "transformers"}

@@ -212,7 +212,7 @@ typedef struct sdr_progress {
     int32_t preview_channels;
     int32_t preview_height;
     int32_t preview_width;
-    const float *preview; /* the current latents, [channels][height][width]; NULL if not requested */
+    const float *preview; /* latents [channels][height][width], the estimate of the finished ones; NULL if not requested */
 } sdr_progress;
 
 /* A callback that receives the progress of one job after each step. It returns 0, or any other value to cancel the job.

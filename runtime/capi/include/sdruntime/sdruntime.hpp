@@ -95,8 +95,8 @@ struct JobParams : sdr_job_params {
     JobParams() noexcept { sdr_job_params_init(this, sizeof(sdr_job_params)); }
 };
 
-// The progress of a job. `preview`: latents [channels][height][width], valid during the call; empty unless JobParams::preview is
-// set.
+// The progress of a job. `preview`: latents [channels][height][width], the estimate of the finished ones, valid during the call;
+// empty unless JobParams::preview is set.
 struct Progress {
     int32_t step = 0, steps = 0;
     View<float> preview;

@@ -24,7 +24,7 @@ from sdruntime.backends.base.engine import Engine, closed
 from sdruntime.backends.base.feeds import fill_optional_inputs, padded
 from sdruntime.backends.base.session import aligned
 from sdruntime.backends.trt.engine import TrtEngine
-from sdruntime.bundle.sampler_step import COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
+from sdruntime.bundle.sampler_step import CLEAN, COND, NOISE, SAMPLE, SLOTS, SOURCES, TARGETS, UNCOND
 from sdruntime.errors import SdruntimeError
 from sdruntime.sampling.job import IN_FLIGHT, Job, stacked
 from sdruntime.system.cuda import ALIGNMENT, Event, Graph, Pinned
@@ -271,7 +271,7 @@ class DeviceCall:
         self._frame.check_open()
         state = self._frame.download_state()
         for k, job in enumerate(self.jobs):
-            job.run.restore(state[k])
+            job.run.restore(state[k], state[k, CLEAN])
 
     def finish(self) -> None:
         """Fetch the jobs' final state and release the frame. On an error, using the jobs' latents raises it again."""
@@ -308,7 +308,7 @@ def device_calls(
     """Return the calls that run these jobs, all of one shape, as few as the UNet's profiles allow.
 
     The list is empty if the loop cannot run on the GPU: rescaled guidance is not linear, guidance by an image takes three rows,
-    inpainting may put a part of an image back after each step, a table may need more than SLOTS rows of state, rows must be
+    inpainting may put a part of an image back after each step, a table may need all SLOTS rows of state, rows must be
     aligned, and streamed weights cannot be captured in a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
@@ -339,7 +339,7 @@ def device_calls(
 
 def _fits(job: Job) -> bool:
     x, m = job.run.windows()
-    return job.rescale == 0 and job.kept is None and len(job.rows) <= 2 and len(x) + len(m) <= SLOTS
+    return job.rescale == 0 and job.kept is None and len(job.rows) <= 2 and len(x) + len(m) <= CLEAN
 
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
@@ -396,6 +396,9 @@ def _weights(job: Job) -> Array:
             weights[:, 0, source] = share * table.M[:, 0]
         if m:
             weights[:, x, source] = share
+    weights[:, CLEAN, 0] = table.clean[:, 0]
+    for source, share in output.items():
+        weights[:, CLEAN, source] = share * table.clean[:, 1]
     for slot in (*range(1, x), *range(x + 1, x + m)):
         weights[:, slot, slot - 1] = 1
     weights[:-1, SAMPLE] = table.scale[1:, None] * weights[:-1, 0]

@@ -39,12 +39,16 @@ def encode(images: Array, noise: Array, engine: Engine, model: ModelSpec, bundle
     feeds = {"sample": np.ascontiguousarray(images, np.float32)}
     posterior = checked_rows(engine, feeds, lambda row: "the initial image", bundle)
     deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
-    draw: Array = posterior["latent_mean"] + deviation * noise
+    return scaled(posterior["latent_mean"] + deviation * noise, model)
+
+
+def scaled(draw: Array, model: ModelSpec) -> Array:
+    """Return a draw from the VAE's posterior, float32 [..., C, h, w], in the scale of the UNet's latents."""
     if model.latents_std:  # as in diffusers' StableDiffusionXLImg2ImgPipeline
-        draw = (draw - _channels(model.latents_mean)) * np.float32(model.scaling_factor) / _channels(model.latents_std)
-    else:
-        draw = (draw - np.float32(model.shift_factor)) * np.float32(model.scaling_factor)
-    return draw
+        latents: Array = (draw - _channels(model.latents_mean)) * np.float32(model.scaling_factor) / _channels(model.latents_std)
+        return latents
+    latents = (draw - np.float32(model.shift_factor)) * np.float32(model.scaling_factor)
+    return latents
 
 
 def encode_mode(images: Array, engine: Engine, bundle: Path | None = None) -> Array:
