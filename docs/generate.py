@@ -37,7 +37,12 @@ _MODELS = {
     "sd2_v": "Stable Diffusion 2.x, v-prediction",
     "sdxl": "Stable Diffusion XL",
 }
-_TASKS = {"inpainting": "inpainting, nine channels", "": "inpainting, four channels", "instruct_pix2pix": "InstructPix2Pix"}
+_TASKS = {
+    "inpainting": "inpainting, nine channels",
+    "": "inpainting, four channels",
+    "instruct_pix2pix": "InstructPix2Pix",
+    "refining": "refiner, image to image",
+}
 
 
 def models() -> str:

@@ -41,7 +41,9 @@ def single_file_tensors(folder: Path) -> Weights:
     tensors = {UNET + name: tensor for name, tensor in _unet(unet, len(config["block_out_channels"])).items()}
     levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
     tensors |= {VAE + name: tensor for name, tensor in _vae(vae, levels).items()}
-    if (folder / "text_encoder_2").is_dir():
+    if not (folder / "text_encoder").is_dir():
+        tensors |= _open_clip(_loaded(folder / "text_encoder_2"), "conditioner.embedders.0.model.")
+    elif (folder / "text_encoder_2").is_dir():
         tensors |= _clip(_loaded(folder / "text_encoder"), "conditioner.embedders.0.transformer.")
         tensors |= _open_clip(_loaded(folder / "text_encoder_2"), "conditioner.embedders.1.model.")
     elif json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_act"] == "gelu":
@@ -170,14 +172,19 @@ def write_standard(folder: Path, kind: str) -> Path:
     from sdexport.checkpoint.original.tokenizer import clip_tokenizer
 
     torch.manual_seed(5)
-    tiny.write_checkpoint(folder, kind)  # type: ignore[arg-type]
+    if kind == "refiner":
+        tiny.write_task_checkpoint(folder, "sdxl", "refining")
+    else:
+        tiny.write_checkpoint(folder, kind)  # type: ignore[arg-type]
     for name, module in _standard_modules(kind).items():
         tiny._liven(module)
         for old in (folder / name).iterdir():
             old.unlink()
         module.half().save_pretrained(folder / name)
     pads = {"tokenizer": "!" if kind.startswith("sd2") else "<|endoftext|>", "tokenizer_2": "!"}
-    for name in sorted(pads)[: 2 if kind == "sdxl" else 1]:
+    for name in pads:
+        if not (folder / name).is_dir():
+            continue
         for old in (folder / name).iterdir():
             old.unlink()
         for file, data in clip_tokenizer(pad=pads[name]).items():
@@ -200,7 +207,7 @@ def _standard_modules(kind: str) -> dict[str, Any]:
 
     channels = (32, 64) if kind == "sd1" else (64, 128)
     unet: dict[str, Any] = {
-        "sample_size": {"sd1": 64, "sd2": 64, "sd2_v": 96, "sdxl": 128}[kind],
+        "sample_size": {"sd1": 64, "sd2": 64, "sd2_v": 96, "sdxl": 128, "refiner": 128}[kind],
         "block_out_channels": channels,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -210,7 +217,20 @@ def _standard_modules(kind: str) -> dict[str, Any]:
         "use_linear_projection": kind != "sd1",
     }
     encoders: dict[str, Any] = {"text_encoder": CLIPTextModel(text("gelu" if kind.startswith("sd2") else "quick_gelu", 64, 2))}
-    if kind == "sdxl":
+    if kind == "refiner":
+        encoders = {"text_encoder_2": CLIPTextModelWithProjection(text("gelu", 128, 3))}
+        unet |= {
+            "block_out_channels": (64, 64, 128, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (1, 1, 2, 2),
+            "transformer_layers_per_block": 2,
+            "cross_attention_dim": 128,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 128 + 5 * 8,
+        }
+    elif kind == "sdxl":
         encoders["text_encoder_2"] = CLIPTextModelWithProjection(text("gelu", 128, 3))
         unet |= {
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -226,6 +246,6 @@ def _standard_modules(kind: str) -> dict[str, Any]:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
-        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
+        scaling_factor=0.13025 if kind in ("sdxl", "refiner") else 0.18215,
     )
     return encoders | {"unet": UNet2DConditionModel(**unet), "vae": vae}

@@ -49,11 +49,22 @@ def write_checkpoint(folder: Path, kind: Kind) -> Path:
 
 
 # task -> what is different in its UNet's config, and the pipeline that a checkpoint of it names
-TASKS: dict[str, tuple[dict[str, int], str]] = {
+TASKS: dict[str, tuple[dict[str, Any], str]] = {
     "inpainting": ({"in_channels": 9}, "{}InpaintPipeline"),
     "instruct_pix2pix": ({"in_channels": 8}, "{}InstructPix2PixPipeline"),
     "lcm": ({"time_cond_proj_dim": 32}, "LatentConsistencyModelPipeline"),
+    "refining": (
+        {
+            "cross_attention_dim": 32,
+            "projection_class_embeddings_input_dim": 32 + 5 * 8,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "transformer_layers_per_block": 2,
+        },
+        "StableDiffusionXLImg2ImgPipeline",
+    ),
 }
+ONE_KIND: dict[str, Kind] = {"refining": "sdxl"}  # tasks that models of one kind have
 
 
 def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
@@ -74,6 +85,11 @@ def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index["_class_name"] = named.format(index["_class_name"].removesuffix("Pipeline"))
+    if task == "refining":
+        for part in ("text_encoder", "tokenizer"):
+            shutil.rmtree(folder / part)
+            index[part] = [None, None]
+        index |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
     _write_json(folder / "model_index.json", index)
     return folder
 

@@ -20,7 +20,7 @@ from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, Overridden, Overrides
-from sdexport.checkpoint.pipelines import PARTS, pipeline_of
+from sdexport.checkpoint.pipelines import PARTS, SCORE, parts_of, pipeline_of
 from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
@@ -108,8 +108,7 @@ class _Reader:
     def read(self, name: str) -> Checkpoint:
         index = self._json("model_index.json")
         self._stop_at_faults()
-        named = str(index.get("_class_name"))
-        required = PARTS.get(named)
+        required = parts_of(index)
         if required is None:
             known = ", ".join(PARTS)
             self.faults.append(f"model_index.json: _class_name {index.get('_class_name')!r} is not one of {known}")
@@ -117,21 +116,21 @@ class _Reader:
         for required_part, classes in required.items():
             self._check_class(index, required_part, classes)
         check_index(index, self.faults)
-        task = self._task()
-        pipeline = pipeline_of(named, task)
+        task = self._task(index)
+        pipeline = pipeline_of(index, task)
         parts = {part: self._part(part, required[part][0][1], pipeline) for part in required if part in _NETWORKS}
         scheduler = self._scheduler(index, pipeline)
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
         tokenizers = {part: tokenizer for part, tokenizer in read.items() if tokenizer is not None}
         self._stop_at_faults()
         configs = {name: part.config for name, part in parts.items()}
-        self.faults.extend(misfits(configs, two_encoders="text_encoder_2" in parts))
+        self.faults.extend(misfits(configs, scored=bool(index.get(SCORE))))
         self._stop_at_faults()
         for name_of_part, part in parts.items():
             check_depth(name_of_part, part.config, part.weights, self.faults)
         length = self._text_length(parts, tokenizers)
         self._stop_at_faults()
-        model = self._model(name, index, parts, scheduler, tokenizers["tokenizer"].pad_token)
+        model = self._model(name, index, parts, scheduler, next(iter(tokenizers.values())).pad_token)
         return Checkpoint(
             source=self.source,
             model=model,
@@ -145,14 +144,14 @@ class _Reader:
             changes=tuple(self.changes),
         )
 
-    def _task(self) -> Task | None:
+    def _task(self, index: Mapping[str, Any]) -> Task | None:
         """Return the UNet's task, which decides the pipeline; the configs report invalid numbers of channels."""
         numbers = []
         for part, key in (("unet", "in_channels"), ("vae", "latent_channels")):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 numbers.append(self.source.document(f"{part}/config.json").get(key, 4))
         with contextlib.suppress(ValueError, TypeError):
-            return task_for(*numbers)
+            return task_for(*numbers) or ("refining" if index.get(SCORE) else None)
         return None
 
     def _stop_at_faults(self) -> None:
@@ -255,7 +254,8 @@ class _Reader:
     def _model(
         self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any], pad_token: str
     ) -> ModelSpec:
-        unet, vae, text = (parts[part].config for part in ("unet", "vae", "text_encoder"))
+        unet, vae = parts["unet"].config, parts["vae"].config
+        text = next(parts[part].config for part in _TEXT_ENCODERS if part in parts)
         xl, card = "text_encoder_2" in parts, self.source.card()
         # OpenCLIP's encoder, introduced with SD2, uses plain GELU; CLIP's own uses quick GELU
         family: Family = "sdxl" if xl else "sd2" if text["hidden_act"] == "gelu" else "sd1"

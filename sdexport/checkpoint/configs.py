@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdruntime.bundle.tasks import task_for
+from sdexport.checkpoint.pipelines import SCORE
+from sdruntime.bundle.tasks import SCORED, SIZES, task_for
 
 REQUIRED = object()  # in place of a default: the file must have the key
 
@@ -250,17 +251,19 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_SIDE.holds, value))
 
 
-def misfits(configs: Mapping[str, Mapping[str, Any]], *, two_encoders: bool) -> Iterator[str]:
+def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterator[str]:
     """Yield a fault for each pair of settings that do not fit each other.
 
-    `configs` has the settings of each part as `read_config` returns them.
+    `configs` has the settings of each part as `read_config` returns them. `scored`: the UNet takes an aesthetic score.
     """
-    unet, vae = configs["unet"], configs["vae"]
+    unet, vae, xl = configs["unet"], configs["vae"], "text_encoder_2" in configs
     yield from _unet_misfits(unet)
     yield from _lengths("vae", vae, ("down_block_types", "up_block_types"))
-    added, expected = unet["addition_embed_type"], "text_time" if two_encoders else None
+    added, expected = unet["addition_embed_type"], "text_time" if xl else None
     if added != expected:
         yield f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {expected!r}"
+    if scored and not xl:
+        yield f"model_index.json: {SCORE} is true, but only pipelines of Stable Diffusion XL take a score"
     try:
         task_for(unet["in_channels"], vae["latent_channels"])
     except ValueError as error:
@@ -282,12 +285,13 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, two_encoders: bool) -> 
     for part in encoders:
         if configs[part]["hidden_size"] % configs[part]["num_attention_heads"]:
             yield f"{part}/config.json: hidden_size is not a multiple of num_attention_heads"
-    if two_encoders and added == expected:
+    if xl and added == expected:
+        ids = SCORED if scored else SIZES
         times, stated = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
-        computed = None if times is None else 6 * times + configs["text_encoder_2"]["projection_dim"]
+        computed = None if times is None else ids * times + configs["text_encoder_2"]["projection_dim"]
         if computed is None or computed != stated:
             yield (
-                f"unet/config.json: projection_class_embeddings_input_dim is {stated}, but 6 * addition_time_embed_dim "
+                f"unet/config.json: projection_class_embeddings_input_dim is {stated}, but {ids} * addition_time_embed_dim "
                 f"{times} + text_encoder_2's projection_dim {configs['text_encoder_2']['projection_dim']} is {computed}"
             )
 

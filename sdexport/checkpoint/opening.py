@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sdexport.checkpoint.pipelines import SCORE
 from sdruntime.errors import SdruntimeError
 from sdruntime.pipeline.request import Request
 from sdruntime.sampling.compile import compile_table
@@ -47,7 +48,7 @@ GOLDEN_STEPS = (6, 4, 2, 1)  # steps of reference images: the first number that 
 _INDEX: Mapping[str, tuple[Any, ...]] = {
     "requires_safety_checker": (True, False, None),  # no safety checker is exported
     "force_zeros_for_empty_prompt": (True, False),  # ModelSpec.zero_empty_negative
-    "requires_aesthetics_score": (False, None),  # of the refiner
+    SCORE: (True, False, None),  # misfits: the UNet's config must agree
     "add_watermarker": (True, False, None),  # no watermark is put into images
 }
 

@@ -6,6 +6,7 @@ A UNet's task follows from its number of input channels, whatever pipeline the c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from sdruntime.bundle.tasks import Task
 
@@ -34,11 +35,30 @@ PARTS: Mapping[str, Mapping[str, Classes]] = {
     **{f"StableDiffusionXL{task}Pipeline": _TWO_ENCODERS for task in _TASKS},
     **dict.fromkeys((DISTILLED, "LatentConsistencyModelImg2ImgPipeline"), _ONE_ENCODER),
 }
-_BY_TASK: Mapping[Task | None, str] = {None: "", "inpainting": "Inpaint", "instruct_pix2pix": "InstructPix2Pix"}
+_BY_TASK: Mapping[Task | None, str] = {
+    None: "",
+    "inpainting": "Inpaint",
+    "instruct_pix2pix": "InstructPix2Pix",
+    "refining": "Img2Img",
+}
+_FIRST_ENCODER = ("text_encoder", "tokenizer")
+SCORE = "requires_aesthetics_score"  # of model_index.json: the UNet takes an aesthetic score in place of a target size
 
 
-def pipeline_of(named: str, task: Task | None) -> str:
-    """Return the pipeline that runs a UNet's task; `named`: the pipeline that the checkpoint names."""
+def parts_of(index: Mapping[str, Any]) -> Mapping[str, Classes] | None:
+    """Return the parts that a checkpoint must have, by its model_index.json; None for an unknown pipeline.
+
+    diffusers' pipelines of XL also run with the second text encoder alone, as the refiner has it.
+    """
+    parts = PARTS.get(str(index.get("_class_name")))
+    if parts is _TWO_ENCODERS and all(index.get(part) in (None, [None, None]) for part in _FIRST_ENCODER):
+        return {part: classes for part, classes in parts.items() if part not in _FIRST_ENCODER}
+    return parts
+
+
+def pipeline_of(index: Mapping[str, Any], task: Task | None) -> str:
+    """Return the pipeline that runs a UNet's task, for a checkpoint with this model_index.json."""
+    named = str(index["_class_name"])
     if task is None and named.startswith("LatentConsistencyModel"):
         return DISTILLED
     return f"StableDiffusion{'XL' if PARTS[named] is _TWO_ENCODERS else ''}{_BY_TASK[task]}Pipeline"

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
+from sdexport.checkpoint.pipelines import SCORE
 from sdruntime.bundle.manifest import TensorSpec
-from sdruntime.bundle.tasks import GUIDANCE, channels
+from sdruntime.bundle.tasks import GUIDANCE, SCORED, SIZES, TIME_IDS, channels
 
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
@@ -45,7 +46,7 @@ class Component:
                 feeds[spec.name] = random.integers(0, self.config["vocab_size"], shape, dtype=np.int32)
             elif spec.name == "timestep":
                 feeds[spec.name] = random.integers(0, 1000, shape).astype(np.float32)
-            elif spec.name == "time_ids":
+            elif spec.name == TIME_IDS:
                 feeds[spec.name] = random.integers(0, 1024, shape).astype(np.float32)
             else:
                 feeds[spec.name] = random.standard_normal(shape).astype(np.float32)
@@ -58,21 +59,19 @@ def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
-    length = checkpoint.text_length
+    length, parts = checkpoint.text_length, checkpoint.parts
     if checkpoint.model.family != "sdxl":
-        config = checkpoint.parts["text_encoder"].config
+        config = parts["text_encoder"].config
         last = _float("last_hidden_state", "batch", length, config["hidden_size"])
         return (_text_encoder("text_encoder", "TextEncoder", config, length, (last, _layers(config, length, 1))),)
-    first, second = (checkpoint.parts[part].config for part in ("text_encoder", "text_encoder_2"))
-    pooled = _float("text_embeds", "batch", second["projection_dim"])
-    return (
-        _text_encoder(
-            "text_encoder", "PenultimateTextEncoder", first, length, (_hidden(first, length), _layers(first, length, 2))
-        ),
-        _text_encoder(
-            "text_encoder_2", "PooledTextEncoder", second, length, (_hidden(second, length), pooled, _layers(second, length, 2))
-        ),
-    )
+    second = parts["text_encoder_2"].config
+    outputs = _hidden(second, length), _float("text_embeds", "batch", second["projection_dim"]), _layers(second, length, 2)
+    pooled = _text_encoder("text_encoder_2", "PooledTextEncoder", second, length, outputs)
+    if "text_encoder" not in parts:  # the refiner
+        return (pooled,)
+    first = parts["text_encoder"].config
+    states = _hidden(first, length), _layers(first, length, 2)
+    return _text_encoder("text_encoder", "PenultimateTextEncoder", first, length, states), pooled
 
 
 def _hidden(config: Mapping[str, Any], length: int) -> TensorSpec:
@@ -98,7 +97,10 @@ def _unet(checkpoint: Checkpoint) -> Component:
     ]
     if model.family == "sdxl":
         width = checkpoint.parts["text_encoder_2"].config["projection_dim"]
-        inputs += [_float("text_embeds", "batch", width), _float("time_ids", "batch", 6)]
+        inputs += [
+            _float("text_embeds", "batch", width),
+            _float(TIME_IDS, "batch", SCORED if checkpoint.index.get(SCORE) else SIZES),
+        ]
     if checkpoint.task:
         added = channels(checkpoint.task, model.latent_channels)
         inputs += [_float(name, "batch", count, "height", "width") for name, count in added.items()]

@@ -72,8 +72,9 @@ class PooledTextEncoder(nn.Module):
 class Unet(nn.Module):
     """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] -> out_sample [B,C,h,w].
 
-    SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6]. The inputs of a task (sdruntime.bundle.tasks), each [B,·,h,w],
-    are concatenated to `sample` in the order of the arguments. timestep_cond [B,G] is the embedding of the guidance.
+    SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6], its refiner's [B,5]. The inputs of a task
+    (sdruntime.bundle.tasks), each [B,·,h,w], are concatenated to `sample` in the order of the arguments. timestep_cond [B,G] is
+    the embedding of the guidance.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

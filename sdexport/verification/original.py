@@ -22,8 +22,10 @@ import numpy as np
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.opening import PATH as SCHEDULER
+from sdexport.checkpoint.pipelines import SCORE
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.errors import ExportError
+from sdexport.families.components import components
 from sdexport.trace.versions import versions
 from sdruntime.arrays import Array
 from sdruntime.bundle.tasks import Task
@@ -117,7 +119,11 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
 
     kind = getattr(diffusers, checkpoint.pipeline)
     arguments: dict[str, Any] = _hollow_networks(checkpoint, lend)
-    arguments |= dict.fromkeys({"safety_checker", "feature_extractor", "image_encoder"} & set(kind._optional_components))
+    absent = {"safety_checker", "feature_extractor", "image_encoder", "text_encoder", "tokenizer"} - {
+        *checkpoint.parts,
+        *checkpoint.tokenizers,
+    }
+    arguments |= dict.fromkeys(absent & set(kind._optional_components))
     arguments |= {"add_watermarker": False} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}
     _, other = STAND_INS.get(checkpoint.scheduler["_class_name"], (None, ""))
     if other:
@@ -132,7 +138,7 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
 def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
     """Write what diffusers opens itself, and only what was checked: it imports the classes that a model_index.json names."""
     own = [*checkpoint.parts, *checkpoint.tokenizers, "scheduler"]
-    index = {key: value for key, value in checkpoint.index.items() if key in ("force_zeros_for_empty_prompt", *own)}
+    index = {key: value for key, value in checkpoint.index.items() if key in ("force_zeros_for_empty_prompt", SCORE, *own)}
     index |= {"_class_name": checkpoint.pipeline, "_diffusers_version": versions()["diffusers"]}
     (place / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     files = [f"{name}/{file}" for name in checkpoint.tokenizers for file in TOKENIZER_FILES]
@@ -149,19 +155,17 @@ def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]
 
     from sdexport.families.modules import WRAPPERS
 
-    wrappers = {"unet": "Unet", "text_encoder": "TextEncoder"}
-    if "text_encoder_2" in checkpoint.parts:
-        wrappers |= {"text_encoder": "PenultimateTextEncoder", "text_encoder_2": "PooledTextEncoder"}
     hollow: dict[str, nn.Module] = {}
-    for name, wrapper in wrappers.items():
-        module = _hollow(functools.partial(_inner, WRAPPERS[wrapper], checkpoint.parts[name].config))
-        module.forward = _lent(lend, name, "weights")
-        hollow[name] = module
+    for component in components(checkpoint):
+        if component.part != "vae":
+            module = _hollow(functools.partial(_inner, WRAPPERS[component.wrapper], component.config))
+            module.forward = _lent(lend, component.name, "weights")
+            hollow[component.name] = module
     vae = _hollow(lambda: AutoencoderKL.from_config(dict(checkpoint.parts["vae"].config)))
-    for component, parts in {"vae_decoder": ("post_quant_conv", "decoder"), "vae_encoder": ("encoder", "quant_conv")}.items():
+    for name, parts in {"vae_decoder": ("post_quant_conv", "decoder"), "vae_encoder": ("encoder", "quant_conv")}.items():
         for part in parts:
             if getattr(vae, part) is not None:
-                getattr(vae, part).forward = _lent(lend, component, part)
+                getattr(vae, part).forward = _lent(lend, name, part)
     return hollow | {"vae": vae}
 
 

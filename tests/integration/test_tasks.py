@@ -27,6 +27,7 @@ ROWS = (  # UNet's task, kind of checkpoint, diffusers' pipeline
     ("inpainting", "sd1", "StableDiffusionInpaintPipeline"),
     ("", "sd1", "StableDiffusionInpaintPipeline"),
     ("instruct_pix2pix", "sd1", "StableDiffusionInstructPix2PixPipeline"),
+    ("refining", "sdxl", "StableDiffusionXLImg2ImgPipeline"),
 )
 MORE_ROWS = (  # in `make test-full`
     ("inpainting", "sdxl", "StableDiffusionXLInpaintPipeline"),
@@ -45,6 +46,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 SHORT = (("ddim", 1.0), ("euler_a", 0.6), ("heun", 0.6))  # the others in `make test-full`
+VERIFIED_APART = ("refining",)  # tasks whose reference images are made in `make test-full`
+WHOLE = ("instruct_pix2pix", "refining")  # tasks of the whole image
 PROMPT, NEGATIVE, SEED, STEPS, GUIDANCE = "a red circle", "green", 5, 6, 4.0
 
 
@@ -67,7 +70,7 @@ def both(
     if task:
         checkpoint = task_checkpoint(tmp_path_factory, kind, task)
         # with reference images: the build compares with diffusers too, at full strength
-        bundle = exported_once(checkpoint, verify=True)
+        bundle = exported_once(checkpoint, **({} if task in VERIFIED_APART else {"verify": True}))
     else:
         checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
         bundle = request.getfixturevalue(f"{kind}_bundle")
@@ -123,7 +126,7 @@ def theirs(reference: Any, pipe: Pipeline, sampler: str, **settings: Any) -> tup
 
 def ours_request(pipe: Pipeline, sampler: str, **settings: Any) -> Request:
     image, mask = inputs(pipe)
-    given: dict[str, Any] = {"image": image} if pipe.task == "instruct_pix2pix" else {"image": image, "mask": mask}
+    given: dict[str, Any] = {"image": image} if pipe.task in WHOLE else {"image": image, "mask": mask}
     options = {"skip_prk_steps": True} if sampler == "pndm" else {}  # as SAMPLERS has it for diffusers
     common: dict[str, Any] = {"prompt": PROMPT, "negative": NEGATIVE, "seed": SEED, "steps": STEPS, "options": options}
     return Request(sampler=sampler, **common, **given, **settings)
@@ -151,6 +154,8 @@ def test_a_mixed_batch_gives_the_images_that_each_gives_alone(both: tuple[Any, P
         dataclasses.replace(ours_request(pipe, "heun", strength=1.0), guidance=1.0, negative=None),
         Request(**common, seed=2, image=image),
     ]
+    if pipe.task == "refining":
+        requests.append(Request(**common, seed=3, image=image, mask=mask, aesthetic_score=9))
     if pipe.task is None:
         requests += [Request(**common, seed=3), Request(**common, seed=4, image=image, mask=255 - mask)]
     together = pipe(requests)
@@ -161,7 +166,7 @@ def test_a_mixed_batch_gives_the_images_that_each_gives_alone(both: tuple[Any, P
 def test_inpainting_keeps_what_the_mask_does_not_cover(both: tuple[Any, Pipeline]) -> None:
     """The kept latents are those of the image exactly; of a UNet that takes a mask only this is known: the mask matters."""
     _, pipe = both
-    if pipe.task == "instruct_pix2pix":
+    if pipe.task in WHOLE:
         pytest.skip("has no mask")
     image, mask = inputs(pipe)
     stream = pipe.stream(ours_request(pipe, "ddim"))
@@ -295,6 +300,43 @@ def test_a_request_that_does_not_fit_the_model_is_refused(both: tuple[Any, Pipel
         pipe("make it red")
     with pytest.raises(SettingError, match="mask: this model edits whole images"):
         pipe("make it red", image=image, mask=mask)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("task", VERIFIED_APART)
+def test_a_build_compares_with_diffusers(
+    task: str, tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[..., Path]
+) -> None:
+    checkpoint = task_checkpoint(tmp_path_factory, tiny.ONE_KIND.get(task, "sd1"), task)
+    assert (exported_once(checkpoint, verify=True) / "golden" / "numbers.npz").exists()
+
+
+def test_the_refiner_follows_its_score_and_sizes(both: tuple[Any, Pipeline]) -> None:
+    """diffusers' negative row takes the corner (0, 0), whatever the crop."""
+    reference, pipe = both
+    if pipe.task != "refining":
+        with pytest.raises(SettingError, match="aesthetic_score: only SDXL's refiner takes it: omit it"):
+            pipe(dataclasses.replace(ours_request(pipe, "ddim"), aesthetic_score=7.0))
+        return
+    plain = ours_request(pipe, "euler", strength=0.6, guidance=GUIDANCE)
+    said: dict[str, Any] = {"original_size": (100, 70), "crop": (30, 20), "aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
+    sizes = {
+        "original_size": (70, 100),
+        "crops_coords_top_left": (20, 30),
+        "aesthetic_score": 9.0,
+        "negative_aesthetic_score": 1.0,
+    }
+    picture, decoded = ours(pipe, dataclasses.replace(plain, **said))
+    expected, expected_float = theirs(reference, pipe, "euler", strength=0.6, guidance_scale=GUIDANCE, **sizes)
+    assert_same_picture(picture, expected, decoded, expected_float)
+    for name, value in said.items():
+        assert not np.array_equal(pipe(plain).pixels, pipe(dataclasses.replace(plain, **{name: value})).pixels), name
+    image = pipe(dataclasses.replace(plain, aesthetic_score=9)).images[0]
+    assert ", Aesthetic score: 9, Negative aesthetic score: 2.5, " in image.text()["parameters"]
+    with pytest.raises(SettingError, match=r"target_size: .* \(SDXL's refiner takes aesthetic_score instead\)"):
+        pipe(dataclasses.replace(plain, target_size=(16, 16)))
+    with pytest.raises(SettingError, match=r"this model refines an image: pass one as image=… \(--image\)"):
+        pipe("a red circle")
 
 
 def test_a_latent_consistency_model_takes_the_guidance_as_an_input(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from sdruntime.bundle.manifest import Manifest, TensorSpec
 from sdruntime.bundle.roles import role
-from sdruntime.bundle.tasks import GUIDANCE, INPUTS, guidance_width, task_of
+from sdruntime.bundle.tasks import GUIDANCE, INPUTS, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
 Shape = tuple[int | str, ...]
 Tensors = Mapping[str, Shape]
@@ -33,7 +33,7 @@ XL: Mapping[str, tuple[Tensors, Tensors]] = {
     "text_encoder": (_IDS, {"hidden_states": ("batch", "T", "D1")}),
     "text_encoder_2": (_IDS, {"hidden_states": ("batch", "T", "D2"), "text_embeds": _POOLED}),
     "unet": (
-        {**_UNET, "encoder_hidden_states": ("batch", "sequence", "D"), "text_embeds": _POOLED, "time_ids": ("batch", 6)},
+        {**_UNET, "encoder_hidden_states": ("batch", "sequence", "D"), "text_embeds": _POOLED, TIME_IDS: ("batch", SIZES)},
         {"out_sample": _LATENT},
     ),
 }
@@ -45,11 +45,15 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
     for name, (inputs, outputs) in (XL if manifest.model.family == "sdxl" else PLAIN).items():
         component = manifest.components.get(name)
         if component is None:
+            if name == "text_encoder" and "text_encoder_2" in manifest.components:
+                continue  # SDXL's refiner reads texts with the second encoder alone
             yield f"components: {name} is missing"
             continue
         denoiser = role(name).kind == "denoiser"
-        if denoiser and (task := task_of(tensor.name for tensor in component.inputs)):
-            inputs = {**inputs, **{tensor: ("batch", count, *_LATENT[2:]) for tensor, count in INPUTS[task].items()}}
+        if denoiser and (task := task_of(component)):
+            inputs = {**inputs, **{tensor: ("batch", count, *_LATENT[2:]) for tensor, count in INPUTS.get(task, {}).items()}}
+        if denoiser and time_ids_width(component) == SCORED and TIME_IDS in inputs:
+            inputs = {**inputs, TIME_IDS: ("batch", SCORED)}
         if denoiser and guidance_width(component) is not None:
             inputs = {**inputs, GUIDANCE: ("batch", "G")}
         yield from _faults(f"{name}.inputs", inputs, component.inputs, known, complete=True)

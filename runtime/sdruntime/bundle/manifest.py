@@ -348,7 +348,7 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
     for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
-        if name not in components:
+        if name not in components and not (name == "text_encoder" and of_kind(components, "text encoder")):
             yield f"components: {name} is missing"
 
 

@@ -72,6 +72,8 @@ def generate(options: argparse.Namespace) -> None:
         "original_size": parse_size(options.original_size) if options.original_size else None,
         "crop": options.crop,
         "target_size": parse_size(options.target_size) if options.target_size else None,
+        "aesthetic_score": options.aesthetic_score,
+        "negative_aesthetic_score": options.negative_aesthetic_score,
         "image": options.image,
         "mask": options.mask,
         "mask_blur": options.mask_blur,

@@ -110,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--original-size", metavar="WxH", help=before)
     sub.add_argument("--crop", metavar="LEFT,TOP", type=corner, default=(0, 0), help="for SDXL: the corner of that crop (0,0)")
     sub.add_argument("--target-size", metavar="WxH", help="for SDXL: the size that the image is said to have (the size)")
+    setting(sub, "aesthetic_score", "for SDXL's refiner: the score that the image is said to have")
+    setting(sub, "negative_aesthetic_score", "for SDXL's refiner: the score of what the image should not be like")
     sub.add_argument("--count", type=int, default=1, help="images per prompt (1)")
     sub.add_argument("--backend", default="auto", help="tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
     sub.add_argument("--device", type=int, default=0, help="which GPU (0)")

@@ -9,10 +9,10 @@ from typing import Any
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.tasks import GUIDANCE, guidance_width, task_of
+from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import SettingError
-from sdruntime.pipeline.micro_conditions import check_no_sizes, time_ids
+from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.ranges import steps_beside
 from sdruntime.pipeline.request import Request
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, start_strength, task_start
@@ -46,8 +46,8 @@ class JobFactory:
     def __init__(self, bundle: Bundle, engines: Engines) -> None:
         self._folder, self._model, self._engines = bundle.folder, bundle.manifest.model, engines
         unet = bundle.manifest.components["unet"]
-        self.task = task_of(tensor.name for tensor in unet.inputs)
-        self._guidance_width = guidance_width(unet)
+        self.task = task_of(unet)
+        self._guidance_width, self._time_ids = guidance_width(unet), time_ids_width(unet)
         self._conditioner = Conditioner.open(bundle)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables: dict[tuple[Any, ...], Table] = {}
@@ -66,8 +66,7 @@ class JobFactory:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
         for request in requests:
             check_task(request, self.task)
-            if self._model.family != "sdxl":
-                check_no_sizes(request)
+            check_conditions(request, self._time_ids)
             self.latent_shape(request)
             self._noise(request)
             self._table(request)
@@ -175,14 +174,15 @@ class JobFactory:
         size = shape[2] * self._model.vae_factor, shape[1] * self._model.vae_factor
         start = self._start(request, shape, size, table, noise, engine)
         encoded = texts.encoded(conditions, zero_absent=self._model.zero_empty_negative)
-        prompt = encoded[0][0][1]
-        more = {} if prompt.pooled is None else {"time_ids": time_ids(request, size)}
+        more: list[dict[str, Array]] = [{}, {}]  # of the prompt, and of the negative prompt
+        if self._time_ids is not None:
+            more = [{TIME_IDS: ids} for ids in reversed(time_ids(request, size, self._time_ids))]
         if self._guidance_width is not None:
-            more[GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
-        rows = {
-            step: rows_of(self.task, [{**text.row, **more} for _, text in reversed(pairs)], start.inputs)
-            for step, pairs in encoded.items()
-        }
+            more[0][GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
+        rows = {}
+        for step, pairs in encoded.items():
+            texts_of_rows = [{**text.row, **added} for (_, text), added in zip(pairs, more, strict=False)]
+            rows[step] = rows_of(self.task, texts_of_rows[::-1], start.inputs)
         return Job(
             run=Run(table, start.latents, lambda: noise.normal(shape)),
             rows=rows.pop(0),
@@ -193,7 +193,7 @@ class JobFactory:
             kept=start.kept,
             sampler=request.sampler or self.sampler,
             bundle=self._folder,
-            cut=prompt.cut,
+            cut=encoded[0][0][1].cut,
             warnings=(
                 *self._tile_lines(shape),
                 *cut_lines(pair for pairs in encoded.values() for pair in pairs),

@@ -143,6 +143,8 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Original size": _size(request.original_size),
         "Crop": "{},{}".format(*request.crop) if any(request.crop) else None,
         "Target size": _size(request.target_size),
+        "Aesthetic score": request.aesthetic_score if origin.task == "refining" else None,
+        "Negative aesthetic score": request.negative_aesthetic_score if origin.task == "refining" else None,
         "RNG": A1111_RNGS[request.rng],
         "Sigmas": None if request.sigmas is None else ", ".join(map(_number, request.sigmas)),
         "Timestep spacing": origin.spacing or None,

@@ -56,6 +56,8 @@ RANGES: Mapping[str, Range] = {
     "strength": Range(0, 1, above=True),
     "clip_skip": Range(0, 64, whole=True),
     "mask_blur": Range(0, 64),
+    "aesthetic_score": Range(0, 10),
+    "negative_aesthetic_score": Range(0, 10),
 }
 # the defaults
 NUMBERS: Mapping[str, Any] = {
@@ -69,6 +71,8 @@ NUMBERS: Mapping[str, Any] = {
     "strength": 0.8,
     "clip_skip": 0,
     "mask_blur": 0.0,
+    "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5,
 }
 
 # Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.

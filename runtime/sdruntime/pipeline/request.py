@@ -90,7 +90,8 @@ class Request:
     image of this size, (width, height), in the middle of the first latents. All three are those of AUTOMATIC1111's web UI.
 
     `original_size`, `crop`, `target_size`: conditions of SDXL: the size of the image before it was cropped, the corner of that
-    crop (left, top), and the size to aim at, (width, height) in pixels; None for the generated size.
+    crop (left, top), and the size to aim at, (width, height) in pixels; None for the generated size. `aesthetic_score`,
+    `negative_aesthetic_score`: conditions of SDXL's refiner in place of `target_size`, for the prompt and the negative prompt.
     """
 
     prompt: str
@@ -126,6 +127,8 @@ class Request:
     mask_fill: MaskFill = "original"
     overlay: bool = False
     extend: tuple[int, int, int, int] = (0, 0, 0, 0)
+    aesthetic_score: float = NUMBERS["aesthetic_score"]
+    negative_aesthetic_score: float = NUMBERS["negative_aesthetic_score"]
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):

@@ -92,6 +92,8 @@ class RequestMessage:
     mask_fill: MaskFill = DEFAULTS["mask_fill"]
     overlay: bool = False
     extend: tuple[int, int, int, int] = DEFAULTS["extend"]
+    aesthetic_score: float = DEFAULTS["aesthetic_score"]
+    negative_aesthetic_score: float = DEFAULTS["negative_aesthetic_score"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -137,6 +139,8 @@ class RequestMessage:
             mask_fill=self.mask_fill,
             overlay=self.overlay,
             extend=self.extend,
+            aesthetic_score=self.aesthetic_score,
+            negative_aesthetic_score=self.negative_aesthetic_score,
         )
 
 

@@ -109,7 +109,7 @@ class ReferenceImage:
 
     def request(self, manifest: Manifest) -> Request:
         """Return the request, with the image and the mask that the bundle's UNet needs."""
-        task = task_of(tensor.name for tensor in manifest.components["unet"].inputs)
+        task = task_of(manifest.components["unet"])
         return Request(
             prompt=self.prompt,
             negative=self.negative,

@@ -17,6 +17,8 @@ from sdexport.checkpoint.original.standard import OTHERS, SIZE_OF_V, STANDARDS, 
 from sdexport.checkpoint.original.text import read_clip, read_open_clip
 from sdexport.checkpoint.original.unet import read_unet
 from sdexport.checkpoint.original.vae import read_vae
+from sdexport.checkpoint.pipelines import SCORE
+from sdruntime.bundle.tasks import SCORED, SIZES
 
 _EMA = "model_ema."
 _OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # a VAE alone may come with the loss of its training
@@ -72,7 +74,8 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str], *, with_vae: bo
         else:
             take(encoder.part, encoder.prefix, read_open_clip, projected=encoder.projected)
     pooled = configs.get("text_encoder_2", {}).get("projection_dim")
-    take("unet", UNET, read_unet, heads=standard.heads, pooled=pooled)
+    ids = SCORED if standard.settings.get(SCORE) else SIZES
+    take("unet", UNET, read_unet, heads=standard.heads, pooled=pooled, ids=ids)
     if with_vae:
         take("vae", VAE, read_vae)
     if faults:
@@ -172,7 +175,8 @@ def _index(standard: Standard, tokenizers: Mapping[str, str]) -> dict[str, Any]:
     parts = {encoder.part: ["transformers", _encoder_class(encoder.projected)] for encoder in standard.encoders}
     parts |= {tokenizer: ["transformers", "CLIPTokenizer"] for tokenizer in tokenizers}
     parts |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    return {"_class_name": standard.pipeline, "scheduler": ["diffusers", standard.scheduler["_class_name"]], **parts}
+    scheduler = ["diffusers", standard.scheduler["_class_name"]]
+    return {"_class_name": standard.pipeline, "scheduler": scheduler, **standard.settings, **parts}
 
 
 def _encoder_class(projected: bool) -> str:

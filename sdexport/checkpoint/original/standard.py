@@ -1,14 +1,16 @@
 """The models of the original layout: where their networks lie in a file, and what no weight says about them.
 
 Schedulers, sizes and scaling factors are those of the models' own diffusers folders (runwayml/stable-diffusion-v1-5,
-stabilityai/stable-diffusion-2-1 and -2-1-base, stabilityai/stable-diffusion-xl-base-1.0).
+stabilityai/stable-diffusion-2-1 and -2-1-base, stabilityai/stable-diffusion-xl-base-1.0 and -refiner-1.0).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from sdexport.checkpoint.pipelines import SCORE
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 VAE_FACTOR = 8  # pixels per latent cell, of the VAE of each standard
@@ -34,7 +36,10 @@ class TextEncoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standard:
-    """`size`: pixels of a side. `heads`: attention heads of each block of the UNet; None: 64 channels each."""
+    """`size`: pixels of a side. `heads`: attention heads of each block of the UNet; None: 64 channels each.
+
+    `settings`: of model_index.json, beside the pipeline and the parts.
+    """
 
     name: str
     pipeline: str
@@ -43,6 +48,7 @@ class Standard:
     scaling_factor: float
     size: int
     heads: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 STANDARDS = (
@@ -58,6 +64,19 @@ STANDARDS = (
         scheduler={"_class_name": "EulerDiscreteScheduler"} | _EULER,
         scaling_factor=0.13025,
         size=1024,
+    ),
+    Standard(
+        name="Stable Diffusion XL refiner",
+        pipeline="StableDiffusionXLImg2ImgPipeline",
+        encoders=(
+            TextEncoder(
+                part="text_encoder_2", prefix="conditioner.embedders.0.model.", layout="open_clip", projected=True, pad="!"
+            ),
+        ),
+        scheduler={"_class_name": "EulerDiscreteScheduler"} | _EULER,
+        scaling_factor=0.13025,
+        size=1024,
+        settings={SCORE: True, "force_zeros_for_empty_prompt": False},
     ),
     Standard(
         name="Stable Diffusion 2",
@@ -91,7 +110,6 @@ OTHERS = {
     "clip_mapper.": "Stable Cascade",
     "motion_modules.": "AnimateDiff, which makes videos",
     "temporal_transformer": "a video model",
-    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
     "emb_params": "a textual inversion, not a checkpoint",
     "string_to_param": "a textual inversion, not a checkpoint",
 }

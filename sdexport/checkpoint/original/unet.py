@@ -34,13 +34,14 @@ _TRANSFORMER = re.compile(
 )
 
 
-def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None) -> tuple[dict[str, Any], Tensors]:
+def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: int) -> tuple[dict[str, Any], Tensors]:
     """Return the config and the weights of a UNet.
 
     Args:
         tensors: by their original names, without the prefix of the network.
         heads: attention heads of each block; None for as many as have 64 channels each.
         pooled: width of the pooled text embedding, of SDXL; None where there is none.
+        ids: how many time ids it takes, of SDXL.
 
     Raises ValueError for names and shapes that are no UNet of Stable Diffusion.
     """
@@ -56,6 +57,8 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None) -> tup
         raise ValueError(f"attention takes texts of the widths {sorted(contexts)}: one is expected")
     counts = [len(block) for block in down]
     layers = [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle or 1]  # the last block's number is the middle's too
+    if len(deep := [depth for depth in depths if depth]) > 1 and {*deep, middle} == {middle}:
+        layers = deep  # one number for all, also for blocks without attention
     config = {
         "in_channels": shape_of(tensors, "input_blocks.0.0.weight", 4)[1],
         "out_channels": shape_of(tensors, "out.2.weight", 4)[0],
@@ -73,7 +76,7 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None) -> tup
         width = shape_of(tensors, "label_emb.0.0.weight", 2)[1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // 6,
+            "addition_time_embed_dim": (width - pooled) // ids,
             "projection_class_embeddings_input_dim": width,
         }
     return config, renamed(tensors, _OUTER | places, _inside)

@@ -9,16 +9,20 @@ import pytest
 
 from sdruntime.bundle.interface import interface_faults
 from sdruntime.bundle.manifest import TensorSpec, load_manifest
-from sdruntime.bundle.tasks import TASKS, channels, task_for, task_of
-
-PLAIN = ("sample", "timestep", "encoder_hidden_states")
+from sdruntime.bundle.tasks import INPUTS, channels, task_for, task_of
 
 
-def test_the_task_follows_from_the_names_of_the_inputs() -> None:
-    assert task_of(PLAIN) is None
-    assert task_of((*PLAIN, "mask")) is None
-    for task in TASKS:
-        assert task_of((*PLAIN, *channels(task, 4))) == task
+def test_the_task_follows_from_the_inputs(small_bundle: Path) -> None:
+    unet = load_manifest(small_bundle).components["unet"]
+
+    def task(**shapes: int) -> str | None:
+        more = [TensorSpec(name=name, dtype="float32", shape=("batch", count)) for name, count in shapes.items()]
+        return task_of(dataclasses.replace(unet, inputs=(*unet.inputs, *more)))
+
+    assert task() is task(mask=1) is task(time_ids=6) is None
+    for named in INPUTS:
+        assert task(**channels(named, 4)) == named
+    assert task(time_ids=5) == "refining"
 
 
 def test_the_task_of_a_checkpoint_follows_from_the_number_of_channels() -> None:

@@ -217,7 +217,11 @@ def test_the_way_out_for_a_flow_model_works(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"requires_aesthetics_score": True}, "must be one of False, None"), ({"upscale_by": 2}, "is not known to sdexport")],
+    [
+        ({"requires_aesthetics_score": True}, "only pipelines of Stable Diffusion XL take a score"),
+        ({"requires_aesthetics_score": "yes"}, "must be one of True, False, None"),
+        ({"upscale_by": 2}, "is not known to sdexport"),
+    ],
 )
 def test_a_setting_of_the_index_that_cannot_be_followed_is_refused(folder: Path, changes: dict[str, Any], named: str) -> None:
     edit(folder / "model_index.json", **changes)

@@ -33,6 +33,8 @@ def start_strength(request: Request, task: Task | None) -> float | None:
 
 def check_task(request: Request, task: Task | None) -> None:
     """Raise SettingError if a request does not fit the UNet's task."""
+    if task == "refining" and request.pixels is None:
+        raise SettingError("this model refines an image: pass one as image=… (--image)")
     if task == "instruct_pix2pix":
         if request.pixels is None:
             raise SettingError("this model edits an image: pass one as image=… (--image)")
