@@ -32,7 +32,7 @@ ORDER = {
     "sdruntime.backends.fake": "build engine backend",
     "sdruntime.backends.ort": "attention weights subpixel session build engine backend",
     "sdruntime.backends.ov": "subpixel constants build engine backend",
-    "sdruntime.backends.trt": "library inspection binding build worker engine loop backend",
+    "sdruntime.backends.trt": "library inspection binding build worker engine frame loop backend",
     "sdruntime.engines": "shapes finite memory choose building speed pool",
     "sdruntime.pipeline": ("images text vae denoise ranges request micro_conditions texts tasks metadata result jobs pipeline"),
     "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix choose",

@@ -10,7 +10,7 @@ from pathlib import Path
 from trt.machine import Machine
 
 from sdruntime.backends.trt.engine import KEPT_BINDINGS
-from sdruntime.backends.trt.loop import KEPT_FRAMES
+from sdruntime.backends.trt.frame import KEPT_FRAMES
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
 
