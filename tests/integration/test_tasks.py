@@ -280,6 +280,50 @@ def test_a_mask_and_an_extension_of_the_same_area_are_the_same(both: tuple[Any, 
         assert pipe.image_size(one) == (width, height)
 
 
+@pytest.mark.parametrize("resize", ["latent", "lanczos"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "heun", pytest.param("dpmpp_2m", marks=pytest.mark.full)])
+def test_a_second_pass_is_image_to_image_of_diffusers(both: tuple[Any, Pipeline], sampler: str, resize: Any) -> None:
+    """Of our first pass: of its latents, resized by torch, or of its image, resized by Pillow."""
+    import diffusers
+    import torch
+    from PIL import Image
+
+    reference, pipe = both
+    if pipe.task is not None:
+        with pytest.raises(SettingError, match=r"hires: this model is for .*, which has one pass: omit hires"):
+            pipe(dataclasses.replace(ours_request(pipe, sampler), mask=None, hires=2))
+        return
+    kind = "StableDiffusionXL" if "XL" in type(reference).__name__ else "StableDiffusion"
+    from_image = getattr(diffusers, f"{kind}Img2ImgPipeline")(
+        **{name: part for name, part in reference.components.items() if name not in ("mask_processor",)}
+    )
+    from_image.set_progress_bar_config(disable=True)
+    named, changes = SAMPLERS[sampler]
+    common: dict[str, Any] = {"negative": NEGATIVE, "seed": SEED, "steps": 4, "guidance": GUIDANCE, "sampler": sampler}
+    first = pipe.stream(PROMPT, **common)
+    for _ in first:
+        pass
+    height, width = (2 * side for side in pipe.model.default_size)
+    if resize == "latent":
+        latents = torch.from_numpy(first.jobs[0].run.x)[None]
+        start = torch.nn.functional.interpolate(latents, size=(height // 8, width // 8), mode="bilinear")
+    else:
+        start = Image.fromarray(first.result.pixels[0]).resize((width, height), Image.Resampling.LANCZOS)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        from_image.scheduler = getattr(diffusers, named).from_config(reference.scheduler.config, **changes)
+        generator = torch.Generator().manual_seed(SEED)
+        settings: dict[str, Any] = {"strength": 0.7, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+        latents = from_image(
+            PROMPT, image=start, negative_prompt=NEGATIVE, generator=generator, output_type="latent", **settings
+        ).images
+        decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
+    expected = (reference.image_processor.postprocess(decoded, output_type="np")[0] * 255).round().astype(np.uint8)
+    request = Request(prompt=PROMPT, **common, hires=2, hires_steps=STEPS, hires_resize=resize)
+    picture, found = ours(pipe, request)
+    assert_same_picture(picture, expected, found, decoded[0].numpy())
+
+
 def test_an_inpainting_model_generates_whole_images_too(both: tuple[Any, Pipeline]) -> None:
     """As diffusers does with a mask that covers everything."""
     _, pipe = both

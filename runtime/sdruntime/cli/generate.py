@@ -81,6 +81,10 @@ def generate(options: argparse.Namespace) -> None:
         "mask_fill": options.mask_fill,
         "overlay": options.overlay,
         "extend": options.extend,
+        "hires": options.hires,
+        "hires_strength": options.hires_strength,
+        "hires_steps": options.hires_steps,
+        "hires_resize": options.hires_resize,
         "fit": options.fit,
         "options": sampler_options(options),
     }
@@ -182,7 +186,7 @@ def generate_groups(
         what = f"images {index * room + 1} to {index * room + len(group)} of {len(requests)}" if len(requests) > 1 else ""
         reporter.show("encode prompts", what)
         stream = pipe.stream(group, on_device=True)
-        reporter.show("denoise", what, total=max(job.run.steps for job in stream.jobs), unit="steps")
+        reporter.show("denoise", what, total=max(job.steps for job in stream.jobs), unit="steps")
         for state in stream:
             if previews is not None:
                 reporter.clear()

@@ -16,7 +16,7 @@ from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
 from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
-from sdruntime.pipeline.request import MASK_FILLS
+from sdruntime.pipeline.request import HIRES_RESIZES, MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
 from sdruntime.pipeline.text.wording import SYNTAXES
 from sdruntime.pipeline.vae.preview import KINDS
@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overlay", action="store_true", help="put the pixels that the mask keeps back over the result")
     sides = "pixels to add to --image and to generate there (0,0,0,0)"
     sub.add_argument("--extend", metavar="LEFT,TOP,RIGHT,BOTTOM", type=extension, default=(0, 0, 0, 0), help=sides)
+    scale = f"a second pass, at SCALE times the size: {RANGES['hires']} (one pass)"
+    sub.add_argument("--hires", type=float, metavar="SCALE", help=scale)
+    setting(sub, "hires_strength", "how much the second pass changes")
+    second = "steps of the second pass, of which its strength runs a part (--steps)"
+    sub.add_argument("--hires-steps", type=int, metavar="N", help=second)
+    between = "how to resize between the passes: the latents, or with lanczos and nearest the decoded image (latent)"
+    sub.add_argument("--hires-resize", choices=HIRES_RESIZES, default="latent", help=between)
     sub.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
     setting(sub, "strength", "how much of --image is changed", otherwise=False)
     setting(sub, "steps", "number of denoising steps")

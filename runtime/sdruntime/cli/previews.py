@@ -60,6 +60,6 @@ class Previews:
             height = max(len(pixels) for pixels in previews)
             self._terminal.show(np.concatenate([enlarged(pixels, height) for pixels in previews], axis=1))
         for request, job, pixels in zip(requests, state.jobs, previews, strict=True):
-            if self._folder is not None and job.run.step == state.step:  # others ended before
+            if self._folder is not None and job.step == state.step:  # others ended before
                 whole = enlarged(pixels, job.run.x.shape[1] * pipe.model.vae_factor)
                 write_file(self._folder / f"{request.seed}-{state.step:03}.png", png_from_image(whole))

@@ -24,21 +24,26 @@ def denoise(jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[
     """Advance every active job by one model call and yield, until all are done.
 
     The caller may change `jobs` between two steps. Jobs of one shape and text length form a group; `steppers` returns the
-    steppers that advance a group, and is called again when a job joins or leaves. Raises NotFinite: right after the call if the
-    loop runs on the host, at the end if it runs on a device. An error of a call is also stored as the `error` of each job
-    that it affects; the other jobs are intact, and another `denoise` can continue them.
+    steppers that advance a group, and is called again when a job joins, leaves or goes on to its next pass. Raises NotFinite:
+    right after the call if the loop runs on the host, at the end of a pass if it runs on a device. An error of a call is also
+    stored as the `error` of each job that it affects; the other jobs are intact, and another `denoise` can continue them.
     """
     calls: list[Stepper] = []
     members: list[Job] = []
     try:
         while active := [job for job in jobs if not job.done]:
-            if active != members:
+            ended = [job for job in active if job.run.done]
+            if ended or active != members:
                 members, done, calls = active, calls, []
                 _finish(done)
+                for job in ended:
+                    with _attributed_to([job]):
+                        check_latents(job)
+                        job.proceed()
                 for group in grouped(active):
                     with _attributed_to(group):
                         calls += steppers(group)
-            step = active[0].run.step
+            step = active[0].step
             for number, call in enumerate(calls):
                 with annotate(f"step {step}, group {number}"), _attributed_to(call.jobs):
                     call.advance()
@@ -135,7 +140,7 @@ class Call:
 
     def _describe(self, row: int) -> str:
         job = self._job_of(row)
-        return at(job.run.step + 1, job)
+        return at(job.step + 1, job)
 
     def _advance_alone(self) -> None:
         """Call the UNet for each job alone, after their common call failed: a fault of one job then ends only that job.

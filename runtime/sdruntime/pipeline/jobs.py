@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
-from sdruntime.errors import SettingError
+from sdruntime.errors import EngineError, SettingError
+from sdruntime.pipeline.images.pixels import to_uint8
+from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
+from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.ranges import steps_beside
-from sdruntime.pipeline.request import Request
-from sdruntime.pipeline.tasks.choose import check_task, rows_of, start_strength, task_start
+from sdruntime.pipeline.request import HiresResize, Request
+from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
+from sdruntime.pipeline.tasks.passes import Pass, passes_of, rounded_line
 from sdruntime.pipeline.tasks.start import Setting, Start
-from sdruntime.pipeline.text.conditioning import Conditioner, cut_lines
+from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
 from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.pipeline.vae import latents as latent
+from sdruntime.pipeline.vae import resize
 from sdruntime.pipeline.vae.tile_size import tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.guidance import guidance_embedding
-from sdruntime.sampling.job import Job
+from sdruntime.sampling.job import Following, Job
 from sdruntime.sampling.noise.image import ImageNoise
 from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
@@ -35,6 +43,34 @@ KEPT_TABLES = 64
 HOW_TO_FIT = 'resize it, or pass fit "resize" or "crop" (--fit)'
 Shape = tuple[int, int, int]  # (channels, height, width) of latents
 GetEngine = Callable[..., Engine]  # (component, rows=…, height=…, …), as `Pipeline.engine`
+
+
+LATENT_KERNELS: Mapping[HiresResize | None, resize.Kernel] = {
+    "latent": "bilinear",
+    "latent-bicubic": "bicubic",
+    "latent-nearest": "nearest",
+    "latent-nearest-exact": "nearest-exact",
+}
+PIXEL_KERNELS: Mapping[HiresResize | None, PixelKernel] = {"lanczos": "lanczos", "nearest": "nearest"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """A pass with all that its job is made of."""
+
+    step: Pass
+    shape: Shape
+    table: Table
+    texts: Texts
+    conditions: Conditions
+
+    @property
+    def sequence(self) -> int:
+        """Number of tokens of the text."""
+        return len(next(iter(self.conditions.values())).hidden)
+
+    def encoded(self, *, zero_absent: bool) -> dict[int, list[tuple[str, Condition]]]:
+        return self.texts.encoded(self.conditions, zero_absent=zero_absent)
 
 
 class JobFactory:
@@ -67,33 +103,74 @@ class JobFactory:
         for request in requests:
             check_task(request, self.task)
             check_conditions(request, self._time_ids)
-            self.latent_shape(request)
             self._noise(request)
-            self._table(request)
+            for step in self._passes(request):
+                self.latent_shape(step.request)
+                self._table(step)
 
     def jobs(self, requests: Sequence[Request], engine: GetEngine) -> list[Job]:
         """Return a job for each checked request: its texts are encoded and its first latents are made.
 
         Raises SettingError, EngineError for a size that no engine supports, NotFinite.
         """
-        shapes = [self.latent_shape(request) for request in requests]
-        tables = [self._table(request) for request in requests]
-        for _, height, width in set(shapes) if self._engines.given is None else ():  # fail before the texts are encoded
-            self._engines.choose("unet", height=height, width=width)
-            tiles = tiling(self._engines, "vae_decoder", self._model.vae_factor, height, width)
-            self._engines.choose("vae_decoder", **(tiles.dims if tiles else {"height": height, "width": width}))
+        chains = [self._passes(request) for request in requests]
+        for step in itertools.chain(*chains) if self._engines.given is None else ():  # fail before the texts are encoded
+            self._check_engines(step)
         texts = [
-            Texts.of(request, steps=table.steps, conditioner=self._conditioner, guided=self._guided(request))
-            for request, table in zip(requests, tables, strict=True)
+            Texts.of(
+                step.request,
+                steps=self._table(step).steps,
+                passed=sum(self._table(before).steps for before in chain[:k]),
+                conditioner=self._conditioner,
+                guided=self._guided(step.request),
+            )
+            for chain in chains
+            for k, step in enumerate(chain)
         ]
         conditions = self._conditioner.encode([text.wordings for text in texts], engine)
-        for (_, height, width), encoded in zip(shapes, conditions, strict=True) if self._engines.given is None else ():
-            sequence = len(next(iter(encoded.values())).hidden)
-            self._engines.choose("unet", height=height, width=width, sequence=sequence)
-        return [self._job(*parts, engine) for parts in zip(requests, shapes, tables, texts, conditions, strict=True)]
+        stages = iter(
+            [
+                _Stage(step=step, shape=self.latent_shape(step.request), table=self._table(step), texts=text, conditions=encoded)
+                for step, text, encoded in zip(itertools.chain(*chains), texts, conditions, strict=True)
+            ]
+        )
+        grouped = [[next(stages) for _ in chain] for chain in chains]
+        for stage in itertools.chain(*grouped) if self._engines.given is None else ():
+            _, height, width = stage.shape
+            self._engines.choose("unet", height=height, width=width, sequence=stage.sequence)
+        return [self._chained(request, stages, engine) for request, stages in zip(requests, grouped, strict=True)]
+
+    def _check_engines(self, step: Pass) -> None:
+        """Raises EngineError if no engine supports a pass."""
+        _, height, width = self.latent_shape(step.request)
+        encodes = step.resize in PIXEL_KERNELS
+        try:
+            self._engines.choose("unet", height=height, width=width)
+            for component in ("vae_decoder", *(["vae_encoder"] if encodes else [])):
+                per_cell = self._model.vae_factor // role(component).factor(self._model.vae_factor)
+                tiles = tiling(self._engines, component, self._model.vae_factor, height, width)
+                self._engines.choose(
+                    component, **(tiles.dims if tiles else {"height": height * per_cell, "width": width * per_cell})
+                )
+        except EngineError as error:
+            if step.resize is None:
+                raise
+            raise EngineError(f"hires: {error}") from error
+
+    def _passes(self, request: Request) -> tuple[Pass, ...]:
+        return passes_of(request, self.task, self._size(request), self._model.size_multiple)
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        """Return (width, height) of what the first pass generates."""
+        _, height, width = self.latent_shape(request)
+        return width * self._model.vae_factor, height * self._model.vae_factor
+
+    def generated_size(self, request: Request) -> tuple[int, int]:
+        """Return (width, height) of what the last pass generates. Raises SettingError."""
+        return self._size(self._passes(request)[-1].request)
 
     def latent_shape(self, request: Request) -> Shape:
-        """Return the shape of a request's latents. Raises SettingError for a size the model does not support."""
+        """Return the shape of a request's latents in its first pass. Raises SettingError for an unsupported size."""
         width, height = request.size or self._model.default_size[::-1]
         part = request.inpaints and request.mask_padding is not None  # the image may have any size
         image = f"the {'extended ' if any(request.extend) else ''}image is"
@@ -124,28 +201,33 @@ class JobFactory:
             origin=(height // factor, width // factor) if request.seed_resize else None,
         )
 
-    def _table(self, request: Request) -> Table:
-        strength = start_strength(request, self.task)
+    def _table(self, step: Pass) -> Table:
+        request, strength = step.request, step.strength
         options = repr(sorted(request.options.items()))
         key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, options)
         if key not in self._tables:
             if len(self._tables) >= KEPT_TABLES:
                 self._tables.clear()
-            self._tables[key] = compile_table(
-                self.schedule,
-                steps=steps_beside(request.sigmas, request.steps),
-                sigmas=request.sigmas,
-                sampler=request.sampler,
-                schedule=request.schedule,
-                strength=strength,
-                **request.options,
-            )
+            try:
+                self._tables[key] = compile_table(
+                    self.schedule,
+                    steps=steps_beside(request.sigmas, request.steps),
+                    sigmas=request.sigmas,
+                    sampler=request.sampler,
+                    schedule=request.schedule,
+                    strength=strength,
+                    **request.options,
+                )
+            except SettingError as error:
+                if step.resize is None:
+                    raise
+                raise type(error)(f"hires: {error}") from error
         return self._tables[key]
 
-    def _start(
-        self, request: Request, shape: Shape, size: tuple[int, int], table: Table, noise: ImageNoise, engine: GetEngine
-    ) -> Start:
+    def _start(self, stage: _Stage, size: tuple[int, int], noise: ImageNoise, engine: GetEngine, before: Array | None) -> Start:
+        """Return the start of a pass. `before`: the latents that the pass before has left."""
         width, height = size
+        request = stage.step.request
         encoder = functools.partial(engine, "vae_encoder", height=height, width=width)
 
         def encode(pixels: Array, draw: Array) -> Array:
@@ -158,22 +240,49 @@ class JobFactory:
             [latents] = latent.encode_mode(pixels[None], encoder(), self._folder)
             return latents
 
+        if before is not None and stage.step.resize in PIXEL_KERNELS:
+            decoder = engine("vae_decoder", height=before.shape[1], width=before.shape[2])
+            [decoded] = latent.decode(before[None], decoder, self._model, lambda _: "after the first pass", self._folder)
+            request = replace(request, image=resample(to_uint8(decoded), size, PIXEL_KERNELS[stage.step.resize]))
         setting = Setting(
             request=request,
-            table=table,
-            shape=shape,
+            table=stage.table,
+            shape=stage.shape,
             size=size,
             noise=noise,
             encode=encode,
             encode_mode=encode_mode,
         )
+        if before is not None and stage.step.resize in LATENT_KERNELS:
+            resized = resize.resized(before, stage.shape[1:], LATENT_KERNELS[stage.step.resize])
+            return Start(latents=setting.noised(resized, setting.first_noise()))
         return task_start(request, self.task)(setting)
 
-    def _job(self, request: Request, shape: Shape, table: Table, texts: Texts, conditions: Conditions, engine: GetEngine) -> Job:
+    def _chained(self, request: Request, stages: Sequence[_Stage], engine: GetEngine) -> Job:
+        """Return the job of a request's passes: that of the first one, which the others follow."""
+        job = self._linked(stages, engine)
+        size = self._size(request)
+        lines = [rounded_line(request, size, self._size(stage.step.request)) for stage in stages[1:]]
+        job.warnings = (
+            *dict.fromkeys(line for stage in stages for line in self._lines(stage)),
+            *(line for line in lines if line is not None),
+        )
+        return job
+
+    def _linked(self, stages: Sequence[_Stage], engine: GetEngine, before: Array | None = None) -> Job:
+        stage, *rest = stages
+        job = self._job(stage, engine, before)
+        if rest:
+            steps = sum(stage.table.steps for stage in rest)
+            job.following = Following(steps=steps, start=lambda latents: self._linked(rest, engine, latents))
+        return job
+
+    def _job(self, stage: _Stage, engine: GetEngine, before: Array | None) -> Job:
+        request, table, shape = stage.step.request, stage.table, stage.shape
         noise = self._noise(request)
-        size = shape[2] * self._model.vae_factor, shape[1] * self._model.vae_factor
-        start = self._start(request, shape, size, table, noise, engine)
-        encoded = texts.encoded(conditions, zero_absent=self._model.zero_empty_negative)
+        size = self._size(request)
+        start = self._start(stage, size, noise, engine, before)
+        encoded = stage.encoded(zero_absent=self._model.zero_empty_negative)
         more: list[dict[str, Array]] = [{}, {}]  # of the prompt, and of the negative prompt
         if self._time_ids is not None:
             more = [{TIME_IDS: ids} for ids in reversed(time_ids(request, size, self._time_ids))]
@@ -194,12 +303,14 @@ class JobFactory:
             sampler=request.sampler or self.sampler,
             bundle=self._folder,
             cut=encoded[0][0][1].cut,
-            warnings=(
-                *self._tile_lines(shape),
-                *cut_lines(pair for pairs in encoded.values() for pair in pairs),
-                *self._unused(request),
-            ),
         )
+
+    def _lines(self, stage: _Stage) -> Iterator[str]:
+        """Yield lines for the user about a pass."""
+        encoded = stage.encoded(zero_absent=self._model.zero_empty_negative)
+        yield from self._tile_lines(stage.shape)
+        yield from cut_lines(pair for pairs in encoded.values() for pair in pairs)
+        yield from self._unused(stage.step.request)
 
     def _guided(self, request: Request) -> bool:
         """Return whether a request takes an unconditional row. A distilled model takes the guidance as an input instead."""

@@ -19,7 +19,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.tasks import Task
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
-from sdruntime.pipeline.request import MaskFill, Request
+from sdruntime.pipeline.request import HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.sampling.noise.image import Rng
 from sdruntime.sampling.own_sigmas import own_steps
@@ -40,6 +40,14 @@ A1111_FILLS: Mapping[MaskFill, str | None] = {
     "fill": "fill",
     "noise": "latent noise",
     "zeros": "latent nothing",
+}
+A1111_UPSCALERS: Mapping[HiresResize, str] = {
+    "latent": "Latent",
+    "latent-bicubic": "Latent (bicubic)",
+    "latent-nearest": "Latent (nearest)",
+    "latent-nearest-exact": "Latent (nearest-exact)",
+    "lanczos": "Lanczos",
+    "nearest": "Nearest",
 }
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -115,6 +123,8 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
     """Return the infotext of an image of `size`, (width, height) in pixels."""
     options = dict(request.options)
     eta = options.pop("eta", None)
+    strengths = [request.strength] if request.pixels is not None else []
+    strengths += [request.hires_strength] if request.hires else []
     settings = {
         "Steps": request.steps if origin.steps is None else origin.steps,
         "Sampler": origin.sampler,
@@ -126,10 +136,14 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Variation seed": request.variation_seed if request.variation_strength else None,
         "Variation seed strength": request.variation_strength or None,
         "Seed resize from": _size(request.seed_resize),
-        "Denoising strength": None if request.pixels is None else request.strength,
+        "Denoising strength": strengths[0] if strengths else None,  # of the web UI's two passes, that of the second
         "Init image hash": None if request.pixels is None else image_hash(request.pixels),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
         **_mask_settings(request),
+        "Hires upscale": request.hires,
+        "Hires steps": request.hires_steps if request.hires else None,
+        "Hires upscaler": A1111_UPSCALERS[request.hires_resize] if request.hires else None,
+        "Hires denoising strength": strengths[1] if len(strengths) > 1 else None,
         "Image CFG scale": request.image_guidance if origin.task == "instruct_pix2pix" else None,
         "Schedule": origin.ours or None,
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,

@@ -69,7 +69,7 @@ class Stream:
         self._states.close()
 
     def _run(self) -> Generator[State, None, None]:
-        steps = max(job.run.steps for job in self.jobs)
+        steps = max(job.steps for job in self.jobs)
         steppers = self._device_steppers if self._on_device else self._pipe.steppers
         with contextlib.closing(self._pipe.loop(self.jobs, steppers)) as loop:
             for step, _ in enumerate(loop, start=1):
@@ -244,13 +244,15 @@ class Pipeline:
         return self._factory.jobs(requests, self.engine)
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
-        """Return (channels, height, width) of a request's latents. Raises SettingError for a size the model does not support."""
+        """Return (channels, height, width) of a request's latents in its first pass.
+
+        Raises SettingError for a size the model does not support.
+        """
         return self._factory.latent_shape(request)
 
     def image_size(self, request: Request) -> tuple[int, int]:
         """Return (width, height) of a request's image. Raises SettingError for a size the model does not support."""
-        _, height, width = self.latent_shape(request)
-        return result_size(request, (width * self.model.vae_factor, height * self.model.vae_factor))
+        return result_size(request, self._factory.generated_size(request))
 
     def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
         """Return the loop `denoise`, which the pipeline closes with itself. `steppers`: `self.steppers` or `device_steppers`."""
@@ -287,7 +289,8 @@ class Pipeline:
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
         tiles = self._tiling("vae_decoder", *job.run.x.shape[1:])
-        size = job.run.x.shape[2] * self.model.vae_factor, job.run.x.shape[1] * self.model.vae_factor
+        _, height, width = self.latent_shape(request)
+        size = width * self.model.vae_factor, height * self.model.vae_factor
         tile = tiles.text if tiles else ""
         return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tile, size=size)
 

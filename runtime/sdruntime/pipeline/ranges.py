@@ -58,6 +58,9 @@ RANGES: Mapping[str, Range] = {
     "mask_blur": Range(0, 64),
     "aesthetic_score": Range(0, 10),
     "negative_aesthetic_score": Range(0, 10),
+    "hires": Range(1, 8, above=True),
+    "hires_strength": Range(0, 1, above=True),
+    "hires_steps": Range(1, MOST_STEPS, whole=True),
 }
 # the defaults
 NUMBERS: Mapping[str, Any] = {
@@ -73,6 +76,9 @@ NUMBERS: Mapping[str, Any] = {
     "mask_blur": 0.0,
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
+    "hires": None,
+    "hires_strength": 0.7,
+    "hires_steps": None,
 }
 
 # Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.

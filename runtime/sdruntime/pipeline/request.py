@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -25,7 +25,15 @@ from sdruntime.sampling.samplers.keys import check_options
 
 MOST_IMAGES = 10_000  # of one call
 MaskFill = Literal["original", "fill", "noise", "zeros"]
+HiresResize = Literal["latent", "latent-bicubic", "latent-nearest", "latent-nearest-exact", "lanczos", "nearest"]
+HIRES_RESIZES: tuple[HiresResize, ...] = get_args(HiresResize)
 MASK_FILLS: tuple[MaskFill, ...] = ("original", "fill", "noise", "zeros")
+CHOICES: Mapping[str, Sequence[str]] = {
+    "prompt_syntax": SYNTAXES,
+    "emphasis": EMPHASES,
+    "mask_fill": MASK_FILLS,
+    "hires_resize": HIRES_RESIZES,
+}
 
 
 # Arguments of diffusers' pipelines, and the setting to write instead.
@@ -79,6 +87,10 @@ class Request:
     the whole. `mask_fill`: what the masked part starts from, "original", "fill" (the colours around it), "noise" or "zeros" (of
     latents). `overlay`: put the pixels that the mask keeps back over the result, as `mask_padding` always does.
 
+    `hires`: a second pass, image to image, at so many times the size, rounded down to a valid one. `hires_strength` is its
+    strength, `hires_steps` its steps, None for `steps`. `hires_resize`: how to resize between the passes: the latents, or with
+    "lanczos" and "nearest" the decoded image, which is encoded again.
+
     `prompt_2`, `negative_2`: texts for the second text encoder of a model that has two, None for the same as for the first.
     `prompt_syntax`: "plain" takes all texts as they are and cuts them at the encoder's length. "a1111" reads the syntax of
     AUTOMATIC1111's web UI: emphasis, BREAK, prompt editing and alternation, in texts of any length. `emphasis`: how "a1111"
@@ -129,6 +141,10 @@ class Request:
     extend: tuple[int, int, int, int] = (0, 0, 0, 0)
     aesthetic_score: float = NUMBERS["aesthetic_score"]
     negative_aesthetic_score: float = NUMBERS["negative_aesthetic_score"]
+    hires: float | None = NUMBERS["hires"]
+    hires_strength: float = NUMBERS["hires_strength"]
+    hires_steps: int | None = NUMBERS["hires_steps"]
+    hires_resize: HiresResize = "latent"
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -136,7 +152,8 @@ class Request:
             if not isinstance(text, str) and (name == "prompt" or text is not None):
                 raise SettingError(f"{name} {shown(text)}: expected text")
         for name, allowed in RANGES.items():
-            object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
+            if getattr(self, name) is not None or NUMBERS[name] is not None:
+                object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", sigmas_of(self.sigmas))
         for name in ("size", "seed_resize", "original_size", "target_size"):
@@ -157,7 +174,7 @@ class Request:
         check_options(self.options)
         if self.fit is not None and self.fit not in FITS:
             raise UnknownName("fit", str(self.fit), FITS)
-        for name, known in (("prompt_syntax", SYNTAXES), ("emphasis", EMPHASES), ("mask_fill", MASK_FILLS)):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UnknownName(name, str(getattr(self, name)), known)
         if self.rng not in RNGS:
@@ -181,6 +198,8 @@ class Request:
         object.__setattr__(self, "mask", mask)
 
     def _check_canvas(self) -> None:
+        if self.hires is not None and self.inpaints:
+            raise SettingError(f"hires {self.hires:g} with a mask or an extension, which has one pass: omit one of them")
         if any(self.extend) and self.pixels is None:
             raise SettingError("extend: it adds to an image: pass the image too, as image=… (--image)")
         if self.mask_padding is not None and self.fit is not None:
@@ -254,6 +273,12 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
     ]
     lines += [f"fit {request.fit!r} has no effect without an image" for request in text_only if request.fit is not None]
     lines += [line for request in requests for line in _unused_of_a_mask(request)]
+    lines += [
+        f"{name} {getattr(request, name)} has no effect without hires"
+        for request in requests
+        for name in ("hires_strength", "hires_steps", "hires_resize")
+        if request.hires is None and getattr(request, name) != DEFAULTS[name]
+    ]
     lines += [
         f"emphasis {request.emphasis!r} has no effect in the prompt syntax 'plain'"
         for request in requests

@@ -24,10 +24,10 @@ class Texts:
     no_negative: bool
 
     @classmethod
-    def of(cls, request: Request, *, steps: int, conditioner: Conditioner, guided: bool) -> Texts:
+    def of(cls, request: Request, *, steps: int, conditioner: Conditioner, guided: bool, passed: int = 0) -> Texts:
         """Return the texts of a request over its model calls; if `guided`, with the negative prompt.
 
-        Raises SettingError for what the text encoders do not support.
+        `passed`: the model calls of a pass before this one. Raises SettingError for what the text encoders do not support.
         """
         most, encoders = conditioner.most_skipped, len(conditioner.tokenizers)
         if request.clip_skip > most:
@@ -42,7 +42,7 @@ class Texts:
             skip = 0 if request.prompt_syntax == "plain" else request.clip_skip  # diffusers' negative prompt skips nothing
             parts.append((request.negative or "", request.negative_2, skip))
         syntax, emphasis = request.prompt_syntax, request.emphasis
-        read = [over_steps(Wording(text, second, syntax, emphasis, skip), steps) for text, second, skip in parts]
+        read = [over_steps(Wording(text, second, syntax, emphasis, skip), steps, passed) for text, second, skip in parts]
         at: dict[int, tuple[Wording, ...]] = {}
         current = [wordings[0] for wordings in read]
         for step in sorted(set().union(*read)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,14 @@ IN_FLIGHT = 2  # default number of steps queued on a device before the host wait
 Row = Mapping[str, Array]  # inputs of the UNet by name, for one row of a call: without the batch axis, read-only
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Following:
+    """The pass that follows: `steps` of it and of those after it; `start` makes its job from the latents that this one leaves."""
+
+    steps: int
+    start: Callable[[Array], Job]
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """One image in progress. `run.x`, float32 [C, h, w], is its latents; between steps the caller may read and edit it.
@@ -25,8 +33,9 @@ class Job:
     guidance the conditional row alone; with an image as a second condition (unconditional, image, conditional), of which
     `image_guidance` weighs the first two. `changes`: step -> the rows from that step on, of the same names and shapes, if the
     prompt is edited on the way. `kept`: the part of an image that inpainting puts back after each step. Set `stopped` to leave
-    the job as it is. For messages: `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for users.
-    `error`: the error that ended the job's call. The job is then where it was before the call, or is lost with a device's state.
+    the job as it is. `following`: the pass that the job goes on to once `run` is done; `passed`: the steps of those before.
+    For messages: `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for users. `error`: the error that
+    ended the job's call. The job is then where it was before the call, or is lost with a device's state.
     """
 
     run: Run
@@ -40,12 +49,32 @@ class Job:
     cut: str = ""
     warnings: tuple[str, ...] = ()
     bundle: Path | None = None  # the bundle's folder, for messages
+    following: Following | None = None
+    passed: int = 0
     stopped: bool = False
     error: Exception | None = None
 
     @property
     def done(self) -> bool:
-        return self.stopped or self.run.done
+        return self.stopped or (self.run.done and self.following is None)
+
+    @property
+    def step(self) -> int:
+        """Number of steps done, over all passes."""
+        return self.passed + self.run.step
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, over all passes."""
+        return self.passed + self.run.steps + (self.following.steps if self.following else 0)
+
+    def proceed(self) -> None:
+        """Go on to the pass that follows: take over its run and its inputs."""
+        assert self.following is not None
+        following, passed = self.following.start(self.run.x), self.passed + self.run.steps
+        for name in ("run", "rows", "changes", "guidance", "image_guidance", "rescale", "kept", "sampler", "bundle", "following"):
+            setattr(self, name, getattr(following, name))
+        self.passed = passed
 
     @property
     def guided(self) -> bool:
@@ -91,13 +120,13 @@ class Stepper(Protocol):
 
 
 def at(step: int, job: Job) -> str:
-    """Describe a step of a job, for messages."""
-    return f"step {step} of {job.run.steps}" + (f", sampler {job.sampler}" if job.sampler else "")
+    """Describe a step of a job, over all passes, for messages."""
+    return f"step {step} of {job.steps}" + (f", sampler {job.sampler}" if job.sampler else "")
 
 
 def after(job: Job) -> str:
     """Describe how far a job has come, for messages."""
-    return f"after {at(job.run.step, job)}"
+    return f"after {at(job.step, job)}"
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:

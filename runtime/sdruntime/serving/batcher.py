@@ -312,7 +312,7 @@ class Batcher:
 
 def _report_progress(job: Job, entry: _Entry) -> None:
     """Call `progress` once per step."""
-    if entry.progress is not None and entry.reported != job.run.step:
-        entry.reported = job.run.step
+    if entry.progress is not None and entry.reported != job.step:
+        entry.reported = job.step
         latents, clean = (job.run.x.copy(), job.run.clean) if entry.preview else (None, None)
-        entry.progress(Progress(step=job.run.step, steps=job.run.steps, latents=latents, clean=clean))
+        entry.progress(Progress(step=job.step, steps=job.steps, latents=latents, clean=clean))

@@ -11,7 +11,7 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.request import DEFAULTS, MaskFill, Request
+from sdruntime.pipeline.request import DEFAULTS, HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
 from sdruntime.sampling.noise.image import Rng
@@ -94,6 +94,10 @@ class RequestMessage:
     extend: tuple[int, int, int, int] = DEFAULTS["extend"]
     aesthetic_score: float = DEFAULTS["aesthetic_score"]
     negative_aesthetic_score: float = DEFAULTS["negative_aesthetic_score"]
+    hires: float | None = None
+    hires_strength: float = DEFAULTS["hires_strength"]
+    hires_steps: int | None = None
+    hires_resize: HiresResize = DEFAULTS["hires_resize"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -141,6 +145,10 @@ class RequestMessage:
             extend=self.extend,
             aesthetic_score=self.aesthetic_score,
             negative_aesthetic_score=self.negative_aesthetic_score,
+            hires=self.hires,
+            hires_strength=self.hires_strength,
+            hires_steps=self.hires_steps,
+            hires_resize=self.hires_resize,
         )
 
 

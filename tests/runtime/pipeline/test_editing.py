@@ -43,6 +43,21 @@ def test_alternation() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a:b:0.5]", [(0, "b")]),  # done in the first pass
+        ("[a:b:1.0]", [(0, "b")]),
+        ("[a:b:1.5]", [(0, "a"), (5, "b")]),  # shares above 1 are of the second pass
+        ("[a:b:20]", [(0, "b")]),  # numbers of steps count from the beginning of the first
+        ("[a:b:23]", [(0, "a"), (3, "b")]),
+        ("[a|b]", [(k, "ab"[k % 2]) for k in range(10)]),
+    ],
+)
+def test_the_texts_of_a_second_pass_are_those_of_the_web_ui(text: str, expected: list[tuple[int, str]]) -> None:
+    assert schedule(text, 10, passed=20) == expected
+
+
+@pytest.mark.parametrize(
     "text",
     [
         *("a [unbalanced", "a] b", "[a:3", "[a:b]", "[a:b:c:3]", "(a:b:c)", "[(b:3]", "[a):3]", "[b]:3]", "[[a:b]:3]", "[a:x3]"),

@@ -168,6 +168,16 @@ def test_settings_of_a_mask() -> None:
     assert not (told.keys() | {"Extend", "Overlay"}) & plain.keys()
 
 
+def test_settings_of_two_passes_have_the_web_ui_s_names() -> None:
+    found = read(Request(prompt="x", hires=1.5, hires_steps=7, hires_strength=0.6, hires_resize="latent-bicubic"), {})
+    told = {"Hires upscale": "1.5", "Hires steps": "7", "Hires upscaler": "Latent (bicubic)", "Denoising strength": "0.6"}
+    assert told.items() <= found.items()
+    image = np.zeros((64, 64, 3), np.uint8)
+    both = read(Request(prompt="x", image=image, strength=0.5, hires=2, hires_strength=0.6), {})
+    assert (both["Denoising strength"], both["Hires denoising strength"], both["Hires upscaler"]) == ("0.5", "0.6", "Latent")
+    assert not {"Hires upscale", "Hires steps"} & read(Request(prompt="x"), {}).keys()
+
+
 def test_every_sampler_has_a_name_that_its_own_request_resolves_to() -> None:
     for name, row in SAMPLERS.items():
         config = {"prediction_type": "flow_prediction"} if name.startswith("flow") else {}
@@ -200,10 +210,18 @@ def again(found: dict[str, str]) -> list[str]:
         "--mask-blur": "Mask blur",
         "--mask-padding": "Masked area padding",
         "--extend": "Extend",
+        "--hires": "Hires upscale",
+        "--hires-steps": "Hires steps",
+        "--hires-strength": "Hires denoising strength",
     }
     arguments += ["--rng", {"CPU": "cpu", "NV": "cuda"}[found["RNG"]]]
     if "Seed resize from-1" in found:
         arguments += ["--seed-resize", f"{found['Seed resize from-1']}x{found['Seed resize from-2']}"]
+    if "Hires upscale" in found:
+        upscalers = {"Latent": "latent", "Latent (bicubic)": "latent-bicubic", "Lanczos": "lanczos"}
+        arguments += ["--hires-resize", upscalers[found["Hires upscaler"]]]
+        if "Init image hash" not in found:
+            optional["--hires-strength"] = optional.pop("--strength")
     fills = {"fill": "fill", "latent noise": "noise", "latent nothing": "zeros"}
     arguments += ["--mask-fill", fills.get(found.get("Masked content", ""), "original")]
     arguments += ["--overlay"] if "Overlay" in found else []
@@ -237,6 +255,8 @@ def again(found: dict[str, str]) -> list[str]:
         ["--sampler", "DPM++ 2M", "--sigmas", "10,2,0.5,0.1,1e-3", "--image", "start.png", "--strength", "0.75"],
         ["--image", "start.png", "--mask", "mask.png", "--mask-blur", "1.5", "--mask-fill", "noise", "--overlay"],
         ["--image", "start.png", "--mask", "mask.png", "--mask-padding", "3", "--mask-fill", "fill"],
+        ["--hires", "2", "--size", "64x64", "--hires-steps", "6", "--hires-strength", "0.6", "--hires-resize", "latent-bicubic"],
+        ["--hires", "1.5", "--hires-resize", "lanczos", "--image", "start.png", "--strength", "0.6"],
         ["--image", "start.png", "--extend", "0,64,0,0", "--strength", "1"],
     ],
     ids=" ".join,

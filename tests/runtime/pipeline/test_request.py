@@ -68,6 +68,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("extend", (64, 0), r"extend \(64, 0\): expected \(left, top, right, bottom\) in pixels"),
     ("extend", (0, 0, -8, 0), "extend: right -8 is outside 0 to 16,384"),
     ("extend", (0, 0, 8, 0), r"extend: it adds to an image: pass the image too, as image=… \(--image\)"),
+    ("hires", 1, r"hires 1 is outside 1 \(excluded\) to 8"),
+    ("hires", "2", r"hires '2': expected a number from 1 \(excluded\) to 8"),
+    ("hires_steps", 0, "hires_steps 0 is outside 1 to 1,000"),
+    ("hires_strength", 0, r"hires_strength 0 is outside 0 \(excluded\) to 1"),
+    ("hires_strength", None, "hires_strength None: expected a number"),
+    ("hires_resize", "Latent", "unknown hires_resize 'Latent'"),
     ("prompt", None, "prompt None: expected text"),
     ("negative", 3, "negative 3: expected text"),
     ("sampler", 3, "sampler 3: expected text"),
@@ -113,7 +119,17 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
     given = vars(parser().parse_args(["generate", "bundle", "a cat", "-o", "out.png"]))
     for name in ("steps", "sigmas", "guidance", "image_guidance", "mask", "rescale", "negative", "sampler", "schedule", "fit"):
         assert given[name] == DEFAULTS[name]
-    for name in ("mask_blur", "mask_padding", "mask_fill", "overlay", "extend"):
+    for name in (
+        "mask_blur",
+        "mask_padding",
+        "mask_fill",
+        "overlay",
+        "extend",
+        "hires",
+        "hires_strength",
+        "hires_steps",
+        "hires_resize",
+    ):
         assert given[name] == DEFAULTS[name]
     with pytest.raises(SystemExit):
         parser().parse_args(["generate", "--help"])
@@ -128,6 +144,7 @@ def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed", "variation_seed"}
     assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis", "clip_skip"} <= shared
     assert {"mask_blur", "mask_padding", "mask_fill", "overlay", "extend"} <= shared
+    assert {"hires", "hires_strength", "hires_steps", "hires_resize"} <= shared
     assert {"steps", "guidance", "image_guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
 

@@ -31,9 +31,10 @@ class _Edit:
     after: Sequence[_Part]
     when: str
 
-    def last(self, steps: int) -> int:
-        """Return the number of steps that show `before`."""
-        share = float(self.when) * (steps if "." in self.when else 1)
+    def last(self, steps: int, passed: int) -> int:
+        """Return the number of steps that show `before`, of a pass of `steps` after `passed` steps of the one before."""
+        share = float(self.when)
+        share = (share - bool(passed)) * steps if "." in self.when else share - passed
         return int(max(0.0, min(float(steps), share)))
 
 
@@ -84,29 +85,30 @@ class _NotASchedule(Exception):
     """The text as a whole is not of the grammar, so that none of it is editing."""
 
 
-def schedule(text: str, steps: int) -> list[tuple[int, str]]:
+def schedule(text: str, steps: int, passed: int = 0) -> list[tuple[int, str]]:
     """Return the texts of a prompt over `steps` steps, as (the step from which it holds, from 0; text).
 
-    Neighbours differ. Raises SettingError if there are more than MOST_TEXTS texts.
+    `passed`: the steps of a first pass, before this one. As in the web UI, numbers of steps then count from its beginning, and
+    shares above 1 are of this pass. Neighbours differ. Raises SettingError if there are more than MOST_TEXTS texts.
     """
     try:
         parts = _parsed(text)
     except _NotASchedule:
         return [(0, text)]
-    changes, periods = _occurring(parts, steps)
+    changes, periods = _occurring(parts, steps, passed)
     texts: dict[tuple[int, ...], str] = {}
     result: list[tuple[int, str]] = []
-    passed = 0
+    reached = 0
     for step in range(steps) if periods else sorted({0, *(change for change in changes if change < steps)}):
-        while passed < len(changes) and changes[passed] <= step:
-            passed += 1
-        key = (passed, *(step % period for period in periods))
+        while reached < len(changes) and changes[reached] <= step:
+            reached += 1
+        key = (reached, *(step % period for period in periods))
         if key not in texts:
             if len(texts) == MOST_TEXTS:
                 raise SettingError(
                     f"the prompt changes to more than {MOST_TEXTS} texts in {steps:,} steps: use fewer [a|b] or [a:b:when] in it"
                 )
-            texts[key] = _at(parts, step, steps)
+            texts[key] = _at(parts, step, steps, passed)
         if not result or result[-1][1] != texts[key]:
             result.append((step, texts[key]))
     return result
@@ -149,13 +151,13 @@ def _parsed(text: str) -> list[_Part]:
     return top
 
 
-def _occurring(parts: Sequence[_Part], steps: int) -> tuple[list[int], list[int]]:
+def _occurring(parts: Sequence[_Part], steps: int, passed: int) -> tuple[list[int], list[int]]:
     """Return the steps at which an edit changes the text, and the lengths of the alternations."""
     changes, periods, left = set(), set(), [parts]
     while left:
         for part in left.pop():
             if isinstance(part, _Edit):
-                changes.add(part.last(steps))
+                changes.add(part.last(steps, passed))
                 left += [part.before, part.after]
             elif isinstance(part, _Alternation):
                 periods.add(len(part.options))
@@ -165,7 +167,7 @@ def _occurring(parts: Sequence[_Part], steps: int) -> tuple[list[int], list[int]
     return sorted(changes), sorted(periods)
 
 
-def _at(parts: Sequence[_Part], step: int, steps: int) -> str:
+def _at(parts: Sequence[_Part], step: int, steps: int, passed: int) -> str:
     """Return the text at a step, from 0."""
     texts, left = [], [iter(parts)]
     while left:
@@ -177,7 +179,7 @@ def _at(parts: Sequence[_Part], step: int, steps: int) -> str:
         elif isinstance(part, _Group):
             left.append(iter(part.parts))
         elif isinstance(part, _Edit):
-            left.append(iter(part.before if step < part.last(steps) else part.after))
+            left.append(iter(part.before if step < part.last(steps, passed) else part.after))
         else:
             left.append(iter(part.options[step % len(part.options)]))
     return "".join(texts)

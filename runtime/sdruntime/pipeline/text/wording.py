@@ -37,15 +37,15 @@ class Wording:
         return Wording("", syntax=self.syntax, skip=self.skip)
 
 
-def over_steps(wording: Wording, steps: int) -> dict[int, Wording]:
+def over_steps(wording: Wording, steps: int, passed: int = 0) -> dict[int, Wording]:
     """Return the wordings of a run of `steps` steps, each by the step from which it holds, from 0; more than one if it is edited.
 
-    Raises SettingError for a text over 64 KiB or of too many changes.
+    `passed`: the steps of a pass before this one. Raises SettingError for a text over 64 KiB or of too many changes.
     """
     if wording.syntax == "plain":
         return {0: wording}
-    texts = _edited(wording.text, steps)
-    seconds = {} if wording.second is None else _edited(wording.second, steps)
+    texts = _edited(wording.text, steps, passed)
+    seconds = {} if wording.second is None else _edited(wording.second, steps, passed)
     changed: dict[int, Wording] = {}
     for step in sorted({*texts, *seconds}):
         wording = replace(wording, text=texts.get(step, wording.text), second=seconds.get(step, wording.second))
@@ -53,6 +53,6 @@ def over_steps(wording: Wording, steps: int) -> dict[int, Wording]:
     return changed
 
 
-def _edited(text: str, steps: int) -> dict[int, str]:
+def _edited(text: str, steps: int, passed: int) -> dict[int, str]:
     check_text(text)
-    return dict(schedule(text, steps))
+    return dict(schedule(text, steps, passed))
