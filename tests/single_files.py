@@ -6,7 +6,7 @@ Written from diffusers' side, block by block, so that it shares nothing with `sd
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,23 @@ def write_single_file(folder: Path, file: Path, *, metadata: Mapping[str, str] |
     return file
 
 
-def single_file_tensors(folder: Path) -> Weights:
-    """Return the checkpoint's tensors by their original names."""
-    unet, vae = _loaded(folder / "unet"), _loaded(folder / "vae")
+def single_file_tensors(folder: Path, load: Callable[[Path], Weights] | None = None) -> Weights:
+    """Return the checkpoint's tensors by their original names. `load`: what reads the weights of a network's folder."""
+    load = load or _loaded
+    unet, vae = load(folder / "unet"), load(folder / "vae")
     config = json.loads((folder / "unet" / "config.json").read_text())
     tensors = {UNET + name: tensor for name, tensor in _unet(unet, len(config["block_out_channels"])).items()}
     levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
     tensors |= {VAE + name: tensor for name, tensor in _vae(vae, levels).items()}
     if not (folder / "text_encoder").is_dir():
-        tensors |= _open_clip(_loaded(folder / "text_encoder_2"), "conditioner.embedders.0.model.")
+        tensors |= _open_clip(load(folder / "text_encoder_2"), "conditioner.embedders.0.model.")
     elif (folder / "text_encoder_2").is_dir():
-        tensors |= _clip(_loaded(folder / "text_encoder"), "conditioner.embedders.0.transformer.")
-        tensors |= _open_clip(_loaded(folder / "text_encoder_2"), "conditioner.embedders.1.model.")
+        tensors |= _clip(load(folder / "text_encoder"), "conditioner.embedders.0.transformer.")
+        tensors |= _open_clip(load(folder / "text_encoder_2"), "conditioner.embedders.1.model.")
     elif json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_act"] == "gelu":
-        tensors |= _open_clip(_loaded(folder / "text_encoder"), "cond_stage_model.model.", more=1)
+        tensors |= _open_clip(load(folder / "text_encoder"), "cond_stage_model.model.", more=1)
     else:
-        tensors |= _clip(_loaded(folder / "text_encoder"), "cond_stage_model.transformer.")
+        tensors |= _clip(load(folder / "text_encoder"), "cond_stage_model.transformer.")
     return tensors
 
 

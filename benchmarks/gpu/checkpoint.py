@@ -65,7 +65,7 @@ _CLASSES = {
 }
 
 
-def write_checkpoint(folder: Path, model: str, dtype: str = "F16") -> Path:
+def write_checkpoint(folder: Path, model: str, dtype: str = "F16", *, weights: bool = True) -> Path:
     """Write the checkpoint of one of MODELS; return its folder. `dtype`: "F16" or "F32".
 
     Raises ImportError without torch, diffusers and transformers.
@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, model: str, dtype: str = "F16") -> Path:
         write_tokenizer(folder / name, pad)
     end = len(json.loads((folder / "tokenizer" / "vocab.json").read_text())) - 1
     for name, module in _networks(model, end):
-        _write_network(folder / name, module, dtype, transformers=name.startswith("text"))
+        _write_network(folder / name, module, dtype if weights else None, transformers=name.startswith("text"))
     _write(folder / "scheduler" / "scheduler_config.json", _SCHEDULERS[model] | _BETAS)
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
     index |= {name: _CLASSES[name] for name in (*texts, *tokenizers, "unet", "vae")}
@@ -88,6 +88,20 @@ def write_checkpoint(folder: Path, model: str, dtype: str = "F16") -> Path:
     index |= {"force_zeros_for_empty_prompt": True} if xl else {"safety_checker": [None, None], "feature_extractor": [None, None]}
     _write(folder / "model_index.json", index | ({} if xl else {"requires_safety_checker": False}))
     return folder
+
+
+def write_single_file(folder: Path, model: str, dtype: str = "F16") -> Path:
+    """Write the checkpoint of one of MODELS as a file in the original layout; return its path.
+
+    Raises ImportError without torch, diffusers and transformers.
+    """
+    write_checkpoint(folder / "configs", model, weights=False)
+    end = len(json.loads((folder / "configs" / "tokenizer" / "vocab.json").read_text())) - 1
+    states = {name: module.state_dict() for name, module in _networks(model, end)}
+    tensors = importlib.import_module("single_files").single_file_tensors(folder / "configs", lambda path: states[path.name])
+    path = folder / f"{model}.safetensors"
+    write_weights(path, {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}, dtype)
+    return path
 
 
 def _networks(model: str, end: int) -> Iterator[tuple[str, Any]]:
@@ -116,12 +130,14 @@ def _networks(model: str, end: int) -> Iterator[tuple[str, Any]]:
         yield "unet", UNet2DConditionModel.from_config(_UNETS[model])
 
 
-def _write_network(folder: Path, module: Any, dtype: str, *, transformers: bool) -> None:
+def _write_network(folder: Path, module: Any, dtype: str | None, *, transformers: bool) -> None:
     folder.mkdir()
     module.config.to_json_file(str(folder / "config.json")) if transformers else module.save_config(str(folder))
     if transformers:  # `sdexport` checks the class named in the file
         path = folder / "config.json"
         _write(path, json.loads(path.read_text()) | {"architectures": [type(module).__name__]})
+    if dtype is None:
+        return
     name = "model" if transformers else "diffusion_pytorch_model"
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items() if not key.endswith("position_ids")}
     write_weights(folder / f"{name}.safetensors", shapes, dtype)
