@@ -12,7 +12,7 @@ from typing import Any
 
 from sdexport.checkpoint.pipelines import SCORE
 from sdruntime.errors import SdruntimeError
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.ranges import NUMBERS
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.samplers import SAMPLERS
 from sdruntime.sampling.samplers.sampler import CHOICES, DEFAULTED
@@ -40,7 +40,7 @@ _IDLE = frozenset(
     )
 )
 _KNOWN = _IDLE | {key for row in SAMPLERS.values() for key in row.reads}
-_STEPS = Request(prompt="").steps
+_STEPS: int = NUMBERS["steps"]
 GOLDEN_STEPS = (6, 4, 2, 1)  # steps of reference images: the first number that the scheduler has a table for
 
 

@@ -74,6 +74,8 @@ def test_jobs_of_different_steps_samplers_and_guidance_go_together(pipe: Pipelin
         Request(prompt=PROMPT, seed=1, steps=3, sampler="euler_a"),
         Request(prompt="a cat", seed=2, steps=7, sampler="dpmpp_2m", guidance=1.0),
         Request(prompt="red", negative="the", seed=3, steps=5, sampler="unipc", guidance=4.0),
+        Request(prompt="red", seed=4, steps=5, sampler="euler", options={"s_churn": 2.0}, guidance_interval=(0.3, 0.9)),
+        Request(prompt="the", seed=5, steps=3, sampler="ddim", guidance=[7.0, 1.0, 3.0]),
     ]
     assert_near(latents(pipe, *requests, on_device=True), latents(pipe, *requests, on_device=False))
 

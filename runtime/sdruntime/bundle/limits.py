@@ -10,6 +10,7 @@ MOST: Mapping[str, int] = {"batch": 1024, "jobs": 1024, "width": LARGEST_SIDE, "
 MOST_THREADS = 1024
 MOST_CHUNKS = 32  # of one text: inputs of the text encoder whose outputs are joined
 LARGEST_DIM, MOST_AXES = 1 << 28, 8  # for any tensor or profile
+MOST_GUIDANCE = 100
 MODEL: tuple[tuple[str, float, float], ...] = (
     ("scaling_factor", 1e-6, 1e6),
     ("shift_factor", -1e6, 1e6),

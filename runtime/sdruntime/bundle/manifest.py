@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.dimensions import named_in
-from sdruntime.bundle.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES
+from sdruntime.bundle.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES, MOST_GUIDANCE
 from sdruntime.bundle.records import json_from_record, json_from_text, record_from_json, twins
 from sdruntime.bundle.roles import of_kind
-from sdruntime.errors import BundleError, plain, quoted
+from sdruntime.errors import BundleError, SettingError, plain, quoted
+from sdruntime.sampling.samplers import resolve
+from sdruntime.sampling.table import MOST_STEPS
 from sdruntime.system.document import LARGEST
 from sdruntime.system.durable import replace_file
 from sdruntime.system.files import FileFault, FileMissing, Folder
@@ -189,6 +191,26 @@ class LinearPreview:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What the model's authors generate images with, for requests that do not say otherwise; None: nothing is known."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps {self.steps} is outside 1 to {MOST_STEPS:,}")
+        if self.guidance is not None and not 0 <= self.guidance <= MOST_GUIDANCE:
+            raise ValueError(f"guidance {self.guidance:g} is outside 0 to {MOST_GUIDANCE}")
+        if self.sampler is not None:
+            try:
+                resolve(self.sampler)
+            except SettingError as error:
+                raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The properties of the checkpoint that the pipeline needs. Sizes are in pixels, (height, width)."""
 
@@ -203,6 +225,7 @@ class ModelSpec:
     vae_factor: int = 8  # pixels per latent cell
     size_multiple: int = 64  # pixels: the VAE's factor times the UNet's downsampling
     default_size: tuple[int, int] = (512, 512)
+    defaults: Defaults = Defaults()
     pad_token: str = "<|endoftext|>"
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
     license: str = "unknown"  # an SPDX identifier, or the id on the model card

@@ -62,6 +62,7 @@ def generate(options: argparse.Namespace) -> None:
         "sampler": options.sampler,
         "schedule": options.schedule,
         "guidance": options.guidance,
+        "guidance_interval": options.guidance_interval,
         "image_guidance": options.image_guidance,
         "rescale": options.rescale,
         "size": parse_size(options.size) if options.size else None,

@@ -15,7 +15,7 @@ from sdruntime.cli.inspect import doctor, inspect
 from sdruntime.cli.sampling import samplers, table
 from sdruntime.cli.terminal import Parser
 from sdruntime.cli.verify import verify
-from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS
+from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS, WHOLE
 from sdruntime.pipeline.request import HIRES_RESIZES, MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
 from sdruntime.pipeline.text.wording import SYNTAXES
@@ -100,8 +100,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--hires-resize", choices=HIRES_RESIZES, default="latent", help=between)
     sub.add_argument("--fit", choices=["resize", "crop"], help="how to bring --image to the size")
     setting(sub, "strength", "how much of --image is changed", otherwise=False)
-    setting(sub, "steps", "number of denoising steps")
-    setting(sub, "guidance", "how closely to follow the prompt; at 1 or less, the negative prompt has no effect")
+    own = f"the model's own, or {NUMBERS['steps']}"
+    sub.add_argument("--steps", type=int, help=f"number of denoising steps: {RANGES['steps']} ({own})")
+    following = (
+        "how closely to follow the prompt; at 1 or less, the negative prompt has no effect. A list has one number per step"
+    )
+    own = f"the model's own, or {NUMBERS['guidance']}"
+    sub.add_argument("--guidance", type=guidance, metavar="G|G,G,…", help=f"{following}: {RANGES['guidance']} ({own})")
+    limits = "guide only this part of the steps, from 0 to 1, such as 0.2,0.8 (0,1)"
+    sub.add_argument("--guidance-interval", type=numbers, default=WHOLE, metavar="START,END", help=limits)
     setting(sub, "image_guidance", "how closely to follow --image, for models that edit an image")
     setting(sub, "rescale", "guidance rescale")
     sub.add_argument("--seed", type=int, help="seed of the first image; each further image uses the next one (random)")
@@ -192,6 +199,12 @@ def extension(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,5}(,\d{1,5}){3}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r}: expected LEFT,TOP,RIGHT,BOTTOM in pixels, such as 128,0,128,0")
     return tuple(map(int, text.split(",")))
+
+
+def guidance(text: str) -> float | list[float]:
+    """Return a number, or a list of comma-separated ones."""
+    values = numbers(text)
+    return values if len(values) > 1 else values[0]
 
 
 def numbers(text: str) -> list[float]:

@@ -116,24 +116,29 @@ class Call:
             for other in others:
                 self._sample[other] = self._sample[row]
                 self._timestep[other] = job.run.t
+        # the unconditional rows come first: without any guidance at this step, they are not computed
+        skipped = len(self._sample) - len(self.jobs) if all(job.pauses_guidance for job in self.jobs if job.guided) else 0
+        feeds = {name: array[skipped:] for name, array in self._feeds.items()} if skipped else self._feeds
+        describe = lambda row: self._describe(row + skipped)  # noqa: E731
         try:
-            output = checked_rows(self._unet(), self._feeds, self._describe, self.jobs[0].bundle)["out_sample"]
+            output = checked_rows(self._unet(), feeds, describe, self.jobs[0].bundle)["out_sample"]
         except NotFinite as error:
             if error.row is not None:
-                self._job_of(error.row).error = error
+                self._job_of(error.row + skipped).error = error
             raise
         except Exception:
             if len(self.jobs) == 1:
                 raise
             return self._advance_alone()
         for job, (*others, row) in self._rows:
-            model = output[row]
-            if len(others) == 1:
-                model = combine(output[others[0]], model, job.guidance)
-            elif others:
-                model = combine_with_image(output[others[0]], output[others[1]], model, job.guidance, job.image_guidance)
-            if others and job.rescale:
-                model = rescale(model[None], output[row][None], job.rescale)[0]
+            conditional = model = output[row - skipped]
+            guided = bool(others) and not job.pauses_guidance
+            if guided and len(others) == 1:
+                model = combine(output[others[0]], model, job.current_guidance)
+            elif guided:
+                model = combine_with_image(output[others[0]], output[others[1]], model, job.current_guidance, job.image_guidance)
+            if guided and job.rescale:
+                model = rescale(model[None], conditional[None], job.rescale)[0]
             job.run.advance(model)
             if job.kept is not None:
                 job.kept.restore(job.run)

@@ -19,7 +19,7 @@ from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
-from sdruntime.pipeline.ranges import steps_beside
+from sdruntime.pipeline.ranges import WHOLE, steps_beside
 from sdruntime.pipeline.request import HiresResize, Request
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
 from sdruntime.pipeline.tasks.passes import Pass, passes_of, rounded_line
@@ -32,7 +32,7 @@ from sdruntime.pipeline.vae.tile_size import tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
-from sdruntime.sampling.guidance import guidance_embedding
+from sdruntime.sampling.guidance import guidance_embedding, over_calls
 from sdruntime.sampling.job import Following, Job
 from sdruntime.sampling.noise.image import ImageNoise
 from sdruntime.sampling.samplers import identified
@@ -94,25 +94,32 @@ class JobFactory:
         row, _ = identified(self.schedule)
         return str(self.schedule["_class_name"]) if row is None else row.name
 
+    def completed(self, request: Request) -> Request:
+        """Return the request with the model's defaults in place of None."""
+        return request.completed(self._model.defaults)
+
     def forget(self) -> None:
         """Release the encoded texts."""
         self._conditioner.forget()
 
     def check(self, requests: Iterable[Request]) -> None:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
-        for request in requests:
+        for request in map(self.completed, requests):
             check_task(request, self.task)
             check_conditions(request, self._time_ids)
+            if self._guidance_width is not None and len(request.guidances) > 1:
+                raise SettingError("guidance: this model takes one guidance as an input: pass a number, not a list")
             self._noise(request)
             for step in self._passes(request):
                 self.latent_shape(step.request)
-                self._table(step)
+                over_calls(request.guidances, request.guidance_interval, self._table(step).steps)
 
     def jobs(self, requests: Sequence[Request], engine: GetEngine) -> list[Job]:
         """Return a job for each checked request: its texts are encoded and its first latents are made.
 
         Raises SettingError, EngineError for a size that no engine supports, NotFinite.
         """
+        requests = [self.completed(request) for request in requests]
         chains = [self._passes(request) for request in requests]
         for step in itertools.chain(*chains) if self._engines.given is None else ():  # fail before the texts are encoded
             self._check_engines(step)
@@ -287,16 +294,18 @@ class JobFactory:
         if self._time_ids is not None:
             more = [{TIME_IDS: ids} for ids in reversed(time_ids(request, size, self._time_ids))]
         if self._guidance_width is not None:
-            more[0][GUIDANCE] = guidance_embedding(request.guidance, self._guidance_width)
+            more[0][GUIDANCE] = guidance_embedding(request.guidances[0], self._guidance_width)
         rows = {}
         for step, pairs in encoded.items():
             texts_of_rows = [{**text.row, **added} for (_, text), added in zip(pairs, more, strict=False)]
             rows[step] = rows_of(self.task, texts_of_rows[::-1], start.inputs)
+        constant = len(request.guidances) == 1 and request.guidance_interval == WHOLE
         return Job(
             run=Run(table, start.latents, lambda: noise.normal(shape)),
             rows=rows.pop(0),
             changes=rows,
-            guidance=request.guidance,
+            guidance=request.guidances[0],
+            guidances=() if constant else over_calls(request.guidances, request.guidance_interval, table.steps),
             image_guidance=request.image_guidance,
             rescale=request.rescale,
             kept=start.kept,
@@ -318,7 +327,8 @@ class JobFactory:
 
     def _unused(self, request: Request) -> Iterator[str]:
         if request.guided and self._guidance_width is not None:
-            names = {"the negative prompt": request.negative, "rescale": request.rescale}
+            limited = request.guidance_interval != WHOLE
+            names = {"the negative prompt": request.negative, "rescale": request.rescale, "guidance_interval": limited}
             yield from (
                 f"{name} has no effect: the model takes the guidance as an input" for name, value in names.items() if value
             )

@@ -15,10 +15,11 @@ from typing import Any
 
 from sdruntime import __version__
 from sdruntime.arrays import Array
-from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.manifest import Defaults, EngineSpec
 from sdruntime.bundle.tasks import Task
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
+from sdruntime.pipeline.ranges import WHOLE
 from sdruntime.pipeline.request import HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.sampling.noise.image import Rng
@@ -121,6 +122,7 @@ class Origin:
 
 def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
     """Return the infotext of an image of `size`, (width, height) in pixels."""
+    request = request.completed(Defaults())
     options = dict(request.options)
     eta = options.pop("eta", None)
     strengths = [request.strength] if request.pixels is not None else []
@@ -129,7 +131,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Steps": request.steps if origin.steps is None else origin.steps,
         "Sampler": origin.sampler,
         "Schedule type": origin.schedule,
-        "CFG scale": request.guidance,
+        "CFG scale": max(request.guidances),
         "Seed": request.seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": origin.model,
@@ -148,6 +150,8 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Schedule": origin.ours or None,
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,
         "Eta DDIM" if origin.sampler == "DDIM" else "Eta": eta,
+        "Guidance": ", ".join(map(_number, request.guidances)) if len(request.guidances) > 1 else None,
+        "Guidance interval": None if request.guidance_interval == WHOLE else ", ".join(map(_number, request.guidance_interval)),
         "CFG Rescale": request.rescale or None,
         "Emphasis": A1111_EMPHASES[request.emphasis] if request.prompt_syntax == "a1111" else None,
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # the web UI counts from 1

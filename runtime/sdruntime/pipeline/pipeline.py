@@ -228,7 +228,7 @@ class Pipeline:
         `on_device`: run the loop on the GPU if the engines support it. The states are then up to two steps ahead of the GPU.
         Reading latents waits for the GPU, and edits of them are lost.
         """
-        requests = requests_from(prompt, **settings)
+        requests = [self.completed(request) for request in requests_from(prompt, **settings)]
         jobs = self.jobs(requests)
         for line in (*unused_lines(requests), *dict.fromkeys(line for job in jobs for line in job.warnings)):
             warnings.warn(line, UserWarning, stacklevel=3)
@@ -242,6 +242,10 @@ class Pipeline:
         self._factory.check(requests)
         self._open_at_first_use()  # which may read the bundle again, and make another factory
         return self._factory.jobs(requests, self.engine)
+
+    def completed(self, request: Request) -> Request:
+        """Return the request with the model's defaults in place of None: steps, guidance and sampler."""
+        return self._factory.completed(request)
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
         """Return (channels, height, width) of a request's latents in its first pass.
@@ -262,6 +266,7 @@ class Pipeline:
 
     def images(self, requests: Sequence[Request], jobs: Sequence[Job]) -> list[Image]:
         """Decode the latents of jobs as they are now, in as few calls as their shapes allow. Raises NotFinite."""
+        requests = [self.completed(request) for request in requests]
         decoded = self.decode([job.run.x for job in jobs], lambda k: after(jobs[k]))
         return [
             Image(

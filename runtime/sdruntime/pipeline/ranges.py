@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdruntime.bundle.limits import LARGEST_SIDE
+from sdruntime.bundle.limits import LARGEST_SIDE, MOST_GUIDANCE
 from sdruntime.errors import SettingError, shown
 from sdruntime.sampling.noise_schedule import stored_levels
 from sdruntime.sampling.table import MOST_STEPS
@@ -50,7 +50,7 @@ RANGES: Mapping[str, Range] = {
     "variation_seed": SEED,
     "variation_strength": Range(0, 1),
     "steps": Range(1, MOST_STEPS, whole=True),
-    "guidance": Range(0, 100),  # models are used with 1 to 30
+    "guidance": Range(0, MOST_GUIDANCE),  # models are used with 1 to 30
     "image_guidance": Range(1, 100),
     "rescale": Range(0, 1),
     "strength": Range(0, 1, above=True),
@@ -81,6 +81,10 @@ NUMBERS: Mapping[str, Any] = {
     "hires_steps": None,
 }
 
+SHARE = Range(0, 1)
+WHOLE = (0.0, 1.0)  # the interval of all model calls
+MOST_CALLS = 2 * MOST_STEPS + 9  # of the model, by any sampler
+
 # Noise levels (sigmas) that replace the number of steps: from high to low, each a ratio of noise to signal.
 SIGMA = Range(0, 1_000_000)
 SIGMAS = Range(1, MOST_STEPS + 1, whole=True)  # how many levels; most samplers need 2
@@ -98,6 +102,30 @@ def sigmas_of(value: Any) -> tuple[float, ...]:
     return levels
 
 
-def steps_beside(sigmas: Sequence[float] | None, steps: int) -> int | None:
+def steps_beside(sigmas: Sequence[float] | None, steps: int | None) -> int | None:
     """Return `steps`, or None if `sigmas` replace them: the default number of steps does not contradict any sigmas."""
-    return None if sigmas is not None and steps == NUMBERS["steps"] else steps
+    if sigmas is not None and steps == NUMBERS["steps"]:
+        return None
+    return NUMBERS["steps"] if steps is None and sigmas is None else steps
+
+
+def guidance_of(value: Any) -> float | tuple[float, ...]:
+    """Return a guidance, or a sequence of one for each model call, as Python numbers. Raises SettingError."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not listed and not (isinstance(value, np.ndarray) and value.ndim == 1):
+        number: float = RANGES["guidance"].number("guidance", value)
+        return number
+    if not 1 <= len(value) <= MOST_CALLS:
+        raise SettingError(f"guidance: got a list of {len(value):,} numbers; expected one for each model call")
+    return tuple(RANGES["guidance"].number(f"guidance[{i}]", item) for i, item in enumerate(value))
+
+
+def interval_of(value: Any) -> tuple[float, float]:
+    """Return a guidance interval as (start, end), shares of the model calls. Raises SettingError."""
+    pair = tuple(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else ()
+    if len(pair) != 2:
+        raise SettingError(f"guidance_interval {shown(value)}: expected (start, end), shares of the steps from 0 to 1")
+    start, end = (SHARE.number(f"guidance_interval: {name}", part) for name, part in zip(("start", "end"), pair, strict=True))
+    if start >= end:
+        raise SettingError(f"guidance_interval: start {start:g} is not below end {end:g}")
+    return start, end

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from sdruntime.arrays import Array
+from sdruntime.bundle.manifest import Defaults
 from sdruntime.errors import LibraryMissing, SettingError, UnknownName, Unsupported, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
-from sdruntime.pipeline.ranges import CORNER, NUMBERS, RANGES, SIDE, Range, sigmas_of
+from sdruntime.pipeline.ranges import CORNER, NUMBERS, RANGES, SIDE, WHOLE, Range, guidance_of, interval_of, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
 from sdruntime.pipeline.text.wording import SYNTAXES, Syntax
 from sdruntime.sampling.noise.image import RNGS, Rng
@@ -78,7 +79,9 @@ class Request:
     pixels are in `pixels`. `fit`: how to bring an image of another size to `size`, "resize" or "crop"; None refuses it. `mask`:
     the part of `image` to regenerate, white, in an image or array of the same size; its gray is in `mask_pixels`. `extend`:
     pixels to add to `image` (left, top, right, bottom), which are regenerated as if the mask covered them.
-    `options`: the sampler's own settings, such as eta. `guidance`: 1 or less disables guidance and the negative prompt.
+    `options`: the sampler's own settings, such as eta. `steps`, `guidance`: None for the model's own, which are 20 and 7.5 if its
+    bundle says nothing else. `guidance`: 1 or less disables guidance and the negative prompt; a sequence has one number for each
+    model call. `guidance_interval`: the part of the model calls with guidance, (start, end) from 0 to 1.
     `image_guidance`: how closely to follow `image`, for models that edit an image (InstructPix2Pix). `rescale`: guidance
     rescale φ in [0, 1], Lin et al. 2023, section 3.4.
 
@@ -109,11 +112,12 @@ class Request:
     prompt: str
     negative: str | None = None
     seed: int = NUMBERS["seed"]
-    steps: int = NUMBERS["steps"]
+    steps: int | None = None
     sigmas: Sequence[float] | None = None
     sampler: str | None = None
     schedule: str | None = None
-    guidance: float = NUMBERS["guidance"]
+    guidance: float | Sequence[float] | None = None
+    guidance_interval: tuple[float, float] = WHOLE
     image_guidance: float = NUMBERS["image_guidance"]
     rescale: float = NUMBERS["rescale"]
     size: tuple[int, int] | None = None
@@ -152,8 +156,11 @@ class Request:
             if not isinstance(text, str) and (name == "prompt" or text is not None):
                 raise SettingError(f"{name} {shown(text)}: expected text")
         for name, allowed in RANGES.items():
-            if getattr(self, name) is not None or NUMBERS[name] is not None:
+            if name != "guidance" and (getattr(self, name) is not None or (NUMBERS[name] is not None and name != "steps")):
                 object.__setattr__(self, name, allowed.number(name, getattr(self, name)))
+        if self.guidance is not None:
+            object.__setattr__(self, "guidance", guidance_of(self.guidance))
+        object.__setattr__(self, "guidance_interval", interval_of(self.guidance_interval))
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", sigmas_of(self.sigmas))
         for name in ("size", "seed_resize", "original_size", "target_size"):
@@ -246,8 +253,25 @@ class Request:
         return self.mask is not None or any(self.extend)
 
     @property
+    def guidances(self) -> tuple[float, ...]:
+        """The guidance of each model call, or one for all of them."""
+        guidance = NUMBERS["guidance"] if self.guidance is None else self.guidance
+        return guidance if isinstance(guidance, tuple) else (guidance,)
+
+    @property
     def guided(self) -> bool:
-        return self.guidance > 1
+        return max(self.guidances) > 1
+
+    def completed(self, defaults: Defaults) -> Request:
+        """Return the request with the model's defaults in place of None: steps, guidance and sampler."""
+        steps = NUMBERS["steps"] if defaults.steps is None else defaults.steps
+        guidance = NUMBERS["guidance"] if defaults.guidance is None else defaults.guidance
+        given: dict[str, Any] = {
+            "steps": steps if self.steps is None and self.sigmas is None else self.steps,
+            "guidance": guidance if self.guidance is None else self.guidance,
+            "sampler": defaults.sampler if self.sampler is None else self.sampler,
+        }
+        return self if all(getattr(self, name) == value for name, value in given.items()) else replace(self, **given)
 
 
 DEFAULTS: Mapping[str, Any] = {setting.name: setting.default for setting in fields(Request) if setting.default is not MISSING}
@@ -260,7 +284,8 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
     unused = [("the negative prompt", request) for request in unguided if request.negative]
     unused += [("the second negative prompt", request) for request in unguided if request.negative_2]
     unused += [(f"rescale {request.rescale:g}", request) for request in unguided if request.rescale]
-    lines = [f"{name} has no effect at guidance {request.guidance:g}: set guidance above 1" for name, request in unused]
+    unused += [("guidance_interval", request) for request in unguided if request.guidance_interval != WHOLE]
+    lines = [f"{name} has no effect at guidance {max(request.guidances):g}: set guidance above 1" for name, request in unused]
     lines += [
         f"variation_seed {request.variation_seed} has no effect without variation_strength"
         for request in requests

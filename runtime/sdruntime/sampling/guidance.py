@@ -8,7 +8,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sdruntime.errors import SettingError
+
 FloatArray = NDArray[np.float32]
+
+
+def over_calls(guidances: tuple[float, ...], interval: tuple[float, float], calls: int) -> tuple[float, ...]:
+    """Return the guidance of each of `calls` model calls, 1 for none: `guidances`, one or as many, within an interval.
+
+    Outside of the interval there is no guidance (arXiv 2404.07724). It is (start, end) in shares of the calls: call i, from 0, is
+    inside from int(start·calls) to below int(end·calls), as in diffusers' guiders. Raises SettingError.
+    """
+    if len(guidances) not in (1, calls):
+        raise SettingError(f"guidance: got a list of {len(guidances)} numbers; the request makes {calls} model calls")
+    values = guidances * calls if len(guidances) == 1 else guidances
+    first, end = (int(share * calls) for share in interval)
+    return tuple(max(1.0, value) if first <= i < end else 1.0 for i, value in enumerate(values))
 
 
 def combine(uncond: FloatArray, cond: FloatArray, scale: float | FloatArray, out: FloatArray | None = None) -> FloatArray:

@@ -31,17 +31,19 @@ class Job:
 
     `rows`: the UNet's inputs besides `sample` and `timestep`, for each row of a call: (unconditional, conditional), or without
     guidance the conditional row alone; with an image as a second condition (unconditional, image, conditional), of which
-    `image_guidance` weighs the first two. `changes`: step -> the rows from that step on, of the same names and shapes, if the
-    prompt is edited on the way. `kept`: the part of an image that inpainting puts back after each step. Set `stopped` to leave
-    the job as it is. `following`: the pass that the job goes on to once `run` is done; `passed`: the steps of those before.
-    For messages: `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for users. `error`: the error that
-    ended the job's call. The job is then where it was before the call, or is lost with a device's state.
+    `image_guidance` weighs the first two. `guidances`: the guidance of each step in place of `guidance`; at 1, only the
+    conditional row counts. `changes`: step -> the rows from that step on, of the same names and shapes, if the prompt is edited
+    on the way. `kept`: the part of an image that inpainting puts back after each step. Set `stopped` to leave the job as it is.
+    `following`: the pass that the job goes on to once `run` is done; `passed`: the steps of those before. For messages:
+    `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for users. `error`: the error that ended the
+    job's call. The job is then where it was before the call, or is lost with a device's state.
     """
 
     run: Run
     rows: tuple[Row, ...]
     changes: Mapping[int, tuple[Row, ...]] = field(default_factory=dict)
     guidance: float = 1.0
+    guidances: tuple[float, ...] = ()
     image_guidance: float = 1.0
     rescale: float = 0.0
     kept: Kept | None = None
@@ -72,13 +74,35 @@ class Job:
         """Go on to the pass that follows: take over its run and its inputs."""
         assert self.following is not None
         following, passed = self.following.start(self.run.x), self.passed + self.run.steps
-        for name in ("run", "rows", "changes", "guidance", "image_guidance", "rescale", "kept", "sampler", "bundle", "following"):
+        for name in (
+            "run",
+            "rows",
+            "changes",
+            "guidance",
+            "guidances",
+            "image_guidance",
+            "rescale",
+            "kept",
+            "sampler",
+            "bundle",
+            "following",
+        ):
             setattr(self, name, getattr(following, name))
         self.passed = passed
 
     @property
     def guided(self) -> bool:
         return len(self.rows) > 1
+
+    @property
+    def current_guidance(self) -> float:
+        """The guidance of the next step."""
+        return self.guidances[self.run.step] if self.guidances else self.guidance
+
+    @property
+    def pauses_guidance(self) -> bool:
+        """Whether only the conditional row counts in the next step, though others have guidance."""
+        return bool(self.guidances) and self.current_guidance == 1
 
     @property
     def current_rows(self) -> tuple[Row, ...]:

@@ -269,7 +269,7 @@ class Batcher:
                 [job] = self._pipe.jobs([entry.request])
                 entry.joined = time.monotonic()
                 entry.future.timings.encode = entry.joined - begun
-                entry.future.warnings += unused_lines([entry.request])
+                entry.future.warnings += unused_lines([self._pipe.completed(entry.request)])
                 entry.future.warnings += job.warnings
                 _report_progress(job, entry)
             except BaseException as error:

@@ -64,11 +64,12 @@ class RequestMessage:
     prompt: str
     negative: str | None = None
     seed: int | None = None
-    steps: int = DEFAULTS["steps"]
+    steps: int | None = None
     sigmas: tuple[float, ...] | None = None
     sampler: str | None = None
     schedule: str | None = None
-    guidance: float = DEFAULTS["guidance"]
+    guidance: float | tuple[float, ...] | None = None
+    guidance_interval: tuple[float, float] = DEFAULTS["guidance_interval"]
     image_guidance: float = DEFAULTS["image_guidance"]
     rescale: float = DEFAULTS["rescale"]
     width: int | None = None
@@ -119,6 +120,7 @@ class RequestMessage:
             sampler=self.sampler,
             schedule=self.schedule,
             guidance=self.guidance,
+            guidance_interval=self.guidance_interval,
             image_guidance=self.image_guidance,
             rescale=self.rescale,
             size=None if self.width is None or self.height is None else (self.width, self.height),

@@ -307,5 +307,5 @@ def test_control_characters_of_a_bundle_do_not_reach_the_terminal(bundle: Bundle
 def test_an_unknown_sampler_like_no_other_names_the_command_that_lists_them(
     bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["table", str(bundle.folder), "--sampler", "Restart"]) == 2
-    assert capsys.readouterr().err == "error: unknown sampler 'Restart': `sdruntime samplers` lists them\n"
+    assert main(["table", str(bundle.folder), "--sampler", "Quux"]) == 2
+    assert capsys.readouterr().err == "error: unknown sampler 'Quux': `sdruntime samplers` lists them\n"

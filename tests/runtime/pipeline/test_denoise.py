@@ -108,6 +108,54 @@ def test_guidance_is_between_the_two_outputs_by_its_definition() -> None:
     np.testing.assert_allclose(guided.run.x, expected.run.x, atol=2e-5)
 
 
+def interval(seed: int, *, steps: int, guidances: tuple[float, ...], sampler: str = "euler_a", rescale: float = 0.0) -> Job:
+    made = job(seed, steps=steps, sampler=sampler, guidance=max(guidances), rescale=rescale)
+    made.guidances = guidances
+    return made
+
+
+def test_guidance_by_step_is_that_of_each_step() -> None:
+    scales = (1.0, 7.5, 3.0, 1.0)
+    by_step, by_hand = interval(2, steps=4, guidances=scales, rescale=0.7), job(2, steps=4, sampler="euler_a", guidance=2.0)
+    for scale, _ in zip(scales, denoise([by_step], host(Unet())), strict=True):
+        sample = np.empty((1, 4, 4, 4), np.float32)
+        by_hand.run.model_input(out=sample[0])
+        timestep = np.array([by_hand.run.t], np.float32)
+        without, with_text = (
+            Unet()({"sample": sample, "timestep": timestep, **stacked([each])})["out_sample"] for each in by_hand.rows
+        )
+        guided = with_text if scale == 1 else without + np.float32(scale) * (with_text - without)
+        guided *= 0.7 * with_text.std() / guided.std() + 0.3
+        by_hand.run.advance(guided[0])
+        np.testing.assert_allclose(by_step.run.x, by_hand.run.x, rtol=2e-5, atol=2e-5)
+
+
+def test_steps_without_guidance_compute_no_unconditional_rows() -> None:
+    unet = Unet()
+    jobs = [interval(1, steps=4, guidances=(1.0, 7.0, 7.0, 1.0)), interval(2, steps=4, guidances=(1.0, 1.0, 7.0, 1.0))]
+    for _ in denoise(jobs, host(unet)):
+        pass
+    assert [call["batch"] for call in unet.calls] == [2, 4, 4, 2]
+
+
+@pytest.mark.parametrize(("most", "least"), [(16, 1), (2, 1), (4, 3)])
+def test_intervals_in_a_mixed_batch_are_as_alone(most: int, least: int) -> None:
+    def mixed() -> list[Job]:
+        return [
+            interval(1, steps=4, guidances=(1.0, 7.0, 7.0, 1.0)),
+            interval(2, steps=3, guidances=(9.0, 1.0, 4.0), sampler="dpmpp_2m", rescale=0.5),
+            *crowd(),
+        ]
+
+    together = mixed()
+    for _ in denoise(together, host(Unet(most=most, least=least))):
+        pass
+    for ours, alone in zip(together, mixed(), strict=True):
+        for _ in denoise([alone], host(Unet())):
+            pass
+        np.testing.assert_array_equal(ours.run.x, alone.run.x)
+
+
 def test_an_edit_between_steps_is_what_the_model_sees_next() -> None:
     edited, unet = job(1, steps=3, sampler="dpmpp_2m"), Unet()
     seen: list[float] = []

@@ -34,7 +34,7 @@ UNET = EngineSpec(
 )
 # of the web UI 1.10: what its own list of samplers has
 WEB_UI = """DPM++ 2M|DPM++ SDE|DPM++ 2M SDE|DPM++ 2M SDE Heun|DPM++ 2S a|DPM++ 3M SDE|Euler a|Euler|LMS|Heun|DPM2|DPM2 a
-|DDIM|PLMS|UniPC|LCM""".replace("\n", "").split("|")
+|DDIM|PLMS|UniPC|LCM|Restart""".replace("\n", "").split("|")
 SCHEDULE_TYPES = """Automatic|Uniform|Karras|Exponential|Polyexponential|SGM Uniform|Simple|Normal|DDIM|Beta""".split("|")
 
 
@@ -180,7 +180,9 @@ def test_settings_of_two_passes_have_the_web_ui_s_names() -> None:
 
 def test_every_sampler_has_a_name_that_its_own_request_resolves_to() -> None:
     for name, row in SAMPLERS.items():
-        config = {"prediction_type": "flow_prediction"} if name.startswith("flow") else {}
+        config = {"flow": {"prediction_type": "flow_prediction"}, "edm": {"_class_name": "EDMEulerScheduler"}}.get(
+            name.split("_")[0], {}
+        )
         found = read(Request(prompt="x", sampler=name), config)
         assert found["Sampler"] in WEB_UI if row.a1111 else found["Sampler"] == name
         assert found["Schedule type"] in SCHEDULE_TYPES
@@ -196,11 +198,20 @@ def test_the_hash_of_a_start_image_is_of_its_rows_of_rgb() -> None:
 
 def again(found: dict[str, str]) -> list[str]:
     """The arguments of `sdruntime generate` that an image's settings say."""
-    arguments = [found["Prompt"], "--steps", found["Steps"], "--sampler", found["Sampler"], "--guidance", found["CFG scale"]]
+    arguments = [
+        found["Prompt"],
+        "--steps",
+        found["Steps"],
+        "--sampler",
+        found["Sampler"],
+        "--guidance",
+        found.get("Guidance", found["CFG scale"]),
+    ]
     arguments += ["--seed", found["Seed"], "--size", f"{found['Size-1']}x{found['Size-2']}"]
     optional = {
         "--negative": "Negative prompt",
         "--rescale": "CFG Rescale",
+        "--guidance-interval": "Guidance interval",
         "--strength": "Denoising strength",
         "--sigmas": "Sigmas",
         "--prompt-2": "Prompt 2",
@@ -247,6 +258,8 @@ def again(found: dict[str, str]) -> list[str]:
         ["--negative", "[x|(y)]", "--emphasis", "no-norm"],
         ["--negative", "(x:1.5) [y:2]", "--prompt-syntax", "plain"],
         ["--sampler", "euler", "--schedule", "lu"],
+        ["--steps", "3", "--guidance", "2.5,7,1", "--sampler", "euler"],
+        ["--guidance-interval", "0.2,0.75", "--sampler", "euler"],
         ["--sampler", "euler", "--schedule", "gits"],
         ["--variation-seed", "5", "--variation-strength", "0.3", "--rng", "cuda", "--sampler", "euler_a"],
         ["--seed-resize", "32x96"],

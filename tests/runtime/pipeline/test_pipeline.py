@@ -123,7 +123,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_opened(ready: Bundle) -> 
 def test_a_batcher_takes_a_prompt_and_settings(ready: Bundle) -> None:
     with fake_pipeline(ready) as pipe, Batcher(pipe) as batcher:
         image = batcher.submit("a red fox in snow").result(60)
-        assert image.request == Request(prompt="a red fox in snow", seed=image.seed)
+        assert image.request == Request(prompt="a red fox in snow", seed=image.seed, steps=20, guidance=7.5)
         image = batcher.submit("a red fox in snow", seed=5, steps=2).result(60)
         assert image.request == Request(prompt="a red fox in snow", seed=5, steps=2)
         assert repr(batcher).endswith(", 0 unfinished requests>")

@@ -10,7 +10,7 @@ import pytest
 
 from sdruntime import Request, SettingError, UnknownName
 from sdruntime.cli.parser import parser
-from sdruntime.pipeline.ranges import RANGES
+from sdruntime.pipeline.ranges import NUMBERS, RANGES
 from sdruntime.pipeline.request import DEFAULTS
 from sdruntime.serving.message import RequestMessage
 
@@ -20,7 +20,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("steps", True, "steps True: expected a whole number from 1 to 1,000"),
     ("steps", "20", "steps '20': expected a whole number"),
     ("steps", 20.0, "steps 20.0: expected a whole number"),
-    ("steps", None, "steps None: expected a whole number"),
+    ("steps", "20", "steps '20': expected a whole number"),
+    ("guidance", "7", "guidance '7': expected a number"),
+    ("guidance", [7.0, 101.0], r"guidance\[1\] 101.0 is outside 0 to 100"),
+    ("guidance", [], "guidance: got a list of 0 numbers; expected one for each model call"),
+    ("guidance_interval", 0.5, r"guidance_interval 0.5: expected \(start, end\), shares of the steps from 0 to 1"),
+    ("guidance_interval", (0.1, 0.5, 1.0), r"guidance_interval \(0.1, 0.5, 1.0\): expected \(start, end\)"),
+    ("guidance_interval", (0.0, 1.5), "guidance_interval: end 1.5 is outside 0 to 1"),
+    ("guidance_interval", (0.5, 0.5), "guidance_interval: start 0.5 is not below end 0.5"),
     ("seed", -1, "seed -1 is outside 0 to 18,446,744,073,709,551,615"),
     ("seed", 2**64, "seed 18446744073709551616 is outside"),
     ("seed", np.bool_(True), "seed .*: expected a whole number"),
@@ -137,7 +144,8 @@ def test_the_command_line_has_its_defaults_and_tells_its_ranges(capsys: pytest.C
     assert given["prompt_syntax"] == "a1111"
     assert [given[name] for name in ("emphasis", "prompt_2", "negative_2", "clip_skip")] == ["original", None, None, 0]
     for name in ("steps", "guidance", "image_guidance", "rescale", "strength", "mask_blur"):
-        assert f"{RANGES[name]} ({DEFAULTS[name]:g})" in told
+        own = "the model's own, or " if name in ("steps", "guidance") else ""
+        assert f"{RANGES[name]} ({own}{NUMBERS[name]:g})" in told
 
 
 def test_the_service_has_its_defaults() -> None:

@@ -1,9 +1,18 @@
 """guidance.py against the two formulas, written out in float64."""
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
+from solvers import STABLE
 
-from sdruntime.sampling.guidance import combine, combine_with_image, guidance_embedding, rescale
+from sdruntime.errors import SettingError
+from sdruntime.sampling.compile import compile_table
+from sdruntime.sampling.executor import run
+from sdruntime.sampling.guidance import combine, combine_with_image, guidance_embedding, over_calls, rescale
+from sdruntime.sampling.noise_schedule import Point
+from sdruntime.sampling.prediction import clean_from_raw
 
 
 @pytest.fixture
@@ -85,3 +94,50 @@ def test_guidance_by_an_image_is_the_plane_through_the_three(pair):
     image = 0.5 * cond[::-1]
     expected = uncond + 7.0 * (cond - image) + 1.5 * (image - uncond)
     np.testing.assert_allclose(combine_with_image(uncond, image, cond, 7.0, 1.5), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("guidances", "interval", "calls", "expected"),
+    [
+        ((7.5,), (0.0, 1.0), 3, (7.5, 7.5, 7.5)),
+        ((7.5,), (0.2, 0.8), 10, (1, 1, 7.5, 7.5, 7.5, 7.5, 7.5, 7.5, 1, 1)),
+        ((7.5,), (0.34, 0.99), 3, (1, 7.5, 1)),
+        ((9.0, 0.5, 4.0), (0.0, 1.0), 3, (9.0, 1, 4.0)),  # 1 or less is no guidance
+        ((9.0, 8.0, 4.0), (0.0, 0.5), 3, (9.0, 1, 1)),
+    ],
+)
+def test_an_interval_is_of_the_model_calls(guidances: Any, interval: Any, calls: int, expected: Any) -> None:
+    assert over_calls(guidances, interval, calls) == expected
+
+
+def test_a_list_of_another_length_is_refused() -> None:
+    with pytest.raises(SettingError, match="guidance: got a list of 2 numbers; the request makes 3 model calls"):
+        over_calls((1.0, 2.0), (0.0, 1.0), 3)
+
+
+@pytest.mark.parametrize(("sampler", "prediction"), [("ddim", "epsilon"), ("ddim", "v_prediction"), ("euler", "epsilon")])
+def test_cfg_plus_plus_is_a_list_of_guidances(sampler: str, prediction: str) -> None:
+    """CFG++ (arXiv 2406.08070, algorithm 2): the guided clean image, and the noise of the unconditional output."""
+    config = {**STABLE, "_class_name": "DDIMScheduler", "prediction_type": prediction, "timestep_spacing": "trailing"}
+    table = compile_table(config, steps=8, sampler=sampler)
+    rng, strength = np.random.default_rng(5), 0.6
+    outputs = rng.standard_normal((8, 2, 50))  # (unconditional, conditional) at each step
+    ratios = [*(table.levels[:, 1] / table.levels[:, 0]), 0.0]
+    alphas = [*table.levels[:, 0], 1.0]
+    first = rng.standard_normal(50) * table.start[1]
+    by_hand = first.copy()
+    for i, (without, with_text) in enumerate(outputs):
+        point = Point(0.0, *table.levels[i])
+        p, q = clean_from_raw(prediction, point)
+        guided = p * by_hand + q * (without + strength * (with_text - without))
+        noise = (by_hand - point.alpha * (p * by_hand + q * without)) / point.sigma
+        by_hand = alphas[i + 1] * guided + ratios[i + 1] * alphas[i + 1] * noise
+    scales = [strength * s / (s - t) for s, t in pairwise(ratios)]
+    calls = iter(zip(scales, outputs, strict=True))
+
+    def model(x: Any, t: float) -> Any:
+        scale, (without, with_text) = next(calls)
+        return (without + scale * (with_text - without)).astype(np.float32)
+
+    found = run(table, first.astype(np.float32), model, lambda: np.zeros(50, np.float32))
+    np.testing.assert_allclose(found, by_hand, rtol=1e-4, atol=1e-4)

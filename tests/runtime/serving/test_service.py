@@ -162,7 +162,7 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         ({"request": {"sigmas": [2, "1"]}}, "request.sigmas"),
         ({"request": {"sigmas": [1, 2.0]}}, "sigmas[1] 2.0: expected less than the level before it"),
         ({"request": {"prompt": None}}, "request.prompt: expected text, got null"),
-        ({"request": {"guidance": "7"}}, 'request.guidance: expected a number, got "7"'),
+        ({"request": {"guidance": "7"}}, 'request.guidance: expected a number or a list, got "7"'),
         ({"request": {"width": None}}, "width None and height 64: give both or neither"),
         ({"request": {"width": 60}}, "size 60x64: both sides must be multiples of 64"),
         ({"request": {"options": {"etha": 1}}}, "eta"),

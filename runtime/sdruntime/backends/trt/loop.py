@@ -210,7 +210,8 @@ def _weights(job: Job) -> Array:
     table = job.run.table
     x, m = table.X.shape[1], max(table.M.shape[1] - 1, 0)  # slots: the last x, then the model outputs before the newest
     weights = np.zeros((table.steps, TARGETS, SOURCES))
-    output = {UNCOND: 1 - job.guidance, COND: job.guidance} if job.guided else {COND: 1.0}
+    guidance = np.array(job.guidances) if job.guidances else np.full(table.steps, job.guidance)
+    output = {UNCOND: 1 - guidance, COND: guidance} if job.guided else {COND: np.ones(table.steps)}
     weights[:, 0, :x] = table.X
     weights[:, 0, x : x + m] = table.M[:, 1:]
     weights[:, 0, NOISE] = 1
