@@ -41,6 +41,7 @@ _TASKS = {
     "inpainting": "inpainting, nine channels",
     "": "inpainting, four channels",
     "instruct_pix2pix": "InstructPix2Pix",
+    "depth": "image to image, with depth",
     "refining": "refiner, image to image",
 }
 

@@ -52,6 +52,7 @@ def write_checkpoint(folder: Path, kind: Kind) -> Path:
 TASKS: dict[str, tuple[dict[str, Any], str]] = {
     "inpainting": ({"in_channels": 9}, "{}InpaintPipeline"),
     "instruct_pix2pix": ({"in_channels": 8}, "{}InstructPix2PixPipeline"),
+    "depth": ({"in_channels": 5}, "{}Depth2ImgPipeline"),
     "lcm": ({"time_cond_proj_dim": 32}, "LatentConsistencyModelPipeline"),
     "refining": (
         {
@@ -63,6 +64,29 @@ TASKS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "StableDiffusionXLImg2ImgPipeline",
     ),
+}
+# UNets that were cut out of SDXL's: what their config has in place of SDXL's, with as many layers but fewer channels
+_THREE_LEVELS = {"block_out_channels": (32, 32, 64), "attention_head_dim": (2, 2, 4)}
+_CROSS_DOWN, _CROSS_UP = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
+_LEVELS = _THREE_LEVELS | {"down_block_types": ("DownBlock2D", *_CROSS_DOWN), "up_block_types": (*_CROSS_UP, "UpBlock2D")}
+PRUNED: dict[str, dict[str, Any]] = {
+    # the middle has one residual block and no attention; each transformer of the way up has a depth of its own
+    "SSD-1B": _LEVELS
+    | {
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "Segmind-Vega": _LEVELS
+    | {
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, 1, 2],
+        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    },
+    "Koala-700M": _LEVELS | {"layers_per_block": 1, "mid_block_type": None, "transformer_layers_per_block": [1, 2, 5]},
+    "Koala-1B": _LEVELS | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
 }
 ONE_KIND: dict[str, Kind] = {"refining": "sdxl"}  # tasks that models of one kind have
 
@@ -85,6 +109,8 @@ def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index["_class_name"] = named.format(index["_class_name"].removesuffix("Pipeline"))
+    if task == "depth":
+        index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
     if task == "refining":
         for part in ("text_encoder", "tokenizer"):
             shutil.rmtree(folder / part)
@@ -92,6 +118,18 @@ def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
         index |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
     _write_json(folder / "model_index.json", index)
     return folder
+
+
+def prune(folder: Path, model: str) -> None:
+    """Replace the UNet of an SDXL checkpoint by one of that kind."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    torch.manual_seed(8)
+    unet = UNet2DConditionModel.from_config(config | PRUNED[model])
+    _liven(unet)
+    unet.eval().save_pretrained(folder / "unet")
 
 
 def write_tokenizer(folder: Path, pad: str) -> None:

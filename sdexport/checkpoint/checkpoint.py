@@ -118,6 +118,8 @@ class _Reader:
         check_index(index, self.faults)
         task = self._task(index)
         pipeline = pipeline_of(index, task)
+        if task == "depth":
+            self.changes.append("depth_estimator is not exported: requests give a depth map (--depth)")
         parts = {part: self._part(part, required[part][0][1], pipeline) for part in required if part in _NETWORKS}
         scheduler = self._scheduler(index, pipeline)
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}

@@ -265,7 +265,8 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterat
     if scored and not xl:
         yield f"model_index.json: {SCORE} is true, but only pipelines of Stable Diffusion XL take a score"
     try:
-        task_for(unet["in_channels"], vae["latent_channels"])
+        if task_for(unet["in_channels"], vae["latent_channels"]) == "depth" and xl:
+            yield f"unet/config.json: in_channels {unet['in_channels']}: no pipeline of Stable Diffusion XL takes a depth map"
     except ValueError as error:
         yield f"unet/config.json: {error}"
     if unet["out_channels"] != vae["latent_channels"]:

@@ -66,7 +66,7 @@ def opened_unet(pipeline: str, written: Mapping[str, Any]) -> tuple[Mapping[str,
     """Return the UNet's config in the open pipeline, and a line for each change."""
     size, version = written.get("sample_size"), written.get("_diffusers_version")
     old = re.match(r"(\d{1,9})\.(\d{1,9})(?!\d)", version, re.ASCII) if isinstance(version, str) else None
-    if pipeline not in _AMENDING or not isinstance(size, int) or size >= 64 or not old:
+    if pipeline not in (*_AMENDING, "StableDiffusionDepth2ImgPipeline") or not isinstance(size, int) or size >= 64 or not old:
         return written, ()
     if (int(old[1]), int(old[2])) >= (0, 9):
         return written, ()

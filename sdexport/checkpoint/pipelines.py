@@ -33,12 +33,14 @@ DISTILLED = "LatentConsistencyModelPipeline"  # of models that take the guidance
 PARTS: Mapping[str, Mapping[str, Classes]] = {
     **{f"StableDiffusion{task}Pipeline": _ONE_ENCODER for task in _TASKS},
     **{f"StableDiffusionXL{task}Pipeline": _TWO_ENCODERS for task in _TASKS},
+    "StableDiffusionDepth2ImgPipeline": _ONE_ENCODER,  # its depth_estimator is not exported
     **dict.fromkeys((DISTILLED, "LatentConsistencyModelImg2ImgPipeline"), _ONE_ENCODER),
 }
 _BY_TASK: Mapping[Task | None, str] = {
     None: "",
     "inpainting": "Inpaint",
     "instruct_pix2pix": "InstructPix2Pix",
+    "depth": "Depth2Img",
     "refining": "Img2Img",
 }
 _FIRST_ENCODER = ("text_encoder", "tokenizer")

@@ -91,9 +91,10 @@ class Unet(nn.Module):
         mask: Tensor | None = None,
         masked_image_latents: Tensor | None = None,
         image_latents: Tensor | None = None,
+        depth: Tensor | None = None,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        added = [tensor for tensor in (mask, masked_image_latents, image_latents) if tensor is not None]
+        added = [tensor for tensor in (mask, masked_image_latents, image_latents, depth) if tensor is not None]
         if added:
             sample = torch.cat([sample, *added], dim=1)
         pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}

@@ -67,6 +67,7 @@ def original_images(checkpoint: Checkpoint, requests: Sequence[ReferenceImage], 
 
 def _inputs(task: Task | None, requests: list[ReferenceImage]) -> dict[str, Any]:
     """Return the arguments for the images and masks that a task needs."""
+    import torch
     from PIL import Image
 
     settings = [task_settings(task, request.size, request.seed) for request in requests]
@@ -74,6 +75,8 @@ def _inputs(task: Task | None, requests: list[ReferenceImage]) -> dict[str, Any]
     arguments: dict[str, Any] = {
         theirs: [Image.fromarray(each[ours]) for each in settings] for ours, theirs in names.items() if ours in settings[0]
     }
+    if "depth" in settings[0]:
+        arguments["depth_map"] = torch.from_numpy(np.stack([each["depth"] for each in settings]))
     return arguments | ({"strength": settings[0]["strength"]} if "strength" in settings[0] else {})
 
 
@@ -125,6 +128,8 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
     }
     arguments |= dict.fromkeys(absent & set(kind._optional_components))
     arguments |= {"add_watermarker": False} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}
+    if checkpoint.task == "depth":
+        arguments |= {"depth_estimator": None, "feature_extractor": None}
     _, other = STAND_INS.get(checkpoint.scheduler["_class_name"], (None, ""))
     if other:
         arguments["scheduler"] = getattr(diffusers, other).from_config(dict(checkpoint.scheduler))

@@ -11,14 +11,16 @@ from typing import Literal
 
 from sdruntime.bundle.manifest import ComponentSpec
 
-Task = Literal["inpainting", "instruct_pix2pix", "refining"]
+Task = Literal["inpainting", "instruct_pix2pix", "depth", "refining"]
 LATENT = "C"  # as many channels as the latents have
 
 # inpainting: 1 where the image is regenerated, and the latents of the image without that part (arXiv 2112.10752, section 4.5)
 # instruct_pix2pix: the latents of the image to edit (arXiv 2211.09800)
+# depth: how near each part of the image is, from -1 to 1
 INPUTS: Mapping[Task, Mapping[str, int | str]] = {
     "inpainting": {"mask": 1, "masked_image_latents": LATENT},
     "instruct_pix2pix": {"image_latents": LATENT},
+    "depth": {"depth": 1},
 }
 # of latent consistency models (arXiv 2310.04378): the guidance as an input, in place of an unconditional row
 GUIDANCE = "timestep_cond"

@@ -47,6 +47,8 @@ def generate(options: argparse.Namespace) -> None:
         raise SettingError(f"--fit {options.fit} has no effect without --image")
     if options.mask is not None and options.image is None:
         raise SettingError("--mask marks a part of an image: add --image")
+    if options.depth is not None and options.image is None:
+        raise SettingError("--depth is that of an image: add --image")
     if options.strength is not None and options.image is None:
         raise SettingError(f"--strength {options.strength:g} has no effect without --image")
     previews = previews_of(options)
@@ -77,6 +79,7 @@ def generate(options: argparse.Namespace) -> None:
         "negative_aesthetic_score": options.negative_aesthetic_score,
         "image": options.image,
         "mask": options.mask,
+        "depth": options.depth,
         "mask_blur": options.mask_blur,
         "mask_padding": options.mask_padding,
         "mask_fill": options.mask_fill,

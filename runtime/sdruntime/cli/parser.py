@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", type=Path, metavar="FILE", help="start image: PNG, JPEG, WebP or BMP")
     masked = "the part of --image to regenerate, white, in an image of its size"
     sub.add_argument("--mask", type=Path, metavar="FILE", help=masked)
+    nearer = "for models with depth: how near each part of --image is, brighter where it is nearer, in an image of any size"
+    sub.add_argument("--depth", type=Path, metavar="FILE", help=nearer)
     setting(sub, "mask_blur", "blur of the mask, in pixels")
     only = (
         "generate only the masked part, with this many pixels around it, at --size, and paste it into the image (the whole image)"

@@ -140,6 +140,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Seed resize from": _size(request.seed_resize),
         "Denoising strength": strengths[0] if strengths else None,  # of the web UI's two passes, that of the second
         "Init image hash": None if request.pixels is None else image_hash(request.pixels),
+        "Depth hash": None if request.depth_map is None else image_hash(request.depth_map),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
         **_mask_settings(request),
         "Hires upscale": request.hires,

@@ -16,6 +16,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.bundle.manifest import Defaults
 from sdruntime.errors import LibraryMissing, SettingError, UnknownName, Unsupported, shown
+from sdruntime.pipeline.images.depth import depth_from
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
 from sdruntime.pipeline.ranges import CORNER, NUMBERS, RANGES, SIDE, WHOLE, Range, guidance_of, interval_of, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
@@ -59,6 +60,7 @@ DIFFUSERS: Mapping[str, str] = {
     "mask_image": "mask=…",
     "crops_coords_top_left": "crop=(left, top)",
     "image_guidance_scale": "image_guidance=…",
+    "depth_map": "depth=…",
     "padding_mask_crop": "mask_padding=…",
 }
 # Arguments of diffusers' pipelines that are not supported.
@@ -107,6 +109,9 @@ class Request:
     `original_size`, `crop`, `target_size`: conditions of SDXL: the size of the image before it was cropped, the corner of that
     crop (left, top), and the size to aim at, (width, height) in pixels; None for the generated size. `aesthetic_score`,
     `negative_aesthetic_score`: conditions of SDXL's refiner in place of `target_size`, for the prompt and the negative prompt.
+
+    `depth`: for models made for it, how near each part of `image` is: an array of numbers [H, W] of any size and scale, larger
+    where it is nearer, or an image, brighter where it is nearer; as float32 it is in `depth_map`.
     """
 
     prompt: str
@@ -149,6 +154,7 @@ class Request:
     hires_strength: float = NUMBERS["hires_strength"]
     hires_steps: int | None = NUMBERS["hires_steps"]
     hires_resize: HiresResize = "latent"
+    depth: ImageLike | Array | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -191,6 +197,15 @@ class Request:
         if self.mask is not None:
             self._check_mask()
         self._check_canvas()
+        if self.depth is not None:
+            self._check_depth()
+
+    def _check_depth(self) -> None:
+        if self.pixels is None:
+            raise SettingError("depth: it is that of an image: pass the image too, as image=… (--image)")
+        if self.fit == "crop":
+            raise SettingError("fit 'crop' with depth: only the image would be cropped: crop both yourself, and omit fit")
+        object.__setattr__(self, "depth", depth_from(self.depth))
 
     def _check_mask(self) -> None:
         if self.pixels is None:
@@ -217,12 +232,12 @@ class Request:
     def __repr__(self) -> str:
         """Return one line: the prompt, the seed, and each setting that is not the default."""
         parts = [short(self.prompt), f"seed {self.seed}"]
-        for name, pixels in (("image", self.pixels), ("mask", self.mask_pixels)):
+        for name, pixels in (("image", self.pixels), ("mask", self.mask_pixels), ("depth", self.depth_map)):
             if pixels is not None:
                 parts.append("{2} {1}x{0}".format(*pixels.shape[:2], name))
         for setting in fields(self):
             value, default = getattr(self, setting.name), {} if setting.name == "options" else setting.default
-            if setting.name not in ("prompt", "seed", "image", "mask") and value != default:
+            if setting.name not in ("prompt", "seed", "image", "mask", "depth") and value != default:
                 parts.append(f"{setting.name} {short(value)}")
         return f"<Request {', '.join(parts)}>"
 
@@ -237,6 +252,12 @@ class Request:
         """The mask, uint8 [H, W] from 0 (kept) to 255 (regenerated), or None."""
         mask: Array | None = self.mask
         return mask
+
+    @property
+    def depth_map(self) -> Array | None:
+        """The depth map, float32 [H, W], larger where it is nearer, or None."""
+        depth: Any = self.depth
+        return None if depth is None else np.asarray(depth)
 
     @property
     def image_size(self) -> tuple[int, int] | None:

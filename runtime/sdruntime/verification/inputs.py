@@ -23,6 +23,9 @@ def task_settings(task: Task | None, size: tuple[int, int], seed: int) -> dict[s
         mask = np.zeros((height, width), np.uint8)
         mask[:, width // 2 :] = 255
         return image | {"mask": mask, "strength": 1.0}
+    if task == "depth":
+        rows, columns = np.mgrid[: size[1], : size[0]]
+        return image | {"depth": (np.hypot(rows, columns) % 40).astype(np.float32), "strength": 0.5}
     if task == "refining":
         return image | {"strength": 0.5}
     return image

@@ -26,10 +26,10 @@ def test_the_task_follows_from_the_inputs(small_bundle: Path) -> None:
 
 
 def test_the_task_of_a_checkpoint_follows_from_the_number_of_channels() -> None:
-    assert [task_for(count, 4) for count in (4, 9, 8)] == [None, "inpainting", "instruct_pix2pix"]
+    assert [task_for(count, 4) for count in (4, 9, 8, 5)] == [None, "inpainting", "instruct_pix2pix", "depth"]
     assert task_for(33, 16) == "inpainting"
-    with pytest.raises(ValueError, match="in_channels 5 with 4 latent channels is not one of 4"):
-        task_for(5, 4)
+    with pytest.raises(ValueError, match="in_channels 6 with 4 latent channels is not one of 4"):
+        task_for(6, 4)
 
 
 def test_a_bundle_may_have_the_inputs_of_a_task_and_no_others(small_bundle: Path) -> None:

@@ -173,7 +173,7 @@ def test_marks_of_the_schedule_are_followed(tmp_path_factory: pytest.TempPathFac
     assert checkpoint.scheduler["timestep_spacing"] == "trailing"
 
 
-@pytest.mark.parametrize(("count", "task"), [(9, "inpainting"), (8, "instruct_pix2pix")])
+@pytest.mark.parametrize(("count", "task"), [(9, "inpainting"), (8, "instruct_pix2pix"), (5, "depth")])
 def test_the_first_weight_says_which_task_a_unet_was_made_for(
     count: int, task: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

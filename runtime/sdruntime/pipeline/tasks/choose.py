@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.request import Request
-from sdruntime.pipeline.tasks import inpainting, pix2pix
+from sdruntime.pipeline.tasks import depth, inpainting, pix2pix
 from sdruntime.pipeline.tasks.start import Setting, Start, from_image, from_text
 from sdruntime.sampling.job import Row
 
@@ -18,6 +18,8 @@ def task_start(request: Request, task: Task | None) -> Callable[[Setting], Start
         return pix2pix.edit
     if task == "inpainting":
         return inpainting.conditioned
+    if task == "depth":
+        return depth.guided_by_depth
     if request.inpaints:
         return inpainting.keeping
     return from_text if request.pixels is None else from_image
@@ -35,12 +37,15 @@ def check_task(request: Request, task: Task | None) -> None:
     """Raise SettingError if a request does not fit the UNet's task."""
     if task == "refining" and request.pixels is None:
         raise SettingError("this model refines an image: pass one as image=… (--image)")
-    if task == "instruct_pix2pix":
-        if request.pixels is None:
-            raise SettingError("this model edits an image: pass one as image=… (--image)")
-        if request.inpaints:
-            name = "extend" if request.mask is None else "mask"
-            raise SettingError(f"{name}: this model edits whole images: use an inpainting or a plain model, or omit it")
+    if task == "depth" and (request.pixels is None or request.depth is None):
+        raise SettingError("this model changes an image and follows its depth: pass image=… and depth=… (--image, --depth)")
+    if task != "depth" and request.depth is not None:
+        raise SettingError("depth: only models made for it take a depth map: omit it")
+    if task == "instruct_pix2pix" and request.pixels is None:
+        raise SettingError("this model edits an image: pass one as image=… (--image)")
+    if task in ("instruct_pix2pix", "depth") and request.inpaints:
+        name = "extend" if request.mask is None else "mask"
+        raise SettingError(f"{name}: this model edits whole images: use an inpainting or a plain model, or omit it")
 
 
 def rows_of(task: Task | None, texts: Sequence[Row], inputs: Row) -> tuple[Row, ...]:
