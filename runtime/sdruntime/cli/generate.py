@@ -39,12 +39,15 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.pipeline.images.png import png_from_image
     from sdruntime.pipeline.jobs import SCHEDULER
     from sdruntime.pipeline.pipeline import Pipeline
+    from sdruntime.pipeline.ranges import NUMBERS
     from sdruntime.pipeline.request import requests_from
     from sdruntime.sampling.samplers import meaning
     from sdruntime.system.sizes import parse_size
 
     if options.fit is not None and options.image is None:
         raise SettingError(f"--fit {options.fit} has no effect without --image")
+    if options.refiner is None and options.refiner_at != NUMBERS["refiner_at"]:
+        raise SettingError(f"--refiner-at {options.refiner_at:g} has no effect without --refiner")
     if options.mask is not None and options.image is None:
         raise SettingError("--mask marks a part of an image: add --image")
     if options.depth is not None and options.image is None:
@@ -85,6 +88,7 @@ def generate(options: argparse.Namespace) -> None:
         "mask_fill": options.mask_fill,
         "overlay": options.overlay,
         "extend": options.extend,
+        "refiner_at": options.refiner_at,
         "hires": options.hires,
         "hires_strength": options.hires_strength,
         "hires_steps": options.hires_steps,
@@ -118,7 +122,8 @@ def generate(options: argparse.Namespace) -> None:
                 reporter.print(str(path))
         written.extend({"file": str(path), "seed": part.seed, "prompt": part.request.prompt, "cut": part.cut} for part in parts)
 
-    pipe = Pipeline.open(options.bundle, backend=options.backend, options=engine_options(options))
+    opened = {"backend": options.backend, "options": engine_options(options), "refiner": options.refiner}
+    pipe = Pipeline.open(options.bundle, **opened)
     try:
         with contextlib.closing(pipe):
             images: list[Image] = []  # for a sheet

@@ -93,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overlay", action="store_true", help="put the pixels that the mask keeps back over the result")
     sides = "pixels to add to --image and to generate there (0,0,0,0)"
     sub.add_argument("--extend", metavar="LEFT,TOP,RIGHT,BOTTOM", type=extension, default=(0, 0, 0, 0), help=sides)
+    goes_on = "the bundle of a second model that goes on with the image, such as SDXL's refiner"
+    sub.add_argument("--refiner", type=Path, metavar="BUNDLE", help=goes_on)
+    setting(sub, "refiner_at", "the share of the trained timesteps after which the refiner goes on")
     scale = f"a second pass, at SCALE times the size: {RANGES['hires']} (one pass)"
     sub.add_argument("--hires", type=float, metavar="SCALE", help=scale)
     setting(sub, "hires_strength", "how much the second pass changes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +19,9 @@ from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.ranges import WHOLE, steps_beside
-from sdruntime.pipeline.request import HiresResize, Request
+from sdruntime.pipeline.request import DEFAULTS, HiresResize, Request
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
-from sdruntime.pipeline.tasks.passes import Pass, passes_of, rounded_line
+from sdruntime.pipeline.tasks.passes import Pass, passes_of, refined, rounded_line
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
 from sdruntime.pipeline.texts import Conditions, Texts
@@ -54,15 +53,28 @@ LATENT_KERNELS: Mapping[HiresResize | None, resize.Kernel] = {
 PIXEL_KERNELS: Mapping[HiresResize | None, PixelKernel] = {"lanczos": "lanczos", "nearest": "nearest"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Place:
+    """A pass among those of its request: `before` model calls precede it, it makes `calls`, and all passes make `all`."""
+
+    step: Pass
+    before: int
+    calls: int
+    all: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stage:
     """A pass with all that its job is made of."""
 
+    factory: JobFactory
+    engine: GetEngine
     step: Pass
     shape: Shape
     table: Table
     texts: Texts
     conditions: Conditions
+    guidances: tuple[float, ...]
 
     @property
     def sequence(self) -> int:
@@ -87,6 +99,7 @@ class JobFactory:
         self._conditioner = Conditioner.open(bundle)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables: dict[tuple[Any, ...], Table] = {}
+        self.refiner: tuple[JobFactory, GetEngine] | None = None
 
     @property
     def sampler(self) -> str:
@@ -106,13 +119,13 @@ class JobFactory:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
         for request in map(self.completed, requests):
             check_task(request, self.task)
-            check_conditions(request, self._time_ids)
-            if self._guidance_width is not None and len(request.guidances) > 1:
-                raise SettingError("guidance: this model takes one guidance as an input: pass a number, not a list")
             self._noise(request)
-            for step in self._passes(request):
-                self.latent_shape(step.request)
-                over_calls(request.guidances, request.guidance_interval, self._table(step).steps)
+            chain = self._chain(request)
+            for place in chain:
+                factory = self._of(place.step)
+                check_conditions(place.step.request, factory._time_ids)
+                factory.latent_shape(place.step.request)
+                factory._guidances(place)
 
     def jobs(self, requests: Sequence[Request], engine: GetEngine) -> list[Job]:
         """Return a job for each checked request: its texts are encoded and its first latents are made.
@@ -120,32 +133,72 @@ class JobFactory:
         Raises SettingError, EngineError for a size that no engine supports, NotFinite.
         """
         requests = [self.completed(request) for request in requests]
-        chains = [self._passes(request) for request in requests]
-        for step in itertools.chain(*chains) if self._engines.given is None else ():  # fail before the texts are encoded
-            self._check_engines(step)
-        texts = [
-            Texts.of(
-                step.request,
-                steps=self._table(step).steps,
-                passed=sum(self._table(before).steps for before in chain[:k]),
-                conditioner=self._conditioner,
-                guided=self._guided(step.request),
-            )
-            for chain in chains
-            for k, step in enumerate(chain)
+        chains = [self._chain(request) for request in requests]
+        stages: dict[_Place, _Stage] = {}
+        for factory, its_engine in ((self, engine), *([self.refiner] if self.refiner is not None else [])):
+            places = [place for chain in chains for place in chain if self._of(place.step) is factory]
+            stages |= zip(places, factory._stages(places, its_engine), strict=True)
+        return [
+            self._chained(request, [stages[place] for place in chain]) for request, chain in zip(requests, chains, strict=True)
         ]
+
+    def _chain(self, request: Request) -> list[_Place]:
+        """Return the passes of a completed request, each with its number of model calls and theirs."""
+        steps = self._passes(request)
+        counts = [self._of(step)._table(step).steps for step in steps]
+        return [_Place(step=step, before=sum(counts[:k]), calls=counts[k], all=sum(counts)) for k, step in enumerate(steps)]
+
+    def _stages(self, places: Sequence[_Place], engine: GetEngine) -> list[_Stage]:
+        """Return the stages of passes of this model."""
+        for place in places if self._engines.given is None else ():  # fail before the texts are encoded
+            self._check_engines(place.step)
+        texts = [self._texts(place) for place in places]
         conditions = self._conditioner.encode([text.wordings for text in texts], engine)
-        stages = iter(
-            [
-                _Stage(step=step, shape=self.latent_shape(step.request), table=self._table(step), texts=text, conditions=encoded)
-                for step, text, encoded in zip(itertools.chain(*chains), texts, conditions, strict=True)
-            ]
-        )
-        grouped = [[next(stages) for _ in chain] for chain in chains]
-        for stage in itertools.chain(*grouped) if self._engines.given is None else ():
+        stages = [
+            _Stage(
+                factory=self,
+                engine=engine,
+                step=place.step,
+                shape=self.latent_shape(place.step.request),
+                table=self._table(place.step),
+                texts=text,
+                conditions=encoded,
+                guidances=self._guidances(place),
+            )
+            for place, text, encoded in zip(places, texts, conditions, strict=True)
+        ]
+        for stage in stages if self._engines.given is None else ():
             _, height, width = stage.shape
             self._engines.choose("unet", height=height, width=width, sequence=stage.sequence)
-        return [self._chained(request, stages, engine) for request, stages in zip(requests, grouped, strict=True)]
+        return stages
+
+    def _texts(self, place: _Place) -> Texts:
+        """Return the texts of a pass; a refiner goes on with those of the pass before."""
+        request, shared = place.step.request, place.step.part is not None
+        texts = Texts.of(
+            request,
+            steps=place.all if shared else place.calls,
+            passed=0 if shared else place.before,
+            conditioner=self._conditioner,
+            guided=self._guided(request),
+        )
+        return texts.after(place.before) if shared else texts
+
+    def _guidances(self, place: _Place) -> tuple[float, ...]:
+        """Return the guidance of each model call of a pass, () if it is constant. Raises SettingError."""
+        request = place.step.request
+        if self._guidance_width is not None and len(request.guidances) > 1:
+            raise SettingError("guidance: this model takes one guidance as an input: pass a number, not a list")
+        if len(request.guidances) == 1 and request.guidance_interval == WHOLE:
+            return ()
+        if place.step.part is None:
+            return over_calls(request.guidances, request.guidance_interval, place.calls)
+        whole = over_calls(request.guidances, request.guidance_interval, place.all)
+        return whole[place.before : place.before + place.calls]
+
+    def _of(self, step: Pass) -> JobFactory:
+        """Return the factory that makes the jobs of a pass."""
+        return self.refiner[0] if step.refines and self.refiner is not None else self
 
     def _check_engines(self, step: Pass) -> None:
         """Raises EngineError if no engine supports a pass."""
@@ -165,6 +218,8 @@ class JobFactory:
             raise EngineError(f"hires: {error}") from error
 
     def _passes(self, request: Request) -> tuple[Pass, ...]:
+        if self.refiner is not None and request.refiner_at < 1:
+            return refined(request, self.task, self._size(request))
         return passes_of(request, self.task, self._size(request), self._model.size_multiple)
 
     def _size(self, request: Request) -> tuple[int, int]:
@@ -211,7 +266,7 @@ class JobFactory:
     def _table(self, step: Pass) -> Table:
         request, strength = step.request, step.strength
         options = repr(sorted(request.options.items()))
-        key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, options)
+        key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, step.part, options)
         if key not in self._tables:
             if len(self._tables) >= KEPT_TABLES:
                 self._tables.clear()
@@ -223,18 +278,22 @@ class JobFactory:
                     sampler=request.sampler,
                     schedule=request.schedule,
                     strength=strength,
+                    part=step.part,
                     **request.options,
                 )
             except SettingError as error:
-                if step.resize is None:
+                if step.resize is None and step.part is None:
                     raise
-                raise type(error)(f"hires: {error}") from error
+                where = "hires" if step.resize else f"refiner_at {request.refiner_at:g}"
+                raise type(error)(f"{where}: {error}") from error
         return self._tables[key]
 
-    def _start(self, stage: _Stage, size: tuple[int, int], noise: ImageNoise, engine: GetEngine, before: Array | None) -> Start:
+    def _start(self, stage: _Stage, size: tuple[int, int], noise: ImageNoise, before: Array | None) -> Start:
         """Return the start of a pass. `before`: the latents that the pass before has left."""
         width, height = size
-        request = stage.step.request
+        request, engine = stage.step.request, stage.engine
+        if before is not None and stage.step.refines:
+            return Start(latents=before)
         encoder = functools.partial(engine, "vae_encoder", height=height, width=width)
 
         def encode(pixels: Array, draw: Array) -> Array:
@@ -265,30 +324,21 @@ class JobFactory:
             return Start(latents=setting.noised(resized, setting.first_noise()))
         return task_start(request, self.task)(setting)
 
-    def _chained(self, request: Request, stages: Sequence[_Stage], engine: GetEngine) -> Job:
+    def _chained(self, request: Request, stages: Sequence[_Stage]) -> Job:
         """Return the job of a request's passes: that of the first one, which the others follow."""
-        job = self._linked(stages, engine)
+        job = _linked(stages)
         size = self._size(request)
         lines = [rounded_line(request, size, self._size(stage.step.request)) for stage in stages[1:]]
         job.warnings = (
-            *dict.fromkeys(line for stage in stages for line in self._lines(stage)),
+            *dict.fromkeys(line for stage in stages for line in stage.factory._lines(stage)),
             *(line for line in lines if line is not None),
         )
         return job
 
-    def _linked(self, stages: Sequence[_Stage], engine: GetEngine, before: Array | None = None) -> Job:
-        stage, *rest = stages
-        job = self._job(stage, engine, before)
-        if rest:
-            steps = sum(stage.table.steps for stage in rest)
-            job.following = Following(steps=steps, start=lambda latents: self._linked(rest, engine, latents))
-        return job
-
-    def _job(self, stage: _Stage, engine: GetEngine, before: Array | None) -> Job:
+    def _job(self, stage: _Stage, noise: ImageNoise, before: Array | None) -> Job:
         request, table, shape = stage.step.request, stage.table, stage.shape
-        noise = self._noise(request)
         size = self._size(request)
-        start = self._start(stage, size, noise, engine, before)
+        start = self._start(stage, size, noise, before)
         encoded = stage.encoded(zero_absent=self._model.zero_empty_negative)
         more: list[dict[str, Array]] = [{}, {}]  # of the prompt, and of the negative prompt
         if self._time_ids is not None:
@@ -299,13 +349,12 @@ class JobFactory:
         for step, pairs in encoded.items():
             texts_of_rows = [{**text.row, **added} for (_, text), added in zip(pairs, more, strict=False)]
             rows[step] = rows_of(self.task, texts_of_rows[::-1], start.inputs)
-        constant = len(request.guidances) == 1 and request.guidance_interval == WHOLE
         return Job(
             run=Run(table, start.latents, lambda: noise.normal(shape)),
             rows=rows.pop(0),
             changes=rows,
-            guidance=request.guidances[0],
-            guidances=() if constant else over_calls(request.guidances, request.guidance_interval, table.steps),
+            guidance=stage.guidances[0] if stage.guidances else request.guidances[0],
+            guidances=stage.guidances,
             image_guidance=request.image_guidance,
             rescale=request.rescale,
             kept=start.kept,
@@ -320,6 +369,9 @@ class JobFactory:
         yield from self._tile_lines(stage.shape)
         yield from cut_lines(pair for pairs in encoded.values() for pair in pairs)
         yield from self._unused(stage.step.request)
+        at = stage.step.request.refiner_at
+        if stage.step.part is None and self.refiner is None and at != DEFAULTS["refiner_at"]:
+            yield f"refiner_at {at:g} has no effect without a refiner"
 
     def _guided(self, request: Request) -> bool:
         """Return whether a request takes an unconditional row. A distilled model takes the guidance as an input instead."""
@@ -338,3 +390,17 @@ class JobFactory:
         automatic = self._engines.options.tile == "auto"
         tiles = tiling(self._engines, "vae_decoder", self._model.vae_factor, *shape[1:]) if automatic else None
         return [tiles.line] if tiles else []
+
+
+def _linked(stages: Sequence[_Stage], before: Array | None = None, noise: ImageNoise | None = None) -> Job:
+    """Return the job of the first stage, from the latents `before`, which the other stages follow.
+
+    A refiner goes on with the `noise` of the stage before, as diffusers does with one generator for both pipelines.
+    """
+    stage, *rest = stages
+    noise = noise if noise is not None and stage.step.refines else stage.factory._noise(stage.step.request)
+    job = stage.factory._job(stage, noise, before)
+    if rest:
+        steps = sum(stage.table.steps for stage in rest)
+        job.following = Following(steps=steps, start=lambda latents: _linked(rest, latents, noise))
+    return job

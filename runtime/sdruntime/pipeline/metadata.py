@@ -66,7 +66,7 @@ class Origin:
     `ours`: our name of a schedule whose name in the web UI is ambiguous. `spacing`: the timestep_spacing, "" with a schedule.
     `steps`: the number of steps, if the request has sigmas. `tile`: the size of the VAE's tiles, "" if it took the whole image.
     `backend`: backend, version and target of the UNet's engine. `task`: the UNet's.
-    `size`: (width, height) that was generated, None for that of the image.
+    `size`: (width, height) that was generated, None for that of the image. `refiner`: the name of the model that went on, or "".
     """
 
     model: str
@@ -80,6 +80,7 @@ class Origin:
     precision: str = ""
     task: Task | None = None
     size: tuple[int, int] | None = None
+    refiner: str = ""
 
     @classmethod
     def of(
@@ -92,6 +93,7 @@ class Origin:
         *,
         tile: str = "",
         size: tuple[int, int] | None = None,
+        refiner: str = "",
     ) -> Origin:
         """Return the origin of a request's image. Raises SettingError.
 
@@ -116,6 +118,7 @@ class Origin:
             backend=f"{unet.backend} {unet.version} {unet.target}" if unet else "",
             task=task,
             size=size,
+            refiner=refiner,
             precision=unet.precision if unet else "",
         )
 
@@ -143,6 +146,8 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Depth hash": None if request.depth_map is None else image_hash(request.depth_map),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
         **_mask_settings(request),
+        "Refiner": origin.refiner or None,
+        "Refiner switch at": request.refiner_at if origin.refiner else None,
         "Hires upscale": request.hires,
         "Hires steps": request.hires_steps if request.hires else None,
         "Hires upscaler": A1111_UPSCALERS[request.hires_resize] if request.hires else None,

@@ -34,6 +34,7 @@ from sdruntime.pipeline.metadata import Origin
 from sdruntime.pipeline.request import Request, requests_from, unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.pipeline.tasks.canvas import finished, result_size
+from sdruntime.pipeline.tasks.passes import check_refiner
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae.preview import Kind, check_preview, linear_colours
 from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
@@ -96,7 +97,8 @@ class Pipeline:
         with Pipeline.open("bundle") as pipe:
             pipe("a small red circle on the left on a blue background", seed=7).images[0].save("circle.png")
 
-    `options`: how to open the engines (device, threads, settings of the backend's library).
+    `options`: how to open the engines (device, threads, settings of the backend's library). `refiner`: a pipeline that goes on
+    with each request from its `refiner_at` on and decodes the result; it opens and closes with this one.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Pipeline:
         backend: str = AUTO,
         options: EngineOptions | None = None,
         given: Callable[[str], Engine] | None = None,
+        refiner: Pipeline | None = None,
     ) -> None:
         if not isinstance(bundle, Bundle):
             path = shown(os.fspath(bundle)) if isinstance(bundle, str | os.PathLike) else "the path of a bundle"
@@ -118,7 +121,7 @@ class Pipeline:
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
         busy = functools.partial(_running, self._loops)  # not a bound method: a reference cycle would keep the pipeline alive
         self._make_engines = functools.partial(Engines, backend=backend, options=options, given=given, busy=busy)
-        self._by_path = False
+        self._by_path, self.refiner = False, refiner
         self._load(bundle)
 
     def _load(self, bundle: Bundle) -> None:
@@ -128,15 +131,25 @@ class Pipeline:
         check_tile(self._make_engines.keywords["options"].tile, self.model)
         self.engines = self._make_engines(bundle)
         self._factory = JobFactory(bundle, self.engines)
+        if self.refiner is not None:
+            check_refiner(self.model, self.refiner.model)
 
     @classmethod
-    def open(cls, bundle: Path | str | Bundle, *, backend: str = AUTO, options: EngineOptions | None = None) -> Pipeline:
-        """Read a bundle and choose its engines.
+    def open(
+        cls,
+        bundle: Path | str | Bundle,
+        *,
+        backend: str = AUTO,
+        options: EngineOptions | None = None,
+        refiner: Path | str | Bundle | None = None,
+    ) -> Pipeline:
+        """Read a bundle and choose its engines. `refiner`: a second bundle, such as SDXL's refiner; see `Request.refiner_at`.
 
         Other processes may replace a bundle that is passed by path: if that happens before its engines are open, it is read
         again. Raises BundleError for a damaged bundle, EngineError if no engine fits this machine, UnknownName for a backend.
         """
-        make = functools.partial(cls, backend=backend, options=options)
+        second = None if refiner is None else cls.open(refiner, backend=backend, options=options)
+        make = functools.partial(cls, backend=backend, options=options, refiner=second)
         if isinstance(bundle, Bundle):
             return make(bundle)
         pipe = opening(bundle, make)
@@ -164,10 +177,12 @@ class Pipeline:
             for tries in range(_MOST_RELOADS, -1, -1):
                 try:
                     yield from self.engines.opening()
-                    return
+                    break
                 except Exception:  # if an engine's file is gone, each library raises an error of its own
                     if not tries or not self._reload():
                         raise
+            if self.refiner is not None:
+                yield from self.refiner.opening()
         except BaseException:
             self.close()
             raise
@@ -196,6 +211,8 @@ class Pipeline:
         """End the running loops and release the engines. The next use raises an error."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.engines.close)
+            if self.refiner is not None:
+                stack.callback(self.refiner.close)
             for loop in list(self._loops):
                 stack.callback(_close_quietly, loop)
         self._factory.forget()
@@ -239,9 +256,19 @@ class Pipeline:
 
         Raises SettingError, EngineError for a size that no engine supports, NotFinite.
         """
-        self._factory.check(requests)
+        self._with_refiner().check(requests)
         self._open_at_first_use()  # which may read the bundle again, and make another factory
-        return self._factory.jobs(requests, self.engine)
+        return self._with_refiner().jobs(requests, self.engine)
+
+    def _with_refiner(self) -> JobFactory:
+        """Return the factory of jobs, with that of the refiner as it is now."""
+        if self.refiner is not None:
+            self._factory.refiner = (self.refiner._factory, self.refiner.engine)
+        return self._factory
+
+    def _of(self, job: Job) -> Pipeline:
+        """Return the pipeline that runs the current pass of a job."""
+        return self.refiner if self.refiner is not None and job.bundle == self.refiner.bundle.folder else self
 
     def completed(self, request: Request) -> Request:
         """Return the request with the model's defaults in place of None: steps, guidance and sampler."""
@@ -261,22 +288,27 @@ class Pipeline:
     def loop(self, jobs: Collection[Job], steppers: Callable[[Sequence[Job]], Sequence[Stepper]]) -> Loop:
         """Return the loop `denoise`, which the pipeline closes with itself. `steppers`: `self.steppers` or `device_steppers`."""
         loop = denoise(jobs, steppers)
-        self._loops.add(loop)
+        for pipe in (self, *([self.refiner] if self.refiner is not None else [])):
+            pipe._loops.add(loop)
         return loop
 
     def images(self, requests: Sequence[Request], jobs: Sequence[Job]) -> list[Image]:
         """Decode the latents of jobs as they are now, in as few calls as their shapes allow. Raises NotFinite."""
         requests = [self.completed(request) for request in requests]
-        decoded = self.decode([job.run.x for job in jobs], lambda k: after(jobs[k]))
+        decoded: dict[int, Array] = {}
+        for pipe in {id(pipe): pipe for pipe in map(self._of, jobs)}.values():
+            places = [k for k, job in enumerate(jobs) if self._of(job) is pipe]
+            describe = lambda k, places=places: after(jobs[places[k]])  # noqa: E731
+            decoded |= zip(places, pipe.decode([jobs[k].run.x for k in places], describe), strict=True)
         return [
             Image(
-                pixels=finished(request, to_uint8(decoded_image)),
+                pixels=finished(request, to_uint8(decoded[k])),
                 request=request,
                 sampler=request.sampler or self.sampler,
                 origin=self._origin(request, job),
                 cut=job.cut,
             )
-            for decoded_image, request, job in zip(decoded, requests, jobs, strict=True)
+            for k, (request, job) in enumerate(zip(requests, jobs, strict=True))
         ]
 
     def preview(self, jobs: Sequence[Job], kind: Kind = "linear") -> list[Pixels]:
@@ -297,7 +329,8 @@ class Pipeline:
         _, height, width = self.latent_shape(request)
         size = width * self.model.vae_factor, height * self.model.vae_factor
         tile = tiles.text if tiles else ""
-        return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tile, size=size)
+        refiner = self.refiner.model.name if self.refiner is not None and request.refiner_at < 1 else ""
+        return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tile, size=size, refiner=refiner)
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.
@@ -317,7 +350,7 @@ class Pipeline:
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """Return the stepper that advances jobs of one shape on the host, in one call of the UNet."""
-        return [Call(jobs, lambda: self._unet_for(jobs))]
+        return [Call(jobs, lambda: self._of(jobs[0])._unet_for(jobs))]
 
     def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False, ahead: int = IN_FLIGHT) -> Sequence[Stepper]:
         """Return the steppers that run the loop on the GPU, or those of `steppers` if the engines or the jobs do not allow it.
@@ -325,6 +358,8 @@ class Pipeline:
         `whole`: all steps may be launched at once, if the engine options also allow it. `ahead`: how many steps the host may
         queue before it waits for the device.
         """
+        if self._of(jobs[0]) is not self:
+            return self._of(jobs[0]).device_steppers(jobs, whole=whole, ahead=ahead)
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
         loop = BACKENDS[unet.spec.backend].loop if self.engines.given is None else None
         if loop is not None and self.engines.has(STEP, cells=cells):

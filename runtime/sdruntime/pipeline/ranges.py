@@ -61,6 +61,7 @@ RANGES: Mapping[str, Range] = {
     "hires": Range(1, 8, above=True),
     "hires_strength": Range(0, 1, above=True),
     "hires_steps": Range(1, MOST_STEPS, whole=True),
+    "refiner_at": Range(0, 1, above=True),
 }
 # the defaults
 NUMBERS: Mapping[str, Any] = {
@@ -79,6 +80,7 @@ NUMBERS: Mapping[str, Any] = {
     "hires": None,
     "hires_strength": 0.7,
     "hires_steps": None,
+    "refiner_at": 0.8,
 }
 
 SHARE = Range(0, 1)

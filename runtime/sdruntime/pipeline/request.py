@@ -96,6 +96,8 @@ class Request:
     strength, `hires_steps` its steps, None for `steps`. `hires_resize`: how to resize between the passes: the latents, or with
     "lanczos" and "nearest" the decoded image, which is encoded again.
 
+    `refiner_at`: the share of the trained timesteps after which the pipeline's refiner goes on; 1 for never.
+
     `prompt_2`, `negative_2`: texts for the second text encoder of a model that has two, None for the same as for the first.
     `prompt_syntax`: "plain" takes all texts as they are and cuts them at the encoder's length. "a1111" reads the syntax of
     AUTOMATIC1111's web UI: emphasis, BREAK, prompt editing and alternation, in texts of any length. `emphasis`: how "a1111"
@@ -155,6 +157,7 @@ class Request:
     hires_steps: int | None = NUMBERS["hires_steps"]
     hires_resize: HiresResize = "latent"
     depth: ImageLike | Array | None = None
+    refiner_at: float = NUMBERS["refiner_at"]
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):

@@ -50,6 +50,13 @@ class Texts:
             at[step] = tuple(current)
         return cls(at=at, no_negative=request.negative is None and request.negative_2 is None)
 
+    def after(self, passed: int) -> Texts:
+        """Return the texts from the step `passed` on."""
+        at: dict[int, tuple[Wording, ...]] = {}
+        for step, wordings in sorted(self.at.items()):
+            at[max(step - passed, 0)] = wordings
+        return Texts(at=at, no_negative=self.no_negative)
+
     def encoded(self, conditions: Conditions, *, zero_absent: bool) -> dict[int, list[tuple[str, Condition]]]:
         """Return each text with its condition, by step: the prompt, and with guidance the negative prompt.
 

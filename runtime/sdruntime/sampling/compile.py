@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,15 @@ def compile_table(
     sampler: str | None = None,
     schedule: str | None = None,
     strength: float | None = None,
+    part: tuple[float, float] | None = None,
     **options: Any,
 ) -> Table:
     """Return the table of a checkpoint's scheduler_config.json (parsed), or of another `sampler` with from_config semantics.
 
     `steps`: diffusers' num_inference_steps, from 1 to num_train_timesteps, at most MOST_STEPS. `sigmas`: noise levels in place
     of `steps`, see own_sigmas.py. `strength` in (0, 1]: image to image, with the same first step as diffusers. `options`: keys
-    that the sampler reads (eta, solver_order, …). Raises SettingError, UnknownName.
+    that the sampler reads (eta, solver_order, …). `part`: only that part of the trained timesteps, from 0 to 1: diffusers'
+    denoising_start and denoising_end; a part that begins above 0 continues latents as they are. Raises SettingError, UnknownName.
     """
     chosen, settings = settled(config, sampler=sampler, schedule=schedule, **options)
     trained = settings["num_train_timesteps"]
@@ -49,11 +51,13 @@ def compile_table(
         raise SettingError(
             f"prediction_type 'flow_prediction' with {chosen.name}: use a flow sampler, or set use_flow_sigmas true"
         )
-    begin = 0 if strength is None else first_step(steps, strength)
-    try:
-        path = chosen.grid(settings, steps, begin) if sigmas is None else own_path(chosen, settings, sigmas, begin)
+    count, begin = steps, 0 if strength is None else first_step(steps, strength)
+
+    def table(begin: int) -> tuple[Table, int]:
+        """Return the table without the first `begin` steps, and the number of its steps."""
+        path = chosen.grid(settings, count, begin) if sigmas is None else own_path(chosen, settings, sigmas, begin)
         first = path.start_level or path.pairs[0][0]
-        return traced(
+        compiled = traced(
             chosen,
             path,
             prediction=prediction,
@@ -61,10 +65,36 @@ def compile_table(
             start=(0.0, path.start_sigma) if strength is None else (first.alpha, first.sigma),
             options={key: settings[key] for key in chosen.options},
         )
+        return compiled, len(path)
+
+    try:
+        if part is None:
+            return table(begin)[0]
+        return _part(table, begin, part, trained, chosen)
     except (ArithmeticError, np.linalg.LinAlgError) as error:
         raise SettingError(
             f"{chosen.name} has no finite table for {steps} steps of this schedule ({error}): noise levels are equal or extreme"
         ) from error
+
+
+def _part(
+    compiled: Callable[[int], tuple[Table, int]], begin: int, part: tuple[float, float], trained: int, of: Sampler
+) -> Table:
+    """Return the calls whose timesteps lie in a part, as diffusers' SDXL pipelines cut them. Raises SettingError for none.
+
+    A sampler with two calls a step goes on from the first call of a step, even if the part before has done that one.
+    """
+    if of.space == "edm":
+        raise SettingError(f"a part of the steps of {of.name}: its timesteps are not those of the training")
+    first, last = (round(trained - share * trained) for share in part)
+    table, steps = compiled(begin)
+    if part[0] > 0:
+        after = int(np.count_nonzero(table.t < first))
+        twice = of.diffusers != "PNDMScheduler" and steps > 1 and table.steps >= 2 * steps - 1
+        after += twice and after % 2 == 0
+        skipped = (table.steps - after) // (2 if twice else 1)
+        table = compiled(begin + skipped)[0] if skipped < steps else table.first(0)
+    return table.first(int(np.count_nonzero(table.t >= last)) if part[1] < 1 else table.steps)
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -74,20 +74,9 @@ class Job:
         """Go on to the pass that follows: take over its run and its inputs."""
         assert self.following is not None
         following, passed = self.following.start(self.run.x), self.passed + self.run.steps
-        for name in (
-            "run",
-            "rows",
-            "changes",
-            "guidance",
-            "guidances",
-            "image_guidance",
-            "rescale",
-            "kept",
-            "sampler",
-            "bundle",
-            "following",
-        ):
-            setattr(self, name, getattr(following, name))
+        for one in fields(self):
+            if one.name not in _OF_ALL_PASSES:
+                setattr(self, one.name, getattr(following, one.name))
         self.passed = passed
 
     @property
@@ -114,6 +103,9 @@ class Job:
     def sequence(self) -> int:
         """Number of tokens of the text."""
         return len(self.rows[-1]["encoder_hidden_states"])
+
+
+_OF_ALL_PASSES = ("cut", "warnings", "passed", "stopped", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,10 +146,11 @@ def after(job: Job) -> str:
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Group jobs that can share a call: those with latents, and inputs of the same name, of the same shape."""
-    groups: list[tuple[dict[str, tuple[int, ...]], list[Job]]] = []
+    """Group jobs that can share a call: of one bundle, with latents and inputs of the same name of the same shape."""
+    groups: list[tuple[dict[str, object], list[Job]]] = []
     for job in jobs:
-        shapes = {"sample": job.run.x.shape} | {name: array.shape for row in job.rows for name, array in row.items()}
+        shapes: dict[str, object] = {"bundle": job.bundle, "sample": job.run.x.shape}
+        shapes.update({name: array.shape for row in job.rows for name, array in row.items()})
         for known, members in groups:
             if all(known.get(name, shape) == shape for name, shape in shapes.items()):
                 known.update(shapes)

@@ -10,7 +10,7 @@ unit vectors. The prediction type and the scale of the model's input are compile
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,12 @@ class Table:
             own = array.copy() if array.flags.writeable else array
             own.flags.writeable = False
             object.__setattr__(self, name, own)
+
+    def first(self, calls: int) -> Table:
+        """Return the first calls. Raises SettingError if there are none."""
+        if calls < 1:
+            raise SettingError("this part of the timesteps has no step: use more steps, or a larger part")
+        return self if calls == self.steps else replace(self, **{name: getattr(self, name)[:calls] for name in _ARRAYS})
 
     @property
     def steps(self) -> int:

@@ -23,7 +23,8 @@ class OpenOptions:
     """How to open a bundle; see EngineOptions and Batcher.
 
     `device`: as `cuda.device_index` parses it. `stream`: the handle of the caller's CUDA stream, on which all work is then done;
-    TensorRT engines only. `memory`: a limit in bytes of GPU memory; a bundle that needs more is refused with both numbers.
+    TensorRT engines only. `refiner`: the path of a second bundle. `memory`: a limit in bytes of GPU memory; a bundle that needs
+    more is refused with both numbers.
     """
 
     backend: str = AUTO
@@ -37,6 +38,7 @@ class OpenOptions:
     tile: int | str = "auto"
     measure: bool = True
     session: Mapping[str, str] = field(default_factory=dict)
+    refiner: str | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -99,6 +101,7 @@ class RequestMessage:
     hires_strength: float = DEFAULTS["hires_strength"]
     hires_steps: int | None = None
     hires_resize: HiresResize = DEFAULTS["hires_resize"]
+    refiner_at: float = DEFAULTS["refiner_at"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -151,6 +154,7 @@ class RequestMessage:
             hires_strength=self.hires_strength,
             hires_steps=self.hires_steps,
             hires_resize=self.hires_resize,
+            refiner_at=self.refiner_at,
         )
 
 

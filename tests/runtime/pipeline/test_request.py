@@ -81,6 +81,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("hires_strength", 0, r"hires_strength 0 is outside 0 \(excluded\) to 1"),
     ("hires_strength", None, "hires_strength None: expected a number"),
     ("hires_resize", "Latent", "unknown hires_resize 'Latent'"),
+    ("refiner_at", 0, r"refiner_at 0 is outside 0 \(excluded\) to 1"),
     ("prompt", None, "prompt None: expected text"),
     ("negative", 3, "negative 3: expected text"),
     ("sampler", 3, "sampler 3: expected text"),
@@ -152,7 +153,7 @@ def test_the_service_has_its_defaults() -> None:
     shared = set(RequestMessage.__dataclass_fields__) & set(DEFAULTS) - {"seed", "variation_seed"}
     assert {"prompt_2", "negative_2", "prompt_syntax", "emphasis", "clip_skip"} <= shared
     assert {"mask_blur", "mask_padding", "mask_fill", "overlay", "extend"} <= shared
-    assert {"hires", "hires_strength", "hires_steps", "hires_resize"} <= shared
+    assert {"refiner_at", "hires", "hires_strength", "hires_steps", "hires_resize"} <= shared
     assert {"steps", "guidance", "image_guidance", "rescale", "strength", "negative", "sampler", "schedule", "sigmas"} <= shared
     assert {name: getattr(RequestMessage(prompt="a cat"), name) for name in shared} == {name: DEFAULTS[name] for name in shared}
 

@@ -1,9 +1,10 @@
-"""The passes of a request: one run of the UNet's steps, or with `hires` two, the second at a larger size."""
+"""The passes of a request: one run of the UNet's steps, or two: with `hires` at a larger size, with a refiner by its UNet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sdruntime.bundle.manifest import ModelSpec
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.request import DEFAULTS, HiresResize, Request
@@ -14,12 +15,15 @@ from sdruntime.pipeline.tasks.choose import start_strength
 class Pass:
     """`request`: what this pass generates, without `hires`. `strength`: that of its image or latents, None from noise.
 
-    `resize`: how the result of the pass before reaches the size of this one; None for the first pass.
+    `resize`: how the result of the pass before reaches the size of this one; None for the first pass. `part`: of the trained
+    timesteps, as in `compile_table`. `refines`: whether the refiner runs it, from the latents of the pass before as they are.
     """
 
     request: Request
     strength: float | None
     resize: HiresResize | None = None
+    part: tuple[float, float] | None = None
+    refines: bool = False
 
 
 def passes_of(request: Request, task: Task | None, size: tuple[int, int], multiple: int) -> tuple[Pass, ...]:
@@ -50,6 +54,41 @@ def passes_of(request: Request, task: Task | None, size: tuple[int, int], multip
         Pass(request=first, strength=start_strength(first, task)),
         Pass(request=second, strength=request.hires_strength, resize=request.hires_resize),
     )
+
+
+def refined(request: Request, task: Task | None, size: tuple[int, int]) -> tuple[Pass, ...]:
+    """Return the passes of a request of this size that a refiner finishes from `refiner_at` on. Raises SettingError."""
+    for name, given in (("hires", request.hires is not None), ("a mask or an extension", request.inpaints)):
+        if given:
+            raise SettingError(f"{name} with a refiner: set refiner_at to 1 (--refiner-at), or open the bundle without one")
+    base = replace(request, **{name: DEFAULTS[name] for name in ("aesthetic_score", "negative_aesthetic_score")})
+    second = replace(
+        request,
+        prompt=request.prompt if request.prompt_2 is None else request.prompt_2,
+        negative=request.negative if request.negative_2 is None else request.negative_2,
+        prompt_2=None,
+        negative_2=None,
+        target_size=None,
+        size=size,
+        image=None,
+        fit=None,
+        strength=DEFAULTS["strength"],
+    )
+    return (
+        Pass(request=base, strength=start_strength(base, task), part=(0.0, request.refiner_at)),
+        Pass(request=second, strength=None, part=(request.refiner_at, 1.0), refines=True),
+    )
+
+
+def check_refiner(base: ModelSpec, refiner: ModelSpec) -> None:
+    """Raise SettingError if a refiner cannot go on with the latents of a model."""
+    ours, theirs = (
+        f"{model.latent_channels} channels of {model.vae_factor}x{model.vae_factor} pixels" for model in (base, refiner)
+    )
+    if ours != theirs:
+        raise SettingError(
+            f"refiner {refiner.name}: its latents have {theirs}, those of {base.name} {ours}: use a refiner of the same family"
+        )
 
 
 def rounded_line(request: Request, size: tuple[int, int], reached: tuple[int, int]) -> str | None:

@@ -1,0 +1,104 @@
+"""A second pipeline goes on where the first one stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import SCHEDULER
+
+from sdruntime import Batcher, Bundle, BundleError, Pipeline, Request, SettingError
+from sdruntime.pipeline.tasks.passes import check_refiner
+from sdruntime.sampling.compile import compile_table
+
+SETTINGS: dict[str, Any] = {"seed": 3, "steps": 8, "size": (64, 64), "prompt_syntax": "a1111"}
+PROMPT = "a (cat:1.2) [dog:bird:0.75]"
+
+
+@pytest.fixture(scope="module")
+def twin(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in another folder."""
+    return Path(shutil.copytree(small_bundle, tmp_path_factory.mktemp("twin") / "bundle"))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a", "lcm"])
+def test_a_model_that_refines_itself_changes_nothing(small_bundle: Path, twin: Path, sampler: str) -> None:
+    """With samplers that remember no step before: timesteps, noise and prompt editing go on."""
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        plain, refined = (pipe(PROMPT, **SETTINGS, sampler=sampler, refiner_at=at).images[0] for at in (1, 0.5))
+        np.testing.assert_array_equal(refined.pixels, plain.pixels)
+        assert plain.pixels.std() >= 10
+        told = refined.text()["parameters"]
+        assert f"Refiner: {pipe.model.name}, Refiner switch at: 0.5" in told
+        assert "Refiner" not in plain.text()["parameters"]
+
+
+def test_streams_and_queues_run_both_pipelines(small_bundle: Path, twin: Path) -> None:
+    requests = [
+        Request(prompt=PROMPT, **SETTINGS, sampler="dpmpp_2m", refiner_at=0.5),
+        Request(prompt=PROMPT, **SETTINGS, sampler="dpmpp_2m", refiner_at=1),
+        Request(prompt="a dog", **SETTINGS | {"seed": 4}, sampler="heun"),
+    ]
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        assert pipe.refiner is not None
+        stream = pipe.stream(requests[0])
+        count = stream.jobs[0].run.steps
+        assert 0 < count < 8
+        bundles = [stream.jobs[0].bundle for state in stream if state.steps == 8]
+        assert bundles == [pipe.bundle.folder] * count + [pipe.refiner.bundle.folder] * (8 - count)
+        alone = [pipe(request).pixels[0] for request in requests]
+        assert not np.array_equal(alone[0], alone[1]), "a sampler of two steps begins anew"
+        for together, expected in zip(pipe(requests).pixels, alone, strict=True):
+            np.testing.assert_array_equal(together, expected)
+        with Batcher(pipe) as batcher:
+            futures = [batcher.submit(request) for request in requests]
+            for future, expected in zip(futures, alone, strict=True):
+                np.testing.assert_array_equal(future.result(120).pixels, expected)
+    assert pipe.refiner.engines.closed
+
+
+def test_what_a_refiner_cannot_go_on_with_is_refused(small_bundle: Path, twin: Path) -> None:
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        for settings, message in (
+            ({"hires": 2}, r"hires with a refiner: set refiner_at to 1 \(--refiner-at\), or open the bundle without one"),
+            ({"image": np.zeros((64, 64, 3), np.uint8), "extend": (64, 0, 0, 0)}, "a mask or an extension with a refiner"),
+            ({"refiner_at": 0.01}, "refiner_at 0.01: this part of the timesteps has no step: use more steps, or a larger part"),
+            ({"refiner_at": 0.999}, r"refiner_at 0.999: this part of the timesteps has no step"),
+        ):
+            with pytest.raises(SettingError, match=message):
+                pipe("a cat", steps=4, **settings)
+    with (
+        Pipeline.open(small_bundle) as pipe,
+        pytest.warns(UserWarning, match=r"^refiner_at 0.5 has no effect without a refiner$"),
+    ):
+        pipe("a cat", steps=1, size=(64, 64), refiner_at=0.5)
+    with pytest.raises(BundleError, match="missing: No such file"):
+        Pipeline.open(small_bundle, refiner=Path("missing"))
+
+
+def test_other_latents_are_refused(small_bundle: Path) -> None:
+    model = Bundle.open(small_bundle).manifest.model
+    message = "its latents have 16 channels of 8x8 pixels, those of .* 4 channels of 8x8 pixels: use a refiner of the same family"
+    with pytest.raises(SettingError, match=message):
+        check_refiner(model, dataclasses.replace(model, latent_channels=16, preview=None))
+
+
+@pytest.mark.parametrize("steps", [6, 8, 13])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm2", "dpmpp_sde", "plms", "dpmpp_2m"])
+def test_the_parts_of_a_table_are_those_of_diffusers(sampler: str, share: float, steps: int) -> None:
+    """The timesteps as StableDiffusionXLPipeline and its img2img pipeline cut those of their scheduler."""
+    whole = compile_table(SCHEDULER, steps=steps, sampler=sampler)
+    cut = round(1000 - share * 1000)
+    before = [t for t in whole.t.tolist() if t >= cut]
+    count = sum(t < cut for t in whole.t.tolist())
+    if sampler in ("heun", "dpm2", "dpmpp_sde") and count % 2 == 0:
+        count += 1
+    base = compile_table(SCHEDULER, steps=steps, sampler=sampler, part=(0, share))
+    refiner = compile_table(SCHEDULER, steps=steps, sampler=sampler, part=(share, 1))
+    assert base.t.tolist() == before
+    np.testing.assert_allclose(refiner.t, whole.t[len(whole.t) - count :])
