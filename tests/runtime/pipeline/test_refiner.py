@@ -29,12 +29,31 @@ def twin(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_that_refines_itself_changes_nothing(small_bundle: Path, twin: Path, sampler: str) -> None:
     """With samplers that remember no step before: timesteps, noise and prompt editing go on."""
     with Pipeline.open(small_bundle, refiner=twin) as pipe:
-        plain, refined = (pipe(PROMPT, **SETTINGS, sampler=sampler, refiner_at=at).images[0] for at in (1, 0.5))
+        settings = {**SETTINGS, "sampler": sampler, "guidance_interval": (0.25, 0.75)}
+        plain, refined = (pipe(PROMPT, **settings, refiner_at=at).images[0] for at in (1, 0.5))
         np.testing.assert_array_equal(refined.pixels, plain.pixels)
         assert plain.pixels.std() >= 10
         told = refined.text()["parameters"]
         assert f"Refiner: {pipe.model.name}, Refiner switch at: 0.5" in told
         assert "Refiner" not in plain.text()["parameters"]
+
+
+def test_each_model_has_its_own_schedule(small_bundle: Path, twin: Path) -> None:
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        assert pipe.refiner is not None
+        factories = pipe._factory, pipe.refiner._factory
+        factories[1].schedule |= {"timestep_spacing": "trailing"}
+        common: dict[str, Any] = {"steps": 7, "sampler": "euler"}
+        parts = [
+            compile_table(factory.schedule, **common, part=part).t.tolist()
+            for factory, part in zip(factories, ((0, 0.6), (0.6, 1)), strict=True)
+        ]
+        [job] = pipe.jobs([Request(prompt="a cat", **common, size=(64, 64), refiner_at=0.6)])
+        assert job.run.table.t.tolist() == parts[0]
+        assert job.steps == sum(map(len, parts))
+        for _ in pipe.loop([job], pipe.steppers):
+            pass
+        assert job.run.table.t.tolist() == parts[1]
 
 
 def test_streams_and_queues_run_both_pipelines(small_bundle: Path, twin: Path) -> None:
