@@ -49,7 +49,7 @@ _TASKS = {
 def models() -> str:
     """Return which images are compared with diffusers', from the parameters of the tests, as a table."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from integration import test_fidelity, test_tasks, test_tensorrt_rtx
+    from integration import test_fidelity, test_fidelity_configs, test_tasks, test_tensorrt_rtx
 
     # the trained example has a test of its own there
     built = {"shapes", *(str(name) for name, _, _ in (*test_tensorrt_rtx.FULL, *test_tensorrt_rtx.FAST))}
@@ -76,7 +76,9 @@ def models() -> str:
         "| model | task | diffusers' pipeline | `make test` | `make test-full` | TensorRT-RTX |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [f"| {_MODELS[kind]} | {' | '.join(map(str, row))} |" for kind, *row in rows]
+    for name, others in test_fidelity_configs.MODELS.values():
+        rows.append((name, "text to image", "StableDiffusionXLPipeline", 0, 1 + len(others), "–"))
+    lines += [f"| {_MODELS.get(kind, kind)} | {' | '.join(map(str, row))} |" for kind, *row in rows]
     return "\n".join(lines)
 
 

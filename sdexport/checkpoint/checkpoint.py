@@ -20,7 +20,7 @@ from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, Overridden, Overrides
-from sdexport.checkpoint.pipelines import PARTS, SCORE, parts_of, pipeline_of
+from sdexport.checkpoint.pipelines import OTHERS, PARTS, SCORE, parts_of, pipeline_of
 from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
@@ -110,8 +110,10 @@ class _Reader:
         self._stop_at_faults()
         required = parts_of(index)
         if required is None:
-            known = ", ".join(PARTS)
-            self.faults.append(f"model_index.json: _class_name {index.get('_class_name')!r} is not one of {known}")
+            named = index.get("_class_name")
+            other = next((model for part, model in OTHERS.items() if part in str(named)), None)
+            fault = f"not supported: it is {other}" if other else f"not one of {', '.join(PARTS)}"
+            self.faults.append(f"model_index.json: _class_name {named!r:.80} is {fault}")
             raise CheckpointError(self.source.path, self.faults)
         for required_part, classes in required.items():
             self._check_class(index, required_part, classes)

@@ -36,6 +36,19 @@ PARTS: Mapping[str, Mapping[str, Classes]] = {
     "StableDiffusionDepth2ImgPipeline": _ONE_ENCODER,  # its depth_estimator is not exported
     **dict.fromkeys((DISTILLED, "LatentConsistencyModelImg2ImgPipeline"), _ONE_ENCODER),
 }
+# other models, by a part of their pipeline's name: the first that fits
+OTHERS: Mapping[str, str] = {
+    "StableDiffusion3": "Stable Diffusion 3",
+    "StableCascade": "Stable Cascade",
+    "UnCLIP": "unCLIP, which takes the embedding of an image",
+    "Upscale": "an upscaling model",
+    "Video": "a video model",
+    "Animat": "a video model",
+    **{
+        name: name for name in ("Flux", "Kandinsky", "PixArt", "Wuerstchen", "HunyuanDiT", "AuraFlow", "Sana", "Lumina", "Kolors")
+    },
+    "ControlNet": "a model with a ControlNet",
+}
 _BY_TASK: Mapping[Task | None, str] = {
     None: "",
     "inpainting": "Inpaint",

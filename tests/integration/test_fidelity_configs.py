@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from generators import job_here
 from integration.reference import psnr
 
@@ -18,6 +20,7 @@ import sdexport.build.export
 import sdexport.trace.component
 from sdruntime.pipeline.pipeline import Pipeline
 
+SAMPLERS = {"ddim": "DDIMScheduler", "euler_a": "EulerAncestralDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
 PROMPT, NEGATIVE = "a small red circle on the left on a blue background", "green"
 
 
@@ -75,6 +78,32 @@ def lists_in_a_unet(folder: Path) -> None:
     edit(folder / "unet" / "config.json", cross_attention_dim=[32, 32], attention_head_dim=[2, 2], center_input_sample=True)
 
 
+def segmind(folder: Path) -> None:
+    tiny.prune(folder, "SSD-1B")
+
+
+def koala_lightning(folder: Path) -> None:
+    """With the schedule of distilled models (Turbo, Lightning, Hyper-SD): Euler over trailing timesteps."""
+    tiny.prune(folder, "Koala-700M")
+    edit(folder / "scheduler" / "scheduler_config.json", timestep_spacing="trailing")
+
+
+def playground(folder: Path) -> None:
+    """EDM's preconditioning, and a VAE with a mean and a deviation for each channel."""
+    normed_latents(folder)
+    edit(folder / "model_index.json", scheduler=["diffusers", "EDMDPMSolverMultistepScheduler"])
+    edm = {"num_train_timesteps": 1000, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras"}
+    edm |= {
+        "prediction_type": "epsilon",
+        "rho": 7.0,
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+    }
+    edm |= {"_class_name": "EDMDPMSolverMultistepScheduler", "_diffusers_version": "0.27.0", "final_sigmas_type": "zero"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(edm))
+
+
 def built(checkpoint: Path, spoil: Callable[[Path], None], place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The edited copy and its bundle, made without processes of their own."""
     monkeypatch.setattr(sdexport.build.export, "run_job", job_here)
@@ -116,6 +145,14 @@ def theirs(pipe: Any, **settings: Any) -> np.ndarray:
     return image
 
 
+# models of the field that the checkpoints stand for: name, and the samplers that are compared beside their own
+MODELS: dict[Callable[[Path], None], tuple[str, dict[str, str]]] = {
+    segmind: ("SSD-1B", SAMPLERS),
+    koala_lightning: ("Koala, Lightning", SAMPLERS),
+    playground: ("Playground v2.5", {"edm_euler": "EDMEulerScheduler"}),
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "spoil", "from_image"),
     [
@@ -125,6 +162,9 @@ def theirs(pipe: Any, **settings: Any) -> np.ndarray:
         ("sd1", trajectory_consistency, False),
         ("sd1", an_odd_unet, False),
         pytest.param("sd1", lists_in_a_unet, False, marks=pytest.mark.full),
+        pytest.param("sdxl", segmind, False, marks=pytest.mark.full),
+        pytest.param("sdxl", koala_lightning, False, marks=pytest.mark.full),
+        pytest.param("sdxl", playground, False, marks=pytest.mark.full),
     ],
 )
 def test_the_image_is_that_of_diffusers_own_pipeline(
@@ -145,6 +185,12 @@ def test_the_image_is_that_of_diffusers_own_pipeline(
         reference = theirs(opened(folder, image=False), num_inference_steps=6)
         assert reference.std() >= 10, "the reference image is flat"
         assert psnr(np.asarray(image.pixels), reference) >= 60
+        for sampler, named in MODELS.get(spoil, ("", {}))[1].items():
+            other = opened(folder, image=False)
+            changes = {"clip_sample": False} if sampler == "ddim" else {}
+            other.scheduler = getattr(importlib.import_module("diffusers"), named).from_config(other.scheduler.config, **changes)
+            (image,) = pipe(PROMPT, **settings, sampler=sampler).images
+            assert psnr(np.asarray(image.pixels), theirs(other, num_inference_steps=6)) >= 60, sampler
         if from_image:
             import PIL.Image
 

@@ -29,6 +29,7 @@ from sdruntime.pipeline.pipeline import Pipeline
 RTX = "1.7.1.116"
 PROMPT = "a cat in the red and"
 TASKS = tuple((task, tiny.ONE_KIND.get(task, "sd1")) for task in tiny.TASKS)
+LATER = ("depth", "refining")  # in `make test-full`
 GPU_TARGETS = ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "ampere+"]
 
 
@@ -71,7 +72,9 @@ def test_nothing_but_numpy_and_the_library_is_there(python: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("task", "kind"), TASKS)
+@pytest.mark.parametrize(
+    ("task", "kind"), [pytest.param(*pair, marks=pytest.mark.full if pair[0] in LATER else ()) for pair in TASKS]
+)
 def test_unets_of_tasks_are_built_in_half_precision(
     task: str,
     kind: tiny.Kind,

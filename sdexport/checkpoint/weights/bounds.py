@@ -65,8 +65,10 @@ def _layers(part: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _last("layers_per_block", f"{within}down_blocks.{block}.resnets", resnets)
         if part == "unet" and kind == "CrossAttnDownBlock2D":
             depth = _of_block(config.get("transformer_layers_per_block", 1), block)
-            deepest = depth if isinstance(depth, int) else max(filter(_is_count, _listed(depth)), default=1)
-            yield from _last("transformer_layers_per_block", f"down_blocks.{block}.attentions.0.transformer_blocks", deepest)
+            for layer, count in enumerate(depth if isinstance(depth, list) else [depth]):
+                yield from _last(
+                    "transformer_layers_per_block", f"down_blocks.{block}.attentions.{layer}.transformer_blocks", count
+                )
 
 
 def _of_block(value: Any, block: int) -> Any:
