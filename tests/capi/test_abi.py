@@ -11,7 +11,7 @@ import pytest
 from capi.binding import HEADER, STRUCTS, JobParams, fields
 from capi.building import HERE, INCLUDE, STAND_IN, Library, run
 
-from sdruntime.pipeline.request import DEFAULTS
+from sdruntime.pipeline.ranges import NUMBERS
 
 FIRST = HERE / "abi1" / "sdruntime.h"
 GOLDEN = HERE / "abi.json"
@@ -55,8 +55,8 @@ def test_the_defaults_of_a_job_are_those_of_a_request(library: Library) -> None:
         )
     )
     for name in ("steps", "seed", "guidance", "rescale", "strength"):
-        assert getattr(params, name) == DEFAULTS[name]
-        assert f"{DEFAULTS[name]:g}" in re.findall(r"\d+(?:\.\d+)?", comments[name])
+        assert getattr(params, name) == NUMBERS[name]
+        assert f"{NUMBERS[name]:g}" in re.findall(r"\d+(?:\.\d+)?", comments[name])
     assert (params.negative, params.sampler, params.schedule, params.width, params.height) == (None, None, None, 0, 0)
 
 

@@ -62,7 +62,7 @@ extern "C" {
 
 /* The major number changes when programs must be recompiled, the minor number when something is added. */
 #define SDR_ABI_MAJOR 1
-#define SDR_ABI_MINOR 0
+#define SDR_ABI_MINOR 1
 
 /* Return the version of the loaded library, in the format of SDR_VERSION. The string is static. */
 SDR_API const char *sdr_version(void);
@@ -253,6 +253,10 @@ typedef struct sdr_job_params {
     int32_t reserved;               /* must be 0 */
     void *device_buffer;            /* the caller's memory on the engines' GPU, for the image, see sdr_job_submit; NULL: none */
     uint64_t device_buffer_size;    /* its size in bytes, at least 3 * width * height */
+    /* since ABI 1.1 */
+    const uint8_t *mask;  /* the part of `image` to regenerate: rows of 8 bits of gray, 255 regenerated, as large as the image */
+    size_t mask_stride;   /* bytes between the beginnings of two rows; 0: image_width */
+    const char *settings; /* other settings of a Request as a JSON object, such as {"hires": 2, "mask_blur": 4}; NULL: none */
 } sdr_job_params;
 
 /* Set every field to its default. `struct_size` is sizeof(sdr_job_params). Does nothing if `params` is NULL. */

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -63,7 +64,7 @@ sdr_open_params copy_of(const sdr_open_params *original) {
 }
 
 sdr_job_params copy_of(const sdr_job_params *original) {
-    return copy_struct(original, "sdr_job_params", sizeof(sdr_job_params), sdr_job_params_init);
+    return copy_struct(original, "sdr_job_params", offsetof(sdr_job_params, mask), sdr_job_params_init);
 }
 
 std::string text_of(const char *text, const char *field) {
@@ -113,23 +114,45 @@ Json::Object request_of(const sdr_job_params &params) {
     }
     if (params.image) request.emplace_back("strength", finite(params.strength, "strength"));
     if (params.options) request.emplace_back("options", object_of(params.options, "options"));
+    const Json rare = params.settings ? object_of(params.settings, "settings") : Json(Json::Object());
+    for (const auto &[key, value] : rare.object()) {
+        for (const char *field : {"prompt", "negative", "seed", "steps", "sampler", "schedule", "guidance", "rescale", "width",
+                                  "height", "strength", "options", "image", "mask"})
+            if (key == field) throw bad("settings: \"" + key + "\" is not accepted here: set its field in sdr_job_params");
+        request.emplace_back(key, value);
+    }
     return request;
 }
 
+namespace {
+
+// Copy rows of `row` bytes without the gaps between them.
+void copy_rows(std::vector<uint8_t> &bytes, const uint8_t *first, size_t row, size_t stride, int32_t height, const char *field) {
+    if (!stride) stride = row;
+    if (stride < row)
+        throw bad(std::string(field) + " " + std::to_string(stride) + " is less than the " + std::to_string(row) +
+                  " bytes of a row");
+    if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height))
+        throw bad(std::string(field) + " " + std::to_string(stride) + " is too large");
+    for (size_t k = 0; k < static_cast<size_t>(height); ++k)
+        bytes.insert(bytes.end(), first + k * stride, first + k * stride + row);
+}
+
+}  // namespace
+
 Blob image_of(const sdr_job_params &params) {
+    if (!params.image && params.mask) throw bad("mask: it marks a part of an image: set image too");
     if (!params.image) return {};
     const int32_t width = params.image_width, height = params.image_height;
     if (width <= 0 || height <= 0 || width > LARGEST_SIDE || height > LARGEST_SIDE)
         throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": expected width and height from 1 to " +
                   std::to_string(LARGEST_SIDE));
-    const size_t row = 3 * static_cast<size_t>(width), stride = params.image_stride ? params.image_stride : row;
-    if (stride < row)
-        throw bad("image_stride " + std::to_string(stride) + " is less than the " + std::to_string(row) + " bytes of a row");
-    if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height))
-        throw bad("image_stride " + std::to_string(stride) + " is too large");
-    std::vector<uint8_t> rows(row * static_cast<size_t>(height));
-    for (size_t k = 0; k < static_cast<size_t>(height); ++k) std::memcpy(rows.data() + k * row, params.image + k * stride, row);
-    return Blob(std::move(rows));
+    const auto row = static_cast<size_t>(width);
+    std::vector<uint8_t> bytes;
+    bytes.reserve((params.mask ? 4 : 3) * row * static_cast<size_t>(height));
+    copy_rows(bytes, params.image, 3 * row, params.image_stride, height, "image_stride");
+    if (params.mask) copy_rows(bytes, params.mask, row, params.mask_stride, height, "mask_stride");
+    return Blob(std::move(bytes));
 }
 
 }  // namespace sdr

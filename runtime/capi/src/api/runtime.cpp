@@ -162,6 +162,7 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
                          {"png", params.png != 0}};
     Blob image = image_of(params);
     if (image.size()) message.emplace_back("image", Json::Array{params.image_width, params.image_height});
+    if (params.mask) message.emplace_back("mask", true);
     if (params.device_buffer) {
         if (isolation_ == SDR_ISOLATION_PROCESS)
             throw usage(SDR_REASON_UNSUPPORTED,
