@@ -120,6 +120,45 @@ def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
     return folder
 
 
+def write_tiny_vae(folder: Path) -> None:
+    """Write an AutoencoderTiny (TAESD) of VAE factor 8 with few channels."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(9)
+    widths = (16,) * 4
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    with torch.no_grad():
+        vae.decoder.layers[-1].weight.mul_(4)
+        vae.decoder.layers[-1].bias.fill_(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    vae.eval().save_pretrained(folder)
+
+
+def write_asymmetric_vae(folder: Path) -> None:
+    """Write an AsymmetricAutoencoderKL of VAE factor 8, with a wider decoder."""
+    import torch
+    from diffusers import AsymmetricAutoencoderKL
+
+    torch.manual_seed(10)
+    vae = AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        down_block_out_channels=(16,) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        up_block_out_channels=(24,) * 4,
+        layers_per_up_block=2,
+        norm_num_groups=8,
+    )
+    _liven(vae)
+    shutil.rmtree(folder, ignore_errors=True)
+    vae.eval().save_pretrained(folder)
+
+
 def prune(folder: Path, model: str) -> None:
     """Replace the UNet of an SDXL checkpoint by one of that kind."""
     import torch

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdexport.checkpoint.configs import default_size, misfits, read_config
+from sdexport.checkpoint.configs import default_size, misfits, read_config, vae_factor
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, Overridden, Overrides
-from sdexport.checkpoint.pipelines import OTHERS, PARTS, SCORE, parts_of, pipeline_of
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, OTHERS, PARTS, SCORE, Classes, parts_of, pipeline_of
 from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
@@ -67,6 +67,11 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     changes: tuple[str, ...] = ()
     overrides: Overrides = NO_OVERRIDES
+
+    @property
+    def vae(self) -> str:
+        """The class of the VAE."""
+        return str(self.index["vae"][1])
 
     @property
     def path(self) -> Path:
@@ -122,7 +127,11 @@ class _Reader:
         pipeline = pipeline_of(index, task)
         if task == "depth":
             self.changes.append("depth_estimator is not exported: requests give a depth map (--depth)")
-        parts = {part: self._part(part, required[part][0][1], pipeline) for part in required if part in _NETWORKS}
+        parts = {
+            part: self._part(part, self._kind(index, part, classes), pipeline)
+            for part, classes in required.items()
+            if part in _NETWORKS
+        }
         scheduler = self._scheduler(index, pipeline)
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
         tokenizers = {part: tokenizer for part, tokenizer in read.items() if tokenizer is not None}
@@ -130,6 +139,11 @@ class _Reader:
         configs = {name: part.config for name, part in parts.items()}
         self.faults.extend(misfits(configs, scored=bool(index.get(SCORE))))
         self._stop_at_faults()
+        if task == "inpainting" and index["vae"][1] == ASYMMETRIC_VAE:
+            self.faults.append(
+                f"model_index.json: vae is {ASYMMETRIC_VAE}, whose decoder takes the image and the mask when inpainting, which "
+                "is not supported: use another VAE (--vae)"
+            )
         for name_of_part, part in parts.items():
             check_depth(name_of_part, part.config, part.weights, self.faults)
         length = self._text_length(parts, tokenizers)
@@ -180,6 +194,10 @@ class _Reader:
         if not isinstance(value, list) or value not in [[*pair] for pair in known]:
             names = ", ".join(".".join(pair) for pair in known)
             self.faults.append(f"model_index.json: {name} is {value!r}, not one of {names}")
+
+    def _kind(self, index: Mapping[str, Any], name: str, known: Classes) -> str:
+        """Return the class that model_index.json names, or the usual one if it names none of the known."""
+        return next((kind for library, kind in known if index.get(name) == [library, kind]), known[0][1])
 
     def _part(self, name: str, kind: str, pipeline: str) -> Part:
         written: Mapping[str, Any] = self._json(f"{name}/config.json")
@@ -264,8 +282,8 @@ class _Reader:
         # OpenCLIP's encoder, introduced with SD2, uses plain GELU; CLIP's own uses quick GELU
         family: Family = "sdxl" if xl else "sd2" if text["hidden_act"] == "gelu" else "sd1"
         try:
-            factor = 2 ** (len(vae["block_out_channels"]) - 1)
-            mean, std = (vae[key] or () for key in ("latents_mean", "latents_std"))
+            factor = vae_factor(vae)
+            mean, std = (vae.get(key) or () for key in ("latents_mean", "latents_std"))
             # StableDiffusionXLPipeline uses them if both are set; StableDiffusionPipeline ignores them
             normalized = xl and mean and std
             return ModelSpec(
@@ -280,6 +298,7 @@ class _Reader:
                 size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
                 default_size=default_size(unet, factor),
                 pad_token=pad_token,
+                masked_decoder=str(index["vae"][1]) == ASYMMETRIC_VAE,
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
                 license=card.license,
                 prompts=card.prompts,

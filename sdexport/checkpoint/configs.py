@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdexport.checkpoint.pipelines import SCORE
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
 from sdruntime.bundle.tasks import SCORED, SIZES, task_for
 
 REQUIRED = object()  # in place of a default: the file must have the key
@@ -172,6 +172,37 @@ _AUTOENCODER = Config(
     # force_upcast keeps diffusers from running the VAE in float16: the audit decides for each node whether it needs float32
     idle=frozenset({"sample_size", "shift_factor", "force_upcast"}),
 )
+_NOT_ASYMMETRIC = (
+    *("block_out_channels", "layers_per_block", "latents_mean", "latents_std"),
+    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+)
+_TINY = Config(
+    read={
+        "in_channels": Key(3, _one_of(3)),
+        "out_channels": Key(3, _one_of(3)),
+        "encoder_block_out_channels": Key([64, 64, 64, 64], _list_of(_WIDTH)),
+        "decoder_block_out_channels": Key([64, 64, 64, 64], _list_of(_WIDTH)),
+        "act_fn": Key("relu", _ACTIVATIONS),
+        "upsample_fn": Key("nearest", _one_of("nearest")),
+        "latent_channels": Key(4, _WIDTH),
+        "upsampling_scaling_factor": Key(2, _one_of(2)),
+        "num_encoder_blocks": Key([1, 3, 3, 3], _list_of(_DEPTH)),
+        "num_decoder_blocks": Key([3, 3, 3, 1], _list_of(_DEPTH)),
+        "scaling_factor": Key(1.0, _FACTOR),
+    },
+    # latent_magnitude and latent_shift are for storing latents as images; block_out_channels repeats the decoder's
+    idle=frozenset({"latent_magnitude", "latent_shift", "force_upcast", "shift_factor", "block_out_channels"}),
+)
+_ASYMMETRIC = Config(
+    read={key: _AUTOENCODER.read[key] for key in _AUTOENCODER.read if key not in _NOT_ASYMMETRIC}
+    | {
+        "down_block_out_channels": Key([64], _list_of(_WIDTH)),
+        "layers_per_down_block": Key(1, _DEPTH),
+        "up_block_out_channels": Key([64], _list_of(_WIDTH)),
+        "layers_per_up_block": Key(1, _DEPTH),
+    },
+    idle=frozenset({"sample_size", "force_upcast", "block_out_channels"}),  # the last one repeats the decoder's
+)
 _TEXT = Config(
     read={
         "vocab_size": Key(49408, _whole(1, _VOCABULARY)),
@@ -204,6 +235,8 @@ _TEXT = Config(
 CONFIGS: Mapping[str, Config] = {
     "UNet2DConditionModel": _UNET,
     "AutoencoderKL": _AUTOENCODER,
+    TINY_VAE: _TINY,
+    ASYMMETRIC_VAE: _ASYMMETRIC,
     "CLIPTextModel": _TEXT,
     "CLIPTextModelWithProjection": _TEXT,
 }
@@ -258,7 +291,7 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterat
     """
     unet, vae, xl = configs["unet"], configs["vae"], "text_encoder_2" in configs
     yield from _unet_misfits(unet)
-    yield from _lengths("vae", vae, ("down_block_types", "up_block_types"))
+    yield from _vae_misfits(vae)
     added, expected = unet["addition_embed_type"], "text_time" if xl else None
     if added != expected:
         yield f"unet/config.json: addition_embed_type is {added!r}, but this pipeline's is {expected!r}"
@@ -275,7 +308,7 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterat
             "they must be equal"
         )
     for key in ("latents_mean", "latents_std"):
-        if vae[key] is not None and len(vae[key]) != vae["latent_channels"]:
+        if vae.get(key) is not None and len(vae[key]) != vae["latent_channels"]:
             yield f"vae/config.json: {key} has {len(vae[key])} numbers for {vae['latent_channels']} latent channels"
     encoders = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
     width = sum(configs[part]["hidden_size"] for part in encoders)
@@ -304,6 +337,27 @@ def _unet_misfits(unet: Mapping[str, Any]) -> Iterator[str]:
         yield "unet/config.json: cross_attention_dim is a list, but encoder_hid_dim projects to one width"
     if unet["encoder_hid_dim_type"] and not unet["encoder_hid_dim"]:
         yield f"unet/config.json: encoder_hid_dim_type {unet['encoder_hid_dim_type']!r} needs encoder_hid_dim"
+
+
+def _vae_misfits(vae: Mapping[str, Any]) -> Iterator[str]:
+    if "block_out_channels" in vae:
+        yield from _lengths("vae", vae, ("down_block_types", "up_block_types"))
+        return
+    if "up_block_out_channels" in vae:
+        for way in ("down", "up"):
+            widths = {**vae, "block_out_channels": vae[f"{way}_block_out_channels"]}
+            yield from _lengths("vae", widths, ("down_block_types", "up_block_types"))
+        return
+    lists = ("encoder_block_out_channels", "decoder_block_out_channels", "num_encoder_blocks", "num_decoder_blocks")
+    if len({len(vae[key]) for key in lists}) > 1:
+        yield f"vae/config.json: {', '.join(f'{key} has {len(vae[key])}' for key in lists)} entries: they must be equally many"
+
+
+def vae_factor(vae: Mapping[str, Any]) -> int:
+    """Return how many pixels a side of a latent cell is."""
+    keys = ("block_out_channels", "decoder_block_out_channels", "up_block_out_channels")
+    widths: list[int] = next(vae[key] for key in keys if key in vae)
+    return 1 << (len(widths) - 1)
 
 
 def _lengths(part: str, config: Mapping[str, Any], lists: tuple[str, ...]) -> Iterator[str]:

@@ -12,13 +12,13 @@ from sdexport.checkpoint.card import Card
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import PATH as SCHEDULER
 from sdexport.checkpoint.original.file import VaeFile, read_vae_file
+from sdexport.checkpoint.pipelines import VAES
 from sdexport.checkpoint.source import Source, StoredWeights
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import Precision, PredictionType
 
 _VAE, _VAE_CONFIG = "vae", "vae/config.json"
 _INDEX = "model_index.json"
-_AUTOENCODER = ["diffusers", "AutoencoderKL"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +61,16 @@ class Overridden:
         if path == SCHEDULER and self._prediction and isinstance(document, dict):
             return document | {"prediction_type": self._prediction}
         if path == _INDEX and self._vae is not None and isinstance(document, dict):
-            return document | {_VAE: _AUTOENCODER}
+            return document | {_VAE: self._vae_class(self._vae)}
         return document
+
+    def _vae_class(self, vae: DiffusersFolder | VaeFile) -> list[str]:
+        """Return the library and the class of the other VAE; its config names it, except in a file."""
+        try:
+            named = None if isinstance(vae, VaeFile) else vae.document(_VAE_CONFIG).get("_class_name")
+        except (OSError, ValueError, AttributeError):  # reported where the config is read
+            named = None
+        return list(next((pair for pair in VAES if pair[1] == named), VAES[0]))
 
     def _document(self, path: str) -> Any:
         if path == _VAE_CONFIG and isinstance(self._vae, VaeFile):

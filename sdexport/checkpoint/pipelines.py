@@ -14,11 +14,14 @@ Classes = tuple[tuple[str, str], ...]  # (library, class): one of them
 
 _CLIP = ("transformers", "CLIPTextModel")
 _TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
+TINY_VAE = "AutoencoderTiny"  # TAESD: no posterior
+ASYMMETRIC_VAE = "AsymmetricAutoencoderKL"  # its decoder can also take an image and a mask (arXiv 2306.04632)
+VAES: Classes = (("diffusers", "AutoencoderKL"), ("diffusers", TINY_VAE), ("diffusers", ASYMMETRIC_VAE))
 _ONE_ENCODER: Mapping[str, Classes] = {
     "text_encoder": (_CLIP,),
     "tokenizer": _TOKENIZERS,
     "unet": (("diffusers", "UNet2DConditionModel"),),
-    "vae": (("diffusers", "AutoencoderKL"),),
+    "vae": VAES,
 }
 _TWO_ENCODERS: Mapping[str, Classes] = {
     "text_encoder": (_CLIP,),
@@ -26,7 +29,7 @@ _TWO_ENCODERS: Mapping[str, Classes] = {
     "tokenizer": _TOKENIZERS,
     "tokenizer_2": _TOKENIZERS,
     "unet": (("diffusers", "UNet2DConditionModel"),),
-    "vae": (("diffusers", "AutoencoderKL"),),
+    "vae": VAES,
 }
 _TASKS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")
 DISTILLED = "LatentConsistencyModelPipeline"  # of models that take the guidance as an input

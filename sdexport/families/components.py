@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
-from sdexport.checkpoint.pipelines import SCORE
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
+from sdruntime.bundle.interface import LOGVAR
 from sdruntime.bundle.manifest import TensorSpec
 from sdruntime.bundle.tasks import GUIDANCE, SCORED, SIZES, TIME_IDS, channels
 
+_VAE_WRAPPERS = {TINY_VAE: "Tiny", ASYMMETRIC_VAE: "Asymmetric"}
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
 
@@ -123,7 +125,7 @@ def _vae_decoder(checkpoint: Checkpoint) -> Component:
     return Component(
         name="vae_decoder",
         part="vae",
-        wrapper="VaeDecoder",
+        wrapper=_VAE_WRAPPERS.get(checkpoint.vae, "") + "VaeDecoder",
         config=config,
         inputs=(_float("latent_sample", "batch", channels, "height", "width"),),
         outputs=(_float("sample", "batch", 3, "image_height", "image_width"),),
@@ -137,10 +139,10 @@ def _vae_encoder(checkpoint: Checkpoint) -> Component:
     return Component(
         name="vae_encoder",
         part="vae",
-        wrapper="VaeEncoder",
+        wrapper=_VAE_WRAPPERS.get(checkpoint.vae, "") + "VaeEncoder",
         config=config,
         inputs=(_float("sample", "batch", 3, "height", "width"),),
-        outputs=(_float("latent_mean", *latent), _float("latent_logvar", *latent)),
+        outputs=(_float("latent_mean", *latent), *(() if checkpoint.vae == TINY_VAE else (_float(LOGVAR, *latent),))),
         multiples={"height": model.vae_factor, "width": model.vae_factor},
     )
 

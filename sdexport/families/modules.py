@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -112,9 +112,11 @@ class Unet(nn.Module):
 class VaeDecoder(nn.Module):
     """latent_sample [B,C,h,w] -> sample [B,3,fh,fw] in [-1,1]."""
 
+    architecture: Any = AutoencoderKL
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        vae = AutoencoderKL.from_config(_architecture(config))
+        vae = self.architecture.from_config(_architecture(config))
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
@@ -127,9 +129,11 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """sample [B,3,H,W] in [-1,1] -> latent_mean, latent_logvar [B,C,h,w] of the posterior."""
 
+    architecture: Any = AutoencoderKL
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        vae = AutoencoderKL.from_config(_architecture(config))
+        vae = self.architecture.from_config(_architecture(config))
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +144,60 @@ class VaeEncoder(nn.Module):
         return mean, logvar.clamp(*_LOGVAR)
 
 
+class AsymmetricVaeDecoder(VaeDecoder):
+    """As VaeDecoder, without the image and the mask that the decoder can also take."""
+
+    architecture = AsymmetricAutoencoderKL
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.decoder.condition_encoder = None
+
+
+class AsymmetricVaeEncoder(VaeEncoder):
+    """As VaeEncoder."""
+
+    architecture = AsymmetricAutoencoderKL
+
+
+class TinyVaeDecoder(nn.Module):
+    """latent_sample [B,C,h,w] -> sample [B,3,fh,fw] in about [-1,1]."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.decoder = AutoencoderTiny.from_config(_architecture(config)).decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        output: Tensor = self.decoder(latent_sample)
+        return output
+
+
+class TinyVaeEncoder(nn.Module):
+    """sample [B,3,H,W] in [-1,1] -> latent_mean [B,C,h,w]: the latents themselves, as there is no posterior."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.encoder = AutoencoderTiny.from_config(_architecture(config)).encoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        output: Tensor = self.encoder(sample)
+        return output
+
+
 WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     wrapper.__name__: wrapper
-    for wrapper in (TextEncoder, PenultimateTextEncoder, PooledTextEncoder, Unet, VaeDecoder, VaeEncoder)
+    for wrapper in (
+        TextEncoder,
+        PenultimateTextEncoder,
+        PooledTextEncoder,
+        Unet,
+        VaeDecoder,
+        VaeEncoder,
+        AsymmetricVaeDecoder,
+        AsymmetricVaeEncoder,
+        TinyVaeDecoder,
+        TinyVaeEncoder,
+    )
 }
 
 

@@ -156,7 +156,7 @@ def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
 
 def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]:
     """Return the checkpoint's modules without weights; their calls are forwarded to the lent wrappers."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
     from sdexport.families.modules import WRAPPERS
 
@@ -166,10 +166,10 @@ def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]
             module = _hollow(functools.partial(_inner, WRAPPERS[component.wrapper], component.config))
             module.forward = _lent(lend, component.name, "weights")
             hollow[component.name] = module
-    vae = _hollow(lambda: AutoencoderKL.from_config(dict(checkpoint.parts["vae"].config)))
+    vae = _hollow(lambda: getattr(diffusers, checkpoint.vae).from_config(dict(checkpoint.parts["vae"].config)))
     for name, parts in {"vae_decoder": ("post_quant_conv", "decoder"), "vae_encoder": ("encoder", "quant_conv")}.items():
         for part in parts:
-            if getattr(vae, part) is not None:
+            if getattr(vae, part, None) is not None:
                 getattr(vae, part).forward = _lent(lend, name, part)
     return hollow | {"vae": vae}
 

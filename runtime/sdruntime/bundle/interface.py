@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from sdruntime.bundle.manifest import Manifest, TensorSpec
+from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
 from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
+LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
 Shape = tuple[int | str, ...]
 Tensors = Mapping[str, Shape]
 
@@ -18,7 +19,7 @@ _LATENT: Shape = ("batch", "C", "height", "width")
 _ENCODED: Shape = ("batch", "C", "latent_height", "latent_width")
 _VAE: Mapping[str, tuple[Tensors, Tensors]] = {
     "vae_decoder": ({"latent_sample": _LATENT}, {"sample": ("batch", 3, "image_height", "image_width")}),
-    "vae_encoder": ({"sample": ("batch", 3, "height", "width")}, {"latent_mean": _ENCODED, "latent_logvar": _ENCODED}),
+    "vae_encoder": ({"sample": ("batch", 3, "height", "width")}, {"latent_mean": _ENCODED, LOGVAR: _ENCODED}),
 }
 _IDS: Tensors = {"input_ids": ("batch", "T")}
 _UNET: Tensors = {"sample": _LATENT, "timestep": ("batch",)}
@@ -56,8 +57,15 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
             inputs = {**inputs, TIME_IDS: ("batch", SCORED)}
         if denoiser and guidance_width(component) is not None:
             inputs = {**inputs, GUIDANCE: ("batch", "G")}
+        if role(name).kind == "VAE encoder" and not has_posterior(component):
+            outputs = {tensor: shape for tensor, shape in outputs.items() if tensor != LOGVAR}
         yield from _faults(f"{name}.inputs", inputs, component.inputs, known, complete=True)
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)
+
+
+def has_posterior(encoder: ComponentSpec) -> bool:
+    """Return whether a VAE's encoder returns a distribution, of which an image takes a draw."""
+    return any(tensor.name == LOGVAR for tensor in encoder.outputs)
 
 
 def _faults(

@@ -228,6 +228,7 @@ class ModelSpec:
     defaults: Defaults = Defaults()
     pad_token: str = "<|endoftext|>"
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
+    masked_decoder: bool = False  # the decoder should also take an image and a mask, which is not supported: no inpainting
     license: str = "unknown"  # an SPDX identifier, or the id on the model card
     prompts: tuple[str, ...] = ()  # example prompts from the model card
     preview: LinearPreview | None = None

@@ -10,10 +10,11 @@ from typing import Any
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.interface import has_posterior
 from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
-from sdruntime.errors import EngineError, SettingError
+from sdruntime.errors import EngineError, SettingError, Unsupported
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
 from sdruntime.pipeline.images.resampling import resample
@@ -96,6 +97,7 @@ class JobFactory:
         unet = bundle.manifest.components["unet"]
         self.task = task_of(unet)
         self._guidance_width, self._time_ids = guidance_width(unet), time_ids_width(unet)
+        self._posterior = has_posterior(bundle.manifest.components["vae_encoder"])
         self._conditioner = Conditioner.open(bundle)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables: dict[tuple[Any, ...], Table] = {}
@@ -119,6 +121,11 @@ class JobFactory:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
         for request in map(self.completed, requests):
             check_task(request, self.task)
+            if request.inpaints and self._model.masked_decoder:
+                raise Unsupported(
+                    "mask: the VAE is an AsymmetricAutoencoderKL, whose decoder takes the image and the mask when inpainting, "
+                    "which is not supported: export the model with another VAE (--vae)"
+                )
             self._noise(request)
             chain = self._chain(request)
             for place in chain:
@@ -318,6 +325,7 @@ class JobFactory:
             noise=noise,
             encode=encode,
             encode_mode=encode_mode,
+            posterior=self._posterior,
         )
         if before is not None and stage.step.resize in LATENT_KERNELS:
             resized = resize.resized(before, stage.shape[1:], LATENT_KERNELS[stage.step.resize])

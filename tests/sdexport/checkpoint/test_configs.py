@@ -32,7 +32,7 @@ def copy(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path
     return lambda kind: Path(shutil.copytree(request.getfixturevalue(f"{kind}_checkpoint"), tmp_path / "checkpoint"))
 
 
-@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL"])
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"])
 def test_the_table_has_every_setting_of_diffusers_class_with_its_default(kind: str) -> None:
     diffusers = pytest.importorskip("diffusers", minversion="0.42")
     parameters = dict(inspect.signature(getattr(diffusers, kind).__init__).parameters)

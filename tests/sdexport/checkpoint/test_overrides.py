@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from generators import whole
 from once import once
 from sdexport_cli import run
@@ -52,6 +53,41 @@ def other(sd1_checkpoint: Path, tmp_path: Path) -> Path:
 
 def read(path: Path, **overrides: Any) -> Checkpoint:
     return read_checkpoint(path, name="x", overrides=Overrides(**{key: str(value) for key, value in overrides.items()}))
+
+
+def test_the_class_of_another_vae_is_the_one_that_its_config_names(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    tiny.write_tiny_vae(tmp_path / "taesd")
+    usual, checkpoint = read(sd1_checkpoint), read(sd1_checkpoint, vae=tmp_path / "taesd")
+    assert (usual.vae, checkpoint.vae) == ("AutoencoderKL", "AutoencoderTiny")
+    assert (checkpoint.model.scaling_factor, checkpoint.model.vae_factor) == (1.0, 8)
+    encoder, decoder = (component for component in components(checkpoint) if component.part == "vae")
+    assert [tensor.name for tensor in encoder.outputs] == ["latent_mean"]
+    assert (encoder.wrapper, decoder.wrapper) == ("TinyVaeEncoder", "TinyVaeDecoder")
+    config = tmp_path / "taesd" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_decoder_blocks": [1, 1]}))
+    with pytest.raises(
+        CheckpointError, match=r"num_encoder_blocks has 4, num_decoder_blocks has 2 entries: they must be equally"
+    ):
+        read(sd1_checkpoint, vae=tmp_path / "taesd")
+
+
+def test_an_asymmetric_vae_is_refused_for_inpainting(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    tiny.write_asymmetric_vae(tmp_path / "vae")
+    checkpoint = read(sd1_checkpoint, vae=tmp_path / "vae")
+    assert (checkpoint.vae, checkpoint.model.masked_decoder) == ("AsymmetricAutoencoderKL", True)
+    assert not read(sd1_checkpoint).model.masked_decoder
+    tiny.write_task_checkpoint(tmp_path / "inpainting", "sd1", "inpainting")
+    with pytest.raises(
+        CheckpointError, match=r"whose decoder takes the image and the mask when inpainting, which is not supported"
+    ):
+        read(tmp_path / "inpainting", vae=tmp_path / "vae")
+
+
+@pytest.mark.full
+def test_a_build_with_a_tiny_vae_compares_with_diffusers(sd1_checkpoint: Path, tmp_path: Path, trace_cache: Path) -> None:
+    tiny.write_tiny_vae(tmp_path / "taesd")
+    assert whole(build(str(sd1_checkpoint), tmp_path / "bundle", ExportOptions(vae=str(tmp_path / "taesd"))))
+    assert (tmp_path / "bundle" / "golden" / "numbers.npz").exists()
 
 
 def vae_weights(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def keeping(setting: Setting) -> Start:
     """Inpaint with a UNet that knows of no mask: the rest of the image is put back after each step."""
     pixels, mask = _canvas(setting)
     latent_mask = _latent_mask(mask, setting)
-    image = setting.encode(_fill(setting, pixels, mask), setting.draw())
+    image = setting.encode(_fill(setting, pixels, mask), setting.posterior_noise())
     noise = setting.first_noise()
-    setting.draw()  # the pipeline also encodes the masked image, which such a UNet does not use
+    setting.posterior_noise()  # the pipeline also encodes the masked image, which such a UNet does not use
     kept = Kept(mask=latent_mask, image=image, noise=noise)
     first = None if from_noise(setting.request) else _fill_latents(setting, image, noise, latent_mask)
     return Start(latents=setting.noised(first, noise), kept=kept)
@@ -41,9 +41,9 @@ def conditioned(setting: Setting) -> Start:
     else:
         pixels, mask = _canvas(setting)
     latent_mask = _latent_mask(mask, setting)
-    image = None if from_noise(setting.request) else setting.encode(_fill(setting, pixels, mask), setting.draw())
+    image = None if from_noise(setting.request) else setting.encode(_fill(setting, pixels, mask), setting.posterior_noise())
     noise = setting.first_noise()
-    masked = setting.encode(from_uint8(pixels) * (mask < _HALF), setting.draw())
+    masked = setting.encode(from_uint8(pixels) * (mask < _HALF), setting.posterior_noise())
     inputs = {"mask": latent_mask, "masked_image_latents": masked.astype(np.float32)}
     if image is not None:
         image = _fill_latents(setting, image, noise, latent_mask)

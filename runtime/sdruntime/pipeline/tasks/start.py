@@ -32,7 +32,7 @@ class Setting:
 
     `shape` (C, h, w): of the latents; `size` (width, height): of the image in pixels. `encode` and `encode_mode` return the
     latents of an image float32 [3, H, W] in [-1, 1]: a draw from the VAE's posterior, with this unit noise, scaled for the UNet;
-    and the posterior's mode, as the VAE returns it.
+    and the posterior's mode, as the VAE returns it. `posterior`: whether the VAE has one; a tiny VAE has not.
     """
 
     request: Request
@@ -42,10 +42,15 @@ class Setting:
     noise: ImageNoise
     encode: Callable[[Array, Array], Array]
     encode_mode: Callable[[Array], Array]
+    posterior: bool = True
 
     def draw(self) -> Array:
         """Draw unit noise of the latents' shape."""
         return self.noise.normal(self.shape)
+
+    def posterior_noise(self) -> Array:
+        """Return the noise of a draw from the VAE's posterior: drawn only if it has one."""
+        return self.draw() if self.posterior else np.zeros(self.shape, np.float32)
 
     def first_noise(self) -> Array:
         """Draw the noise of the first latents, which the request's variation and seed resize change."""
@@ -71,5 +76,5 @@ def from_text(setting: Setting) -> Start:
 
 def from_image(setting: Setting) -> Start:
     """Start from the request's image, as diffusers' StableDiffusionImg2ImgPipeline does."""
-    image = setting.encode(setting.pixels(), setting.draw())
+    image = setting.encode(setting.pixels(), setting.posterior_noise())
     return Start(latents=setting.noised(image, setting.first_noise()))

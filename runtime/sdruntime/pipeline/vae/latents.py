@@ -9,6 +9,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
+from sdruntime.bundle.interface import LOGVAR
 from sdruntime.bundle.manifest import ModelSpec
 from sdruntime.engines.finite import checked_rows
 
@@ -34,11 +35,14 @@ def decode(
 def encode(images: Array, noise: Array, engine: Engine, model: ModelSpec, bundle: Path | None = None) -> Array:
     """Encode images float32 [B, 3, H, W] in [-1, 1] to latents float32 [B, C, H/f, W/f], one draw from the VAE's posterior.
 
-    `noise`: unit normal, of the latents' shape. The log-variance is clamped to [-30, 20], as in diffusers. Raises NotFinite.
+    `noise`: unit normal, of the latents' shape; a VAE without a posterior ignores it. The log-variance is clamped to
+    [-30, 20], as in diffusers. Raises NotFinite.
     """
     feeds = {"sample": np.ascontiguousarray(images, np.float32)}
     posterior = checked_rows(engine, feeds, lambda row: "the initial image", bundle)
-    deviation = np.exp(0.5 * np.clip(posterior["latent_logvar"], -30.0, 20.0))
+    if LOGVAR not in posterior:
+        return scaled(posterior["latent_mean"], model)
+    deviation = np.exp(0.5 * np.clip(posterior[LOGVAR], -30.0, 20.0))
     return scaled(posterior["latent_mean"] + deviation * noise, model)
 
 
