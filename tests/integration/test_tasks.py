@@ -51,6 +51,7 @@ SHORT = (("ddim", 1.0), ("euler_a", 0.6), ("heun", 0.6))  # the others in `make 
 UNUSED: dict[str, dict[str, Any]] = {"depth": {"depth_estimator": None, "feature_extractor": None}}
 VERIFIED_APART = ("refining", "depth")  # tasks whose reference images are made in `make test-full`
 WHOLE = ("instruct_pix2pix", "refining", "depth")  # tasks of the whole image
+LONG = "a red circle BREAK green BREAK a cat"  # three chunks
 PROMPT, NEGATIVE, SEED, STEPS, GUIDANCE = "a red circle", "green", 5, 6, 4.0
 
 
@@ -163,11 +164,15 @@ def test_a_mixed_batch_gives_the_images_that_each_gives_alone(both: tuple[Any, P
         ours_request(pipe, "euler_a", strength=0.6, guidance=GUIDANCE),
         dataclasses.replace(ours_request(pipe, "heun", strength=1.0), guidance=1.0, negative=None),
         Request(**common, seed=2, image=image, **depth(pipe)),
+        Request(**common | {"prompt": LONG}, seed=6, image=image, prompt_syntax="a1111", **depth(pipe)),
     ]
+    if pipe.task in (None, "inpainting"):
+        requests.append(Request(**common, seed=7, image=image, mask=mask, mask_padding=4, mask_fill="noise"))
     if pipe.task == "refining":
         requests.append(Request(**common, seed=3, image=image, mask=mask, aesthetic_score=9))
     if pipe.task is None:
         requests += [Request(**common, seed=3), Request(**common, seed=4, image=image, mask=255 - mask)]
+        requests.append(Request(**common, seed=8, hires=2))
     together = pipe(requests)
     for request, picture in zip(requests, together.images, strict=True):
         assert psnr(picture.pixels, pipe(request).images[0].pixels) >= 80, request  # a call of more rows may round differently

@@ -177,6 +177,22 @@ def test_a_whole_loop_waits_until_all_jobs_end_together(small_folder: Path, here
         assert (ours == reference).all()
 
 
+def test_a_second_pass_runs_on_the_device_too(sd1_bundle: Path, here: Machine, tmp_path: Path) -> None:
+    """Its first pass ends while another job goes on; both groups are made anew."""
+    requests = [
+        Request(prompt=PROMPT, seed=1, steps=3, sampler="euler_a", size=(64, 64), hires=2, hires_steps=6),
+        Request(prompt=PROMPT, seed=2, steps=9, sampler="dpmpp_2m", size=(64, 64)),
+        Request(prompt=PROMPT, seed=3, steps=5, sampler="ddim", size=(128, 128)),
+    ]
+    folder = with_engines(sd1_bundle, tmp_path / "bundle", here, batch="1:1:4", guidance="any", size="64x64:64x64:128x128")
+    with Pipeline.open(folder, backend=here.backend) as pipe:
+        reference = latents(pipe, *requests, on_device=False)
+        assert here.gpus.counts["launches"] == 0
+        assert_near(latents(pipe, *requests, on_device=True), reference)
+    assert here.gpus.counts["launches"] > 0
+    assert [end.shape[-1] for end in reference] == [16, 8, 16]
+
+
 def test_half_precision_gives_the_same_picture(here: Machine, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
     folder = with_engines(sd1_fp16_bundle, tmp_path / "bundle", here)
     with Pipeline.open(folder, backend=here.backend) as pipe:

@@ -111,6 +111,27 @@ def test_a_large_picture_from_a_large_picture(host: Host, folder: Path) -> None:
     assert host.of(1) == ["started", "progress", "progress", "done"]
 
 
+def test_a_mask_comes_behind_the_rows_of_its_image(host: Host, folder: Path) -> None:
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (192, 256, 3), dtype=np.uint8)
+    mask = random.integers(0, 256, (192, 256), dtype=np.uint8)
+    settings: dict[str, Any] = {"mask_blur": 2, "overlay": True, "extend": [0, 64, 0, 0]}
+    host.open(folder)
+    request = {"width": None, "height": None, "strength": 0.7} | settings
+    host.submit(1, image.tobytes() + mask.tobytes(), image=[256, 192], mask=True, request=request)
+    host.submit(2, request={"hires": 2, "hires_steps": 4})
+    found = [host.wait("done", "failed", job=job) for job in (1, 2)]
+    with Pipeline.open(folder, backend="fake") as pipe:
+        pictures = [
+            pipe("a cat", steps=3, seed=1, image=image, mask=mask, strength=0.7, **settings).images[0],
+            pipe("a cat", steps=3, seed=1, size=(64, 64), hires=2, hires_steps=4).images[0],
+        ]
+    for done, picture in zip(found, pictures, strict=True):
+        assert (done["width"], done["height"]) == picture.size
+        assert done["blob"][: done["rgb"]] == picture.pixels.tobytes()
+    assert [picture.size for picture in pictures] == [(256, 256), (128, 128)]
+
+
 def test_without_a_seed_a_random_one_is_told(host: Host, folder: Path) -> None:
     host.open(folder)
     for job in (1, 2):
@@ -170,6 +191,8 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         ({"image": [64, 64]}, "image 64x64: expected 12,288 bytes of RGB8 rows in the blob, got 0"),
         ({"image": [0, -1]}, "image 0x-1: expected its width and height in pixels"),
         ({"image": [64]}, "image: expected 2 items, got 1"),
+        ({"mask": True}, "mask: it marks a part of an image: send the image too"),
+        ({"image": [64, 64], "mask": True}, "image 64x64: expected 16,384 bytes of RGB8 rows and a mask of 8 bits in the blob"),
         ({"previw": True}, "previw: unknown key; did you mean preview?"),
         ({"device_buffer": 4096, "device_buffer_size": 1 << 20}, "device_buffer of job 1"),
     ],

@@ -71,6 +71,7 @@ def refined(request: Request, task: Task | None, size: tuple[int, int]) -> tuple
         target_size=None,
         size=size,
         image=None,
+        depth=None,
         fit=None,
         strength=DEFAULTS["strength"],
     )
