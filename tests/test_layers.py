@@ -44,7 +44,7 @@ ORDER = {
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs build capi inspect verify generate sampling "
     "parser",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
-    "sdexport.checkpoint": "card pipelines configs opening tree tokenizer weights source hub folder original overrides "
+    "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original overrides "
     "checkpoint",
     "sdexport.checkpoint.weights": "bounds safetensors files names torch_file",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdruntime.backends.base.building import Stage
-from sdruntime.bundle.manifest import Precision, PredictionType
+from sdruntime.bundle.manifest import NO_DEFAULTS, Defaults, Precision, PredictionType
 from sdruntime.engines.building import BuildEvent, BuildRequest
 
 
@@ -15,9 +15,9 @@ class ExportOptions:
     """The options of a build.
 
     `revision` is the hub's, for a hub id. `prediction_type`, `config` and `vae` replace parts of the checkpoint, as
-    sdexport.checkpoint.overrides.Overrides has them; `vae` may also be a hub id. `engines` are built into the bundle, with the
-    options of `sdruntime build`. `audit` measures half precision and keeps in float32 what it would harm. `verify` stores
-    reference outputs and checks what this machine can run against them.
+    sdexport.checkpoint.overrides.Overrides has them; `vae` may also be a hub id. `defaults` replace those that follow from
+    the checkpoint. `engines` are built into the bundle, with the options of `sdruntime build`. `audit` measures half precision
+    and keeps in float32 what it would harm. `verify` stores reference outputs and checks what this machine can run against them.
     """
 
     revision: str | None = None
@@ -27,6 +27,7 @@ class ExportOptions:
     prediction_type: PredictionType | None = None
     config: str | None = None
     vae: str | None = None
+    defaults: Defaults = NO_DEFAULTS
     audit: bool = True
     verify: bool = True
 

@@ -20,6 +20,7 @@ from sdexport.build.files import component_specs, without_code_keys, write_pipel
 from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of, without_paths
 from sdexport.checkpoint.card import read_card
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sdexport.checkpoint.defaults import merged
 from sdexport.checkpoint.hub import Located, locate, locate_vae
 from sdexport.checkpoint.overrides import Overrides
 from sdexport.families.components import Component, components
@@ -89,6 +90,8 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             prediction_type=options.prediction_type, config=str(config or ""), vae="" if vae is None else str(vae.path)
         ),
     )
+    model_spec = dataclasses.replace(checkpoint.model, defaults=merged(checkpoint.model.defaults, options.defaults))
+    checkpoint = dataclasses.replace(checkpoint, model=model_spec)
     table = components(checkpoint)
     for request in options.engines:
         request.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdruntime.bundle.limits import MOST_GUIDANCE
+from sdruntime.sampling.table import MOST_STEPS
 from sdruntime.system.document import open_regular
 
 _LONGEST = 1 << 16  # bytes; the rest of a README is not read
@@ -18,12 +20,14 @@ class Card:
     """The fields of a card that a bundle stores.
 
     `name` is the card's model_name, or that of its model-index. `license` is an SPDX identifier, the card's own id, or "unknown".
-    `prompts` are the examples of its widget.
+    `prompts` are the examples of its widget; `steps` and `guidance` are those of its inference parameters, if they are valid.
     """
 
     name: str = ""
     license: str = "unknown"
     prompts: tuple[str, ...] = ()
+    steps: int | None = None
+    guidance: float | None = None
 
 
 def read_card(folder: Path) -> Card:
@@ -47,7 +51,18 @@ def read_card(folder: Path) -> Card:
         name=_text(data.get("model_name")),
         license=_text(name) or _text(license_id) or "unknown",
         prompts=tuple(_prompts(data.get("widget"))),
+        steps=_number(data.get("inference"), "num_inference_steps", int, 1, MOST_STEPS),
+        guidance=_number(data.get("inference"), "guidance_scale", float, 0, MOST_GUIDANCE),
     )
+
+
+def _number(inference: Any, name: str, kind: type, low: float, high: float) -> Any:
+    """Return a number of `{"parameters": {name: number}}`, or None if it is missing or outside the range."""
+    parameters = inference.get("parameters") if isinstance(inference, dict) else None
+    value = parameters.get(name) if isinstance(parameters, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not low <= value <= high:
+        return None
+    return kind(value)
 
 
 def _prompts(widget: Any) -> list[str]:

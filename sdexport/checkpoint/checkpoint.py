@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sdexport.checkpoint.configs import default_size, misfits, read_config, vae_factor
+from sdexport.checkpoint.defaults import defaults_of
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
@@ -281,6 +282,9 @@ class _Reader:
         xl, card = "text_encoder_2" in parts, self.source.card()
         # OpenCLIP's encoder, introduced with SD2, uses plain GELU; CLIP's own uses quick GELU
         family: Family = "sdxl" if xl else "sd2" if text["hidden_act"] == "gelu" else "sd1"
+        defaults, reason = defaults_of(unet, scheduler, card)
+        if reason:
+            self.changes.append(f"defaults: {defaults}: {reason} (--defaults changes them)")
         try:
             factor = vae_factor(vae)
             mean, std = (vae.get(key) or () for key in ("latents_mean", "latents_std"))
@@ -297,6 +301,7 @@ class _Reader:
                 vae_factor=factor,
                 size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
                 default_size=default_size(unet, factor),
+                defaults=defaults,
                 pad_token=pad_token,
                 masked_decoder=str(index["vae"][1]) == ASYMMETRIC_VAE,
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),

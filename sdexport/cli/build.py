@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 )
 @overriding
 @click.option("--chunks", help="Chunks of 75 tokens in a prompt that the engines take: 1, or 1:3, or 1:1:3.")
+@click.option(
+    "--defaults", metavar="KEY=VALUE,…", help="What images are made with by default: steps=4,guidance=1,sampler=euler_a."
+)
 @click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from pickles (.ckpt, .pt, .bin). Nothing in them is run.")
 @click.option("--no-verify", is_flag=True, help="Skip the reference outputs and the check against PyTorch.")
@@ -52,6 +55,7 @@ def build(
     config: str | None,
     vae: str | None,
     chunks: str | None,
+    defaults: str | None,
     no_audit: bool,
     allow_pickle: bool,
     no_verify: bool,
@@ -69,6 +73,7 @@ def build(
         reporter.note("warning: --no-audit has no effect: fp32 is not audited")
     from sdexport.build.events import ExportOptions
     from sdexport.build.export import build as events
+    from sdexport.checkpoint.defaults import parsed
     from sdexport.recipes.recipe import read_recipe
     from sdexport.recipes.run import options_of
     from sdruntime.engines.building import BuildRequest
@@ -82,6 +87,7 @@ def build(
         prediction_type=prediction_type,
         config=config,
         vae=vae,
+        defaults=parsed(defaults or ""),
         audit=not no_audit,
         verify=not no_verify,
     )

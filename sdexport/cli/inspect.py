@@ -42,6 +42,8 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
 
     model, origin = manifest.model, manifest.provenance
     echo(f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}")
+    if str(model.defaults):
+        echo(f"defaults: {model.defaults}")
     echo(f"from {origin.get('source', 'unknown')}, {origin.get('revision', 'no revision')}, {origin.get('created', 'no date')}")
     echo(f"latents of {model.latent_channels} channels, 1/{model.vae_factor} of the image's sides, times {model.scaling_factor}")
     for name, component in manifest.components.items():

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from sdexport.errors import RecipeError
 from sdruntime.backends.registry import BACKENDS, OFFERED
-from sdruntime.bundle.manifest import ModelSpec, Precision, PredictionType
+from sdruntime.bundle.manifest import NO_DEFAULTS, Defaults, ModelSpec, Precision, PredictionType
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.building import BuildRequest
 from sdruntime.engines.shapes import Guidance, Shapes
@@ -40,7 +40,8 @@ class Recipe:
     """The description of a bundle and its engines.
 
     `model` is a folder or a model id of the hub, and `revision` its revision. `prediction_type`, `config` and `vae` replace parts
-    of it, as in ExportOptions. `audit` measures half precision; `verify` checks the bundle and its engines.
+    of it, as in ExportOptions, and `defaults` what images are made with by default. `audit` measures half precision; `verify`
+    checks the bundle and its engines.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Recipe:
     prediction_type: PredictionType | None = None
     config: str | None = None
     vae: str | None = None
+    defaults: Defaults = NO_DEFAULTS
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True
@@ -98,6 +100,7 @@ def read_recipe(file: Path) -> Recipe:
         prediction_type=text.prediction_type,
         config=None if text.config is None else str(file.parent / text.config),
         vae=None if text.vae is None else _source(text.vae, file),
+        defaults=text.defaults,
         precision=text.precision,
         audit=text.audit,
         verify=text.verify,
@@ -243,6 +246,7 @@ class RecipeText:
     prediction_type: PredictionType | None = None
     config: Annotated[str, _check_model] | None = None
     vae: Annotated[str, _check_model] | None = None
+    defaults: Defaults = NO_DEFAULTS
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True

@@ -78,6 +78,7 @@ def options_of(recipe: Recipe) -> ExportOptions:
     return ExportOptions(
         revision=recipe.revision,
         prediction_type=recipe.prediction_type,
+        defaults=recipe.defaults,
         config=recipe.config,
         vae=recipe.vae,
         precision=recipe.precision,

@@ -209,6 +209,15 @@ class Defaults:
             except SettingError as error:
                 raise ValueError(str(error)) from error
 
+    def __str__(self) -> str:
+        """Return what is known as text: "steps 4, guidance 1"."""
+        guidance = None if self.guidance is None else f"{self.guidance:g}"
+        known = {"steps": self.steps, "guidance": guidance, "sampler": self.sampler}
+        return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+
+
+NO_DEFAULTS = Defaults()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
@@ -225,7 +234,7 @@ class ModelSpec:
     vae_factor: int = 8  # pixels per latent cell
     size_multiple: int = 64  # pixels: the VAE's factor times the UNet's downsampling
     default_size: tuple[int, int] = (512, 512)
-    defaults: Defaults = Defaults()
+    defaults: Defaults = NO_DEFAULTS
     pad_token: str = "<|endoftext|>"
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
     masked_decoder: bool = False  # the decoder should also take an image and a mask, which is not supported: no inpainting

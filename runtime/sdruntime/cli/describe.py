@@ -105,6 +105,8 @@ def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
     """Yield the lines of text about a bundle and about which of its engines fit the machine."""
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}"
+    if str(model.defaults):
+        yield f"defaults: {model.defaults}"
     yield f"images of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.size_multiple}"
     yield f"{len(manifest.files)} files, {sum(spec.size for spec in manifest.files.values()):,} bytes"
     for name, component in manifest.components.items():
