@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,12 @@ from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, 
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
 from sdruntime.pipeline.images.pixels import to_uint8
-from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.ranges import WHOLE, steps_beside
-from sdruntime.pipeline.request import DEFAULTS, HiresResize, Request
+from sdruntime.pipeline.request import DEFAULTS, Request
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
-from sdruntime.pipeline.tasks.passes import Pass, passes_of, refined, rounded_line
+from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
 from sdruntime.pipeline.texts import Conditions, Texts
@@ -43,25 +42,6 @@ KEPT_TABLES = 64
 HOW_TO_FIT = 'resize it, or pass fit "resize" or "crop" (--fit)'
 Shape = tuple[int, int, int]  # (channels, height, width) of latents
 GetEngine = Callable[..., Engine]  # (component, rows=…, height=…, …), as `Pipeline.engine`
-
-
-LATENT_KERNELS: Mapping[HiresResize | None, resize.Kernel] = {
-    "latent": "bilinear",
-    "latent-bicubic": "bicubic",
-    "latent-nearest": "nearest",
-    "latent-nearest-exact": "nearest-exact",
-}
-PIXEL_KERNELS: Mapping[HiresResize | None, PixelKernel] = {"lanczos": "lanczos", "nearest": "nearest"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Place:
-    """A pass among those of its request: `before` model calls precede it, it makes `calls`, and all passes make `all`."""
-
-    step: Pass
-    before: int
-    calls: int
-    all: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +121,7 @@ class JobFactory:
         """
         requests = [self.completed(request) for request in requests]
         chains = [self._chain(request) for request in requests]
-        stages: dict[_Place, _Stage] = {}
+        stages: dict[Place, _Stage] = {}
         for factory, its_engine in ((self, engine), *([self.refiner] if self.refiner is not None else [])):
             places = [place for chain in chains for place in chain if self._of(place.step) is factory]
             stages |= zip(places, factory._stages(places, its_engine), strict=True)
@@ -149,13 +129,12 @@ class JobFactory:
             self._chained(request, [stages[place] for place in chain]) for request, chain in zip(requests, chains, strict=True)
         ]
 
-    def _chain(self, request: Request) -> list[_Place]:
+    def _chain(self, request: Request) -> list[Place]:
         """Return the passes of a completed request, each with its number of model calls and theirs."""
         steps = self._passes(request)
-        counts = [self._of(step)._table(step).steps for step in steps]
-        return [_Place(step=step, before=sum(counts[:k]), calls=counts[k], all=sum(counts)) for k, step in enumerate(steps)]
+        return placed(steps, [self._of(step)._table(step).steps for step in steps])
 
-    def _stages(self, places: Sequence[_Place], engine: GetEngine) -> list[_Stage]:
+    def _stages(self, places: Sequence[Place], engine: GetEngine) -> list[_Stage]:
         """Return the stages of passes of this model."""
         for place in places if self._engines.given is None else ():  # fail before the texts are encoded
             self._check_engines(place.step)
@@ -179,7 +158,7 @@ class JobFactory:
             self._engines.choose("unet", height=height, width=width, sequence=stage.sequence)
         return stages
 
-    def _texts(self, place: _Place) -> Texts:
+    def _texts(self, place: Place) -> Texts:
         """Return the texts of a pass; a refiner goes on with those of the pass before."""
         request, shared = place.step.request, place.step.part is not None
         texts = Texts.of(
@@ -191,7 +170,7 @@ class JobFactory:
         )
         return texts.after(place.before) if shared else texts
 
-    def _guidances(self, place: _Place) -> tuple[float, ...]:
+    def _guidances(self, place: Place) -> tuple[float, ...]:
         """Return the guidance of each model call of a pass, () if it is constant. Raises SettingError."""
         request = place.step.request
         if self._guidance_width is not None and len(request.guidances) > 1:

@@ -125,7 +125,7 @@ def test_a_batcher_takes_a_prompt_and_settings(ready: Bundle) -> None:
         image = batcher.submit("a red fox in snow").result(60)
         assert image.request == Request(prompt="a red fox in snow", seed=image.seed, steps=20, guidance=7.5)
         image = batcher.submit("a red fox in snow", seed=5, steps=2).result(60)
-        assert image.request == Request(prompt="a red fox in snow", seed=5, steps=2)
+        assert image.request == Request(prompt="a red fox in snow", seed=5, steps=2, guidance=7.5)
         assert repr(batcher).endswith(", 0 unfinished requests>")
     assert repr(batcher).endswith(", not open>")
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sdruntime.bundle.manifest import ModelSpec
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import SettingError
+from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
 from sdruntime.pipeline.request import DEFAULTS, HiresResize, Request
 from sdruntime.pipeline.tasks.choose import start_strength
+from sdruntime.pipeline.vae.resize import Kernel as LatentKernel
+
+LATENT_KERNELS: Mapping[HiresResize | None, LatentKernel] = {
+    "latent": "bilinear",
+    "latent-bicubic": "bicubic",
+    "latent-nearest": "nearest",
+    "latent-nearest-exact": "nearest-exact",
+}
+PIXEL_KERNELS: Mapping[HiresResize | None, PixelKernel] = {"lanczos": "lanczos", "nearest": "nearest"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +35,21 @@ class Pass:
     resize: HiresResize | None = None
     part: tuple[float, float] | None = None
     refines: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Place:
+    """A pass among those of its request: `before` model calls precede it, it makes `calls`, and all passes make `all`."""
+
+    step: Pass
+    before: int
+    calls: int
+    all: int
+
+
+def placed(steps: Sequence[Pass], counts: Sequence[int]) -> list[Place]:
+    """Return the places of passes that make so many model calls."""
+    return [Place(step=step, before=sum(counts[:k]), calls=counts[k], all=sum(counts)) for k, step in enumerate(steps)]
 
 
 def passes_of(request: Request, task: Task | None, size: tuple[int, int], multiple: int) -> tuple[Pass, ...]:
