@@ -54,6 +54,16 @@ def single_file_tensors(folder: Path, load: Callable[[Path], Weights] | None = N
     return tensors
 
 
+def write_diffusers_file(folder: Path, file: Path, *, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write the checkpoint in `folder` to `file` under the names of diffusers, each behind that of its folder."""
+    from safetensors.torch import save_file
+
+    parts = [path.name for path in folder.iterdir() if list(path.glob("*.safetensors"))]
+    tensors = {f"{part}.{name}": tensor for part in parts for name, tensor in _loaded(folder / part).items()}
+    save_file(tensors, file, metadata=dict(metadata or {}))
+    return file
+
+
 def _loaded(folder: Path) -> Weights:
     from safetensors.torch import load_file
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from sdexport.checkpoint.original import diffusers
 from sdexport.checkpoint.original.naming import Tensors, within
-from sdexport.checkpoint.original.standard import OTHERS, SIZE_OF_V, STANDARDS, UNET, VAE, VAE_FACTOR, Standard
+from sdexport.checkpoint.original.standard import ALL_STANDARDS, OTHERS, SIZE_OF_V, STANDARDS, UNET, VAE, VAE_FACTOR, Standard
 from sdexport.checkpoint.original.text import read_clip, read_open_clip
 from sdexport.checkpoint.original.unet import read_unet
 from sdexport.checkpoint.original.vae import read_vae
@@ -21,8 +22,10 @@ from sdexport.checkpoint.pipelines import SCORE
 from sdruntime.bundle.tasks import SCORED, SIZES
 
 _EMA = "model_ema."
+_SECOND = "Stable Diffusion 2"
 _OF_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # a VAE alone may come with the loss of its training
-_BIASES = re.compile(rf"{re.escape(UNET)}output_blocks\.\d{{1,4}}\.1\.transformer_blocks\.0\.norm1\.bias", re.ASCII)
+_PLACE = rf"{re.escape(UNET)}output_blocks\.(\d{{1,4}})\.(1)|unet\.up_blocks\.(\d{{1,4}})\.attentions\.(\d{{1,4}})"
+_BIASES = re.compile(rf"(?:{_PLACE})\.transformer_blocks\.0\.norm1\.bias", re.ASCII)
 _V, _EPSILON = "v_prediction", "epsilon"
 _SPREAD_OF_V = 0.09
 
@@ -70,14 +73,21 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str], *, with_vae: bo
 
     for encoder in standard.encoders:
         if encoder.layout == "clip":
-            take(encoder.part, encoder.prefix, read_clip)
+            take(encoder.part, encoder.prefix, read_clip, activation=encoder.activation)
         else:
             take(encoder.part, encoder.prefix, read_open_clip, projected=encoder.projected)
     pooled = configs.get("text_encoder_2", {}).get("projection_dim")
     ids = SCORED if standard.settings.get(SCORE) else SIZES
-    take("unet", UNET, read_unet, heads=standard.heads, pooled=pooled, ids=ids)
+    take(
+        "unet",
+        standard.unet,
+        diffusers.read_unet if standard.of_diffusers else read_unet,
+        heads=standard.heads,
+        pooled=pooled,
+        ids=ids,
+    )
     if with_vae:
-        take("vae", VAE, read_vae)
+        take("vae", standard.vae, diffusers.read_vae if standard.of_diffusers else read_vae)
     if faults:
         raise ValueError("\n".join(faults))
     configs["vae"] = {**configs.get("vae", {}), "scaling_factor": standard.scaling_factor}
@@ -107,27 +117,34 @@ def read_vae_alone(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
 
     Raises ValueError if there is none.
     """
-    for prefix in (VAE, ""):
-        own = within(tensors, prefix)
+    for prefix in (VAE, "vae.", ""):
+        own = {name: tensor for name, tensor in within(tensors, prefix).items() if name.startswith(_OF_VAE)}
         if "encoder.conv_in.weight" in own:
-            return read_vae({name: tensor for name, tensor in own.items() if name.startswith(_OF_VAE)})
+            of_diffusers = any(name.startswith("encoder.down_blocks.") for name in own)
+            return diffusers.read_vae(own) if of_diffusers else read_vae(own)
     raise ValueError(f"no VAE: neither {VAE}encoder.conv_in.weight nor encoder.conv_in.weight is in the file")
 
 
 def _with_text_model(tensors: Tensors) -> Tensors:
     """Return the tensors with the prefix of CLIP's text encoder that some files omit."""
-    prefixes = [encoder.prefix for standard in STANDARDS for encoder in standard.encoders if encoder.layout == "clip"]
-    missing = tuple(f"{prefix}{module}." for prefix in prefixes for module in ("embeddings", "encoder", "final_layer_norm"))
-    return {
-        re.sub(r"^(.*?\.transformer\.)", r"\1text_model.", name) if name.startswith(missing) else name: tensor
-        for name, tensor in tensors.items()
-    }
+    prefixes = {encoder.prefix for standard in ALL_STANDARDS for encoder in standard.encoders if encoder.layout == "clip"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        prefix = next((each for each in prefixes if name.startswith(each)), "")
+        rest = name.removeprefix(prefix)
+        omitted = prefix and rest.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+        renamed[f"{prefix}text_model.{rest}" if omitted else name] = tensor
+    return renamed
 
 
 def _standard(tensors: Tensors) -> Standard:
     """Raises ValueError for other models, by their names where they are known."""
-    for standard in STANDARDS:
-        if all(encoder.sign in tensors for encoder in standard.encoders):
+    linear = any(
+        name.startswith("unet.") and name.endswith(".proj_in.weight") and len(tensors[name].shape) == 2 for name in tensors
+    )
+    for standard in ALL_STANDARDS:
+        fits = linear or not standard.of_diffusers or standard.name != _SECOND  # 1 and 2 differ in nothing else
+        if fits and all(encoder.sign in tensors for encoder in standard.encoders):
             return standard
     for sign, model in OTHERS.items():
         if name := next((name for name in tensors if sign in name), None):
@@ -144,12 +161,12 @@ def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str
     written = metadata.get("modelspec.prediction_type", "")
     if written:
         return (_V if written.startswith("v") else _EPSILON), f"modelspec.prediction_type of its metadata is {written:.40}"
-    if standard.name != "Stable Diffusion 2":
+    if standard.name != _SECOND:
         return _EPSILON, f"as {standard.name} has it"
     architecture = metadata.get("modelspec.architecture", "")
     if architecture:
         return (_V if "-v" in architecture else _EPSILON), f"modelspec.architecture of its metadata is {architecture:.60}"
-    last = max(filter(_BIASES.fullmatch, tensors), key=_number, default="")
+    last = max(filter(_BIASES.fullmatch, tensors), key=_place, default="")
     if not last or not tensors[last].readable or not tensors[last].size:
         raise ValueError("the file does not say what the model predicts: no metadata, and no transformer on the way up")
     spread = float(np.std(tensors[last].read().astype(np.float32)))
@@ -157,8 +174,9 @@ def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str
     return (_V if spread > _SPREAD_OF_V else _EPSILON), what
 
 
-def _number(name: str) -> int:
-    return int(name.removeprefix(f"{UNET}output_blocks.").partition(".")[0])
+def _place(name: str) -> tuple[int, ...]:
+    match = _BIASES.fullmatch(name)
+    return tuple(int(number) for number in match.groups() if number) if match else ()
 
 
 def _size(standard: Standard, prediction: str, metadata: Mapping[str, str]) -> tuple[int, str]:
@@ -166,7 +184,7 @@ def _size(standard: Standard, prediction: str, metadata: Mapping[str, str]) -> t
     sides = written.split("x")
     if len(sides) == 2 and all(side.isascii() and side.isdecimal() and 64 <= int(side[:6]) <= 8192 for side in sides):
         return min(map(int, sides)), f"modelspec.resolution of its metadata is {written:.40}"
-    if standard.name == "Stable Diffusion 2" and prediction == _V:
+    if standard.name == _SECOND and prediction == _V:
         return SIZE_OF_V, f"as {standard.name} has it for {_V}"
     return standard.size, f"as {standard.name} has it"
 

@@ -7,7 +7,7 @@ stabilityai/stable-diffusion-2-1 and -2-1-base, stabilityai/stable-diffusion-xl-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sdexport.checkpoint.pipelines import SCORE
@@ -27,6 +27,7 @@ class TextEncoder:
     prefix: str
     layout: Literal["clip", "open_clip"]
     projected: bool = False
+    activation: str = "quick_gelu"
     pad: str = "<|endoftext|>"
 
     @property
@@ -36,7 +37,8 @@ class TextEncoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standard:
-    """`size`: pixels of a side. `heads`: attention heads of each block of the UNet; None: 64 channels each.
+    """`unet`, `vae`: the prefixes of their names, which are those of the original code or `of_diffusers`. `size`: pixels of a
+    side. `heads`: attention heads of each block of the UNet; None: 64 channels each.
 
     `settings`: of model_index.json, beside the pipeline and the parts.
     """
@@ -49,6 +51,19 @@ class Standard:
     size: int
     heads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unet: str = UNET
+    vae: str = VAE
+    of_diffusers: bool = False
+
+    def in_diffusers_layout(self) -> Standard:
+        """Return the same model with the names of diffusers, each behind that of its folder."""
+        encoders = tuple(
+            replace(
+                encoder, prefix=f"{encoder.part}.", layout="clip", activation="quick_gelu" if encoder.layout == "clip" else "gelu"
+            )
+            for encoder in self.encoders
+        )
+        return replace(self, encoders=encoders, unet="unet.", vae="vae.", of_diffusers=True)
 
 
 STANDARDS = (
@@ -96,6 +111,7 @@ STANDARDS = (
         heads=8,
     ),
 )
+ALL_STANDARDS = STANDARDS + tuple(standard.in_diffusers_layout() for standard in STANDARDS)
 SIZE_OF_V = 768  # of Stable Diffusion 2 models that were trained for the velocity
 
 # names of other models, by which they are refused: the first that some tensor's name holds

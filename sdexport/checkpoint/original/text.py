@@ -25,14 +25,17 @@ _IDLE = (
 )  # of the pair with an image encoder, and constants
 
 
-def read_clip(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
-    """Return the config and the weights of CLIP's text encoder; `tensors` by the names of transformers, from `text_model.` on.
+def read_clip(tensors: Tensors, *, activation: str) -> tuple[dict[str, Any], Tensors]:
+    """Return the config and the weights of a text encoder; `tensors` by the names of transformers, from `text_model.` on.
 
     Raises ValueError for what is no text encoder.
     """
     weights = {name: tensor for name, tensor in within(tensors, "text_model.").items() if name not in _IDLE}
     projection = {name: tensor for name, tensor in tensors.items() if name == "text_projection.weight"}
-    return _config(weights, "quick_gelu", layers=len(children(weights, "encoder.layers"))), weights | projection
+    config = _config(weights, activation, layers=len(children(weights, "encoder.layers")))
+    if projection:
+        config["projection_dim"] = shape_of(tensors, "text_projection.weight", 2)[0]
+    return config, weights | projection
 
 
 def read_open_clip(tensors: Tensors, *, projected: bool) -> tuple[dict[str, Any], Tensors]:

@@ -71,6 +71,14 @@ def test_the_class_of_another_vae_is_the_one_that_its_config_names(sd1_checkpoin
         read(sd1_checkpoint, vae=tmp_path / "taesd")
 
 
+def test_a_file_of_a_vae_may_have_the_names_of_diffusers(folder: Path) -> None:
+    [file] = (folder / "vae").glob("*.safetensors")
+    found, expected = read(folder, vae=file), read(folder)
+    assert found.changes[-1] == f"VAE: of {file.name} (--vae)"
+    assert found.parts["vae"].config == expected.parts["vae"].config
+    assert vae_weights(found).keys() == vae_weights(expected).keys()
+
+
 def test_an_asymmetric_vae_is_refused_for_inpainting(sd1_checkpoint: Path, tmp_path: Path) -> None:
     tiny.write_asymmetric_vae(tmp_path / "vae")
     checkpoint = read(sd1_checkpoint, vae=tmp_path / "vae")

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from hostile import Planted
 from once import once
-from single_files import UNET, VAE, single_file_tensors, write_single_file, write_standard
+from single_files import UNET, VAE, single_file_tensors, write_diffusers_file, write_single_file, write_standard
 
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sdexport.checkpoint.original.diffusers import read_unet
 from sdexport.checkpoint.weights.names import match_weights
+from sdexport.checkpoint.weights.safetensors import read_header
 from sdexport.checkpoint.weights.torch_file.file import REFUSED_PICKLE
 from sdexport.errors import CheckpointError
 from sdexport.families.components import components
@@ -44,9 +47,15 @@ def file_of(factory: pytest.TempPathFactory, kind: str) -> Path:
     )
 
 
-@pytest.fixture(scope="module")
-def both(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
-    paths = folder_of(tmp_path_factory, kind), file_of(tmp_path_factory, kind)
+@pytest.fixture(scope="module", params=["original", "diffusers"])
+def both(kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
+    folder = folder_of(tmp_path_factory, kind)
+    paths = (
+        folder,
+        file_of(tmp_path_factory, kind) if request.param == "original" else tmp_path_factory.mktemp("one") / "a.safetensors",
+    )
+    if request.param == "diffusers":
+        write_diffusers_file(folder, paths[1], metadata=V if kind == "sd2_v" else None)
     folder, file = (read_checkpoint(path, name="x") for path in paths)
     return folder, file
 
@@ -163,6 +172,46 @@ def faults(path: Path) -> tuple[str, ...]:
         read_checkpoint(path, name="x")
     assert caught.value.exit_code == 2
     return caught.value.faults
+
+
+def test_the_weight_tells_it_in_the_layout_of_diffusers_too(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = write_diffusers_file(folder_of(tmp_path_factory, "sd2"), tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    last = "unet.up_blocks.1.attentions.2.transformer_blocks.0.norm1.bias"
+    for spread, expected in ((0.02, "epsilon"), (0.3, "v_prediction")):
+        tensors[last] = spread * (-1.0) ** torch_range(tensors[last])
+        save_file(tensors, path)
+        checkpoint = read_checkpoint(path, name="x")
+        assert checkpoint.model.prediction_type == expected
+        assert last in checkpoint.changes[1]
+
+
+def torch_range(like: Any) -> Any:
+    import torch
+
+    return torch.arange(len(like), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model", [*tiny.PRUNED, "lcm"])
+def test_a_unet_of_any_shape_is_read_in_the_layout_of_diffusers(
+    model: str, sdxl_checkpoint: Path, sd1_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The network that the inferred config makes has the weights that are there."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    if model == "lcm":
+        folder = tiny.write_task_checkpoint(tmp_path / "x", "sd1", "lcm")
+    else:
+        folder = Path(shutil.copytree(sdxl_checkpoint, tmp_path / "x"))
+        tiny.prune(folder, model)
+    stored = read_header(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    config, _ = read_unet(stored, heads=2, pooled=None if model == "lcm" else 32, ids=6)
+    with torch.device("meta"):
+        made = UNet2DConditionModel.from_config({**config, "norm_num_groups": 8, "sample_size": 8}).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {name: each.shape for name, each in stored.items()}
 
 
 def test_marks_of_the_schedule_are_followed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:

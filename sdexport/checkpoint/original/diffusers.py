@@ -1,0 +1,109 @@
+"""Networks in one file under the names of diffusers: their configs, from names and shapes. The weights keep their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdexport.checkpoint.original.naming import Tensors, children, shape_of
+
+_HEAD = 64  # channels of an attention head, where their number is not fixed
+
+
+def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: int) -> tuple[dict[str, Any], Tensors]:
+    """Return the config and the weights of a UNet; the arguments are those of `sdexport.checkpoint.original.unet.read_unet`.
+
+    Raises ValueError for names and shapes that are no UNet of Stable Diffusion.
+    """
+    blocks = children(tensors, "down_blocks")
+    if not blocks or children(tensors, "up_blocks") != blocks:
+        raise ValueError(
+            f"{len(blocks)} down_blocks and {len(children(tensors, 'up_blocks'))} up_blocks: no UNet2DConditionModel"
+        )
+    down = [_depths(tensors, f"down_blocks.{block}") for block in blocks]
+    up = [_depths(tensors, f"up_blocks.{block}") for block in blocks]
+    middle = _depths(tensors, "mid_block")
+    layers = [len(children(tensors, f"down_blocks.{block}.resnets")) for block in blocks]
+    widths = [shape_of(tensors, f"down_blocks.{block}.resnets.0.conv2.weight", 4)[0] for block in blocks]
+    contexts = {shape_of(tensors, name, 2)[1] for name in tensors if name.endswith(".attn2.to_k.weight")}
+    if len(contexts) != 1:
+        raise ValueError(f"attention takes texts of the widths {sorted(contexts)}: one is expected")
+    depth: list[Any] = [_one(each) or 1 for each in down]
+    if not down[-1] and middle:
+        depth[-1] = middle[0]
+    regular = all(set(there) == set(here) for there, here in zip(up, reversed(down), strict=True))
+    if len(deep := [_one(each) for each in down if each]) > 1 and all(each == _one(middle) for each in deep):
+        depth = deep  # one number for all, also for blocks without attention
+    config = {
+        "in_channels": shape_of(tensors, "conv_in.weight", 4)[1],
+        "out_channels": shape_of(tensors, "conv_out.weight", 4)[0],
+        "block_out_channels": widths,
+        "layers_per_block": _same(layers),
+        "down_block_types": ["CrossAttnDownBlock2D" if each else "DownBlock2D" for each in down],
+        "mid_block_type": _middle(tensors, middle),
+        "up_block_types": ["CrossAttnUpBlock2D" if each else "UpBlock2D" for each in up],
+        "transformer_layers_per_block": _same(depth),
+        "cross_attention_dim": contexts.pop(),
+        "attention_head_dim": heads if heads else [max(1, width // _HEAD) for width in widths],
+        "use_linear_projection": any(name.endswith(".proj_in.weight") and len(tensors[name].shape) == 2 for name in tensors),
+    }
+    if not regular:
+        config["reverse_transformer_layers_per_block"] = [_one(each) or 1 for each in up]
+    if "time_embedding.cond_proj.weight" in tensors:
+        config["time_cond_proj_dim"] = shape_of(tensors, "time_embedding.cond_proj.weight", 2)[1]
+    if "add_embedding.linear_1.weight" in tensors and pooled is not None:
+        width = shape_of(tensors, "add_embedding.linear_1.weight", 2)[1]
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (width - pooled) // ids,
+            "projection_class_embeddings_input_dim": width,
+        }
+    return config, tensors
+
+
+def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """Return the config, except scaling_factor, and the weights of an autoencoder.
+
+    Raises ValueError if it is no AutoencoderKL.
+    """
+    blocks = children(tensors, "encoder.down_blocks")
+    counts = {len(children(tensors, f"encoder.down_blocks.{block}.resnets")) for block in blocks}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(f"encoder: {len(blocks)} down_blocks of {sorted(counts)} resnets: no AutoencoderKL")
+    quant = "quant_conv.weight" in tensors
+    return {
+        "in_channels": shape_of(tensors, "encoder.conv_in.weight", 4)[1],
+        "out_channels": shape_of(tensors, "decoder.conv_out.weight", 4)[0],
+        "latent_channels": shape_of(tensors, "quant_conv.weight" if quant else "encoder.conv_out.weight", 4)[0] // 2,
+        "block_out_channels": [
+            shape_of(tensors, f"encoder.down_blocks.{block}.resnets.0.conv2.weight", 4)[0] for block in blocks
+        ],
+        "layers_per_block": counts.pop(),
+        "down_block_types": ["DownEncoderBlock2D"] * len(blocks),
+        "up_block_types": ["UpDecoderBlock2D"] * len(blocks),
+        "use_quant_conv": quant,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "mid_block_add_attention": any(name.startswith("encoder.mid_block.attentions.") for name in tensors),
+    }, tensors
+
+
+def _depths(tensors: Tensors, block: str) -> list[int]:
+    """Return the number of transformer layers of each attention of a block."""
+    return [
+        len(children(tensors, f"{block}.attentions.{layer}.transformer_blocks"))
+        for layer in children(tensors, f"{block}.attentions")
+    ]
+
+
+def _one(depths: list[int]) -> Any:
+    """Return the number that all of a block's attentions have, or the list of them; 0 without any."""
+    return _same(depths) if depths else 0
+
+
+def _same(numbers: list[Any]) -> Any:
+    return numbers[0] if all(number == numbers[0] for number in numbers) else numbers
+
+
+def _middle(tensors: Tensors, depths: list[int]) -> str | None:
+    if not any(name.startswith("mid_block.") for name in tensors):
+        return None
+    return "UNetMidBlock2DCrossAttn" if depths else "UNetMidBlock2D"
