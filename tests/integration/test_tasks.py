@@ -320,8 +320,8 @@ def test_a_second_pass_is_image_to_image_of_diffusers(both: tuple[Any, Pipeline]
         pass
     height, width = (2 * side for side in pipe.model.default_size)
     if resize == "latent":
-        latents = torch.from_numpy(first.jobs[0].run.x)[None]
-        start = torch.nn.functional.interpolate(latents, size=(height // 8, width // 8), mode="bilinear")
+        latents, factor = torch.from_numpy(first.jobs[0].run.x)[None], pipe.model.vae_factor
+        start = torch.nn.functional.interpolate(latents, size=(height // factor, width // factor), mode="bilinear")
     else:
         start = Image.fromarray(first.result.pixels[0]).resize((width, height), Image.Resampling.LANCZOS)
     with warnings.catch_warnings(), torch.no_grad():

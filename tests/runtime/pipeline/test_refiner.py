@@ -12,6 +12,8 @@ import pytest
 from bundles import SCHEDULER
 
 from sdruntime import Batcher, Bundle, BundleError, Pipeline, Request, SettingError
+from sdruntime.__main__ import main
+from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.tasks.passes import check_refiner
 from sdruntime.sampling.compile import compile_table
 
@@ -121,3 +123,18 @@ def test_the_parts_of_a_table_are_those_of_diffusers(sampler: str, share: float,
     refiner = compile_table(SCHEDULER, steps=steps, sampler=sampler, part=(share, 1))
     assert base.t.tolist() == before
     np.testing.assert_allclose(refiner.t, whole.t[len(whole.t) - count :])
+
+
+def test_the_command_line_takes_a_refiner(
+    small_bundle: Path, twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(small_bundle), PROMPT, "--steps", "8", "--size", "64x64", "--seed", "3", "--no-measure"]
+    refining = ["--sampler", "dpmpp_2m", "--refiner-at", "0.5", "--json"]
+    assert main([*command, *refining, "--refiner", str(twin), "-o", str(tmp_path / "one.png")]) == 0
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        expected = pipe(PROMPT, **SETTINGS, sampler="dpmpp_2m", refiner_at=0.5).pixels[0]
+    np.testing.assert_array_equal(read_image(tmp_path / "one.png"), expected)
+    capsys.readouterr()
+    assert main([*command, *refining, "-o", str(tmp_path / "two.png")]) == 2
+    assert "--refiner-at 0.5 has no effect without --refiner" in capsys.readouterr().out
+    assert not (tmp_path / "two.png").exists()

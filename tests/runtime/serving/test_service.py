@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import warnings
@@ -109,6 +110,17 @@ def test_a_large_picture_from_a_large_picture(host: Host, folder: Path) -> None:
     assert (done["width"], done["height"], done["png"]) == (192, 256, 0)
     assert done["blob"] == picture.pixels.tobytes()
     assert host.of(1) == ["started", "progress", "progress", "done"]
+
+
+def test_a_second_bundle_refines(inside: Host, folder: Path, tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(folder, tmp_path / "twin"))
+    inside.open(folder, refiner=str(twin))
+    inside.submit(1, request={"sampler": "dpmpp_2m", "steps": 6, "refiner_at": 0.5})
+    done = inside.wait("done", "failed", job=1)
+    assert inside.of(1) == ["started", *["progress"] * 6, "done"]
+    with Pipeline.open(folder, backend="fake", refiner=twin) as pipe:
+        picture = pipe("a cat", steps=6, seed=1, size=(64, 64), sampler="dpmpp_2m", refiner_at=0.5).images[0]
+    assert done["blob"][: done["rgb"]] == picture.pixels.tobytes()
 
 
 def test_a_mask_comes_behind_the_rows_of_its_image(host: Host, folder: Path) -> None:
