@@ -138,7 +138,7 @@ def test_own_sigmas(both: tuple[Reference, Pipeline], strength: float | None) ->
     assert_same_picture(picture, theirs, decoded, theirs_float)
 
 
-@pytest.mark.parametrize("strength", [None, 0.6])
+@pytest.mark.parametrize("strength", [None, pytest.param(0.6, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("scheduler", "changes"),
     [

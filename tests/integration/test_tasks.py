@@ -430,6 +430,10 @@ def test_a_latent_consistency_model_takes_the_guidance_as_an_input(
             images.append(stream.result.images[0].pixels)
             assert psnr(images[-1], (theirs * 255).round().astype(np.uint8)) >= 60
         assert not np.array_equal(*images)
+        assert str(pipe.model.defaults) == "steps 4, guidance 8.5"  # those of diffusers' pipeline for it
+        np.testing.assert_array_equal(pipe(PROMPT, seed=SEED).images[0].pixels, images[-1])
+        with pytest.raises(SettingError, match="guidance: this model takes one guidance as an input: pass a number, not a list"):
+            pipe(PROMPT, steps=2, guidance=[2.0, 3.0])
         with pytest.warns(UserWarning, match="the negative prompt has no effect: the model takes the guidance as an input"):
             pipe(PROMPT, negative="green", steps=1, guidance=2.0)
 
