@@ -53,9 +53,10 @@ _REST = """| any other version of TensorRT and TensorRT-RTX | untested |
 |---|---|
 | sdruntime | Python 3.10 to 3.13, NumPy 1.26 and 2.x, onnxruntime 1.23 and 1.32 (CPU), openvino 2025.1 and 2026.4 |
 | sdexport | Python 3.11 with `constraints.txt` and `constraints-oldest.txt`; its own tests once on Python 3.10 and 3.12 |
-| checkpoints | Stable Diffusion 1.x, 2.x (epsilon and v-prediction), SDXL base and refiner, and their inpainting and \
-InstructPix2Pix variants: as a diffusers folder, or as a single file (`.safetensors`, `.ckpt`); with another VAE (`--vae`), \
-other documents (`--config`) or another prediction type (`--prediction-type`); [which task is compared with what](models.md) |
+| checkpoints | Stable Diffusion 1.x, 2.x (epsilon and v-prediction), SDXL base and refiner, and their inpainting, \
+InstructPix2Pix and depth variants: as a diffusers folder, or as a single file (`.safetensors`, `.ckpt`); with another VAE \
+(`--vae`), other documents (`--config`) or another prediction type (`--prediction-type`); \
+[which task is compared with what](models.md) |
 
 [Verification](verification.md#real-weights) lists the checkpoints with real weights that have been checked.
 """

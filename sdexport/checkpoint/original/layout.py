@@ -14,7 +14,17 @@ import numpy as np
 
 from sdexport.checkpoint.original import diffusers
 from sdexport.checkpoint.original.naming import Tensors, within
-from sdexport.checkpoint.original.standard import ALL_STANDARDS, OTHERS, SIZE_OF_V, STANDARDS, UNET, VAE, VAE_FACTOR, Standard
+from sdexport.checkpoint.original.standard import (
+    ALL_STANDARDS,
+    OTHERS,
+    SIZE_OF_V,
+    STANDARDS,
+    UNET,
+    VAE,
+    VAE_FACTOR,
+    VARIANTS,
+    Standard,
+)
 from sdexport.checkpoint.original.text import read_clip, read_open_clip
 from sdexport.checkpoint.original.unet import read_unet
 from sdexport.checkpoint.original.vae import read_vae
@@ -145,14 +155,19 @@ def _standard(tensors: Tensors) -> Standard:
     for standard in ALL_STANDARDS:
         fits = linear or not standard.of_diffusers or standard.name != _SECOND  # 1 and 2 differ in nothing else
         if fits and all(encoder.sign in tensors for encoder in standard.encoders):
+            _refuse(tensors, VARIANTS)
             return standard
-    for sign, model in OTHERS.items():
-        if name := next((name for name in tensors if sign in name), None):
-            raise ValueError(f"not supported: {model} ({name:.80})")
+    _refuse(tensors, OTHERS)
     if any(name.startswith(UNET) for name in tensors):
         signs = ", ".join(standard.encoders[-1].sign for standard in STANDARDS)
         raise ValueError(f"a UNet without a text encoder: none of {signs} is in the file: use a checkpoint of the whole model")
     raise ValueError(f"not a checkpoint of Stable Diffusion: no tensor's name begins with {UNET}")
+
+
+def _refuse(tensors: Tensors, signs: Mapping[str, str]) -> None:
+    for sign, model in signs.items():
+        if name := next((name for name in tensors if sign in name), None):
+            raise ValueError(f"not supported: {model} ({name:.80})")
 
 
 def _prediction(standard: Standard, tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, str]:

@@ -114,6 +114,15 @@ STANDARDS = (
 ALL_STANDARDS = STANDARDS + tuple(standard.in_diffusers_layout() for standard in STANDARDS)
 SIZE_OF_V = 768  # of Stable Diffusion 2 models that were trained for the velocity
 
+# names of other models that have the parts of one of the above
+VARIANTS = {
+    f"{UNET}label_emb.weight": "an upscaling model",
+    "unet.class_embedding.weight": "an upscaling model",
+    "embedder.model.visual.": "unCLIP, which takes the embedding of an image",
+    ".time_stack.": "a video model",
+    "control_model.": "a model with a ControlNet",
+    ".position_net.": "GLIGEN, which takes boxes",
+}
 # names of other models, by which they are refused: the first that some tensor's name holds
 OTHERS = {
     "joint_blocks.": "Stable Diffusion 3",
@@ -126,6 +135,7 @@ OTHERS = {
     "clip_mapper.": "Stable Cascade",
     "motion_modules.": "AnimateDiff, which makes videos",
     "temporal_transformer": "a video model",
+    ".time_stack.": "a video model",
     "emb_params": "a textual inversion, not a checkpoint",
     "string_to_param": "a textual inversion, not a checkpoint",
 }

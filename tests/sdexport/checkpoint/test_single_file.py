@@ -27,6 +27,7 @@ from sdexport.trace.cache import trace_key
 from sdruntime.bundle.tasks import channels
 
 KINDS = ("sd1", "sd2", "sd2_v", "sdxl", "refiner")
+SIGN = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"  # of Stable Diffusion 1
 V = {"modelspec.prediction_type": "v"}
 
 
@@ -274,6 +275,11 @@ def test_every_unknown_and_every_missing_network_is_named_at_once(
         (["double_blocks.0.img_attn.qkv.weight"], "not supported: Flux"),
         (["lora_unet_down_blocks_0.lora_down.weight"], "not supported: a LoRA, not a checkpoint"),
         (["control_model.input_hint_block.0.weight"], "not supported: a ControlNet, not a checkpoint"),
+        ([SIGN, f"{UNET}label_emb.weight"], "not supported: an upscaling model (model.diffusion_model.label_emb.weight)"),
+        ([SIGN, "embedder.model.visual.proj"], "not supported: unCLIP"),
+        ([SIGN, f"{UNET}input_blocks.1.0.time_stack.in_layers.0.weight"], "not supported: a video model"),
+        ([SIGN, "control_model.zero_convs.0.0.weight"], "not supported: a model with a ControlNet"),
+        ([SIGN, f"{UNET}position_net.linears.0.weight"], "not supported: GLIGEN"),
         ([f"{UNET}out.0.weight"], "a UNet without a text encoder: none of conditioner.embedders.1.model.ln_final.weight"),
         (["weight"], "not a checkpoint of Stable Diffusion: no tensor's name begins with model.diffusion_model."),
     ],
