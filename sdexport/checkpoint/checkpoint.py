@@ -300,6 +300,7 @@ class _Reader:
                 latent_channels=vae["latent_channels"],
                 vae_factor=factor,
                 size_multiple=factor * 2 ** (len(unet["block_out_channels"]) - 1),
+                size_step=factor,
                 default_size=default_size(unet, factor),
                 defaults=defaults,
                 pad_token=pad_token,

@@ -34,12 +34,12 @@ class Component:
     config: Mapping[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    multiples: Mapping[str, int]  # image or latent dimensions must be multiples of these
+    sides: Mapping[str, int]  # image or latent dimensions of the trace and of an example, in units of the component's input
 
     def example_feeds(self, *, seed: int = 0, **sizes: int) -> dict[str, NDArray[Any]]:
         """Return random inputs of plausible range. `sizes` sets named dimensions; the others are small and valid."""
         dims = {"batch": 2, "sequence": _EXAMPLE_TEXT}
-        dims |= {side: 2 * multiple for side, multiple in self.multiples.items()} | sizes
+        dims |= dict(self.sides) | sizes
         random = np.random.default_rng(seed)
         feeds: dict[str, NDArray[Any]] = {}
         for spec in self.inputs:
@@ -87,7 +87,7 @@ def _layers(config: Mapping[str, Any], length: int, used: int) -> TensorSpec:
 
 def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], length: int, outputs: tuple[TensorSpec, ...]) -> Component:
     ids = TensorSpec(name="input_ids", dtype="int32", shape=("batch", length))
-    return Component(name=name, part=name, wrapper=wrapper, config=config, inputs=(ids,), outputs=outputs, multiples={})
+    return Component(name=name, part=name, wrapper=wrapper, config=config, inputs=(ids,), outputs=outputs, sides={})
 
 
 def _unet(checkpoint: Checkpoint) -> Component:
@@ -108,7 +108,8 @@ def _unet(checkpoint: Checkpoint) -> Component:
         inputs += [_float(name, "batch", count, "height", "width") for name, count in added.items()]
     if config["time_cond_proj_dim"]:
         inputs.append(_float(GUIDANCE, "batch", config["time_cond_proj_dim"]))
-    cells = model.size_multiple // model.vae_factor
+    # odd at every level, so that the trace crops after each upsampling
+    cells = 2 * model.size_multiple // model.vae_factor + 1
     return Component(
         name="unet",
         part="unet",
@@ -116,7 +117,7 @@ def _unet(checkpoint: Checkpoint) -> Component:
         config=config,
         inputs=tuple(inputs),
         outputs=(_float("out_sample", "batch", config["out_channels"], "height", "width"),),
-        multiples={"height": cells, "width": cells},
+        sides={"height": cells, "width": cells},
     )
 
 
@@ -129,7 +130,7 @@ def _vae_decoder(checkpoint: Checkpoint) -> Component:
         config=config,
         inputs=(_float("latent_sample", "batch", channels, "height", "width"),),
         outputs=(_float("sample", "batch", 3, "image_height", "image_width"),),
-        multiples={"height": 1, "width": 1},
+        sides={"height": 2, "width": 2},
     )
 
 
@@ -143,7 +144,7 @@ def _vae_encoder(checkpoint: Checkpoint) -> Component:
         config=config,
         inputs=(_float("sample", "batch", 3, "height", "width"),),
         outputs=(_float("latent_mean", *latent), *(() if checkpoint.vae == TINY_VAE else (_float(LOGVAR, *latent),))),
-        multiples={"height": model.vae_factor, "width": model.vae_factor},
+        sides={"height": 2 * model.vae_factor, "width": 2 * model.vae_factor},
     )
 
 

@@ -6,12 +6,14 @@ checkpoint's weights. The wrappers do not apply scaling_factor: the runtime does
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 _TEXT_KEYS = (
@@ -75,11 +77,15 @@ class Unet(nn.Module):
     SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6], its refiner's [B,5]. The inputs of a task
     (sdruntime.bundle.tasks), each [B,·,h,w], are concatenated to `sample` in the order of the arguments. timestep_cond [B,G] is
     the embedding of the guidance.
+    h and w may be any: an upsampled image is cropped to the size of the one that it is joined with.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.weights = UNet2DConditionModel.from_config(_architecture(config))
+        for block in self.weights.up_blocks:
+            for upsampler in block.upsamplers or ():
+                upsampler.forward = functools.partial(_upsampled, upsampler)
 
     def forward(
         self,
@@ -199,6 +205,16 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         TinyVaeEncoder,
     )
 }
+
+
+def _upsampled(upsampler: Any, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Run an Upsample2D of a UNet: to `size`, which is twice the image's or a row or a column less.
+
+    diffusers scales to `size` instead, with the same result. Here the scale is a constant, which engines read.
+    """
+    large = functional.interpolate(image, scale_factor=2.0, mode="nearest")
+    output: Tensor = upsampler.conv(large if size is None else large[:, :, : size[0], : size[1]])
+    return output
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

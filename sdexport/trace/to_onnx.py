@@ -143,6 +143,43 @@ def fold_constants(model: ir.Model, component: Component) -> None:
         merge(model)
 
 
+def crop_at_once(model: ir.Model, component: Component) -> None:
+    """Merge the crop of an image's height and the crop of its width to one Slice."""
+    graph = model.graph
+    known = {"starts": [0, 0], "axes": [2, 3], "steps": [1, 1]}
+    starts, axes, steps = (_constant(graph, f"crop_{name}", numbers) for name, numbers in known.items())
+    for last in list(graph):
+        first = last.inputs[0].producer() if last.op_type == "Slice" and last.inputs[0] is not None else None
+        if first is None or first.op_type != "Slice" or (_crop_axis(first), _crop_axis(last)) != (2, 3):
+            continue
+        if len(first.outputs[0].uses()) != 1:
+            continue
+        ends = ir.node("Concat", [first.inputs[2], last.inputs[2]], attributes={"axis": 0})
+        crop = ir.node("Slice", [first.inputs[0], starts, ends.outputs[0], axes, steps])
+        crop.outputs[0].type, crop.outputs[0].shape = last.outputs[0].type, last.outputs[0].shape
+        graph.insert_before(last, [ends, crop])
+        ir.convenience.replace_all_uses_with(last.outputs[0], crop.outputs[0])
+        graph.remove([last, first], safe=True)
+    common.NameFixPass()(model)
+
+
+def _crop_axis(node: ir.Node) -> int | None:
+    """Return the axis of a Slice that removes the end of one axis only."""
+    starts, _, axes, *steps = (_numbers(value) for value in node.inputs[1:])
+    return axes[0] if starts == [0] and axes is not None and len(axes) == 1 and steps in ([], [[1]]) else None
+
+
+def _numbers(value: ir.Value | None) -> list[int] | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy().tolist()
+
+
+def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
+    tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(numbers)]), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def drop_unused(model: ir.Model, component: Component) -> None:
     """Remove the nodes and weights that no output needs."""
     common.RemoveUnusedNodesPass()(model)
@@ -176,6 +213,7 @@ def name_dimensions(model: ir.Model, component: Component) -> None:
 PASSES: tuple[Callable[[ir.Model, Component], None], ...] = (
     weights_as_inputs,
     fold_constants,
+    crop_at_once,
     drop_unused,
     drop_metadata,
     name_dimensions,

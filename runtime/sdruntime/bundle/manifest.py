@@ -233,6 +233,7 @@ class ModelSpec:
     latent_channels: int = 4
     vae_factor: int = 8  # pixels per latent cell
     size_multiple: int = 64  # pixels: the VAE's factor times the UNet's downsampling
+    size_step: int | None = None  # pixels: sizes must be multiples of it; None: of size_multiple, for a UNet that cannot crop
     default_size: tuple[int, int] = (512, 512)
     defaults: Defaults = NO_DEFAULTS
     pad_token: str = "<|endoftext|>"
@@ -262,10 +263,17 @@ class ModelSpec:
                 raise ValueError(f"preview: expected 3 colours of {self.latent_channels} weights, and 3 numbers as bias")
         if self.size_multiple % self.vae_factor:
             raise ValueError(f"size_multiple {self.size_multiple} is not a multiple of vae_factor {self.vae_factor}")
-        if any(side < 1 or side % self.size_multiple for side in self.default_size):
-            raise ValueError(f"default_size {self.default_size} is not a multiple of {self.size_multiple}")
+        if self.size_step is not None and (self.size_step < 1 or self.size_step % self.vae_factor):
+            raise ValueError(f"size_step {self.size_step} is not a multiple of vae_factor {self.vae_factor}")
+        if any(side < 1 or side % self.step for side in self.default_size):
+            raise ValueError(f"default_size {self.default_size} is not a multiple of {self.step}")
         if max(self.default_size) > LARGEST_SIDE:
             raise ValueError(f"default_size {self.default_size}: a side is above {LARGEST_SIDE:,} pixels")
+
+    @property
+    def step(self) -> int:
+        """What sizes must be multiples of, in pixels."""
+        return self.size_step or self.size_multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,7 @@ class Shapes:
         and 1 to MOST_CHUNKS chunks. Raises SettingError.
         """
         height, width = model.default_size
-        smallest = model.size_multiple
+        smallest = min(model.size_multiple, height, width)
         own = f"{width}x{height}"
         if size is None:
             size = own if static else f"{smallest}x{smallest}:{own}:{LARGEST * width}x{LARGEST * height}"
@@ -66,8 +66,8 @@ class Shapes:
             batch = "1" if static else f"1:1:{MOST_IMAGES}"
         sizes = [_triple([parse_size(part) for part in text.split(":")], f"size {text!r}") for text in size.split(",")]
         for side in {side for triple in sizes for pair in triple for side in pair}:
-            if side % smallest:
-                raise SettingError(f"size {size}: {side} is not a multiple of {smallest}")
+            if side % model.step:
+                raise SettingError(f"size {size}: {side} is not a multiple of {model.step}")
         batches = []
         for text in batch.split(","):
             if any(len(part) > 4 for part in text.split(":") if part.isdecimal()):

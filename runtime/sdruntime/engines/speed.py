@@ -141,7 +141,7 @@ def _sizes(manifest: Manifest, engines: Iterable[EngineSpec]) -> Iterable[dict[s
     model, dimensions = manifest.model, manifest.components[UNET].dimensions
     for part in (2, 1):
         height, width = (side // part for side in model.default_size)
-        if height % model.size_multiple == width % model.size_multiple == 0:
+        if height % model.step == width % model.step == 0:
             cells = {"height": height // model.vae_factor, "width": width // model.vae_factor}
             known = {"batch": _ROWS, "sequence": manifest.text_length, **cells}
             yield {name: known[name] for name in dimensions if name in known}

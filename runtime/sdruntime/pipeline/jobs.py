@@ -206,7 +206,7 @@ class JobFactory:
     def _passes(self, request: Request) -> tuple[Pass, ...]:
         if self.refiner is not None and request.refiner_at < 1:
             return refined(request, self.task, self._size(request))
-        return passes_of(request, self.task, self._size(request), self._model.size_multiple)
+        return passes_of(request, self.task, self._size(request), self._model.step)
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Return (width, height) of what the first pass generates."""
@@ -226,13 +226,14 @@ class JobFactory:
             width, height = request.image_size
             if request.size not in (None, (width, height)):
                 raise SettingError(f"{image} {width}x{height}, the size {request.size[0]}x{request.size[1]}: {HOW_TO_FIT}")
-        multiple, factor = self._model.size_multiple, self._model.vae_factor
+        multiple, factor = self._model.step, self._model.vae_factor
         if width < 1 or height < 1 or width % multiple or height % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
             given = request.pixels is not None and not part
             size = f"{image} {width}x{height}" if given else f"size {width}x{height}"
             fix = f"; {HOW_TO_FIT}" if given else ""
-            raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}")
+            again = "" if self._model.size_step else f"; export the bundle again for multiples of {factor}"
+            raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}{again}")
         return self._model.latent_channels, height // factor, width // factor
 
     def _noise(self, request: Request) -> ImageNoise:

@@ -150,7 +150,8 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
     """
     cases: list[Case] = []
     model = manifest.model
-    small = (2 * model.size_multiple, 3 * model.size_multiple)
+    odd = model.step % model.size_multiple  # where possible, at a size for which the UNet must crop
+    small = (2 * model.size_multiple + odd, 3 * model.size_multiple - odd)
     for component, spec in manifest.components.items():
         part = role(component)
         if not part.has_reference:

@@ -51,23 +51,62 @@ def upsampling(
     return model
 
 
-def in_onnxruntime(model: bytes, x: Array) -> Array:
+def cropped(*, bias: bool = True, starts: tuple[int, int] = (0, 0), axes: tuple[int, int] = (2, 3)) -> bytes:
+    """y = convolution(upsampled x, cropped to the size of the input "like")."""
+    model, make = onnx.load_from_string(upsampling(bias=bias)), onnx.helper
+    resize, conv = model.graph.node
+    conv.input[0] = "cropped"
+    crop = [
+        make.make_node("Shape", ["like"], ["ends"], start=2, end=4),
+        make.make_node("Slice", ["large", "starts", "ends", "axes", "steps"], ["cropped"]),
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend([resize, *crop, conv])
+    model.graph.input.append(make.make_tensor_value_info("like", onnx.TensorProto.FLOAT, [1, 1, "rows", "columns"]))
+    for name, numbers in (("starts", starts), ("axes", axes), ("steps", (1, 1))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), name))
+    return bytes(model.SerializeToString())
+
+
+SIZES = [(2, 2), (4, 6), (3, 6), (4, 5), (3, 5), (1, 2), (1, 1), (9, 7)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_cropped_image_meets_the_padding_at_its_own_edge(bias: bool) -> None:
+    plain = cropped(bias=bias)
+    split = split_upsampling(memoryview(plain))
+    assert b"DepthToSpace" in split
+    assert split_upsampling(memoryview(split)) == split
+    for height, width in SIZES:
+        feeds = {"x": image(-(-height // 2), -(-width // 2)), "like": np.zeros((1, 1, height, width), np.float32)}
+        expected = in_onnxruntime(plain, **feeds)
+        assert expected.shape == (3, MADE, height, width)
+        for made in (in_onnxruntime(split, **feeds), in_openvino(plain, **feeds)):
+            assert np.abs(made - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_another_crop_stays_as_it_is() -> None:
+    for plain in (cropped(starts=(1, 0)), cropped(axes=(3, 2))):
+        assert split_upsampling(memoryview(plain)) == plain
+
+
+def in_onnxruntime(model: bytes, x: Array, **more: Array) -> Array:
     ort = pytest.importorskip("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    made: Array = session.run(["y"], {"x": x})[0]
+    made: Array = session.run(["y"], {"x": x, **more})[0]
     return made
 
 
-def in_openvino(model: bytes, x: Array, *, split: bool = True) -> Array:
+def in_openvino(model: bytes, x: Array, *, split: bool = True, **more: Array) -> Array:
     ov = pytest.importorskip("openvino")
     from sdruntime.backends.ov.subpixel import split_upsampling
 
     network = ov.Core().read_model(model, b"")
     assert split_upsampling(ov, network) == split if split else True
     compiled = ov.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    made: Array = compiled({"x": x})[0]
+    made: Array = compiled({"x": x, **more})[0]
     return made
 
 

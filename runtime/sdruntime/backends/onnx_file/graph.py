@@ -15,18 +15,21 @@ from sdruntime.arrays import Array
 from sdruntime.backends.onnx_file.wire import delimited, fields, float32, number, varints
 
 _MODEL_GRAPH = 7
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 5, 12
+_GRAPH_NODE, _GRAPH_NAME, _GRAPH_INITIALIZER, _GRAPH_OUTPUT = 1, 2, 5, 12
 _INPUT, _OUTPUT, _NAME, _OP, _ATTRIBUTE, _DOMAIN = 1, 2, 3, 4, 5, 7  # of NodeProto
-_FLOAT, _INT, _STRING, _GRAPH, _INTS, _GRAPHS = 1, 2, 3, 5, 7, 10  # AttributeProto.type
+_FLOAT, _INT, _STRING, _GRAPH, _INTS = 1, 2, 3, 5, 7  # AttributeProto.type
 _DIMS, _TYPE, _FLOATS, _INT64S, _TENSOR_NAME, _RAW = 1, 2, 4, 7, 8, 9  # of TensorProto
 _OF_TYPE = {1: "<f4", 7: "<i8"}  # TensorProto.data_type -> dtype, of constants that are read
 
-Attribute = int | float | str | list[int]
+Attribute = int | float | str | list[int] | bytes  # bytes: a subgraph, from `make_branch`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A NodeProto: its tensors, its attributes by name and type, and its serialized bytes."""
+    """A NodeProto: its tensors, its attributes by name and type, and its serialized bytes.
+
+    `inputs` also has, after the node's own, all tensors that nodes of its subgraphs read.
+    """
 
     op: str
     inputs: tuple[str, ...]
@@ -35,7 +38,6 @@ class Node:
     floats: Mapping[str, float]
     texts: Mapping[str, str]
     raw: bytes | memoryview
-    nested: bool = False  # has subgraphs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,11 +68,8 @@ class Graph:
         return readers[0] if len(readers) == 1 and readers[0].op == op and name not in self.outputs else None
 
 
-def read_graph(model: memoryview) -> Graph | None:
-    """Return the graph of a model, or None if a node has subgraphs, which can read any tensor of the graph.
-
-    Raises ValueError for a damaged model.
-    """
+def read_graph(model: memoryview) -> Graph:
+    """Return the graph of a model. Raises ValueError for a damaged one."""
     nodes: list[Node] = []
     constants: dict[str, list[int] | list[float]] = {}
     outputs: set[str] = set()
@@ -82,9 +81,8 @@ def read_graph(model: memoryview) -> Graph | None:
             if numbers is not None:
                 constants[name] = numbers
         elif part == _GRAPH_OUTPUT:
-            outputs.add(next(str(text, "utf-8") for number, text in fields(value) if number == 1 and not isinstance(text, int)))
-    graph = Graph(nodes=nodes, constants=constants, outputs=outputs)
-    return None if any(node.nested for node in nodes) else graph
+            outputs.add(_name_of(value))
+    return Graph(nodes=nodes, constants=constants, outputs=outputs)
 
 
 def make_node(
@@ -97,6 +95,12 @@ def make_node(
     raw += [delimited(_ATTRIBUTE, _attribute(name, value)) for name, value in attributes.items()]
     raw += [delimited(_DOMAIN, domain.encode())] if domain else []
     return _read_node(memoryview(b"".join(raw)))
+
+
+def make_branch(nodes: Sequence[Node], output: str) -> bytes:
+    """Return a subgraph without inputs for an attribute of If; its nodes may read the tensors of the graph around it."""
+    parts = [*(delimited(_GRAPH_NODE, node.raw) for node in nodes), delimited(_GRAPH_NAME, output.encode())]
+    return b"".join([*parts, delimited(_GRAPH_OUTPUT, delimited(1, output.encode()))])
 
 
 def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence[Node]], constants: Mapping[str, Array]) -> bytes:
@@ -136,14 +140,16 @@ def _read_node(message: memoryview) -> Node:
     ints: dict[str, list[int]] = {}
     floats: dict[str, float] = {}
     texts: dict[str, str] = {}
-    nested = False
+    captured: list[str] = []
     for part, value in fields(message):
         if part in names and isinstance(value, memoryview):
             names[part].append(str(value, "utf-8"))
         elif part == _ATTRIBUTE and isinstance(value, memoryview):
             attribute = list(fields(value))
             name = next(str(text, "utf-8") for at, text in attribute if at == 1 and isinstance(text, memoryview))
-            nested |= any(at == 20 and kind in (_GRAPH, _GRAPHS) for at, kind in attribute)
+            captured += [
+                name for at, branch in attribute if at in (6, 11) and not isinstance(branch, int) for name in _read_by(branch)
+            ]
             numbers = [integer for at, packed in attribute if at in (3, 8) for integer in _ints(packed)]
             ints |= {name: numbers} if numbers else {}
             for at, content in attribute:
@@ -153,14 +159,29 @@ def _read_node(message: memoryview) -> Node:
                     texts[name] = str(content, "utf-8", "replace")
     return Node(
         op=names[_OP][0],
-        inputs=tuple(names[_INPUT]),
+        inputs=(*names[_INPUT], *captured),
         outputs=tuple(names[_OUTPUT]),
         ints=ints,
         floats=floats,
         texts=texts,
         raw=message,
-        nested=nested,
     )
+
+
+def _read_by(branch: memoryview) -> list[str]:
+    """Return the tensors that the nodes of a subgraph read, its outputs too, which may be tensors of the graph around it."""
+    names: list[str] = []
+    for part, value in fields(branch):
+        if part == _GRAPH_NODE and not isinstance(value, int):
+            names += _read_node(value).inputs
+        elif part == _GRAPH_OUTPUT and not isinstance(value, int):
+            names.append(_name_of(value))
+    return names
+
+
+def _name_of(message: memoryview) -> str:
+    """Return the name of a ValueInfoProto."""
+    return next(str(text, "utf-8") for number, text in fields(message) if number == 1 and not isinstance(text, int))
 
 
 def _attribute(name: str, value: Attribute) -> bytes:
@@ -169,6 +190,8 @@ def _attribute(name: str, value: Attribute) -> bytes:
         return named + delimited(4, value.encode()) + number(20, _STRING)
     if isinstance(value, float):
         return named + float32(2, value) + number(20, _FLOAT)
+    if isinstance(value, bytes):
+        return named + delimited(6, value) + number(20, _GRAPH)
     if isinstance(value, int):
         return named + number(3, value) + number(20, _INT)
     return named + b"".join(number(8, integer) for integer in value) + number(20, _INTS)

@@ -26,12 +26,12 @@ def fuse_attention(model: memoryview) -> bytes:
     graph = read_graph(model)
     fused: dict[int, list[Node]] = {}
     shapes: dict[str, Array] = {_JOINED: np.array([0, 0, -1], np.int64)}
-    for node in graph.nodes if graph else []:
-        if node.op == "Softmax" and graph and (attention := _attention(graph, node)):
+    for node in graph.nodes:
+        if node.op == "Softmax" and (attention := _attention(graph, node)):
             last, heads, replacement = attention
             fused[id(last)] = replacement
             shapes[_split_into(heads)] = np.array([0, 0, heads, -1], np.int64)
-    return write_graph(model, graph, fused, shapes) if graph and fused else bytes(model)
+    return write_graph(model, graph, fused, shapes) if fused else bytes(model)
 
 
 def _attention(graph: Graph, softmax: Node) -> tuple[Node, int, list[Node]] | None:

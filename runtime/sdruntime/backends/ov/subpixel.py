@@ -1,4 +1,7 @@
-"""Rewrite upsampling convolutions with fewer products (sdruntime.backends.base.subpixel) in an OpenVINO model."""
+"""Rewrite upsampling convolutions with fewer products (sdruntime.backends.base.subpixel) in an OpenVINO model.
+
+A UNet's upsampled image is cropped before the convolution if its size is odd: an If then runs the two as they were.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.subpixel import PHASES, TAPS, pads
 
-_INTERPOLATE = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "antialias": False}
+_ASYMMETRIC = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+_INTERPOLATE = {"mode": "nearest", "antialias": False, **_ASYMMETRIC}
 _CONVOLUTION = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}
 
 
@@ -17,16 +21,30 @@ def split_upsampling(ov: Any, model: Any) -> int:
     """Replace each convolution that follows a 2x upsampling by four convolutions, and return how many were replaced."""
     count = 0
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Convolution" and (image := _upsampled(node)) is not None:
-            _split(ov, node, image)
-            count += 1
+        if node.get_type_name() == "Convolution":
+            ends = _ends(node)
+            if (image := _upsampled(node, node if ends is None else node.input_value(0).get_node())) is not None:
+                _split(ov, node, image, ends)
+                count += 1
     model.validate_nodes_and_infer_types()
     return count
 
 
-def _upsampled(convolution: Any) -> Any | None:
-    """Return the image before the 2x upsampling, or None if there is no upsampling or the weights are not constant."""
-    resize, weights = (value.get_node() for value in convolution.input_values())
+def _ends(convolution: Any) -> Any | None:
+    """Return where a Slice before a convolution ends the height and the width, or None if there is no such Slice."""
+    crop = convolution.input_value(0).get_node()
+    if crop.get_type_name() != "Slice" or crop.get_input_size() != 5:
+        return None
+    start, step, axes = (crop.input_value(k).get_node() for k in (1, 3, 4))
+    if any(node.get_type_name() != "Constant" for node in (start, step, axes)):
+        return None
+    told = [[int(number) for number in node.get_data()] for node in (start, step, axes)]
+    return crop.input_value(2) if told == [[0, 0], [1, 1], [2, 3]] else None
+
+
+def _upsampled(convolution: Any, reader: Any) -> Any | None:
+    """Return the image before the 2x upsampling that `reader` reads; None if there is none, or the weights are not constant."""
+    resize, weights = reader.input_value(0).get_node(), convolution.input_value(1).get_node()
     if resize.get_type_name() != "Interpolate" or weights.get_type_name() != "Constant":
         return None
     scaling, conv = resize.get_attributes(), convolution.get_attributes()
@@ -47,19 +65,54 @@ def _scales(resize: Any) -> dict[int, float] | None:
     return dict.fromkeys(range(4), 1.0) | dict(zip(listed, factors, strict=True))
 
 
-def _split(ov: Any, convolution: Any, image: Any) -> None:
-    """Replace a convolution of the upsampled `image`, and its bias, by four convolutions of `image`."""
+def _split(ov: Any, convolution: Any, image: Any, ends: Any | None) -> None:
+    """Replace a convolution of the upsampled `image`, and its bias, by four convolutions of `image`; not if it is cropped."""
     opset, weights = ov.opset13, convolution.input_value(1).get_node()
     kernel = weights.get_data(dtype=np.float32)
     last, bias = _with_bias(convolution, len(kernel))
+    if ends is None:
+        whole = _phases(opset, image, weights, kernel, bias)
+    else:
+        like = image.get_partial_shape(), image.get_element_type()
+        small, other = (opset.parameter(shape=like[0], dtype=like[1]) for _ in range(2))
+        stop = opset.parameter(shape=[2], dtype=np.int64)
+        four = opset.result(_phases(opset, small, weights, kernel, bias))
+        two = opset.result(_cropped(opset, other, stop, weights, kernel, bias))
+        height_and_width = opset.gather(
+            opset.shape_of(image, "i64"), opset.constant(np.array([2, 3], np.int64)), opset.constant(np.int64(0))
+        )
+        large = opset.multiply(height_and_width, opset.constant(np.array([2, 2], np.int64)))
+        equal = opset.reduce_logical_and(opset.equal(large, ends), opset.constant(np.array([0], np.int64)))
+        choice = opset.if_op(equal.output(0))
+        choice.set_then_body(ov.Model([four], [small]))
+        choice.set_else_body(ov.Model([two], [other, stop]))
+        choice.set_input(image, small, other)
+        choice.set_input(ends, None, stop)
+        whole = choice.set_output(four, two).get_node()
+    whole.set_friendly_name(last.get_friendly_name())
+    last.output(0).replace(whole.output(0))
+
+
+def _cropped(opset: Any, image: Any, ends: Any, weights: Any, kernel: Array, bias: Array | None) -> Any:
+    """Return the convolution of the upsampled and cropped `image`."""
+    large = opset.interpolate(
+        image, np.array([2, 2], np.float32), "nearest", "scales", **_ASYMMETRIC, axes=np.array([2, 3], np.int64)
+    )
+    corner, steps, axes = (opset.constant(np.array(numbers, np.int64)) for numbers in ([0, 0], [1, 1], [2, 3]))
+    crop = opset.slice(large, corner, ends, steps, axes)
+    same = opset.constant(np.array(kernel), weights.get_element_type())
+    made = opset.convolution(crop, same, [1, 1], [1, 1], [1, 1], [1, 1])
+    return made if bias is None else opset.add(made, opset.constant(bias, weights.get_element_type()))
+
+
+def _phases(opset: Any, image: Any, weights: Any, kernel: Array, bias: Array | None) -> Any:
+    """Return the four convolutions of `image`, interleaved."""
     phases = []
     for p, q in PHASES:
         summed = opset.constant(np.ascontiguousarray(TAPS[p] @ kernel @ TAPS[q].T), weights.get_element_type())
         phase = opset.convolution(image, summed, [1, 1], *pads(p, q), [1, 1])
         phases.append(phase if bias is None else opset.add(phase, opset.constant(bias, weights.get_element_type())))
-    whole = opset.depth_to_space(opset.concat(phases, 1), "blocks_first", 2)
-    whole.set_friendly_name(last.get_friendly_name())
-    last.output(0).replace(whole.output(0))
+    return opset.depth_to_space(opset.concat(phases, 1), "blocks_first", 2)
 
 
 def _with_bias(convolution: Any, channels: int) -> tuple[Any, Array | None]:
