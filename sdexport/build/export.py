@@ -76,9 +76,11 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     """
     check_place(out)
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
-    vae = locate_vae(options.vae, precision=options.precision, allow_pickle=options.allow_pickle) if options.vae else None
+    locate_other = functools.partial(locate_vae, precision=options.precision, allow_pickle=options.allow_pickle)
+    vae = locate_other(options.vae) if options.vae else None
+    preview = locate_other(options.preview_vae, "--preview-vae") if options.preview_vae else None
     config = Path(options.config) if options.config else None
-    for path in (located.path, None if vae is None else vae.path, config):
+    for path in (located.path, *(other.path for other in (vae, preview) if other is not None), config):
         if path is not None:
             _refuse_overlap(out, path)
     checkpoint = read_checkpoint(
@@ -87,7 +89,10 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
         precision=options.precision,
         allow_pickle=options.allow_pickle,
         overrides=Overrides(
-            prediction_type=options.prediction_type, config=str(config or ""), vae="" if vae is None else str(vae.path)
+            prediction_type=options.prediction_type,
+            config=str(config or ""),
+            vae="" if vae is None else str(vae.path),
+            preview_vae="" if preview is None else str(preview.path),
         ),
     )
     model_spec = dataclasses.replace(checkpoint.model, defaults=merged(checkpoint.model.defaults, options.defaults))
@@ -114,7 +119,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             model=checkpoint.model,
             precision=options.precision,
             components=component_specs(table, audits) | {STEP: step},
-            provenance=provenance_of(located, checkpoint, without_paths(options, vae), inputs),
+            provenance=provenance_of(located, checkpoint, without_paths(options, vae, preview), inputs),
         )
         if options.verify:
             proof = yield from _verify(checkpoint, options, folder, len(table))

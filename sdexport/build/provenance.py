@@ -55,10 +55,11 @@ def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
         return False
 
 
-def without_paths(options: ExportOptions, vae: Located | None) -> ExportOptions:
+def without_paths(options: ExportOptions, vae: Located | None, preview: Located | None) -> ExportOptions:
     """Return the options with the names of other sources in place of their paths on this machine."""
     config = Path(options.config).resolve().name if options.config else None
-    return dataclasses.replace(options, config=config, vae=None if vae is None else vae.source)
+    named, shown = (None if other is None else other.source for other in (vae, preview))
+    return dataclasses.replace(options, config=config, vae=named, preview_vae=shown)
 
 
 def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdexport.checkpoint.configs import default_size, misfits, read_config, vae_factor
+from sdexport.checkpoint.configs import default_size, misfits, preview_misfits, read_config, vae_factor
 from sdexport.checkpoint.defaults import defaults_of
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
-from sdexport.checkpoint.overrides import NO_OVERRIDES, Overridden, Overrides
-from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, OTHERS, PARTS, SCORE, Classes, parts_of, pipeline_of
+from sdexport.checkpoint.overrides import NO_OVERRIDES, PREVIEW_VAE, Overridden, Overrides
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, OTHERS, PARTS, SCORE, TINY_VAE, Classes, parts_of, pipeline_of
 from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
@@ -100,14 +100,14 @@ def read_checkpoint(
         source = DiffusersFolder(path, precision, allow_pickle)
     if overrides:
         source = Overridden(source, overrides, precision, allow_pickle=allow_pickle)
-    return dataclasses.replace(_Reader(source).read(name), overrides=overrides)
+    return dataclasses.replace(_Reader(source, preview=bool(overrides.preview_vae)).read(name), overrides=overrides)
 
 
 class _Reader:
-    """Read one checkpoint and collect its faults in `faults`."""
+    """Read one checkpoint and collect its faults in `faults`. `preview`: it has a VAE for previews."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, *, preview: bool) -> None:
+        self.source, self._preview = source, preview
         self.faults: list[str] = []
         self.changes: list[str] = list(source.inferred)
 
@@ -133,6 +133,9 @@ class _Reader:
             for part, classes in required.items()
             if part in _NETWORKS
         }
+        if self._preview:
+            self._check_tiny(PREVIEW_VAE)
+            parts[PREVIEW_VAE] = self._part(PREVIEW_VAE, TINY_VAE, pipeline)
         scheduler = self._scheduler(index, pipeline)
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
         tokenizers = {part: tokenizer for part, tokenizer in read.items() if tokenizer is not None}
@@ -140,6 +143,8 @@ class _Reader:
         configs = {name: part.config for name, part in parts.items()}
         self.faults.extend(misfits(configs, scored=bool(index.get(SCORE))))
         self._stop_at_faults()
+        if self._preview:
+            self.faults.extend(preview_misfits(configs[PREVIEW_VAE], configs["vae"]))
         if task == "inpainting" and index["vae"][1] == ASYMMETRIC_VAE:
             self.faults.append(
                 f"model_index.json: vae is {ASYMMETRIC_VAE}, whose decoder takes the image and the mask when inpainting, which "
@@ -210,6 +215,13 @@ class _Reader:
         config = read_config(kind, written, f"{name}/config.json", self.faults) if written else {}
         stored = self.source.weights(name, self.faults)
         return Part(config=config, files=stored.files, weights=stored.tensors)
+
+    def _check_tiny(self, name: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # which `_part` reports
+            named = self.source.document(f"{name}/config.json").get("_class_name")
+            if named != TINY_VAE:
+                self.faults.append(f"{name}/config.json: _class_name {named!r:.80} is not {TINY_VAE} (--preview-vae)")
+                self._stop_at_faults()
 
     def _tokenizer(self, name: str) -> StoredTokenizer | None:
         files, before = {}, len(self.faults)

@@ -284,6 +284,18 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_SIDE.holds, value))
 
 
+def preview_misfits(preview: Mapping[str, Any], vae: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a fault for each setting of a tiny VAE that does not let its decoder show the latents of `vae`."""
+    if preview["latent_channels"] != vae["latent_channels"]:
+        yield (
+            f"preview_vae/config.json: latent_channels {preview['latent_channels']}, but the VAE has {vae['latent_channels']}: "
+            "use the tiny VAE of this model's family"
+        )
+    if preview["scaling_factor"] != 1:
+        factor = preview["scaling_factor"]
+        yield f"preview_vae/config.json: scaling_factor {factor}, but a decoder of previews takes the UNet's latents, so 1"
+
+
 def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterator[str]:
     """Yield a fault for each pair of settings that do not fit each other.
 

@@ -45,15 +45,15 @@ def locate(model: str, *, precision: Precision, allow_pickle: bool, revision: st
     return _download(model, precision, allow_pickle, revision)
 
 
-def locate_vae(model: str, *, precision: Precision, allow_pickle: bool) -> Located:
+def locate_vae(model: str, option: str = "--vae", *, precision: Precision, allow_pickle: bool) -> Located:
     """Return the location of a VAE: that of a checkpoint, or one alone, whose repository has its config at the top.
 
-    Raises as `locate` does.
+    Raises as `locate` does; `option` names what gave the model.
     """
     try:
         return locate(model, precision=precision, allow_pickle=allow_pickle)
     except CheckpointError as error:
-        raise CheckpointError(f"--vae {model}", error.faults) from error
+        raise CheckpointError(f"{option} {model}", error.faults) from error
 
 
 def _name_of(folder: Path) -> str:

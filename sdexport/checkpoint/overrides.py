@@ -18,6 +18,7 @@ from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import Precision, PredictionType
 
 _VAE, _VAE_CONFIG = "vae", "vae/config.json"
+PREVIEW_VAE = "preview_vae"
 _INDEX = "model_index.json"
 
 
@@ -26,12 +27,14 @@ class Overrides:
     """What replaces parts of a checkpoint. Plain data, so that jobs can carry it; the paths are of this machine.
 
     `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
-    replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE.
+    replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE. `preview_vae` is a folder with
+    a tiny VAE whose decoder becomes a component for previews.
     """
 
     prediction_type: PredictionType | None = None
     config: str = ""
     vae: str = ""
+    preview_vae: str = ""
 
     def __bool__(self) -> bool:
         return self != NO_OVERRIDES
@@ -47,11 +50,14 @@ class Overridden:
         self.path, self._source, self._prediction = source.path, source, overrides.prediction_type
         self._documents = _documents(Path(overrides.config), precision) if overrides.config else None
         self._vae = _vae(Path(overrides.vae), precision, allow_pickle) if overrides.vae else None
+        self._preview = _preview_vae(Path(overrides.preview_vae), precision, allow_pickle) if overrides.preview_vae else None
         lines = list(source.inferred)
         if self._documents is not None:
             lines.append(f"configs, tokenizers and scheduler: of {self._documents.path.name}, where it has them (--config)")
         if self._vae is not None:
             lines.append(f"VAE: of {self._vae.path.name} (--vae)")
+        if self._preview is not None:
+            lines.append(f"decoder of previews: of {self._preview.path.name} (--preview-vae)")
         if self._prediction:
             lines.append(f"prediction type {self._prediction} (--prediction-type)")
         self.inferred = tuple(lines)
@@ -87,7 +93,10 @@ class Overridden:
 
     def _owner(self, path: str) -> Source:
         """Return the source that a document is read from."""
-        return self._vae if self._vae is not None and path.startswith(f"{_VAE}/") else self._beside_vae(path)
+        for part, source in ((_VAE, self._vae), (PREVIEW_VAE, self._preview)):
+            if source is not None and path.startswith(f"{part}/"):
+                return source
+        return self._beside_vae(path)
 
     def _beside_vae(self, path: str) -> Source:
         has = self._documents is not None and (self._documents.path / path).exists()
@@ -102,7 +111,7 @@ class Overridden:
         return self._source.file(path)
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
-        owner = self._vae if part == _VAE and self._vae is not None else self._source
+        owner = {_VAE: self._vae, PREVIEW_VAE: self._preview}.get(part) or self._source
         return owner.weights(part, faults)
 
     def card(self) -> Card:
@@ -111,7 +120,7 @@ class Overridden:
     def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
         parts = tuple(parts)
         inputs = dict(self._source.inputs(parts))
-        for source in (self._documents, self._vae):
+        for source in (self._documents, self._vae, self._preview):
             listed = {} if source is None else source.inputs(parts)
             inputs |= {name: path for name, path in listed.items() if self._owner(name) is source and path.exists()}
         return inputs
@@ -128,5 +137,15 @@ def _vae(path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolde
         return read_vae_file(path, allow_pickle=allow_pickle)
     if not path.is_dir():
         raise CheckpointError(path, ["--vae: no such folder or file"])
-    places = {_VAE: "."} if (path / "config.json").exists() and not (path / _VAE).exists() else {}
-    return DiffusersFolder(path, precision, allow_pickle, places=places)
+    return DiffusersFolder(path, precision, allow_pickle, places={_VAE: _place_of_vae(path)})
+
+
+def _preview_vae(path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder:
+    if not path.is_dir():
+        raise CheckpointError(path, ["--preview-vae: no such folder: give one of an AutoencoderTiny, with config.json"])
+    return DiffusersFolder(path, precision, allow_pickle, places={PREVIEW_VAE: _place_of_vae(path)})
+
+
+def _place_of_vae(path: Path) -> str:
+    """Return where the VAE is in a folder of a VAE or of a checkpoint."""
+    return "." if (path / "config.json").exists() and not (path / _VAE).exists() else _VAE

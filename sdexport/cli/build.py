@@ -54,6 +54,7 @@ def build(
     prediction_type: Any,
     config: str | None,
     vae: str | None,
+    preview_vae: str | None,
     chunks: str | None,
     defaults: str | None,
     no_audit: bool,
@@ -88,6 +89,7 @@ def build(
         config=config,
         vae=vae,
         defaults=parsed(defaults or ""),
+        preview_vae=preview_vae,
         audit=not no_audit,
         verify=not no_verify,
     )

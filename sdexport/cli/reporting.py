@@ -77,10 +77,11 @@ def overriding(command: Callable[..., Any]) -> Callable[..., Any]:
     predictions = click.Choice([*get_args(PredictionType)])
     texts = {
         "--vae": "Use this VAE: a folder or file of a VAE or of a checkpoint, or a Hugging Face model id.",
+        "--preview-vae": "Add the decoder of this tiny VAE for previews: a folder, or a Hugging Face model id.",
         "--config": "Use the configs, tokenizers and scheduler of this diffusers folder, as far as it has them.",
     }
     for name, text in texts.items():
-        command = click.option(name, metavar="MODEL" if name == "--vae" else "DIR", help=text)(command)
+        command = click.option(name, metavar="DIR" if name == "--config" else "MODEL", help=text)(command)
     return click.option("--prediction-type", type=predictions, help="What the UNet predicts, if not as inferred.")(command)
 
 

@@ -37,6 +37,7 @@ def verify(
     prediction_type: Any,
     config: str | None,
     vae: str | None,
+    preview_vae: str | None,
     allow_pickle: bool,
     html: Path | None,
     as_json: bool,
@@ -47,7 +48,8 @@ def verify(
         raise click.UsageError("--bisect compares with the checkpoint: add --against")
     if allow_pickle and against is None:
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
-    for option, value in (("--prediction-type", prediction_type), ("--config", config), ("--vae", vae)):
+    replaced = {"--prediction-type": prediction_type, "--config": config, "--vae": vae, "--preview-vae": preview_vae}
+    for option, value in replaced.items():
         if value and against is None:
             raise click.UsageError(f"{option} is for the checkpoint: add --against")
     if html is not None:
@@ -67,7 +69,13 @@ def verify(
     else:
         reporter.show("read the checkpoint")
         checkpoint = reference_checkpoint(
-            opened, against, allow_pickle=allow_pickle, prediction_type=prediction_type, config=config, vae=vae
+            opened,
+            against,
+            allow_pickle=allow_pickle,
+            prediction_type=prediction_type,
+            config=config,
+            vae=vae,
+            preview_vae=preview_vae,
         )
         checked = with_progress(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")

@@ -6,6 +6,7 @@ them (the image's side from the latent's) have other names.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
+from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
 from sdruntime.bundle.interface import LOGVAR
 from sdruntime.bundle.manifest import TensorSpec
+from sdruntime.bundle.roles import PREVIEW
 from sdruntime.bundle.tasks import GUIDANCE, SCORED, SIZES, TIME_IDS, channels
 
 _VAE_WRAPPERS = {TINY_VAE: "Tiny", ASYMMETRIC_VAE: "Asymmetric"}
@@ -57,7 +60,8 @@ class Component:
 
 def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
     """Return the components of a checkpoint in export order: small ones first, so that faults show early."""
-    return (*_text_encoders(checkpoint), _vae_encoder(checkpoint), _vae_decoder(checkpoint), _unet(checkpoint))
+    preview = (_preview_decoder(checkpoint),) if PREVIEW_VAE in checkpoint.parts else ()
+    return (*_text_encoders(checkpoint), *preview, _vae_encoder(checkpoint), _vae_decoder(checkpoint), _unet(checkpoint))
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
@@ -132,6 +136,12 @@ def _vae_decoder(checkpoint: Checkpoint) -> Component:
         outputs=(_float("sample", "batch", 3, "image_height", "image_width"),),
         sides={"height": 2, "width": 2},
     )
+
+
+def _preview_decoder(checkpoint: Checkpoint) -> Component:
+    decoder = _vae_decoder(checkpoint)
+    config = checkpoint.parts[PREVIEW_VAE].config
+    return dataclasses.replace(decoder, name=PREVIEW, part=PREVIEW_VAE, wrapper="TinyVaeDecoder", config=config)
 
 
 def _vae_encoder(checkpoint: Checkpoint) -> Component:

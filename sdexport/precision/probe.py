@@ -21,6 +21,7 @@ from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.roles import PREVIEW
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.verification.inputs import task_settings
@@ -64,6 +65,8 @@ def probe(folder: Path) -> None:
             probed.at = f"{prompted}, step 1 of {STEPS}"
             for state in stream:
                 probed.at = f"{prompted}, step {state.step + 1} of {STEPS}"
+                if PREVIEW in bundle.manifest.components:
+                    pipe.preview(state.jobs, "tiny")
             latents.append(stream.jobs[0].run.x)
             probed.at = prompted
             images += pipe.decode(latents[-1:])

@@ -53,13 +53,16 @@ class Recipe:
     config: str | None = None
     vae: str | None = None
     defaults: Defaults = NO_DEFAULTS
+    preview_vae: str | None = None
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True
 
     def of(self, model: str) -> Recipe:
         """Return the recipe for another checkpoint, without the revision of the first and what replaces parts of it."""
-        return dataclasses.replace(self, model=model, revision=None, prediction_type=None, config=None, vae=None)
+        return dataclasses.replace(
+            self, model=model, revision=None, prediction_type=None, config=None, vae=None, preview_vae=None
+        )
 
 
 def recipe_names() -> list[str]:
@@ -101,6 +104,7 @@ def read_recipe(file: Path) -> Recipe:
         config=None if text.config is None else str(file.parent / text.config),
         vae=None if text.vae is None else _source(text.vae, file),
         defaults=text.defaults,
+        preview_vae=None if text.preview_vae is None else _source(text.preview_vae, file),
         precision=text.precision,
         audit=text.audit,
         verify=text.verify,
@@ -247,6 +251,7 @@ class RecipeText:
     config: Annotated[str, _check_model] | None = None
     vae: Annotated[str, _check_model] | None = None
     defaults: Defaults = NO_DEFAULTS
+    preview_vae: Annotated[str, _check_model] | None = None
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True

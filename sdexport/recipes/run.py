@@ -81,6 +81,7 @@ def options_of(recipe: Recipe) -> ExportOptions:
         defaults=recipe.defaults,
         config=recipe.config,
         vae=recipe.vae,
+        preview_vae=recipe.preview_vae,
         precision=recipe.precision,
         engines=recipe.engines,
         audit=recipe.audit,

@@ -22,6 +22,7 @@ import numpy as np
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.opening import PATH as SCHEDULER
+from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import SCORE
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.errors import ExportError
@@ -162,7 +163,7 @@ def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]
 
     hollow: dict[str, nn.Module] = {}
     for component in components(checkpoint):
-        if component.part != "vae":
+        if component.part not in ("vae", PREVIEW_VAE):
             module = _hollow(functools.partial(_inner, WRAPPERS[component.wrapper], component.config))
             module.forward = _lent(lend, component.name, "weights")
             hollow[component.name] = module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,22 @@ def reference_checkpoint(
     prediction_type: PredictionType | None = None,
     config: str | None = None,
     vae: str | None = None,
+    preview_vae: str | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint `model` if the bundle was built from it, with the same prediction type, config and VAE.
+    """Return the checkpoint `model` if the bundle was built from it, with the same prediction type, config and VAEs.
 
     Raises CheckpointError with both hashes if it is another one.
     """
     golden, _ = read_golden(bundle)
     precision = bundle.manifest.precision
     located = locate(model, precision=precision, allow_pickle=allow_pickle)
-    other = locate_vae(vae, precision=precision, allow_pickle=allow_pickle) if vae else None
-    overrides = Overrides(prediction_type=prediction_type, config=config or "", vae="" if other is None else str(other.path))
+    locate_other = functools.partial(locate_vae, precision=precision, allow_pickle=allow_pickle)
+    overrides = Overrides(
+        prediction_type=prediction_type,
+        config=config or "",
+        vae=str(locate_other(vae).path) if vae else "",
+        preview_vae=str(locate_other(preview_vae, "--preview-vae").path) if preview_vae else "",
+    )
     checkpoint = opened(located.path, precision, allow_pickle=allow_pickle, overrides=overrides)
     digest = checkpoint_hash(checkpoint)
     if digest != golden.checkpoint:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
-from sdruntime.bundle.roles import role
+from sdruntime.bundle.roles import PREVIEW, role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
@@ -40,10 +40,15 @@ XL: Mapping[str, tuple[Tensors, Tensors]] = {
 }
 
 
+_OPTIONAL: Mapping[str, tuple[Tensors, Tensors]] = {PREVIEW: _VAE["vae_decoder"]}
+
+
 def interface_faults(manifest: Manifest) -> Iterator[str]:
     """Yield a fault for each component or tensor that is missing, unknown to the pipeline, or of the wrong type or shape."""
     known: dict[str, int | str] = {"C": manifest.model.latent_channels}
-    for name, (inputs, outputs) in (XL if manifest.model.family == "sdxl" else PLAIN).items():
+    optional = {name: tensors for name, tensors in _OPTIONAL.items() if name in manifest.components}
+    required = XL if manifest.model.family == "sdxl" else PLAIN
+    for name, (inputs, outputs) in {**required, **optional}.items():
         component = manifest.components.get(name)
         if component is None:
             if name == "text_encoder" and "text_encoder_2" in manifest.components:

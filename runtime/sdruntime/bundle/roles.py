@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["text encoder", "denoiser", "VAE decoder", "VAE encoder", "sampler step"]
+Kind = Literal["text encoder", "denoiser", "VAE decoder", "VAE encoder", "preview decoder", "sampler step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Role:
         return 1 if self.in_pixels else vae_factor
 
 
+PREVIEW = "preview_decoder"
 _TEXT_ENCODER = Role(kind="text encoder", rows="texts", stage="text")
 ROLES: Mapping[str, Role] = {
     "text_encoder": _TEXT_ENCODER,
@@ -39,6 +40,7 @@ ROLES: Mapping[str, Role] = {
     "unet": Role(kind="denoiser", rows="guided", stage="denoise"),
     "vae_decoder": Role(kind="VAE decoder", rows="images", stage="vae"),
     "vae_encoder": Role(kind="VAE encoder", rows="images", stage="vae", in_pixels=True, late=True),
+    PREVIEW: Role(kind="preview decoder", rows="images", stage="vae", late=True),
     "step": Role(kind="sampler step", rows="jobs", stage="denoise", late=True, has_reference=False),
 }
 

@@ -65,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, metavar="FILE", help=where)
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
     sub.add_argument("--grid", action="store_true", help="write all images as one sheet")
-    shown = "show the image while it is generated: linear is blurred and almost free, full decodes it (linear)"
+    shown = (
+        "show the image while it is generated: linear is blurred and almost free, tiny is for bundles with a --preview-vae, "
+        "full decodes it (the best that costs little)"
+    )
     sub.add_argument("--preview", choices=KINDS, help=shown)
     into = "write previews to SEED-STEP.png in this folder, not to the terminal"
     sub.add_argument("--preview-dir", type=Path, metavar="DIR", help=into)

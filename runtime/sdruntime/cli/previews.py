@@ -14,7 +14,7 @@ from sdruntime.errors import SettingError, quoted
 from sdruntime.pipeline.images.png import png_from_image, write_file
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.request import Request
-from sdruntime.pipeline.vae.preview import Kind, check_preview
+from sdruntime.pipeline.vae.preview import Kind, best_preview, check_preview
 from sdruntime.sampling.job import State
 
 OPTION = "--preview-dir"
@@ -23,8 +23,8 @@ OPTION = "--preview-dir"
 class Previews:
     """The previews of a command, after every `every` model calls.
 
-    They go to SEED-STEP.png in `folder`, which is made, or to the terminal if `folder` is None. `kind` None: "linear" if the
-    bundle has its weights. Raises SettingError if there is no place to show them.
+    They go to SEED-STEP.png in `folder`, which is made, or to the terminal if `folder` is None. `kind` None: the best
+    that costs little. Raises SettingError if there is no place to show them.
     """
 
     def __init__(self, kind: Kind | None, folder: Path | None, *, every: int = 1, overwrite: bool = False, shown: bool = True):
@@ -46,8 +46,8 @@ class Previews:
 
     def check(self, pipe: Pipeline) -> None:
         """Check the kind of preview before the first image. Raises Unsupported for a bundle that lacks what it needs."""
-        self._kind = self._kind or ("full" if pipe.model.preview is None else "linear")
-        check_preview(self._kind, pipe.model)
+        self._kind = self._kind or best_preview(pipe.bundle.manifest)
+        check_preview(self._kind, pipe.bundle.manifest)
         if self._folder is not None:
             self._folder.mkdir(exist_ok=True)
 

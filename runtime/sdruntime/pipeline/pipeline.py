@@ -36,7 +36,7 @@ from sdruntime.pipeline.result import Image, Result
 from sdruntime.pipeline.tasks.canvas import finished, result_size
 from sdruntime.pipeline.tasks.passes import check_refiner
 from sdruntime.pipeline.vae import latents as latent
-from sdruntime.pipeline.vae.preview import Kind, check_preview, linear_colours
+from sdruntime.pipeline.vae.preview import Kind, check_preview, linear_colours, tiny_image
 from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
 
@@ -314,14 +314,17 @@ class Pipeline:
     def preview(self, jobs: Sequence[Job], kind: Kind = "linear") -> list[Pixels]:
         """Return how jobs in progress are coming along: their estimates of the finished images, uint8, or noise before step 1.
 
-        `kind`: "linear", [h, w, 3], one pixel for each cell of the latents, almost free; "full", [H, W, 3], decoded by the VAE.
-        Raises UnknownName, Unsupported for a bundle without the weights of "linear", NotFinite.
+        `kind`: "linear", [h, w, 3], one pixel for each cell of the latents, almost free; "tiny" and "full", [H, W, 3], decoded by
+        the bundle's tiny VAE or by its VAE. Raises UnknownName, Unsupported for a bundle that lacks what it needs, NotFinite.
         """
-        check_preview(kind, self.model)
+        check_preview(kind, self.bundle.manifest)
         latents = [job.run.x if job.run.clean is None else job.run.clean for job in jobs]
         if kind == "linear":
             return [linear_colours(each, self.model) for each in latents]
-        return [to_uint8(image) for image in self.decode(latents, lambda k: f"the preview {after(jobs[k])}")]
+        during = [f"the preview {after(job)}" for job in jobs]
+        if kind == "tiny":
+            return [tiny_image(each, self.engine, at) for each, at in zip(latents, during, strict=True)]
+        return [to_uint8(image) for image in self.decode(latents, during.__getitem__)]
 
     def _origin(self, request: Request, job: Job) -> Origin:
         unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None

@@ -22,8 +22,9 @@ _STEMS: Mapping[str, tuple[str, str]] = {
     "text_encoder_2": ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "preview_vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
-_DIFFUSERS = ("unet", "vae")  # opened by diffusers; the others by transformers
+_DIFFUSERS = ("unet", "vae", "preview_vae")  # opened by diffusers; the others by transformers
 PARTS = tuple(_STEMS)
 
 

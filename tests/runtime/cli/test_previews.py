@@ -93,6 +93,8 @@ def test_a_bundle_without_weights_shows_decoded_images(plain: Path, capsys: pyte
     Path("out.png").unlink()
     assert generate(plain, "--preview", "linear", "--preview-dir", "again") == Unsupported.exit_code
     assert "exported with --no-verify" in capsys.readouterr().err
+    assert generate(plain, "--preview", "tiny", "--preview-dir", "again") == Unsupported.exit_code
+    assert 'preview "tiny": the bundle has no decoder for it' in capsys.readouterr().err
     assert not Path("again").exists()
     assert not Path("out.png").exists()
 

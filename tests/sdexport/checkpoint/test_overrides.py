@@ -25,7 +25,10 @@ from sdexport.errors import CheckpointError
 from sdexport.families.components import components
 from sdexport.trace.cache import trace_key
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.engines.building import BuildRequest
 from sdruntime.errors import BundleError
+from sdruntime.pipeline.images.pixels import to_uint8
+from sdruntime.pipeline.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -79,6 +82,27 @@ def test_a_file_of_a_vae_may_have_the_names_of_diffusers(folder: Path) -> None:
     assert vae_weights(found).keys() == vae_weights(expected).keys()
 
 
+def test_a_vae_for_previews_is_a_tiny_one_of_the_same_latents(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    tiny.write_tiny_vae(tmp_path / "taesd")
+    checkpoint = read(sd1_checkpoint, preview_vae=tmp_path / "taesd")
+    assert (checkpoint.vae, checkpoint.model) == ("AutoencoderKL", read(sd1_checkpoint).model)
+    [decoder] = (component for component in components(checkpoint) if component.part == "preview_vae")
+    assert (decoder.name, decoder.wrapper) == ("preview_decoder", "TinyVaeDecoder")
+    assert set(checkpoint.source.inputs(checkpoint.parts)) > {"preview_vae/config.json"}
+    config = tmp_path / "taesd" / "config.json"
+    whole_config = json.loads(config.read_text())
+    for change, message in (
+        ({"latent_channels": 16}, "latent_channels 16, but the VAE has 4: use the tiny VAE of this model's family"),
+        ({"scaling_factor": 0.5}, "scaling_factor 0.5, but a decoder of previews takes the UNet's latents, so 1"),
+        ({"_class_name": "AutoencoderKL"}, r"_class_name 'AutoencoderKL' is not AutoencoderTiny \(--preview-vae\)"),
+    ):
+        config.write_text(json.dumps(whole_config | change))
+        with pytest.raises(CheckpointError, match=message):
+            read(sd1_checkpoint, preview_vae=tmp_path / "taesd")
+    with pytest.raises(CheckpointError, match="no such folder: give one of an AutoencoderTiny"):
+        read(sd1_checkpoint, preview_vae=tmp_path / "nothing")
+
+
 def test_an_asymmetric_vae_is_refused_for_inpainting(sd1_checkpoint: Path, tmp_path: Path) -> None:
     tiny.write_asymmetric_vae(tmp_path / "vae")
     checkpoint = read(sd1_checkpoint, vae=tmp_path / "vae")
@@ -89,6 +113,29 @@ def test_an_asymmetric_vae_is_refused_for_inpainting(sd1_checkpoint: Path, tmp_p
         CheckpointError, match=r"whose decoder takes the image and the mask when inpainting, which is not supported"
     ):
         read(tmp_path / "inpainting", vae=tmp_path / "vae")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_preview_is_what_diffusers_decodes(sd1_checkpoint: Path, tmp_path: Path, trace_cache: Path, precision: Any) -> None:
+    import torch
+    from diffusers import AutoencoderTiny
+
+    tiny.write_tiny_vae(tmp_path / "taesd")
+    options = ExportOptions(
+        preview_vae=str(tmp_path / "taesd"), precision=precision, engines=(BuildRequest(backend="onnxruntime"),)
+    )
+    assert whole(build(str(sd1_checkpoint), tmp_path / "bundle", options))
+    reference = AutoencoderTiny.from_pretrained(tmp_path / "taesd")
+    with Pipeline.open(tmp_path / "bundle") as pipe:
+        stream = pipe.stream("a cat", seed=1, steps=3, size=(64, 64))
+        next(iter(stream))
+        [pixels] = pipe.preview(stream.jobs, "tiny")
+        with torch.no_grad():
+            decoded = reference.decode(torch.from_numpy(stream.jobs[0].run.clean)[None]).sample[0].numpy()
+    expected = to_uint8(decoded)
+    assert expected.std() > 10
+    assert np.abs(pixels.astype(int) - expected).max() <= (1 if precision == "fp32" else 3)
 
 
 @pytest.mark.full
