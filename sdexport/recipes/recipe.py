@@ -216,6 +216,7 @@ class ComponentsTable:
     unet: Literal[False] | ComponentTable | None = None
     vae_decoder: Literal[False] | ComponentTable | None = None
     vae_encoder: Literal[False] | ComponentTable | None = None
+    preview_decoder: Literal[False] | ComponentTable | None = None
     step: Literal[False] | ComponentTable | None = None
 
 

@@ -270,9 +270,10 @@ def names(kind: type) -> set[str]:
 def test_the_components_are_those_of_the_exporter(sd1_checkpoint: Path, sdxl_checkpoint: Path) -> None:
     from sdexport.checkpoint.checkpoint import read_checkpoint
     from sdexport.families.components import components
+    from sdruntime.bundle.roles import PREVIEW
 
     found = set()
     for folder in (sd1_checkpoint, sdxl_checkpoint):
         checkpoint = read_checkpoint(folder, name="x", precision="fp32", allow_pickle=False)
         found |= {component.name for component in components(checkpoint)}
-    assert found | {"step"} == names(recipes.ComponentsTable)
+    assert found | {PREVIEW, "step"} == names(recipes.ComponentsTable)
