@@ -42,7 +42,7 @@ ORDER = {
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs build capi inspect verify generate sampling "
-    "parser",
+    "arguments parser",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original overrides "
     "checkpoint",
