@@ -16,6 +16,7 @@ from sdruntime import Pipeline, Request
 PROMPT, SEED = "a red cat", 7
 MASKED: dict[str, Any] = {"mask_blur": 1.5, "mask_fill": "zeros", "overlay": True, "image_guidance": 2}
 PADDED: dict[str, Any] = {"mask_padding": 4, "emphasis": "ignore", "prompt_syntax": "a1111"}
+OWN: dict[str, Any] = {"steps": 2, "guidance": [3.0, 1.0]}
 LARGER: dict[str, Any] = {"hires": 2, "hires_steps": 4, "hires_resize": "lanczos", "prompt_syntax": "a1111"}
 
 PROGRAM = """
@@ -34,7 +35,8 @@ part |= {"mask": wide.ctypes.data, "mask_stride": wide.strides[0]}
 common = {"prompt": "a red cat", "seed": 7, "steps": 3, "sampler": "ddim"}
 images = {}
 for name, settings in json.loads(sys.argv[7]).items():
-    job = lib.submit(runtime, **common, **({} if name == "larger" else part), settings=json.dumps(settings))
+    own = {"model_defaults": 1} if name == "own" else {}
+    job = lib.submit(runtime, **common, **own, **({} if name == "larger" else part), settings=json.dumps(settings))
     lib.wait(job)
     result = lib.result(job)
     images[name] = np.frombuffer(lib.rgb(job), np.uint8).reshape(result.height, result.width, 3)
@@ -61,7 +63,7 @@ def test_a_mask_and_further_settings(library: Library, bundle: Path, tmp_path: P
     mask[10:40, 20:60] = 255
     np.savez(tmp_path / "given.npz", image=image, mask=mask)
     common: dict[str, Any] = {"prompt": PROMPT, "seed": SEED, "steps": 3, "sampler": "ddim"}
-    all_settings = {"masked": MASKED, "padded": PADDED, "larger": LARGER}
+    all_settings = {"masked": MASKED, "padded": PADDED, "larger": LARGER, "own": OWN}
     shared = library.folder / "libsdruntime.so"
     printed = run(
         *(sys.executable, "-c", PROGRAM, HERE.parent, shared, bundle, tmp_path / "given.npz", tmp_path / "found.npz"),
@@ -72,7 +74,7 @@ def test_a_mask_and_further_settings(library: Library, bundle: Path, tmp_path: P
     with Pipeline.open(bundle) as pipe:
         for name, settings in all_settings.items():
             part = {} if name == "larger" else {"image": image, "mask": mask, "strength": 0.8}
-            [expected] = pipe([Request(**common, **part, **settings)]).pixels
+            [expected] = pipe([Request(**{**common, **part, **settings})]).pixels
             np.testing.assert_array_equal(found[name], expected)
     assert found["padded"].shape == image.shape
     assert found["larger"].shape == tuple(2 * side for side in pipe.model.default_size) + (3,)

@@ -257,6 +257,7 @@ typedef struct sdr_job_params {
     const uint8_t *mask;  /* the part of `image` to regenerate: rows of 8 bits of gray, 255 regenerated, as large as the image */
     size_t mask_stride;   /* bytes between the beginnings of two rows; 0: image_width */
     const char *settings; /* other settings of a Request as a JSON object, such as {"hires": 2, "mask_blur": 4}; NULL: none */
+    int32_t model_defaults; /* true: ignore `steps` and `guidance`: those of the model, or of `settings`, where it names them */
 } sdr_job_params;
 
 /* Set every field to its default. `struct_size` is sizeof(sdr_job_params). Does nothing if `params` is NULL. */

@@ -100,10 +100,10 @@ Json::Object request_of(const sdr_job_params &params) {
     put_text(request, "prompt", params.prompt);
     put_text(request, "negative", params.negative);
     request.emplace_back("seed", params.random_seed ? uint64_t{std::random_device()()} : params.seed);
-    request.emplace_back("steps", params.steps);
+    if (!params.model_defaults) request.emplace_back("steps", params.steps);
     put_text(request, "sampler", params.sampler);
     put_text(request, "schedule", params.schedule);
-    request.emplace_back("guidance", finite(params.guidance, "guidance"));
+    if (!params.model_defaults) request.emplace_back("guidance", finite(params.guidance, "guidance"));
     request.emplace_back("rescale", finite(params.rescale, "rescale"));
     if (params.width || params.height) {
         if (params.width <= 0 || params.height <= 0)
@@ -118,7 +118,8 @@ Json::Object request_of(const sdr_job_params &params) {
     for (const auto &[key, value] : rare.object()) {
         for (const char *field : {"prompt", "negative", "seed", "steps", "sampler", "schedule", "guidance", "rescale", "width",
                                   "height", "strength", "options", "image", "mask"})
-            if (key == field) throw bad("settings: \"" + key + "\" is not accepted here: set its field in sdr_job_params");
+            if (key == field && !(params.model_defaults && (key == "steps" || key == "guidance")))
+                throw bad("settings: \"" + key + "\" is not accepted here: set its field in sdr_job_params");
         request.emplace_back(key, value);
     }
     return request;
