@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.export_full_size import ROOT
 from benchmarks.gpu.checkpoint import MODELS, write_checkpoint, write_single_file
 from sdexport.build.events import ExportOptions, ExportProgress
 from sdexport.build.export import build
+from sdruntime.system.process import module_command
 
 EVERY = 0.1  # seconds
 
@@ -152,7 +154,8 @@ def main() -> None:
         (write_single_file if options.single_file else write_checkpoint)(place, options.model)
         return
     if not place.exists():  # in its own process, which releases torch's memory
-        subprocess.run([sys.executable, "-m", "benchmarks.full_build", *sys.argv[1:], "--write-only"], check=True)
+        again = module_command("benchmarks.full_build", *sys.argv[1:], "--write-only")
+        subprocess.run(again, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     bundle = options.folder / "bundle"
     shutil.rmtree(bundle, ignore_errors=True)
     asked = ExportOptions(precision=options.precision, audit=not options.no_audit, verify=not options.no_verify)

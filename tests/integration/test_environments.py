@@ -35,7 +35,9 @@ def test_only_the_runtime_is_there(python: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "environment", [OLDEST, pytest.param(BETWEEN, marks=pytest.mark.full), NEWEST], ids=lambda each: each.name
+    "environment",
+    [OLDEST, *(pytest.param(newer, marks=pytest.mark.full) for newer in (BETWEEN, NEWEST))],
+    ids=lambda each: each.name,
 )
 def test_the_runtimes_own_tests_pass(environment: Environment) -> None:
     options = ("-q", "-p", "no:cacheprovider", "-m", "not full and not slow")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
-from sdruntime.bundle.roles import PREVIEW, role
+from sdruntime.bundle.roles import PREVIEW, of_kind, role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
@@ -51,7 +51,8 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
     for name, (inputs, outputs) in {**required, **optional}.items():
         component = manifest.components.get(name)
         if component is None:
-            if name == "text_encoder" and "text_encoder_2" in manifest.components:
+            part = role(name)
+            if part.kind == "text encoder" and not part.takes_second_texts and of_kind(manifest.components, part.kind):
                 continue  # SDXL's refiner reads texts with the second encoder alone
             yield f"components: {name} is missing"
             continue

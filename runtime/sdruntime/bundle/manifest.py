@@ -19,7 +19,7 @@ from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.dimensions import named_in
 from sdruntime.bundle.limits import LARGEST_DIM, LARGEST_SIDE, MODEL, MOST, MOST_AXES, MOST_GUIDANCE
 from sdruntime.bundle.records import json_from_record, json_from_text, record_from_json, twins
-from sdruntime.bundle.roles import of_kind
+from sdruntime.bundle.roles import of_kind, role
 from sdruntime.errors import BundleError, SettingError, plain, quoted
 from sdruntime.sampling.samplers import resolve
 from sdruntime.sampling.table import MOST_STEPS
@@ -389,7 +389,8 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _missing_components(components: Mapping[str, ComponentSpec]) -> Iterable[str]:
     for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
-        if name not in components and not (name == "text_encoder" and of_kind(components, "text encoder")):
+        kind = role(name).kind
+        if name not in components and not (kind == "text encoder" and of_kind(components, kind)):
             yield f"components: {name} is missing"
 
 
