@@ -36,7 +36,7 @@ common = {"prompt": "a red cat", "seed": 7, "steps": 3, "sampler": "ddim"}
 images = {}
 for name, settings in json.loads(sys.argv[7]).items():
     own = {"model_defaults": 1} if name == "own" else {}
-    job = lib.submit(runtime, **common, **own, **({} if name == "larger" else part), settings=json.dumps(settings))
+    job = lib.submit(runtime, **common, **own, **({} if name in ("larger", "own") else part), settings=json.dumps(settings))
     lib.wait(job)
     result = lib.result(job)
     images[name] = np.frombuffer(lib.rgb(job), np.uint8).reshape(result.height, result.width, 3)
@@ -73,7 +73,7 @@ def test_a_mask_and_further_settings(library: Library, bundle: Path, tmp_path: P
     found = np.load(tmp_path / "found.npz")
     with Pipeline.open(bundle) as pipe:
         for name, settings in all_settings.items():
-            part = {} if name == "larger" else {"image": image, "mask": mask, "strength": 0.8}
+            part = {} if name in ("larger", "own") else {"image": image, "mask": mask, "strength": 0.8}
             [expected] = pipe([Request(**{**common, **part, **settings})]).pixels
             np.testing.assert_array_equal(found[name], expected)
     assert found["padded"].shape == image.shape
