@@ -4,8 +4,8 @@
 
 The checkpoint is written with float16 weights, all different (SDXL: 7 GB), unless DIR has it from an earlier run. The build runs
 in this process, as `sdexport build` does. Memory is that of this process and its children together, sampled every 0.1 s. The
-pages of mapped weight files count while they are resident, though the system may drop them: `private` leaves them out. A silence
-is the time between two events of progress.
+pages of mapped weight files count while they are resident, though the system may drop them: `private` does not count them. A
+silence is the time between two events of progress.
 """
 
 from __future__ import annotations

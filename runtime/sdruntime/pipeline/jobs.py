@@ -11,7 +11,6 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.interface import has_posterior
-from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
@@ -27,7 +26,7 @@ from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lin
 from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae import resize
-from sdruntime.pipeline.vae.tile_size import tiling
+from sdruntime.pipeline.vae.tile_size import cell_of, tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
@@ -193,7 +192,7 @@ class JobFactory:
         try:
             self._engines.choose("unet", height=height, width=width)
             for component in ("vae_decoder", *(["vae_encoder"] if encodes else [])):
-                per_cell = self._model.vae_factor // role(component).factor(self._model.vae_factor)
+                per_cell = cell_of(component, self._model.vae_factor)
                 tiles = tiling(self._engines, component, self._model.vae_factor, height, width)
                 self._engines.choose(
                     component, **(tiles.dims if tiles else {"height": height * per_cell, "width": width * per_cell})

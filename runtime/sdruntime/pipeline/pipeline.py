@@ -37,7 +37,7 @@ from sdruntime.pipeline.tasks.canvas import finished, result_size
 from sdruntime.pipeline.tasks.passes import check_refiner
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae.preview import Kind, check_preview, linear_colours, tiny_image
-from sdruntime.pipeline.vae.tile_size import Tiling, check_tile, tiling
+from sdruntime.pipeline.vae.tile_size import Tiling, cell_of, check_tile, tiling
 from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
 
 _MOST_RELOADS = 100  # how often a bundle that changes while its engines open is read again
@@ -342,7 +342,7 @@ class Pipeline:
         """
         self._open_at_first_use()
         if role(component).stage == "vae" and dims.keys() == {"height", "width"}:
-            per_cell = self.model.vae_factor // role(component).factor(self.model.vae_factor)
+            per_cell = cell_of(component, self.model.vae_factor)
             if tiles := self._tiling(component, dims["height"] // per_cell, dims["width"] // per_cell):
                 return tiles.engine(functools.partial(self.engines.engine, component))
         return self.engines.engine(component, rows=rows, **dims)

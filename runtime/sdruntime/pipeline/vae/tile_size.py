@@ -42,7 +42,7 @@ class Tiling:
     @property
     def dims(self) -> dict[str, int]:
         """The sizes of a call with a tile."""
-        cell = _cell(self.component, self.factor)
+        cell = cell_of(self.component, self.factor)
         return {"height": self.tile[0] * cell, "width": self.tile[1] * cell}
 
     @property
@@ -65,7 +65,7 @@ class Tiling:
         """Return the engine for the whole image, over those that `choose(rows=…, height=…, width=…)` returns for tiles."""
         rows, columns = self._spans
         outputs = 1 if role(self.component).in_pixels else self.factor
-        return TiledEngine(choose, rows, columns, cell_in=_cell(self.component, self.factor), cell_out=outputs)
+        return TiledEngine(choose, rows, columns, cell_in=cell_of(self.component, self.factor), cell_out=outputs)
 
     @property
     def _spans(self) -> tuple[list[Span], list[Span]]:
@@ -82,7 +82,7 @@ def tiling(engines: Engines, component: str, factor: int, height: int, width: in
     option = engines.options.tile
     if option == OFF or (option == AUTO and engines.given is not None):
         return None
-    whole, cell = (height, width), _cell(component, factor)
+    whole, cell = (height, width), cell_of(component, factor)
     if option != AUTO:
         side = int(option) // factor
         tile, fits = (min(height, side), min(width, side)), True
@@ -100,7 +100,7 @@ def tiling(engines: Engines, component: str, factor: int, height: int, width: in
 
 def _admitted(engines: Engines, component: str, factor: int, whole: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """Yield the largest tile of each profile of the engines for this machine."""
-    cell = _cell(component, factor)
+    cell = cell_of(component, factor)
     for spec in engines.bundle.manifest.engines:
         for profile in spec.profiles if spec.component == component else ():
             tile = []
@@ -117,6 +117,6 @@ def _on_cpu(engines: Engines, component: str, cell: int, size: tuple[int, int]) 
     return engines.choose(component, height=size[0] * cell, width=size[1] * cell).target == CPU
 
 
-def _cell(component: str, factor: int) -> int:
+def cell_of(component: str, factor: int) -> int:
     """Return the size of a latent cell in the input of a component."""
     return factor // role(component).factor(factor)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from sdruntime.sampling.grids import Path
 from sdruntime.sampling.noise_schedule import Point
-from sdruntime.sampling.samplers.kdiffusion.slopes import sigma_row, slope
+from sdruntime.sampling.samplers.kdiffusion.slopes import heun_step, sigma_row
 from sdruntime.sampling.samplers.keys import SCHEDULED
 from sdruntime.sampling.samplers.protocol import Draw, Solver, X
 from sdruntime.sampling.schedules.ratios import karras
@@ -23,12 +23,7 @@ def restart(x: X, path: Path, noise: Draw, *, s_noise: float = 1.0) -> Solver:
     for s, t in with_restarts(path):
         if before is not None and before.sigma < s.sigma:
             x = x + s_noise * math.sqrt(s.sigma**2 - before.sigma**2) * noise()
-        start, m = yield x, s
-        d = slope(start, m, s)
-        x = start + (t.sigma - s.sigma) * d
-        if t.sigma > 0:
-            x, m = yield x, t
-            x = start + (t.sigma - s.sigma) * (d + slope(x, m, t)) / 2
+        x = yield from heun_step(x, s, t)
         before = t
     return x
 

@@ -53,12 +53,18 @@ def heun(x: X, path: Path, noise: Draw, **churn: float) -> Solver:
     """Heun's method: EDM, algorithm 2. The mean of the slopes at both ends; Euler for a step to sigma 0."""
     for s, t in path:
         x, s = churned(x, s, path, noise, **churn)
-        start, m = yield x, s
-        d = slope(start, m, s)
-        x = start + (t.sigma - s.sigma) * d
-        if t.sigma > 0:
-            x, m = yield x, t
-            x = start + (t.sigma - s.sigma) * (d + slope(x, m, t)) / 2
+        x = yield from heun_step(x, s, t)
+    return x
+
+
+def heun_step(x: X, s: Point, t: Point) -> Solver:
+    """One step of Heun's method, from s to t."""
+    start, m = yield x, s
+    d = slope(start, m, s)
+    x = start + (t.sigma - s.sigma) * d
+    if t.sigma > 0:
+        x, m = yield x, t
+        x = start + (t.sigma - s.sigma) * (d + slope(x, m, t)) / 2
     return x
 
 
