@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdexport.checkpoint.original.naming import Tensors, children, shape_of
+from sdexport.checkpoint.original.naming import Tensors, added_embedding, children, shape_of
 
 _HEAD = 64  # channels of an attention head, where their number is not fixed
 
@@ -50,13 +50,7 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
         config["reverse_transformer_layers_per_block"] = [_one(each) or 1 for each in up]
     if "time_embedding.cond_proj.weight" in tensors:
         config["time_cond_proj_dim"] = shape_of(tensors, "time_embedding.cond_proj.weight", 2)[1]
-    if "add_embedding.linear_1.weight" in tensors and pooled is not None:
-        width = shape_of(tensors, "add_embedding.linear_1.weight", 2)[1]
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // ids,
-            "projection_class_embeddings_input_dim": width,
-        }
+    config |= added_embedding(tensors, "add_embedding.linear_1.weight", pooled=pooled, ids=ids)
     return config, tensors
 
 

@@ -31,6 +31,18 @@ def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
     return shape
 
 
+def added_embedding(tensors: Tensors, name: str, *, pooled: int | None, ids: int) -> dict[str, object]:
+    """Return the settings of a UNet that embeds a pooled text, `pooled` wide, and `ids` time ids; {} without weight `name`."""
+    if name not in tensors or pooled is None:
+        return {}
+    width = shape_of(tensors, name, 2)[1]
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (width - pooled) // ids,
+        "projection_class_embeddings_input_dim": width,
+    }
+
+
 def in_module(rest: str, parts: Mapping[str, str]) -> str | None:
     """Return the new name of a module's weight or bias, of which `parts` has the module's own modules; None for another name."""
     part, _, kind = rest.rpartition(".")

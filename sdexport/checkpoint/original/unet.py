@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sdexport.checkpoint.original.naming import Tensors, children, in_module, renamed, shape_of
+from sdexport.checkpoint.original.naming import Tensors, added_embedding, children, in_module, renamed, shape_of
 
 _HEAD = 64  # channels of an attention head, where their number is not fixed
 _OUTER = {
@@ -72,13 +72,7 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
         "attention_head_dim": heads if heads else [max(1, width // _HEAD) for width in widths],
         "use_linear_projection": any(name.endswith(".1.proj_in.weight") and len(tensors[name].shape) == 2 for name in tensors),
     }
-    if "label_emb.0.0.weight" in tensors and pooled is not None:
-        width = shape_of(tensors, "label_emb.0.0.weight", 2)[1]
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // ids,
-            "projection_class_embeddings_input_dim": width,
-        }
+    config |= added_embedding(tensors, "label_emb.0.0.weight", pooled=pooled, ids=ids)
     return config, renamed(tensors, _OUTER | places, _inside)
 
 
