@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.serving.batcher import Batcher, Progress
 
 JOBS, STEPS, GUIDANCE = 8, 20, 2.0

@@ -39,7 +39,7 @@ from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system import processor
 from sdruntime.system.process import module_command
 

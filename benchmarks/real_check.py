@@ -25,7 +25,7 @@ from sdexport.bench.subject import machine_of
 from sdexport.bench.timing import generate, text_of
 from sdruntime.engines.choose import Machine
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system.process import module_command
 from sdruntime.verification.metrics import image_psnr, ssim
 from sdruntime.verification.tolerance import TOLERANCES

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from sdruntime.bundle.bundle import Bundle, write_bundle
-from sdruntime.bundle.manifest import ComponentSpec, ModelSpec, TensorSpec
+from sdruntime.bundle.manifest import ComponentSpec, TensorSpec
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.engines.building import BuildRequest, build_engines
 
 CELLS = ("batch", 4, "height", "width")

@@ -15,7 +15,7 @@ from sdruntime.backends.base.feeds import fill_optional_inputs
 from sdruntime.backends.fake.engine import FakeEngine
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 Feeds = Mapping[str, Array]
 SIZE = (64, 64)

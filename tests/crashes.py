@@ -23,7 +23,7 @@ from crash import Recorder, Tree, visible, watched, write_tree
 import sdruntime.backends.fake.build
 import sdruntime.backends.fake.engine
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.staging import staging
+from sdruntime.bundle.changes.staging import staging
 from sdruntime.engines.building import BuildRequest, build_engines, rebuild_stale
 from sdruntime.errors import SdruntimeError
 from sdruntime.system import owner

@@ -23,8 +23,8 @@ from pathlib import Path
 from bundles import make_bundle, with_fake_engines
 from crashes import CHANGES, fault, leftovers
 
-import sdruntime.bundle.change
-import sdruntime.bundle.staging
+import sdruntime.bundle.changes.change
+import sdruntime.bundle.changes.staging
 from sdruntime.bundle.bundle import Bundle, opening
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError
@@ -135,7 +135,7 @@ def main(rounds: str, locks: str, kind: str) -> None:
     if locks == "stubbed":
         fcntl.flock = lambda handle, operation: None  # type: ignore[assignment]
     if locks == "none":
-        sdruntime.bundle.change.locked = sdruntime.bundle.staging.locked = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
+        sdruntime.bundle.changes.change.locked = sdruntime.bundle.changes.staging.locked = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
     wrong: Counter[str] = Counter()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:

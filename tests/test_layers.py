@@ -24,8 +24,9 @@ ORDER = {
     "sdruntime.sampling.samplers.kdiffusion": "slopes dpm_ancestral restart",
     "sdruntime.sampling.samplers.forms": "flow edm",
     "sdruntime.bundle": (
-        "roles limits audit records dimensions manifest tasks interface sampler_step lending bundle lock change staging"
+        "roles limits audit records dimensions model manifest tasks interface sampler_step lending bundle changes"
     ),
+    "sdruntime.bundle.changes": "lock change staging",
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building engine feeds subpixel session backend",
     "sdruntime.backends.onnx_file": "wire external graph",
@@ -34,15 +35,16 @@ ORDER = {
     "sdruntime.backends.ov": "subpixel constants build engine backend",
     "sdruntime.backends.trt": "library inspection binding build worker engine frame loop backend",
     "sdruntime.engines": "shapes finite memory choose building speed pool",
-    "sdruntime.pipeline": ("images text vae denoise ranges request micro_conditions texts tasks metadata result jobs pipeline"),
+    "sdruntime.pipeline": ("images text vae denoise requests micro_conditions texts tasks metadata result jobs pipeline"),
+    "sdruntime.pipeline.requests": "keywords ranges request unused",
     "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth choose passes",
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
-    "sdruntime.cli": "terminal progress terminal_images previews describe outputs build capi inspect verify generate sampling "
-    "arguments parser",
+    "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
+    "sdruntime.cli.commands": "build capi inspect verify generate sampling",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original overrides "
     "checkpoint",

@@ -24,7 +24,7 @@ from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system.cuda import Cuda
 
 FLOORS: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}  # dB against the CPU's image in fp32

@@ -14,7 +14,7 @@ from sdexport.bench.timing import feeds_of, repeated
 from sdruntime.backends.base.engine import Engine
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system.cuda import Cuda
 
 

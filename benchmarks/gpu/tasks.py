@@ -31,7 +31,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system.cuda import Cuda
 from sdruntime.system.process import module_command
 

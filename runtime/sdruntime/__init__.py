@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         VerificationFailed,
     )
     from sdruntime.pipeline.pipeline import Pipeline, Stream
-    from sdruntime.pipeline.request import Request
+    from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
     from sdruntime.sampling.job import Job, State
     from sdruntime.serving.batcher import Batcher, ImageFuture, Progress, Timings
@@ -65,7 +65,7 @@ _HOMES = {
     "backends.base.engine": ("EngineOptions",),
     "bundle.bundle": ("Bundle",),
     "pipeline.pipeline": ("Pipeline", "Stream"),
-    "pipeline.request": ("Request",),
+    "pipeline.requests.request": ("Request",),
     "pipeline.result": ("Image", "Result"),
     "sampling.job": ("Job", "State"),
     "serving.batcher": ("Batcher", "ImageFuture", "Progress", "Timings"),

@@ -31,7 +31,7 @@ from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.choose import AUTO, Machine
 from sdruntime.errors import EngineError, SdruntimeError, SettingError, UnknownName
 from sdruntime.pipeline.jobs import SCHEDULER
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system import processor
 
 SCHEMA = 1

@@ -17,7 +17,7 @@ import numpy as np
 from sdexport.bench.timing import Array
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.roles import role
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.noise.cpu import NoiseStream
 
 EAGER, COMPILED = "diffusers eager", "diffusers torch.compile(max-autotune)"

@@ -15,7 +15,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.roles import role
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system.cuda import Cuda, devices
 
 Message = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 from sdruntime.backends.base.engine import CPU
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.change import remove_engine
+from sdruntime.bundle.changes.change import remove_engine
 from sdruntime.bundle.manifest import EngineSpec, Manifest
 from sdruntime.bundle.roles import role
 from sdruntime.engines.choose import Machine, choose_engine

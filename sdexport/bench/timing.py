@@ -14,7 +14,7 @@ from sdruntime.backends.base.feeds import shape_of
 from sdruntime.bundle.manifest import ComponentSpec, Manifest
 from sdruntime.bundle.roles import role
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Result
 from sdruntime.verification.metrics import image_psnr
 

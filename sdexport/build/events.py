@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdruntime.backends.base.building import Stage
-from sdruntime.bundle.manifest import NO_DEFAULTS, Defaults, Precision, PredictionType
+from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.model import NO_DEFAULTS, Defaults, PredictionType
 from sdruntime.engines.building import BuildEvent, BuildRequest
 
 

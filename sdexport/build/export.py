@@ -33,9 +33,9 @@ from sdexport.verification.verify import Proof, verified_apart
 from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.bundle import write_bundle
+from sdruntime.bundle.changes.staging import check_place, staging
 from sdruntime.bundle.records import read_json, record_from_json
 from sdruntime.bundle.sampler_step import NAME as STEP
-from sdruntime.bundle.staging import check_place, staging
 from sdruntime.engines.building import build_engines
 from sdruntime.errors import BundleError
 from sdruntime.system.events import finish, mapped

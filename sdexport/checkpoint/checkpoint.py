@@ -28,7 +28,8 @@ from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
 from sdexport.checkpoint.weights.bounds import check_depth
 from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import CheckpointError
-from sdruntime.bundle.manifest import LONGEST_TEXT, Family, ModelSpec, Precision, PredictionType
+from sdruntime.bundle.manifest import LONGEST_TEXT, Precision
+from sdruntime.bundle.model import Family, ModelSpec, PredictionType
 from sdruntime.bundle.tasks import Task, task_for
 from sdruntime.errors import plain
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from sdexport.checkpoint.card import Card
-from sdruntime.bundle.manifest import NO_DEFAULTS, Defaults
+from sdruntime.bundle.model import NO_DEFAULTS, Defaults
 from sdruntime.errors import SettingError
 
 _CONSISTENCY = Defaults(steps=4, guidance=8.5)  # of diffusers' LatentConsistencyModelPipeline

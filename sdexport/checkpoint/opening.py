@@ -12,7 +12,7 @@ from typing import Any
 
 from sdexport.checkpoint.pipelines import SCORE
 from sdruntime.errors import SdruntimeError
-from sdruntime.pipeline.ranges import NUMBERS
+from sdruntime.pipeline.requests.ranges import NUMBERS
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.samplers import SAMPLERS
 from sdruntime.sampling.samplers.sampler import CHOICES, DEFAULTED

@@ -15,7 +15,8 @@ from sdexport.checkpoint.original.file import VaeFile, read_vae_file
 from sdexport.checkpoint.pipelines import VAES
 from sdexport.checkpoint.source import Source, StoredWeights
 from sdexport.errors import CheckpointError
-from sdruntime.bundle.manifest import Precision, PredictionType
+from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.model import PredictionType
 
 _VAE, _VAE_CONFIG = "vae", "vae/config.json"
 PREVIEW_VAE = "preview_vae"

@@ -13,7 +13,7 @@ import click
 
 from sdexport.cli.progress import progress_on
 from sdexport.errors import SdexportError
-from sdruntime.bundle.manifest import PredictionType
+from sdruntime.bundle.model import PredictionType
 from sdruntime.cli.terminal import Failed, code_of, document, failure, reason_of, standard_output, wants_json
 from sdruntime.errors import SdruntimeError
 

@@ -56,7 +56,7 @@ def verify(
         check_output(html, "--html")
     from sdexport.verification.verify import first_nodes, reference_checkpoint, verify_against
     from sdruntime.bundle.bundle import Bundle
-    from sdruntime.cli.verify import with_progress
+    from sdruntime.cli.commands.verify import with_progress
     from sdruntime.errors import VerificationFailed
     from sdruntime.system.events import finish
     from sdruntime.verification.html import write_page

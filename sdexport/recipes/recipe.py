@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from sdexport.errors import RecipeError
 from sdruntime.backends.registry import BACKENDS, OFFERED
-from sdruntime.bundle.manifest import NO_DEFAULTS, Defaults, ModelSpec, Precision, PredictionType
+from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.model import NO_DEFAULTS, Defaults, ModelSpec, PredictionType
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.building import BuildRequest
 from sdruntime.engines.shapes import Guidance, Shapes

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
-from sdruntime.bundle.manifest import LinearPreview, ModelSpec
+from sdruntime.bundle.model import LinearPreview, ModelSpec
 from sdruntime.pipeline.images.pixels import from_uint8
 from sdruntime.pipeline.vae.latents import decode, encode_mode, scaled
 from sdruntime.verification.inputs import patches

@@ -16,7 +16,7 @@ from sdexport.verification.golden import Reference, checkpoint_hash, opened
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.manifest import PredictionType
+from sdruntime.bundle.model import PredictionType
 from sdruntime.errors import LibraryMissing, VerificationFailed
 from sdruntime.system.events import finish
 from sdruntime.system.process import run_apart

@@ -11,7 +11,7 @@ import pytest
 from capi.binding import HEADER, STRUCTS, JobParams, fields
 from capi.building import HERE, INCLUDE, STAND_IN, Library, run
 
-from sdruntime.pipeline.ranges import NUMBERS
+from sdruntime.pipeline.requests.ranges import NUMBERS
 
 FIRST = HERE / "abi1" / "sdruntime.h"
 GOLDEN = HERE / "abi.json"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 Array = NDArray[Any]
 

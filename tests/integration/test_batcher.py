@@ -9,7 +9,7 @@ import numpy as np
 from integration.reference import psnr
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.serving.batcher import Batcher
 
 WAIT = 300  # seconds after which a test is given up

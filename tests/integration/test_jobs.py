@@ -8,7 +8,7 @@ import numpy as np
 from integration.reference import Array, psnr
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 SIZE = (64, 64)
 

@@ -14,7 +14,7 @@ from places import SHAPES
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 Segments = Sequence[tuple[str, float]]
 SETTINGS: dict[str, Any] = {"seed": 7, "steps": 6, "guidance": 7.5, "sampler": "euler", "size": (64, 64)}

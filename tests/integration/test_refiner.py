@@ -13,7 +13,7 @@ from integration.reference import assert_same_picture, ours
 from integration.test_tasks import GUIDANCE, NEGATIVE, PROMPT, SAMPLERS, SEED, task_checkpoint
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 STEPS = 7
 SHORT = (("ddim", 0.8), ("euler_a", 0.5), ("heun", 0.5))  # the others in `make test-full`

@@ -20,7 +20,7 @@ from places import SHAPES
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.verification.inputs import patches
 
 ROWS = (  # UNet's task, kind of checkpoint, diffusers' pipeline

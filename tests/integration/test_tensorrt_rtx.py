@@ -21,7 +21,7 @@ from integration.test_environments import ROOT, run
 from once import once
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.change import remove_engine
+from sdruntime.bundle.changes.change import remove_engine
 from sdruntime.bundle.tasks import GUIDANCE, task_of
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline

@@ -23,7 +23,7 @@ from sdruntime.cli.describe import bundle_document, bundle_lines
 from sdruntime.engines.choose import Machine
 from sdruntime.errors import BundleError, EngineError, SettingError
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.compile import compile_table
 from sdruntime.serving.channel import HEADER, SHARED, BadFrame, Channel
 from sdruntime.serving.service import blob_bytes

@@ -12,7 +12,7 @@ import pytest
 from trt.machine import Machine
 
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system import nvtx as annotate
 from sdruntime.system.cuda import CudaError
 

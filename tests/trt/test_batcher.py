@@ -21,7 +21,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.memory import memory_plan
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.system.cuda import Cuda, devices
 

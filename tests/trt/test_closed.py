@@ -13,7 +13,7 @@ from sdruntime.backends.registry import backend
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import SdruntimeError
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 CLOSED = r"^engine \S+ is closed: open it again$"
 

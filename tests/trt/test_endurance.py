@@ -12,7 +12,7 @@ from trt.machine import Machine
 from sdruntime.backends.trt.engine import KEPT_BINDINGS
 from sdruntime.backends.trt.frame import KEPT_FRAMES
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 SIZES = ((64, 64), (128, 64), (64, 128), (128, 128), (192, 64))
 SAMPLERS = ("ddim", "euler_a", "dpmpp_2m", "unipc")

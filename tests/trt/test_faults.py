@@ -14,7 +14,7 @@ from trt.machine import Machine
 from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.errors import EngineError, OutOfSpace
 from sdruntime.pipeline.pipeline import Pipeline, Stream
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.system.cuda import CudaError
 
 REQUESTS = [

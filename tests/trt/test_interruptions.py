@@ -14,7 +14,7 @@ from trt.machine import Machine
 
 from sdruntime.backends.trt import loop
 from sdruntime.pipeline.pipeline import Pipeline, Stream
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 REQUESTS = [
     Request(prompt="a cat", seed=1, steps=3, size=(64, 64), sampler="dpmpp_2m"),

@@ -14,7 +14,7 @@ from trt.machine import Machine
 from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.job import Job
 from sdruntime.sampling.samplers import SAMPLERS
 

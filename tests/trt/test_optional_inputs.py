@@ -13,7 +13,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 SEEDS = (1, 2, 3)
 

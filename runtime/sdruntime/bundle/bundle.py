@@ -2,9 +2,9 @@
 
     Bundle.open(folder)      checks the manifest and all sizes; `Bundle.read` and `Bundle.lending` check hashes
     opening(folder, use)     the same, and opens the bundle again if it changes while it is used
-    write_bundle(folder)     writes the manifest for existing files; sdruntime.bundle.staging moves the bundle into place
+    write_bundle(folder)     writes the manifest for existing files; sdruntime.bundle.changes.staging moves the bundle into place
 
-sdruntime.bundle.change adds and removes engines.
+sdruntime.bundle.changes.change adds and removes engines.
 
 A bundle's engines are code: hashes detect damaged files, not malicious ones. See docs/trust.md for the guarantees.
 """
@@ -27,14 +27,13 @@ from sdruntime.bundle.manifest import (
     NAME,
     ComponentSpec,
     FileSpec,
-    LinearPreview,
     Manifest,
-    ModelSpec,
     Precision,
     opened_folder,
     read_manifest,
     save_manifest,
 )
+from sdruntime.bundle.model import LinearPreview, ModelSpec
 from sdruntime.bundle.records import json_from_text
 from sdruntime.errors import BundleError, OutOfSpace, SettingError, plain, shown
 from sdruntime.system.document import LARGEST

@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from sdruntime.pipeline.ranges import NUMBERS, RANGES, SIGMA, SIGMAS, WHOLE
-from sdruntime.pipeline.request import HIRES_RESIZES, MASK_FILLS
+from sdruntime.pipeline.requests.ranges import NUMBERS, RANGES, SIGMA, SIGMAS, WHOLE
+from sdruntime.pipeline.requests.request import HIRES_RESIZES, MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
 from sdruntime.pipeline.text.wording import SYNTAXES
 from sdruntime.pipeline.vae.preview import KINDS

@@ -18,7 +18,7 @@ import numpy as np
 from sdruntime.cli.terminal import check_output
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.images.imagefile import check_ending
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Image
 
 STDOUT = Path("-")

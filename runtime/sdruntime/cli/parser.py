@@ -8,13 +8,13 @@ from pathlib import Path
 
 from sdruntime import __version__
 from sdruntime.cli.arguments import generation, sampling
-from sdruntime.cli.build import build
-from sdruntime.cli.capi import capi
-from sdruntime.cli.generate import generate
-from sdruntime.cli.inspect import doctor, inspect
-from sdruntime.cli.sampling import samplers, table
+from sdruntime.cli.commands.build import build
+from sdruntime.cli.commands.capi import capi
+from sdruntime.cli.commands.generate import generate
+from sdruntime.cli.commands.inspect import doctor, inspect
+from sdruntime.cli.commands.sampling import samplers, table
+from sdruntime.cli.commands.verify import verify
 from sdruntime.cli.terminal import Parser
-from sdruntime.cli.verify import verify
 from sdruntime.serving.capi import add_arguments
 
 

@@ -13,7 +13,7 @@ from sdruntime.cli.terminal_images import TerminalImages, enlarged
 from sdruntime.errors import SettingError, quoted
 from sdruntime.pipeline.images.png import png_from_image, write_file
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.vae.preview import Kind, best_preview, check_preview
 from sdruntime.sampling.job import State
 

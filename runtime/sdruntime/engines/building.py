@@ -12,8 +12,9 @@ from typing import Any, Literal
 from sdruntime.backends.base.building import EngineRequest, Stage
 from sdruntime.backends.registry import BACKENDS, backend
 from sdruntime.bundle.bundle import ENGINES, Bundle, disk_full_as_error
-from sdruntime.bundle.change import add_engine, building, remove_engine, tidy
-from sdruntime.bundle.manifest import EngineSpec, ModelSpec, Precision
+from sdruntime.bundle.changes.change import add_engine, building, remove_engine, tidy
+from sdruntime.bundle.manifest import EngineSpec, Precision
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.shapes import Guidance, Shapes
 from sdruntime.errors import LibraryMissing, UnknownName

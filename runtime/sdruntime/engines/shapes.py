@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from sdruntime.bundle.limits import MOST_CHUNKS
-from sdruntime.bundle.manifest import EngineSpec, Manifest, ModelSpec, Profile
+from sdruntime.bundle.manifest import EngineSpec, Manifest, Profile
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.bundle.roles import role
 from sdruntime.errors import SettingError, shown
 from sdruntime.system.sizes import Size, parse_size

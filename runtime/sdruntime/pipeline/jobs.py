@@ -17,8 +17,8 @@ from sdruntime.errors import EngineError, SettingError, Unsupported
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
-from sdruntime.pipeline.ranges import WHOLE, steps_beside
-from sdruntime.pipeline.request import DEFAULTS, Request
+from sdruntime.pipeline.requests.ranges import WHOLE, steps_beside
+from sdruntime.pipeline.requests.request import DEFAULTS, Request
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
 from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
 from sdruntime.pipeline.tasks.start import Setting, Start

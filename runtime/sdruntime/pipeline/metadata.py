@@ -15,12 +15,13 @@ from typing import Any
 
 from sdruntime import __version__
 from sdruntime.arrays import Array
-from sdruntime.bundle.manifest import Defaults, EngineSpec
+from sdruntime.bundle.manifest import EngineSpec
+from sdruntime.bundle.model import Defaults
 from sdruntime.bundle.tasks import Task
 from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
-from sdruntime.pipeline.ranges import WHOLE
-from sdruntime.pipeline.request import HiresResize, MaskFill, Request
+from sdruntime.pipeline.requests.ranges import WHOLE
+from sdruntime.pipeline.requests.request import HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.sampling.noise.image import Rng
 from sdruntime.sampling.own_sigmas import own_steps

@@ -9,7 +9,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.bundle.tasks import SCORED, SIZES
 from sdruntime.errors import SettingError
-from sdruntime.pipeline.request import DEFAULTS, Request
+from sdruntime.pipeline.requests.request import DEFAULTS, Request
 
 _SIZES = ("original_size", "crop", "target_size")
 _SCORED = ("original_size", "crop", "aesthetic_score", "negative_aesthetic_score")

@@ -31,7 +31,8 @@ from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.pixels import Pixels, to_uint8
 from sdruntime.pipeline.jobs import JobFactory
 from sdruntime.pipeline.metadata import Origin
-from sdruntime.pipeline.request import Request, requests_from, unused_lines
+from sdruntime.pipeline.requests.request import Request, requests_from
+from sdruntime.pipeline.requests.unused import unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.pipeline.tasks.canvas import finished, result_size
 from sdruntime.pipeline.tasks.passes import check_refiner

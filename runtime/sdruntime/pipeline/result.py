@@ -12,7 +12,7 @@ from sdruntime.arrays import Array
 from sdruntime.errors import quoted
 from sdruntime.pipeline.images.imagefile import write_image
 from sdruntime.pipeline.metadata import Origin, parameters, png_text
-from sdruntime.pipeline.request import Request, short
+from sdruntime.pipeline.requests.request import Request, short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdruntime.errors import SettingError, Unsupported
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner
 from sdruntime.pipeline.text.wording import Wording, over_steps
 

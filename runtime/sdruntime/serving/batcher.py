@@ -33,7 +33,8 @@ from sdruntime.arrays import Array
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.denoise import check_latents
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request, requests_from, unused_lines
+from sdruntime.pipeline.requests.request import Request, requests_from
+from sdruntime.pipeline.requests.unused import unused_lines
 from sdruntime.pipeline.result import Image, Result
 from sdruntime.sampling.job import Job
 

@@ -11,7 +11,7 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.request import DEFAULTS, HiresResize, MaskFill, Request
+from sdruntime.pipeline.requests.request import DEFAULTS, HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
 from sdruntime.sampling.noise.image import Rng

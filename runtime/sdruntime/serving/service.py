@@ -52,7 +52,7 @@ from sdruntime.bundle.records import json_from_text
 from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
 from sdruntime.pipeline.images.png import png_from_image
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.serving.channel import BadFrame, Channel
 from sdruntime.serving.describe import pipeline_document

@@ -1,6 +1,6 @@
 """Write files so that a power cut leaves the old or the new content: data is synced before its name, then the folder.
 
-Every file that is replaced as a whole is written by this module. Folders are replaced in `sdruntime.bundle.staging`.
+Every file that is replaced as a whole is written by this module. Folders are replaced in `sdruntime.bundle.changes.staging`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import guidance_width, task_of
 from sdruntime.errors import BundleError, plain, quoted
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.noise.cpu import NoiseStream
 from sdruntime.verification.inputs import task_settings
 from sdruntime.verification.npz import LARGEST, read_npz

@@ -25,7 +25,7 @@ from sdruntime.engines.choose import Machine, choose_engine
 from sdruntime.engines.shapes import Shapes
 from sdruntime.errors import BundleError, EngineError, LibraryMissing, SettingError, UnknownName
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.png import write_file
 from sdruntime.pipeline.metadata import Origin
-from sdruntime.pipeline.request import requests_from
+from sdruntime.pipeline.requests.request import requests_from
 from sdruntime.pipeline.result import Image
 
 pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")

@@ -15,8 +15,8 @@ from computed import Parts
 
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.change import change_manifest
-from sdruntime.bundle.manifest import LinearPreview
+from sdruntime.bundle.changes.change import change_manifest
+from sdruntime.bundle.model import LinearPreview
 from sdruntime.cli.terminal_images import ROWS, Protocol, TerminalImages, encoded, enlarged, protocol_of, sixels
 from sdruntime.errors import UnknownName, Unsupported
 from sdruntime.pipeline.images.imagefile import read_image

@@ -15,7 +15,7 @@ from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.engines.finite import checked_rows, is_finite
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 BAD = (np.nan, np.inf, -np.inf)
 

@@ -12,7 +12,7 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.text.conditioning import KEPT, Conditioner
 
 SIZE = (64, 64)

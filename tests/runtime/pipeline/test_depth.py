@@ -10,7 +10,7 @@ import pytest
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.images.depth import depth_from, normalized
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 IMAGE = np.zeros((4, 6, 3), np.uint8)
 

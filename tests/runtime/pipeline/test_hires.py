@@ -16,7 +16,8 @@ from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import EngineError, NotFinite, SettingError
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request, unused_lines
+from sdruntime.pipeline.requests.request import Request
+from sdruntime.pipeline.requests.unused import unused_lines
 from sdruntime.pipeline.vae.resize import Kernel, resized
 from sdruntime.sampling.noise.cpu import NoiseStream
 from sdruntime.serving.batcher import Batcher, Progress

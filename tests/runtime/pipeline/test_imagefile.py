@@ -19,7 +19,7 @@ import pytest
 from sdruntime.errors import LibraryMissing, SettingError
 from sdruntime.pipeline.images.imagefile import _image_from_bytes, fitted, pixels_from, read_image
 from sdruntime.pipeline.images.png import png_from_image
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Image
 
 pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")

@@ -17,7 +17,7 @@ from sdruntime.__main__ import main
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.metadata import Origin, image_hash, parameters
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.samplers import SAMPLERS
 
 pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")

@@ -17,7 +17,8 @@ from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError, UnknownNa
 from sdruntime.pipeline.images.imagefile import fitted
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import DIFFUSERS, Request, requests_from
+from sdruntime.pipeline.requests.keywords import DIFFUSERS
+from sdruntime.pipeline.requests.request import Request, requests_from
 from sdruntime.serving.batcher import Batcher
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.metadata import Origin
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Image, Result
 
 pytest.importorskip("PIL.Image", reason="Pillow reads and writes the other formats")

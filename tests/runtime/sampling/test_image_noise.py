@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdruntime import Request, SettingError
-from sdruntime.pipeline.request import requests_from
+from sdruntime.pipeline.requests.request import requests_from
 from sdruntime.sampling.noise.cpu import NoiseStream
 from sdruntime.sampling.noise.cuda import CudaNoiseStream
 from sdruntime.sampling.noise.image import ImageNoise, Noise, Rng, centred, slerp

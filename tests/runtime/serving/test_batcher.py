@@ -16,7 +16,7 @@ from computed import SIZE, Feeds, Parts, request_for
 from sdruntime.arrays import Array
 from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.job import Job
 from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 

@@ -12,7 +12,7 @@ import pytest
 from sdexport.checkpoint.card import Card
 from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.defaults import defaults_of, merged, parsed
-from sdruntime.bundle.manifest import Defaults
+from sdruntime.bundle.model import Defaults
 from sdruntime.errors import SettingError
 
 PLAIN: dict[str, Any] = {"time_cond_proj_dim": None}

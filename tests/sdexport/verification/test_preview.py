@@ -11,7 +11,7 @@ from computed import Computing, Feeds
 
 from sdexport.verification.preview import BEST, linear_preview
 from sdruntime.arrays import Array
-from sdruntime.bundle.manifest import ModelSpec
+from sdruntime.bundle.model import ModelSpec
 
 FACTOR, CHANNELS = 8, 4
 RANDOM = np.random.default_rng(0)

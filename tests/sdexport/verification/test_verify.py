@@ -25,7 +25,8 @@ from sdexport.verification.golden import GoldenJob, make_golden
 from sdexport.verification.verify import Proof
 from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle, file_spec
-from sdruntime.bundle.manifest import ModelSpec, save_manifest
+from sdruntime.bundle.manifest import save_manifest
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.errors import NotFinite, VerificationFailed
 from sdruntime.verification.golden import DOCUMENT, NUMBERS, read_golden
 from sdruntime.verification.verify import report_of, verify

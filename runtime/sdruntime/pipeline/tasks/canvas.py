@@ -15,7 +15,7 @@ from sdruntime.pipeline.images.compose import overlaid
 from sdruntime.pipeline.images.imagefile import fitted
 from sdruntime.pipeline.images.pixels import Pixels
 from sdruntime.pipeline.images.resampling import Box, covering, inside
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

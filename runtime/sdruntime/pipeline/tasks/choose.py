@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import SettingError
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.tasks import depth, inpainting, pix2pix
 from sdruntime.pipeline.tasks.start import Setting, Start, from_image, from_text
 from sdruntime.sampling.job import Row

@@ -10,7 +10,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.pipeline.images.compose import filled
 from sdruntime.pipeline.images.pixels import Pixels, from_uint8
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.tasks.canvas import Canvas
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.sampling.kept import Kept

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sdruntime.bundle.manifest import ModelSpec
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.images.resampling import Kernel as PixelKernel
-from sdruntime.pipeline.request import DEFAULTS, HiresResize, Request
+from sdruntime.pipeline.requests.request import DEFAULTS, HiresResize, Request
 from sdruntime.pipeline.tasks.choose import start_strength
 from sdruntime.pipeline.vae.resize import Kernel as LatentKernel
 

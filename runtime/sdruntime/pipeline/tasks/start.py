@@ -10,7 +10,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.pipeline.images.imagefile import fitted
 from sdruntime.pipeline.images.pixels import from_uint8
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.job import Row
 from sdruntime.sampling.kept import Kept
 from sdruntime.sampling.noise.image import ImageNoise

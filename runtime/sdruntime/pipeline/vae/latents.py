@@ -10,7 +10,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.interface import LOGVAR
-from sdruntime.bundle.manifest import ModelSpec
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.engines.finite import checked_rows
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
-from sdruntime.bundle.manifest import Manifest, ModelSpec
+from sdruntime.bundle.manifest import Manifest
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.bundle.roles import PREVIEW
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError, UnknownName, Unsupported

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sdruntime.backends.base.engine import CPU, Engine
-from sdruntime.bundle.manifest import ModelSpec
+from sdruntime.bundle.model import ModelSpec
 from sdruntime.bundle.roles import role
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import SettingError

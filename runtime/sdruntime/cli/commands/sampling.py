@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from sdruntime.cli.generate import sampler_options
+from sdruntime.cli.commands.generate import sampler_options
 from sdruntime.cli.terminal import document
 from sdruntime.errors import SettingError, plain
 
@@ -17,7 +17,7 @@ def table(options: argparse.Namespace) -> None:
 
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.bundle.records import read_json
-    from sdruntime.pipeline.ranges import sigmas_of, steps_beside
+    from sdruntime.pipeline.requests.ranges import sigmas_of, steps_beside
     from sdruntime.sampling.compile import compile_table
     from sdruntime.sampling.grids import FAMILY
     from sdruntime.sampling.samplers import meaning

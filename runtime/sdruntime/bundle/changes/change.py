@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from sdruntime.bundle.bundle import ENGINES, KNOWN_ENDINGS, Bundle, file_spec
-from sdruntime.bundle.lock import NAME as LOCK
-from sdruntime.bundle.lock import locked
+from sdruntime.bundle.changes.lock import NAME as LOCK
+from sdruntime.bundle.changes.lock import locked
 from sdruntime.bundle.manifest import NAME, EngineSpec, Manifest, load_manifest, save_manifest
 from sdruntime.errors import BundleError
 from sdruntime.system.durable import sync_folder, temporary_prefix

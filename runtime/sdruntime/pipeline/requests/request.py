@@ -6,7 +6,7 @@ The command line, the service and the C library share the defaults and ranges.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -14,11 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sdruntime.arrays import Array
-from sdruntime.bundle.manifest import Defaults
-from sdruntime.errors import LibraryMissing, SettingError, UnknownName, Unsupported, shown
+from sdruntime.bundle.model import Defaults
+from sdruntime.errors import LibraryMissing, SettingError, UnknownName, shown
 from sdruntime.pipeline.images.depth import depth_from
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
-from sdruntime.pipeline.ranges import CORNER, NUMBERS, RANGES, SIDE, WHOLE, Range, guidance_of, interval_of, sigmas_of
+from sdruntime.pipeline.requests.keywords import check_names
+from sdruntime.pipeline.requests.ranges import CORNER, NUMBERS, RANGES, SIDE, WHOLE, Range, guidance_of, interval_of, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
 from sdruntime.pipeline.text.wording import SYNTAXES, Syntax
 from sdruntime.sampling.noise.image import RNGS, Rng
@@ -36,39 +37,6 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "mask_fill": MASK_FILLS,
     "hires_resize": HIRES_RESIZES,
 }
-
-
-# Arguments of diffusers' pipelines, and the setting to write instead.
-DIFFUSERS: Mapping[str, str] = {
-    "num_inference_steps": "steps=…",
-    "guidance_scale": "guidance=…",
-    "guidance_rescale": "rescale=…",
-    "negative_prompt": "negative=…",
-    "negative_prompt_2": "negative_2=…",
-    "num_images_per_prompt": "count=…",
-    "generator": 'seed=…: image k has seed + k, and the noise of torch\'s CPU generator, or with rng="cuda" of the one on CUDA',
-    "height": "size=(width, height)",
-    "width": "size=(width, height)",
-    "eta": 'options={"eta": …}',
-    "scheduler": "sampler=…",
-    "output_type": "image.pixels for an array, image.save(path) for a file",
-    "callback_on_step_end": "a loop over pipe.stream(…)",
-    "num_images": "count=…",
-    "cfg_scale": "guidance=…",
-    "denoising_strength": "strength=…",
-    "init_image": "image=…",
-    "mask_image": "mask=…",
-    "crops_coords_top_left": "crop=(left, top)",
-    "image_guidance_scale": "image_guidance=…",
-    "depth_map": "depth=…",
-    "padding_mask_crop": "mask_padding=…",
-}
-# Arguments of diffusers' pipelines that are not supported.
-UNSUPPORTED = (
-    *("latents", "timesteps", "cross_attention_kwargs", "return_dict"),
-    *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-    *("control_image", "ip_adapter_image", "denoising_start", "denoising_end"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -301,54 +269,6 @@ class Request:
 DEFAULTS: Mapping[str, Any] = {setting.name: setting.default for setting in fields(Request) if setting.default is not MISSING}
 
 
-def unused_lines(requests: Sequence[Request]) -> list[str]:
-    """Return one warning for each setting of the requests that has no effect."""
-    unguided = [request for request in requests if not request.guided]
-    text_only = [request for request in requests if request.pixels is None]
-    unused = [("the negative prompt", request) for request in unguided if request.negative]
-    unused += [("the second negative prompt", request) for request in unguided if request.negative_2]
-    unused += [(f"rescale {request.rescale:g}", request) for request in unguided if request.rescale]
-    unused += [("guidance_interval", request) for request in unguided if request.guidance_interval != WHOLE]
-    lines = [f"{name} has no effect at guidance {max(request.guidances):g}: set guidance above 1" for name, request in unused]
-    lines += [
-        f"variation_seed {request.variation_seed} has no effect without variation_strength"
-        for request in requests
-        if request.variation_seed and not request.variation_strength
-    ]
-    lines += [
-        f"strength {request.strength:g} has no effect without an image"
-        for request in text_only
-        if request.strength != DEFAULTS["strength"]
-    ]
-    lines += [f"fit {request.fit!r} has no effect without an image" for request in text_only if request.fit is not None]
-    lines += [line for request in requests for line in _unused_of_a_mask(request)]
-    lines += [
-        f"{name} {getattr(request, name)} has no effect without hires"
-        for request in requests
-        for name in ("hires_strength", "hires_steps", "hires_resize")
-        if request.hires is None and getattr(request, name) != DEFAULTS[name]
-    ]
-    lines += [
-        f"emphasis {request.emphasis!r} has no effect in the prompt syntax 'plain'"
-        for request in requests
-        if request.prompt_syntax == "plain" and request.emphasis != DEFAULTS["emphasis"]
-    ]
-    return list(dict.fromkeys(lines))
-
-
-def _unused_of_a_mask(request: Request) -> Iterator[str]:
-    if not request.inpaints:
-        names = ("mask_blur", "mask_padding", "mask_fill", "overlay")
-        given = [name for name in names if getattr(request, name) != DEFAULTS[name]]
-        yield from (f"{name} {getattr(request, name)!r} has no effect without a mask" for name in given)
-    elif request.strength == 1 and request.mask_fill != DEFAULTS["mask_fill"]:
-        yield f"mask_fill {request.mask_fill!r} has no effect at strength 1: the masked part starts from noise"
-    elif request.mask_padding is not None and request.overlay:
-        yield "overlay has no effect with mask_padding, which always has one"
-    if request.inpaints and request.mask_blur and not request.overlay and request.mask_padding is None:
-        yield "mask_blur has little effect without overlay: the latents take a mask of black and white"
-
-
 def _pair(name: str, value: Any, allowed: Range, parts: tuple[str, str]) -> tuple[int, int]:
     first, second = _whole_numbers(name, value, allowed, parts)
     return first, second
@@ -381,7 +301,7 @@ def requests_from(
     if not 1 <= count * len(prompts) <= MOST_IMAGES:
         limit = f"from 1 to {MOST_IMAGES:,} images in one call; make another call with another seed"
         raise SettingError(f"count {count} of {len(prompts)} prompt{'s' if len(prompts) != 1 else ''}: {limit}")
-    check_names(settings)
+    check_names(settings, ["count", *(field.name for field in fields(Request) if field.name != "prompt")])
     unused = [*settings, *(["count"] if count != 1 else []), *(["seed"] if seed is not None else [])]
     if unused and all(isinstance(item, Request) for item in prompts):
         raise SettingError(f"{', '.join(unused)}: a Request has its own settings: set them there, or pass the prompt as text")
@@ -402,18 +322,6 @@ def requests_from(
             seeds = (seed, other_seed + k) if varied else (seed + k, other_seed)
             requests.append(Request(prompt=item, seed=seeds[0], variation_seed=seeds[1], **settings))
     return requests
-
-
-def check_names(settings: Iterable[str]) -> None:
-    """Raises UnknownName for an unknown setting. For an argument of diffusers, the error names the setting to use instead."""
-    known = [field.name for field in fields(Request) if field.name != "prompt"]
-    for name in settings:
-        if name in DIFFUSERS:
-            raise SettingError(f"unknown setting {name!r}: write {DIFFUSERS[name]}")
-        if name in UNSUPPORTED:
-            raise Unsupported(f"setting {name!r} of diffusers is not supported")
-        if name not in known:
-            raise UnknownName("setting", name, ["count", *known])
 
 
 def short(value: object, width: int = 40) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdruntime.cli.previews import Previews
     from sdruntime.cli.progress import Reporter
     from sdruntime.pipeline.pipeline import Pipeline
-    from sdruntime.pipeline.request import Request
+    from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
 
 
@@ -39,8 +39,8 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.pipeline.images.png import png_from_image
     from sdruntime.pipeline.jobs import SCHEDULER
     from sdruntime.pipeline.pipeline import Pipeline
-    from sdruntime.pipeline.ranges import NUMBERS
-    from sdruntime.pipeline.request import requests_from
+    from sdruntime.pipeline.requests.ranges import NUMBERS
+    from sdruntime.pipeline.requests.request import requests_from
     from sdruntime.sampling.samplers import meaning
     from sdruntime.system.sizes import parse_size
 

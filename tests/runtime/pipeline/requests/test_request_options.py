@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.request import Request, requests_from, unused_lines
+from sdruntime.pipeline.requests.request import Request, requests_from
+from sdruntime.pipeline.requests.unused import unused_lines
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.samplers import SAMPLERS

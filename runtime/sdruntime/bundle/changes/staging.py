@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdruntime.bundle.bundle import ENGINES, disk_full_as_error
-from sdruntime.bundle.change import engine_like, is_temporary
-from sdruntime.bundle.lock import locked
+from sdruntime.bundle.changes.change import engine_like, is_temporary
+from sdruntime.bundle.changes.lock import locked
 from sdruntime.bundle.manifest import NAME, manifest_document, opened_folder
 from sdruntime.errors import BundleError, quoted
 from sdruntime.system.durable import make_folders, sync_folder, sync_tree

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sdruntime.bundle import lock as lock_module
-from sdruntime.bundle.lock import locked
+from sdruntime.bundle.changes import lock as lock_module
+from sdruntime.bundle.changes.lock import locked
 from sdruntime.errors import BundleError
 from sdruntime.system import owner as owner_module
 from sdruntime.system.owner import Owner, abandoned, leftovers, owned_folder, sweep

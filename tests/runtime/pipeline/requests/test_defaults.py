@@ -12,10 +12,10 @@ from places import FIXTURE
 
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.manifest import Defaults
+from sdruntime.bundle.model import Defaults
 from sdruntime.errors import BundleError
 from sdruntime.pipeline.pipeline import Pipeline
-from sdruntime.pipeline.request import Request
+from sdruntime.pipeline.requests.request import Request
 from sdruntime.serving.batcher import Batcher
 
 FEW = Defaults(steps=3, guidance=1.0, sampler="euler_a")

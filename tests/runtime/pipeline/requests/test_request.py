@@ -10,8 +10,8 @@ import pytest
 
 from sdruntime import Request, SettingError, UnknownName
 from sdruntime.cli.parser import parser
-from sdruntime.pipeline.ranges import NUMBERS, RANGES
-from sdruntime.pipeline.request import DEFAULTS
+from sdruntime.pipeline.requests.ranges import NUMBERS, RANGES
+from sdruntime.pipeline.requests.request import DEFAULTS
 from sdruntime.serving.message import RequestMessage
 
 WRONG: list[tuple[str, Any, str]] = [

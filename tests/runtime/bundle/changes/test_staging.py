@@ -14,7 +14,7 @@ import pytest
 from bundles import make_bundle, tree, with_fake_engines
 
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.staging import check_place, is_mount, staging
+from sdruntime.bundle.changes.staging import check_place, is_mount, staging
 from sdruntime.errors import BundleError, OutOfSpace
 
 

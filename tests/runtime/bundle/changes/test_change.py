@@ -15,7 +15,7 @@ from bundles import make_bundle, tree, with_fake_engines
 
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle, opening
-from sdruntime.bundle.change import add_engine, building, remove_engine
+from sdruntime.bundle.changes.change import add_engine, building, remove_engine
 from sdruntime.bundle.manifest import EngineSpec, load_manifest
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import BundleError
@@ -188,7 +188,7 @@ def test_a_bundle_that_cannot_be_written_still_says_that_its_engines_are_there(
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
-    from sdruntime.bundle.staging import staging
+    from sdruntime.bundle.changes.staging import staging
     from sdruntime.system.cache import write_cached
 
     before = os.umask(mask)
