@@ -53,6 +53,7 @@ def component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) -> 
             config=f"{component.name}/config.json",
             inputs=component.inputs,
             outputs=component.outputs,
+            optional_inputs=component.optional_inputs,
             audit=audits.get(component.name),
         )
         for component in table

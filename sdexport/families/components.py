@@ -18,7 +18,7 @@ from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs import text_width
 from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
-from sdruntime.bundle.interface import LOGVAR
+from sdruntime.bundle.interface import LOGVAR, TOKEN_VECTORS
 from sdruntime.bundle.manifest import TensorSpec
 from sdruntime.bundle.roles import PREVIEW
 from sdruntime.bundle.tasks import GUIDANCE, SCORED, SIZES, TIME_IDS, channels
@@ -38,6 +38,11 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sides: Mapping[str, int]  # image or latent dimensions of the trace and of an example, in units of the component's input
+    optional_inputs: tuple[TensorSpec, ...] = ()  # which sdexport.trace.optional_inputs adds to the traced graph
+
+    @property
+    def engine_inputs(self) -> tuple[TensorSpec, ...]:
+        return (*self.inputs, *self.optional_inputs)
 
     def example_feeds(self, *, seed: int = 0, **sizes: int) -> dict[str, NDArray[Any]]:
         """Return random inputs of plausible range. `sizes` sets named dimensions; the others are small and valid."""
@@ -91,7 +96,17 @@ def _layers(config: Mapping[str, Any], length: int, used: int) -> TensorSpec:
 
 def _text_encoder(name: str, wrapper: str, config: Mapping[str, Any], length: int, outputs: tuple[TensorSpec, ...]) -> Component:
     ids = TensorSpec(name="input_ids", dtype="int32", shape=("batch", length))
-    return Component(name=name, part=name, wrapper=wrapper, config=config, inputs=(ids,), outputs=outputs, sides={})
+    vectors = _float(TOKEN_VECTORS, "batch", length, config["hidden_size"])
+    return Component(
+        name=name,
+        part=name,
+        wrapper=wrapper,
+        config=config,
+        inputs=(ids,),
+        outputs=outputs,
+        sides={},
+        optional_inputs=(vectors,),
+    )
 
 
 def _unet(checkpoint: Checkpoint) -> Component:

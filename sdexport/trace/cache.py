@@ -18,7 +18,7 @@ from sdruntime.system.durable import replace_file
 
 # settings of the pipeline, not of the network, as are those that begin with "_"
 _IDLE = ("sample_size", "scaling_factor", "latents_mean", "latents_std", "use_attention_mask")
-_TRACERS = ("families/components.py", "families/modules.py", "trace/to_onnx.py")
+_TRACERS = ("families/components.py", "families/modules.py", "trace/to_onnx.py", "trace/optional_inputs.py")
 
 
 def cache_folder() -> Path:

@@ -161,9 +161,10 @@ def _write(
     from sdexport.precision.rewrite import apply_precision
     from sdexport.trace import to_onnx
     from sdexport.trace.data_file import write_data
+    from sdexport.trace.optional_inputs import add_defaults
 
     yield Stage(name="precision")
-    precision_of = apply_precision(model, job.written, inputs=[spec.name for spec in component.inputs], keep=keep)
+    precision_of = apply_precision(model, job.written, inputs=[spec.name for spec in component.engine_inputs], keep=keep)
     to_onnx.check(model, where=component.name)
     weights = match_weights(to_onnx.weight_shapes(model, component), stored, where=component.name)
     total, done = sum(tensor.size for tensor in weights.values()), 0
@@ -176,6 +177,7 @@ def _write(
             done += size
             yield Stage(name="weights", done=done, total=total)
     to_onnx.attach_weights(model, places, data=DATA)
+    add_defaults(model, component)
     to_onnx.save(model, out / MODEL)
     onnx.checker.check_model(str(out / MODEL), full_check=True)
     return done

@@ -23,6 +23,7 @@ import onnx_ir.passes.common as common
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
 from sdexport.trace.data_file import Placed
+from sdexport.trace.optional_inputs import add_optional_inputs, constant
 from sdruntime.bundle.manifest import TensorSpec
 
 OPSET = 20
@@ -54,7 +55,7 @@ def onnx_from_component(component: Component) -> ir.Model:
 
 def weight_shapes(model: ir.Model, component: Component) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that a graph takes as inputs, by the checkpoint's names."""
-    own = {spec.name for spec in component.inputs}
+    own = {spec.name for spec in component.engine_inputs}
     return {_name(value): _static(value) for value in model.graph.inputs if value.name not in own}
 
 
@@ -147,7 +148,7 @@ def crop_at_once(model: ir.Model, component: Component) -> None:
     """Merge the crop of an image's height and the crop of its width to one Slice."""
     graph = model.graph
     known = {"starts": [0, 0], "axes": [2, 3], "steps": [1, 1]}
-    starts, axes, steps = (_constant(graph, f"crop_{name}", numbers) for name, numbers in known.items())
+    starts, axes, steps = (constant(graph, f"crop_{name}", numbers) for name, numbers in known.items())
     for last in list(graph):
         first = last.inputs[0].producer() if last.op_type == "Slice" and last.inputs[0] is not None else None
         if first is None or first.op_type != "Slice" or (_crop_axis(first), _crop_axis(last)) != (2, 3):
@@ -173,17 +174,10 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
     return None if value is None or value.const_value is None else value.const_value.numpy().tolist()
 
 
-def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(numbers)]), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
 def drop_unused(model: ir.Model, component: Component) -> None:
     """Remove the nodes and weights that no output needs."""
     common.RemoveUnusedNodesPass()(model)
-    graph, own = model.graph, len(component.inputs)
+    graph, own = model.graph, len(component.engine_inputs)
     kept = [value for value in graph.inputs[own:] if value.uses()]
     del graph.inputs[own:]
     graph.inputs.extend(kept)
@@ -199,8 +193,8 @@ def drop_metadata(model: ir.Model, component: Component) -> None:
 
 def name_dimensions(model: ir.Model, component: Component) -> None:
     """Give the dimensions of inputs and outputs the component's names; the tracer leaves formulas on the outputs."""
-    graph, own = model.graph, len(component.inputs)
-    for values, specs in ((graph.inputs[:own], component.inputs), (graph.outputs, component.outputs)):
+    graph, own = model.graph, len(component.engine_inputs)
+    for values, specs in ((graph.inputs[:own], component.engine_inputs), (graph.outputs, component.outputs)):
         if [value.name for value in values] != [spec.name for spec in specs]:
             raise ExportError(
                 f"{component.name}: the graph has {[value.name for value in values]}, not {[spec.name for spec in specs]}"
@@ -214,6 +208,7 @@ PASSES: tuple[Callable[[ir.Model, Component], None], ...] = (
     weights_as_inputs,
     fold_constants,
     crop_at_once,
+    add_optional_inputs,
     drop_unused,
     drop_metadata,
     name_dimensions,

@@ -11,6 +11,7 @@ from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
 from sdruntime.bundle.roles import PREVIEW, of_kind, role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
+TOKEN_VECTORS = "token_vectors"  # of a text encoder, optional: the vector at each position whose id is outside the vocabulary
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
 Shape = tuple[int | str, ...]
 Tensors = Mapping[str, Shape]
@@ -40,6 +41,7 @@ XL: Mapping[str, tuple[Tensors, Tensors]] = {
 }
 
 
+_OPTIONAL_INPUTS: Tensors = {TOKEN_VECTORS: ("batch", "T", "W")}  # of a text encoder; W: its own width
 _OPTIONAL: Mapping[str, tuple[Tensors, Tensors]] = {PREVIEW: _VAE["vae_decoder"]}
 
 
@@ -66,6 +68,9 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
         if role(name).kind == "VAE encoder" and not has_posterior(component):
             outputs = {tensor: shape for tensor, shape in outputs.items() if tensor != LOGVAR}
         yield from _faults(f"{name}.inputs", inputs, component.inputs, known, complete=True)
+        if role(name).kind == "text encoder" and component.optional_inputs:
+            widths = known.copy()  # each encoder has its own width
+            yield from _faults(f"{name}.optional_inputs", _OPTIONAL_INPUTS, component.optional_inputs, widths, complete=True)
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)
 
 

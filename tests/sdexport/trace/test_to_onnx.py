@@ -57,7 +57,9 @@ def test_graphs_are_plain_and_named_as_the_manifest_says(exported: tuple[Path, P
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
         assert {node.domain for node in model.graph.node} == {""}
         assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
-        for values, specs in ((model.graph.input, component.inputs), (model.graph.output, component.outputs)):
+        inputs, own = model.graph.input, len(component.inputs)
+        assert [value.name for value in inputs[own:]] == [spec.name for spec in component.optional_inputs]
+        for values, specs in ((inputs[:own], component.inputs), (model.graph.output, component.outputs)):
             found = [
                 (value.name, tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim))
                 for value in values

@@ -6,7 +6,7 @@ Everything else is preserved byte for byte. Field numbers are those of onnx.prot
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,6 +115,21 @@ def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence
         if part != _GRAPH_NODE and not (part == _GRAPH_INITIALIZER and _read_constant(value)[0] not in read):
             parts.append(delimited(part, value))
     parts += [delimited(_GRAPH_INITIALIZER, _constant(name, values)) for name, values in constants.items() if name in read]
+    return _with_graph(model, parts)
+
+
+def without_defaults(model: memoryview, names: Collection[str]) -> bytes:
+    """Return the model without the defaults of the inputs `names`: initializers of the same name, which libraries would fold."""
+    parts = [
+        delimited(part, value)
+        for part, value in _graph_fields(model)
+        if part != _GRAPH_INITIALIZER or _read_constant(value)[0] not in names
+    ]
+    return _with_graph(model, parts)
+
+
+def _with_graph(model: memoryview, parts: Iterable[bytes]) -> bytes:
+    """Return the model with the serialized fields `parts` as its graph."""
     others = [(part, value) for part, value in fields(model) if part != _MODEL_GRAPH]
     head = [number(part, value) if isinstance(value, int) else delimited(part, value) for part, value in others]
     return b"".join([*head, delimited(_MODEL_GRAPH, b"".join(parts))])

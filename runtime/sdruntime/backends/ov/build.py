@@ -14,6 +14,7 @@ from typing import Any
 
 from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, check_names
 from sdruntime.backends.ort.weights import lending_onnx
+from sdruntime.backends.ov.inputs import open_inputs
 from sdruntime.backends.ov.subpixel import split_upsampling
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import Precision
@@ -89,6 +90,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     try:
         with lending_onnx(bundle, component.files) as onnx:
             model = ov.Core().read_model(onnx)
+            open_inputs(ov, model, component.optional_inputs)
             split_upsampling(ov, model)
             ov.save_model(model, str(files[0]), compress_to_fp16=bf16)
     except RuntimeError as error:

@@ -164,6 +164,7 @@ def build_job(bundle: Bundle, request: EngineRequest | EngineSpec) -> Message:
         "target": request.target,
         "precision": "fp32" if request.component == STEP else bundle.manifest.precision,
         "inputs": {tensor.name: list(tensor.shape) for tensor in component.engine_inputs},
+        "optional_inputs": [tensor.name for tensor in component.optional_inputs],
         "profiles": [dict(profile) for profile in request.profiles],
         "options": read_options(request.backend, library(request.backend), request.options, devices()),
     }
