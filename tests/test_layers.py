@@ -50,7 +50,7 @@ ORDER = {
     "checkpoint",
     "sdexport.checkpoint.weights": "bounds safetensors files names torch_file",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
-    "sdexport.checkpoint.original": "naming standard unet vae diffusers text layout tokenizer file",
+    "sdexport.checkpoint.original": "expected naming standard unet vae diffusers text layout tokenizer file",
     "sdexport.families": "components modules",
     "sdexport.precision": "numbers rewrite activations probe rounding audit describe",
     "sdexport.trace": "versions data_file sampler_step optional_inputs cache to_onnx component process",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdexport.checkpoint.original.naming import Tensors, added_embedding, children, shape_of
+from sdexport.checkpoint.original.expected import unet_weights, vae_weights
+from sdexport.checkpoint.original.naming import Tensors, added_embedding, check_fit, children, outputs, size
+from sdexport.checkpoint.weights.names import spellings
 
+_LATENT = 4  # channels
 _HEAD = 64  # channels of an attention head, where their number is not fixed
 
 
 def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: int) -> tuple[dict[str, Any], Tensors]:
     """Return the config and the weights of a UNet; the arguments are those of `sdexport.checkpoint.original.unet.read_unet`.
 
-    Raises ValueError for names and shapes that are no UNet of Stable Diffusion.
+    Raises ValueError for names and shapes that are no UNet of Stable Diffusion, Misfit with those that do not fit the others.
     """
     blocks = children(tensors, "down_blocks")
     if not blocks or children(tensors, "up_blocks") != blocks:
@@ -23,10 +26,8 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
     up = [_depths(tensors, f"up_blocks.{block}") for block in blocks]
     middle = _depths(tensors, "mid_block")
     layers = [len(children(tensors, f"down_blocks.{block}.resnets")) for block in blocks]
-    widths = [shape_of(tensors, f"down_blocks.{block}.resnets.0.conv2.weight", 4)[0] for block in blocks]
-    contexts = {shape_of(tensors, name, 2)[1] for name in tensors if name.endswith(".attn2.to_k.weight")}
-    if len(contexts) != 1:
-        raise ValueError(f"attention takes texts of the widths {sorted(contexts)}: one is expected")
+    keys = [name for name in tensors if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
+    projections = [name for name in tensors if name.endswith(".proj_in.weight")]
     depth: list[Any] = [_one(each) or 1 for each in down]
     if not down[-1] and middle:
         depth[-1] = middle[0]
@@ -34,50 +35,56 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
     if len(deep := [_one(each) for each in down if each]) > 1 and all(each == _one(middle) for each in deep):
         depth = deep  # one number for all, also for blocks without attention
     config = {
-        "in_channels": shape_of(tensors, "conv_in.weight", 4)[1],
-        "out_channels": shape_of(tensors, "conv_out.weight", 4)[0],
-        "block_out_channels": widths,
+        "in_channels": size(tensors, ("conv_in.weight", 4, 1), usual=_LATENT),
+        "out_channels": outputs(tensors, "conv_out", usual=_LATENT),
+        "block_out_channels": [_width(tensors, f"down_blocks.{block}") for block in blocks],
         "layers_per_block": _same(layers),
         "down_block_types": ["CrossAttnDownBlock2D" if each else "DownBlock2D" for each in down],
         "mid_block_type": _middle(tensors, middle),
         "up_block_types": ["CrossAttnUpBlock2D" if each else "UpBlock2D" for each in up],
         "transformer_layers_per_block": _same(depth),
-        "cross_attention_dim": contexts.pop(),
-        "attention_head_dim": heads if heads else [max(1, width // _HEAD) for width in widths],
-        "use_linear_projection": any(name.endswith(".proj_in.weight") and len(tensors[name].shape) == 2 for name in tensors),
+        "cross_attention_dim": size(tensors, *((name, 2, 1) for name in keys or ["attn2.to_k.weight"])),
+        "attention_head_dim": heads if heads else [max(1, _width(tensors, f"down_blocks.{block}") // _HEAD) for block in blocks],
+        "use_linear_projection": 2 * sum(len(tensors[name].shape) == 2 for name in projections) > len(projections),
     }
     if not regular:
         config["reverse_transformer_layers_per_block"] = [_one(each) or 1 for each in up]
     if "time_embedding.cond_proj.weight" in tensors:
-        config["time_cond_proj_dim"] = shape_of(tensors, "time_embedding.cond_proj.weight", 2)[1]
+        config["time_cond_proj_dim"] = size(tensors, ("time_embedding.cond_proj.weight", 2, 1))
     config |= added_embedding(tensors, "add_embedding.linear_1.weight", pooled=pooled, ids=ids)
+    check_fit(config, unet_weights(config), tensors)
     return config, tensors
 
 
 def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     """Return the config, except scaling_factor, and the weights of an autoencoder.
 
-    Raises ValueError if it is no AutoencoderKL.
+    Raises ValueError if it is no AutoencoderKL, Misfit.
     """
     blocks = children(tensors, "encoder.down_blocks")
-    counts = {len(children(tensors, f"encoder.down_blocks.{block}.resnets")) for block in blocks}
-    if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"encoder: {len(blocks)} down_blocks of {sorted(counts)} resnets: no AutoencoderKL")
-    quant = "quant_conv.weight" in tensors
-    return {
-        "in_channels": shape_of(tensors, "encoder.conv_in.weight", 4)[1],
-        "out_channels": shape_of(tensors, "decoder.conv_out.weight", 4)[0],
-        "latent_channels": shape_of(tensors, "quant_conv.weight" if quant else "encoder.conv_out.weight", 4)[0] // 2,
-        "block_out_channels": [
-            shape_of(tensors, f"encoder.down_blocks.{block}.resnets.0.conv2.weight", 4)[0] for block in blocks
-        ],
-        "layers_per_block": counts.pop(),
+    layers = max((len(children(tensors, f"encoder.down_blocks.{block}.resnets")) for block in blocks), default=0)
+    if not layers:
+        raise ValueError(f"encoder: {len(blocks)} down_blocks without resnets: no AutoencoderKL")
+    config = {
+        "in_channels": size(tensors, ("encoder.conv_in.weight", 4, 1), usual=3),
+        "out_channels": outputs(tensors, "decoder.conv_out", usual=3),
+        "latent_channels": outputs(tensors, "quant_conv", "encoder.conv_out") // 2,
+        "block_out_channels": [_width(tensors, f"encoder.down_blocks.{block}") for block in blocks],
+        "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * len(blocks),
         "up_block_types": ["UpDecoderBlock2D"] * len(blocks),
-        "use_quant_conv": quant,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "use_quant_conv": any(name.startswith("quant_conv.") for name in tensors),
+        "use_post_quant_conv": any(name.startswith("post_quant_conv.") for name in tensors),
         "mid_block_add_attention": any(name.startswith("encoder.mid_block.attentions.") for name in tensors),
-    }, tensors
+    }
+    check_fit(config, vae_weights(config), tensors, spellings=spellings)
+    return config, tensors
+
+
+def _width(tensors: Tensors, block: str) -> int:
+    """Return the channels of a block."""
+    resnets = [f"{block}.resnets.{layer}" for layer in children(tensors, f"{block}.resnets")]
+    return outputs(tensors, *(f"{resnet}.conv{k}" for resnet in resnets or [f"{block}.resnets.0"] for k in (1, 2)))
 
 
 def _depths(tensors: Tensors, block: str) -> list[int]:

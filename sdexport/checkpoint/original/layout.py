@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdexport.checkpoint.original import diffusers
-from sdexport.checkpoint.original.naming import Tensors, within
+from sdexport.checkpoint.original.naming import Misfit, Tensors, within
 from sdexport.checkpoint.original.standard import (
     ALL_STANDARDS,
     OTHERS,
@@ -79,14 +79,16 @@ def read_original(tensors: Tensors, metadata: Mapping[str, str], *, with_vae: bo
         try:
             configs[part], weights[part] = read(own, **settings)
         except ValueError as error:
-            faults.append(f"{part}: {error}")
+            faults.extend(f"{part}: {line}" for line in str(error).split("\n"))
+            if isinstance(error, Misfit):
+                configs[part] = error.config
 
     for encoder in standard.encoders:
         if encoder.layout == "clip":
-            take(encoder.part, encoder.prefix, read_clip, activation=encoder.activation)
+            take(encoder.part, encoder.prefix, read_clip, activation=encoder.activation, projected=encoder.projected)
         else:
             take(encoder.part, encoder.prefix, read_open_clip, projected=encoder.projected)
-    pooled = configs.get("text_encoder_2", {}).get("projection_dim")
+    pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0) if standard.pooled else None
     ids = SCORED if standard.settings.get(SCORE) else SIZES
     take(
         "unet",
@@ -158,6 +160,10 @@ def _standard(tensors: Tensors) -> Standard:
             _refuse(tensors, VARIANTS)
             return standard
     _refuse(tensors, OTHERS)
+    for standard in ALL_STANDARDS:  # without the sign, which is among the missing names then
+        prefixes = [standard.unet, *(encoder.prefix for encoder in standard.encoders)]
+        if all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes):
+            return standard
     if any(name.startswith(UNET) for name in tensors):
         signs = ", ".join(standard.encoders[-1].sign for standard in STANDARDS)
         raise ValueError(f"a UNet without a text encoder: none of {signs} is in the file: use a checkpoint of the whole model")

@@ -55,6 +55,11 @@ class Standard:
     vae: str = VAE
     of_diffusers: bool = False
 
+    @property
+    def pooled(self) -> bool:
+        """Whether the UNet takes a pooled text, that of the second text encoder."""
+        return any(encoder.projected for encoder in self.encoders)
+
     def in_diffusers_layout(self) -> Standard:
         """Return the same model with the names of diffusers, each behind that of its folder."""
         encoders = tuple(

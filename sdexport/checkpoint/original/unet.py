@@ -7,9 +7,22 @@ from the order of residual blocks, attentions and resamplers, so the names alone
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from sdexport.checkpoint.original.naming import Tensors, added_embedding, children, in_module, renamed, shape_of
+from sdexport.checkpoint.original.expected import unet_weights
+from sdexport.checkpoint.original.naming import (
+    Tensors,
+    added_embedding,
+    check_fit,
+    children,
+    in_module,
+    moved,
+    outputs,
+    renamed,
+    reverse,
+    size,
+)
 
 _HEAD = 64  # channels of an attention head, where their number is not fixed
 _OUTER = {
@@ -29,6 +42,8 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+_CONVS = ("in_layers.2", "out_layers.3")  # of a residual block, both as wide as the block
+_LATENT = 4  # channels
 _TRANSFORMER = re.compile(
     r"(norm|proj_in|proj_out|transformer_blocks\.\d+\.(norm[123]|attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2)))\.(weight|bias)"
 )
@@ -43,37 +58,39 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
         pooled: width of the pooled text embedding, of SDXL; None where there is none.
         ids: how many time ids it takes, of SDXL.
 
-    Raises ValueError for names and shapes that are no UNet of Stable Diffusion.
+    Raises ValueError for names and shapes that are no UNet of Stable Diffusion, Misfit with those that do not fit the others.
     """
     down, places = _down_blocks(tensors)
     up_depths = _up_blocks(tensors, places)
     middle = _middle(tensors, places)
-    widths = [shape_of(tensors, f"input_blocks.{block[-1]}.0.out_layers.3.weight", 4)[0] for block in down]
-    depths = [_depth(tensors, f"input_blocks.{block[-1]}.1") for block in down]
+    widths = [outputs(tensors, *(f"input_blocks.{layer}.0.{part}" for layer in block for part in _CONVS)) for block in down]
+    depths = [max(_depth(tensors, f"input_blocks.{layer}.1") for layer in block) for block in down]
     if up_depths != depths[::-1]:
         raise ValueError(f"the way up has {up_depths} transformer layers and the way down {depths}: not a known architecture")
-    contexts = {shape_of(tensors, name, 2)[1] for name in tensors if name.endswith(".attn2.to_k.weight")}
-    if len(contexts) != 1:
-        raise ValueError(f"attention takes texts of the widths {sorted(contexts)}: one is expected")
+    keys = [name for name in tensors if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
+    projections = [name for name in tensors if name.endswith(".1.proj_in.weight")]
     counts = [len(block) for block in down]
     layers = [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle or 1]  # the last block's number is the middle's too
     if len(deep := [depth for depth in depths if depth]) > 1 and {*deep, middle} == {middle}:
         layers = deep  # one number for all, also for blocks without attention
     config = {
-        "in_channels": shape_of(tensors, "input_blocks.0.0.weight", 4)[1],
-        "out_channels": shape_of(tensors, "out.2.weight", 4)[0],
+        "in_channels": size(tensors, ("input_blocks.0.0.weight", 4, 1), usual=_LATENT),
+        "out_channels": outputs(tensors, "out.2", usual=_LATENT),
         "block_out_channels": widths,
         "layers_per_block": counts[0] if len(set(counts)) == 1 else counts,
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
         "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up_depths],
         "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
-        "cross_attention_dim": contexts.pop(),
+        "cross_attention_dim": size(tensors, *((name, 2, 1) for name in keys or ["attn2.to_k.weight"])),
         "attention_head_dim": heads if heads else [max(1, width // _HEAD) for width in widths],
-        "use_linear_projection": any(name.endswith(".1.proj_in.weight") and len(tensors[name].shape) == 2 for name in tensors),
+        "use_linear_projection": 2 * sum(len(tensors[name].shape) == 2 for name in projections) > len(projections),
     }
     config |= added_embedding(tensors, "label_emb.0.0.weight", pooled=pooled, ids=ids)
-    return config, renamed(tensors, _OUTER | places, _inside)
+    places = _OUTER | places
+    weights, unknown = renamed(tensors, places, _inside)
+    check_fit(config, unet_weights(config), weights, unknown=unknown, old=lambda name: _old(name, places))
+    return config, weights
 
 
 def _down_blocks(tensors: Tensors) -> tuple[list[list[int]], dict[str, str]]:
@@ -82,7 +99,7 @@ def _down_blocks(tensors: Tensors) -> tuple[list[list[int]], dict[str, str]]:
     places: dict[str, str] = {}
     for index in children(tensors, "input_blocks")[1:]:
         block, here = len(blocks) - 1, f"input_blocks.{index}"
-        if f"{here}.0.op.weight" in tensors:
+        if _has(tensors, f"{here}.0.op"):
             places[f"{here}.0.op"] = f"down_blocks.{block}.downsamplers.0.conv"
             blocks.append([])
             continue
@@ -105,7 +122,7 @@ def _up_blocks(tensors: Tensors, places: dict[str, str]) -> list[int]:
         places[f"{here}.0"] = f"{block}.resnets.{layer}"
         places[f"{here}.1"] = f"{block}.attentions.{layer}"
         depths[-1].append(_depth(tensors, f"{here}.1"))
-        upsampler = next((child for child in (1, 2) if f"{here}.{child}.conv.weight" in tensors), None)
+        upsampler = next((child for child in (1, 2) if _has(tensors, f"{here}.{child}.conv")), None)
         if upsampler:
             places[f"{here}.{upsampler}.conv"] = f"{block}.upsamplers.0.conv"
     return [max(block) for block in depths]
@@ -120,6 +137,10 @@ def _middle(tensors: Tensors, places: dict[str, str]) -> int:
     return depth
 
 
+def _has(tensors: Tensors, module: str) -> bool:
+    return f"{module}.weight" in tensors or f"{module}.bias" in tensors
+
+
 def _depth(tensors: Tensors, attention: str) -> int:
     return len(children(tensors, f"{attention}.transformer_blocks"))
 
@@ -129,3 +150,12 @@ def _inside(place: str, rest: str) -> str | None:
     if ".attentions." in place:
         return rest if _TRANSFORMER.fullmatch(rest) else None
     return in_module(rest, _RESNET if ".resnets." in place else {})
+
+
+def _old(name: str, places: Mapping[str, str]) -> str:
+    """Return the original name of a weight, as far as its module is known."""
+
+    def inside(place: str, _: str, rest: str) -> str | None:
+        return rest if ".attentions." in place else in_module(rest, reverse(_RESNET) if ".resnets." in place else {})
+
+    return moved(name, reverse(places), inside) or name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sdexport.checkpoint.original.naming import Tensors, children, in_module, renamed, shape_of
+from sdexport.checkpoint.original.expected import vae_weights
+from sdexport.checkpoint.original.naming import Tensors, check_fit, children, in_module, moved, outputs, renamed, reverse, size
 
 _OUTER = {
     "quant_conv": "quant_conv",
@@ -21,7 +23,7 @@ def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
 
     `tensors`: by their original names, without the network's prefix.
 
-    Raises ValueError for names and shapes that are no AutoencoderKL.
+    Raises ValueError for names and shapes that are no AutoencoderKL, Misfit with those that do not fit the others.
     """
     levels = children(tensors, "encoder.down")
     places = dict(_OUTER)
@@ -36,31 +38,49 @@ def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
         places[f"{side}.mid.block_1"] = f"{side}.mid_block.resnets.0"
         places[f"{side}.mid.attn_1"] = f"{side}.mid_block.attentions.0"
         places[f"{side}.mid.block_2"] = f"{side}.mid_block.resnets.1"
-    counts = {len(children(tensors, f"encoder.down.{level}.block")) for level in levels}
-    if not levels or counts == {0} or len(counts) != 1:
-        raise ValueError(f"encoder.down: {len(levels)} levels of {sorted(counts)} residual blocks: no AutoencoderKL")
-    layers = counts.pop()
-    quant = "quant_conv.weight" in tensors
-    moments = shape_of(tensors, "quant_conv.weight" if quant else "encoder.conv_out.weight", 4)[0]
+    layers = {level: children(tensors, f"encoder.down.{level}.block") for level in levels}
+    if not levels or not any(layers.values()):
+        raise ValueError(f"encoder.down: {len(levels)} levels without residual blocks: no AutoencoderKL")
     config = {
-        "in_channels": shape_of(tensors, "encoder.conv_in.weight", 4)[1],
-        "out_channels": shape_of(tensors, "decoder.conv_out.weight", 4)[0],
-        "latent_channels": moments // 2,
-        "block_out_channels": [shape_of(tensors, f"encoder.down.{each}.block.0.conv2.weight", 4)[0] for each in levels],
-        "layers_per_block": layers,
+        "in_channels": size(tensors, ("encoder.conv_in.weight", 4, 1), usual=3),
+        "out_channels": outputs(tensors, "decoder.conv_out", usual=3),
+        "latent_channels": outputs(tensors, "quant_conv", "encoder.conv_out") // 2,
+        "block_out_channels": [
+            outputs(tensors, *(f"encoder.down.{level}.block.{layer}.conv{k}" for layer in blocks for k in (1, 2)))
+            for level, blocks in layers.items()
+        ],
+        "layers_per_block": max(map(len, layers.values())),
         "down_block_types": ["DownEncoderBlock2D"] * len(levels),
         "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "use_quant_conv": quant,
-        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "use_quant_conv": any(name.startswith("quant_conv.") for name in tensors),
+        "use_post_quant_conv": any(name.startswith("post_quant_conv.") for name in tensors),
     }
-    weights = renamed(tensors, places, _inside)
+    stored, unknown = renamed(tensors, places, _inside)
     # the original code multiplies by 1x1 convolutions where diffusers has matrices
-    return config, {
-        name: tensor.reshaped(tensor.shape[:2]) if ".attentions." in name and len(tensor.shape) == 4 else tensor
-        for name, tensor in weights.items()
+    weights = {
+        name: tensor.reshaped(tensor.shape[:2]) if ".attentions." in name and tensor.shape[2:] == (1, 1) else tensor
+        for name, tensor in stored.items()
     }
+    check_fit(
+        config,
+        vae_weights(config),
+        weights,
+        unknown=unknown,
+        old=lambda name: _old(name, places),
+        stored_shape=lambda name, shape: (*shape, 1, 1) if ".attentions." in name and len(shape) == 2 else shape,
+        file=tensors,
+    )
+    return config, weights
+
+
+def _old(name: str, places: Mapping[str, str]) -> str:
+    """Return the original name of a weight, as far as its module is known."""
+    return moved(name, reverse(places), lambda place, _, rest: in_module(rest, reverse(_parts(place)))) or name
 
 
 def _inside(place: str, rest: str) -> str | None:
-    parts = _ATTENTION if ".attentions." in place else _RESNET if ".resnets." in place else {}
-    return in_module(rest, parts)
+    return in_module(rest, _parts(place))
+
+
+def _parts(place: str) -> Mapping[str, str]:
+    return _ATTENTION if ".attentions." in place else _RESNET if ".resnets." in place else {}

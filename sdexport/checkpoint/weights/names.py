@@ -24,7 +24,7 @@ def match_weights(
     """
     matched, faults = {}, []
     for name, shape in shapes.items():
-        tensor = next((stored[other] for other in _spellings(name) if other in stored), None)
+        tensor = next((stored[other] for other in spellings(name) if other in stored), None)
         if tensor is None:
             faults.append(f"{name} is missing")
         elif tensor.shape != shape:
@@ -41,7 +41,8 @@ def match_weights(
     return matched
 
 
-def _spellings(name: str) -> Iterator[str]:
+def spellings(name: str) -> Iterator[str]:
+    """Yield the names under which a weight may be stored: its own first."""
     yield name
     yield name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else _PREFIX + name
     for new, old in _OLD_NAMES.items():

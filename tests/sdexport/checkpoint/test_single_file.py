@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from single_files import UNET, VAE, single_file_tensors, write_diffusers_file, w
 
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.checkpoint.original.diffusers import read_unet
+from sdexport.checkpoint.original.layout import read_original
 from sdexport.checkpoint.weights.names import match_weights
 from sdexport.checkpoint.weights.safetensors import read_header
 from sdexport.checkpoint.weights.torch_file.file import REFUSED_PICKLE
@@ -266,6 +268,76 @@ def test_every_unknown_and_every_missing_network_is_named_at_once(
     assert unet.startswith("unet: 25 unknown names: input_blocks.1.0.lora_0.weight, ")
     assert unet.endswith(" and 5 more")
     assert vae.startswith(f"vae: no tensor's name begins with {VAE}")
+
+
+def test_everything_that_is_missing_unknown_or_of_another_shape_is_one_error(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """All networks at once, by the names and the shapes of the file, which the config of the others still follows."""
+    tensors = tensors_of(tmp_path_factory, "sdxl")
+    second, block = "conditioner.embedders.1.model.", "transformer.resblocks.1."
+    for name in (
+        f"{UNET}input_blocks.0.0.weight",
+        f"{UNET}middle_block.1.transformer_blocks.2.attn2.to_k.weight",
+        f"{UNET}output_blocks.2.2.conv.bias",
+        f"{VAE}decoder.mid.attn_1.proj_out.bias",
+        f"{second}{block}mlp.c_fc.weight",
+        f"{second}text_projection",
+    ):
+        del tensors[name]
+    tensors |= {f"{UNET}extra.{k}.weight": np.zeros(1, np.float32) for k in range(21)} | {f"{VAE}extra": np.zeros(1, np.float32)}
+    tensors[f"{UNET}time_embed.2.bias"] = np.zeros(7, np.float32)
+    tensors[f"{VAE}encoder.mid.attn_1.q.weight"] = np.zeros((32, 31, 1, 1), np.float32)
+    tensors[f"{second}{block}attn.in_proj_weight"] = np.zeros((383, 128), np.float32)
+    tensors[f"{second}{block}attn.in_proj_bias"] = np.zeros(390, np.float32)
+    tensors["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"] = np.zeros((64, 1), np.float32)
+    told = faults(saved(tensors, tmp_path))
+    [extra] = [line for line in told if line.startswith("unet: 21 unknown names: ")]
+    assert extra.count("extra.") == 20
+    assert extra.endswith(" and 1 more")
+    assert [line for line in told if line != extra] == [
+        "text_encoder: 1 wrong shape: final_layer_norm.bias [64, 1], where [64] fits",
+        f"text_encoder_2: 2 missing names: {block}mlp.c_fc.weight, text_projection",
+        f"text_encoder_2: 2 wrong shapes: {block}attn.in_proj_weight [383, 128], where [384, 128] fits; "
+        f"{block}attn.in_proj_bias [390], where [384] fits",
+        "unet: 3 missing names: input_blocks.0.0.weight, middle_block.1.transformer_blocks.2.attn2.to_k.weight, "
+        "output_blocks.2.2.conv.bias",
+        "unet: 1 wrong shape: time_embed.2.bias [7], where [256] fits",
+        "vae: 1 unknown name: extra",
+        "vae: 1 missing name: decoder.mid.attn_1.proj_out.bias",
+        "vae: 1 wrong shape: encoder.mid.attn_1.q.weight [32, 31, 1, 1], where [32, 32, 1, 1] fits",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("named", "layout"),
+    [
+        ("sdxl", "original"),
+        ("sdxl", "diffusers"),
+        *(
+            pytest.param(named, layout, marks=pytest.mark.full)
+            for named in ("sd1", "sd2_v", "refiner")
+            for layout in ("original", "diffusers")
+        ),
+    ],
+)
+def test_each_tensor_that_is_missing_or_has_another_axis_is_named(
+    named: str, layout: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """And nothing else is, since the other tensors of the network say how large it is."""
+    folder = folder_of(tmp_path_factory, named)
+    path = file_of(tmp_path_factory, named) if layout == "original" else write_diffusers_file(folder, tmp_path / "a.safetensors")
+    tensors = read_header(path)
+    idle = ("position_ids", "logit_scale", "resblocks.2.", "model.text_projection")[: 4 if named == "sd2_v" else 2]
+    names = [name for name in tensors if not any(part in name for part in idle)]
+    for name in names[:: 2 if named == "sd1" else 9]:
+        tensor = tensors[name]
+        for changed, kind in ((None, "1 missing name: "), (replace(tensor, shape=(*tensor.shape, 1)), "1 wrong shape: ")):
+            others = {key: value for key, value in tensors.items() if key != name} | ({name: changed} if changed else {})
+            with pytest.raises(ValueError, match=f"^[a-z_2]+: {kind}") as caught:
+                read_original(others, V if named == "sd2_v" else {})
+            [line] = str(caught.value).split("\n")
+            assert name.endswith(line.partition(kind)[2].partition(" ")[0])
 
 
 @pytest.mark.parametrize(
