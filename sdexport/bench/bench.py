@@ -110,7 +110,7 @@ def bench(
         raise EnvironmentFault(f"{torches[0]} cannot run: {lacking}: pip install torch diffusers transformers")
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    size = settings.size or manifest.model.default_size[::-1]
+    size = settings.size or manifest.model.usual_size[::-1]
     settings.request(size)
     machine, busy = Machine.here(), processor.busy(LISTEN)
     with contextlib.ExitStack() as stack:

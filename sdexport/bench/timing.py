@@ -136,7 +136,7 @@ def feeds_of(component: ComponentSpec, dims: Mapping[str, int], factor: int) -> 
 
 def dims_of(engine: Engine, pipe: Pipeline, *, batch: int, guided: bool) -> dict[str, int]:
     """Return the dimensions of a call of this engine for `batch` images of the model's own size."""
-    size = pipe.model.default_size[::-1]
+    size = pipe.model.usual_size[::-1]
     return call_dims(engine.spec.component, engine.component, pipe.bundle.manifest, size, batch=batch, guided=guided)
 
 

@@ -37,7 +37,7 @@ from sdruntime.bundle.changes.staging import check_place, staging
 from sdruntime.bundle.records import read_json, record_from_json
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.building import build_engines
-from sdruntime.errors import BundleError
+from sdruntime.errors import BundleError, SettingError
 from sdruntime.system.events import finish, mapped
 from sdruntime.system.process import peak_memory
 from sdruntime.verification.verify import check_engine
@@ -95,7 +95,10 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             preview_vae="" if preview is None else str(preview.path),
         ),
     )
-    model_spec = dataclasses.replace(checkpoint.model, defaults=merged(checkpoint.model.defaults, options.defaults))
+    try:
+        model_spec = dataclasses.replace(checkpoint.model, defaults=merged(checkpoint.model.defaults, options.defaults))
+    except ValueError as error:
+        raise SettingError(str(error)) from error
     checkpoint = dataclasses.replace(checkpoint, model=model_spec)
     table = components(checkpoint)
     for request in options.engines:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdruntime.bundle.limits import MOST_GUIDANCE
+from sdruntime.bundle.limits import LARGEST_SIDE, MOST_GUIDANCE
 from sdruntime.sampling.table import MOST_STEPS
 from sdruntime.system.document import open_regular
 
 _LONGEST = 1 << 16  # bytes; the rest of a README is not read
+_CELL = 8  # pixels of a latent cell
 _PROMPTS = 8  # example prompts, at most
 _LETTERS = 500  # length of a prompt, at most
 
@@ -20,7 +21,8 @@ class Card:
     """The fields of a card that a bundle stores.
 
     `name` is the card's model_name, or that of its model-index. `license` is an SPDX identifier, the card's own id, or "unknown".
-    `prompts` are the examples of its widget; `steps` and `guidance` are those of its inference parameters, if they are valid.
+    `prompts` are the examples of its widget; `steps`, `guidance` and `size` (width, height) are those of its inference
+    parameters, if they are valid.
     """
 
     name: str = ""
@@ -28,6 +30,7 @@ class Card:
     prompts: tuple[str, ...] = ()
     steps: int | None = None
     guidance: float | None = None
+    size: tuple[int, int] | None = None
 
 
 def read_card(folder: Path) -> Card:
@@ -53,6 +56,7 @@ def read_card(folder: Path) -> Card:
         prompts=tuple(_prompts(data.get("widget"))),
         steps=_number(data.get("inference"), "num_inference_steps", int, 1, MOST_STEPS),
         guidance=_number(data.get("inference"), "guidance_scale", float, 0, MOST_GUIDANCE),
+        size=_size(data.get("inference")),
     )
 
 
@@ -63,6 +67,11 @@ def _number(inference: Any, name: str, kind: type, low: float, high: float) -> A
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not low <= value <= high:
         return None
     return kind(value)
+
+
+def _size(inference: Any) -> tuple[int, int] | None:
+    width, height = (_number(inference, side, int, _CELL, LARGEST_SIDE) for side in ("width", "height"))
+    return None if width is None or height is None or width % _CELL or height % _CELL else (width, height)
 
 
 def _prompts(widget: Any) -> list[str]:

@@ -1,14 +1,15 @@
-"""The settings that a checkpoint is made for: number of steps and guidance, from its configs and its model card."""
+"""The settings that a checkpoint is made for: number of steps, guidance and size, from its configs and its model card."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from sdexport.checkpoint.card import Card
 from sdruntime.bundle.model import NO_DEFAULTS, Defaults
 from sdruntime.errors import SettingError
+from sdruntime.system.sizes import parse_size
 
 _CONSISTENCY = Defaults(steps=4, guidance=8.5)  # of diffusers' LatentConsistencyModelPipeline
 _FEW_STEPS = Defaults(steps=4, guidance=1.0)
@@ -22,8 +23,8 @@ def defaults_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], card: Car
     A model card may name them. Otherwise, a UNet that takes the guidance as an input is a latent consistency model; the
     schedulers of LCM and TCD, and Euler's with trailing timesteps, are those of models distilled to few steps (SD-Turbo).
     """
-    if card.steps is not None or card.guidance is not None:
-        return Defaults(steps=card.steps, guidance=card.guidance), "the model card's inference parameters"
+    if card.steps is not None or card.guidance is not None or card.size is not None:
+        return Defaults(steps=card.steps, guidance=card.guidance, size=card.size), "the model card's inference parameters"
     if unet.get("time_cond_proj_dim") is not None:
         return _CONSISTENCY, "the UNet takes the guidance as an input (time_cond_proj_dim)"
     named = scheduler.get("_class_name")
@@ -36,8 +37,8 @@ def defaults_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], card: Car
 
 
 def parsed(text: str) -> Defaults:
-    """Return defaults from "steps=4,guidance=1,sampler=euler_a". Raises SettingError."""
-    kinds = {"steps": int, "guidance": float, "sampler": str}
+    """Return defaults from "steps=4,guidance=1,sampler=euler_a,size=768x512". Raises SettingError."""
+    kinds: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float, "sampler": str, "size": parse_size}
     values: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
@@ -45,6 +46,8 @@ def parsed(text: str) -> Defaults:
             raise SettingError(f"defaults {text!r}: expected {', '.join(f'{name}=…' for name in kinds)}; got {part!r}")
         try:
             values[name] = kinds[name](value)
+        except SettingError as error:
+            raise SettingError(f"defaults {text!r}: {error}") from error
         except ValueError as error:
             raise SettingError(f"defaults {text!r}: {name} {value!r} is not a number") from error
     try:

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 @overriding
 @click.option("--chunks", help="Chunks of 75 tokens in a prompt that the engines take: 1, or 1:3, or 1:1:3.")
 @click.option(
-    "--defaults", metavar="KEY=VALUE,…", help="What images are made with by default: steps=4,guidance=1,sampler=euler_a."
+    "--defaults",
+    metavar="KEY=VALUE,…",
+    help="What images are made with by default: steps=4,guidance=1,sampler=euler_a,size=768x512.",
 )
 @click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from pickles (.ckpt, .pt, .bin). Nothing in them is run.")

@@ -28,17 +28,23 @@ class LinearPreview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What the model's authors generate images with, for requests that do not say otherwise; None: nothing is known."""
+    """What the model's authors generate images with, for requests that do not say otherwise; None: nothing is known.
+
+    `size`: (width, height) in pixels, in place of the model's `default_size`.
+    """
 
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps {self.steps} is outside 1 to {MOST_STEPS:,}")
         if self.guidance is not None and not 0 <= self.guidance <= MOST_GUIDANCE:
             raise ValueError(f"guidance {self.guidance:g} is outside 0 to {MOST_GUIDANCE}")
+        if self.size is not None and not all(1 <= side <= LARGEST_SIDE for side in self.size):
+            raise ValueError(f"size {self.size[0]}x{self.size[1]} is outside 1 to {LARGEST_SIDE:,} pixels")
         if self.sampler is not None:
             try:
                 resolve(self.sampler)
@@ -46,9 +52,10 @@ class Defaults:
                 raise ValueError(str(error)) from error
 
     def __str__(self) -> str:
-        """Return what is known as text: "steps 4, guidance 1"."""
+        """Return what is known as text: "steps 4, guidance 1, size 768x512"."""
         guidance = None if self.guidance is None else f"{self.guidance:g}"
-        known = {"steps": self.steps, "guidance": guidance, "sampler": self.sampler}
+        size = None if self.size is None else "{}x{}".format(*self.size)
+        known = {"steps": self.steps, "guidance": guidance, "sampler": self.sampler, "size": size}
         return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
 
 
@@ -103,8 +110,15 @@ class ModelSpec:
             raise ValueError(f"size_step {self.size_step} is not a multiple of vae_factor {self.vae_factor}")
         if any(side < 1 or side % self.step for side in self.default_size):
             raise ValueError(f"default_size {self.default_size} is not a multiple of {self.step}")
+        if self.defaults.size is not None and any(side % self.step for side in self.defaults.size):
+            raise ValueError(f"defaults: size {self.defaults.size[0]}x{self.defaults.size[1]} is not a multiple of {self.step}")
         if max(self.default_size) > LARGEST_SIDE:
             raise ValueError(f"default_size {self.default_size}: a side is above {LARGEST_SIDE:,} pixels")
+
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """(height, width) of an image whose request leaves the size open."""
+        return self.defaults.size[::-1] if self.defaults.size else self.default_size
 
     @property
     def step(self) -> int:

@@ -107,7 +107,7 @@ def bundle_lines(bundle: Bundle, machine: Machine) -> Iterator[str]:
     yield f"{model.name}: {model.family}, {model.prediction_type}, {manifest.precision}, license {model.license}"
     if str(model.defaults):
         yield f"defaults: {model.defaults}"
-    yield f"images of {model.default_size[1]}x{model.default_size[0]} by default, in multiples of {model.step}"
+    yield f"images of {model.usual_size[1]}x{model.usual_size[0]} by default, in multiples of {model.step}"
     yield f"{len(manifest.files)} files, {sum(spec.size for spec in manifest.files.values()):,} bytes"
     for name, component in manifest.components.items():
         yield f"{name:<16}{sum(manifest.files[path].size for path in component.files):>16,} bytes of ONNX"

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("table", table, "print a sampler's table of coefficients; with --json, in full precision", bundle=False)
     sub.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")
     sub.add_argument("--config", type=Path, metavar="scheduler_config.json", help="use this file instead of a bundle")
-    sub.add_argument("--steps", type=int, default=20, help="number of denoising steps (20)")
+    sub.add_argument("--steps", type=int, help="number of denoising steps (the model's own, or 20)")
     sub.add_argument("--strength", type=float, help="strength of an image-to-image request")
     sampling(sub)
 

@@ -58,7 +58,7 @@ class Shapes:
         chunk. For others: every size from the smallest to four times the model's own side, 1 to 8 images, guidance on or off,
         and 1 to MOST_CHUNKS chunks. Raises SettingError.
         """
-        height, width = model.default_size
+        height, width = model.usual_size
         smallest = min(model.size_multiple, height, width)
         own = f"{width}x{height}"
         if size is None:

@@ -140,7 +140,7 @@ def _sizes(manifest: Manifest, engines: Iterable[EngineSpec]) -> Iterable[dict[s
     """Yield dimensions to compare at, fastest first: half the model's size, its own size, and what the engines were tuned for."""
     model, dimensions = manifest.model, manifest.components[UNET].dimensions
     for part in (2, 1):
-        height, width = (side // part for side in model.default_size)
+        height, width = (side // part for side in model.usual_size)
         if height % model.step == width % model.step == 0:
             cells = {"height": height // model.vae_factor, "width": width // model.vae_factor}
             known = {"batch": _ROWS, "sequence": manifest.text_length, **cells}

@@ -218,7 +218,7 @@ class JobFactory:
 
     def latent_shape(self, request: Request) -> Shape:
         """Return the shape of a request's latents in its first pass. Raises SettingError for an unsupported size."""
-        width, height = request.size or self._model.default_size[::-1]
+        width, height = request.size or self._model.usual_size[::-1]
         part = request.inpaints and request.mask_padding is not None  # the image may have any size
         image = f"the {'extended ' if any(request.extend) else ''}image is"
         if request.image_size is not None and request.fit is None and not part:

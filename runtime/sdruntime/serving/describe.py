@@ -28,7 +28,7 @@ def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
         "precision": manifest.precision,
         "components": {name: _engine_document(chosen.get(name)) for name in manifest.components},
         "sizes": {
-            "default": list(model.default_size[::-1]),
+            "default": list(model.usual_size[::-1]),
             "multiple": model.step,
             "engines": [
                 {side: [factor * low, factor * high] for side in ("width", "height") for low, _, high in [profile[side]]}

@@ -39,6 +39,7 @@ FEW = Defaults(steps=4, guidance=1.0)
         ({"time_cond_proj_dim": 256}, LCM, Card(), Defaults(steps=4, guidance=8.5)),
         (PLAIN, SDXL_TURBO, Card(steps=1, guidance=0.0), Defaults(steps=1, guidance=0.0)),
         (PLAIN, SD15, Card(guidance=5.0), Defaults(guidance=5.0)),
+        (PLAIN, SD15, Card(size=(768, 512)), Defaults(size=(768, 512))),
     ],
 )
 def test_defaults_follow_from_the_configs_and_the_card(unet: Any, scheduler: Any, card: Card, defaults: Defaults) -> None:
@@ -62,12 +63,15 @@ def test_chosen_defaults_replace_those_of_the_checkpoint() -> None:
     assert merged(FEW, parsed("steps=8")) == Defaults(steps=8, guidance=1.0)
     assert merged(FEW, parsed("guidance=0")) == Defaults(steps=4, guidance=0.0)
     assert str(merged(FEW, parsed("sampler=lcm"))) == "steps 4, guidance 1, sampler lcm"
+    assert str(merged(FEW, parsed("size=768x512"))) == "steps 4, guidance 1, size 768x512"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps", "expected steps=…, guidance=…, sampler=…; got 'steps'"),
+        ("steps", "expected steps=…, guidance=…, sampler=…, size=…; got 'steps'"),
+        ("size=512", "size '512': expected WIDTHxHEIGHT"),
+        ("size=0x512", "size 0x512 is outside 1 to 16,384 pixels"),
         ("speed=3", "got 'speed=3'"),
         ("steps=four", "steps 'four' is not a number"),
         ("steps=0", "steps 0 is outside 1 to 1,000"),
@@ -93,9 +97,11 @@ def test_a_checkpoint_has_its_defaults_and_says_why(sd1_checkpoint: Path, tmp_pa
     [line] = [line for line in checkpoint.changes if line.startswith("defaults")]
     assert line.startswith("defaults: steps 4, guidance 1: EulerAncestralDiscreteScheduler with trailing timesteps")
     (folder / "README.md").write_text(
-        "---\ninference:\n  parameters:\n    num_inference_steps: 1\n    guidance_scale: 0\n---\n# x\n"
+        "---\ninference:\n  parameters: {num_inference_steps: 1, guidance_scale: 0, width: 96, height: 64}\n---\n# x\n"
     )
-    assert read_checkpoint(folder, name="tiny").model.defaults == Defaults(steps=1, guidance=0.0)
+    model = read_checkpoint(folder, name="tiny").model
+    assert model.defaults == Defaults(steps=1, guidance=0.0, size=(96, 64))
+    assert model.usual_size == (64, 96)
     (folder / "README.md").write_text(
         "---\ninference:\n  parameters:\n    num_inference_steps: many\n    guidance_scale: -3\n---\n"
     )

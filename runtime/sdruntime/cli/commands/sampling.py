@@ -16,6 +16,7 @@ def table(options: argparse.Namespace) -> None:
     import numpy as np
 
     from sdruntime.bundle.bundle import Bundle
+    from sdruntime.bundle.model import NO_DEFAULTS
     from sdruntime.bundle.records import read_json
     from sdruntime.pipeline.requests.ranges import sigmas_of, steps_beside
     from sdruntime.sampling.compile import compile_table
@@ -25,6 +26,7 @@ def table(options: argparse.Namespace) -> None:
 
     if (options.bundle is None) == (options.config is None):
         raise SettingError("table: give BUNDLE or --config scheduler_config.json, not both")
+    defaults = NO_DEFAULTS
     if options.config is not None:
         try:
             config = read_json(options.config)
@@ -33,11 +35,13 @@ def table(options: argparse.Namespace) -> None:
     else:
         bundle = Bundle.open(options.bundle)
         config = {**bundle.read_json("scheduler/scheduler_config.json"), FAMILY: bundle.manifest.model.family}
+        defaults = bundle.manifest.model.defaults
     settings = sampler_options(options)
     check_options(settings)
-    named = {"sampler": options.sampler, "schedule": options.schedule, **settings}
+    named = {"sampler": options.sampler or defaults.sampler, "schedule": options.schedule, **settings}
     sigmas = None if options.sigmas is None else sigmas_of(options.sigmas)
-    steps = steps_beside(sigmas, options.steps)
+    own = defaults.steps if sigmas is None else None
+    steps = steps_beside(sigmas, own if options.steps is None else options.steps)
     compiled = compile_table(config, steps=steps, sigmas=sigmas, strength=options.strength, **named)
     if line := meaning(config, **named):
         options.progress.note(line)

@@ -7,16 +7,19 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from places import FIXTURE
 
 from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.model import Defaults
+from sdruntime.engines.shapes import Shapes
 from sdruntime.errors import BundleError
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.serving.batcher import Batcher
+from sdruntime.serving.describe import pipeline_document
 
 FEW = Defaults(steps=3, guidance=1.0, sampler="euler_a")
 
@@ -70,10 +73,39 @@ def test_the_command_line_uses_and_shows_them(turbo: Path, tmp_path: Path, capsy
     assert "defaults: steps 3, guidance 1, sampler euler_a" in capsys.readouterr().out
 
 
+def test_a_default_size_counts_where_the_request_names_none(small_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_bundle, tmp_path / "wide"))
+    document = json.loads((folder / "manifest.json").read_text())
+    document["model"]["defaults"] = {"steps": 1, "size": [128, 64]}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    with Pipeline.open(folder) as pipe:
+        wide = pipe("a cat", seed=1).images[0]
+        assert wide.size == (128, 64)
+        assert (pipe("a cat", seed=1, size=(128, 64)).images[0].pixels == wide.pixels).all()
+        assert pipe("a cat", image=np.zeros((64, 64, 3), np.uint8), strength=1.0).images[0].size == (64, 64)
+        assert pipeline_document(pipe)["sizes"]["default"] == [128, 64]
+        assert Shapes.parse(pipe.model, static=True).sizes == (((128, 64),) * 3,)
+
+
+def test_a_table_is_that_of_the_defaults(turbo: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = []
+    for arguments in (
+        [str(turbo)],
+        [str(small_bundle), "--steps", "3", "--sampler", "euler_a"],
+        [str(turbo), "--steps", "5", "--sampler", "ddim"],
+        [str(small_bundle), "--steps", "5", "--sampler", "ddim"],
+    ):
+        assert main(["table", *arguments, "--json"]) == 0
+        tables.append(json.loads(capsys.readouterr().out)["table"])
+    assert tables[0] == tables[1] != tables[2] == tables[3]
+    assert main(["table", str(turbo), "--sigmas", "9,4,0", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["table"]["t"]) == 2
+
+
 def test_a_manifest_without_defaults_has_none_and_wrong_ones_are_faults(turbo: Path) -> None:
     assert Bundle.open(FIXTURE).manifest.model.defaults == Defaults()
     path = turbo / "manifest.json"
-    for wrong in ({"steps": 0}, {"guidance": -1.0}, {"sampler": "quux"}, {"speed": 1}):
+    for wrong in ({"steps": 0}, {"guidance": -1.0}, {"sampler": "quux"}, {"size": [65, 64]}, {"size": [64]}, {"speed": 1}):
         document = json.loads(path.read_text())
         document["model"]["defaults"] = wrong
         path.write_text(json.dumps(document))
