@@ -1,8 +1,10 @@
-"""A mask, and the settings that have no field of their own: the image equals Python's byte for byte."""
+"""A mask, a depth map, and the settings that have no field of their own: the image equals Python's byte for byte."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from capi.building import HERE, ROOT, Library, run
 
 from sdruntime import Pipeline, Request
+from sdruntime.engines.building import BuildRequest, build_engines
 
 PROMPT, SEED = "a red cat", 7
 MASKED: dict[str, Any] = {"mask_blur": 1.5, "mask_fill": "zeros", "overlay": True, "image_guidance": 2}
@@ -41,7 +44,8 @@ for name, settings in json.loads(sys.argv[7]).items():
     result = lib.result(job)
     images[name] = np.frombuffer(lib.rgb(job), np.uint8).reshape(result.height, result.width, 3)
 np.savez(sys.argv[5], **images)
-for wrong in ({"settings": '{"steps": 3}'}, {"settings": "[]"}, {"mask": wide.ctypes.data}, part | {"mask_stride": 3}):
+deep, mask_alone = {"depth": wide.ctypes.data}, {"mask": wide.ctypes.data}
+for wrong in (deep, part | deep, {"settings": '{"steps": 3}'}, {"settings": "[]"}, mask_alone, part | {"mask_stride": 3}):
     try:
         lib.submit(runtime, **common, **wrong)
     except Failed as failed:
@@ -79,10 +83,82 @@ def test_a_mask_and_further_settings(library: Library, bundle: Path, tmp_path: P
     assert found["padded"].shape == image.shape
     assert found["larger"].shape == tuple(2 * side for side in pipe.model.default_size) + (3,)
     lines = printed.splitlines()
-    assert lines[:4] == [
+    assert lines[:6] == [
+        "2 depth: it is that of an image: set image too",
+        "2 depth of 0x0: expected width and height from 1 to 16384",
         '2 settings: "steps" is not accepted here: set its field in sdr_job_params',
         "2 settings: expected a JSON object",
         "2 mask: it marks a part of an image: set image too",
         "2 mask_stride 3 is less than the 128 bytes of a row",
     ]
-    assert "mask_blurr" in lines[4]
+    assert "mask_blurr" in lines[6]
+
+
+DEEP = """
+import ctypes, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from capi.binding import Library
+
+lib = Library(sys.argv[2])
+given = np.load(sys.argv[4])
+image, depth = given["image"], np.zeros((7, 16), np.uint8)
+depth[:, :9] = given["depth"]
+runtime = lib.open(bundle=sys.argv[3], threads=1, isolation=int(sys.argv[6]))
+job = lib.submit(
+    runtime,
+    prompt="a red cat",
+    seed=7,
+    steps=3,
+    **{"image": image.ctypes.data, "image_width": image.shape[1], "image_height": image.shape[0], "strength": 0.8},
+    **{"depth": depth.ctypes.data, "depth_width": 9, "depth_height": 7, "depth_stride": 16},
+)
+lib.wait(job)
+result = lib.result(job)
+np.save(sys.argv[5], np.frombuffer(lib.rgb(job), np.uint8).reshape(result.height, result.width, 3))
+lib.close(runtime)
+"""
+
+
+@pytest.mark.parametrize("isolation", [0, 1])
+def test_a_depth_map_of_any_size(library: Library, bundle: Path, tmp_path: Path, isolation: int) -> None:
+    """The UNet adds the depth to its latents here."""
+    folder = with_depth(Path(shutil.copytree(bundle, tmp_path / "bundle")))
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    depth = random.integers(0, 256, (7, 9), dtype=np.uint8)
+    np.savez(tmp_path / "given.npz", image=image, depth=depth)
+    run(
+        *(sys.executable, "-c", DEEP, HERE.parent, library.folder / "libsdruntime.so", folder, tmp_path / "given.npz"),
+        *(tmp_path / "found.npy", str(isolation)),
+        env={"SDRUNTIME_PYTHON": sys.prefix if isolation else "", "PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"},
+    )
+    with Pipeline.open(folder) as pipe:
+        common: dict[str, Any] = {"prompt": PROMPT, "seed": SEED, "steps": 3, "image": image, "strength": 0.8}
+        expected, other = (pipe([Request(**common, depth=each)]).pixels[0] for each in (depth, depth[::-1]))
+    np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
+    assert (expected != other).any()
+
+
+def with_depth(folder: Path) -> Path:
+    """Give the UNet of a bundle an input `depth`, which is added to the latents, and build its engines again."""
+    onnx = pytest.importorskip("onnx")
+    path = folder / "unet" / "model.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        node.input[:] = ["deep_sample" if name == "sample" else name for name in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node("Add", ["sample", "depth"], ["deep_sample"]))
+    dims = ["batch", 1, "height", "width"]
+    model.graph.input.append(onnx.helper.make_tensor_value_info("depth", onnx.TensorProto.FLOAT, dims))
+    path.write_bytes(model.SerializeToString())
+    manifest = folder / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["engines"] = []
+    document["components"]["unet"]["inputs"].append({"name": "depth", "dtype": "float32", "shape": dims})
+    written = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    document["files"] = {name: file for name, file in document["files"].items() if not name.startswith("engines/")}
+    document["files"]["unet/model.onnx"] = written
+    manifest.write_text(json.dumps(document))
+    for _ in build_engines(folder, BuildRequest(backend="onnxruntime")):
+        pass
+    return folder

@@ -215,6 +215,8 @@ def test_a_blob_that_nobody_expects_is_skipped_and_not_kept() -> None:
         ({"op": "submit", "job": 1, "request": {"prompt": "a"}}, 0),
         ({"op": "submit", "job": 1, "request": {"prompt": "a"}, "image": [64, 32]}, 64 * 32 * 3),
         ({"op": "submit", "job": 1, "request": {"prompt": "a"}, "image": [2**63, 2**63]}, 0),
+        ({"op": "submit", "job": 1, "request": {"prompt": "a"}, "image": [4, 2], "mask": True, "depth": [3, 5]}, 4 * 2 * 4 + 15),
+        ({"op": "submit", "job": 1, "request": {"prompt": "a"}, "image": [4, 2], "depth": [3, 2**63]}, 0),
         ({"op": "submit", "job": 1, "image": [64, 32]}, 0),
         ({"op": "cancel", "job": 1}, 0),
         ([], 0),

@@ -58,7 +58,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMessage:
-    """A Request without its image and mask.
+    """A Request without its image, mask and depth map.
 
     `width` and `height` in pixels, both or neither. `seed`, `variation_seed`: null for a random one.
     """
@@ -112,8 +112,8 @@ class RequestMessage:
             return secrets.randbelow(2**32)
         return self.variation_seed or 0
 
-    def request(self, image: Array | None, mask: Array | None = None) -> Request:
-        """Return the Request with this start image, uint8 [H, W, 3], and mask, uint8 [H, W]. Raises SettingError."""
+    def request(self, image: Array | None, mask: Array | None = None, depth: Array | None = None) -> Request:
+        """Return the Request with this start image, uint8 [H, W, 3], mask and depth map, uint8 [H, W]. Raises SettingError."""
         return Request(
             prompt=self.prompt,
             negative=self.negative,
@@ -129,6 +129,7 @@ class RequestMessage:
             size=None if self.width is None or self.height is None else (self.width, self.height),
             image=image,
             mask=mask,
+            depth=depth,
             strength=self.strength,
             options=self.options,
             prompt_2=self.prompt_2,
@@ -163,7 +164,8 @@ class Submit:
     """Submit a job.
 
     `image`: (width, height) of the start image, whose rows are the blob. `mask`: the blob goes on with a mask of that size, 8
-    bits of gray for a pixel. `device_buffer`: the address of the caller's buffer of `device_buffer_size` bytes on the engines'
+    bits of gray for a pixel. `depth`: (width, height) of a depth map with which the blob ends, as large, brighter where it is
+    nearer. `device_buffer`: the address of the caller's buffer of `device_buffer_size` bytes on the engines'
     GPU. The image's rows are also copied there on the engines' stream, after rounding to uint8 on the host; the copy is complete
     when "done" is sent.
     """
@@ -175,12 +177,15 @@ class Submit:
     png: bool = False
     image: tuple[int, int] | None = None
     mask: bool = False
+    depth: tuple[int, int] | None = None
     device_buffer: int | None = None
     device_buffer_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.mask and self.image is None:
             raise ValueError("mask: it marks a part of an image: send the image too")
+        if self.depth is not None and self.image is None:
+            raise ValueError("depth: it is that of an image: send the image too")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

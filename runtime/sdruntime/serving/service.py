@@ -4,7 +4,8 @@ A message is a JSON object in UTF-8, some with a blob of bytes. From the host:
 
     {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.OpenOptions`
     {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows,
-                                                                and with "mask": true the mask, rows of 8 bits of gray
+                                                                and with "mask": true the mask, rows of 8 bits of gray,
+                                                                and with "depth": [W, H] the depth map, of these sides
     {"op": "cancel", "job": ID}                                 no effect on a finished job
     {"op": "close"}                                             cancels all unfinished jobs; answered by "closed", the last event
 
@@ -141,7 +142,7 @@ class Service:
         self._send({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
 
     def _submit(self, message: Submit, blob: bytes | memoryview | None, size: int) -> None:
-        request = message.request.request(*_start_image(message, blob, size))
+        request = message.request.request(*_images(message, blob, size))
         with self._lock:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
@@ -265,31 +266,45 @@ def _traceback(error: BaseException) -> str:
 
 
 def blob_bytes(message: bytes) -> int:
-    """Return how many bytes a message's blob may have: those of its image and mask, or 0, so that no other blob is read."""
+    """Return how many bytes a message's blob may have: those of its images, or 0, so that no other blob is read."""
     try:
         parsed = message_from_json(_document(message))
     except SettingError:
         return 0
-    width, height = (parsed.image if isinstance(parsed, Submit) else None) or (0, 0)
-    if not (isinstance(parsed, Submit) and 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
+    if not isinstance(parsed, Submit) or parsed.image is None:
         return 0
-    return (4 if parsed.mask else 3) * width * height
+    sizes = [side for size in (parsed.image, parsed.depth) if size is not None for side in size]
+    return _bytes_of(parsed) if all(0 < side <= LARGEST_SIDE for side in sizes) else 0
 
 
-def _start_image(message: Submit, blob: bytes | memoryview | None, size: int) -> tuple[Array | None, Array | None]:
-    """Return the start image, uint8 [H, W, 3], and the mask, uint8 [H, W]. Raises SettingError if the blob has another size."""
-    width, height = message.image or (0, 0)
-    if message.image is not None and (width < 1 or height < 1):
-        raise SettingError(f"image {width}x{height}: expected its width and height in pixels")
-    rows = 3 * width * height
-    expected, what = (rows + width * height, "RGB8 rows and a mask of 8 bits") if message.mask else (rows, "RGB8 rows")
+def _bytes_of(message: Submit) -> int:
+    (width, height), (across, down) = message.image or (0, 0), message.depth or (0, 0)
+    return (4 if message.mask else 3) * width * height + across * down
+
+
+def _images(message: Submit, blob: bytes | memoryview | None, size: int) -> tuple[Array | None, Array | None, Array | None]:
+    """Return the start image, uint8 [H, W, 3], the mask and the depth map, uint8 [H, W].
+
+    Raises SettingError if the blob has another size.
+    """
+    (width, height), (across, down) = message.image or (0, 0), message.depth or (0, 0)
+    for name, sides in (("image", message.image), ("depth", message.depth)):
+        if sides is not None and min(sides) < 1:
+            raise SettingError(f"{name} {sides[0]}x{sides[1]}: expected its width and height in pixels")
+    expected = _bytes_of(message)
     if size != expected:
+        parts = ["RGB8 rows", *["a mask of 8 bits"] * message.mask, *[f"a depth map of {across}x{down}"] * (across > 0)]
+        what = " and ".join(parts)
         raise SettingError(f"image {width}x{height}: expected {expected:,} bytes of {what} in the blob, got {size:,}")
     if blob is None or not size:
-        return None, None
+        return None, None, None
     numbers = np.frombuffer(blob, np.uint8).copy()
-    mask = numbers[rows:].reshape(height, width) if message.mask else None
-    return numbers[:rows].reshape(height, width, 3), mask
+    image, mask, depth = np.split(numbers, [3 * width * height, expected - across * down])
+    return (
+        image.reshape(height, width, 3),
+        mask.reshape(height, width) if message.mask else None,
+        depth.reshape(down, across) if message.depth else None,
+    )
 
 
 def _check_buffer(pipe: Pipeline, message: Submit, request: Request, *, apart: bool) -> None:

@@ -205,6 +205,12 @@ def test_a_full_queue(host: Host, folder: Path) -> None:
         ({"image": [64]}, "image: expected 2 items, got 1"),
         ({"mask": True}, "mask: it marks a part of an image: send the image too"),
         ({"image": [64, 64], "mask": True}, "image 64x64: expected 16,384 bytes of RGB8 rows and a mask of 8 bits in the blob"),
+        ({"depth": [4, 4]}, "depth: it is that of an image: send the image too"),
+        ({"image": [64, 64], "depth": [4, 0]}, "depth 4x0: expected its width and height in pixels"),
+        (
+            {"image": [64, 64], "mask": True, "depth": [4, 5]},
+            "image 64x64: expected 16,404 bytes of RGB8 rows and a mask of 8 bits and a depth map of 4x5 in the blob, got 0",
+        ),
         ({"previw": True}, "previw: unknown key; did you mean preview?"),
         ({"device_buffer": 4096, "device_buffer_size": 1 << 20}, "device_buffer of job 1"),
     ],

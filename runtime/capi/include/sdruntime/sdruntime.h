@@ -62,7 +62,7 @@ extern "C" {
 
 /* The major number changes when programs must be recompiled, the minor number when something is added. */
 #define SDR_ABI_MAJOR 1
-#define SDR_ABI_MINOR 1
+#define SDR_ABI_MINOR 2
 
 /* Return the version of the loaded library, in the format of SDR_VERSION. The string is static. */
 SDR_API const char *sdr_version(void);
@@ -258,6 +258,11 @@ typedef struct sdr_job_params {
     size_t mask_stride;   /* bytes between the beginnings of two rows; 0: image_width */
     const char *settings; /* other settings of a Request as a JSON object, such as {"hires": 2, "mask_blur": 4}; NULL: none */
     int32_t model_defaults; /* true: ignore `steps` and `guidance`: those of the model, or of `settings`, where it names them */
+    /* since ABI 1.2 */
+    const uint8_t *depth; /* for models with depth: how near each part of `image` is: rows of 8 bits of gray, white is near */
+    int32_t depth_width;  /* the depth map is resized to the image */
+    int32_t depth_height;
+    size_t depth_stride; /* bytes between the beginnings of two rows; 0: depth_width */
 } sdr_job_params;
 
 /* Set every field to its default. `struct_size` is sizeof(sdr_job_params). Does nothing if `params` is NULL. */

@@ -117,7 +117,7 @@ Json::Object request_of(const sdr_job_params &params) {
     const Json rare = params.settings ? object_of(params.settings, "settings") : Json(Json::Object());
     for (const auto &[key, value] : rare.object()) {
         for (const char *field : {"prompt", "negative", "seed", "steps", "sampler", "schedule", "guidance", "rescale", "width",
-                                  "height", "strength", "options", "image", "mask"})
+                                  "height", "strength", "options", "image", "mask", "depth"})
             if (key == field && !(params.model_defaults && (key == "steps" || key == "guidance")))
                 throw bad("settings: \"" + key + "\" is not accepted here: set its field in sdr_job_params");
         request.emplace_back(key, value);
@@ -126,6 +126,12 @@ Json::Object request_of(const sdr_job_params &params) {
 }
 
 namespace {
+
+void check_sides(int32_t width, int32_t height, const char *field) {
+    if (width <= 0 || height <= 0 || width > LARGEST_SIDE || height > LARGEST_SIDE)
+        throw bad(std::string(field) + " of " + std::to_string(width) + "x" + std::to_string(height) +
+                  ": expected width and height from 1 to " + std::to_string(LARGEST_SIDE));
+}
 
 // Copy rows of `row` bytes without the gaps between them.
 void copy_rows(std::vector<uint8_t> &bytes, const uint8_t *first, size_t row, size_t stride, int32_t height, const char *field) {
@@ -143,16 +149,18 @@ void copy_rows(std::vector<uint8_t> &bytes, const uint8_t *first, size_t row, si
 
 Blob image_of(const sdr_job_params &params) {
     if (!params.image && params.mask) throw bad("mask: it marks a part of an image: set image too");
+    if (!params.image && params.depth) throw bad("depth: it is that of an image: set image too");
     if (!params.image) return {};
     const int32_t width = params.image_width, height = params.image_height;
-    if (width <= 0 || height <= 0 || width > LARGEST_SIDE || height > LARGEST_SIDE)
-        throw bad("image of " + std::to_string(width) + "x" + std::to_string(height) + ": expected width and height from 1 to " +
-                  std::to_string(LARGEST_SIDE));
-    const auto row = static_cast<size_t>(width);
+    check_sides(width, height, "image");
+    if (params.depth) check_sides(params.depth_width, params.depth_height, "depth");
+    const auto row = static_cast<size_t>(width), depth_row = static_cast<size_t>(params.depth ? params.depth_width : 0);
     std::vector<uint8_t> bytes;
-    bytes.reserve((params.mask ? 4 : 3) * row * static_cast<size_t>(height));
+    bytes.reserve((params.mask ? 4 : 3) * row * static_cast<size_t>(height) +
+                  depth_row * static_cast<size_t>(params.depth ? params.depth_height : 0));
     copy_rows(bytes, params.image, 3 * row, params.image_stride, height, "image_stride");
     if (params.mask) copy_rows(bytes, params.mask, row, params.mask_stride, height, "mask_stride");
+    if (params.depth) copy_rows(bytes, params.depth, depth_row, params.depth_stride, params.depth_height, "depth_stride");
     return Blob(std::move(bytes));
 }
 

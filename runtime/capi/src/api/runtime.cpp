@@ -163,6 +163,7 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
     Blob image = image_of(params);
     if (image.size()) message.emplace_back("image", Json::Array{params.image_width, params.image_height});
     if (params.mask) message.emplace_back("mask", true);
+    if (params.depth) message.emplace_back("depth", Json::Array{params.depth_width, params.depth_height});
     if (params.device_buffer) {
         if (isolation_ == SDR_ISOLATION_PROCESS)
             throw usage(SDR_REASON_UNSUPPORTED,
