@@ -13,7 +13,7 @@ from places import ROOT
 from sdruntime.backends.registry import BACKENDS
 
 ORDER = {
-    "sdruntime": "errors arrays system sampling bundle backends engines pipeline serving verification cli __main__",
+    "sdruntime": "errors arrays system sampling bundle adapters backends engines pipeline serving verification cli __main__",
     "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
     "sdruntime.sampling": (
         "noise_schedule schedules grids prediction samplers own_sigmas table compile executor noise guidance kept job"
@@ -27,6 +27,7 @@ ORDER = {
         "roles limits audit records dimensions model manifest tasks interface sampler_step lending bundle changes"
     ),
     "sdruntime.bundle.changes": "lock change staging",
+    "sdruntime.adapters": "safetensors kinds names file lora base sets describe",
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building engine feeds subpixel session backend",
     "sdruntime.backends.onnx_file": "wire external graph",
@@ -44,7 +45,7 @@ ORDER = {
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
-    "sdruntime.cli.commands": "build capi inspect verify generate sampling",
+    "sdruntime.cli.commands": "build capi inspect lora verify generate sampling",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original overrides "
     "checkpoint",

@@ -1,14 +1,12 @@
-"""Read safetensors files: check the header, then read tensors one by one.
+"""The tensors of safetensors files, read one by one.
 
-The format: eight bytes of header length (little endian), the header as JSON {name: {dtype, shape, data_offsets}}, then the data,
-which the tensors cover without gaps or overlaps.
+`sdruntime.adapters.safetensors` describes the format and checks the header.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,24 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdexport.errors import ExportError
-from sdruntime.bundle.records import json_from_text
+from sdruntime.adapters.safetensors import header_of
 from sdruntime.system.document import open_regular
 
 Array = NDArray[Any]
 
-# bits per element; types that cannot be exported are listed too, so that they are not reported as damage
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-BITS |= {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64}
-BITS |= {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 # safetensors name -> name in NumPy or ml_dtypes
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
-LONGEST_HEADER = 16 << 20  # bytes. SDXL's has 230 kB
-MOST_TENSORS = 50_000  # SDXL's UNet has 1,680
-MOST_AXES, LARGEST_AXIS = 8, 1 << 40
-
-_METADATA = "__metadata__"
 _WEIGHT, _SCALE = ".weight", ".scale_weight"
 # tensors that do not change a scaled float8 weight: the scale of the layer's input, for products in float8
 _HARMLESS = (".scale_input",)
@@ -107,38 +96,13 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
 
     Raises ValueError as `read_header` does.
     """
-    header, start, total = _header(path)
-    metadata = header.pop(_METADATA, None)
-    try:
-        if len(header) > MOST_TENSORS:
-            raise ValueError(f"{len(header):,} tensors, more than the {MOST_TENSORS:,} that are read")
-        tensors = {name: _stored(path, name, start, entry) for name, entry in header.items()}
-        end = _checked_end(tensors, start)
-    except ValueError as error:
-        raise ValueError(f"the safetensors header is damaged ({error})") from None
-    if end != total:
-        raise ValueError(f"{total:,} bytes, but its header requires {end:,}: cut off, or damaged; download it again")
-    entries = metadata.items() if isinstance(metadata, dict) else ()
-    return tensors, {key: value for key, value in entries if isinstance(value, str)}
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return a file's header, the offset of its data, and its size."""
     with open_regular(path) as file:
-        total = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > total - 8:
-            raise ValueError(f"not a whole safetensors file ({total:,} bytes)")
-        if length > LONGEST_HEADER:
-            raise ValueError(f"the safetensors header has {length:,} bytes, more than the {LONGEST_HEADER:,} that are read")
-        text = file.read(length)
-    try:
-        header = json_from_text(text.decode("utf-8"))
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        raise ValueError(f"the safetensors header is damaged ({error})") from None
-    return header, 8 + length, total
+        header = header_of(file)
+    tensors = {
+        name: StoredTensor(file=path, dtype=extent.dtype, shape=extent.shape, offset=extent.offset, size=extent.size)
+        for name, extent in header.tensors.items()
+    }
+    return tensors, dict(header.metadata)
 
 
 def is_regular(path: Path) -> bool:
@@ -171,41 +135,6 @@ def with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         elif owner in float8:
             raise ValueError(f"{name:.60}: float8 weights with scales of this layout are not supported")
     return tensors
-
-
-def _stored(path: Path, name: str, start: int, entry: Any) -> StoredTensor:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name:.60}: expected dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{name:.60}: unknown dtype {dtype!r:.40}")
-    if not _are_sizes(shape) or len(shape) > MOST_AXES:
-        raise ValueError(f"{name:.60}: invalid shape {shape!r:.40}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name:.60}: invalid data_offsets {offsets!r:.40}")
-    first, last = offsets
-    if (last - first) * 8 != math.prod(shape) * BITS[dtype]:
-        raise ValueError(f"{name:.60}: {last - first} bytes do not fit the shape {shape!r:.40} of {dtype}")
-    return StoredTensor(file=path, dtype=dtype, shape=tuple(shape), offset=start + first, size=last - first)
-
-
-def _are_sizes(sizes: Any) -> bool:
-    return isinstance(sizes, list) and all(type(size) is int and 0 <= size <= LARGEST_AXIS for size in sizes)
-
-
-def _checked_end(tensors: Mapping[str, StoredTensor], start: int) -> int:
-    """Return the offset at which the last tensor ends. Raises ValueError if tensors overlap or leave a gap."""
-    end = start
-    for name, tensor in sorted(tensors.items(), key=_place):
-        if tensor.offset != end:
-            fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
-            raise ValueError(f"{name:.60}: {fault}")
-        end += tensor.size
-    return end
-
-
-def _place(item: tuple[str, StoredTensor]) -> tuple[int, int]:
-    return item[1].offset, item[1].size
 
 
 def merge_shards(files: Iterable[tuple[Path, Mapping[str, StoredTensor]]]) -> dict[str, StoredTensor]:

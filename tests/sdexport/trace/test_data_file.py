@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from sdexport.checkpoint.weights.names import match_weights
-from sdexport.checkpoint.weights.safetensors import LONGEST_HEADER, MOST_TENSORS, read_header, with_scales
+from sdexport.checkpoint.weights.safetensors import read_header, with_scales
 from sdexport.errors import ExportError, PrecisionError
 from sdexport.precision.numbers import in_precision
 from sdexport.trace.data_file import write_data
+from sdruntime.adapters.safetensors import LONGEST_HEADER, MOST_TENSORS
 
 
 @pytest.fixture

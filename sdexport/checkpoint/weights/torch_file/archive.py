@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sdexport.checkpoint.weights.safetensors import LONGEST_HEADER
 from sdexport.checkpoint.weights.torch_file.inert import read_pickle
 from sdexport.checkpoint.weights.torch_file.tensors import Storage
+from sdruntime.adapters.safetensors import LONGEST_HEADER
 from sdruntime.system.document import open_regular
 
 SIGNATURE = b"PK\x03\x04"

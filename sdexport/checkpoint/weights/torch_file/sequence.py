@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdexport.checkpoint.weights.safetensors import LONGEST_HEADER, MOST_TENSORS
 from sdexport.checkpoint.weights.torch_file.inert import read_pickle
 from sdexport.checkpoint.weights.torch_file.tensors import Storage, storage_of
+from sdruntime.adapters.safetensors import LONGEST_HEADER, MOST_TENSORS
 from sdruntime.system.document import open_regular
 
 # the end of the first pickle, after the protocol: the operation LONG1, 10 bytes, the number, STOP

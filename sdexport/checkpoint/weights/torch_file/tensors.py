@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdexport.checkpoint.weights.safetensors import BITS, LARGEST_AXIS, MOST_AXES, MOST_TENSORS, StoredTensor
+from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.checkpoint.weights.torch_file.inert import Call, Name, Persistent, kind_of
+from sdruntime.adapters.safetensors import BITS, LARGEST_AXIS, MOST_AXES, MOST_TENSORS
 
 _STATE_DICT = "state_dict"  # where the checkpoints of a training keep it
 # names of torch -> safetensors' names of the types

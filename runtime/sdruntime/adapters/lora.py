@@ -1,0 +1,57 @@
+"""A LoRA as a request names it: a file and its strengths."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+from sdruntime.errors import SettingError, shown
+
+MOST_SCALE = 100.0  # LoRAs are used with -2 to 2
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA, or another adapter of its kind (LoCon, LoHa, LoKr, DoRA, LyCORIS full): a .safetensors file and its strengths.
+
+    `scale`: the strength in the UNet. `text_scale`: the strength in the text encoders, None for the same. 0 leaves the weights
+    as they are. Raises SettingError for a strength that is not finite or beyond -100 to 100.
+    """
+
+    path: Path | str
+    scale: float = 1.0
+    text_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike) or not os.fspath(self.path):
+            raise SettingError(f"lora {shown(self.path)}: expected the path of a .safetensors file")
+        for name in ("scale", "text_scale"):
+            value = getattr(self, name)
+            if value is None and name == "text_scale":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value)) <= MOST_SCALE:  # NaN fails
+                limits = f"{-MOST_SCALE:g} to {MOST_SCALE:g}"
+                raise SettingError(f"lora {os.fspath(self.path)}: {name} {shown(value)}: expected a number from {limits}")
+            object.__setattr__(self, name, float(value))
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The strengths in the UNet and in the text encoders."""
+        return self.scale, self.scale if self.text_scale is None else self.text_scale
+
+
+def lora_from(text: str) -> Lora:
+    """Return the LoRA of FILE[:SCALE[:TEXT_SCALE]]. Raises SettingError."""
+    file, scales = text, list[float]()
+    while len(scales) < 2 and not Path(file).is_file():
+        start, colon, last = file.rpartition(":")
+        try:
+            scales.insert(0, float(last))
+        except ValueError:
+            break
+        if not colon:
+            break
+        file = start
+    return Lora(file, *scales)
