@@ -47,9 +47,9 @@ ORDER = {
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
     "sdruntime.cli.commands": "build capi inspect lora verify generate sampling",
     "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
-    "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original overrides "
-    "checkpoint",
-    "sdexport.checkpoint.weights": "bounds safetensors files names torch_file",
+    "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original "
+    "overrides checkpoint",
+    "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
     "sdexport.checkpoint.original": "expected naming standard unet vae diffusers text layout tokenizer file",
     "sdexport.families": "components modules",

@@ -23,6 +23,7 @@ from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from sdexport.checkpoint.defaults import merged
 from sdexport.checkpoint.hub import Located, locate, locate_vae
 from sdexport.checkpoint.overrides import Overrides
+from sdexport.checkpoint.weights.loras import resolved
 from sdexport.families.components import Component, components
 from sdexport.precision.probe import check_environment
 from sdexport.trace.component import AUDIT, PROBE, ComponentJob
@@ -93,6 +94,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             config=str(config or ""),
             vae="" if vae is None else str(vae.path),
             preview_vae="" if preview is None else str(preview.path),
+            loras=resolved(options.loras),
         ),
     )
     try:

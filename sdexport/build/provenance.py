@@ -15,6 +15,7 @@ from sdexport.checkpoint.hub import Located
 from sdexport.families.components import Component
 from sdexport.trace.cache import trace_key
 from sdexport.trace.versions import digest_of, versions
+from sdruntime.adapters.lora import lora_from
 from sdruntime.bundle.bundle import Bundle, opening, sha256
 from sdruntime.bundle.records import json_from_record
 from sdruntime.bundle.sampler_step import SLOTS, SOURCES, TARGETS
@@ -28,6 +29,7 @@ def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options
     files |= {name: path for part in checkpoint.parts.values() for name, path in part.files.items()}
     return digest_of(
         {
+            **({"loras": checkpoint.adapters} if checkpoint.adapters else {}),
             "model": json_from_record(checkpoint.model),
             "precision": options.precision,
             "audit": options.audited,
@@ -59,7 +61,8 @@ def without_paths(options: ExportOptions, vae: Located | None, preview: Located 
     """Return the options with the names of other sources in place of their paths on this machine."""
     config = Path(options.config).resolve().name if options.config else None
     named, shown = (None if other is None else other.source for other in (vae, preview))
-    return dataclasses.replace(options, config=config, vae=named, preview_vae=shown)
+    loras = tuple(Path(lora.path).name + ":{:g}:{:g}".format(*lora.scales) for lora in map(lora_from, options.loras))
+    return dataclasses.replace(options, config=config, vae=named, preview_vae=shown, loras=loras)
 
 
 def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:

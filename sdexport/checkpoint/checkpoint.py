@@ -26,6 +26,7 @@ from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
 from sdexport.checkpoint.weights.bounds import check_depth
+from sdexport.checkpoint.weights.loras import merged
 from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import LONGEST_TEXT, Precision
@@ -55,7 +56,8 @@ class Checkpoint:
     """A checked checkpoint, as `read_checkpoint` returns it.
 
     `scheduler` has the settings of the scheduler in diffusers' open pipeline, and `changes` a line for each setting that the
-    pipeline changes when it opens the checkpoint. `pipeline` is that pipeline, by its class: the one for the UNet's `task`.
+    pipeline changes when it opens the checkpoint. `adapters` is the digest of the LoRAs that are merged. `pipeline` is that
+    pipeline, by its class: the one for the UNet's `task`.
     """
 
     source: Source
@@ -69,6 +71,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     changes: tuple[str, ...] = ()
     overrides: Overrides = NO_OVERRIDES
+    adapters: str = ""
 
     @property
     def vae(self) -> str:
@@ -101,7 +104,16 @@ def read_checkpoint(
         source = DiffusersFolder(path, precision, allow_pickle)
     if overrides:
         source = Overridden(source, overrides, precision, allow_pickle=allow_pickle)
-    return dataclasses.replace(_Reader(source, preview=bool(overrides.preview_vae)).read(name), overrides=overrides)
+    checkpoint = dataclasses.replace(_Reader(source, preview=bool(overrides.preview_vae)).read(name), overrides=overrides)
+    return _with_loras(checkpoint) if overrides.loras else checkpoint
+
+
+def _with_loras(checkpoint: Checkpoint) -> Checkpoint:
+    weights = {name: part.weights for name, part in checkpoint.parts.items()}
+    merged_weights, lines, adapters = merged(weights, checkpoint.overrides.loras, model=checkpoint.model.name)
+    parts = {name: dataclasses.replace(part, weights=merged_weights[name]) for name, part in checkpoint.parts.items()}
+    changes = (*checkpoint.changes, *lines)
+    return dataclasses.replace(checkpoint, parts=MappingProxyType(parts), changes=changes, adapters=adapters)
 
 
 class _Reader:

@@ -29,13 +29,17 @@ class Overrides:
 
     `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
     replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE. `preview_vae` is a folder with
-    a tiny VAE whose decoder becomes a component for previews.
+    a tiny VAE whose decoder becomes a component for previews. `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each.
     """
 
     prediction_type: PredictionType | None = None
     config: str = ""
     vae: str = ""
     preview_vae: str = ""
+    loras: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loras", tuple(self.loras))  # a list, if it comes from another process
 
     def __bool__(self) -> bool:
         return self != NO_OVERRIDES

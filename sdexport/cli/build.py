@@ -57,6 +57,7 @@ def build(
     config: str | None,
     vae: str | None,
     preview_vae: str | None,
+    loras: tuple[str, ...],
     chunks: str | None,
     defaults: str | None,
     no_audit: bool,
@@ -92,6 +93,7 @@ def build(
         vae=vae,
         defaults=parsed(defaults or ""),
         preview_vae=preview_vae,
+        loras=loras,
         audit=not no_audit,
         verify=not no_verify,
     )

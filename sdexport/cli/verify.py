@@ -38,6 +38,7 @@ def verify(
     config: str | None,
     vae: str | None,
     preview_vae: str | None,
+    loras: tuple[str, ...],
     allow_pickle: bool,
     html: Path | None,
     as_json: bool,
@@ -49,6 +50,7 @@ def verify(
     if allow_pickle and against is None:
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
     replaced = {"--prediction-type": prediction_type, "--config": config, "--vae": vae, "--preview-vae": preview_vae}
+    replaced["--lora"] = ", ".join(loras)
     for option, value in replaced.items():
         if value and against is None:
             raise click.UsageError(f"{option} is for the checkpoint: add --against")
@@ -76,6 +78,7 @@ def verify(
             config=config,
             vae=vae,
             preview_vae=preview_vae,
+            loras=loras,
         )
         checked = with_progress(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")

@@ -136,9 +136,10 @@ class Reference:
 
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
-    """Return the hash of the weights of a checkpoint's networks."""
+    """Return the hash of the weights of a checkpoint's networks, and of the LoRAs that are merged into them."""
     files = {name: path for part in checkpoint.parts.values() for name, path in part.files.items()}
-    return hash_of({name: sha256(path) for name, path in files.items()})
+    hashes = {name: sha256(path) for name, path in files.items()}
+    return hash_of(hashes | ({"loras": checkpoint.adapters} if checkpoint.adapters else {}))
 
 
 def make_golden(job: GoldenJob) -> Iterator[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.hub import locate, locate_vae
 from sdexport.checkpoint.overrides import Overrides
+from sdexport.checkpoint.weights.loras import resolved
 from sdexport.errors import CheckpointError, ExportError, ProcessKilled
 from sdexport.verification.golden import Reference, checkpoint_hash, opened
 from sdruntime.arrays import Array
@@ -66,8 +67,9 @@ def reference_checkpoint(
     config: str | None = None,
     vae: str | None = None,
     preview_vae: str | None = None,
+    loras: Sequence[str] = (),
 ) -> Checkpoint:
-    """Return the checkpoint `model` if the bundle was built from it, with the same prediction type, config and VAEs.
+    """Return the checkpoint `model` if the bundle was built from it, with the same prediction type, config, VAEs and LoRAs.
 
     Raises CheckpointError with both hashes if it is another one.
     """
@@ -80,6 +82,7 @@ def reference_checkpoint(
         config=config or "",
         vae=str(locate_other(vae).path) if vae else "",
         preview_vae=str(locate_other(preview_vae, "--preview-vae").path) if preview_vae else "",
+        loras=resolved(loras),
     )
     checkpoint = opened(located.path, precision, allow_pickle=allow_pickle, overrides=overrides)
     digest = checkpoint_hash(checkpoint)
