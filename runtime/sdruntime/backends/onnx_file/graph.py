@@ -120,6 +120,8 @@ def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence
 
 def without_defaults(model: memoryview, names: Collection[str]) -> bytes:
     """Return the model without the defaults of the inputs `names`: initializers of the same name, which libraries would fold."""
+    if not names:
+        return bytes(model)
     parts = [
         delimited(part, value)
         for part, value in _graph_fields(model)

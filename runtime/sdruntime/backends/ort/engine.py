@@ -12,6 +12,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, check_tensors, fill_optional_inputs
+from sdruntime.backends.onnx_file.graph import without_defaults
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.session import EMPTY_MODEL, warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
@@ -104,7 +105,8 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     Raises BundleError, EngineError, DeviceMissing, and SettingError for a session setting.
     """
     ort = library()
-    model = bundle.read(spec.files[0])
+    component = bundle.manifest.components[spec.component]
+    model = without_defaults(bundle.read(spec.files[0]), [tensor.name for tensor in component.optional_inputs])
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = options.threads
@@ -119,7 +121,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     if spec.target == "cuda":
         providers.insert(0, (PROVIDERS["cuda"], {"device_id": str(options.device)}))
     try:
-        session = open_session(ort, bundle, bytes(model), spec.files, session_options, providers)
+        session = open_session(ort, bundle, model, spec.files, session_options, providers)
     except SdruntimeError:
         raise
     except Exception as error:  # onnxruntime's errors have no common base but Exception
@@ -128,7 +130,6 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         raise DeviceMissing(
             f"engine {spec.name}: ONNX Runtime could not use CUDA device {options.device} (see `sdruntime doctor`)"
         )
-    component = bundle.manifest.components[spec.component]
     inputs, outputs = ({tensor.name for tensor in tensors} for tensors in (session.get_inputs(), session.get_outputs()))
     check_tensors(component, spec, inputs, outputs)
     return OrtEngine(spec, component, session)
