@@ -41,7 +41,7 @@ ORDER = {
     "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth choose passes",
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
-    "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording conditioning",
+    "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording embeddings conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",

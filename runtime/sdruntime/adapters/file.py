@@ -31,10 +31,14 @@ class AdapterFile:
     sha256: str
     data_sha256: str
     stamp: Stamp
+    what: str = "LoRA"
 
     @classmethod
-    def open(cls, path: Path | str) -> AdapterFile:
-        """Read the header of a file and hash the file. Raises SettingError for another kind of file or a damaged one."""
+    def open(cls, path: Path | str, *, what: str = "LoRA") -> AdapterFile:
+        """Read the header of a file and hash the file; `what` is its kind, for errors.
+
+        Raises SettingError for another kind of file or a damaged one.
+        """
         path = Path(path)
         try:
             with open_regular(path) as file:
@@ -45,13 +49,15 @@ class AdapterFile:
                 header = header_of(file)
                 whole, data = _hashes(file, header.start)
         except (OSError, ValueError) as error:
-            raise SettingError(f"LoRA {path}: {plain(error)}") from error
+            raise SettingError(f"{what} {path}: {plain(error)}") from error
         unreadable = sorted({tensor.dtype for tensor in header.tensors.values()} - _DTYPES.keys())
         if unreadable:
-            raise SettingError(f"LoRA {path}: tensors of type {', '.join(unreadable)} are not supported: save it as F16 or F32")
+            raise SettingError(f"{what} {path}: tensors of type {', '.join(unreadable)} are not supported: save it as F16 or F32")
         if not header.tensors:
-            raise SettingError(f"LoRA {path}: the file has no tensors")
-        return cls(path=path, tensors=header.tensors, metadata=header.metadata, sha256=whole, data_sha256=data, stamp=stamp)
+            raise SettingError(f"{what} {path}: the file has no tensors")
+        return cls(
+            path=path, tensors=header.tensors, metadata=header.metadata, sha256=whole, data_sha256=data, stamp=stamp, what=what
+        )
 
     @property
     def name(self) -> str:
@@ -73,10 +79,10 @@ class AdapterFile:
                 if not self.stamp.holds(file.fileno()):
                     raise ValueError("the file has changed since it was opened: try again")
         except (OSError, ValueError) as error:
-            raise SettingError(f"LoRA {self.path}: {plain(error)}") from error
+            raise SettingError(f"{self.what} {self.path}: {plain(error)}") from error
         for key, values in read.items():
             if not np.isfinite(values).all():
-                raise SettingError(f"LoRA {self.path}: {key:.120}: NaN or infinity: the file is damaged")
+                raise SettingError(f"{self.what} {self.path}: {key:.120}: NaN or infinity: the file is damaged")
         return read
 
 

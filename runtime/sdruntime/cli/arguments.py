@@ -33,6 +33,8 @@ def _text(sub: Arguments) -> None:
     weighing = "how to apply weights: original restores each chunk's mean, no-norm does not (original)"
     sub.add_argument("--emphasis", choices=EMPHASES, default="original", help=weighing)
     setting(sub, "clip_skip", "layers of the text encoder to skip, as in diffusers")
+    learned = "an embedding (textual inversion, .safetensors), used in texts by its name or as embedding:NAME; repeatable"
+    sub.add_argument("--embedding", action="append", default=[], metavar="[NAME=]FILE", help=learned)
 
 
 def _output(sub: Arguments) -> None:

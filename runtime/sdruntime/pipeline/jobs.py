@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from sdruntime.adapters.embedding import Embedding
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
@@ -23,6 +25,7 @@ from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
 from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
 from sdruntime.pipeline.tasks.start import Setting, Start
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
+from sdruntime.pipeline.text.embeddings import embeddings_of
 from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae import resize
@@ -68,16 +71,16 @@ class _Stage:
 class JobFactory:
     """Make the jobs of a bundle's model. It keeps the tables and encoded texts that requests have in common.
 
-    `engines`: to reject a size before its texts are encoded.
+    `engines`: to reject a size before its texts are encoded. `embeddings`: files, besides those in the bundle.
     """
 
-    def __init__(self, bundle: Bundle, engines: Engines) -> None:
+    def __init__(self, bundle: Bundle, engines: Engines, embeddings: Sequence[Path | str] = ()) -> None:
         self._folder, self._model, self._engines = bundle.folder, bundle.manifest.model, engines
         unet = bundle.manifest.components["unet"]
         self.task = task_of(unet)
         self._guidance_width, self._time_ids = guidance_width(unet), time_ids_width(unet)
         self._posterior = has_posterior(bundle.manifest.components["vae_encoder"])
-        self._conditioner = Conditioner.open(bundle)
+        self._conditioner = Conditioner.open(bundle, embeddings_of(bundle, embeddings))
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables: dict[tuple[Any, ...], Table] = {}
         self.refiner: tuple[JobFactory, GetEngine] | None = None
@@ -91,6 +94,10 @@ class JobFactory:
     def completed(self, request: Request) -> Request:
         """Return the request with the model's defaults in place of None."""
         return request.completed(self._model.defaults)
+
+    def embeddings_in(self, request: Request) -> list[Embedding]:
+        """Return the embeddings that a request's texts name."""
+        return self._conditioner.embeddings_in([request.prompt, request.prompt_2, request.negative, request.negative_2])
 
     def forget(self) -> None:
         """Release the encoded texts."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdruntime import __version__
@@ -68,6 +68,7 @@ class Origin:
     `steps`: the number of steps, if the request has sigmas. `tile`: the size of the VAE's tiles, "" if it took the whole image.
     `backend`: backend, version and target of the UNet's engine. `task`: the UNet's.
     `size`: (width, height) that was generated, None for that of the image. `refiner`: the name of the model that went on, or "".
+    `embeddings`: the hash of each embedding in the texts, by its name.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Origin:
     task: Task | None = None
     size: tuple[int, int] | None = None
     refiner: str = ""
+    embeddings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -95,6 +97,7 @@ class Origin:
         tile: str = "",
         size: tuple[int, int] | None = None,
         refiner: str = "",
+        embeddings: Mapping[str, str] | None = None,
     ) -> Origin:
         """Return the origin of a request's image. Raises SettingError.
 
@@ -120,6 +123,7 @@ class Origin:
             task=task,
             size=size,
             refiner=refiner,
+            embeddings=embeddings or {},
             precision=unet.precision if unet else "",
         )
 
@@ -177,6 +181,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "VAE tile": origin.tile or None,
         "Backend": origin.backend or None,
         "Precision": origin.precision or None,
+        "TI hashes": ", ".join(f"{name}: {digest}" for name, digest in origin.embeddings.items()) or None,
         "Version": VERSION,
     }
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None)

@@ -99,7 +99,8 @@ class Pipeline:
             pipe("a small red circle on the left on a blue background", seed=7).images[0].save("circle.png")
 
     `options`: how to open the engines (device, threads, settings of the backend's library). `refiner`: a pipeline that goes on
-    with each request from its `refiner_at` on and decodes the result; it opens and closes with this one.
+    with each request from its `refiner_at` on and decodes the result; it opens and closes with this one. `embeddings`: files of
+    textual inversion, FILE or NAME=FILE, whose names then mean their vectors in prompts.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Pipeline:
         options: EngineOptions | None = None,
         given: Callable[[str], Engine] | None = None,
         refiner: Pipeline | None = None,
+        embeddings: Sequence[Path | str] = (),
     ) -> None:
         if not isinstance(bundle, Bundle):
             path = shown(os.fspath(bundle)) if isinstance(bundle, str | os.PathLike) else "the path of a bundle"
@@ -122,7 +124,7 @@ class Pipeline:
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
         busy = functools.partial(_running, self._loops)  # not a bound method: a reference cycle would keep the pipeline alive
         self._make_engines = functools.partial(Engines, backend=backend, options=options, given=given, busy=busy)
-        self._by_path, self.refiner = False, refiner
+        self._by_path, self.refiner, self._embeddings = False, refiner, tuple(embeddings)
         self._load(bundle)
 
     def _load(self, bundle: Bundle) -> None:
@@ -131,7 +133,7 @@ class Pipeline:
         self.bundle, self.model = bundle, bundle.manifest.model
         check_tile(self._make_engines.keywords["options"].tile, self.model)
         self.engines = self._make_engines(bundle)
-        self._factory = JobFactory(bundle, self.engines)
+        self._factory = JobFactory(bundle, self.engines, self._embeddings)
         if self.refiner is not None:
             check_refiner(self.model, self.refiner.model)
 
@@ -143,14 +145,16 @@ class Pipeline:
         backend: str = AUTO,
         options: EngineOptions | None = None,
         refiner: Path | str | Bundle | None = None,
+        embeddings: Sequence[Path | str] = (),
     ) -> Pipeline:
         """Read a bundle and choose its engines. `refiner`: a second bundle, such as SDXL's refiner; see `Request.refiner_at`.
+        It gets the same `embeddings`.
 
         Other processes may replace a bundle that is passed by path: if that happens before its engines are open, it is read
         again. Raises BundleError for a damaged bundle, EngineError if no engine fits this machine, UnknownName for a backend.
         """
-        second = None if refiner is None else cls.open(refiner, backend=backend, options=options)
-        make = functools.partial(cls, backend=backend, options=options, refiner=second)
+        second = None if refiner is None else cls.open(refiner, backend=backend, options=options, embeddings=embeddings)
+        make = functools.partial(cls, backend=backend, options=options, refiner=second, embeddings=embeddings)
         if isinstance(bundle, Bundle):
             return make(bundle)
         pipe = opening(bundle, make)
@@ -334,7 +338,17 @@ class Pipeline:
         size = width * self.model.vae_factor, height * self.model.vae_factor
         tile = tiles.text if tiles else ""
         refiner = self.refiner.model.name if self.refiner is not None and request.refiner_at < 1 else ""
-        return Origin.of(request, self._factory.schedule, self.model.name, unet, self.task, tile=tile, size=size, refiner=refiner)
+        return Origin.of(
+            request,
+            self._factory.schedule,
+            self.model.name,
+            unet,
+            self.task,
+            tile=tile,
+            size=size,
+            refiner=refiner,
+            embeddings={embedding.name: embedding.sha256[:12] for embedding in self._factory.embeddings_in(request)},
+        )
 
     def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.

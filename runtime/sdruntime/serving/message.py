@@ -23,8 +23,8 @@ class OpenOptions:
     """How to open a bundle; see EngineOptions and Batcher.
 
     `device`: as `cuda.device_index` parses it. `stream`: the handle of the caller's CUDA stream, on which all work is then done;
-    TensorRT engines only. `refiner`: the path of a second bundle. `memory`: a limit in bytes of GPU memory; a bundle that needs
-    more is refused with both numbers.
+    TensorRT engines only. `refiner`: the path of a second bundle. `embeddings`: files, each FILE or NAME=FILE. `memory`: a limit
+    in bytes of GPU memory; a bundle that needs more is refused with both numbers.
     """
 
     backend: str = AUTO
@@ -39,6 +39,7 @@ class OpenOptions:
     measure: bool = True
     session: Mapping[str, str] = field(default_factory=dict)
     refiner: str | None = None
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads < 0:

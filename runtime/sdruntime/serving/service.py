@@ -124,7 +124,13 @@ class Service:
         )
         with contextlib.ExitStack() as stack, _RECORDING, warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("default")
-            pipe = Pipeline.open(message.bundle, backend=options.backend, options=engine_options, refiner=options.refiner)
+            pipe = Pipeline.open(
+                message.bundle,
+                backend=options.backend,
+                options=engine_options,
+                refiner=options.refiner,
+                embeddings=options.embeddings,
+            )
             unsuitable = {spec.backend for spec in pipe.engines.chosen if not BACKENDS[spec.backend].gpu_only}
             if options.stream and unsuitable:
                 raise Unsupported(

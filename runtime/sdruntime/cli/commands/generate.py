@@ -122,7 +122,12 @@ def generate(options: argparse.Namespace) -> None:
                 reporter.print(str(path))
         written.extend({"file": str(path), "seed": part.seed, "prompt": part.request.prompt, "cut": part.cut} for part in parts)
 
-    opened = {"backend": options.backend, "options": engine_options(options), "refiner": options.refiner}
+    opened = {
+        "backend": options.backend,
+        "options": engine_options(options),
+        "refiner": options.refiner,
+        "embeddings": options.embedding,
+    }
     pipe = Pipeline.open(options.bundle, **opened)
     try:
         with contextlib.closing(pipe):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sdruntime.errors import SettingError
@@ -35,6 +35,7 @@ class AddedToken:
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
+    vectors: int = 1  # how many ids, from `id` on, it stands for
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +105,10 @@ def _is_word(character: str) -> bool:
     return kind == "So" and any(first <= ord(character) <= last for first, last in _CIRCLED)
 
 
-def vectors_of(tokens: Iterable[AddedToken]) -> dict[int, int]:
+def vectors_of(tokens: Sequence[AddedToken]) -> dict[int, int]:
     """Return the number of tokens of each multi-vector token, by the id of its first: that of "<cat>", beside "<cat>_1"."""
     ids = {token.text: token.id for token in tokens}
-    counts = {}
+    counts = {token.id: token.vectors for token in tokens if token.vectors > 1}
     for name in ids:
         number = 1
         while f"{name}_{number}" in ids:

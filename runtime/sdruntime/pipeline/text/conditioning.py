@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdruntime.adapters.embedding import Embedding
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
@@ -16,6 +17,7 @@ from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError, shown
 from sdruntime.pipeline.text.chunks import Chunk, chunks, whole
+from sdruntime.pipeline.text.embeddings import NO_EMBEDDINGS, Embeddings
 from sdruntime.pipeline.text.emphasis import emphasized
 from sdruntime.pipeline.text.prompt import tokenize
 from sdruntime.pipeline.text.tokenizer import FILES, Tokenizer
@@ -87,22 +89,22 @@ class Conditioner:
     tokenizers: Mapping[str, Tokenizer]
     most_skipped: int = 0
     bundle: Path | None = None
+    embeddings: Embeddings = NO_EMBEDDINGS
     _kept: dict[Wording, Condition] = field(default_factory=dict)  # ordered by use: the most recent text is last
 
     @classmethod
-    def open(cls, bundle: Bundle) -> Conditioner:
-        """Read a bundle's tokenizers. Raises BundleError with every fault of their files."""
+    def open(cls, bundle: Bundle, embeddings: Embeddings = NO_EMBEDDINGS) -> Conditioner:
+        """Read a bundle's tokenizers, and add the embeddings. Raises BundleError with every fault of their files."""
         tokenizers = {}
         for encoder, folder in TOKENIZERS.items():
             if encoder in bundle.manifest.components:
                 # a file that the manifest does not list is no part of the bundle
                 listed = [name for name in FILES if f"{folder}/{name}" in bundle.manifest.files]
                 files = {name: bundle.read(f"{folder}/{name}", most=LARGEST) for name in listed}
-                tokenizers[encoder] = Tokenizer.from_files(
-                    files, where=bundle.folder / folder, length=bundle.manifest.text_length
-                )
+                tokenizer = Tokenizer.from_files(files, where=bundle.folder / folder, length=bundle.manifest.text_length)
+                tokenizers[encoder] = embeddings.added_to(tokenizer, encoder)
         layers = [_layers(bundle.manifest.components[encoder]) for encoder in tokenizers]
-        return cls(tokenizers, min(layers), bundle.folder)
+        return cls(tokenizers, min(layers), bundle.folder, embeddings)
 
     def encode(self, images: Sequence[Sequence[Wording]], engine: Callable[[str], Engine]) -> list[dict[Wording, Condition]]:
         """Return the condition of each wording of each image, all of one image filled with empty chunks to the same length.
@@ -132,6 +134,11 @@ class Conditioner:
             for image, count in zip(images, most, strict=True)
         ]
 
+    def embeddings_in(self, texts: Iterable[str | None]) -> list[Embedding]:
+        """Return the embeddings that texts name."""
+        encoder, tokenizer = next(iter(self.tokenizers.items()))
+        return self.embeddings.used_in([text for text in texts if text], tokenizer, encoder)
+
     def forget(self) -> None:
         """Drop all encoded texts."""
         self._kept.clear()
@@ -150,6 +157,8 @@ class Conditioner:
 
     def _chunked(self, wording: Wording) -> _Chunked:
         """Return the inputs of the text encoders, for each as many chunks as for the other."""
+        for text in {wording.text, wording.second or ""}:
+            self.embeddings.check(text)
         if wording.syntax == "plain":
             prompts = {encoder: tokenize(tokenizer, wording.of(encoder)) for encoder, tokenizer in self.tokenizers.items()}
             cut = " / ".join(dict.fromkeys(prompt.cut for prompt in prompts.values() if prompt.cut))
@@ -168,7 +177,7 @@ class Conditioner:
         hidden, pooled = [], None
         for encoder in self.tokenizers:
             parts = [chunk for text in texts.values() for chunk in text.parts[encoder]]
-            feeds = {"input_ids": np.stack([chunk.ids for chunk in parts])}
+            feeds = self.embeddings.feeds(encoder, np.stack([chunk.ids for chunk in parts]))
             describe = lambda row, encoder=encoder: f"text {rows[row].of(encoder)[:40]!r}"  # noqa: E731
             outputs = checked_rows(engine(encoder), feeds, describe, self.bundle)
             # SDXL: both encoders' second-to-last hidden states, concatenated, and the pooled text of the second

@@ -124,14 +124,14 @@ class Tokenizer:
         for part in plain.split(text):
             for piece in normalized.split(normal(part)) if isinstance(part, str) else (part,):
                 if isinstance(piece, Match):
-                    yield piece.token.id, piece.text
+                    yield from ((piece.token.id + k, piece.text if k == 0 else "") for k in range(piece.token.vectors))
                 else:
                     for word in _words(piece):
                         yield from ((number, self._names[number]) for number in self._merge(word.encode()))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the normalized text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
-        added = {token.id: token.text.encode() + b" " for token in self.added}
+        added = {token.id + k: b"" if k else token.text.encode() + b" " for token in self.added for k in range(token.vectors)}
         parts = (added[number] if number in added else self._bytes(number) for number in ids)
         return b"".join(parts).decode(errors="replace").strip()
 
