@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdruntime.adapters.lora import Lora
     from sdruntime.backends.base.engine import EngineOptions
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.errors import (
@@ -45,6 +46,7 @@ __all__ = [
     "ImageFuture",
     "Job",
     "LibraryMissing",
+    "Lora",
     "NotFinite",
     "OutOfSpace",
     "Pipeline",
@@ -62,6 +64,7 @@ __all__ = [
     "VerificationFailed",
 ]
 _HOMES = {
+    "adapters.lora": ("Lora",),
     "backends.base.engine": ("EngineOptions",),
     "bundle.bundle": ("Bundle",),
     "pipeline.pipeline": ("Pipeline", "Stream"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.bench.timing import Array, feeds_of, generate
+from sdruntime.adapters.sets import AdapterSet
 from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, EngineWrapper
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
@@ -77,8 +78,8 @@ class _ClockedEngine(EngineWrapper):
 class _ClockedPipeline(Pipeline):
     clock: Clock | None = None
 
-    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
-        engine = super().engine(component, rows=rows, **dims)
+    def engine(self, component: str, *, rows: int = 1, adapters: AdapterSet | None = None, **dims: int) -> Engine:
+        engine = super().engine(component, rows=rows, adapters=adapters, **dims)
         return _ClockedEngine(engine, self.clock) if self.clock is not None and role(component).kind == "denoiser" else engine
 
 
@@ -100,7 +101,7 @@ class BundleRunner:
 
     def call(self, component: str, dims: Mapping[str, int]) -> object:
         sizes = {name: size for name, size in dims.items() if name != "batch"}
-        return self._pipe.engine(component, rows=dims["batch"], **sizes)(self._feeds.of(component, dims))
+        return self._pipe.engine(component, rows=dims["batch"], adapters=None, **sizes)(self._feeds.of(component, dims))
 
     def outside(self) -> float:
         """Return the seconds between UNet calls; with the loop on the device, the CPU time of the calling thread per step.

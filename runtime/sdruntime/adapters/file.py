@@ -69,6 +69,14 @@ class AdapterFile:
         """The hash that AUTOMATIC1111's web UI writes into the metadata of images."""
         return self.metadata.get("sshs_model_hash", self.data_sha256)[:12]
 
+    def unchanged(self) -> bool:
+        """Return whether the path still leads to the file that was opened."""
+        try:
+            with open_regular(self.path) as file:
+                return self.stamp.holds(file.fileno())
+        except (OSError, ValueError):
+            return False
+
     def read(self, keys: Iterable[str]) -> dict[str, Array]:
         """Return tensors as float32. Raises SettingError if the file has changed since it was opened, or has NaN or infinity."""
         read: dict[str, Array] = {}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from sdruntime.errors import SettingError, shown
 
+MOST_LORAS = 32  # of a request
 MOST_SCALE = 100.0  # LoRAs are used with -2 to 2
 
 
@@ -55,3 +58,15 @@ def lora_from(text: str) -> Lora:
             break
         file = start
     return Lora(file, *scales)
+
+
+def loras_of(value: Any) -> tuple[Lora, ...]:
+    """Return a sequence of LoRAs, each also as the text FILE[:SCALE[:TEXT_SCALE]]. Raises SettingError."""
+    if isinstance(value, Lora | str) or not isinstance(value, Sequence):
+        raise SettingError(f'loras {shown(value)}: expected a list, such as [Lora("style.safetensors", 0.8)]')
+    if len(value) > MOST_LORAS:
+        raise SettingError(f"loras: {len(value):,} files; the maximum is {MOST_LORAS}")
+    for lora in value:
+        if not isinstance(lora, Lora | str):
+            raise SettingError(f'loras: {shown(lora)}: expected Lora(path, scale), or "FILE:SCALE"')
+    return tuple(lora_from(lora) if isinstance(lora, str) else lora for lora in value)

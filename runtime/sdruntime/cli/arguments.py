@@ -37,6 +37,14 @@ def _text(sub: Arguments) -> None:
     sub.add_argument("--embedding", action="append", default=[], metavar="[NAME=]FILE", help=learned)
 
 
+def _loras(sub: Arguments) -> None:
+    """LoRAs and their kin."""
+    file = "a .safetensors file and its strength (1), and another one in the text encoders; may be repeated"
+    sub.add_argument("--lora", action="append", default=[], dest="loras", metavar="FILE[:SCALE[:TEXT_SCALE]]", help=file)
+    named = "the folder of the files that prompts name: <lora:name:0.8>, or <lora:name:TEXT_SCALE:SCALE>"
+    sub.add_argument("--lora-dir", type=Path, metavar="DIR", help=named)
+
+
 def _output(sub: Arguments) -> None:
     """The files, and previews."""
     where = (
@@ -195,6 +203,7 @@ def numbers(text: str) -> list[float]:
 
 GROUPS = {
     "text": _text,
+    "LoRA": _loras,
     "output": _output,
     "image": _image,
     "sampler": sampling,

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from sdruntime.adapters.sets import AdapterSet
 from sdruntime.backends.base.building import Stage
 from sdruntime.backends.base.engine import CPU, Engine, EngineOptions, Shared
 from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.roles import role
+from sdruntime.engines.adapted import AdaptedEngines, Merged
 from sdruntime.engines.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.engines.memory import memory_plan
 from sdruntime.engines.speed import cpu_speeds, to_measure
-from sdruntime.errors import EngineError, SdruntimeError
+from sdruntime.errors import EngineError, SdruntimeError, Unsupported
 from sdruntime.system.cuda import Cuda
 
 KEPT_CHOICES = 256
@@ -49,6 +51,7 @@ class Engines:
         self._backend, self._busy = backend, busy
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
+        self._adapted = AdaptedEngines()
         # fail early if no engine of the bundle can run on this machine
         self.chosen = self._choose_all() if given is None else []
         for name in sorted({spec.backend for spec in self.chosen}):
@@ -109,25 +112,46 @@ class Engines:
         """Close every engine."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.shared.close)
+            stack.callback(self._adapted.close)
             for engine in (self.opened or {}).values():
                 stack.callback(engine.close)
             self.opened, self.closed = None, True
 
-    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
+    def engine(self, component: str, *, rows: int = 1, adapters: AdapterSet | None = None, **dims: int) -> Engine:
         """Return the best engine of a component that admits `dims`, for a call of `rows`. Opens it if needed.
 
-        Raises EngineError, SdruntimeError.
+        `adapters`: it has the weights that they make. Raises EngineError, SdruntimeError.
         """
         engines = self.ready()
+        changed = adapters if adapters is not None and adapters.digest_of(component) else None
         if self.given is not None:
+            if changed is not None:
+                raise Unsupported("loras: the engines are the caller's, whose weights cannot be replaced")
             return self.given(component)
         spec = self.choose(component, rows, **dims)
+        if changed is not None:
+            return self._adapted.get(changed, spec, self._open_with)
         if spec.name in engines:
             return engines[spec.name]
         if self.options.low_memory and spec.target != CPU:
             self._make_room(spec.component)
         engines[spec.name] = BACKENDS[spec.backend].open_engine(self.bundle, spec, self.options, self.shared)
         return engines[spec.name]
+
+    def _open_with(self, spec: EngineSpec, adapters: AdapterSet) -> Engine:
+        """Open an engine with the weights that adapters make."""
+        self.check_adapters(spec)
+        options = dataclasses.replace(self.options, weights=Merged(self.bundle, spec.component, adapters))
+        return BACKENDS[spec.backend].open_engine(self.bundle, spec, options, self.shared)
+
+    @staticmethod
+    def check_adapters(spec: EngineSpec) -> None:
+        """Raises Unsupported if an engine takes no other weights than its own."""
+        if not BACKENDS[spec.backend].replaces_weights:
+            raise Unsupported(
+                f"loras: engine {spec.name}: {spec.backend} engines keep the weights that they were built with: merge the LoRA "
+                "when the bundle is built: sdexport build MODEL --lora FILE"
+            )
 
     @property
     def room(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdruntime.adapters.embedding import Embedding
+from sdruntime.adapters.sets import AdapterSet
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.bundle import Bundle
@@ -18,6 +19,7 @@ from sdruntime.engines.pool import Engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import resample
+from sdruntime.pipeline.loras import Loras
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.requests.ranges import WHOLE, steps_beside
 from sdruntime.pipeline.requests.request import DEFAULTS, Request
@@ -58,6 +60,7 @@ class _Stage:
     texts: Texts
     conditions: Conditions
     guidances: tuple[float, ...]
+    adapters: AdapterSet | None
 
     @property
     def sequence(self) -> int:
@@ -81,6 +84,7 @@ class JobFactory:
         self._guidance_width, self._time_ids = guidance_width(unet), time_ids_width(unet)
         self._posterior = has_posterior(bundle.manifest.components["vae_encoder"])
         self._conditioner = Conditioner.open(bundle, embeddings_of(bundle, embeddings))
+        self.loras = Loras(bundle)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables: dict[tuple[Any, ...], Table] = {}
         self.refiner: tuple[JobFactory, GetEngine] | None = None
@@ -103,8 +107,9 @@ class JobFactory:
         """Release the encoded texts."""
         self._conditioner.forget()
 
-    def check(self, requests: Iterable[Request]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
+        self.loras.check(requests)
         for request in map(self.completed, requests):
             check_task(request, self.task)
             if request.inpaints and self._model.masked_decoder:
@@ -145,19 +150,25 @@ class JobFactory:
         for place in places if self._engines.given is None else ():  # fail before the texts are encoded
             self._check_engines(place.step)
         texts = [self._texts(place) for place in places]
-        conditions = self._conditioner.encode([text.wordings for text in texts], engine)
+        sets = [self._adapters(place) for place in places]
+        conditions: dict[int, Conditions] = {}
+        for adapters in dict.fromkeys(sets):
+            same = [k for k, other in enumerate(sets) if other == adapters]
+            wordings = [texts[k].wordings for k in same]
+            conditions |= zip(same, self._conditioner.encode(wordings, _with(engine, adapters)), strict=True)
         stages = [
             _Stage(
                 factory=self,
-                engine=engine,
+                engine=_with(engine, sets[k]),
                 step=place.step,
                 shape=self.latent_shape(place.step.request),
                 table=self._table(place.step),
                 texts=text,
-                conditions=encoded,
+                conditions=conditions[k],
                 guidances=self._guidances(place),
+                adapters=sets[k],
             )
-            for place, text, encoded in zip(places, texts, conditions, strict=True)
+            for k, (place, text) in enumerate(zip(places, texts, strict=True))
         ]
         for stage in stages if self._engines.given is None else ():
             _, height, width = stage.shape
@@ -166,15 +177,20 @@ class JobFactory:
 
     def _texts(self, place: Place) -> Texts:
         """Return the texts of a pass; a refiner goes on with those of the pass before."""
-        request, shared = place.step.request, place.step.part is not None
+        request, shared, adapters = place.step.request, place.step.part is not None, self._adapters(place)
         texts = Texts.of(
             request,
             steps=place.all if shared else place.calls,
             passed=0 if shared else place.before,
             conditioner=self._conditioner,
             guided=self._guided(request),
+            adapters=adapters.digest_of(*self._conditioner.tokenizers) if adapters is not None else "",
         )
         return texts.after(place.before) if shared else texts
+
+    def _adapters(self, place: Place) -> AdapterSet | None:
+        """Return the LoRAs of a pass: a refiner has none, as they are those of the first model."""
+        return None if place.step.refines else self.loras.set_of(place.step.request)
 
     def _guidances(self, place: Place) -> tuple[float, ...]:
         """Return the guidance of each model call of a pass, () if it is constant. Raises SettingError."""
@@ -197,7 +213,9 @@ class JobFactory:
         _, height, width = self.latent_shape(step.request)
         encodes = step.resize in PIXEL_KERNELS
         try:
-            self._engines.choose("unet", height=height, width=width)
+            unet = self._engines.choose("unet", height=height, width=width)
+            if step.request.loras and not step.refines and self.loras.set_of(step.request) is not None:
+                self._engines.check_adapters(unet)
             for component in ("vae_decoder", *(["vae_encoder"] if encodes else [])):
                 per_cell = cell_of(component, self._model.vae_factor)
                 tiles = tiling(self._engines, component, self._model.vae_factor, height, width)
@@ -354,6 +372,7 @@ class JobFactory:
             kept=start.kept,
             sampler=request.sampler or self.sampler,
             bundle=self._folder,
+            adapters=stage.adapters,
             cut=encoded[0][0][1].cut,
         )
 
@@ -363,6 +382,8 @@ class JobFactory:
         yield from self._tile_lines(stage.shape)
         yield from cut_lines(pair for pairs in encoded.values() for pair in pairs)
         yield from self._unused(stage.step.request)
+        if not stage.step.refines:
+            yield from self.loras.unused(stage.step.request)
         at = stage.step.request.refiner_at
         if stage.step.part is None and self.refiner is None and at != DEFAULTS["refiner_at"]:
             yield f"refiner_at {at:g} has no effect without a refiner"
@@ -384,6 +405,10 @@ class JobFactory:
         automatic = self._engines.options.tile == "auto"
         tiles = tiling(self._engines, "vae_decoder", self._model.vae_factor, *shape[1:]) if automatic else None
         return [tiles.line] if tiles else []
+
+
+def _with(engine: GetEngine, adapters: AdapterSet | None) -> GetEngine:
+    return engine if adapters is None else functools.partial(engine, adapters=adapters)
 
 
 def _linked(stages: Sequence[_Stage], before: Array | None = None, noise: ImageNoise | None = None) -> Job:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from sdruntime.pipeline.images.imagefile import Fit
 from sdruntime.pipeline.images.png import XMP
 from sdruntime.pipeline.requests.ranges import WHOLE
 from sdruntime.pipeline.requests.request import HiresResize, MaskFill, Request
+from sdruntime.pipeline.requests.tags import tag_of
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.sampling.noise.image import Rng
 from sdruntime.sampling.own_sigmas import own_steps
@@ -51,6 +53,7 @@ A1111_UPSCALERS: Mapping[HiresResize, str] = {
     "lanczos": "Lanczos",
     "nearest": "Nearest",
 }
+_SEPARATORS = re.compile("[:,]")  # which the web UI removes from the names of LoRAs
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -69,6 +72,7 @@ class Origin:
     `backend`: backend, version and target of the UNet's engine. `task`: the UNet's.
     `size`: (width, height) that was generated, None for that of the image. `refiner`: the name of the model that went on, or "".
     `embeddings`: the hash of each embedding in the texts, by its name.
+    `loras`: the hash of each LoRA by its name.
     """
 
     model: str
@@ -84,6 +88,7 @@ class Origin:
     size: tuple[int, int] | None = None
     refiner: str = ""
     embeddings: Mapping[str, str] = field(default_factory=dict)
+    loras: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -98,6 +103,7 @@ class Origin:
         size: tuple[int, int] | None = None,
         refiner: str = "",
         embeddings: Mapping[str, str] | None = None,
+        loras: Mapping[str, str] | None = None,
     ) -> Origin:
         """Return the origin of a request's image. Raises SettingError.
 
@@ -124,6 +130,7 @@ class Origin:
             size=size,
             refiner=refiner,
             embeddings=embeddings or {},
+            loras=loras or {},
             precision=unet.precision if unet else "",
         )
 
@@ -151,6 +158,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Depth hash": None if request.depth_map is None else image_hash(request.depth_map),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
         **_mask_settings(request),
+        "Lora hashes": ", ".join(f"{_SEPARATORS.sub('', name)}: {digest}" for name, digest in origin.loras.items()) or None,
         "Refiner": origin.refiner or None,
         "Refiner switch at": request.refiner_at if origin.refiner else None,
         "Hires upscale": request.hires,
@@ -186,7 +194,8 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
     }
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None)
     negative = f"Negative prompt: {request.negative}" if request.negative else ""
-    return "\n".join(part for part in (request.prompt, negative, line) if part)
+    prompt = " ".join(filter(None, (request.prompt, *map(tag_of, request.loras))))
+    return "\n".join(part for part in (prompt, negative, line) if part)
 
 
 def _mask_settings(request: Request) -> dict[str, object]:

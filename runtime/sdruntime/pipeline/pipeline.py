@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sdruntime.adapters.sets import AdapterSet
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Stage
 from sdruntime.backends.base.engine import Engine, EngineOptions
@@ -348,19 +349,21 @@ class Pipeline:
             size=size,
             refiner=refiner,
             embeddings={embedding.name: embedding.sha256[:12] for embedding in self._factory.embeddings_in(request)},
+            loras=self._factory.loras.hashes(request),
         )
 
-    def engine(self, component: str, *, rows: int = 1, **dims: int) -> Engine:
+    def engine(self, component: str, *, rows: int = 1, adapters: AdapterSet | None = None, **dims: int) -> Engine:
         """Return the best engine of a component for a call with `rows` and `dims`; open it if necessary.
 
-        For a size that needs tiles, the engine runs another one on them. Raises EngineError, SdruntimeError.
+        `adapters`: what changes its weights. For a size that needs tiles, the engine runs another one on them. Raises
+        EngineError, SdruntimeError.
         """
         self._open_at_first_use()
         if role(component).stage == "vae" and dims.keys() == {"height", "width"}:
             per_cell = cell_of(component, self.model.vae_factor)
             if tiles := self._tiling(component, dims["height"] // per_cell, dims["width"] // per_cell):
                 return tiles.engine(functools.partial(self.engines.engine, component))
-        return self.engines.engine(component, rows=rows, **dims)
+        return self.engines.engine(component, rows=rows, adapters=adapters, **dims)
 
     def _tiling(self, component: str, height: int, width: int) -> Tiling | None:
         """Return the tiles of a VAE component for an image of this size in latent cells, or None if it runs on the whole."""
@@ -387,7 +390,8 @@ class Pipeline:
         return self.steppers(jobs)
 
     def _unet_for(self, jobs: Sequence[Job]) -> Engine:
-        return self.engine("unet", **self._unet_dims(jobs))
+        adapters = jobs[0].adapters
+        return self.engine("unet", adapters=adapters if isinstance(adapters, AdapterSet) else None, **self._unet_dims(jobs))
 
     def _unet_dims(self, jobs: Sequence[Job]) -> dict[str, int]:
         _, height, width = jobs[0].run.x.shape

@@ -24,10 +24,13 @@ class Texts:
     no_negative: bool
 
     @classmethod
-    def of(cls, request: Request, *, steps: int, conditioner: Conditioner, guided: bool, passed: int = 0) -> Texts:
+    def of(
+        cls, request: Request, *, steps: int, conditioner: Conditioner, guided: bool, passed: int = 0, adapters: str = ""
+    ) -> Texts:
         """Return the texts of a request over its model calls; if `guided`, with the negative prompt.
 
-        `passed`: the model calls of a pass before this one. Raises SettingError for what the text encoders do not support.
+        `passed`: the model calls of a pass before this one. `adapters`: as `Wording` has it. Raises SettingError for what the
+        text encoders do not support.
         """
         most, encoders = conditioner.most_skipped, len(conditioner.tokenizers)
         if request.clip_skip > most:
@@ -42,11 +45,12 @@ class Texts:
             skip = 0 if request.prompt_syntax == "plain" else request.clip_skip  # diffusers' negative prompt skips nothing
             parts.append((request.negative or "", request.negative_2, skip))
         syntax, emphasis = request.prompt_syntax, request.emphasis
-        read = [over_steps(Wording(text, second, syntax, emphasis, skip), steps, passed) for text, second, skip in parts]
+        wordings = [Wording(text, second, syntax, emphasis, skip, adapters) for text, second, skip in parts]
+        read = [over_steps(wording, steps, passed) for wording in wordings]
         at: dict[int, tuple[Wording, ...]] = {}
         current = [wordings[0] for wordings in read]
         for step in sorted(set().union(*read)):
-            current = [wordings.get(step, before) for wordings, before in zip(read, current, strict=True)]
+            current = [changes.get(step, before) for changes, before in zip(read, current, strict=True)]
             at[step] = tuple(current)
         return cls(at=at, no_negative=request.negative is None and request.negative_2 is None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -51,6 +51,7 @@ class Job:
     cut: str = ""
     warnings: tuple[str, ...] = ()
     bundle: Path | None = None  # the bundle's folder, for messages
+    adapters: Hashable = None  # what changes the UNet's weights (sdruntime.adapters.sets.AdapterSet), or None
     following: Following | None = None
     passed: int = 0
     stopped: bool = False
@@ -146,10 +147,10 @@ def after(job: Job) -> str:
 
 
 def grouped(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Group jobs that can share a call: of one bundle, with latents and inputs of the same name of the same shape."""
+    """Group jobs that can share a call: of one bundle with the same weights, and with latents and inputs of the same shapes."""
     groups: list[tuple[dict[str, object], list[Job]]] = []
     for job in jobs:
-        shapes: dict[str, object] = {"bundle": job.bundle, "sample": job.run.x.shape}
+        shapes: dict[str, object] = {"bundle": job.bundle, "adapters": job.adapters, "sample": job.run.x.shape}
         shapes.update({name: array.shape for row in job.rows for name, array in row.items()})
         for known, members in groups:
             if all(known.get(name, shape) == shape for name, shape in shapes.items()):

@@ -9,9 +9,11 @@ image), one after the other. A new job waits for the current step and for the jo
 never waits for others. Jobs of the same latent size and text length share a call, whatever their step, sampler and prompt. Each
 step advances every running job, and calls are split and padded to what the UNet's engines take. Jobs start in the order of their
 submission, `running` of them at a time. The default is the number of images that one call of the UNet's largest profile takes,
-both rows of guidance counted (`--batch` of the build): more would slow down the running jobs and speed up none. Each running job
-needs memory for the activations of its rows, so lower `running` if memory is short. With TensorRT, the loop stays on the GPU
-(`denoise`) and the host waits for each step, so that jobs can join and leave there.
+both rows of guidance counted (`--batch` of the build): more would slow down the running jobs and speed up none. Jobs share a call
+only if they have the same LoRAs; others take turns within each step. The engines of at most `KEPT_SETS` sets of LoRAs are open at
+a time: a request with another set waits until the jobs of one of these are done, and so do the requests behind it, so that nobody
+is overtaken for ever. Each running job needs memory for the activations of its rows, so lower `running` if memory is short. With
+TensorRT, the loop stays on the GPU (`denoise`) and the host waits for each step, so that jobs can join and leave there.
 
 **Bytes.** A job that runs alone from its first step to its last returns the same bytes as `Pipeline(...)`. In a larger batch,
 the engine's arithmetic may change the last bits.
@@ -30,6 +32,7 @@ from types import TracebackType
 from typing import Any
 
 from sdruntime.arrays import Array
+from sdruntime.engines.adapted import KEPT_SETS
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.denoise import check_latents
 from sdruntime.pipeline.pipeline import Pipeline
@@ -261,7 +264,7 @@ class Batcher:
         """Start waiting requests while fewer than `running` jobs run."""
         while len(self._jobs) < self.running:
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or not self._has_room_for(self._waiting[0].request):
                     return
                 entry = self._waiting.popleft()
             begun = time.monotonic()
@@ -277,6 +280,11 @@ class Batcher:
                 self._end(entry, error=error)
             else:
                 self._jobs[job] = entry
+
+    def _has_room_for(self, request: Request) -> bool:
+        """Return whether the engines of a request's LoRAs can be open beside those of the running jobs."""
+        running = {entry.request.loras for entry in self._jobs.values() if entry.request.loras}
+        return not request.loras or request.loras in running or len(running) < KEPT_SETS
 
     def _leave(self) -> None:
         """Report the progress of each job, and end those that are done, cancelled, or whose callback failed."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sdruntime.adapters.lora import Lora
 from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
@@ -23,8 +24,9 @@ class OpenOptions:
     """How to open a bundle; see EngineOptions and Batcher.
 
     `device`: as `cuda.device_index` parses it. `stream`: the handle of the caller's CUDA stream, on which all work is then done;
-    TensorRT engines only. `refiner`: the path of a second bundle. `embeddings`: files, each FILE or NAME=FILE. `memory`: a limit
-    in bytes of GPU memory; a bundle that needs more is refused with both numbers.
+    TensorRT engines only. `refiner`: the path of a second bundle. `embeddings`: files, each FILE or NAME=FILE. `lora_dir`: the
+    folder of the LoRAs that prompts name. `memory`: a limit in bytes of GPU memory; a bundle that needs more is refused with both
+    numbers.
     """
 
     backend: str = AUTO
@@ -40,6 +42,7 @@ class OpenOptions:
     session: Mapping[str, str] = field(default_factory=dict)
     refiner: str | None = None
     embeddings: tuple[str, ...] = ()
+    lora_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -55,6 +58,15 @@ class Open:
     op: Literal["open"]
     bundle: str
     options: OpenOptions = field(default_factory=OpenOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraMessage:
+    """A Lora."""
+
+    path: str
+    scale: float = 1.0
+    text_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +115,7 @@ class RequestMessage:
     hires_steps: int | None = None
     hires_resize: HiresResize = DEFAULTS["hires_resize"]
     refiner_at: float = DEFAULTS["refiner_at"]
+    loras: tuple[LoraMessage, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -157,6 +170,7 @@ class RequestMessage:
             hires_steps=self.hires_steps,
             hires_resize=self.hires_resize,
             refiner_at=self.refiner_at,
+            loras=[Lora(lora.path, lora.scale, lora.text_scale) for lora in self.loras],
         )
 
 

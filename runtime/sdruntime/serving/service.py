@@ -54,6 +54,7 @@ from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingE
 from sdruntime.pipeline.images.png import png_from_image
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
+from sdruntime.pipeline.requests.tags import with_tagged
 from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.serving.channel import BadFrame, Channel
 from sdruntime.serving.describe import pipeline_document
@@ -80,6 +81,7 @@ class Service:
         self._jobs: dict[int, ImageFuture] = {}
         self._pipe: Pipeline | None = None
         self._batcher: Batcher | None = None
+        self._lora_dir: str | None = None
         self._closing = False
         self._opened = contextlib.ExitStack()
 
@@ -143,12 +145,13 @@ class Service:
                 if self._closing:
                     raise SdruntimeError("the service was closed meanwhile")
                 self._pipe, self._batcher, self._opened = pipe, batcher, stack.pop_all()
+                self._lora_dir = options.lora_dir
         for warning in recorded:
             self._log("warning", str(warning.message))
         self._send({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
 
     def _submit(self, message: Submit, blob: bytes | memoryview | None, size: int) -> None:
-        request = message.request.request(*_images(message, blob, size))
+        request = with_tagged(message.request.request(*_images(message, blob, size)), self._lora_dir)
         with self._lock:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")

@@ -54,10 +54,10 @@ class Backend:
     library can: UnknownName, SettingError.
 
     `reads`: whether a version of the library can open an engine. `lacking`: the unsupported (target, precision) pairs, each with
-    the reason to report. `static`: by default, engines are built for the requested shapes only, not for every size.
-    `gpu_only`: its engines need an NVIDIA GPU, and use the caller's CUDA stream if one is passed. `in_jetpack`: included in
-    JetPack. `loop`: runs the sampling loop on the GPU, which needs an engine of the component `step`. `hidden`: for tests; never
-    chosen or listed unless named explicitly.
+    the reason to report. `static`: by default, engines are built for the requested shapes only, not for every size. `gpu_only`:
+    its engines need an NVIDIA GPU, and use the caller's CUDA stream if one is passed. `in_jetpack`: included in JetPack. `loop`:
+    runs the sampling loop on the GPU, which needs an engine of the component `step`. `replaces_weights`: it takes
+    `EngineOptions.weights`. `hidden`: for tests; never chosen or listed unless named explicitly.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Backend:
     in_jetpack: bool = False
     loop: DeviceLoop | None = None
     hidden: bool = False
+    replaces_weights: bool = False
 
     def misfit(self, engine: EngineSpec, library: Library, device: Device | None) -> str | None:
         """Return why an engine of this backend cannot run with `library` on `device`, or None if it can."""

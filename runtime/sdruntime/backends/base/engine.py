@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from sdruntime.arrays import Array
+from sdruntime.backends.base.weights import Weights
 from sdruntime.bundle.limits import MOST_THREADS
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import SdruntimeError, SettingError, shown
@@ -98,6 +99,7 @@ class EngineOptions:
     tile: int | str = "auto"
     measure: bool = True  # "auto" may benchmark CPU engines the first time it can choose between several
     session: Mapping[str, str] = field(default_factory=dict)
+    weights: Weights | None = None  # set by a pipeline, for requests with LoRAs
 
     def __post_init__(self) -> None:
         for name in ("device", "threads", "memory", "stream"):

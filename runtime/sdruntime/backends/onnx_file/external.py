@@ -17,7 +17,7 @@ import numpy as np
 
 from sdruntime.backends.onnx_file.wire import fields, varints
 
-_DTYPES = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2"}  # TensorProto.DataType
+DTYPES = {1: "f4", 2: "u1", 3: "i1", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2"}  # TensorProto.DataType
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
 _MODEL, _TENSOR = "ModelProto", "TensorProto"
 # message type: field -> type of the message in it, for all fields that can lead to a tensor
@@ -111,11 +111,11 @@ def _checked(path: tuple[str, ...], message: memoryview, files: Collection[str])
         raise ValueError(f"tensor {name!r}: its bytes are in another file ({location!r}), which is not allowed in {where}")
     if location not in files:
         raise ValueError(f"refers to {location!r}, which the manifest does not list for it")
-    if kind not in _DTYPES:
+    if kind not in DTYPES:
         raise ValueError(f"tensor {name!r}: element type {kind} is not supported in another file")
     if len(dims) > _MOST_AXES:
         raise ValueError(f"tensor {name!r:.60}: {len(dims):,} axes, above {_MOST_AXES}")
-    dtype = np.dtype(_DTYPES[kind])
+    dtype = np.dtype(DTYPES[kind])
     length = math.prod(dims) * dtype.itemsize
     stored, offset = _number(entries, "length", length), _number(entries, "offset", 0)
     if stored != length:

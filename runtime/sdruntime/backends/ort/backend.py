@@ -16,5 +16,6 @@ ONNXRUNTIME = Backend(
     build_engine=build_engine,
     open_engine=open_engine,
     check_session=check_session,
+    replaces_weights=True,
     lacking={(CPU, "bf16"): "ONNX Runtime computes no bf16 on the CPU"},
 )

@@ -12,8 +12,12 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, check_tensors, fill_optional_inputs
+from sdruntime.backends.base.weights import REBUILD, Weights
 from sdruntime.backends.onnx_file.graph import without_defaults
+from sdruntime.backends.onnx_file.initializers import initializers, with_values
+from sdruntime.backends.onnx_file.stored import stored_as
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
+from sdruntime.backends.ort.replacing import places_of
 from sdruntime.backends.ort.session import EMPTY_MODEL, warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle.bundle import Bundle
@@ -102,7 +106,7 @@ def check_session(settings: Mapping[str, str]) -> None:
 def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared: Shared) -> OrtEngine:
     """Open an engine from verified memory; ONNX Runtime itself opens no file.
 
-    Raises BundleError, EngineError, DeviceMissing, and SettingError for a session setting.
+    Raises BundleError, EngineError, DeviceMissing, and SettingError for a session setting, or for new weights that do not fit.
     """
     ort = library()
     component = bundle.manifest.components[spec.component]
@@ -120,8 +124,13 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     providers: list[Any] = [PROVIDERS["cpu"]]
     if spec.target == "cuda":
         providers.insert(0, (PROVIDERS["cuda"], {"device_id": str(options.device)}))
+    replaced: dict[str, Array] = {}
+    if options.weights is not None:
+        replaced = _replaced(bundle, spec, memoryview(model), options.weights)
+        embedded = [name for name, known in initializers(memoryview(model)).items() if name in replaced and not known.external]
+        model = with_values(memoryview(model), {name: replaced.pop(name) for name in embedded})
     try:
-        session = open_session(ort, bundle, model, spec.files, session_options, providers)
+        session = open_session(ort, bundle, model, spec.files, session_options, providers, replaced)
     except SdruntimeError:
         raise
     except Exception as error:  # onnxruntime's errors have no common base but Exception
@@ -133,3 +142,25 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     inputs, outputs = ({tensor.name for tensor in tensors} for tensors in (session.get_inputs(), session.get_outputs()))
     check_tensors(component, spec, inputs, outputs)
     return OrtEngine(spec, component, session)
+
+
+def _replaced(bundle: Bundle, spec: EngineSpec, model: memoryview, weights: Weights) -> dict[str, Array]:
+    """Return new values for the engine's initializers, as they are stored, that follow from new weights of the component."""
+    known = initializers(model)
+    onnx = bundle.read(bundle.manifest.components[spec.component].onnx)
+    values: dict[str, Array] = {}
+    try:
+        places = places_of(onnx, weights.names, {name: each.shape for name, each in known.items()})
+        with weights.lending() as lent:
+            last, new = "", np.empty(0)
+            for name, (weight, place) in places.items():
+                last, new = weight, new if weight == last else lent[weight]
+                array, dtype = place(new), known[name].dtype
+                if array.shape != known[name].shape or dtype is None:
+                    raise ValueError(f"{name} is {list(known[name].shape)}, and {weight} gives {list(array.shape)}")
+                values[name] = stored_as(array, known[name].kind, dtype)
+    except ValueError as error:
+        if isinstance(error, SdruntimeError):
+            raise
+        raise EngineError(f"engine {spec.name}: its weights cannot be replaced: {error}: {REBUILD}") from error
+    return values

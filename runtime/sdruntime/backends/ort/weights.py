@@ -7,7 +7,8 @@ the model; afterwards nothing refers to the file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,28 @@ from sdruntime.bundle.bundle import Bundle
 from sdruntime.errors import BundleError
 from sdruntime.system.memory import return_freed_memory
 
+NOTHING: Mapping[str, Array] = MappingProxyType({})
 DIRECTLY = "session.use_external_initializer_file_buffers_directly"
 
 
-def open_session(ort: Any, bundle: Bundle, model: bytes, files: Sequence[str], options: Any, providers: Sequence[Any]) -> Any:
+def open_session(
+    ort: Any,
+    bundle: Bundle,
+    model: bytes,
+    files: Sequence[str],
+    options: Any,
+    providers: Sequence[Any],
+    replaced: Mapping[str, Array] = NOTHING,
+) -> Any:
     """Return an InferenceSession of `model`, with weights from `files`: the model's path in the bundle, then those of its data.
 
-    Raises BundleError and the errors of ONNX Runtime.
+    `replaced`: other values for some of the weights in the data, as they are stored. Raises BundleError and the errors of ONNX
+    Runtime.
     """
     names, tensors = locations(files), _external(bundle, files, memoryview(model))
     with bundle.lending(files[1:]) as lent:
         arrays = {tensor.name: _array(bundle, files[0], tensor, lent[names[tensor.location]]) for tensor in tensors}
+        arrays |= replaced
         ort_value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
         values = [ort_value(arrays[tensor.name], tensor.kind) for tensor in tensors]  # they refer to the arrays
         options.add_external_initializers(list(arrays), values)

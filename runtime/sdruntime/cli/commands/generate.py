@@ -41,6 +41,7 @@ def generate(options: argparse.Namespace) -> None:
     from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.requests.ranges import NUMBERS
     from sdruntime.pipeline.requests.request import requests_from
+    from sdruntime.pipeline.requests.tags import with_tagged
     from sdruntime.sampling.samplers import meaning
     from sdruntime.system.sizes import parse_size
 
@@ -94,11 +95,15 @@ def generate(options: argparse.Namespace) -> None:
         "hires_steps": options.hires_steps,
         "hires_resize": options.hires_resize,
         "fit": options.fit,
+        "loras": options.loras,
         "options": sampler_options(options),
     }
     if options.strength is not None:
         settings["strength"] = options.strength
     all_requests = requests_from(options.prompt, count=options.count, seed=options.seed, **settings)
+    all_requests = [with_tagged(request, options.lora_dir) for request in all_requests]
+    if options.lora_dir is not None and not any(len(request.loras) > len(options.loras) for request in all_requests):
+        raise SettingError(f"--lora-dir {options.lora_dir} has no effect: no prompt has a tag such as <lora:name:0.8>")
     if options.output == str(outputs.STDOUT) and (options.json or sys.stdout.isatty()):
         other = "--json: both write to standard output" if options.json else "a terminal: redirect it, or name a file"
         raise SettingError(f"--output - with {other}")
@@ -195,9 +200,10 @@ def generate_groups(
     for stage in pipe.opening():
         reporter.show("load", stage.name, done=stage.done, total=stage.total, unit="B")
     room = pipe.engines.room
-    groups = [requests[start : start + room] for start in range(0, len(requests), room)]
-    for index, group in enumerate(groups):
-        what = f"images {index * room + 1} to {index * room + len(group)} of {len(requests)}" if len(requests) > 1 else ""
+    done = 0
+    while group := _alike(requests[done : done + room]):
+        what = f"images {done + 1} to {done + len(group)} of {len(requests)}" if len(requests) > 1 else ""
+        done += len(group)
         reporter.show("encode prompts", what)
         stream = pipe.stream(group, on_device=True)
         reporter.show("denoise", what, total=max(job.steps for job in stream.jobs), unit="steps")
@@ -208,3 +214,9 @@ def generate_groups(
             reporter.show("denoise", what, done=state.step, total=state.steps, unit="steps")
         reporter.show("decode", what)
         yield stream.result
+
+
+def _alike(requests: Sequence[Request]) -> Sequence[Request]:
+    """Return the first requests, as far as they have the same LoRAs."""
+    count = next((k for k, request in enumerate(requests) if request.loras != requests[0].loras), len(requests))
+    return requests[:count]

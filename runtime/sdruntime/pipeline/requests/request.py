@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from sdruntime.adapters.lora import Lora, loras_of
 from sdruntime.arrays import Array
 from sdruntime.bundle.model import Defaults
 from sdruntime.errors import LibraryMissing, SettingError, UnknownName, shown
@@ -126,6 +127,7 @@ class Request:
     hires_resize: HiresResize = "latent"
     depth: ImageLike | Array | None = None
     refiner_at: float = NUMBERS["refiner_at"]
+    loras: Sequence[Lora] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -170,6 +172,7 @@ class Request:
         self._check_canvas()
         if self.depth is not None:
             self._check_depth()
+        object.__setattr__(self, "loras", loras_of(self.loras))
 
     def _check_depth(self) -> None:
         if self.pixels is None:

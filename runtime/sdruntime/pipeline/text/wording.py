@@ -19,6 +19,7 @@ class Wording:
     """A text, and all that its encoding depends on besides the bundle.
 
     `second`: the text for the second text encoder, None for the same one. `skip`: how many layers of the encoders to skip.
+    `adapters`: the digest of the LoRAs' changes to the encoders, "" without.
     """
 
     text: str
@@ -26,6 +27,7 @@ class Wording:
     syntax: Syntax = "plain"
     emphasis: Emphasis = "original"
     skip: int = 0
+    adapters: str = ""
 
     def of(self, encoder: str) -> str:
         """Return the text for a text encoder."""
@@ -34,7 +36,7 @@ class Wording:
     @property
     def empty(self) -> Wording:
         """The wording of an empty chunk beside this one's."""
-        return Wording("", syntax=self.syntax, skip=self.skip)
+        return Wording("", syntax=self.syntax, skip=self.skip, adapters=self.adapters)
 
 
 def over_steps(wording: Wording, steps: int, passed: int = 0) -> dict[int, Wording]:

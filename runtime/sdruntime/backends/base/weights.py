@@ -1,0 +1,22 @@
+"""New weights for an engine, in place of those that it was built with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from sdruntime.arrays import Array
+
+REBUILD = "build the engine again, or merge the LoRA when the bundle is built: sdexport build MODEL --lora FILE"
+
+
+class Weights(Protocol):
+    """New values of some weights of a component, by their names in the checkpoint: the names of its ONNX model."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def lending(self) -> AbstractContextManager[Mapping[str, Array]]:
+        """Lend the values, float32, each of which is computed when it is looked up. Raises BundleError, SettingError."""
+        ...
