@@ -17,8 +17,9 @@ class ExportOptions:
 
     `revision` is the hub's, for a hub id. `prediction_type`, `config` and `vae` replace parts of the checkpoint, as
     sdexport.checkpoint.overrides.Overrides has them, and `preview_vae` adds one; both VAEs may be hub ids. `loras` are merged:
-    FILE[:SCALE[:TEXT_SCALE]] each. `defaults` replace those that follow from the checkpoint. `engines` are built into the bundle,
-    with the options of `sdruntime build`. `audit` measures half precision and keeps in float32 what it would harm. `verify`
+    FILE[:SCALE[:TEXT_SCALE]] each. `embeddings` become part of the bundle: FILE or NAME=FILE each. `defaults` replace those that
+    follow from the checkpoint. `engines` are built into the bundle, with the options of `sdruntime build`. `audit` measures half
+    precision and keeps in float32 what it would harm. `verify`
     stores reference outputs and checks what this machine can run against them.
     """
 
@@ -30,6 +31,7 @@ class ExportOptions:
     config: str | None = None
     vae: str | None = None
     loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     defaults: Defaults = NO_DEFAULTS
     preview_vae: str | None = None
     audit: bool = True

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from sdexport.build.events import EngineProgress, ExportOptions, ExportProgress, ExportResult
-from sdexport.build.files import component_specs, without_code_keys, write_pipeline_files
+from sdexport.build.files import component_specs, read_embeddings, without_code_keys, write_embeddings, write_pipeline_files
 from sdexport.build.provenance import digest_of_inputs, is_current, provenance_of, without_paths
 from sdexport.checkpoint.card import read_card
 from sdexport.checkpoint.checkpoint import Checkpoint, read_checkpoint
@@ -105,7 +105,9 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     table = components(checkpoint)
     for request in options.engines:
         request.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
-    inputs = digest_of_inputs(checkpoint, table, options)
+    embeddings = read_embeddings(options.embeddings, table)
+    named = dataclasses.replace(options, embeddings=tuple(embedding.name for embedding in embeddings))
+    inputs = digest_of_inputs(checkpoint, table, options, embeddings)
     if is_current(out, inputs, verified=options.verify):
         return ExportResult(folder=out, up_to_date=True, written=0, peak=peak_memory(), changes=checkpoint.changes)
     if options.audited:
@@ -118,13 +120,14 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
         shutil.rmtree(reference, ignore_errors=True)
         audits = _audits(table, folder)
         write_pipeline_files(checkpoint, table, folder)
+        write_embeddings(embeddings, folder)
         step = write_step(folder)
         write_bundle(
             folder,
             model=checkpoint.model,
             precision=options.precision,
             components=component_specs(table, audits) | {STEP: step},
-            provenance=provenance_of(located, checkpoint, without_paths(options, vae, preview), inputs),
+            provenance=provenance_of(located, checkpoint, without_paths(named, vae, preview), inputs),
         )
         if options.verify:
             proof = yield from _verify(checkpoint, options, folder, len(table))

@@ -11,8 +11,11 @@ from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.families.components import Component
 from sdexport.trace.component import DATA, MODEL
 from sdexport.trace.versions import versions
+from sdruntime.adapters.embedding import NAME, Embedding, read_embedding
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.manifest import ComponentSpec
+from sdruntime.bundle.roles import role
+from sdruntime.pipeline.text.embeddings import FOLDER, Embeddings
 
 
 def without_code_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -43,6 +46,26 @@ def _model_index(checkpoint: Checkpoint, table: Sequence[Component]) -> Mapping[
     if supported:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return index
+
+
+def read_embeddings(sources: Sequence[str], table: Sequence[Component]) -> list[Embedding]:
+    """Return the embeddings of files for the text encoders in `table`. Raises SettingError for one that does not fit."""
+    widths = {
+        component.name: component.config["hidden_size"] for component in table if role(component.name).kind == "text encoder"
+    }
+    embeddings = [read_embedding(source, widths) for source in sources]
+    Embeddings(items=embeddings, sizes={})  # checks the names
+    return embeddings
+
+
+def write_embeddings(embeddings: Sequence[Embedding], folder: Path) -> None:
+    """Write a file of each embedding into `folder`/embeddings, where the runtime looks for them."""
+    from safetensors.numpy import save_file
+
+    for number, embedding in enumerate(embeddings, start=1):
+        path = folder / FOLDER / f"{number}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file(embedding.tensors, path, {NAME: embedding.name})
 
 
 def component_specs(table: Sequence[Component], audits: Mapping[str, Audit]) -> dict[str, ComponentSpec]:

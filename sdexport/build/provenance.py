@@ -15,6 +15,7 @@ from sdexport.checkpoint.hub import Located
 from sdexport.families.components import Component
 from sdexport.trace.cache import trace_key
 from sdexport.trace.versions import digest_of, versions
+from sdruntime.adapters.embedding import Embedding
 from sdruntime.adapters.lora import lora_from
 from sdruntime.bundle.bundle import Bundle, opening, sha256
 from sdruntime.bundle.records import json_from_record
@@ -23,13 +24,16 @@ from sdruntime.errors import BundleError
 from sdruntime.verification.golden import DOCUMENT
 
 
-def digest_of_inputs(checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions) -> str:
+def digest_of_inputs(
+    checkpoint: Checkpoint, table: Sequence[Component], options: ExportOptions, embeddings: Sequence[Embedding]
+) -> str:
     """Return the hash of everything that determines the ONNX models and the files beside them."""
     files = dict(checkpoint.source.inputs(checkpoint.parts))
     files |= {name: path for part in checkpoint.parts.values() for name, path in part.files.items()}
     return digest_of(
         {
             **({"loras": checkpoint.adapters} if checkpoint.adapters else {}),
+            **({"embeddings": [(embedding.name, embedding.sha256) for embedding in embeddings]} if embeddings else {}),
             "model": json_from_record(checkpoint.model),
             "precision": options.precision,
             "audit": options.audited,

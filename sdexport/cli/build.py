@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE,…",
     help="What images are made with by default: steps=4,guidance=1,sampler=euler_a,size=768x512.",
 )
+@click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Put this embedding (textual inversion, .safetensors) into the bundle, for texts with its name; may be repeated.",
+)
 @click.option("--no-audit", is_flag=True, help="Do not measure which nodes half precision would harm: faster, but unproven.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from pickles (.ckpt, .pt, .bin). Nothing in them is run.")
 @click.option("--no-verify", is_flag=True, help="Skip the reference outputs and the check against PyTorch.")
@@ -58,6 +65,7 @@ def build(
     vae: str | None,
     preview_vae: str | None,
     loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
     chunks: str | None,
     defaults: str | None,
     no_audit: bool,
@@ -94,6 +102,7 @@ def build(
         defaults=parsed(defaults or ""),
         preview_vae=preview_vae,
         loras=loras,
+        embeddings=embeddings,
         audit=not no_audit,
         verify=not no_verify,
     )

@@ -10,6 +10,8 @@ import pytest
 from integration.reference import Reference, assert_same_picture, ours
 from loras import write
 
+from sdruntime.bundle.bundle import Bundle
+from sdruntime.errors import BundleError
 from sdruntime.pipeline.pipeline import Pipeline
 
 PROMPT = "a <kitten> in the red"
@@ -57,3 +59,21 @@ def test_both_encoders_of_sdxl(sdxl_checkpoint: Path, sdxl_bundle: Path, ready: 
     changes = {"clip_sample": False}
     theirs = reference.draw(PROMPT, scheduler="DDIMScheduler", changes=changes, seed=4, num_inference_steps=6, guidance_scale=7.5)
     assert_same_picture(drawn[0], theirs[0], drawn[1], theirs[1])
+
+
+@pytest.mark.full
+def test_an_embedding_in_the_bundle(
+    sd1_checkpoint: Path, export: Callable[..., Path], ready: Callable[[Path], Path], sd1_bundle: Path, tmp_path: Path
+) -> None:
+    width = int(Bundle.open(sd1_bundle).manifest.components["text_encoder"].outputs[0].shape[-1])
+    vectors = np.random.default_rng(5).standard_normal((2, width)).astype(np.float32)
+    path = write(tmp_path / "style.safetensors", {"emb_params": vectors})
+    own = export(sd1_checkpoint, embeddings=(f"<kitten>={path}",))
+    assert Bundle.open(own).manifest.provenance["options"]["embeddings"] == ["<kitten>"]
+    settings = {"sampler": "ddim", "steps": 2, "seed": 4}
+    with Pipeline.open(ready(own)) as inside, Pipeline.open(ready(sd1_bundle), embeddings=[f"<kitten>={path}"]) as beside:
+        assert np.array_equal(ours(inside, PROMPT, **settings)[1], ours(beside, PROMPT, **settings)[1])
+    damaged = own / "embeddings" / "1.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match="hash"):
+        Pipeline.open(own)

@@ -19,7 +19,8 @@ from sdruntime.bundle.roles import role
 from sdruntime.errors import SettingError, shown
 
 MOST_VECTORS = 256  # of one embedding
-_OF_FILE = "emb_params"  # its token is the file's name
+OF_FILE = "emb_params"  # its token is the file's name, or
+NAME = "sdexport.embedding"  # in the metadata
 _FIRST, _SECOND = "clip_l", "clip_g"
 _NAME = re.compile(r"\S{1,190}")
 _NAMED = re.compile(r"([^\s=/\\]+)=(.+)")
@@ -32,6 +33,13 @@ class Embedding:
     name: str
     vectors: Mapping[str, Array]
     sha256: str
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The tensors of a file of this embedding, which has its name in the metadata as NAME."""
+        if len(self.vectors) == 1 and not any(role(encoder).takes_second_texts for encoder in self.vectors):
+            return {OF_FILE: next(iter(self.vectors.values()))}
+        return {_key(encoder): vectors for encoder, vectors in self.vectors.items()}
 
     @property
     def count(self) -> int:
@@ -80,16 +88,22 @@ def _keys(file: AdapterFile, widths: Mapping[str, int]) -> tuple[dict[str, str],
         has = f"{_FIRST} and {_SECOND}, for SDXL" if of_xl else f"vectors for one text encoder ({shown(min(names))})"
         needed = f"SDXL and needs {_FIRST} and {_SECOND}" if xl else "not SDXL"
         raise SettingError(f"embedding {file.path}: it has {has}, but the model is {needed}: use an embedding made for it")
+    own = file.metadata.get(NAME, file.name)
     if xl:
-        keys = {encoder: _SECOND if role(encoder).takes_second_texts else _FIRST for encoder in widths}
+        keys = {encoder: _key(encoder) for encoder in widths}
         if missing := sorted(set(keys.values()) - names):
             raise SettingError(f"embedding {file.path}: {' and '.join(missing)} is missing")
-        return keys, file.name
-    if len(names) > 1 and _OF_FILE not in names:
+        return keys, own
+    if len(names) > 1 and OF_FILE not in names:
         some = ", ".join(sorted(names)[:3])
         raise SettingError(
-            f"embedding {file.path}: {len(names)} tensors ({some:.120}, …): expected one, named like its token, or {_OF_FILE}: "
+            f"embedding {file.path}: {len(names)} tensors ({some:.120}, …): expected one, named like its token, or {OF_FILE}: "
             "a LoRA is given as --lora"
         )
-    key = _OF_FILE if _OF_FILE in names else next(iter(names))
-    return dict.fromkeys(widths, key), file.name if key == _OF_FILE else key
+    key = OF_FILE if OF_FILE in names else next(iter(names))
+    return dict.fromkeys(widths, key), own if key == OF_FILE else key
+
+
+def _key(encoder: str) -> str:
+    """Return the tensor for a text encoder of SDXL."""
+    return _SECOND if role(encoder).takes_second_texts else _FIRST

@@ -42,7 +42,7 @@ from sdruntime.system.files import FileFault, Folder, hash_of, leads_to, read_al
 
 T = TypeVar("T")
 ENGINES = "engines"
-KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".md")
+KNOWN_ENDINGS = (".onnx", ".data", ".json", ".txt", ".plan", ".xml", ".bin", ".npz", ".safetensors", ".md")
 _OPENED = 100  # attempts to open a bundle that keeps changing
 
 

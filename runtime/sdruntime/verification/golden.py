@@ -19,6 +19,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.limits import LARGEST_DIM
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.bundle.roles import role
@@ -33,6 +34,7 @@ from sdruntime.verification.tolerance import TOLERANCES, Tolerance
 DOCUMENT, NUMBERS = "golden/golden.json", "golden/numbers.npz"
 FORMAT, REVISION = "sdexport-golden", 1
 SAMPLE = 4096  # numbers that are stored of an output
+MOST_BOUND = 1 << 31  # of whole numbers, which are int32
 MOST_NUMBERS = 1 << 26  # in the inputs of a case
 _LARGEST_VAE = 768 * 768  # pixels: a larger VAE call in float32 needs gigabytes
 _RANGES = {"timestep": 1000, "time_ids": 1024}  # bounds of inputs that are whole numbers, whatever their type
@@ -75,8 +77,9 @@ class Case:
     def __post_init__(self) -> None:
         for name in ("dims", "below", "outputs"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        if faults := [name for name, bound in self.below.items() if bound < 1]:
-            raise ValueError(f"case {self.name}: below {faults[0]}: {self.below[faults[0]]} is not a positive bound")
+        for what, numbers, most in (("below", self.below, MOST_BOUND), ("dims", self.dims, LARGEST_DIM)):
+            if faults := [name for name, number in numbers.items() if not 1 <= number <= most]:
+                raise ValueError(f"case {self.name}: {what} {faults[0]}: {numbers[faults[0]]} is outside 1 to {most:,}")
 
     def key(self, output: str) -> str:
         """Return the name of an output's sample in the numbers."""

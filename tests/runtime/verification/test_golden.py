@@ -126,6 +126,14 @@ def test_another_format_a_missing_number_and_nonsense_are_told(proved: Bundle) -
         read_golden(fewer)
 
 
-def test_a_bound_below_one_is_named() -> None:
-    with pytest.raises(ValueError, match="case small: below input_ids: 0 is not a positive bound"):
-        Case(component="text_encoder", name="small", seed=0, dims={"batch": 1}, below={"input_ids": 0})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"below": {"input_ids": 0}}, "below input_ids: 0 is outside 1 to 2,147,483,648"),
+        ({"below": {"input_ids": 1 << 63}}, "below input_ids: 9223372036854775808 is outside"),
+        ({"dims": {"batch": -1}}, "dims batch: -1 is outside 1 to 268,435,456"),
+    ],
+)
+def test_a_number_out_of_range_is_named(changes: dict[str, dict[str, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=f"case small: {message}"):
+        Case(**{"component": "text_encoder", "name": "small", "seed": 0, "dims": {"batch": 1}, **changes})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,5 +120,5 @@ def embeddings_of(bundle: Bundle, sources: Iterable[Path | str]) -> Embeddings:
             raise BundleError(bundle.folder, [str(error)]) from error
         if item.sha256 != bundle.manifest.files[path].sha256:
             raise BundleError(bundle.folder, [f"{path}: its hash differs from the manifest's"])
-        items.append(replace(item, name=PurePosixPath(path).stem))
+        items.append(item)
     return Embeddings(items=[*items, *(read_embedding(source, widths) for source in sources)], sizes=sizes)
