@@ -42,6 +42,7 @@ _TASKS = {
     "": "inpainting, four channels",
     "instruct_pix2pix": "InstructPix2Pix",
     "depth": "image to image, with depth",
+    "upscaling": "upscaling",
     "refining": "refiner, image to image",
 }
 

@@ -38,7 +38,7 @@ ORDER = {
     "sdruntime.engines": "shapes finite adapted memory choose building speed pool",
     "sdruntime.pipeline": ("images text vae denoise requests loras micro_conditions texts tasks metadata result jobs pipeline"),
     "sdruntime.pipeline.requests": "keywords ranges request unused tags",
-    "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth choose passes",
+    "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth upscaling choose passes",
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording embeddings conditioning",

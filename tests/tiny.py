@@ -53,6 +53,7 @@ TASKS: dict[str, tuple[dict[str, Any], str]] = {
     "inpainting": ({"in_channels": 9}, "{}InpaintPipeline"),
     "instruct_pix2pix": ({"in_channels": 8}, "{}InstructPix2PixPipeline"),
     "depth": ({"in_channels": 5}, "{}Depth2ImgPipeline"),
+    "upscaling": ({"in_channels": 7, "num_class_embeds": 1000}, "{}UpscalePipeline"),
     "lcm": ({"time_cond_proj_dim": 32}, "LatentConsistencyModelPipeline"),
     "refining": (
         {
@@ -88,7 +89,7 @@ PRUNED: dict[str, dict[str, Any]] = {
     "Koala-700M": _LEVELS | {"layers_per_block": 1, "mid_block_type": None, "transformer_layers_per_block": [1, 2, 5]},
     "Koala-1B": _LEVELS | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
 }
-ONE_KIND: dict[str, Kind] = {"refining": "sdxl"}  # tasks that models of one kind have
+ONE_KIND: dict[str, Kind] = {"refining": "sdxl", "upscaling": "sd2_v"}  # tasks that models of one kind have
 
 
 def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
@@ -111,6 +112,12 @@ def write_task_checkpoint(folder: Path, kind: Kind, task: str) -> Path:
     index["_class_name"] = named.format(index["_class_name"].removesuffix("Pipeline"))
     if task == "depth":
         index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
+    if task == "upscaling":
+        vae = folder / "vae" / "config.json"
+        _write_json(vae, json.loads(vae.read_text()) | {"scaling_factor": 0.08333})
+        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
+        _write_json(folder / "low_res_scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler"} | betas)
+        index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350}
     if task == "refining":
         for part in ("text_encoder", "tokenizer"):
             shutil.rmtree(folder / part)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdexport.checkpoint.checkpoint import Checkpoint
+from sdexport.checkpoint.pipelines import LOW_RES
 from sdexport.families.components import Component
 from sdexport.trace.component import DATA, MODEL
 from sdexport.trace.versions import versions
@@ -15,6 +16,7 @@ from sdruntime.adapters.embedding import NAME, Embedding, read_embedding
 from sdruntime.bundle.audit import Audit
 from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.bundle.roles import role
+from sdruntime.pipeline.tasks.upscaling import SCHEDULER as LOW_RES_SCHEDULER
 from sdruntime.pipeline.text.embeddings import FOLDER, Embeddings
 
 
@@ -30,6 +32,9 @@ def write_pipeline_files(checkpoint: Checkpoint, table: Sequence[Component], fol
         tokenizer.write(folder / name, length=checkpoint.text_length)
     (folder / "scheduler").mkdir()
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(dict(checkpoint.scheduler), indent=1) + "\n")
+    if checkpoint.low_res_scheduler is not None:
+        (folder / LOW_RES).mkdir()
+        (folder / LOW_RES_SCHEDULER).write_text(json.dumps(dict(checkpoint.low_res_scheduler), indent=1) + "\n")
     (folder / "model_index.json").write_text(json.dumps(_model_index(checkpoint, table), indent=1) + "\n")
 
 

@@ -21,7 +21,18 @@ from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
 from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, PREVIEW_VAE, Overridden, Overrides
-from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, OTHERS, PARTS, SCORE, TINY_VAE, Classes, parts_of, pipeline_of
+from sdexport.checkpoint.pipelines import (
+    ASYMMETRIC_VAE,
+    LOW_RES,
+    MOST_NOISE,
+    OTHERS,
+    PARTS,
+    SCORE,
+    TINY_VAE,
+    Classes,
+    parts_of,
+    pipeline_of,
+)
 from sdexport.checkpoint.source import Source
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.checkpoint.tokenizer import StoredTokenizer, read_tokenizer
@@ -29,11 +40,16 @@ from sdexport.checkpoint.weights.bounds import check_depth
 from sdexport.checkpoint.weights.loras import merged
 from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.errors import CheckpointError
+from sdruntime.bundle.limits import NOISE_LEVELS
 from sdruntime.bundle.manifest import LONGEST_TEXT, Precision
 from sdruntime.bundle.model import Family, ModelSpec, PredictionType
 from sdruntime.bundle.tasks import Task, task_for
-from sdruntime.errors import plain
+from sdruntime.errors import SettingError, plain
+from sdruntime.pipeline.tasks.upscaling import READS as LOW_RES_READS
+from sdruntime.pipeline.tasks.upscaling import SCHEDULER as LOW_RES_SCHEDULER
+from sdruntime.pipeline.tasks.upscaling import noise_levels
 
+UPSCALING_FACTOR, MOST_BY_DEFAULT = 0.08333, 350  # of diffusers' StableDiffusionUpscalePipeline
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -69,6 +85,7 @@ class Checkpoint:
     pipeline: str
     task: Task | None
     scheduler: Mapping[str, Any]
+    low_res_scheduler: Mapping[str, Any] | None = None  # of the noise in the image that an upscaling model enlarges
     changes: tuple[str, ...] = ()
     overrides: Overrides = NO_OVERRIDES
     adapters: str = ""
@@ -150,6 +167,7 @@ class _Reader:
             self._check_tiny(PREVIEW_VAE)
             parts[PREVIEW_VAE] = self._part(PREVIEW_VAE, TINY_VAE, pipeline)
         scheduler = self._scheduler(index, pipeline)
+        low_res = self._low_res_scheduler(index) if task == "upscaling" else None
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
         tokenizers = {part: tokenizer for part, tokenizer in read.items() if tokenizer is not None}
         self._stop_at_faults()
@@ -178,6 +196,7 @@ class _Reader:
             pipeline=pipeline,
             task=task,
             scheduler=MappingProxyType(scheduler),
+            low_res_scheduler=low_res,
             changes=tuple(self.changes),
         )
 
@@ -299,6 +318,21 @@ class _Reader:
         self.changes.extend(changes)
         return scheduler
 
+    def _low_res_scheduler(self, index: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of the scheduler that adds noise to the image to enlarge, as far as they count for that."""
+        self._check_class(index, LOW_RES, (("diffusers", "DDPMScheduler"),))
+        written = without_defaults(self._json(LOW_RES_SCHEDULER), LOW_RES_SCHEDULER, self.faults)
+        config = {key: written.get(key, default) for key, default in LOW_RES_READS.items()}
+        try:
+            levels = len(noise_levels(config)) if written else NOISE_LEVELS
+        except (SettingError, TypeError, ValueError) as error:
+            self.faults.append(f"{LOW_RES_SCHEDULER}: {error}")
+        else:
+            most = index.get(MOST_NOISE, MOST_BY_DEFAULT)
+            if type(most) is int and most >= levels:
+                self.faults.append(f"model_index.json: {MOST_NOISE} {most}, but {LOW_RES_SCHEDULER} has {levels} levels")
+        return config
+
     def _model(
         self, name: str, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any], pad_token: str
     ) -> ModelSpec:
@@ -308,6 +342,12 @@ class _Reader:
         # OpenCLIP's encoder, introduced with SD2, uses plain GELU; CLIP's own uses quick GELU
         family: Family = "sdxl" if xl else "sd2" if text["hidden_act"] == "gelu" else "sd1"
         defaults, reason = defaults_of(unet, scheduler, card)
+        scaling, upscales = float(vae["scaling_factor"]), unet["num_class_embeds"] is not None
+        if upscales and scaling != UPSCALING_FACTOR:
+            self.changes.append(
+                f"vae: scaling_factor {scaling:g} becomes {UPSCALING_FACTOR}, as StableDiffusionUpscalePipeline has it"
+            )
+            scaling = UPSCALING_FACTOR
         if reason:
             self.changes.append(f"defaults: {defaults}: {reason} (--defaults changes them)")
         try:
@@ -319,7 +359,7 @@ class _Reader:
                 name=name,
                 family=family,
                 prediction_type=scheduler.get("prediction_type") or "epsilon",
-                scaling_factor=float(vae["scaling_factor"]),
+                scaling_factor=scaling,
                 latents_mean=tuple(map(float, mean)) if normalized else (),
                 latents_std=tuple(map(float, std)) if normalized else (),
                 latent_channels=vae["latent_channels"],
@@ -329,6 +369,7 @@ class _Reader:
                 default_size=default_size(unet, factor),
                 defaults=defaults,
                 pad_token=pad_token,
+                max_noise_level=int(index.get(MOST_NOISE, MOST_BY_DEFAULT)) if upscales else None,
                 masked_decoder=str(index["vae"][1]) == ASYMMETRIC_VAE,
                 zero_empty_negative=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
                 license=card.license,

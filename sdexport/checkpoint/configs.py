@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
+from sdruntime.bundle.limits import NOISE_LEVELS
 from sdruntime.bundle.tasks import SCORED, SIZES, task_for
 
 REQUIRED = object()  # in place of a default: the file must have the key
@@ -126,7 +127,7 @@ _UNET = Config(
         "class_embed_type": Key(None, _NULL),  # takes class labels, which no Stable Diffusion pipeline feeds
         "addition_embed_type": Key(None, _one_of(None, "text_time")),
         "addition_time_embed_dim": Key(None, _NULL | _WIDTH),
-        "num_class_embeds": Key(None, _NULL),  # takes class labels
+        "num_class_embeds": Key(None, _NULL | _whole(1, NOISE_LEVELS)),  # levels of noise, of upscaling models
         "upcast_attention": Key(False, _FLAG),
         "resnet_time_scale_shift": Key("default", _one_of("default", "scale_shift")),
         "resnet_skip_time_act": Key(False, _FLAG),
@@ -310,8 +311,15 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterat
     if scored and not xl:
         yield f"model_index.json: {SCORE} is true, but only pipelines of Stable Diffusion XL take a score"
     try:
-        if task_for(unet["in_channels"], vae["latent_channels"]) == "depth" and xl:
-            yield f"unet/config.json: in_channels {unet['in_channels']}: no pipeline of Stable Diffusion XL takes a depth map"
+        task = task_for(unet["in_channels"], vae["latent_channels"])
+        if task in ("depth", "upscaling") and xl:
+            what = "takes a depth map" if task == "depth" else "enlarges an image"
+            yield f"unet/config.json: in_channels {unet['in_channels']}: no pipeline of Stable Diffusion XL {what}"
+        if (task == "upscaling") != (unet["num_class_embeds"] is not None):
+            yield (
+                f"unet/config.json: in_channels {unet['in_channels']}, but num_class_embeds is {unet['num_class_embeds']}: the "
+                "UNet of an upscaling model takes the image to enlarge (3 channels) and the level of its noise, others neither"
+            )
     except ValueError as error:
         yield f"unet/config.json: {error}"
     if unet["out_channels"] != vae["latent_channels"]:

@@ -12,6 +12,7 @@ from sdruntime.errors import SettingError
 from sdruntime.system.sizes import parse_size
 
 _CONSISTENCY = Defaults(steps=4, guidance=8.5)  # of diffusers' LatentConsistencyModelPipeline
+_UPSCALING = Defaults(steps=75, guidance=9.0)  # of diffusers' StableDiffusionUpscalePipeline
 _FEW_STEPS = Defaults(steps=4, guidance=1.0)
 _DISTILLED = ("LCMScheduler", "TCDScheduler")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -25,6 +26,8 @@ def defaults_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], card: Car
     """
     if card.steps is not None or card.guidance is not None or card.size is not None:
         return Defaults(steps=card.steps, guidance=card.guidance, size=card.size), "the model card's inference parameters"
+    if unet.get("num_class_embeds") is not None:
+        return _UPSCALING, "the UNet takes the level of the noise in an image (num_class_embeds)"
     if unet.get("time_cond_proj_dim") is not None:
         return _CONSISTENCY, "the UNet takes the guidance as an input (time_cond_proj_dim)"
     named = scheduler.get("_class_name")

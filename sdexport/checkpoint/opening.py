@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdexport.checkpoint.pipelines import SCORE
+from sdexport.checkpoint.pipelines import MOST_NOISE, SCORE
+from sdruntime.bundle.limits import NOISE_LEVELS
 from sdruntime.errors import SdruntimeError
 from sdruntime.pipeline.requests.ranges import NUMBERS
 from sdruntime.sampling.compile import compile_table
@@ -57,6 +58,10 @@ def check_index(index: Mapping[str, Any], faults: list[str]) -> None:
     """Add a fault for each setting of model_index.json that is unknown or not supported."""
     for key, value in index.items():
         if key.startswith("_") or isinstance(value, list) or value is None or value in _INDEX.get(key, (False,)):
+            continue
+        if key == MOST_NOISE:
+            if type(value) is not int or not 0 <= value < NOISE_LEVELS:
+                faults.append(f"model_index.json: {key} {value!r:.60} is not a whole number from 0 to {NOISE_LEVELS - 1}")
             continue
         known = f"must be one of {', '.join(map(str, _INDEX[key]))}" if key in _INDEX else "is not known to sdexport"
         faults.append(f"model_index.json: {key:.60} {value!r:.60} {known}: the image may depend on it")

@@ -31,12 +31,15 @@ _TWO_ENCODERS: Mapping[str, Classes] = {
     "unet": (("diffusers", "UNet2DConditionModel"),),
     "vae": VAES,
 }
+LOW_RES = "low_res_scheduler"  # of an upscaling model: the noise that is added to the image
+MOST_NOISE = "max_noise_level"  # of model_index.json: the most of it
 _TASKS = ("", "Img2Img", "Inpaint", "InstructPix2Pix")
 DISTILLED = "LatentConsistencyModelPipeline"  # of models that take the guidance as an input
 PARTS: Mapping[str, Mapping[str, Classes]] = {
     **{f"StableDiffusion{task}Pipeline": _ONE_ENCODER for task in _TASKS},
     **{f"StableDiffusionXL{task}Pipeline": _TWO_ENCODERS for task in _TASKS},
     "StableDiffusionDepth2ImgPipeline": _ONE_ENCODER,  # its depth_estimator is not exported
+    "StableDiffusionUpscalePipeline": {**_ONE_ENCODER, LOW_RES: (("diffusers", "DDPMScheduler"),)},
     **dict.fromkeys((DISTILLED, "LatentConsistencyModelImg2ImgPipeline"), _ONE_ENCODER),
 }
 # other models, by a part of their pipeline's name: the first that fits
@@ -44,7 +47,7 @@ OTHERS: Mapping[str, str] = {
     "StableDiffusion3": "Stable Diffusion 3",
     "StableCascade": "Stable Cascade",
     "UnCLIP": "unCLIP, which takes the embedding of an image",
-    "Upscale": "an upscaling model",
+    "Upscale": "an upscaling model of another kind",
     "Video": "a video model",
     "Animat": "a video model",
     **{
@@ -57,6 +60,7 @@ _BY_TASK: Mapping[Task | None, str] = {
     "inpainting": "Inpaint",
     "instruct_pix2pix": "InstructPix2Pix",
     "depth": "Depth2Img",
+    "upscaling": "Upscale",
     "refining": "Img2Img",
 }
 _FIRST_ENCODER = ("text_encoder", "tokenizer")

@@ -21,7 +21,7 @@ from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
 from sdruntime.bundle.interface import LOGVAR, TOKEN_VECTORS
 from sdruntime.bundle.manifest import TensorSpec
 from sdruntime.bundle.roles import PREVIEW
-from sdruntime.bundle.tasks import GUIDANCE, SCORED, SIZES, TIME_IDS, channels
+from sdruntime.bundle.tasks import GUIDANCE, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, channels
 
 _VAE_WRAPPERS = {TINY_VAE: "Tiny", ASYMMETRIC_VAE: "Asymmetric"}
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
@@ -56,6 +56,8 @@ class Component:
                 feeds[spec.name] = random.integers(0, self.config["vocab_size"], shape, dtype=np.int32)
             elif spec.name == "timestep":
                 feeds[spec.name] = random.integers(0, 1000, shape).astype(np.float32)
+            elif spec.name == NOISE_LEVEL:
+                feeds[spec.name] = random.integers(0, self.config["num_class_embeds"], shape).astype(np.float32)
             elif spec.name == TIME_IDS:
                 feeds[spec.name] = random.integers(0, 1024, shape).astype(np.float32)
             else:
@@ -125,6 +127,8 @@ def _unet(checkpoint: Checkpoint) -> Component:
     if checkpoint.task:
         added = channels(checkpoint.task, model.latent_channels)
         inputs += [_float(name, "batch", count, "height", "width") for name, count in added.items()]
+    if config["num_class_embeds"] is not None:
+        inputs.append(_float(NOISE_LEVEL, "batch"))
     if config["time_cond_proj_dim"]:
         inputs.append(_float(GUIDANCE, "batch", config["time_cond_proj_dim"]))
     # odd at every level, so that the trace crops after each upsampling

@@ -75,8 +75,8 @@ class Unet(nn.Module):
     """sample [B,C,h,w], timestep [B], encoder_hidden_states [B,S,D] -> out_sample [B,C,h,w].
 
     SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6], its refiner's [B,5]. The inputs of a task
-    (sdruntime.bundle.tasks), each [B,·,h,w], are concatenated to `sample` in the order of the arguments. timestep_cond [B,G] is
-    the embedding of the guidance.
+    (sdruntime.bundle.tasks), each [B,·,h,w], are concatenated to `sample` in the order of the arguments. noise_level [B] is a
+    whole number. timestep_cond [B,G] is the embedding of the guidance.
     h and w may be any: an upsampled image is cropped to the size of the one that it is joined with.
     """
 
@@ -98,9 +98,11 @@ class Unet(nn.Module):
         masked_image_latents: Tensor | None = None,
         image_latents: Tensor | None = None,
         depth: Tensor | None = None,
+        low_res_image: Tensor | None = None,
+        noise_level: Tensor | None = None,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        added = [tensor for tensor in (mask, masked_image_latents, image_latents, depth) if tensor is not None]
+        added = [tensor for tensor in (mask, masked_image_latents, image_latents, depth, low_res_image) if tensor is not None]
         if added:
             sample = torch.cat([sample, *added], dim=1)
         pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
@@ -108,6 +110,7 @@ class Unet(nn.Module):
             sample,
             timestep,
             encoder_hidden_states,
+            class_labels=None if noise_level is None else noise_level.long(),
             timestep_cond=timestep_cond,
             added_cond_kwargs=pooled,
             return_dict=False,

@@ -59,7 +59,7 @@ def probe(folder: Path) -> None:
         for number, prompt in enumerate(PROMPTS):
             prompted = f"prompt {prompt[:30]!r}…"
             probed.at = prompted
-            settings = task_settings(pipe.task, pipe.model.default_size[::-1], _SEED + number)
+            settings = task_settings(pipe.task, pipe.model.default_size[::-1], _SEED + number, factor=pipe.model.vae_factor)
             # DDIM calls the UNet once per step
             stream = pipe.stream(prompt, seed=_SEED + number, steps=STEPS, sampler="ddim", **settings)
             probed.at = f"{prompted}, step 1 of {STEPS}"

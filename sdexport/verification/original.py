@@ -23,7 +23,7 @@ import numpy as np
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.opening import PATH as SCHEDULER
 from sdexport.checkpoint.overrides import PREVIEW_VAE
-from sdexport.checkpoint.pipelines import SCORE
+from sdexport.checkpoint.pipelines import LOW_RES, MOST_NOISE, SCORE
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.errors import ExportError
 from sdexport.families.components import components
@@ -31,6 +31,7 @@ from sdexport.trace.versions import versions
 from sdruntime.arrays import Array
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import NotFinite
+from sdruntime.pipeline.tasks.upscaling import SCHEDULER as LOW_RES_SCHEDULER
 from sdruntime.verification.golden import ReferenceImage
 from sdruntime.verification.inputs import task_settings
 
@@ -61,17 +62,17 @@ def original_images(checkpoint: Checkpoint, requests: Sequence[ReferenceImage], 
     with _quiet():
         pipe = _pipeline(checkpoint, lend)
         for (steps, guidance, (width, height)), group in groupby(requests, key):
-            task = checkpoint.task
-            images += _images(pipe, list(group), steps=steps, guidance=guidance, width=width, height=height, task=task)
+            inputs = _inputs(checkpoint.task, members := list(group), checkpoint.model.vae_factor)
+            images += _images(pipe, members, inputs, steps=steps, guidance=guidance, width=width, height=height)
     return images
 
 
-def _inputs(task: Task | None, requests: list[ReferenceImage]) -> dict[str, Any]:
+def _inputs(task: Task | None, requests: list[ReferenceImage], factor: int) -> dict[str, Any]:
     """Return the arguments for the images and masks that a task needs."""
     import torch
     from PIL import Image
 
-    settings = [task_settings(task, request.size, request.seed) for request in requests]
+    settings = [task_settings(task, request.size, request.seed, factor=factor) for request in requests]
     names = {"image": "image", "mask": "mask_image"}
     arguments: dict[str, Any] = {
         theirs: [Image.fromarray(each[ours]) for each in settings] for ours, theirs in names.items() if ours in settings[0]
@@ -84,12 +85,12 @@ def _inputs(task: Task | None, requests: list[ReferenceImage]) -> dict[str, Any]
 def _images(
     pipe: Any,
     requests: list[ReferenceImage],
+    inputs: Mapping[str, Any],
     *,
     steps: int,
     guidance: float,
     width: int,
     height: int,
-    task: Task | None,
 ) -> list[Array]:
     import torch
 
@@ -103,7 +104,7 @@ def _images(
             num_inference_steps=steps,
             guidance_scale=guidance,
             **{argument: value for argument, value in optional.items() if argument in known},
-            **_inputs(task, requests),
+            **inputs,
             generator=[torch.Generator().manual_seed(request.seed) for request in requests],
             output_type="np",
         ).images
@@ -128,7 +129,10 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
         *checkpoint.tokenizers,
     }
     arguments |= dict.fromkeys(absent & set(kind._optional_components))
-    arguments |= {"add_watermarker": False} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}
+    if "text_encoder_2" in checkpoint.parts:
+        arguments["add_watermarker"] = False
+    elif checkpoint.task != "upscaling":
+        arguments["requires_safety_checker"] = False
     if checkpoint.task == "depth":
         arguments |= {"depth_estimator": None, "feature_extractor": None}
     _, other = STAND_INS.get(checkpoint.scheduler["_class_name"], (None, ""))
@@ -143,12 +147,13 @@ def _pipeline(checkpoint: Checkpoint, lend: Lend) -> Any:
 
 def _write_checked(checkpoint: Checkpoint, place: Path) -> None:
     """Write what diffusers opens itself, and only what was checked: it imports the classes that a model_index.json names."""
-    own = [*checkpoint.parts, *checkpoint.tokenizers, "scheduler"]
-    index = {key: value for key, value in checkpoint.index.items() if key in ("force_zeros_for_empty_prompt", SCORE, *own)}
+    own = [*checkpoint.parts, *checkpoint.tokenizers, "scheduler", *([LOW_RES] if checkpoint.low_res_scheduler else [])]
+    kept = ("force_zeros_for_empty_prompt", SCORE, MOST_NOISE, *own)
+    index = {key: value for key, value in checkpoint.index.items() if key in kept}
     index |= {"_class_name": checkpoint.pipeline, "_diffusers_version": versions()["diffusers"]}
     (place / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     files = [f"{name}/{file}" for name in checkpoint.tokenizers for file in TOKENIZER_FILES]
-    for path in (*files, SCHEDULER):
+    for path in (*files, SCHEDULER, LOW_RES_SCHEDULER):
         data = checkpoint.source.file(path)
         if data is not None:
             (place / path).parent.mkdir(exist_ok=True)

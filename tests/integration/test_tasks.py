@@ -31,6 +31,7 @@ ROWS = (  # UNet's task, kind of checkpoint, diffusers' pipeline
 )
 MORE_ROWS = (  # in `make test-full`
     ("depth", "sd1", "StableDiffusionDepth2ImgPipeline"),
+    ("upscaling", "sd2_v", "StableDiffusionUpscalePipeline"),
     ("inpainting", "sdxl", "StableDiffusionXLInpaintPipeline"),
     ("", "sd2_v", "StableDiffusionInpaintPipeline"),
     ("", "sdxl", "StableDiffusionXLInpaintPipeline"),
@@ -49,8 +50,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 SHORT = (("ddim", 1.0), ("euler_a", 0.6), ("heun", 0.6))  # the others in `make test-full`
 # components that the pipelines are given, though a depth map replaces them
 UNUSED: dict[str, dict[str, Any]] = {"depth": {"depth_estimator": None, "feature_extractor": None}}
-VERIFIED_APART = ("refining", "depth")  # tasks whose reference images are made in `make test-full`
-WHOLE = ("instruct_pix2pix", "refining", "depth")  # tasks of the whole image
+VERIFIED_APART = ("refining", "depth", "upscaling")  # tasks whose reference images are made in `make test-full`
+WHOLE = ("instruct_pix2pix", "refining", "depth", "upscaling")  # tasks of the whole image
 LONG = "a red circle BREAK green BREAK a cat"  # three chunks
 PROMPT, NEGATIVE, SEED, STEPS, GUIDANCE = "a red circle", "green", 5, 6, 4.0
 
@@ -92,7 +93,7 @@ def task_checkpoint(factory: pytest.TempPathFactory, kind: tiny.Kind, task: str)
 
 def inputs(pipe: Pipeline) -> tuple[Array, Array]:
     """An image and a soft mask at the model's size."""
-    height, width = pipe.model.default_size
+    height, width = (side // (pipe.model.vae_factor if pipe.task == "upscaling" else 1) for side in pipe.model.default_size)
     image = patches((width, height), 3)
     rows, columns = np.mgrid[:height, :width]
     mask = np.clip(255 * (columns + 0.5 * rows) / width, 0, 255).astype(np.uint8)
@@ -149,7 +150,7 @@ def ours_request(pipe: Pipeline, sampler: str, **settings: Any) -> Request:
 )
 def test_images_are_those_of_diffusers(both: tuple[Any, Pipeline], sampler: str, strength: float) -> None:
     reference, pipe = both
-    if pipe.task == "instruct_pix2pix" and strength < 1:
+    if pipe.task in ("instruct_pix2pix", "upscaling") and strength < 1:
         pytest.skip("starts from noise, whatever the strength")
     picture, decoded = ours(pipe, ours_request(pipe, sampler, strength=strength, guidance=GUIDANCE))
     expected, expected_float = theirs(reference, pipe, sampler, strength=strength, guidance_scale=GUIDANCE)
@@ -361,6 +362,11 @@ def test_a_request_that_does_not_fit_the_model_is_refused(both: tuple[Any, Pipel
         return
     with pytest.raises(SettingError, match="depth: only models made for it take a depth map"):
         pipe("a red circle", image=image, depth=mask)
+    if pipe.task == "upscaling":
+        with pytest.raises(SettingError, match=r"this model enlarges an image: pass one as image=… \(--image\)"):
+            pipe("a red circle")
+        with pytest.raises(SettingError, match="mask: this model enlarges whole images"):
+            pipe("a red circle", image=image, mask=mask)
     if pipe.task != "instruct_pix2pix":
         return
     with pytest.raises(SettingError, match=r"this model edits an image: pass one as image=… \(--image\)"):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
 from sdruntime.bundle.roles import PREVIEW, of_kind, role
-from sdruntime.bundle.tasks import GUIDANCE, INPUTS, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
+from sdruntime.bundle.tasks import GUIDANCE, INPUTS, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
 TOKEN_VECTORS = "token_vectors"  # of a text encoder, optional: the vector at each position whose id is outside the vocabulary
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
@@ -61,6 +61,8 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
         denoiser = role(name).kind == "denoiser"
         if denoiser and (task := task_of(component)):
             inputs = {**inputs, **{tensor: ("batch", count, *_LATENT[2:]) for tensor, count in INPUTS.get(task, {}).items()}}
+        if denoiser and task_of(component) == "upscaling":
+            inputs = {**inputs, NOISE_LEVEL: ("batch",)}
         if denoiser and time_ids_width(component) == SCORED and TIME_IDS in inputs:
             inputs = {**inputs, TIME_IDS: ("batch", SCORED)}
         if denoiser and guidance_width(component) is not None:

@@ -11,6 +11,7 @@ MOST_THREADS = 1024
 MOST_CHUNKS = 32  # of one text: inputs of the text encoder whose outputs are joined
 LARGEST_DIM, MOST_AXES = 1 << 28, 8  # for any tensor or profile
 MOST_GUIDANCE = 100
+NOISE_LEVELS = 1000  # of the image that an upscaling model enlarges
 MODEL: tuple[tuple[str, float, float], ...] = (
     ("scaling_factor", 1e-6, 1e6),
     ("shift_factor", -1e6, 1e6),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sdruntime.bundle.limits import LARGEST_SIDE, MODEL, MOST_GUIDANCE
+from sdruntime.bundle.limits import LARGEST_SIDE, MODEL, MOST_GUIDANCE, NOISE_LEVELS
 from sdruntime.errors import SettingError
 from sdruntime.sampling.samplers import resolve
 from sdruntime.sampling.table import MOST_STEPS
@@ -81,6 +81,7 @@ class ModelSpec:
     defaults: Defaults = NO_DEFAULTS
     pad_token: str = "<|endoftext|>"
     zero_empty_negative: bool = False  # SDXL base: no negative prompt means zeros, not the empty text's embedding
+    max_noise_level: int | None = None  # of an upscaling model: of the noise in the image to enlarge
     masked_decoder: bool = False  # the decoder should also take an image and a mask, which is not supported: no inpainting
     license: str = "unknown"  # an SPDX identifier, or the id on the model card
     prompts: tuple[str, ...] = ()  # example prompts from the model card
@@ -100,6 +101,8 @@ class ModelSpec:
         for name, least, most in MODEL:
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name):g} is outside {least:g} to {most:g}")
+        if self.max_noise_level is not None and not 0 <= self.max_noise_level < NOISE_LEVELS:
+            raise ValueError(f"max_noise_level {self.max_noise_level} is outside 0 to {NOISE_LEVELS - 1}")
         if self.preview is not None:
             shape = [*map(len, self.preview.weights), len(self.preview.bias)]
             if shape != [*[self.latent_channels] * 3, 3]:

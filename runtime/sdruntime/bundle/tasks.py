@@ -11,17 +11,21 @@ from typing import Literal
 
 from sdruntime.bundle.manifest import ComponentSpec
 
-Task = Literal["inpainting", "instruct_pix2pix", "depth", "refining"]
+Task = Literal["inpainting", "instruct_pix2pix", "depth", "upscaling", "refining"]
 LATENT = "C"  # as many channels as the latents have
 
 # inpainting: 1 where the image is regenerated, and the latents of the image without that part (arXiv 2112.10752, section 4.5)
 # instruct_pix2pix: the latents of the image to edit (arXiv 2211.09800)
 # depth: how near each part of the image is, from -1 to 1
+# upscaling: the image to enlarge, with noise, one pixel for each cell of the latents
 INPUTS: Mapping[Task, Mapping[str, int | str]] = {
     "inpainting": {"mask": 1, "masked_image_latents": LATENT},
     "instruct_pix2pix": {"image_latents": LATENT},
     "depth": {"depth": 1},
+    "upscaling": {"low_res_image": 3},
 }
+# of upscaling models: the level of the noise in the image, a whole number
+NOISE_LEVEL = "noise_level"
 # of latent consistency models (arXiv 2310.04378): the guidance as an input, in place of an unconditional row
 GUIDANCE = "timestep_cond"
 # of SDXL's kind: the sizes that an image would have had (arXiv 2307.01952, section 2.2), (height, width) or (top, left) each

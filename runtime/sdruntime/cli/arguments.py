@@ -88,6 +88,7 @@ def _start(sub: Arguments) -> None:
     setting(sub, "image_guidance", "how closely to follow --image, for models that edit an image")
     nearer = "for models with depth: how near each part of --image is, brighter where it is nearer, in an image of any size"
     sub.add_argument("--depth", type=Path, metavar="FILE", help=nearer)
+    setting(sub, "noise_level", "for models that enlarge --image: how much noise to add to it first")
     masked = "the part of --image to regenerate, white, in an image of its size"
     sub.add_argument("--mask", type=Path, metavar="FILE", help=masked)
     setting(sub, "mask_blur", "blur of the mask, in pixels")

@@ -23,6 +23,7 @@ from sdruntime.pipeline.loras import Loras
 from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.requests.ranges import WHOLE, steps_beside
 from sdruntime.pipeline.requests.request import DEFAULTS, Request
+from sdruntime.pipeline.tasks import upscaling
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
 from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
 from sdruntime.pipeline.tasks.start import Setting, Start
@@ -83,6 +84,8 @@ class JobFactory:
         self.task = task_of(unet)
         self._guidance_width, self._time_ids = guidance_width(unet), time_ids_width(unet)
         self._posterior = has_posterior(bundle.manifest.components["vae_encoder"])
+        upscales = self.task == "upscaling"
+        self._noise_levels = upscaling.noise_levels(bundle.read_json(upscaling.SCHEDULER)) if upscales else None
         self._conditioner = Conditioner.open(bundle, embeddings_of(bundle, embeddings))
         self.loras = Loras(bundle)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
@@ -112,6 +115,8 @@ class JobFactory:
         self.loras.check(requests)
         for request in map(self.completed, requests):
             check_task(request, self.task)
+            if self.task == "upscaling":
+                upscaling.check_noise(request, self._model)
             if request.inpaints and self._model.masked_decoder:
                 raise Unsupported(
                     "mask: the VAE is an AsymmetricAutoencoderKL, whose decoder takes the image and the mask when inpainting, "
@@ -243,6 +248,8 @@ class JobFactory:
 
     def latent_shape(self, request: Request) -> Shape:
         """Return the shape of a request's latents in its first pass. Raises SettingError for an unsupported size."""
+        if self.task == "upscaling":
+            return upscaling.latent_shape(request, self._model)
         width, height = request.size or self._model.usual_size[::-1]
         part = request.inpaints and request.mask_padding is not None  # the image may have any size
         image = f"the {'extended ' if any(request.extend) else ''}image is"
@@ -330,6 +337,7 @@ class JobFactory:
             encode=encode,
             encode_mode=encode_mode,
             posterior=self._posterior,
+            noise_levels=self._noise_levels,
         )
         if before is not None and stage.step.resize in LATENT_KERNELS:
             resized = resize.resized(before, stage.shape[1:], LATENT_KERNELS[stage.step.resize])
@@ -393,6 +401,7 @@ class JobFactory:
         return request.guided and self._guidance_width is None
 
     def _unused(self, request: Request) -> Iterator[str]:
+        yield from upscaling.unused_lines(request, self.task)
         if request.guided and self._guidance_width is not None:
             limited = request.guidance_interval != WHOLE
             names = {"the negative prompt": request.negative, "rescale": request.rescale, "guidance_interval": limited}

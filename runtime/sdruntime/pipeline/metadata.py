@@ -165,6 +165,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Hires steps": request.hires_steps if request.hires else None,
         "Hires upscaler": A1111_UPSCALERS[request.hires_resize] if request.hires else None,
         "Hires denoising strength": strengths[1] if len(strengths) > 1 else None,
+        "Noise level": request.noise_level if origin.task == "upscaling" else None,
         "Image CFG scale": request.image_guidance if origin.task == "instruct_pix2pix" else None,
         "Schedule": origin.ours or None,
         "Resize mode": RESIZE_MODES[request.fit] if request.pixels is not None and request.fit else None,

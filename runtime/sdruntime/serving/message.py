@@ -116,6 +116,7 @@ class RequestMessage:
     hires_resize: HiresResize = DEFAULTS["hires_resize"]
     refiner_at: float = DEFAULTS["refiner_at"]
     loras: tuple[LoraMessage, ...] = ()
+    noise_level: int = DEFAULTS["noise_level"]
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -171,6 +172,7 @@ class RequestMessage:
             hires_resize=self.hires_resize,
             refiner_at=self.refiner_at,
             loras=[Lora(lora.path, lora.scale, lora.text_scale) for lora in self.loras],
+            noise_level=self.noise_level,
         )
 
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.bundle.limits import LARGEST_DIM
+from sdruntime.bundle.limits import LARGEST_DIM, NOISE_LEVELS
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
 from sdruntime.bundle.roles import role
-from sdruntime.bundle.tasks import guidance_width, task_of
+from sdruntime.bundle.tasks import NOISE_LEVEL, TIME_IDS, guidance_width, task_of
 from sdruntime.errors import BundleError, plain, quoted
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.noise.cpu import NoiseStream
@@ -37,7 +37,8 @@ SAMPLE = 4096  # numbers that are stored of an output
 MOST_BOUND = 1 << 31  # of whole numbers, which are int32
 MOST_NUMBERS = 1 << 26  # in the inputs of a case
 _LARGEST_VAE = 768 * 768  # pixels: a larger VAE call in float32 needs gigabytes
-_RANGES = {"timestep": 1000, "time_ids": 1024}  # bounds of inputs that are whole numbers, whatever their type
+# bounds of inputs that are whole numbers, whatever their type
+_RANGES = {"timestep": 1000, TIME_IDS: 1024, NOISE_LEVEL: NOISE_LEVELS}
 _LARGEST_SIDE = 256  # pixels, of an image
 _PROMPTS = ("a photograph of a red cat in a green garden", "an old map of an island, and the sea around it, in ink")
 
@@ -121,7 +122,7 @@ class ReferenceImage:
             guidance=self.guidance,
             size=self.size,
             sampler=self.sampler,
-            **task_settings(task, self.size, self.seed),
+            **task_settings(task, self.size, self.seed, factor=manifest.model.vae_factor),
         )
 
 

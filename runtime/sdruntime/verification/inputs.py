@@ -13,10 +13,15 @@ from sdruntime.sampling.noise.cpu import NoiseStream
 _PATCHES = 8  # along each side
 
 
-def task_settings(task: Task | None, size: tuple[int, int], seed: int) -> dict[str, Any]:
-    """Return the settings of a Request that a UNet with this task needs beside the prompt; `size` (width, height) in pixels."""
+def task_settings(task: Task | None, size: tuple[int, int], seed: int, *, factor: int) -> dict[str, Any]:
+    """Return the settings of a Request that a UNet with this task needs beside the prompt; `size` (width, height) in pixels.
+
+    `factor`: pixels per latent cell.
+    """
     if task is None:
         return {}
+    if task == "upscaling":
+        return {"image": patches((size[0] // factor, size[1] // factor), seed)}
     image = {"image": patches(size, seed)}
     if task == "inpainting":
         width, height = size

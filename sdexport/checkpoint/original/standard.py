@@ -121,8 +121,8 @@ SIZE_OF_V = 768  # of Stable Diffusion 2 models that were trained for the veloci
 
 # names of other models that have the parts of one of the above
 VARIANTS = {
-    f"{UNET}label_emb.weight": "an upscaling model",
-    "unet.class_embedding.weight": "an upscaling model",
+    f"{UNET}label_emb.weight": "an upscaling model in one file: use its diffusers folder",
+    "unet.class_embedding.weight": "an upscaling model in one file: use its diffusers folder",
     "embedder.model.visual.": "unCLIP, which takes the embedding of an image",
     ".time_stack.": "a video model",
     "control_model.": "a model with a ControlNet",

@@ -347,7 +347,7 @@ def test_each_tensor_that_is_missing_or_has_another_axis_is_named(
         (["double_blocks.0.img_attn.qkv.weight"], "not supported: Flux"),
         (["lora_unet_down_blocks_0.lora_down.weight"], "not supported: a LoRA, not a checkpoint"),
         (["control_model.input_hint_block.0.weight"], "not supported: a ControlNet, not a checkpoint"),
-        ([SIGN, f"{UNET}label_emb.weight"], "not supported: an upscaling model (model.diffusion_model.label_emb.weight)"),
+        ([SIGN, f"{UNET}label_emb.weight"], "not supported: an upscaling model in one file: use its diffusers folder ("),
         ([SIGN, "embedder.model.visual.proj"], "not supported: unCLIP"),
         ([SIGN, f"{UNET}input_blocks.1.0.time_stack.in_layers.0.weight"], "not supported: a video model"),
         ([SIGN, "control_model.zero_convs.0.0.weight"], "not supported: a model with a ControlNet"),

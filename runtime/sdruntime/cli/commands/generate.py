@@ -79,6 +79,7 @@ def generate(options: argparse.Namespace) -> None:
         "original_size": parse_size(options.original_size) if options.original_size else None,
         "crop": options.crop,
         "target_size": parse_size(options.target_size) if options.target_size else None,
+        "noise_level": options.noise_level,
         "aesthetic_score": options.aesthetic_score,
         "negative_aesthetic_score": options.negative_aesthetic_score,
         "image": options.image,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdruntime.bundle.limits import LARGEST_SIDE, MOST_GUIDANCE
+from sdruntime.bundle.limits import LARGEST_SIDE, MOST_GUIDANCE, NOISE_LEVELS
 from sdruntime.errors import SettingError, shown
 from sdruntime.sampling.noise_schedule import stored_levels
 from sdruntime.sampling.table import MOST_STEPS
@@ -62,6 +62,7 @@ RANGES: Mapping[str, Range] = {
     "hires_strength": Range(0, 1, above=True),
     "hires_steps": Range(1, MOST_STEPS, whole=True),
     "refiner_at": Range(0, 1, above=True),
+    "noise_level": Range(0, NOISE_LEVELS - 1, whole=True),
 }
 # the defaults
 NUMBERS: Mapping[str, Any] = {
@@ -81,6 +82,7 @@ NUMBERS: Mapping[str, Any] = {
     "hires_strength": 0.7,
     "hires_steps": None,
     "refiner_at": 0.8,
+    "noise_level": 20,
 }
 
 SHARE = Range(0, 1)

@@ -83,6 +83,8 @@ class Request:
 
     `depth`: for models made for it, how near each part of `image` is: an array of numbers [H, W] of any size and scale, larger
     where it is nearer, or an image, brighter where it is nearer; as float32 it is in `depth_map`.
+
+    `noise_level`: for models that enlarge an image: how much noise to add to it first.
     """
 
     prompt: str
@@ -128,6 +130,7 @@ class Request:
     depth: ImageLike | Array | None = None
     refiner_at: float = NUMBERS["refiner_at"]
     loras: Sequence[Lora] = ()
+    noise_level: int = NUMBERS["noise_level"]
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):

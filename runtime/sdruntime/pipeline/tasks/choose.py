@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.requests.request import Request
-from sdruntime.pipeline.tasks import depth, inpainting, pix2pix
+from sdruntime.pipeline.tasks import depth, inpainting, pix2pix, upscaling
 from sdruntime.pipeline.tasks.start import Setting, Start, from_image, from_text
 from sdruntime.sampling.job import Row
 
@@ -20,6 +20,8 @@ def task_start(request: Request, task: Task | None) -> Callable[[Setting], Start
         return inpainting.conditioned
     if task == "depth":
         return depth.guided_by_depth
+    if task == "upscaling":
+        return upscaling.enlarged
     if request.inpaints:
         return inpainting.keeping
     return from_text if request.pixels is None else from_image
@@ -28,7 +30,7 @@ def task_start(request: Request, task: Task | None) -> Callable[[Setting], Start
 def start_strength(request: Request, task: Task | None) -> float | None:
     """Return the strength with which the first latents follow from the request's image; None if they are pure noise."""
     inpaints = task == "inpainting" or request.inpaints
-    if request.pixels is None or task == "instruct_pix2pix" or (inpaints and inpainting.from_noise(request)):
+    if request.pixels is None or task in ("instruct_pix2pix", "upscaling") or (inpaints and inpainting.from_noise(request)):
         return None
     return request.strength
 
@@ -43,9 +45,12 @@ def check_task(request: Request, task: Task | None) -> None:
         raise SettingError("depth: only models made for it take a depth map: omit it")
     if task == "instruct_pix2pix" and request.pixels is None:
         raise SettingError("this model edits an image: pass one as image=… (--image)")
-    if task in ("instruct_pix2pix", "depth") and request.inpaints:
+    if task == "upscaling" and request.pixels is None:
+        raise SettingError("this model enlarges an image: pass one as image=… (--image)")
+    if task in ("instruct_pix2pix", "depth", "upscaling") and request.inpaints:
         name = "extend" if request.mask is None else "mask"
-        raise SettingError(f"{name}: this model edits whole images: use an inpainting or a plain model, or omit it")
+        verb = "enlarges" if task == "upscaling" else "edits"
+        raise SettingError(f"{name}: this model {verb} whole images: use an inpainting or a plain model, or omit it")
 
 
 def rows_of(task: Task | None, texts: Sequence[Row], inputs: Row) -> tuple[Row, ...]:

@@ -32,7 +32,8 @@ class Setting:
 
     `shape` (C, h, w): of the latents; `size` (width, height): of the image in pixels. `encode` and `encode_mode` return the
     latents of an image float32 [3, H, W] in [-1, 1]: a draw from the VAE's posterior, with this unit noise, scaled for the UNet;
-    and the posterior's mode, as the VAE returns it. `posterior`: whether the VAE has one; a tiny VAE has not.
+    and the posterior's mode, as the VAE returns it. `posterior`: whether the VAE has one; a tiny VAE has not. `noise_levels`:
+    alpha_bar of each level of noise in the image to enlarge.
     """
 
     request: Request
@@ -43,6 +44,7 @@ class Setting:
     encode: Callable[[Array, Array], Array]
     encode_mode: Callable[[Array], Array]
     posterior: bool = True
+    noise_levels: Array | None = None
 
     def draw(self) -> Array:
         """Draw unit noise of the latents' shape."""
