@@ -13,6 +13,7 @@ import numpy as np
 Shape = tuple[int, ...]
 Components = Mapping[str, Mapping[str, Shape]]  # component -> weight -> shape
 Tensors = dict[str, np.ndarray]
+_TABLES = ("embeddings.", "text_model.embeddings.")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -36,7 +37,7 @@ def modules(components: Components, wanted: Callable[[str, Shape], bool]) -> Ite
     for component, weights in components.items():
         for name, shape in weights.items():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and len(shape) > 1 and "embedding" not in module and wanted(module, shape):
+            if kind == "weight" and len(shape) > 1 and not module.startswith(_TABLES) and wanted(module, shape):
                 yield component, module, shape
 
 

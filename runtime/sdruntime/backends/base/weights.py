@@ -20,3 +20,12 @@ class Weights(Protocol):
     def lending(self) -> AbstractContextManager[Mapping[str, Array]]:
         """Lend the values, float32, each of which is computed when it is looked up. Raises BundleError, SettingError."""
         ...
+
+
+def check_found(missing: Collection[str]) -> None:
+    """Raises ValueError if weights are `missing` in an engine."""
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        listed = f"{', '.join(names[:3])}{more}"
+        raise ValueError(f"{len(names)} weights are not in the engine under their names: {listed}: {REBUILD}")

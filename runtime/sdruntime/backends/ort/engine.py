@@ -12,7 +12,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, check_tensors, fill_optional_inputs
-from sdruntime.backends.base.weights import REBUILD, Weights
+from sdruntime.backends.base.weights import Weights
 from sdruntime.backends.onnx_file.graph import without_defaults
 from sdruntime.backends.onnx_file.initializers import initializers, with_values
 from sdruntime.backends.onnx_file.stored import stored_as
@@ -162,5 +162,5 @@ def _replaced(bundle: Bundle, spec: EngineSpec, model: memoryview, weights: Weig
     except ValueError as error:
         if isinstance(error, SdruntimeError):
             raise
-        raise EngineError(f"engine {spec.name}: its weights cannot be replaced: {error}: {REBUILD}") from error
+        raise EngineError(f"engine {spec.name}: its weights cannot be replaced: {error}") from error
     return values

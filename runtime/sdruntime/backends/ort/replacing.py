@@ -13,6 +13,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.subpixel import PHASES, TAPS
+from sdruntime.backends.base.weights import check_found
 from sdruntime.backends.onnx_file.graph import Graph, Node, read_graph
 
 Place = Callable[[Array], Array]  # from a weight to the engine's tensor
@@ -34,9 +35,7 @@ def places_of(onnx: memoryview, weights: Collection[str], engine: Shapes) -> dic
         if not found or (not own and any(not _is_placed(node, weight, engine) for node in graph.readers.get(weight, []))):
             missing.append(weight)
         places |= {name: (weight, place) for name, place in found.items()}
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{len(missing)} weights are not in the engine under their names: {', '.join(missing[:3])}{more}")
+    check_found(missing)
     return places
 
 

@@ -16,4 +16,5 @@ OPENVINO = Backend(
     open_engine=open_engine,
     check_session=check_session,
     static=True,
+    replaces_weights=True,
 )

@@ -5,12 +5,18 @@ A UNet's upsampled image is cropped before the convolution if its size is odd: a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.subpixel import PHASES, TAPS, pads
+
+# in names of constants, between the name of the weight that they follow from and the part of it
+NAMED, PHASE, WHOLE, BIAS = "/sdruntime.", "phase", "whole", "bias"
+Own = Callable[[Array, str], Any]
 
 _ASYMMETRIC = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 _INTERPOLATE = {"mode": "nearest", "antialias": False, **_ASYMMETRIC}
@@ -69,15 +75,16 @@ def _split(ov: Any, convolution: Any, image: Any, ends: Any | None) -> None:
     """Replace a convolution of the upsampled `image`, and its bias, by four convolutions of `image`; not if it is cropped."""
     opset, weights = ov.opset13, convolution.input_value(1).get_node()
     kernel = weights.get_data(dtype=np.float32)
-    last, bias = _with_bias(convolution, len(kernel))
+    last, bias, name = _with_bias(convolution, len(kernel))
+    own = functools.partial(_constant, opset, weights, name)
     if ends is None:
-        whole = _phases(opset, image, weights, kernel, bias)
+        whole = _phases(opset, own, image, kernel, bias)
     else:
         like = image.get_partial_shape(), image.get_element_type()
         small, other = (opset.parameter(shape=like[0], dtype=like[1]) for _ in range(2))
         stop = opset.parameter(shape=[2], dtype=np.int64)
-        four = opset.result(_phases(opset, small, weights, kernel, bias))
-        two = opset.result(_cropped(opset, other, stop, weights, kernel, bias))
+        four = opset.result(_phases(opset, own, small, kernel, bias))
+        two = opset.result(_cropped(opset, own, other, stop, kernel, bias))
         height_and_width = opset.gather(
             opset.shape_of(image, "i64"), opset.constant(np.array([2, 3], np.int64)), opset.constant(np.int64(0))
         )
@@ -93,30 +100,36 @@ def _split(ov: Any, convolution: Any, image: Any, ends: Any | None) -> None:
     last.output(0).replace(whole.output(0))
 
 
-def _cropped(opset: Any, image: Any, ends: Any, weights: Any, kernel: Array, bias: Array | None) -> Any:
+def _cropped(opset: Any, own: Own, image: Any, ends: Any, kernel: Array, bias: Array | None) -> Any:
     """Return the convolution of the upsampled and cropped `image`."""
     large = opset.interpolate(
         image, np.array([2, 2], np.float32), "nearest", "scales", **_ASYMMETRIC, axes=np.array([2, 3], np.int64)
     )
     corner, steps, axes = (opset.constant(np.array(numbers, np.int64)) for numbers in ([0, 0], [1, 1], [2, 3]))
     crop = opset.slice(large, corner, ends, steps, axes)
-    same = opset.constant(np.array(kernel), weights.get_element_type())
-    made = opset.convolution(crop, same, [1, 1], [1, 1], [1, 1], [1, 1])
-    return made if bias is None else opset.add(made, opset.constant(bias, weights.get_element_type()))
+    made = opset.convolution(crop, own(np.array(kernel), WHOLE), [1, 1], [1, 1], [1, 1], [1, 1])
+    return made if bias is None else opset.add(made, own(bias, f"{BIAS}.{WHOLE}"))
 
 
-def _phases(opset: Any, image: Any, weights: Any, kernel: Array, bias: Array | None) -> Any:
+def _phases(opset: Any, own: Own, image: Any, kernel: Array, bias: Array | None) -> Any:
     """Return the four convolutions of `image`, interleaved."""
     phases = []
     for p, q in PHASES:
-        summed = opset.constant(np.ascontiguousarray(TAPS[p] @ kernel @ TAPS[q].T), weights.get_element_type())
+        summed = own(np.ascontiguousarray(TAPS[p] @ kernel @ TAPS[q].T), f"{PHASE}.{p}{q}")
         phase = opset.convolution(image, summed, [1, 1], *pads(p, q), [1, 1])
-        phases.append(phase if bias is None else opset.add(phase, opset.constant(bias, weights.get_element_type())))
+        phases.append(phase if bias is None else opset.add(phase, own(bias, f"{BIAS}.{p}{q}")))
     return opset.depth_to_space(opset.concat(phases, 1), "blocks_first", 2)
 
 
-def _with_bias(convolution: Any, channels: int) -> tuple[Any, Array | None]:
-    """Return the node that adds the bias, and the bias [1, channels, 1, 1]; or the convolution and None."""
+def _constant(opset: Any, weights: Any, bias: str, values: Array, part: str) -> Any:
+    """Return a constant of the weights' type, with a name that tells what it is made of: `NAMED`."""
+    made = opset.constant(values, weights.get_element_type())
+    made.set_friendly_name(f"{bias if part.startswith(BIAS) else weights.get_friendly_name()}{NAMED}{part}")
+    return made
+
+
+def _with_bias(convolution: Any, channels: int) -> tuple[Any, Array | None, str]:
+    """Return the node that adds the bias, the bias [1, channels, 1, 1] and its name; or the convolution, None and ""."""
     for user in convolution.output(0).get_target_inputs():
         add = user.get_node()
         if add.get_type_name() != "Add" or add.input_value(0).get_node().get_name() != convolution.get_name():
@@ -124,5 +137,5 @@ def _with_bias(convolution: Any, channels: int) -> tuple[Any, Array | None]:
         bias = add.input_value(1).get_node()  # a Reshape of a constant, if it comes from ONNX
         bias = bias.input_value(0).get_node() if bias.get_type_name() == "Reshape" else bias
         if bias.get_type_name() == "Constant" and len(values := bias.get_data(dtype=np.float32).reshape(-1)) == channels:
-            return add, values.reshape(1, -1, 1, 1)
-    return convolution, None
+            return add, values.reshape(1, -1, 1, 1), bias.get_friendly_name()
+    return convolution, None, ""
