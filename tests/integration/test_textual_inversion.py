@@ -71,9 +71,10 @@ def test_an_embedding_in_the_bundle(
     own = export(sd1_checkpoint, embeddings=(f"<kitten>={path}",))
     assert Bundle.open(own).manifest.provenance["options"]["embeddings"] == ["<kitten>"]
     settings = {"sampler": "ddim", "steps": 2, "seed": 4}
-    with Pipeline.open(ready(own)) as inside, Pipeline.open(ready(sd1_bundle), embeddings=[f"<kitten>={path}"]) as beside:
+    place = ready(own)
+    with Pipeline.open(place) as inside, Pipeline.open(ready(sd1_bundle), embeddings=[f"<kitten>={path}"]) as beside:
         assert np.array_equal(ours(inside, PROMPT, **settings)[1], ours(beside, PROMPT, **settings)[1])
-    damaged = own / "embeddings" / "1.safetensors"
+    damaged = place / "embeddings" / "1.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match="hash"):
-        Pipeline.open(own)
+        Pipeline.open(place)
