@@ -78,6 +78,8 @@ def _image(sub: Arguments) -> None:
     limits = "guide only this part of the steps, from 0 to 1, such as 0.2,0.8 (0,1)"
     sub.add_argument("--guidance-interval", type=numbers, default=WHOLE, metavar="START,END", help=limits)
     setting(sub, "rescale", "guidance rescale")
+    plus = "CFG++ (arXiv 2406.08070), of which --guidance is the λ, up to 1 (0.6): with ddim, euler, euler_a and the like"
+    sub.add_argument("--cfg-pp", action="store_true", help=plus)
 
 
 def _start(sub: Arguments) -> None:

@@ -36,7 +36,7 @@ from sdruntime.pipeline.vae.tile_size import cell_of, tiling
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
-from sdruntime.sampling.guidance import guidance_embedding, over_calls
+from sdruntime.sampling.guidance import guidance_embedding, over_calls, plus_plus
 from sdruntime.sampling.job import Following, Job
 from sdruntime.sampling.noise.image import ImageNoise
 from sdruntime.sampling.samplers import identified
@@ -202,12 +202,15 @@ class JobFactory:
         request = place.step.request
         if self._guidance_width is not None and len(request.guidances) > 1:
             raise SettingError("guidance: this model takes one guidance as an input: pass a number, not a list")
-        if len(request.guidances) == 1 and request.guidance_interval == WHOLE:
+        if request.cfg_pp and (self._guidance_width is not None or self.task == "instruct_pix2pix"):
+            how = "is guided by a text and an image" if self._guidance_width is None else "takes the guidance as an input"
+            raise SettingError(f"cfg_pp: this model {how}: omit it")
+        if len(request.guidances) == 1 and request.guidance_interval == WHOLE and not request.cfg_pp:
             return ()
-        if place.step.part is None:
-            return over_calls(request.guidances, request.guidance_interval, place.calls)
-        whole = over_calls(request.guidances, request.guidance_interval, place.all)
-        return whole[place.before : place.before + place.calls]
+        least = 0.0 if request.cfg_pp else 1.0
+        calls, before = (place.calls, 0) if place.step.part is None else (place.all, place.before)
+        values = over_calls(request.guidances, request.guidance_interval, calls, least=least)[before : before + place.calls]
+        return plus_plus(self._table(place.step), values, request.sampler or self.sampler) if request.cfg_pp else values
 
     def _of(self, step: Pass) -> JobFactory:
         """Return the factory that makes the jobs of a pass."""

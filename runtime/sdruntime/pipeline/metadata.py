@@ -173,6 +173,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Guidance": ", ".join(map(_number, request.guidances)) if len(request.guidances) > 1 else None,
         "Guidance interval": None if request.guidance_interval == WHOLE else ", ".join(map(_number, request.guidance_interval)),
         "CFG Rescale": request.rescale or None,
+        "CFG PP": True if request.cfg_pp else None,
         "Emphasis": A1111_EMPHASES[request.emphasis] if request.prompt_syntax == "a1111" else None,
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,  # the web UI counts from 1
         "Prompt syntax": "a1111" if request.prompt_syntax == "a1111" else None,

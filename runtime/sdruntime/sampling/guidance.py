@@ -9,12 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdruntime.errors import SettingError
+from sdruntime.sampling.table import Table
 
 FloatArray = NDArray[np.float32]
 
 
-def over_calls(guidances: tuple[float, ...], interval: tuple[float, float], calls: int) -> tuple[float, ...]:
+def over_calls(
+    guidances: tuple[float, ...], interval: tuple[float, float], calls: int, *, least: float = 1.0
+) -> tuple[float, ...]:
     """Return the guidance of each of `calls` model calls, 1 for none: `guidances`, one or as many, within an interval.
+
+    Guidances below `least` become that.
 
     Outside of the interval there is no guidance (arXiv 2404.07724). It is (start, end) in shares of the calls: call i, from 0, is
     inside from int(start·calls) to below int(end·calls), as in diffusers' guiders. Raises SettingError.
@@ -23,7 +28,28 @@ def over_calls(guidances: tuple[float, ...], interval: tuple[float, float], call
         raise SettingError(f"guidance: got a list of {len(guidances)} numbers; the request makes {calls} model calls")
     values = guidances * calls if len(guidances) == 1 else guidances
     first, end = (int(share * calls) for share in interval)
-    return tuple(max(1.0, value) if first <= i < end else 1.0 for i, value in enumerate(values))
+    return tuple(max(least, value) if first <= i < end else 1.0 for i, value in enumerate(values))
+
+
+def plus_plus(table: Table, scales: tuple[float, ...], sampler: str) -> tuple[float, ...]:
+    """Return the guidance of each model call with which the table's steps are those of CFG++, scale λ of each call in [0, 1].
+
+    CFG++ (Chung et al. 2024, arXiv 2406.08070, algorithm 2) guides the estimate of the clean image with λ and takes the noise of
+    the unconditional output. A step x' = a·x + b·m that reads one output, m, of which p·x + q·m is the clean image, is
+    P·clean + Q·noise with P = (a − b·p/q)·alpha + b/q. Guided with w, the clean image counts b·w/q at a given x; so w = λ·P·q/b.
+    Raises SettingError for a sampler whose step reads earlier outputs or states: it mixes the guidances of several steps.
+    """
+    if np.any(table.X[:, 1:]) or np.any(table.M[:, 1:]):
+        raise SettingError(
+            f"cfg_pp with {sampler}: its steps read outputs of earlier ones, for which CFG++ is not defined: use one with one "
+            "output a step, such as ddim, euler or euler_a"
+        )
+    (p, q), a, b, alpha = table.clean.T, table.X[:, 0], table.M[:, 0], table.levels[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = np.where(b == 0, 1.0, 1 + (a - b * p / q) * alpha * q / b)
+    if not np.isfinite(factors).all():
+        raise SettingError(f"cfg_pp with {sampler}: this schedule begins or ends at a level without signal or without noise")
+    return tuple(float(factor * scale) for factor, scale in zip(factors, scales, strict=True))
 
 
 def combine(uncond: FloatArray, cond: FloatArray, scale: float | FloatArray, out: FloatArray | None = None) -> FloatArray:

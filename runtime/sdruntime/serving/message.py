@@ -87,6 +87,7 @@ class RequestMessage:
     guidance_interval: tuple[float, float] = DEFAULTS["guidance_interval"]
     image_guidance: float = DEFAULTS["image_guidance"]
     rescale: float = DEFAULTS["rescale"]
+    cfg_pp: bool = False
     width: int | None = None
     height: int | None = None
     strength: float = DEFAULTS["strength"]
@@ -141,6 +142,7 @@ class RequestMessage:
             guidance_interval=self.guidance_interval,
             image_guidance=self.image_guidance,
             rescale=self.rescale,
+            cfg_pp=self.cfg_pp,
             size=None if self.width is None or self.height is None else (self.width, self.height),
             image=image,
             mask=mask,

@@ -236,6 +236,7 @@ def again(found: dict[str, str]) -> list[str]:
     fills = {"fill": "fill", "latent noise": "noise", "latent nothing": "zeros"}
     arguments += ["--mask-fill", fills.get(found.get("Masked content", ""), "original")]
     arguments += ["--overlay"] if "Overlay" in found else []
+    arguments += ["--cfg-pp"] if "CFG PP" in found else []
     arguments += ["--clip-skip", str(int(found.get("Clip skip", "1")) - 1)]
     arguments += ["--prompt-syntax", found.get("Prompt syntax", "plain")]
     arguments += ["--emphasis", {"No norm": "no-norm", "Ignore": "ignore"}.get(found.get("Emphasis", ""), "original")]
@@ -260,6 +261,7 @@ def again(found: dict[str, str]) -> list[str]:
         ["--sampler", "euler", "--schedule", "lu"],
         ["--steps", "3", "--guidance", "2.5,7,1", "--sampler", "euler"],
         ["--guidance-interval", "0.2,0.75", "--sampler", "euler"],
+        ["--cfg-pp", "--guidance", "0.7", "--sampler", "euler_a", "--negative", "a dog"],
         ["--sampler", "euler", "--schedule", "gits"],
         ["--variation-seed", "5", "--variation-strength", "0.3", "--rng", "cuda", "--sampler", "euler_a"],
         ["--seed-resize", "32x96"],

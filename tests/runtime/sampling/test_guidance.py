@@ -1,5 +1,6 @@
 """guidance.py against the two formulas, written out in float64."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,11 @@ from solvers import STABLE
 from sdruntime.errors import SettingError
 from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import run
-from sdruntime.sampling.guidance import combine, combine_with_image, guidance_embedding, over_calls, rescale
+from sdruntime.sampling.guidance import combine, combine_with_image, guidance_embedding, over_calls, plus_plus, rescale
 from sdruntime.sampling.noise_schedule import Point
 from sdruntime.sampling.prediction import clean_from_raw
+from sdruntime.sampling.samplers.ddim import posterior_std
+from sdruntime.sampling.samplers.kdiffusion.slopes import ancestral
 
 
 @pytest.fixture
@@ -115,24 +118,30 @@ def test_a_list_of_another_length_is_refused() -> None:
         over_calls((1.0, 2.0), (0.0, 1.0), 3)
 
 
-@pytest.mark.parametrize(("sampler", "prediction"), [("ddim", "epsilon"), ("ddim", "v_prediction"), ("euler", "epsilon")])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a", "ddpm", "lcm"])
 def test_cfg_plus_plus_is_a_list_of_guidances(sampler: str, prediction: str) -> None:
     """CFG++ (arXiv 2406.08070, algorithm 2): the guided clean image, and the noise of the unconditional output."""
     config = {**STABLE, "_class_name": "DDIMScheduler", "prediction_type": prediction, "timestep_spacing": "trailing"}
     table = compile_table(config, steps=8, sampler=sampler)
-    rng, strength = np.random.default_rng(5), 0.6
+    rng, strengths = np.random.default_rng(5), (0.6, 0.1, 0.8, 1.0, 0.6, 0.3, 0.6, 0.7)
     outputs = rng.standard_normal((8, 2, 50))  # (unconditional, conditional) at each step
-    ratios = [*(table.levels[:, 1] / table.levels[:, 0]), 0.0]
-    alphas = [*table.levels[:, 0], 1.0]
+    levels = [Point(0.0, *level) for level in table.levels]
+    ends = [*levels[1:], Point(0.0, 1.0, 0.0)]
     first = rng.standard_normal(50) * table.start[1]
     by_hand = first.copy()
-    for i, (without, with_text) in enumerate(outputs):
-        point = Point(0.0, *table.levels[i])
-        p, q = clean_from_raw(prediction, point)
-        guided = p * by_hand + q * (without + strength * (with_text - without))
-        noise = (by_hand - point.alpha * (p * by_hand + q * without)) / point.sigma
-        by_hand = alphas[i + 1] * guided + ratios[i + 1] * alphas[i + 1] * noise
-    scales = [strength * s / (s - t) for s, t in pairwise(ratios)]
+    for i, ((without, with_text), s, t) in enumerate(zip(outputs, levels, ends, strict=True)):
+        p, q = clean_from_raw(prediction, s)
+        guided = p * by_hand + q * (without + strengths[i] * (with_text - without))
+        noise = (by_hand - s.alpha * (p * by_hand + q * without)) / s.sigma
+        if sampler == "euler_a":
+            remaining = ancestral(s.sigma, t.sigma, 1.0)[0]
+        elif sampler == "ddpm":  # equation 7 of DDPM is that of DDIM with eta 1
+            remaining = math.sqrt(max(t.sigma**2 - posterior_std(s.alpha, s.sigma, t.alpha, t.sigma) ** 2, 0))
+        else:
+            remaining = 0.0 if sampler == "lcm" else t.sigma
+        by_hand = t.alpha * guided + remaining * noise
+    scales = plus_plus(table, strengths, sampler)
     calls = iter(zip(scales, outputs, strict=True))
 
     def model(x: Any, t: float) -> Any:
@@ -141,3 +150,15 @@ def test_cfg_plus_plus_is_a_list_of_guidances(sampler: str, prediction: str) -> 
 
     found = run(table, first.astype(np.float32), model, lambda: np.zeros(50, np.float32))
     np.testing.assert_allclose(found, by_hand, rtol=1e-4, atol=1e-4)
+    if sampler in ("ddim", "euler"):
+        ratios = [*(level.sigma / level.alpha for level in levels), 0.0]
+        expected = [strength * s / (s - t) for strength, (s, t) in zip(strengths, pairwise(ratios), strict=True)]
+        np.testing.assert_allclose(scales, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "lms", "unipc", "pndm", "dpmpp_sde", "restart"])
+def test_cfg_plus_plus_is_refused_where_steps_read_earlier_outputs(sampler: str) -> None:
+    config = {**STABLE, "_class_name": "DDIMScheduler", "timestep_spacing": "leading", "steps_offset": 1}
+    table = compile_table(config, steps=8, sampler=sampler)
+    with pytest.raises(SettingError, match=f"cfg_pp with {sampler}: its steps read outputs of earlier ones"):
+        plus_plus(table, (0.6,) * table.steps, sampler)

@@ -71,6 +71,7 @@ def generate(options: argparse.Namespace) -> None:
         "guidance_interval": options.guidance_interval,
         "image_guidance": options.image_guidance,
         "rescale": options.rescale,
+        "cfg_pp": options.cfg_pp,
         "size": parse_size(options.size) if options.size else None,
         "rng": options.rng,
         "variation_seed": options.variation_seed,

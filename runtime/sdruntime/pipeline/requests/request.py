@@ -27,6 +27,7 @@ from sdruntime.sampling.noise.image import RNGS, Rng
 from sdruntime.sampling.samplers import resolve, resolve_schedule
 from sdruntime.sampling.samplers.keys import check_options
 
+CFG_PP = 0.6  # guidance of CFG++, as in its authors' code
 MOST_IMAGES = 10_000  # of one call
 MaskFill = Literal["original", "fill", "noise", "zeros"]
 HiresResize = Literal["latent", "latent-bicubic", "latent-nearest", "latent-nearest-exact", "lanczos", "nearest"]
@@ -54,7 +55,8 @@ class Request:
     bundle says nothing else. `guidance`: 1 or less disables guidance and the negative prompt; a sequence has one number for each
     model call. `guidance_interval`: the part of the model calls with guidance, (start, end) from 0 to 1.
     `image_guidance`: how closely to follow `image`, for models that edit an image (InstructPix2Pix). `rescale`: guidance
-    rescale φ in [0, 1], Lin et al. 2023, section 3.4.
+    rescale φ in [0, 1], Lin et al. 2023, section 3.4. `cfg_pp`: CFG++ (arXiv 2406.08070), with samplers of one model output a
+    step; `guidance` is then its λ in (0, 1], None for 0.6.
 
     Of a mask: `mask_blur`, the deviation of a Gaussian in pixels. `mask_padding`: generate only the masked part, at `size`: its
     box, enlarged by so many pixels and to the proportions of `size`; then resize it and paste it into the image. None generates
@@ -98,6 +100,7 @@ class Request:
     guidance_interval: tuple[float, float] = WHOLE
     image_guidance: float = NUMBERS["image_guidance"]
     rescale: float = NUMBERS["rescale"]
+    cfg_pp: bool = False
     size: tuple[int, int] | None = None
     image: ImageLike | None = None
     mask: ImageLike | None = None
@@ -152,8 +155,11 @@ class Request:
         object.__setattr__(self, "extend", _whole_numbers("extend", self.extend, CORNER, ("left", "top", "right", "bottom")))
         if self.mask_padding is not None:
             object.__setattr__(self, "mask_padding", CORNER.number("mask_padding", self.mask_padding))
-        if not isinstance(self.overlay, bool):
-            raise SettingError(f"overlay {shown(self.overlay)}: expected True or False")
+        for name in ("overlay", "cfg_pp"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingError(f"{name} {shown(getattr(self, name))}: expected True or False")
+        if self.cfg_pp:
+            self._check_cfg_pp()
         if self.sampler is not None:
             resolve(self.sampler)
         if self.schedule is not None:
@@ -176,6 +182,14 @@ class Request:
         if self.depth is not None:
             self._check_depth()
         object.__setattr__(self, "loras", loras_of(self.loras))
+
+    def _check_cfg_pp(self) -> None:
+        if self.guidance is not None and not 0 < max(self.guidances) <= 1:
+            raise SettingError(
+                f"guidance {max(self.guidances):g} with cfg_pp: CFG++ takes a guidance above 0, up to 1, such as {CFG_PP}"
+            )
+        if self.rescale:
+            raise SettingError(f"rescale {self.rescale:g} with cfg_pp: it is for guidance above 1: omit one of them")
 
     def _check_depth(self) -> None:
         if self.pixels is None:
@@ -258,12 +272,14 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        return max(self.guidances) > 1
+        return self.cfg_pp or max(self.guidances) > 1
 
     def completed(self, defaults: Defaults) -> Request:
         """Return the request with the model's defaults in place of None: steps, guidance and sampler."""
         steps = NUMBERS["steps"] if defaults.steps is None else defaults.steps
         guidance = NUMBERS["guidance"] if defaults.guidance is None else defaults.guidance
+        if self.cfg_pp:
+            guidance = CFG_PP
         given: dict[str, Any] = {
             "steps": steps if self.steps is None and self.sigmas is None else self.steps,
             "guidance": guidance if self.guidance is None else self.guidance,

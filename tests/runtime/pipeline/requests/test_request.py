@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sdruntime import Request, SettingError, UnknownName
+from sdruntime import Pipeline, Request, SettingError, UnknownName
+from sdruntime.bundle.model import Defaults
 from sdruntime.cli.parser import parser
 from sdruntime.pipeline.requests.ranges import NUMBERS, RANGES
 from sdruntime.pipeline.requests.request import DEFAULTS
+from sdruntime.sampling.compile import compile_table
 from sdruntime.serving.message import RequestMessage
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -38,6 +42,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("guidance", False, "guidance False: expected a number"),
     ("image_guidance", 0.5, "image_guidance 0.5 is outside 1 to 100"),
     ("mask", np.zeros((2, 2), np.uint8), r"mask: it marks a part of an image: pass the image too, as image=… \(--image\)"),
+    ("cfg_pp", 1, "cfg_pp 1: expected True or False"),
     ("rescale", -0.1, "rescale -0.1 is outside 0 to 1"),
     ("strength", 0, r"strength 0 is outside 0 \(excluded\) to 1"),
     ("strength", 1.5, "strength 1.5 is outside"),
@@ -187,3 +192,24 @@ def test_a_mask_is_gray_of_the_image_s_size() -> None:
 def test_a_wrong_mask_is_refused(mask: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Request(prompt="", image=IMAGE, mask=mask)
+
+
+def test_cfg_plus_plus_has_a_guidance_of_its_own(small_bundle: Path) -> None:
+    assert Request(prompt="x", cfg_pp=True).completed(Defaults(guidance=5.0)).guidance == 0.6
+    assert Request(prompt="x", cfg_pp=True, guidance=0.3).completed(Defaults(guidance=5.0)).guidance == 0.3
+    assert Request(prompt="x", cfg_pp=True, guidance=0.3).guided
+    with pytest.raises(SettingError, match=r"guidance 7\.5 with cfg_pp: CFG\+\+ takes a guidance above 0, up to 1"):
+        Request(prompt="x", cfg_pp=True, guidance=7.5)
+    with pytest.raises(SettingError, match=r"rescale 0\.5 with cfg_pp"):
+        Request(prompt="x", cfg_pp=True, rescale=0.5)
+    given: dict[str, Any] = {"seed": 1, "size": (64, 64), "steps": 4}
+    with Pipeline.open(small_bundle) as pipe:
+        with pytest.raises(SettingError, match="cfg_pp with dpmpp_2m: its steps read outputs of earlier ones"):
+            pipe("a cat", sampler="dpmpp_2m", cfg_pp=True, **given)
+        [image] = pipe("a cat", sampler="euler", cfg_pp=True, **given).pixels
+        assert (image != pipe("a cat", sampler="euler", guidance=0.6, **given).pixels[0]).any()
+        ratios = compile_table(pipe.bundle.read_json("scheduler/scheduler_config.json"), steps=4, sampler="euler").levels[:, 1]
+        weights = [0.6 * s / (s - t) for s, t in pairwise([*ratios, 0.0])]
+        assert weights[-1] == 0.6
+        stream = pipe.stream("a cat", sampler="euler", cfg_pp=True, **given)
+        np.testing.assert_allclose(stream.jobs[0].guidances, weights, rtol=1e-6)
