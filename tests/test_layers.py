@@ -46,10 +46,10 @@ ORDER = {
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
     "sdruntime.cli.commands": "build capi inspect lora verify generate sampling",
-    "sdexport": "errors checkpoint families precision trace verification build recipes bench cli __main__",
+    "sdexport": "errors checkpoint families precision trace verification build merging recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original "
     "overrides checkpoint",
-    "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file",
+    "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file writing",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
     "sdexport.checkpoint.original": "expected naming standard unet vae diffusers text layout tokenizer file",
     "sdexport.families": "components modules",
@@ -57,9 +57,10 @@ ORDER = {
     "sdexport.trace": "versions data_file sampler_step optional_inputs cache to_onnx component process",
     "sdexport.verification": "layers walk bisect original preview golden verify",
     "sdexport.build": "events files provenance export",
+    "sdexport.merging": "methods weights merge",
     "sdexport.recipes": "recipe interpreter run",
     "sdexport.bench": "timing subject diffusers runners contestant bench chart",
-    "sdexport.cli": "following progress reporting bench build engines inspect verify main",
+    "sdexport.cli": "following progress reporting bench build merge engines inspect verify main",
 }
 ROOTS = {"sdruntime": ROOT / "runtime", "sdexport": ROOT}
 MOST_ENTRIES = 15

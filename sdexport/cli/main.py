@@ -15,6 +15,7 @@ from sdexport.cli.bench import bench
 from sdexport.cli.build import build
 from sdexport.cli.engines import engines
 from sdexport.cli.inspect import doctor, inspect
+from sdexport.cli.merge import merge
 from sdexport.cli.reporting import Commands, shared
 from sdexport.cli.verify import verify
 
@@ -26,5 +27,5 @@ def main(**_: Any) -> None:
     """Export Stable Diffusion checkpoints to bundles, which sdruntime runs without PyTorch."""
 
 
-for command in (build, engines, inspect, verify, bench, doctor):
+for command in (build, merge, engines, inspect, verify, bench, doctor):
     main.add_command(command)

@@ -1,0 +1,1 @@
+"""Merge checkpoints into a new one."""
