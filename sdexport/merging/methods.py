@@ -31,8 +31,7 @@ def slerp(weight: float, first: Array, second: Array) -> Array:
         return weighted(weight, first, second)
     angle = np.arccos(np.clip(cosine, -1, 1))
     mixed = (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / np.sin(angle)
-    result: Array = np.reshape(mixed, first.shape)
-    return result.astype(np.float32)
+    return np.asarray(mixed.astype(np.float32).reshape(first.shape))
 
 
 def add_difference(weight: float, first: Array, second: Array, third: Array) -> Array:
