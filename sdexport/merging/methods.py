@@ -36,7 +36,7 @@ def slerp(weight: float, first: Array, second: Array) -> Array:
 
 def add_difference(weight: float, first: Array, second: Array, third: Array) -> Array:
     """Return A + weight·(B - C). If A has more input channels than B and C, as for inpainting, the further ones stay."""
-    result = first.copy()
+    result: Array = first.copy()
     same = result if first.shape == second.shape else result[:, : second.shape[1]]
     same += np.float32(weight) * (second - third)
     return result
