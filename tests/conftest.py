@@ -108,6 +108,26 @@ def sd1_proved_bundle(sd1_checkpoint: Path, exported_once: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd1_controlnets(tmp_path_factory: pytest.TempPathFactory, sd1_checkpoint: Path) -> Path:
+    """A folder with two ControlNets for SD1, `canny` and `pose`."""
+
+    def write(folder: Path) -> None:
+        for seed, net in enumerate(("canny", "pose"), start=11):
+            tiny.write_controlnet(folder / net, sd1_checkpoint, seed=seed)
+
+    return once(tmp_path_factory, "checkpoints/tiny-sd1-controlnets", write)
+
+
+@pytest.fixture(scope="session")
+def sd1_control_bundle(
+    tmp_path_factory: pytest.TempPathFactory, trace_cache: Path, sd1_checkpoint: Path, sd1_controlnets: Path
+) -> Path:
+    """SD1 with the ControlNets `canny` and `pose`."""
+    nets = {f"controlnet_{net}": str(sd1_controlnets / net) for net in ("canny", "pose")}
+    return once(tmp_path_factory, "bundles-control/tiny-sd1", lambda folder: _export(sd1_checkpoint, folder, controlnets=nets))
+
+
+@pytest.fixture(scope="session")
 def sd2_bundle(sd2_checkpoint: Path, exported_once: Export) -> Path:
     return exported_once(sd2_checkpoint)
 

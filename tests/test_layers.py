@@ -16,7 +16,7 @@ ORDER = {
     "sdruntime": "errors arrays system sampling bundle adapters backends engines pipeline serving verification cli __main__",
     "sdruntime.system": "events memory document files jetson nvtx process processor sizes cuda owner durable cache",
     "sdruntime.sampling": (
-        "noise_schedule schedules grids prediction samplers own_sigmas table compile executor noise guidance kept job"
+        "noise_schedule schedules grids prediction samplers own_sigmas table compile executor noise guidance kept control job"
     ),
     "sdruntime.sampling.schedules": "ratios published",
     "sdruntime.sampling.samplers": ("keys protocol sampler integrals ddim pndm kdiffusion dpm unipc deis sa consistency forms"),
@@ -30,14 +30,16 @@ ORDER = {
     "sdruntime.adapters": "safetensors kinds names file lora embedding base sets describe",
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building weights engine feeds subpixel session backend",
-    "sdruntime.backends.onnx_file": "wire external graph initializers stored",
+    "sdruntime.backends.onnx_file": "wire external graph inputs initializers stored",
     "sdruntime.backends.fake": "build engine backend",
     "sdruntime.backends.ort": "attention weights subpixel replacing session build engine backend",
     "sdruntime.backends.ov": "subpixel inputs constants replacing build engine backend",
     "sdruntime.backends.trt": "library inspection binding build worker engine frame loop backend",
     "sdruntime.engines": "shapes finite adapted memory choose building speed pool",
-    "sdruntime.pipeline": ("images text vae denoise requests loras micro_conditions texts tasks metadata result jobs pipeline"),
-    "sdruntime.pipeline.requests": "keywords ranges request unused tags",
+    "sdruntime.pipeline": (
+        "images text vae requests control denoise loras micro_conditions texts tasks metadata result jobs pipeline"
+    ),
+    "sdruntime.pipeline.requests": "keywords ranges control request unused tags",
     "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth upscaling choose passes",
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
@@ -49,12 +51,13 @@ ORDER = {
     "sdexport": "errors checkpoint families precision trace verification build merging recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original "
     "overrides checkpoint",
+    "sdexport.checkpoint.configs": "keys tables controlnet misfits",
     "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file writing",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
     "sdexport.checkpoint.original": "expected naming standard unet vae diffusers text layout tokenizer file",
     "sdexport.families": "components modules",
     "sdexport.precision": "numbers rewrite activations probe rounding audit describe",
-    "sdexport.trace": "versions data_file sampler_step optional_inputs cache to_onnx component process",
+    "sdexport.trace": "versions data_file sampler_step residuals optional_inputs cache to_onnx component process",
     "sdexport.verification": "layers walk bisect original preview golden verify",
     "sdexport.build": "events files provenance export",
     "sdexport.merging": "methods weights merge",

@@ -147,6 +147,24 @@ def write_tiny_vae(folder: Path) -> None:
     vae.eval().save_pretrained(folder)
 
 
+def write_controlnet(folder: Path, checkpoint: Path, *, seed: int = 11, **changes: Any) -> Path:
+    """Write a ControlNet for the UNet of a checkpoint; its last convolutions, zeros at birth, are random."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    levels = len(json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
+    changes = {"conditioning_embedding_out_channels": (8, 8, 16, 16)[-levels:]} | changes
+    model = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(checkpoint / "unet"), load_weights_from_unet=False)
+    model = ControlNetModel.from_config(dict(model.config) | changes)
+    _liven(model)
+    with torch.no_grad():
+        for block in (*model.controlnet_down_blocks, model.controlnet_mid_block, model.controlnet_cond_embedding.conv_out):
+            block.weight.normal_(std=0.3)
+    model.eval().save_pretrained(folder)
+    return folder
+
+
 def write_asymmetric_vae(folder: Path) -> None:
     """Write an AsymmetricAutoencoderKL of VAE factor 8, with a wider decoder."""
     import torch

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         VerificationFailed,
     )
     from sdruntime.pipeline.pipeline import Pipeline, Stream
+    from sdruntime.pipeline.requests.control import Control
     from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
     from sdruntime.sampling.job import Job, State
@@ -38,6 +39,7 @@ __all__ = [
     "Batcher",
     "Bundle",
     "BundleError",
+    "Control",
     "DeviceMissing",
     "EngineError",
     "EngineOptions",
@@ -68,6 +70,7 @@ _HOMES = {
     "backends.base.engine": ("EngineOptions",),
     "bundle.bundle": ("Bundle",),
     "pipeline.pipeline": ("Pipeline", "Stream"),
+    "pipeline.requests.control": ("Control",),
     "pipeline.requests.request": ("Request",),
     "pipeline.result": ("Image", "Result"),
     "sampling.job": ("Job", "State"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdruntime.backends.base.building import Stage
@@ -16,11 +17,11 @@ class ExportOptions:
     """The options of a build.
 
     `revision` is the hub's, for a hub id. `prediction_type`, `config` and `vae` replace parts of the checkpoint, as
-    sdexport.checkpoint.overrides.Overrides has them, and `preview_vae` adds one; both VAEs may be hub ids. `loras` are merged:
-    FILE[:SCALE[:TEXT_SCALE]] each. `embeddings` become part of the bundle: FILE or NAME=FILE each. `defaults` replace those that
-    follow from the checkpoint. `engines` are built into the bundle, with the options of `sdruntime build`. `audit` measures half
-    precision and keeps in float32 what it would harm. `verify`
-    stores reference outputs and checks what this machine can run against them.
+    sdexport.checkpoint.overrides.Overrides has them, and `preview_vae` adds one; both VAEs may be hub ids. `controlnets` adds
+    ControlNets, folders or hub ids by component. `loras` are merged: FILE[:SCALE[:TEXT_SCALE]] each. `embeddings` become part of
+    the bundle: FILE or NAME=FILE each. `defaults` replace those that follow from the checkpoint. `engines` are built into the
+    bundle, with the options of `sdruntime build`. `audit` measures half precision and keeps in float32 what it would harm.
+    `verify` stores reference outputs and checks what this machine can run against them.
     """
 
     revision: str | None = None
@@ -34,6 +35,7 @@ class ExportOptions:
     embeddings: tuple[str, ...] = ()
     defaults: Defaults = NO_DEFAULTS
     preview_vae: str | None = None
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     audit: bool = True
     verify: bool = True
 

@@ -80,10 +80,13 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     locate_other = functools.partial(locate_vae, precision=options.precision, allow_pickle=options.allow_pickle)
     vae = locate_other(options.vae) if options.vae else None
     preview = locate_other(options.preview_vae, "--preview-vae") if options.preview_vae else None
+    controlnets = {name: locate_other(place, "--controlnet") for name, place in options.controlnets.items()}
     config = Path(options.config) if options.config else None
-    for path in (located.path, *(other.path for other in (vae, preview) if other is not None), config):
-        if path is not None:
-            _refuse_overlap(out, path)
+    for other in (located, vae, preview, *controlnets.values()):
+        if other is not None:
+            _refuse_overlap(out, other.path)
+    if config is not None:
+        _refuse_overlap(out, config)
     checkpoint = read_checkpoint(
         located.path,
         name=model_name(located),
@@ -94,6 +97,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             config=str(config or ""),
             vae="" if vae is None else str(vae.path),
             preview_vae="" if preview is None else str(preview.path),
+            controlnets={name: str(other.path) for name, other in controlnets.items()},
             loras=resolved(options.loras),
         ),
     )
@@ -127,7 +131,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             model=checkpoint.model,
             precision=options.precision,
             components=component_specs(table, audits) | {STEP: step},
-            provenance=provenance_of(located, checkpoint, without_paths(named, vae, preview), inputs),
+            provenance=provenance_of(located, checkpoint, without_paths(named, vae, preview, controlnets), inputs),
         )
         if options.verify:
             proof = yield from _verify(checkpoint, options, folder, len(table))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,15 @@ def is_current(out: Path, inputs: str, *, verified: bool) -> bool:
         return False
 
 
-def without_paths(options: ExportOptions, vae: Located | None, preview: Located | None) -> ExportOptions:
+def without_paths(
+    options: ExportOptions, vae: Located | None, preview: Located | None, controlnets: Mapping[str, Located]
+) -> ExportOptions:
     """Return the options with the names of other sources in place of their paths on this machine."""
     config = Path(options.config).resolve().name if options.config else None
     named, shown = (None if other is None else other.source for other in (vae, preview))
     loras = tuple(Path(lora.path).name + ":{:g}:{:g}".format(*lora.scales) for lora in map(lora_from, options.loras))
-    return dataclasses.replace(options, config=config, vae=named, preview_vae=shown, loras=loras)
+    sources = {name: other.source for name, other in controlnets.items()}
+    return dataclasses.replace(options, config=config, vae=named, preview_vae=shown, loras=loras, controlnets=sources)
 
 
 def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdexport.checkpoint.configs import default_size, misfits, preview_misfits, read_config, vae_factor
+from sdexport.checkpoint.configs.controlnet import controlnet_misfits
+from sdexport.checkpoint.configs.misfits import default_size, misfits, preview_misfits, vae_factor
+from sdexport.checkpoint.configs.tables import read_config
 from sdexport.checkpoint.defaults import defaults_of
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import FLOW_SCHEDULERS, SCHEDULERS, check_index, opened_scheduler, opened_unet, without_defaults
@@ -23,12 +25,14 @@ from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, PREVIEW_VAE, Overridden, Overrides
 from sdexport.checkpoint.pipelines import (
     ASYMMETRIC_VAE,
+    CONTROLNET,
     LOW_RES,
     MOST_NOISE,
     OTHERS,
     PARTS,
     SCORE,
     TINY_VAE,
+    UNSUPPORTED,
     Classes,
     parts_of,
     pipeline_of,
@@ -121,7 +125,7 @@ def read_checkpoint(
         source = DiffusersFolder(path, precision, allow_pickle)
     if overrides:
         source = Overridden(source, overrides, precision, allow_pickle=allow_pickle)
-    checkpoint = dataclasses.replace(_Reader(source, preview=bool(overrides.preview_vae)).read(name), overrides=overrides)
+    checkpoint = dataclasses.replace(_Reader(source, overrides).read(name), overrides=overrides)
     return _with_loras(checkpoint) if overrides.loras else checkpoint
 
 
@@ -134,10 +138,10 @@ def _with_loras(checkpoint: Checkpoint) -> Checkpoint:
 
 
 class _Reader:
-    """Read one checkpoint and collect its faults in `faults`. `preview`: it has a VAE for previews."""
+    """Read one checkpoint and collect its faults in `faults`. `overrides` names the parts that are added to it."""
 
-    def __init__(self, source: Source, *, preview: bool) -> None:
-        self.source, self._preview = source, preview
+    def __init__(self, source: Source, overrides: Overrides) -> None:
+        self.source, self._preview, self._controlnets = source, bool(overrides.preview_vae), tuple(overrides.controlnets)
         self.faults: list[str] = []
         self.changes: list[str] = list(source.inferred)
 
@@ -164,8 +168,11 @@ class _Reader:
             if part in _NETWORKS
         }
         if self._preview:
-            self._check_tiny(PREVIEW_VAE)
+            self._check_added(PREVIEW_VAE, TINY_VAE, "--preview-vae")
             parts[PREVIEW_VAE] = self._part(PREVIEW_VAE, TINY_VAE, pipeline)
+        for added in self._controlnets:
+            self._check_added(added, CONTROLNET, "--controlnet")
+            parts[added] = self._part(added, CONTROLNET, pipeline)
         scheduler = self._scheduler(index, pipeline)
         low_res = self._low_res_scheduler(index) if task == "upscaling" else None
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
@@ -176,6 +183,9 @@ class _Reader:
         self._stop_at_faults()
         if self._preview:
             self.faults.extend(preview_misfits(configs[PREVIEW_VAE], configs["vae"]))
+        for added in self._controlnets:
+            sizes = {"latents": configs["vae"]["latent_channels"], "factor": vae_factor(configs["vae"])}
+            self.faults.extend(controlnet_misfits(added, configs[added], configs["unet"], **sizes))
         if task == "inpainting" and index["vae"][1] == ASYMMETRIC_VAE:
             self.faults.append(
                 f"model_index.json: vae is {ASYMMETRIC_VAE}, whose decoder takes the image and the mask when inpainting, which "
@@ -248,11 +258,13 @@ class _Reader:
         stored = self.source.weights(name, self.faults)
         return Part(config=config, files=stored.files, weights=stored.tensors)
 
-    def _check_tiny(self, name: str) -> None:
+    def _check_added(self, name: str, kind: str, option: str) -> None:
+        """Stop if an added part is of another class, whose settings would only be misunderstood."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # which `_part` reports
             named = self.source.document(f"{name}/config.json").get("_class_name")
-            if named != TINY_VAE:
-                self.faults.append(f"{name}/config.json: _class_name {named!r:.80} is not {TINY_VAE} (--preview-vae)")
+            if named != kind:
+                what = f" ({UNSUPPORTED[named]}), which is not supported," if named in UNSUPPORTED else ""
+                self.faults.append(f"{name}/config.json: _class_name {named!r:.80}{what} is not {kind} ({option})")
                 self._stop_at_faults()
 
     def _tokenizer(self, name: str) -> StoredTokenizer | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sdexport.checkpoint.source import Source, StoredWeights
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.model import PredictionType
+from sdruntime.bundle.roles import CONTROLNET
+from sdruntime.errors import SettingError, shown
 
 _VAE, _VAE_CONFIG = "vae", "vae/config.json"
 PREVIEW_VAE = "preview_vae"
@@ -29,13 +32,15 @@ class Overrides:
 
     `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
     replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE. `preview_vae` is a folder with
-    a tiny VAE whose decoder becomes a component for previews. `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each.
+    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders of ControlNets, by component. `loras` are
+    merged into the weights: FILE:SCALE:TEXT_SCALE each.
     """
 
     prediction_type: PredictionType | None = None
     config: str = ""
     vae: str = ""
     preview_vae: str = ""
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,6 +53,21 @@ class Overrides:
 NO_OVERRIDES = Overrides()
 
 
+def named_controlnets(texts: Iterable[str]) -> dict[str, str]:
+    """Return the MODEL of each "[NAME=]MODEL" by the name of its component. Raises SettingError."""
+    named: dict[str, str] = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:([a-z0-9][a-z0-9_-]{0,39})=)?(.+)", text)
+        if match is None:
+            raise SettingError(f"--controlnet {shown(text)}: expected MODEL or NAME=MODEL")
+        component = f"{CONTROLNET}_{match[1]}" if match[1] and match[1] != CONTROLNET else CONTROLNET
+        if component in named:
+            which = match[1] or "without a name"
+            raise SettingError(f"--controlnet {shown(text)}: the second one {which}: give each of several a name, as NAME=MODEL")
+        named[component] = match[2]
+    return named
+
+
 class Overridden:
     """A source with parts of others."""
 
@@ -56,6 +76,9 @@ class Overridden:
         self._documents = _documents(Path(overrides.config), precision) if overrides.config else None
         self._vae = _vae(Path(overrides.vae), precision, allow_pickle) if overrides.vae else None
         self._preview = _preview_vae(Path(overrides.preview_vae), precision, allow_pickle) if overrides.preview_vae else None
+        self._added: dict[str, Source] = {
+            name: _controlnet(name, Path(place), precision, allow_pickle) for name, place in overrides.controlnets.items()
+        }
         lines = list(source.inferred)
         if self._documents is not None:
             lines.append(f"configs, tokenizers and scheduler: of {self._documents.path.name}, where it has them (--config)")
@@ -63,6 +86,7 @@ class Overridden:
             lines.append(f"VAE: of {self._vae.path.name} (--vae)")
         if self._preview is not None:
             lines.append(f"decoder of previews: of {self._preview.path.name} (--preview-vae)")
+        lines += [f"{name}: of {source.path.name} (--controlnet)" for name, source in self._added.items()]
         if self._prediction:
             lines.append(f"prediction type {self._prediction} (--prediction-type)")
         self.inferred = tuple(lines)
@@ -98,7 +122,7 @@ class Overridden:
 
     def _owner(self, path: str) -> Source:
         """Return the source that a document is read from."""
-        for part, source in ((_VAE, self._vae), (PREVIEW_VAE, self._preview)):
+        for part, source in ((_VAE, self._vae), (PREVIEW_VAE, self._preview), *self._added.items()):
             if source is not None and path.startswith(f"{part}/"):
                 return source
         return self._beside_vae(path)
@@ -116,7 +140,7 @@ class Overridden:
         return self._source.file(path)
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
-        owner = {_VAE: self._vae, PREVIEW_VAE: self._preview}.get(part) or self._source
+        owner = {_VAE: self._vae, PREVIEW_VAE: self._preview, **self._added}.get(part) or self._source
         return owner.weights(part, faults)
 
     def card(self) -> Card:
@@ -125,7 +149,7 @@ class Overridden:
     def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
         parts = tuple(parts)
         inputs = dict(self._source.inputs(parts))
-        for source in (self._documents, self._vae, self._preview):
+        for source in (self._documents, self._vae, self._preview, *self._added.values()):
             listed = {} if source is None else source.inputs(parts)
             inputs |= {name: path for name, path in listed.items() if self._owner(name) is source and path.exists()}
         return inputs
@@ -149,6 +173,15 @@ def _preview_vae(path: Path, precision: Precision, allow_pickle: bool) -> Diffus
     if not path.is_dir():
         raise CheckpointError(path, ["--preview-vae: no such folder: give one of an AutoencoderTiny, with config.json"])
     return DiffusersFolder(path, precision, allow_pickle, places={PREVIEW_VAE: _place_of_vae(path)})
+
+
+def _controlnet(name: str, path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder:
+    if path.is_file():
+        raise CheckpointError(path, ["--controlnet: a single file of a ControlNet is not supported: give its diffusers folder"])
+    if not path.is_dir():
+        raise CheckpointError(path, ["--controlnet: no such folder"])
+    inner = (path / "controlnet").is_dir() and not (path / "config.json").exists()  # of a pipeline with a ControlNet
+    return DiffusersFolder(path, precision, allow_pickle, places={name: "controlnet" if inner else "."})
 
 
 def _place_of_vae(path: Path) -> str:

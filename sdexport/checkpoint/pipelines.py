@@ -16,7 +16,22 @@ _CLIP = ("transformers", "CLIPTextModel")
 _TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
 TINY_VAE = "AutoencoderTiny"  # TAESD: no posterior
 ASYMMETRIC_VAE = "AsymmetricAutoencoderKL"  # its decoder can also take an image and a mask (arXiv 2306.04632)
+CONTROLNET = "ControlNetModel"
 VAES: Classes = (("diffusers", "AutoencoderKL"), ("diffusers", TINY_VAE), ("diffusers", ASYMMETRIC_VAE))
+# other networks that control images, by their class
+UNSUPPORTED: Mapping[str, str] = {
+    "ControlNetUnionModel": "a ControlNet-Union, which takes a control type",
+    "MultiControlNetUnionModel": "several ControlNet-Unions",
+    "MultiControlNetModel": "several ControlNets, each of which needs a --controlnet of its own",
+    "T2IAdapter": "a T2I-Adapter",
+    "MultiAdapter": "several T2I-Adapters",
+    "ControlNetXSAdapter": "a ControlNet-XS",
+    "UNetControlNetXSModel": "a UNet with a ControlNet-XS",
+    "SparseControlNetModel": "a ControlNet for videos",
+    "SD3ControlNetModel": "a ControlNet for Stable Diffusion 3",
+    "FluxControlNetModel": "a ControlNet for Flux",
+    "HunyuanDiT2DControlNetModel": "a ControlNet for HunyuanDiT",
+}
 _ONE_ENCODER: Mapping[str, Classes] = {
     "text_encoder": (_CLIP,),
     "tokenizer": _TOKENIZERS,

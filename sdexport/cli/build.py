@@ -66,6 +66,7 @@ def build(
     preview_vae: str | None,
     loras: tuple[str, ...],
     embeddings: tuple[str, ...],
+    controlnets: tuple[str, ...],
     chunks: str | None,
     defaults: str | None,
     no_audit: bool,
@@ -86,6 +87,7 @@ def build(
     from sdexport.build.events import ExportOptions
     from sdexport.build.export import build as events
     from sdexport.checkpoint.defaults import parsed
+    from sdexport.checkpoint.overrides import named_controlnets
     from sdexport.recipes.recipe import read_recipe
     from sdexport.recipes.run import options_of
     from sdruntime.engines.building import BuildRequest
@@ -103,6 +105,7 @@ def build(
         preview_vae=preview_vae,
         loras=loras,
         embeddings=embeddings,
+        controlnets=named_controlnets(controlnets),
         audit=not no_audit,
         verify=not no_verify,
     )

@@ -39,6 +39,7 @@ def verify(
     vae: str | None,
     preview_vae: str | None,
     loras: tuple[str, ...],
+    controlnets: tuple[str, ...],
     allow_pickle: bool,
     html: Path | None,
     as_json: bool,
@@ -50,12 +51,13 @@ def verify(
     if allow_pickle and against is None:
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
     replaced = {"--prediction-type": prediction_type, "--config": config, "--vae": vae, "--preview-vae": preview_vae}
-    replaced["--lora"] = ", ".join(loras)
+    replaced |= {"--lora": ", ".join(loras), "--controlnet": ", ".join(controlnets)}
     for option, value in replaced.items():
         if value and against is None:
             raise click.UsageError(f"{option} is for the checkpoint: add --against")
     if html is not None:
         check_output(html, "--html")
+    from sdexport.checkpoint.overrides import named_controlnets
     from sdexport.verification.verify import first_nodes, reference_checkpoint, verify_against
     from sdruntime.bundle.bundle import Bundle
     from sdruntime.cli.commands.verify import with_progress
@@ -79,6 +81,7 @@ def verify(
             vae=vae,
             preview_vae=preview_vae,
             loras=loras,
+            controlnets=named_controlnets(controlnets),
         )
         checked = with_progress(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")

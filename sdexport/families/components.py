@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdexport.checkpoint.checkpoint import Checkpoint
-from sdexport.checkpoint.configs import text_width
+from sdexport.checkpoint.configs.controlnet import residuals_of
+from sdexport.checkpoint.configs.misfits import text_width
 from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
-from sdruntime.bundle.interface import LOGVAR, TOKEN_VECTORS
+from sdruntime.bundle.dimensions import size_of
+from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, LOGVAR, TOKEN_VECTORS
 from sdruntime.bundle.manifest import TensorSpec
-from sdruntime.bundle.roles import PREVIEW
-from sdruntime.bundle.tasks import GUIDANCE, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, channels
+from sdruntime.bundle.roles import PREVIEW, of_kind
+from sdruntime.bundle.tasks import GUIDANCE, INPUTS, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, channels
 
 _VAE_WRAPPERS = {TINY_VAE: "Tiny", ASYMMETRIC_VAE: "Asymmetric"}
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
@@ -51,7 +53,7 @@ class Component:
         random = np.random.default_rng(seed)
         feeds: dict[str, NDArray[Any]] = {}
         for spec in self.inputs:
-            shape = [dims[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+            shape = [size_of(dim, dims) for dim in spec.shape]
             if spec.dtype == "int32":
                 feeds[spec.name] = random.integers(0, self.config["vocab_size"], shape, dtype=np.int32)
             elif spec.name == "timestep":
@@ -68,7 +70,11 @@ class Component:
 def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
     """Return the components of a checkpoint in export order: small ones first, so that faults show early."""
     preview = (_preview_decoder(checkpoint),) if PREVIEW_VAE in checkpoint.parts else ()
-    return (*_text_encoders(checkpoint), *preview, _vae_encoder(checkpoint), _vae_decoder(checkpoint), _unet(checkpoint))
+    vae, unet = (_vae_encoder(checkpoint), _vae_decoder(checkpoint)), _unet(checkpoint)
+    controlnets = tuple(_controlnet(checkpoint, name, unet) for name in of_kind(checkpoint.parts, "ControlNet"))
+    if controlnets:
+        unet = dataclasses.replace(unet, optional_inputs=_residuals(unet.config))
+    return (*_text_encoders(checkpoint), *preview, *vae, *controlnets, unet)
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
@@ -141,6 +147,36 @@ def _unet(checkpoint: Checkpoint) -> Component:
         inputs=tuple(inputs),
         outputs=(_float("out_sample", "batch", config["out_channels"], "height", "width"),),
         sides={"height": cells, "width": cells},
+    )
+
+
+def _residuals(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    sides = [("height", "width")] + [(f"height/{1 << k}", f"width/{1 << k}") for k in range(1, len(config["block_out_channels"]))]
+    return tuple(
+        _float(residual.name, "batch", residual.channels, *sides[residual.divisor.bit_length() - 1])
+        for residual in residuals_of(config)
+    )
+
+
+def _controlnet(checkpoint: Checkpoint, name: str, unet: Component) -> Component:
+    config, factor = checkpoint.parts[name].config, checkpoint.model.vae_factor
+    residuals = _residuals(config)
+    if config["global_pool_conditions"]:
+        residuals = tuple(dataclasses.replace(tensor, shape=(*tensor.shape[:2], 1, 1)) for tensor in residuals)
+    own = {tensor for task in INPUTS for tensor in channels(task, 0)} | {GUIDANCE, NOISE_LEVEL}
+    inputs = [tensor for tensor in unet.inputs if tensor.name not in own]
+    inputs += [
+        _float(CONTROL_IMAGE, "batch", config["conditioning_channels"], f"height*{factor}", f"width*{factor}"),
+        _float(CONTROL_SCALES, "batch", len(residuals)),
+    ]
+    return Component(
+        name=name,
+        part=name,
+        wrapper="ControlNet",
+        config=config,
+        inputs=tuple(inputs),
+        outputs=residuals,
+        sides=unet.sides,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -76,7 +76,8 @@ class Unet(nn.Module):
 
     SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6], its refiner's [B,5]. The inputs of a task
     (sdruntime.bundle.tasks), each [B,·,h,w], are concatenated to `sample` in the order of the arguments. noise_level [B] is a
-    whole number. timestep_cond [B,G] is the embedding of the guidance.
+    whole number. timestep_cond [B,G] is the embedding of the guidance. `residuals`: those of ControlNets, by name, the middle one
+    last; not part of the trace.
     h and w may be any: an upsampled image is cropped to the size of the one that it is joined with.
     """
 
@@ -101,11 +102,13 @@ class Unet(nn.Module):
         low_res_image: Tensor | None = None,
         noise_level: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        residuals: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         added = [tensor for tensor in (mask, masked_image_latents, image_latents, depth, low_res_image) if tensor is not None]
         if added:
             sample = torch.cat([sample, *added], dim=1)
         pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        *down, middle = (residuals or {}).values() or (None,)
         output: Tensor = self.weights(
             sample,
             timestep,
@@ -113,9 +116,44 @@ class Unet(nn.Module):
             class_labels=None if noise_level is None else noise_level.long(),
             timestep_cond=timestep_cond,
             added_cond_kwargs=pooled,
+            down_block_additional_residuals=down or None,
+            mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
         return output
+
+
+class ControlNet(nn.Module):
+    """The UNet's inputs, controlnet_cond [B,3,fh,fw] in [0,1], conditioning_scale [B,K] -> K residuals, the middle one last.
+
+    A factor for each residual also expresses diffusers' guess_mode.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = ControlNetModel.from_config(_architecture(config))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        down, middle = self.weights(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            controlnet_cond,
+            added_cond_kwargs=pooled,
+            return_dict=False,
+        )
+        factors = conditioning_scale[:, :, None, None, None].unbind(1)
+        return tuple(residual * factor for residual, factor in zip((*down, middle), factors, strict=True))
 
 
 class VaeDecoder(nn.Module):
@@ -200,6 +238,7 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         PenultimateTextEncoder,
         PooledTextEncoder,
         Unet,
+        ControlNet,
         VaeDecoder,
         VaeEncoder,
         AsymmetricVaeDecoder,

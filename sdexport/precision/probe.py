@@ -21,10 +21,11 @@ from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.bundle.roles import PREVIEW
+from sdruntime.bundle.roles import CONTROLNET, PREVIEW, of_kind
 from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.vae import latents as latent
-from sdruntime.verification.inputs import task_settings
+from sdruntime.verification.inputs import patches, task_settings
 from sdruntime.verification.verify import onnx_spec
 
 PROMPTS = (
@@ -68,6 +69,8 @@ def probe(folder: Path) -> None:
                 if PREVIEW in bundle.manifest.components:
                     pipe.preview(state.jobs, "tiny")
             latents.append(stream.jobs[0].run.x)
+            if number == 0:
+                _control(pipe, probed, prompt, settings)
             probed.at = prompted
             images += pipe.decode(latents[-1:])
         random = np.random.default_rng(_SEED)
@@ -101,6 +104,16 @@ def save_activations(folder: Path, activations: Activations) -> None:
         np.savez(folder / f"{index}.npz", **arrays)
     document = {"labels": [feed.label for feed in activations.feeds], "sizes": activations.sizes}
     (folder / _LIST).write_text(json.dumps(document), encoding="utf-8")
+
+
+def _control(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, Any]) -> None:
+    """Generate an image with each ControlNet of the bundle."""
+    for number, name in enumerate(of_kind(pipe.bundle.manifest.components, "ControlNet")):
+        net = name.removeprefix(CONTROLNET).removeprefix("_") or CONTROLNET
+        image = patches(pipe.model.default_size[::-1], _SEED + number)
+        probed.at = f"prompt {prompt[:30]!r}… with {name}"
+        for _ in pipe.stream(prompt, seed=_SEED, steps=STEPS, sampler="ddim", control=Control(image=image, net=net), **settings):
+            pass
 
 
 def _encode(pipe: Pipeline, image: Array) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from sdexport.checkpoint.overrides import named_controlnets
 from sdexport.errors import RecipeError
 from sdruntime.backends.registry import BACKENDS, OFFERED
 from sdruntime.bundle.manifest import Precision
@@ -55,6 +56,7 @@ class Recipe:
     vae: str | None = None
     defaults: Defaults = NO_DEFAULTS
     preview_vae: str | None = None
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True
@@ -62,7 +64,7 @@ class Recipe:
     def of(self, model: str) -> Recipe:
         """Return the recipe for another checkpoint, without the revision of the first and what replaces parts of it."""
         return dataclasses.replace(
-            self, model=model, revision=None, prediction_type=None, config=None, vae=None, preview_vae=None
+            self, model=model, revision=None, prediction_type=None, config=None, vae=None, preview_vae=None, controlnets={}
         )
 
 
@@ -106,6 +108,7 @@ def read_recipe(file: Path) -> Recipe:
         vae=None if text.vae is None else _source(text.vae, file),
         defaults=text.defaults,
         preview_vae=None if text.preview_vae is None else _source(text.preview_vae, file),
+        controlnets=named_controlnets(f"{name}={_source(model, file)}" for name, model in text.controlnets.items()),
         precision=text.precision,
         audit=text.audit,
         verify=text.verify,
@@ -254,6 +257,7 @@ class RecipeText:
     vae: Annotated[str, _check_model] | None = None
     defaults: Defaults = NO_DEFAULTS
     preview_vae: Annotated[str, _check_model] | None = None
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True

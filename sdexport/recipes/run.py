@@ -82,6 +82,7 @@ def options_of(recipe: Recipe) -> ExportOptions:
         config=recipe.config,
         vae=recipe.vae,
         preview_vae=recipe.preview_vae,
+        controlnets=recipe.controlnets,
         precision=recipe.precision,
         engines=recipe.engines,
         audit=recipe.audit,

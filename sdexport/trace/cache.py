@@ -14,11 +14,12 @@ from pathlib import Path
 from sdexport.families.components import Component
 from sdexport.trace.versions import DIGEST, digest_of, versions
 from sdruntime.bundle.records import json_from_record
+from sdruntime.bundle.roles import CONTROLNET, role
 from sdruntime.system.durable import replace_file
 
 # settings of the pipeline, not of the network, as are those that begin with "_"
 _IDLE = ("sample_size", "scaling_factor", "latents_mean", "latents_std", "use_attention_mask")
-_TRACERS = ("families/components.py", "families/modules.py", "trace/to_onnx.py", "trace/optional_inputs.py")
+_TRACERS = ("families/components.py", "families/modules.py", "trace/to_onnx.py")
 
 
 def cache_folder() -> Path:
@@ -34,6 +35,9 @@ def trace_key(component: Component) -> str:
     """Return the hash of everything that a component's trace depends on."""
     document = json_from_record(component)
     config = {key: value for key, value in component.config.items() if not key.startswith("_") and key not in _IDLE}
+    del document["optional_inputs"]  # added to the graph after the trace
+    if role(component.name).kind == "ControlNet":  # a bundle may have several of one architecture
+        document |= {"name": CONTROLNET, "part": CONTROLNET}
     document |= {"config": config, "versions": versions(), "code": _code()}
     return digest_of(document)
 

@@ -114,6 +114,7 @@ def _export(component: Component, stored: Mapping[str, StoredTensor], job: Compo
     import onnx_ir as ir
 
     from sdexport.trace import to_onnx
+    from sdexport.trace.optional_inputs import add_optional_inputs
 
     if cached is None:
         # check that the weights fit before the long work
@@ -124,6 +125,8 @@ def _export(component: Component, stored: Mapping[str, StoredTensor], job: Compo
         store_trace(key, ir.to_proto(model).SerializeToString())
     else:
         model = ir.from_proto(onnx.load_from_string(cached))
+    model.graph.name = component.name
+    add_optional_inputs(model, component)
     if not job.reference:
         size = yield from _write(model, component, stored, job, out, frozenset())
         yield Stage(name="done", done=size, total=size)

@@ -1,5 +1,7 @@
 """Add the optional inputs of a component to its traced graph. With zeros in them, it computes what it did without them.
 
+They are no part of the trace, so that a UNet with and one without them share a cached trace.
+
 In a finished file each has a default, an initialiser of the same name, so that other programs need not know it. It is a single
 zero, as wide as the operators' broadcasting allows; hence the file states no sizes for the input.
 """
@@ -13,6 +15,7 @@ import onnx_ir as ir
 
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
+from sdexport.trace.residuals import insert_residual
 from sdruntime.bundle.interface import TOKEN_VECTORS
 
 _TABLE = "token_embedding.weight"
@@ -24,7 +27,7 @@ def add_optional_inputs(model: ir.Model, component: Component) -> None:
     for place, spec in enumerate(component.optional_inputs, start=len(component.inputs)):
         value = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(spec.shape))
         graph.inputs.insert(place, value)
-        _INSERT[spec.name](graph, value, component)
+        _INSERT.get(spec.name, insert_residual)(graph, value, component)
 
 
 def add_defaults(model: ir.Model, component: Component) -> None:
@@ -83,4 +86,5 @@ def constant(graph: ir.Graph, name: str, numbers: list[int], kind: ir.DataType =
     return value
 
 
+# the others are residuals
 _INSERT: Mapping[str, Callable[[ir.Graph, ir.Value, Component], None]] = {TOKEN_VECTORS: _insert_token_vectors}

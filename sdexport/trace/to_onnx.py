@@ -10,6 +10,7 @@ Each pass is a function that changes the model by one rule. The result has only 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -23,7 +24,7 @@ import onnx_ir.passes.common as common
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
 from sdexport.trace.data_file import Placed
-from sdexport.trace.optional_inputs import add_optional_inputs, constant
+from sdexport.trace.optional_inputs import constant
 from sdruntime.bundle.manifest import TensorSpec
 
 OPSET = 20
@@ -85,7 +86,11 @@ def _trace(component: Component) -> ir.Model:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     names = [spec.name for spec in component.inputs]
-    shapes = {spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in component.inputs}
+    # a name with an operator, such as height*8, is none to the exporter; name_dimensions puts it back
+    shapes = {
+        spec.name: {axis: re.sub(r"\W", "_", dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+        for spec in component.inputs
+    }
     # the exporter prints its progress, and its own calls cause deprecation warnings
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), FakeTensorMode():
         warnings.simplefilter("ignore")
@@ -177,7 +182,7 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
 def drop_unused(model: ir.Model, component: Component) -> None:
     """Remove the nodes and weights that no output needs."""
     common.RemoveUnusedNodesPass()(model)
-    graph, own = model.graph, len(component.engine_inputs)
+    graph, own = model.graph, len(component.inputs)
     kept = [value for value in graph.inputs[own:] if value.uses()]
     del graph.inputs[own:]
     graph.inputs.extend(kept)
@@ -193,8 +198,8 @@ def drop_metadata(model: ir.Model, component: Component) -> None:
 
 def name_dimensions(model: ir.Model, component: Component) -> None:
     """Give the dimensions of inputs and outputs the component's names; the tracer leaves formulas on the outputs."""
-    graph, own = model.graph, len(component.engine_inputs)
-    for values, specs in ((graph.inputs[:own], component.engine_inputs), (graph.outputs, component.outputs)):
+    graph, own = model.graph, len(component.inputs)
+    for values, specs in ((graph.inputs[:own], component.inputs), (graph.outputs, component.outputs)):
         if [value.name for value in values] != [spec.name for spec in specs]:
             raise ExportError(
                 f"{component.name}: the graph has {[value.name for value in values]}, not {[spec.name for spec in specs]}"
@@ -208,7 +213,6 @@ PASSES: tuple[Callable[[ir.Model, Component], None], ...] = (
     weights_as_inputs,
     fold_constants,
     crop_at_once,
-    add_optional_inputs,
     drop_unused,
     drop_metadata,
     name_dimensions,

@@ -82,8 +82,10 @@ class TorchEngine:
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         import torch
 
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+        optional = {spec.name: tensors.pop(spec.name) for spec in self.component.optional_inputs if spec.name in tensors}
         with torch.inference_mode():
-            outputs = self._module(**{name: torch.from_numpy(np.array(array)) for name, array in feeds.items()})
+            outputs = self._module(**tensors, **({"residuals": optional} if optional else {}))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.numpy() for spec, output in zip(self.component.outputs, outputs, strict=True)}
 

@@ -22,13 +22,13 @@ import numpy as np
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.opening import PATH as SCHEDULER
-from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import LOW_RES, MOST_NOISE, SCORE
 from sdexport.checkpoint.tokenizer import NAMES as TOKENIZER_FILES
 from sdexport.errors import ExportError
 from sdexport.families.components import components
 from sdexport.trace.versions import versions
 from sdruntime.arrays import Array
+from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import Task
 from sdruntime.errors import NotFinite
 from sdruntime.pipeline.tasks.upscaling import SCHEDULER as LOW_RES_SCHEDULER
@@ -168,7 +168,7 @@ def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]
 
     hollow: dict[str, nn.Module] = {}
     for component in components(checkpoint):
-        if component.part not in ("vae", PREVIEW_VAE):
+        if role(component.name).stage != "vae" and role(component.name).kind != "ControlNet":
             module = _hollow(functools.partial(_inner, WRAPPERS[component.wrapper], component.config))
             module.forward = _lent(lend, component.name, "weights")
             hollow[component.name] = module

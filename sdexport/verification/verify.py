@@ -7,6 +7,7 @@ import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.hub import locate, locate_vae
@@ -68,8 +69,9 @@ def reference_checkpoint(
     vae: str | None = None,
     preview_vae: str | None = None,
     loras: Sequence[str] = (),
+    controlnets: Mapping[str, str] = MappingProxyType({}),
 ) -> Checkpoint:
-    """Return the checkpoint `model` if the bundle was built from it, with the same prediction type, config, VAEs and LoRAs.
+    """Return the checkpoint `model` if the bundle was built from it, with the same overrides: those of `Overrides`.
 
     Raises CheckpointError with both hashes if it is another one.
     """
@@ -83,6 +85,7 @@ def reference_checkpoint(
         vae=str(locate_other(vae).path) if vae else "",
         preview_vae=str(locate_other(preview_vae, "--preview-vae").path) if preview_vae else "",
         loras=resolved(loras),
+        controlnets={name: str(locate_other(place, "--controlnet").path) for name, place in controlnets.items()},
     )
     checkpoint = opened(located.path, precision, allow_pickle=allow_pickle, overrides=overrides)
     digest = checkpoint_hash(checkpoint)

@@ -1,20 +1,25 @@
-"""Tensor dimensions: a number, a name whose size each call chooses, or a fraction of one, such as "height/2"."""
+"""Tensor dimensions: a number, a name whose size each call chooses, or a part or multiple of one: "height/2", "height*8"."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-_PART = re.compile(r"([^/]+)/([1-9][0-9]{0,3})")
+_DERIVED = re.compile(r"([^/*]+)([/*])([1-9][0-9]{0,3})")
 
 
 def named_in(dim: str) -> str:
-    """Return the name in a dimension: "height" for "height" and for "height/2". Raises ValueError."""
-    if "/" not in dim:
+    """Return the name in a dimension: "height" for "height", "height/2" and "height*8". Raises ValueError."""
+    if not is_derived(dim):
         return dim
-    if (match := _PART.fullmatch(dim)) is None:
-        raise ValueError(f"dimension {dim!r:.100}: expected a name, or a name, a slash and a number, such as height/2")
+    if (match := _DERIVED.fullmatch(dim)) is None:
+        raise ValueError(f"dimension {dim!r:.100}: expected a name, or a part or multiple of one, such as height/2 or height*8")
     return match[1]
+
+
+def is_derived(dim: str) -> bool:
+    """Return whether a dimension is a part or a multiple of another one."""
+    return "/" in dim or "*" in dim
 
 
 def size_of(dim: int | str, dims: Mapping[str, int]) -> int:
@@ -22,4 +27,5 @@ def size_of(dim: int | str, dims: Mapping[str, int]) -> int:
     if isinstance(dim, int):
         return dim
     name = named_in(dim)
-    return -(-dims[name] // int(dim[len(name) + 1 :] or 1))
+    number = int(dim[len(name) + 1 :] or 1)
+    return dims[name] * number if "*" in dim else -(-dims[name] // number)

@@ -13,6 +13,8 @@ from sdruntime.bundle.tasks import GUIDANCE, INPUTS, NOISE_LEVEL, SCORED, SIZES,
 
 TOKEN_VECTORS = "token_vectors"  # of a text encoder, optional: the vector at each position whose id is outside the vocabulary
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
+# of a ControlNet, beside what the UNet takes: an image in [0, 1], and a factor for each of its residuals
+CONTROL_IMAGE, CONTROL_SCALES = "controlnet_cond", "conditioning_scale"
 Shape = tuple[int | str, ...]
 Tensors = Mapping[str, Shape]
 
@@ -74,6 +76,26 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
             widths = known.copy()  # each encoder has its own width
             yield from _faults(f"{name}.optional_inputs", _OPTIONAL_INPUTS, component.optional_inputs, widths, complete=True)
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)
+    if "unet" in manifest.components:
+        yield from _control_faults(manifest, required["unet"][0], known)
+
+
+def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | str]) -> Iterator[str]:
+    """Yield a fault for each tensor of a ControlNet that does not fit the UNet. `inputs`: the UNet's, without its task's."""
+    residuals, factor = manifest.components["unet"].optional_inputs, manifest.model.vae_factor
+    for name in of_kind(manifest.components, "ControlNet"):
+        component = manifest.components[name]
+        image: Shape = ("batch", 3, f"height*{factor}", f"width*{factor}")
+        expected = {**inputs, CONTROL_IMAGE: image, CONTROL_SCALES: ("batch", len(residuals))}
+        yield from _faults(f"{name}.inputs", expected, component.inputs, known, complete=True)
+        pooled = is_pooled(component)
+        outputs = {tensor.name: (*tensor.shape[:2], 1, 1) if pooled else tensor.shape for tensor in residuals}
+        yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=True)
+
+
+def is_pooled(controlnet: ComponentSpec) -> bool:
+    """Return whether a ControlNet's residuals are means over the image (diffusers' global_pool_conditions)."""
+    return all(tensor.shape[2:] == (1, 1) for tensor in controlnet.outputs)
 
 
 def has_posterior(encoder: ComponentSpec) -> bool:
@@ -87,7 +109,7 @@ def _faults(
     """Yield a fault for each difference. `known` collects the capital dimensions. `complete`: no other tensors are allowed."""
     by_name = {tensor.name: tensor for tensor in tensors}
     if complete:
-        yield from (f"{where}: {name} is not an input of the pipeline" for name in by_name if name not in expected)
+        yield from (f"{where}: {name} is not a tensor of the pipeline" for name in by_name if name not in expected)
     for name, shape in expected.items():
         tensor = by_name.get(name)
         if tensor is None:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from sdruntime.bundle.audit import Audit
-from sdruntime.bundle.dimensions import named_in
+from sdruntime.bundle.dimensions import is_derived, named_in
 from sdruntime.bundle.limits import LARGEST_DIM, MOST, MOST_AXES
 from sdruntime.bundle.model import ModelSpec
 from sdruntime.bundle.records import json_from_record, json_from_text, record_from_json, twins
@@ -104,7 +104,7 @@ class ComponentSpec:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The names of the dimensions whose sizes a call chooses, in the order of the inputs."""
-        dims = [dim for tensor in self.inputs for dim in tensor.shape if isinstance(dim, str) and "/" not in dim]
+        dims = [dim for tensor in self.inputs for dim in tensor.shape if isinstance(dim, str) and not is_derived(dim)]
         return tuple(dict.fromkeys(dims))
 
     @property
@@ -314,10 +314,10 @@ def _admits(profile: Profile, dims: Mapping[str, int]) -> bool:
 
 
 def _check_dimensions(tensors: Iterable[TensorSpec], known: Collection[str], *, parts: bool = True) -> None:
-    """Raise ValueError for a dimension whose name is not in `known`, and for a fraction unless `parts`."""
+    """Raise ValueError for a dimension whose name is not in `known`, and for a part of one unless `parts`."""
     for tensor in tensors:
         for dim in tensor.shape:
-            if isinstance(dim, str) and (named_in(dim) not in known or (dim not in known and not parts)):
+            if isinstance(dim, str) and (named_in(dim) not in known or ("/" in dim and not parts)):
                 raise ValueError(f"tensor {tensor.name}: dimension {dim!r} does not follow from those of the inputs")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["text encoder", "denoiser", "VAE decoder", "VAE encoder", "preview decoder", "sampler step"]
+Kind = Literal["text encoder", "denoiser", "ControlNet", "VAE decoder", "VAE encoder", "preview decoder", "sampler step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,13 @@ class Role:
 
 
 PREVIEW = "preview_decoder"
+CONTROLNET = "controlnet"  # a bundle may have more of them: controlnet_NAME
 _TEXT_ENCODER = Role(kind="text encoder", rows="texts", stage="text")
 ROLES: Mapping[str, Role] = {
     "text_encoder": _TEXT_ENCODER,
     "text_encoder_2": dataclasses.replace(_TEXT_ENCODER, takes_second_texts=True),
     "unet": Role(kind="denoiser", rows="guided", stage="denoise"),
+    CONTROLNET: Role(kind="ControlNet", rows="guided", stage="denoise", late=True),
     "vae_decoder": Role(kind="VAE decoder", rows="images", stage="vae"),
     "vae_encoder": Role(kind="VAE encoder", rows="images", stage="vae", in_pixels=True, late=True),
     PREVIEW: Role(kind="preview decoder", rows="images", stage="vae", late=True),
@@ -47,9 +49,13 @@ ROLES: Mapping[str, Role] = {
 
 def role(component: str) -> Role:
     """Return the role of a component. An unknown component has the role of the denoiser, but is never called."""
-    return ROLES.get(component, ROLES["unet"])
+    return _known(component) or ROLES["unet"]
+
+
+def _known(component: str) -> Role | None:
+    return ROLES.get(CONTROLNET if component.startswith(f"{CONTROLNET}_") else component)
 
 
 def of_kind(components: Iterable[str], *kinds: Kind) -> list[str]:
     """Return the components whose role is one of `kinds`."""
-    return [name for name in components if name in ROLES and ROLES[name].kind in kinds]
+    return [name for name in components if (part := _known(name)) is not None and part.kind in kinds]

@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from sdruntime.pipeline.requests.control import CONTROL_NUMBERS
 from sdruntime.pipeline.requests.ranges import NUMBERS, RANGES, SIGMA, SIGMAS, WHOLE
 from sdruntime.pipeline.requests.request import HIRES_RESIZES, MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
@@ -204,6 +205,35 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected comma-separated numbers, such as 14.6,6.5,0") from None
 
 
+def _control(sub: Arguments) -> None:
+    """Images for ControlNets."""
+    what = (
+        "an image for a ControlNet of the bundle; may be repeated. net: its name, if there are several; scale: how much it "
+        "counts (1); start, end: the part of the steps, from 0 to 1; fit: resize or crop (resize)"
+    )
+    form = "FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F]"
+    sub.add_argument("--control", action="append", default=[], type=control, metavar=form, help=what)
+    guessing = "let the ControlNets act on the prompt's side of the guidance alone, less in the outer layers"
+    sub.add_argument("--guess-mode", action="store_true", help=guessing)
+
+
+def control(text: str) -> dict[str, str]:
+    """Return the settings of a Control from "FILE,KEY=VALUE,…"."""
+    keys = ("net", *CONTROL_NUMBERS, "fit")
+    path, *rest = re.split(rf",(?=(?:{'|'.join(keys)})=)", text)
+    settings = dict(part.split("=", 1) for part in rest)
+    if not path or len(settings) < len(rest) or re.search(r",\w+=[^,]*$", path):
+        known = ", ".join(f"{key}=…" for key in keys)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FILE, then any of {known}, each once, after commas")
+    for key in CONTROL_NUMBERS:
+        if key in settings:
+            try:
+                float(settings[key])
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text!r}: {key} is not a number") from None
+    return {"image": path, **settings}
+
+
 GROUPS = {
     "text": _text,
     "LoRA": _loras,
@@ -211,6 +241,7 @@ GROUPS = {
     "image": _image,
     "sampler": sampling,
     "start image": _start,
+    "ControlNets": _control,
     "second pass": _second_pass,
     "noise": _noise,
     "conditions of SDXL": _conditions,

@@ -15,6 +15,7 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.engines.finite import advice, checked_rows, is_finite
 from sdruntime.errors import NotFinite, SdruntimeError
+from sdruntime.pipeline.control import residuals
 from sdruntime.sampling.guidance import combine, combine_with_image, rescale
 from sdruntime.sampling.job import Job, Stepper, after, at, grouped, stacked
 from sdruntime.system.nvtx import annotate
@@ -92,11 +93,14 @@ class Call:
     """Advance a group of jobs on the host with one UNet call per step.
 
     The UNet's inputs are allocated once; a step rewrites only `sample`, `timestep`, and the rows that change there. `unet` is
-    called at each step and may return another engine. The unconditional rows come first.
+    called at each step and may return another engine. The unconditional rows come first. `controlnet` returns the engine of a
+    ControlNet; it is called for each step that one acts in.
     """
 
-    def __init__(self, jobs: Sequence[Job], unet: Callable[[], Engine]) -> None:
-        self.jobs, self._unet = jobs, unet
+    def __init__(
+        self, jobs: Sequence[Job], unet: Callable[[], Engine], controlnet: Callable[[str], Engine] | None = None
+    ) -> None:
+        self.jobs, self._unet, self._controlnet = jobs, unet, controlnet
         others = [row for job in jobs for row in job.current_rows[:-1]]
         indices = iter(range(len(others)))
         # of each job: the indices of its rows, the conditional one last
@@ -121,7 +125,11 @@ class Call:
         feeds = {name: array[skipped:] for name, array in self._feeds.items()} if skipped else self._feeds
         describe = lambda row: self._describe(row + skipped)  # noqa: E731
         try:
-            output = checked_rows(self._unet(), feeds, describe, self.jobs[0].bundle)["out_sample"]
+            unet, bundle = self._unet(), self.jobs[0].bundle
+            if self._controlnet is not None:
+                rows = [(job, [row - skipped for row in rows if row >= skipped]) for job, rows in self._rows]
+                feeds = {**feeds, **residuals(rows, feeds, unet.component, self._controlnet, describe, bundle)}
+            output = checked_rows(unet, feeds, describe, bundle)["out_sample"]
         except NotFinite as error:
             if error.row is not None:
                 self._job_of(error.row + skipped).error = error
@@ -155,7 +163,7 @@ class Call:
         first: Exception | None = None
         for job in self.jobs:
             try:
-                Call([job], self._unet).advance()
+                Call([job], self._unet, self._controlnet).advance()
             except Exception as error:
                 job.error, first = error, first or error
         if first is not None:

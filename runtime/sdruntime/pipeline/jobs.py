@@ -12,11 +12,14 @@ from sdruntime.adapters.embedding import Embedding
 from sdruntime.adapters.sets import AdapterSet
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
+from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.interface import has_posterior
+from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
+from sdruntime.pipeline.control import component_of, control_inputs, stretched_lines
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.loras import Loras
@@ -80,7 +83,8 @@ class JobFactory:
 
     def __init__(self, bundle: Bundle, engines: Engines, embeddings: Sequence[Path | str] = ()) -> None:
         self._folder, self._model, self._engines = bundle.folder, bundle.manifest.model, engines
-        unet = bundle.manifest.components["unet"]
+        self._components = bundle.manifest.components
+        unet = self._components["unet"]
         self.task = task_of(unet)
         self._guidance_width, self._time_ids = guidance_width(unet), time_ids_width(unet)
         self._posterior = has_posterior(bundle.manifest.components["vae_encoder"])
@@ -122,6 +126,8 @@ class JobFactory:
                     "mask: the VAE is an AsymmetricAutoencoderKL, whose decoder takes the image and the mask when inpainting, "
                     "which is not supported: export the model with another VAE (--vae)"
                 )
+            for control in request.controls:
+                component_of(control, self._components)
             self._noise(request)
             chain = self._chain(request)
             for place in chain:
@@ -219,11 +225,13 @@ class JobFactory:
     def _check_engines(self, step: Pass) -> None:
         """Raises EngineError if no engine supports a pass."""
         _, height, width = self.latent_shape(step.request)
-        encodes = step.resize in PIXEL_KERNELS
+        encodes, controls = step.resize in PIXEL_KERNELS, () if step.refines else step.request.controls
         try:
             unet = self._engines.choose("unet", height=height, width=width)
             if step.request.loras and not step.refines and self.loras.set_of(step.request) is not None:
                 self._engines.check_adapters(unet)
+            for each in controls:
+                self._engines.choose(component_of(each, self._components), height=height, width=width)
             for component in ("vae_decoder", *(["vae_encoder"] if encodes else [])):
                 per_cell = cell_of(component, self._model.vae_factor)
                 tiles = tiling(self._engines, component, self._model.vae_factor, height, width)
@@ -380,6 +388,7 @@ class JobFactory:
             guidances=stage.guidances,
             image_guidance=request.image_guidance,
             rescale=request.rescale,
+            controls=() if stage.step.refines else control_inputs(request, size, table.steps, self._components),
             kept=start.kept,
             sampler=request.sampler or self.sampler,
             bundle=self._folder,
@@ -391,6 +400,11 @@ class JobFactory:
         """Yield lines for the user about a pass."""
         encoded = stage.encoded(zero_absent=self._model.zero_empty_negative)
         yield from self._tile_lines(stage.shape)
+        if stage.step.refines and stage.step.request.controls:
+            yield "control has no effect on the steps of the refiner"
+        elif stage.step.request.controls:
+            yield from stretched_lines(stage.step.request, self._size(stage.step.request))
+            yield from self._host_lines()
         yield from cut_lines(pair for pairs in encoded.values() for pair in pairs)
         yield from self._unused(stage.step.request)
         if not stage.step.refines:
@@ -411,6 +425,12 @@ class JobFactory:
             yield from (
                 f"{name} has no effect: the model takes the guidance as an input" for name, value in names.items() if value
             )
+
+    def _host_lines(self) -> Iterator[str]:
+        """Yield a line if the UNet's loop would otherwise run on a GPU."""
+        unet = next((spec for spec in self._engines.chosen if role(spec.component).kind == "denoiser"), None)
+        if unet is not None and BACKENDS[unet.backend].loop is not None:
+            yield "control: each step returns to the host, since the loop on the GPU runs no ControlNets"
 
     def _tile_lines(self, shape: Shape) -> list[str]:
         """Return a line about the tiles of an image, unless the user chose their size."""

@@ -55,6 +55,7 @@ A1111_UPSCALERS: Mapping[HiresResize, str] = {
 }
 _SEPARATORS = re.compile("[:,]")  # which the web UI removes from the names of LoRAs
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
+CONTROL_RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just Resize", "crop": "Crop and Resize"}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
@@ -158,6 +159,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Depth hash": None if request.depth_map is None else image_hash(request.depth_map),
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
         **_mask_settings(request),
+        **_control_settings(request),
         "Lora hashes": ", ".join(f"{_SEPARATORS.sub('', name)}: {digest}" for name, digest in origin.loras.items()) or None,
         "Refiner": origin.refiner or None,
         "Refiner switch at": request.refiner_at if origin.refiner else None,
@@ -211,6 +213,24 @@ def _mask_settings(request: Request) -> dict[str, object]:
         "Overlay": True if request.overlay else None,
         "Extend": ",".join(map(str, request.extend)) if any(request.extend) else None,
     }
+
+
+def _control_settings(request: Request) -> dict[str, object]:
+    """Return the settings of the ControlNets under the keys of the web UI's extension, in its form."""
+    settings: dict[str, object] = {
+        f"ControlNet {index}": ", ".join(
+            [
+                f"Model: {control.net or 'None'}",
+                f"Weight: {_number(control.scale)}",
+                f"Resize Mode: {CONTROL_RESIZE_MODES[control.fit]}",
+                f"Guidance Start: {_number(control.start)}",
+                f"Guidance End: {_number(control.end)}",
+                f"Image hash: {image_hash(control.pixels)}",
+            ]
+        )
+        for index, control in enumerate(request.controls)
+    }
+    return settings | ({"Guess mode": True} if request.controls and request.guess_mode else {})
 
 
 def image_hash(pixels: Array) -> str:

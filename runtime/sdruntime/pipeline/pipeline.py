@@ -371,7 +371,10 @@ class Pipeline:
 
     def steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
         """Return the stepper that advances jobs of one shape on the host, in one call of the UNet."""
-        return [Call(jobs, lambda: self._of(jobs[0])._unet_for(jobs))]
+        pipe = self._of(jobs[0])
+        controlled = any(job.controls for job in jobs)
+        controlnet = (lambda name: pipe.engine(name, adapters=None, **pipe._unet_dims(jobs))) if controlled else None
+        return [Call(jobs, lambda: pipe._unet_for(jobs), controlnet)]
 
     def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False, ahead: int = IN_FLIGHT) -> Sequence[Stepper]:
         """Return the steppers that run the loop on the GPU, or those of `steppers` if the engines or the jobs do not allow it.

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from sdruntime.arrays import Array
+from sdruntime.sampling.control import ControlInput
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.kept import Kept
 
@@ -33,10 +34,11 @@ class Job:
     guidance the conditional row alone; with an image as a second condition (unconditional, image, conditional), of which
     `image_guidance` weighs the first two. `guidances`: the guidance of each step in place of `guidance`; at 1, only the
     conditional row counts. `changes`: step -> the rows from that step on, of the same names and shapes, if the prompt is edited
-    on the way. `kept`: the part of an image that inpainting puts back after each step. Set `stopped` to leave the job as it is.
-    `following`: the pass that the job goes on to once `run` is done; `passed`: the steps of those before. For messages:
-    `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for users. `error`: the error that ended the
-    job's call. The job is then where it was before the call, or is lost with a device's state.
+    on the way. `controls`: the ControlNets that act on it. `kept`: the part of an image that inpainting puts back after each
+    step. Set `stopped` to leave the job as it is. `following`: the pass that the job goes on to once `run` is done; `passed`:
+    the steps of those before. For messages: `sampler`; `cut`, the part of the prompt that did not fit; `warnings`, texts for
+    users. `error`: the error that ended the job's call. The job is then where it was before the call, or is lost with a device's
+    state.
     """
 
     run: Run
@@ -46,6 +48,7 @@ class Job:
     guidances: tuple[float, ...] = ()
     image_guidance: float = 1.0
     rescale: float = 0.0
+    controls: tuple[ControlInput, ...] = ()
     kept: Kept | None = None
     sampler: str = ""
     cut: str = ""

@@ -8,6 +8,7 @@ Inputs are not stored: `Case.feeds` generates them from a seed, equal on every m
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.dimensions import named_in, size_of
 from sdruntime.bundle.limits import LARGEST_DIM, NOISE_LEVELS
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
@@ -65,7 +67,7 @@ class Case:
     """One call of a component.
 
     `dims`: its named dimensions. `below`: the exclusive upper bound of each input of whole numbers. `outputs`: digests of the
-    reference outputs; a sample of each is in the numbers, under `key`.
+    reference outputs; a sample of each is in the numbers, under `key`. `optional`: it also has the optional inputs.
     """
 
     component: str
@@ -74,6 +76,7 @@ class Case:
     dims: Mapping[str, int]
     below: Mapping[str, int] = field(default_factory=dict)
     outputs: Mapping[str, Digest] = field(default_factory=dict)
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dims", "below", "outputs"):
@@ -90,8 +93,8 @@ class Case:
         """Generate the inputs from the seed: standard normal numbers, or whole numbers below a bound."""
         noise = NoiseStream(self.seed)
         feeds: dict[str, Array] = {}
-        for spec in component.inputs:
-            shape = tuple(self.dims[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+        for spec in component.engine_inputs if self.optional else component.inputs:
+            shape = tuple(size_of(dim, self.dims) for dim in spec.shape)
             if spec.name in self.below:
                 feeds[spec.name] = noise.integers(self.below[spec.name], shape).astype(spec.dtype)
             else:
@@ -149,7 +152,8 @@ class Golden:
 def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, ...]:
     """Return the cases of a bundle, without outputs.
 
-    Each component is called at a small size with two rows, and at the model's own size with one (a VAE up to 768×768 pixels).
+    Each component is called at a small size with two rows, and at the model's own size with one (a VAE up to 768×768 pixels). A
+    UNet that takes the residuals of ControlNets is also called with them.
     `step`, which is arithmetic without weights, has no cases. `vocabulary`: the number of tokens of each text encoder.
     """
     cases: list[Case] = []
@@ -170,6 +174,9 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
             sizes = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": manifest.text_length}
             dims = {dim: sizes[dim] for dim in spec.dimensions}
             cases.append(Case(component=component, name=name, seed=1000 + len(cases), dims=dims, below=below))
+        if part.kind == "denoiser" and spec.optional_inputs:
+            small_case = next(case for case in cases if case.component == component)
+            cases.append(dataclasses.replace(small_case, name="optional", seed=1000 + len(cases), optional=True))
     return tuple(cases)
 
 
@@ -261,8 +268,14 @@ def image_key(index: int) -> str:
     return f"picture.{index}"
 
 
+def _size_of(dim: int | str, dims: Mapping[str, int]) -> int:
+    """Return the size of a dimension, or 1 if the case does not have it, which is a fault of its own."""
+    return size_of(dim, dims) if isinstance(dim, int) or named_in(dim) in dims else 1
+
+
 def _numbers_of(case: Case, spec: ComponentSpec) -> int:
-    shapes = [[case.dims.get(dim, 1) if isinstance(dim, str) else dim for dim in tensor.shape] for tensor in spec.inputs]
+    tensors = spec.engine_inputs if case.optional else spec.inputs
+    shapes = [[_size_of(dim, case.dims) for dim in tensor.shape] for tensor in tensors]
     return sum(math.prod(shape) for shape in shapes)
 
 

@@ -16,15 +16,14 @@ from sdruntime.bundle.manifest import Precision
 
 Variant = Literal["", "fp16"]
 
+_DIFFUSED = ("diffusion_pytorch_model", "diffusion_pytorch_model")  # of every part that is not listed, such as a ControlNet
 # part -> the stem of its safetensors and of its pickles
 _STEMS: Mapping[str, tuple[str, str]] = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
-    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "preview_vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    **dict.fromkeys(("unet", "vae", "preview_vae"), _DIFFUSED),
 }
-_DIFFUSERS = ("unet", "vae", "preview_vae")  # opened by diffusers; the others by transformers
+_BY_TRANSFORMERS = ("text_encoder", "text_encoder_2")  # the libraries try the files in another order
 PARTS = tuple(_STEMS)
 
 
@@ -48,7 +47,7 @@ def choose_weight_file(part: str, names: Collection[str], precision: Precision, 
 
 def full_weights_name(part: str) -> str:
     """Return the file name of a network's full weights."""
-    return f"{_STEMS[part][0]}.safetensors"
+    return f"{_STEMS.get(part, _DIFFUSED)[0]}.safetensors"
 
 
 def shards_of(file: WeightFile, names: Collection[str]) -> list[str]:
@@ -61,7 +60,7 @@ def shards_of(file: WeightFile, names: Collection[str]) -> list[str]:
 
 
 def _candidates(part: str, precision: Precision, pickled: bool) -> list[WeightFile]:
-    stem, ending = _STEMS[part][pickled], "bin" if pickled else "safetensors"
+    stem, ending = _STEMS.get(part, _DIFFUSED)[pickled], "bin" if pickled else "safetensors"
     variants: tuple[Variant, ...] = ("fp16", "") if precision == "fp16" else ("", "fp16")
     files = []
     for variant in variants:
@@ -69,5 +68,5 @@ def _candidates(part: str, precision: Precision, pickled: bool) -> list[WeightFi
         whole = WeightFile(name=f"{stem}{dot}.{ending}", index=False, pickled=pickled)
         index = WeightFile(name=f"{stem}.{ending}.index{dot}.json", index=True, pickled=pickled)
         # diffusers tries an index of pickled shards first only with use_safetensors=False
-        files += [index, whole] if part in _DIFFUSERS and not pickled else [whole, index]
+        files += [index, whole] if part not in _BY_TRANSFORMERS and not pickled else [whole, index]
     return files

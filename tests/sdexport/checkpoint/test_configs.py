@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
-from sdexport.checkpoint.configs import CONFIGS, REQUIRED, read_config
+from sdexport.checkpoint.configs.keys import REQUIRED
+from sdexport.checkpoint.configs.tables import CONFIGS, read_config
 from sdexport.errors import CheckpointError
 
 
@@ -32,7 +33,9 @@ def copy(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path
     return lambda kind: Path(shutil.copytree(request.getfixturevalue(f"{kind}_checkpoint"), tmp_path / "checkpoint"))
 
 
-@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"])
+@pytest.mark.parametrize(
+    "kind", ["UNet2DConditionModel", "ControlNetModel", "AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"]
+)
 def test_the_table_has_every_setting_of_diffusers_class_with_its_default(kind: str) -> None:
     diffusers = pytest.importorskip("diffusers", minversion="0.42")
     parameters = dict(inspect.signature(getattr(diffusers, kind).__init__).parameters)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
-from sdruntime.bundle.dimensions import size_of
+from sdruntime.bundle.dimensions import is_derived, size_of
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, TensorSpec
 from sdruntime.errors import EngineError
 
@@ -44,14 +44,14 @@ def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Arra
             + (f" and optionally {optional}" if optional else "")
         )
     dims: dict[str, int] = {}
-    for tensor in tensors:  # optional inputs come last: their sizes follow from those of the others
+    for tensor in sorted(tensors, key=_derives):  # sizes that follow from others come last
         if tensor.name not in feeds:
             continue
         array = feeds[tensor.name]
         fits = array.dtype == np.dtype(tensor.dtype) and array.ndim == len(tensor.shape)
         for size, dim in zip(array.shape, tensor.shape, strict=False):
             if isinstance(dim, str):
-                fits = fits and size == (size_of(dim, dims) if "/" in dim else dims.setdefault(dim, size))
+                fits = fits and size == (size_of(dim, dims) if is_derived(dim) else dims.setdefault(dim, size))
             else:
                 fits = fits and size == dim
         if not fits:
@@ -60,6 +60,10 @@ def dims_of(component: ComponentSpec, spec: EngineSpec, feeds: Mapping[str, Arra
                 f"{spec.component}.{tensor.name}: expected {tensor.dtype} [{shape}], got {array.dtype} {list(array.shape)}"
             )
     return dims
+
+
+def _derives(tensor: TensorSpec) -> bool:
+    return any(isinstance(dim, str) and is_derived(dim) for dim in tensor.shape)
 
 
 def shape_of(tensor: TensorSpec, dims: Mapping[str, int], factor: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ Everything else is preserved byte for byte. Field numbers are those of onnx.prot
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,7 +81,7 @@ def read_graph(model: memoryview) -> Graph:
             if numbers is not None:
                 constants[name] = numbers
         elif part == _GRAPH_OUTPUT:
-            outputs.add(_name_of(value))
+            outputs.add(name_of_input(value))
     return Graph(nodes=nodes, constants=constants, outputs=outputs)
 
 
@@ -115,23 +115,6 @@ def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence
         if part != _GRAPH_NODE and not (part == _GRAPH_INITIALIZER and _read_constant(value)[0] not in read):
             parts.append(delimited(part, value))
     parts += [delimited(_GRAPH_INITIALIZER, _constant(name, values)) for name, values in constants.items() if name in read]
-    return _with_graph(model, parts)
-
-
-def without_defaults(model: memoryview, names: Collection[str]) -> bytes:
-    """Return the model without the defaults of the inputs `names`: initializers of the same name, which libraries would fold."""
-    if not names:
-        return bytes(model)
-    parts = [
-        delimited(part, value)
-        for part, value in _graph_fields(model)
-        if part != _GRAPH_INITIALIZER or _read_constant(value)[0] not in names
-    ]
-    return _with_graph(model, parts)
-
-
-def _with_graph(model: memoryview, parts: Iterable[bytes]) -> bytes:
-    """Return the model with the serialized fields `parts` as its graph."""
     others = [(part, value) for part, value in fields(model) if part != _MODEL_GRAPH]
     head = [number(part, value) if isinstance(value, int) else delimited(part, value) for part, value in others]
     return b"".join([*head, delimited(_MODEL_GRAPH, b"".join(parts))])
@@ -192,12 +175,12 @@ def _read_by(branch: memoryview) -> list[str]:
         if part == _GRAPH_NODE and not isinstance(value, int):
             names += _read_node(value).inputs
         elif part == _GRAPH_OUTPUT and not isinstance(value, int):
-            names.append(_name_of(value))
+            names.append(name_of_input(value))
     return names
 
 
-def _name_of(message: memoryview) -> str:
-    """Return the name of a ValueInfoProto."""
+def name_of_input(message: memoryview) -> str:
+    """Return the name of a ValueInfoProto: an input or output."""
     return next(str(text, "utf-8") for number, text in fields(message) if number == 1 and not isinstance(text, int))
 
 
@@ -232,6 +215,11 @@ def _read_constant(message: memoryview) -> tuple[str, list[int] | list[float] | 
     if kind not in _OF_TYPE or data is None or len(data) % np.dtype(_OF_TYPE[kind]).itemsize:
         return name, None
     return name, np.frombuffer(data, _OF_TYPE[kind]).tolist()
+
+
+def name_of_constant(message: memoryview) -> str:
+    """Return the name of a TensorProto."""
+    return next((str(text, "utf-8") for part, text in fields(message) if part == _TENSOR_NAME and not isinstance(text, int)), "")
 
 
 def _ints(part: int | memoryview) -> list[int]:

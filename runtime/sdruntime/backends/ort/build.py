@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, check_names
-from sdruntime.backends.onnx_file.graph import without_defaults
+from sdruntime.backends.onnx_file.inputs import with_required_inputs
 from sdruntime.backends.ort.attention import fuse_attention
 from sdruntime.backends.ort.subpixel import split_upsampling
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
@@ -88,7 +88,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, folder: Path) -> Genera
     rewrite = request.target == "cpu" and bundle.manifest.precision == "fp32"  # attention and upsampling
     onnx = bundle.read(component.onnx)
     try:
-        graph = without_defaults(onnx, [tensor.name for tensor in component.optional_inputs])
+        graph = with_required_inputs(onnx, {tensor.name: tensor.shape for tensor in component.optional_inputs})
         graph = split_upsampling(memoryview(graph)) if rewrite else graph
     except ValueError as error:
         raise BundleError(bundle.folder, [f"{component.onnx}: {error}"]) from error

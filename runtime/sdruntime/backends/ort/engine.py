@@ -13,14 +13,15 @@ from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import CPU, EngineOptions, Shared, closed
 from sdruntime.backends.base.feeds import check_feeds, check_tensors, fill_optional_inputs
 from sdruntime.backends.base.weights import Weights
-from sdruntime.backends.onnx_file.graph import without_defaults
 from sdruntime.backends.onnx_file.initializers import initializers, with_values
+from sdruntime.backends.onnx_file.inputs import with_required_inputs
 from sdruntime.backends.onnx_file.stored import stored_as
 from sdruntime.backends.ort.build import PROVIDERS, library, targets
 from sdruntime.backends.ort.replacing import places_of
 from sdruntime.backends.ort.session import EMPTY_MODEL, warn_of_unknown
 from sdruntime.backends.ort.weights import DIRECTLY, open_session
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.dimensions import named_in, size_of
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.bundle.roles import role
 from sdruntime.errors import DeviceMissing, EngineError, LibraryMissing, SdruntimeError, SettingError
@@ -46,11 +47,10 @@ class OrtEngine:
             for name, array in fill_optional_inputs(self.component, dims, feeds).items():
                 binding.bind_cpu_input(name, array)
             for tensor in self.component.outputs:
-                shape = [dims.get(dim) if isinstance(dim, str) else dim for dim in tensor.shape]
-                if None in shape:  # ONNX Runtime allocates it
-                    binding.bind_output(tensor.name)
+                if any(isinstance(dim, str) and named_in(dim) not in dims for dim in tensor.shape):
+                    binding.bind_output(tensor.name)  # ONNX Runtime allocates it
                     continue
-                out = outputs[tensor.name] = np.empty(shape, tensor.dtype)  # type: ignore[arg-type]
+                out = outputs[tensor.name] = np.empty([size_of(dim, dims) for dim in tensor.shape], tensor.dtype)
                 binding.bind_output(tensor.name, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common base but Exception
@@ -110,7 +110,8 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     """
     ort = library()
     component = bundle.manifest.components[spec.component]
-    model = without_defaults(bundle.read(spec.files[0]), [tensor.name for tensor in component.optional_inputs])
+    optional = {tensor.name: tensor.shape for tensor in component.optional_inputs}
+    model = with_required_inputs(bundle.read(spec.files[0]), optional)
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = options.threads

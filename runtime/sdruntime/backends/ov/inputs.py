@@ -9,10 +9,16 @@ from sdruntime.bundle.manifest import TensorSpec
 
 
 def open_inputs(ov: Any, model: Any, tensors: Iterable[TensorSpec]) -> None:
-    """Replace the constants named like `tensors` by inputs of the model. Raises RuntimeError if one is missing."""
+    """Replace the constants named like `tensors` by inputs of the model, unless it has such inputs.
+
+    Raises RuntimeError if one is missing.
+    """
+    present = {parameter.get_friendly_name() for parameter in model.get_parameters()}
     constants = {node.get_friendly_name(): node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"}
     inputs = []
     for tensor in tensors:
+        if tensor.name in present:
+            continue
         if tensor.name not in constants:
             raise RuntimeError(f"the model has no input {tensor.name}")
         shape = ov.PartialShape([ov.Dimension(dim) if isinstance(dim, int) else ov.Dimension() for dim in tensor.shape])

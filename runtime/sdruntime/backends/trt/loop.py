@@ -131,8 +131,8 @@ def device_calls(
     """Return the calls that run these jobs, all of one shape, as few as the UNet's profiles allow.
 
     The list is empty if the loop cannot run on the GPU: rescaled guidance is not linear, guidance by an image takes three rows,
-    inpainting may put a part of an image back after each step, a table may need all SLOTS rows of state, rows must be
-    aligned, and streamed weights cannot be captured in a graph.
+    inpainting may put a part of an image back after each step, the loop runs no ControlNets, a table may need all SLOTS rows of
+    state, rows must be aligned, and streamed weights cannot be captured in a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
         return []
@@ -162,7 +162,7 @@ def device_calls(
 
 def _fits(job: Job) -> bool:
     x, m = job.run.windows()
-    return job.rescale == 0 and job.kept is None and len(job.rows) <= 2 and len(x) + len(m) <= CLEAN
+    return job.rescale == 0 and job.kept is None and not job.controls and len(job.rows) <= 2 and len(x) + len(m) <= CLEAN
 
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sdruntime.backends.base.building import Stage
 from sdruntime.backends.base.engine import AMPERE_UP
-from sdruntime.backends.onnx_file.graph import without_defaults
+from sdruntime.backends.onnx_file.inputs import with_required_inputs
 from sdruntime.backends.trt.inspection import inspection_from_json
 from sdruntime.backends.trt.library import FLAVOURS, capabilities_of, library, messages
 from sdruntime.bundle.bundle import disk_full_as_error
@@ -58,8 +58,12 @@ def network_from_onnx(job: Mapping[str, Any], trt: Any, log: Any) -> tuple[Any, 
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
-    model = without_defaults(memoryview(Path(job["onnx"]).read_bytes()), job["optional_inputs"])
-    if not parser.parse(model, job["onnx"]):
+    optional = {name: job["inputs"][name] for name in job["optional_inputs"]}
+    if optional:
+        parsed = parser.parse(with_required_inputs(memoryview(Path(job["onnx"]).read_bytes()), optional), job["onnx"])
+    else:
+        parsed = parser.parse_from_file(job["onnx"])
+    if not parsed:
         raise EngineError(f"{job['component']}: {_parser_error(trt, parser, log)}")
     _decompose_attentions(trt, network)
     return builder, network, parser

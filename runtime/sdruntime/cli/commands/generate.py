@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sdruntime.cli.previews import Previews
     from sdruntime.cli.progress import Reporter
     from sdruntime.pipeline.pipeline import Pipeline
+    from sdruntime.pipeline.requests.control import Control
     from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
 
@@ -98,6 +99,8 @@ def generate(options: argparse.Namespace) -> None:
         "hires_resize": options.hires_resize,
         "fit": options.fit,
         "loras": options.loras,
+        "control": [control_of(each) for each in options.control],
+        "guess_mode": options.guess_mode,
         "options": sampler_options(options),
     }
     if options.strength is not None:
@@ -160,6 +163,13 @@ def generate(options: argparse.Namespace) -> None:
         raise Failed(error, pictures=written, warnings=warned) from error
     if options.json:
         document(pictures=written, warnings=warned)
+
+
+def control_of(settings: dict[str, str]) -> Control:
+    """Return the Control of one --control."""
+    from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control
+
+    return Control(**{key: float(text) if key in CONTROL_NUMBERS else text for key, text in settings.items()})  # type: ignore[arg-type]
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:

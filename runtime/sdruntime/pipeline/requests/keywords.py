@@ -30,12 +30,16 @@ DIFFUSERS: Mapping[str, str] = {
     "image_guidance_scale": "image_guidance=…",
     "depth_map": "depth=…",
     "padding_mask_crop": "mask_padding=…",
+    "control_image": "control=Control(image=…)",
+    "controlnet_conditioning_scale": "control=Control(image=…, scale=…)",
+    "control_guidance_start": "control=Control(image=…, start=…)",
+    "control_guidance_end": "control=Control(image=…, end=…)",
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
     *("latents", "timesteps", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-    *("control_image", "ip_adapter_image", "denoising_start", "denoising_end"),
+    *("ip_adapter_image", "denoising_start", "denoising_end"),
 )
 
 

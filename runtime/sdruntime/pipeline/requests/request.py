@@ -19,6 +19,7 @@ from sdruntime.bundle.model import Defaults
 from sdruntime.errors import LibraryMissing, SettingError, UnknownName, shown
 from sdruntime.pipeline.images.depth import depth_from
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
+from sdruntime.pipeline.requests.control import Control, controls_of
 from sdruntime.pipeline.requests.keywords import check_names
 from sdruntime.pipeline.requests.ranges import CORNER, NUMBERS, RANGES, SIDE, WHOLE, Range, guidance_of, interval_of, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
@@ -87,6 +88,9 @@ class Request:
     where it is nearer, or an image, brighter where it is nearer; as float32 it is in `depth_map`.
 
     `noise_level`: for models that enlarge an image: how much noise to add to it first.
+
+    `control`: a Control, or several, for the ControlNets of the bundle; their effects add up. `guess_mode`: let them act on the
+    prompt's side of the guidance alone, less in the outer layers, as in diffusers.
     """
 
     prompt: str
@@ -134,6 +138,8 @@ class Request:
     refiner_at: float = NUMBERS["refiner_at"]
     loras: Sequence[Lora] = ()
     noise_level: int = NUMBERS["noise_level"]
+    control: Control | Sequence[Control] = ()
+    guess_mode: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -155,11 +161,12 @@ class Request:
         object.__setattr__(self, "extend", _whole_numbers("extend", self.extend, CORNER, ("left", "top", "right", "bottom")))
         if self.mask_padding is not None:
             object.__setattr__(self, "mask_padding", CORNER.number("mask_padding", self.mask_padding))
-        for name in ("overlay", "cfg_pp"):
+        for name in ("overlay", "cfg_pp", "guess_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"{name} {shown(getattr(self, name))}: expected True or False")
         if self.cfg_pp:
             self._check_cfg_pp()
+        object.__setattr__(self, "control", controls_of(self.control))
         if self.sampler is not None:
             resolve(self.sampler)
         if self.schedule is not None:
@@ -249,6 +256,12 @@ class Request:
         """The depth map, float32 [H, W], larger where it is nearer, or None."""
         depth: Any = self.depth
         return None if depth is None else np.asarray(depth)
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """The images for ControlNets."""
+        controls: tuple[Control, ...] = self.control  # type: ignore[assignment]
+        return controls
 
     @property
     def image_size(self) -> tuple[int, int] | None:

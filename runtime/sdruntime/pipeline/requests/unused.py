@@ -35,6 +35,7 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
         for name in ("hires_strength", "hires_steps", "hires_resize")
         if request.hires is None and getattr(request, name) != DEFAULTS[name]
     ]
+    lines += ["guess_mode has no effect without control" for request in requests if request.guess_mode and not request.controls]
     lines += [
         f"emphasis {request.emphasis!r} has no effect in the prompt syntax 'plain'"
         for request in requests

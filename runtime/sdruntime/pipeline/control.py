@@ -1,0 +1,124 @@
+"""ControlNets: from the images of a request to what is added to the UNet's inputs in each model call.
+
+Source: diffusers' StableDiffusionControlNetPipeline and ControlNetModel, also for guess mode and pooled residuals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdruntime.arrays import Array
+from sdruntime.backends.base.engine import Engine
+from sdruntime.bundle.dimensions import size_of
+from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, is_pooled
+from sdruntime.bundle.manifest import ComponentSpec
+from sdruntime.bundle.roles import CONTROLNET, of_kind
+from sdruntime.engines.finite import checked_rows
+from sdruntime.errors import SettingError, UnknownName
+from sdruntime.pipeline.images.resampling import resample
+from sdruntime.pipeline.requests.control import Control
+from sdruntime.pipeline.requests.request import Request
+from sdruntime.sampling.control import ControlInput
+from sdruntime.sampling.job import Job
+
+Components = Mapping[str, ComponentSpec]
+
+
+def component_of(control: Control, components: Components) -> str:
+    """Return the component of a control's ControlNet. Raises SettingError and UnknownName."""
+    nets = {name.removeprefix(CONTROLNET).removeprefix("_") or CONTROLNET: name for name in of_kind(components, "ControlNet")}
+    if not nets:
+        raise SettingError("control: the bundle has no ControlNet: export it again with --controlnet MODEL")
+    if control.net is None:
+        if len(nets) > 1:
+            raise SettingError(f"control: which ControlNet? Give its name as net (net=): {', '.join(nets)}")
+        return next(iter(nets.values()))
+    if control.net not in nets:
+        raise UnknownName("ControlNet", control.net, nets)
+    return nets[control.net]
+
+
+def control_inputs(request: Request, size: tuple[int, int], calls: int, components: Components) -> tuple[ControlInput, ...]:
+    """Return the inputs of a request's ControlNets for an image of `size`, (width, height), in so many model calls."""
+    inputs = []
+    for control in request.controls:
+        name = component_of(control, components)
+        count, pooled = len(components[name].outputs), is_pooled(components[name])
+        weights = np.logspace(-1, 0, count) if request.guess_mode and not pooled else np.ones(count)
+        acts = np.array([control.acts(call, calls) for call in range(calls)])
+        inputs.append(
+            ControlInput(
+                component=name,
+                image=_image(control, size),
+                factors=(acts[:, None] * weights * control.scale).astype(np.float32),
+                conditional_only=request.guess_mode or pooled,
+            )
+        )
+    return tuple(inputs)
+
+
+def _image(control: Control, size: tuple[int, int]) -> Array:
+    """Return a control's image at `size`, float32 [3, H, W] in [0, 1], resized by Lanczos."""
+    pixels = control.pixels
+    height, width = pixels.shape[:2]
+    wide, high = size
+    if control.fit == "crop":
+        wider = size[0] / size[1] > width / height
+        wide, high = (wide, height * wide // width) if wider else (width * high // height, high)
+    resized = resample(pixels, (wide, high), "lanczos")
+    left, top = wide // 2 - size[0] // 2, high // 2 - size[1] // 2
+    part = resized[top : top + size[1], left : left + size[0]]
+    image: Array = np.ascontiguousarray(part.transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
+    return image
+
+
+def stretched_lines(request: Request, size: tuple[int, int]) -> Iterator[str]:
+    """Yield a line for each control image whose proportions change."""
+    for control in request.controls:
+        height, width = control.pixels.shape[:2]
+        if control.fit == "resize" and abs(width * size[1] / (height * size[0]) - 1) > 0.01:
+            yield f"control: the image of {width}x{height} is stretched to {size[0]}x{size[1]}: fit crop keeps its proportions"
+
+
+def residuals(
+    rows: Sequence[tuple[Job, Sequence[int]]],
+    feeds: Mapping[str, Array],
+    unet: ComponentSpec,
+    engine: Callable[[str], Engine],
+    describe: Callable[[int], str],
+    bundle: Path | None,
+) -> dict[str, Array]:
+    """Return the UNet's optional inputs for the next model call of some jobs: the sums of their ControlNets' residuals.
+
+    `rows`: each job, and the rows of `feeds` that it has in this call, the conditional one last. Empty if none is under control.
+    Raises NotFinite.
+    """
+    uses: dict[str, list[tuple[int, Array, Array]]] = {}  # by component: row, image, factors
+    for job, indices in rows:
+        for control in job.controls:
+            factors = control.factors[job.run.step]
+            if factors.any():
+                chosen = indices[-1:] if control.conditional_only else indices
+                uses.setdefault(control.component, []).extend((index, control.image, factors) for index in chosen)
+    if not uses:
+        return {}
+    count, _, height, width = feeds["sample"].shape
+    dims = {"batch": count, "height": height, "width": width}
+    total = {tensor.name: np.zeros([size_of(dim, dims) for dim in tensor.shape], np.float32) for tensor in unet.optional_inputs}
+    for name, entries in uses.items():
+        net, at = engine(name), [row for row, _, _ in entries]
+        own = {
+            CONTROL_IMAGE: np.stack([image for _, image, _ in entries]),
+            CONTROL_SCALES: np.stack([factors for _, _, factors in entries]),
+        }
+        inputs = {
+            tensor.name: own[tensor.name] if tensor.name in own else feeds[tensor.name][at] for tensor in net.component.inputs
+        }
+        outputs = checked_rows(net, inputs, lambda row, at=at: describe(at[row]), bundle)  # type: ignore[misc]
+        for tensor, values in total.items():
+            for row, residual in zip(at, outputs[tensor], strict=True):
+                values[row] += residual
+    return total

@@ -1,0 +1,73 @@
+"""An image that steers another one through a ControlNet (Zhang et al. 2023, arXiv 2302.05543)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdruntime.arrays import Array
+from sdruntime.errors import LibraryMissing, SettingError, UnknownName, shown
+from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
+from sdruntime.pipeline.requests.ranges import SHARE, Range
+
+SCALE = Range(0, 10)
+MOST_CONTROLS = 16  # of one request
+CONTROL_NUMBERS: Mapping[str, float] = {"scale": 1.0, "start": 0.0, "end": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+class Control:
+    """An image that a ControlNet reads. Raises SettingError for an invalid field, as `Request` does.
+
+    `image`: as that of a Request; its pixels are in `pixels`. `net`: the name of the ControlNet in the bundle, None for its only
+    one. `scale`: how much it counts. `start`, `end`: the part of the model calls that it acts in, from 0 to 1. `fit`: how to
+    bring the image to the size that is generated: "resize", as diffusers does, or "crop", which keeps the proportions.
+    """
+
+    image: ImageLike
+    net: str | None = None
+    scale: float = CONTROL_NUMBERS["scale"]
+    start: float = CONTROL_NUMBERS["start"]
+    end: float = CONTROL_NUMBERS["end"]
+    fit: Fit = "resize"
+
+    def __post_init__(self) -> None:
+        if self.net is not None and not isinstance(self.net, str):
+            raise SettingError(f"control: net {shown(self.net)}: expected the name of a ControlNet of the bundle")
+        for name, allowed in (("scale", SCALE), ("start", SHARE), ("end", SHARE)):
+            object.__setattr__(self, name, allowed.number(f"control: {name}", getattr(self, name)))
+        if self.start >= self.end:
+            raise SettingError(f"control: start {self.start:g} is not below end {self.end:g}")
+        if self.fit not in FITS:
+            raise UnknownName("fit", str(self.fit), FITS)
+        try:
+            object.__setattr__(self, "image", pixels_from(self.image))
+        except (SettingError, LibraryMissing) as error:
+            raise type(error)(f"control: {error}") from error
+
+    @property
+    def pixels(self) -> Array:
+        """The pixels of the image, uint8 [H, W, 3]."""
+        pixels: Array = self.image
+        return pixels
+
+    def __repr__(self) -> str:
+        height, width = self.pixels.shape[:2]
+        named = f"{self.net} " if self.net else ""
+        limits = "" if (self.start, self.end) == (0, 1) else f", {self.start:g} to {self.end:g}"
+        return f"<Control {named}{width}x{height}, scale {self.scale:g}{limits}>"
+
+    def acts(self, call: int, calls: int) -> bool:
+        """Return whether it acts in a model call, as in diffusers' pipelines."""
+        return not (call / calls < self.start or (call + 1) / calls > self.end)
+
+
+def controls_of(value: Any) -> tuple[Control, ...]:
+    """Return one Control, or a sequence of them, as a tuple. Raises SettingError."""
+    controls = (value,) if isinstance(value, Control) else tuple(value) if isinstance(value, Sequence) else None
+    if controls is None or not all(isinstance(each, Control) for each in controls):
+        raise SettingError(f"control {shown(value)}: expected Control(image=…), or a list of them")
+    if len(controls) > MOST_CONTROLS:
+        raise SettingError(f"control: got {len(controls)}; at most {MOST_CONTROLS}")
+    return controls
