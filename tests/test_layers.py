@@ -34,7 +34,7 @@ ORDER = {
     "sdruntime.backends.fake": "build engine backend",
     "sdruntime.backends.ort": "attention weights subpixel replacing session build engine backend",
     "sdruntime.backends.ov": "subpixel inputs constants replacing build engine backend",
-    "sdruntime.backends.trt": "library inspection binding build worker engine frame loop backend",
+    "sdruntime.backends.trt": "library inspection binding build worker replacing engine frame loop backend",
     "sdruntime.engines": "shapes finite adapted memory choose building speed pool",
     "sdruntime.pipeline": (
         "images text vae requests control denoise loras micro_conditions texts tasks metadata result jobs pipeline"

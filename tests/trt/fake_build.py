@@ -232,6 +232,7 @@ class Builder:
             layers=tuple(layer.name for layer in net.layers),
             profiles=tuple(profile.shapes for profile in settings.profiles),
             weights=digest(weights_of(net.onnx)),
+            refittable=tuple(sorted(net.refittable)),
             onnx=stripped(net.onnx) if "STRIP_PLAN" in flags else net.onnx,
         )
         return host_memory(self._trt, plan_to_bytes(plan))

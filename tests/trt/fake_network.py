@@ -210,6 +210,7 @@ class Network:
         self.outputs: list[Tensor] = []
         self.layers: list[Layer] = []
         self.attentions: list[Any] = []
+        self.refittable: set[str] = set()
 
     def fill(self, proto: Any) -> None:
         if self.onnx is not None:
@@ -251,6 +252,13 @@ class Network:
     def tensor(self, name: str) -> Any:
         """By name; None for an optional one that is not there."""
         return self._trt.make("ITensor", NetworkTensor(self._trt, self._tensors[name], self)) if name in self._tensors else None
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        import onnx
+
+        known = {tensor.name for tensor in onnx.load_model_from_string(self.onnx).graph.initializer}
+        self.refittable |= {name} & known
+        return name in known
 
     def mark_output(self, tensor: Any) -> None:
         if tensor.is_network_output:

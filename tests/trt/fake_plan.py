@@ -73,6 +73,7 @@ class Plan:
     profiles: tuple[Profile, ...]
     weights: str  # a digest of them, whether they are in the plan or not
     onnx: bytes
+    refittable: tuple[str, ...] = ()  # weights that were marked one by one
 
     def activation(self, shapes: Mapping[str, Shape]) -> int:
         """The bytes of device memory that a context needs for inputs of these shapes."""
@@ -105,7 +106,7 @@ def plan_from_bytes(data: bytes, library: str, version: str, *, host_code: bool 
     for side in ("inputs", "outputs"):
         raw[side] = tuple(Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in raw[side])
     raw["profiles"] = tuple({k: tuple(tuple(s) for s in v) for k, v in profile.items()} for profile in raw["profiles"])
-    for key in ("capabilities", "flags", "layers"):
+    for key in ("capabilities", "flags", "layers", "refittable"):
         raw[key] = tuple(raw[key])
     plan = Plan(**raw, onnx=data[HEADER.size + about :])
     carries_code = "VERSION_COMPATIBLE" in plan.flags and "EXCLUDE_LEAN_RUNTIME" not in plan.flags

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from trt.fake_network import ParserError, report
 from trt.fake_plan import Model
 from trt.strict import Strictness
 
+_TYPES = {1: "FLOAT", 10: "HALF", 16: "BF16"}  # TensorProto.data_type
 Weights = Mapping[str, Any]  # TensorProto by name
 
 
@@ -47,11 +50,30 @@ class Refitter:
     def __init__(self, trt: Any, engine: Any, logger: Any) -> None:
         self._trt, self.engine, self.logger = trt, engine._behaviour, logger
         self.weights: dict[str, Any] = {}
+        self.named: dict[str, Weight] = {}
         if not any(flag == "STRIP_PLAN" or flag.startswith("REFIT") for flag in self.engine.plan.flags):
             report(trt, logger, "ERROR", "The engine is not refittable")
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
+    def set_named_weights(self, name: str, weights: Any, location: Any = None) -> bool:
+        """The values are read when the engine is refitted, from memory that must still be there."""
+        known, given = weights_of(self.engine.plan.onnx), weights._behaviour
+        allowed = self.engine.plan.refittable if "REFIT_INDIVIDUAL" in self.engine.plan.flags else known
+        if name not in known or name not in allowed:
+            report(self._trt, self.logger, "ERROR", f"{name} is not refittable")
+            return False
+        tensor = known[name]
+        if _TYPES[tensor.data_type] != given.dtype.name or math.prod(tensor.dims) != given.size:
+            report(self._trt, self.logger, "ERROR", f"{name}: another type or size")
+            return False
+        self.named[name] = given
+        return True
+
     def get_missing_weights(self) -> list[str]:
+        if "STRIP_PLAN" not in self.engine.plan.flags:  # the fake merges the weights whose names begin alike
+            known = weights_of(self.engine.plan.onnx)
+            starts = {name.partition(".")[0] for name in self.named}
+            return sorted(name for name in known if name.partition(".")[0] in starts and name not in self.named)
         return sorted(weights_of(self.engine.plan.onnx).keys() - self.weights.keys())
 
     def refit_cuda_engine(self) -> bool:
@@ -59,6 +81,8 @@ class Refitter:
             report(self._trt, self.logger, "ERROR", f"missing weights: {', '.join(missing)}")
             return False
         plan = self.engine.plan
+        if "STRIP_PLAN" not in plan.flags:
+            return self._put(plan.onnx)
         if digest(self.weights) != plan.weights and "REFIT_IDENTICAL" in plan.flags:
             raise Strictness("REFIT_IDENTICAL with other weights than the engine was built with")
         if any(context.pending() for context in self.engine.contexts):
@@ -69,6 +93,30 @@ class Refitter:
         full = proto.SerializeToString(deterministic=True)
         self.engine.model, self.engine.complete = Model(full), True
         return self.engine.reserve(len(full))  # type: ignore[no-any-return]
+
+    def _put(self, onnx: bytes) -> bool:
+        """Replace the named weights in an engine that has all of them."""
+        if any(context.pending() for context in self.engine.contexts):
+            raise Strictness("the weights are changed while the engine is running")
+        proto = _parsed(onnx)
+        for tensor in proto.graph.initializer:
+            if tensor.name in self.named:
+                tensor.ClearField("float_data")
+                tensor.raw_data = self.named[tensor.name].read()
+        if self.engine.plan.flags and "REFIT_IDENTICAL" in self.engine.plan.flags and proto != _parsed(onnx):
+            raise Strictness("REFIT_IDENTICAL with other weights than the engine was built with")
+        self.engine.model = Model(proto.SerializeToString(deterministic=True))
+        return True
+
+
+class Weight:
+    """`trt.Weights`: a type, an address and a count."""
+
+    def __init__(self, trt: Any, type: Any, ptr: int, count: int) -> None:
+        self.dtype, self.size, self._address = type, count, ptr
+
+    def read(self) -> bytes:
+        return ctypes.string_at(self._address, self.size * {"FLOAT": 4, "HALF": 2, "BF16": 2}[self.dtype.name])
 
 
 class OnnxParserRefitter:
@@ -109,4 +157,4 @@ class OnnxParserRefitter:
         return False
 
 
-REFIT: dict[str, type] = {"Refitter": Refitter, "OnnxParserRefitter": OnnxParserRefitter}
+REFIT: dict[str, type] = {"Weights": Weight, "Refitter": Refitter, "OnnxParserRefitter": OnnxParserRefitter}

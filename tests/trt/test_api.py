@@ -11,7 +11,7 @@ import bundles
 import numpy as np
 import pytest
 from places import ROOT
-from trt import networks
+from trt import networks, refitted
 from trt.calls import Use, absent, unexercised, uses_in
 from trt.fake_tensorrt import fake_tensorrt
 from trt.machine import Machine
@@ -57,10 +57,11 @@ RUN_ELSEWHERE = {
         *("HardwareCompatibilityLevel", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY", "hardware_compatibility_level"),
         *("VERSION_COMPATIBLE", "engine_host_code_allowed"),
         *("create_timing_cache", "set_timing_cache"),
+        *("REFIT", "Weights", "get_missing_weights", "mark_weights_refittable", "set_named_weights"),
     },
 }
 # Names that the backend uses of something else, whose attributes happen to be TensorRT's too.
-OTHERS = {"precision", "dtype", "itemsize", "name", "read", "engine"}
+OTHERS = {"precision", "dtype", "itemsize", "name", "read", "engine", "size"}
 
 SAMPLE = """
 import numpy as np
@@ -206,6 +207,8 @@ def test_every_use_of_the_backend_is_run(
     built_and_run(here, folder, strip="true")
     built_and_run(here, folder, weight_streaming="true")
     if not rtx:
+        refittable = refitted.built(here, refitted.bundle_of(tmp_path / "refittable").folder, lora="true")
+        assert refitted.run(refittable, {"layer.weight": refitted.one(5)}) == 4 * 5 + 1
         built_and_run(here, folder, "ampere+")
         built_and_run(here, folder, "current", "engine_host_code", version_compatible="true")
     if surface.has("HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY") and not rtx:
@@ -219,6 +222,7 @@ def test_every_use_of_the_backend_is_run(
         "target": "sm86",
         "precision": "fp32",
         "options": {},
+        "optional_inputs": [],
         "profiles": [{}],
     }
     job["onnx"] = str(networks.foreign(tmp_path / "foreign.onnx"))

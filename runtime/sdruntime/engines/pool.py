@@ -147,10 +147,10 @@ class Engines:
     @staticmethod
     def check_adapters(spec: EngineSpec) -> None:
         """Raises Unsupported if an engine takes no other weights than its own."""
-        if not BACKENDS[spec.backend].replaces_weights:
+        backend = BACKENDS[spec.backend]
+        if not backend.replaces_weights(spec):
             raise Unsupported(
-                f"loras: engine {spec.name}: {spec.backend} engines keep the weights that they were built with: merge the LoRA "
-                "when the bundle is built: sdexport build MODEL --lora FILE"
+                f"loras: the {spec.backend} engine {spec.name} keeps the weights that it was built with: {backend.for_adapters}"
             )
 
     @property

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Library, Stage
 from sdruntime.backends.base.engine import AMPERE_UP, CPU, CUDA, PLATFORM, Engine, EngineOptions, Shared
+from sdruntime.backends.base.weights import MERGE
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec, Precision
 from sdruntime.errors import EnvironmentFault, SettingError
@@ -42,6 +43,10 @@ def same_release(engine: EngineSpec, installed: str) -> bool:
     return installed.split(".")[:2] == engine.version.split(".")[:2]
 
 
+def _never(engine: EngineSpec) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """The capabilities and functions of an engine library.
@@ -56,8 +61,9 @@ class Backend:
     `reads`: whether a version of the library can open an engine. `lacking`: the unsupported (target, precision) pairs, each with
     the reason to report. `static`: by default, engines are built for the requested shapes only, not for every size. `gpu_only`:
     its engines need an NVIDIA GPU, and use the caller's CUDA stream if one is passed. `in_jetpack`: included in JetPack. `loop`:
-    runs the sampling loop on the GPU, which needs an engine of the component `step`. `replaces_weights`: it takes
-    `EngineOptions.weights`. `hidden`: for tests; never chosen or listed unless named explicitly.
+    runs the sampling loop on the GPU, which needs an engine of the component `step`. `replaces_weights`: whether an engine takes
+    `EngineOptions.weights`; if not, `for_adapters` says what to do. `hidden`: for tests; never chosen or listed unless named
+    explicitly.
     """
 
     name: str
@@ -75,7 +81,8 @@ class Backend:
     in_jetpack: bool = False
     loop: DeviceLoop | None = None
     hidden: bool = False
-    replaces_weights: bool = False
+    replaces_weights: Callable[[EngineSpec], bool] = _never
+    for_adapters: str = MERGE
 
     def misfit(self, engine: EngineSpec, library: Library, device: Device | None) -> str | None:
         """Return why an engine of this backend cannot run with `library` on `device`, or None if it can."""

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from sdruntime.arrays import Array
 
-REBUILD = "build the engine again, or merge the LoRA when the bundle is built: sdexport build MODEL --lora FILE"
+MERGE = "merge the LoRA when the bundle is built: sdexport build MODEL --lora FILE"
+REBUILD = f"build the engine again, or {MERGE}"
 
 
 class Weights(Protocol):

@@ -122,7 +122,7 @@ def _phases(opset: Any, own: Own, image: Any, kernel: Array, bias: Array | None)
 
 
 def _constant(opset: Any, weights: Any, bias: str, values: Array, part: str) -> Any:
-    """Return a constant of the weights' type, with a name that shows what it is made of: `NAMED`."""
+    """Return a constant of the weights' type, named after the weight that it follows from: `NAMED`."""
     made = opset.constant(values, weights.get_element_type())
     made.set_friendly_name(f"{bias if part.startswith(BIAS) else weights.get_friendly_name()}{NAMED}{part}")
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from sdruntime.backends.base.backend import Backend
+from sdruntime.backends.base.weights import MERGE
 from sdruntime.backends.trt.build import ENDING, OPTIONS, build_engine, resolve_target
 from sdruntime.backends.trt.engine import check_session, here, open_engine
 from sdruntime.backends.trt.loop import device_calls
@@ -25,7 +26,7 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".") if part.isdigit()]
 
 
-def _backend(name: str, *, in_jetpack: bool = False) -> Backend:
+def _backend(name: str, *, in_jetpack: bool = False, rtx: bool = False) -> Backend:
     return Backend(
         name=name,
         ending=ENDING,
@@ -40,8 +41,10 @@ def _backend(name: str, *, in_jetpack: bool = False) -> Backend:
         gpu_only=True,
         in_jetpack=in_jetpack,
         loop=device_calls,
+        replaces_weights=lambda engine: engine.options.get("lora") == "true",
+        for_adapters=MERGE if rtx else f"build it with --option lora=true, or {MERGE}",
     )
 
 
 TENSORRT = _backend("tensorrt", in_jetpack=True)
-TENSORRT_RTX = _backend("tensorrt-rtx")
+TENSORRT_RTX = _backend("tensorrt-rtx", rtx=True)

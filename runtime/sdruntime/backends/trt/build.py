@@ -10,6 +10,8 @@ from typing import Any
 
 from sdruntime.backends.base.building import BackendOptions, Built, EngineRequest, Stage, unknown_option
 from sdruntime.backends.base.engine import AMPERE_UP, PLATFORM
+from sdruntime.backends.base.weights import MERGE
+from sdruntime.backends.onnx_file.stored import weight_tensors
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.library import CURRENT, FLAVOURS, capabilities, library
 from sdruntime.bundle.bundle import Bundle
@@ -45,6 +47,7 @@ def _tiling(text: str) -> str | None:
     return text if text in ("none", "fast", "moderate", "full") else None
 
 
+_STRIPPED = "with strip=true, only equal weights can be put in: omit one of them"
 OPTIONS: BackendOptions = {
     "optimization_level": (_level, "0 (fastest build) to 5; TensorRT's own default is 3"),
     "workspace": (_size, "bytes that a layer may use for scratch, such as 512M or 4G"),
@@ -52,6 +55,7 @@ OPTIONS: BackendOptions = {
     "same_compute_capability": (_flag, "true (any GPU of this compute capability, not this model alone) or false"),
     "weight_streaming": (_flag, "true or false"),
     "strip": (_flag, "true (weights stay in the ONNX and are put in when the engine is opened) or false"),
+    "lora": (_flag, "true (weights can be replaced when the engine is opened, for LoRAs) or false"),
     "tiling": (_tiling, "none, fast, moderate or full"),
     "timing_cache": (_flag, "true or false"),
 }
@@ -125,6 +129,7 @@ def read_options(name: str, trt: Any, options: Mapping[str, str], gpus: Sequence
         else "this version cannot (10.16 can)",
         "tiling": None if hasattr(trt, "TilingOptimizationLevel") else "this version cannot (10.16 can)",
         "strip": "building with it needs an RTX GPU" if rtx and not gpus else None,
+        "lora": MERGE if rtx else _STRIPPED if parsed.get("strip") else None,
         "timing_cache": "not supported: it does not use a timing cache" if rtx else None,
     }
     for key, reason in unsupported.items():
@@ -167,6 +172,7 @@ def build_job(bundle: Bundle, request: EngineRequest | EngineSpec) -> Message:
         "optional_inputs": [tensor.name for tensor in component.optional_inputs],
         "profiles": [dict(profile) for profile in request.profiles],
         "options": read_options(request.backend, library(request.backend), request.options, devices()),
+        "refittable": sorted(weight_tensors(bundle, request.component)) if request.options.get("lora") == "true" else [],
     }
 
 

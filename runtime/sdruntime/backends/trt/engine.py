@@ -16,6 +16,7 @@ from sdruntime.backends.base.session import Session, session
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
 from sdruntime.backends.trt.library import FLAVOURS, capabilities, library, messages
+from sdruntime.backends.trt.replacing import replace_weights
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec
 from sdruntime.errors import (
@@ -213,6 +214,8 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     try:
         if spec.options.get("strip") == "true":
             _refit(trt, log, plan, bundle, spec)
+        if options.weights is not None:
+            replace_weights(trt, log, plan.engine, bundle, spec, options.weights)
         if spec.options.get("weight_streaming") == "true":
             _stream_weights(plan, device, options)
         _check_tensors(trt, plan, bundle, spec, component)

@@ -27,6 +27,7 @@ from sdruntime.system.cuda import Cuda, devices
 from sdruntime.system.memory import available_memory
 from sdruntime.system.process import Message, serve
 
+_INDIVIDUAL = "REFIT_INDIVIDUAL"  # the builder flag for weights that are marked one by one; older versions have REFIT for all
 _SHARE = 0.8  # of the free memory, for the scratch memory of a layer
 _INTERVAL = 0.1  # seconds between progress reports
 _MEMORY = re.compile(r"out of memory|OutOfMemory|insufficient memory|could not be allocated|Device memory is insufficient", re.I)
@@ -66,6 +67,9 @@ def network_from_onnx(job: Mapping[str, Any], trt: Any, log: Any) -> tuple[Any, 
     if not parsed:
         raise EngineError(f"{job['component']}: {_parser_error(trt, parser, log)}")
     _decompose_attentions(trt, network)
+    for name in job.get("refittable", ()):
+        if hasattr(trt.BuilderFlag, _INDIVIDUAL) and not network.mark_weights_refittable(name):
+            raise EngineError(f"{job['component']}: TensorRT {trt.__version__} cannot make the weight {name} refittable")
     return builder, network, parser
 
 
@@ -152,6 +156,8 @@ def _set_options(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
     if options.get("strip"):
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if options.get("lora"):  # never REFIT_IDENTICAL, which is for the same weights only
+        config.set_flag(getattr(trt.BuilderFlag, _INDIVIDUAL, trt.BuilderFlag.REFIT))
     if options.get("tiling", "none") != "none":
         config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, options["tiling"].upper())
 
