@@ -8,6 +8,7 @@ from pathlib import Path
 import loras
 import numpy as np
 import pytest
+from hosts import Host
 from infotext import read_infotext
 
 from sdruntime.adapters.lora import Lora
@@ -187,3 +188,33 @@ def test_weights_that_an_engine_does_not_have(pipe: Pipeline, monkeypatch: pytes
     monkeypatch.setattr("sdruntime.backends.ort.engine.initializers", lambda model: {})
     with pytest.raises(EngineError, match=r"weights are not in the engine under their names: .*build the engine again"):
         pipe(request(Lora(folder / "attention.safetensors", 0.123)))
+
+
+def test_a_service_takes_loras_and_survives_bad_ones(small_bundle: Path, folder: Path, tmp_path: Path, pipe: Pipeline) -> None:
+    host = Host()
+    try:
+        host.open(small_bundle, backend="onnxruntime", lora_dir=str(folder))
+        settings = {"steps": 2, "width": 64, "height": 64, "seed": 7, "prompt": "a cat"}
+        pickle = tmp_path / "a.safetensors"
+        pickle.write_bytes(b"PK\x03\x04" + bytes(100))
+        wrong = {
+            1: settings | {"loras": [{"path": str(pickle)}]},
+            2: settings | {"loras": [{"path": "a", "scale": 1e9}]},
+            3: settings | {"prompt": "a cat<lora:atention:1>", "prompt_syntax": "a1111"},
+        }
+        for job, request_ in wrong.items():
+            host.submit(job, request=request_)
+            assert host.wait("done", "failed", job=job)["event"] == "failed"
+        messages = [event["message"] for event in host.events if event["event"] == "failed"]
+        for message, part in zip(
+            messages, ("a pickle, which", "scale 1000000000.0: expected", "did you mean attention"), strict=True
+        ):
+            assert part in message
+        host.submit(4, request=settings | {"loras": [{"path": str(folder / "attention.safetensors"), "scale": 0.7}]})
+        host.submit(5, request=settings | {"prompt": "a cat<lora:attention:0.7>", "prompt_syntax": "a1111"})
+        expected = pipe(request(Lora(folder / "attention.safetensors", 0.7))).pixels[0]
+        for job in (4, 5):
+            image = np.frombuffer(host.wait("done", "failed", job=job)["blob"], np.uint8)
+            assert np.abs(image.reshape(64, 64, 3).astype(int) - expected).max() <= 1
+    finally:
+        host.close()
