@@ -13,12 +13,13 @@ from fuzzing import escaped
 pytestmark = pytest.mark.slow
 
 INPUTS = int(os.environ.get("SDRUNTIME_FUZZ", "200"))
-TARGETS = ("manifest", "scheduler", "table", "tokenizer", "prompt", "golden", "npz", "message", "frame")
+_DOCUMENTS = ("manifest", "scheduler", "table", "tokenizer", "prompt", "golden", "npz", "message", "frame")
+TARGETS = (*(f"fuzz_runtime:{name}" for name in _DOCUMENTS), "fuzz_adapters:lora", "fuzz_adapters:embedding")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_escapes_the_error_tree(target: str) -> None:
-    assert escaped(f"fuzz_runtime:{target}", INPUTS) == {}
+    assert escaped(target, INPUTS) == {}
 
 
 def test_an_escape_would_be_seen() -> None:
