@@ -41,7 +41,7 @@ ORDER = {
     ),
     "sdruntime.pipeline.requests": "keywords ranges control request unused tags",
     "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth upscaling choose passes",
-    "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile depth",
+    "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile maps depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording embeddings conditioning",
     "sdruntime.serving": "batcher message channel describe service capi",

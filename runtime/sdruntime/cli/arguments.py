@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from sdruntime.pipeline.images.maps import PREPROCESSORS
 from sdruntime.pipeline.requests.control import CONTROL_NUMBERS
 from sdruntime.pipeline.requests.ranges import NUMBERS, RANGES, SIGMA, SIGMAS, WHOLE
 from sdruntime.pipeline.requests.request import HIRES_RESIZES, MASK_FILLS
@@ -209,16 +210,17 @@ def _control(sub: Arguments) -> None:
     """Images for ControlNets."""
     what = (
         "an image for a ControlNet of the bundle; may be repeated. net: its name, if there are several; scale: how much it "
-        "counts (1); start, end: the part of the steps, from 0 to 1; fit: resize or crop (resize)"
+        "counts (1); start, end: the part of the steps, from 0 to 1; fit: resize or crop (resize). A name before FILE makes the "
+        "map from an image"
     )
-    form = "FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F]"
+    form = f"[{'|'.join(PREPROCESSORS)}:]FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F]"
     sub.add_argument("--control", action="append", default=[], type=control, metavar=form, help=what)
     guessing = "let the ControlNets act on the prompt's side of the guidance alone, less in the outer layers"
     sub.add_argument("--guess-mode", action="store_true", help=guessing)
 
 
 def control(text: str) -> dict[str, str]:
-    """Return the settings of a Control from "FILE,KEY=VALUE,…"."""
+    """Return the settings of a Control from "FILE,KEY=VALUE,…", where a preprocessor and a colon may be before FILE."""
     keys = ("net", *CONTROL_NUMBERS, "fit")
     path, *rest = re.split(rf",(?=(?:{'|'.join(keys)})=)", text)
     settings = dict(part.split("=", 1) for part in rest)
@@ -231,6 +233,9 @@ def control(text: str) -> dict[str, str]:
                 float(settings[key])
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{text!r}: {key} is not a number") from None
+    before, colon, after = path.partition(":")
+    if colon and after and before in PREPROCESSORS:
+        return {"image": after, "preprocess": before, **settings}
     return {"image": path, **settings}
 
 

@@ -18,6 +18,7 @@ from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.bundle.roles import CONTROLNET, of_kind
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError, UnknownName
+from sdruntime.pipeline.images.maps import PREPROCESSORS
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.request import Request
@@ -71,6 +72,8 @@ def _image(control: Control, size: tuple[int, int]) -> Array:
     resized = resample(pixels, (wide, high), "lanczos")
     left, top = wide // 2 - size[0] // 2, high // 2 - size[1] // 2
     part = resized[top : top + size[1], left : left + size[0]]
+    if control.preprocess is not None:
+        part = PREPROCESSORS[control.preprocess](part)
     image: Array = np.ascontiguousarray(part.transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
     return image
 

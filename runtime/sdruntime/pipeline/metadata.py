@@ -220,6 +220,7 @@ def _control_settings(request: Request) -> dict[str, object]:
     settings: dict[str, object] = {
         f"ControlNet {index}": ", ".join(
             [
+                f"Module: {control.preprocess or 'none'}",
                 f"Model: {control.net or 'None'}",
                 f"Weight: {_number(control.scale)}",
                 f"Resize Mode: {CONTROL_RESIZE_MODES[control.fit]}",

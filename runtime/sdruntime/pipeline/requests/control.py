@@ -9,6 +9,7 @@ from typing import Any
 from sdruntime.arrays import Array
 from sdruntime.errors import LibraryMissing, SettingError, UnknownName, shown
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, pixels_from
+from sdruntime.pipeline.images.maps import PREPROCESSORS, Preprocess
 from sdruntime.pipeline.requests.ranges import SHARE, Range
 
 SCALE = Range(0, 10)
@@ -23,6 +24,8 @@ class Control:
     `image`: as that of a Request; its pixels are in `pixels`. `net`: the name of the ControlNet in the bundle, None for its only
     one. `scale`: how much it counts. `start`, `end`: the part of the model calls that it acts in, from 0 to 1. `fit`: how to
     bring the image to the size that is generated: "resize", as diffusers does, or "crop", which keeps the proportions.
+    `preprocess`: what to make of the image at that size, "canny" (edges), "gray", "color" (a grid of mean colours) or "invert";
+    None takes it as it is.
     """
 
     image: ImageLike
@@ -31,6 +34,7 @@ class Control:
     start: float = CONTROL_NUMBERS["start"]
     end: float = CONTROL_NUMBERS["end"]
     fit: Fit = "resize"
+    preprocess: Preprocess | None = None
 
     def __post_init__(self) -> None:
         if self.net is not None and not isinstance(self.net, str):
@@ -41,6 +45,8 @@ class Control:
             raise SettingError(f"control: start {self.start:g} is not below end {self.end:g}")
         if self.fit not in FITS:
             raise UnknownName("fit", str(self.fit), FITS)
+        if self.preprocess is not None and self.preprocess not in PREPROCESSORS:
+            raise UnknownName("preprocess", str(self.preprocess), PREPROCESSORS)
         try:
             object.__setattr__(self, "image", pixels_from(self.image))
         except (SettingError, LibraryMissing) as error:
@@ -56,7 +62,8 @@ class Control:
         height, width = self.pixels.shape[:2]
         named = f"{self.net} " if self.net else ""
         limits = "" if (self.start, self.end) == (0, 1) else f", {self.start:g} to {self.end:g}"
-        return f"<Control {named}{width}x{height}, scale {self.scale:g}{limits}>"
+        made = f"{self.preprocess} of " if self.preprocess else ""
+        return f"<Control {named}{made}{width}x{height}, scale {self.scale:g}{limits}>"
 
     def acts(self, call: int, calls: int) -> bool:
         """Return whether it acts in a model call, as in diffusers' pipelines."""

@@ -38,6 +38,8 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> Non
 def test_a_fit_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UnknownName, match="crop"):
         Control(image=IMAGE, fit="cropp")  # type: ignore[arg-type]
+    with pytest.raises(UnknownName, match="canny"):
+        Control(image=IMAGE, preprocess="cany")  # type: ignore[arg-type]
 
 
 def test_a_request_takes_one_or_several() -> None:
@@ -65,6 +67,8 @@ def test_it_acts_in_the_calls_that_diffusers_keeps() -> None:
 def test_the_command_line_reads_a_file_and_settings() -> None:
     assert control("edges.png") == {"image": "edges.png"}
     assert control("a,b.png,net=canny,scale=0.5,end=.8") == {"image": "a,b.png", "net": "canny", "scale": "0.5", "end": ".8"}
+    assert control("canny:a.png,net=canny") == {"image": "a.png", "preprocess": "canny", "net": "canny"}
+    assert control("c:a.png") == {"image": "c:a.png"}
     for wrong in ("", ",net=canny", "e.png,scale=x", "e.png,scale=1,scale=2", "e.png,weight=1"):
         with pytest.raises(argparse.ArgumentTypeError):
             control(wrong)
