@@ -41,6 +41,7 @@ from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.guidance import guidance_embedding, over_calls, plus_plus
 from sdruntime.sampling.job import Following, Job
+from sdruntime.sampling.kept import Kept
 from sdruntime.sampling.noise.image import ImageNoise
 from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
@@ -188,16 +189,16 @@ class JobFactory:
 
     def _texts(self, place: Place) -> Texts:
         """Return the texts of a pass; a refiner goes on with those of the pass before."""
-        request, shared, adapters = place.step.request, place.step.part is not None, self._adapters(place)
+        request, adapters = place.step.request, self._adapters(place)
         texts = Texts.of(
             request,
-            steps=place.all if shared else place.calls,
-            passed=0 if shared else place.before,
+            steps=place.all,
+            passed=place.passed,
             conditioner=self._conditioner,
             guided=self._guided(request),
             adapters=adapters.digest_of(*self._conditioner.tokenizers) if adapters is not None else "",
         )
-        return texts.after(place.before) if shared else texts
+        return texts.after(place.before) if place.before else texts
 
     def _adapters(self, place: Place) -> AdapterSet | None:
         """Return the LoRAs of a pass: a refiner has none, as they are those of the first model."""
@@ -214,8 +215,8 @@ class JobFactory:
         if len(request.guidances) == 1 and request.guidance_interval == WHOLE and not request.cfg_pp:
             return ()
         least = 0.0 if request.cfg_pp else 1.0
-        calls, before = (place.calls, 0) if place.step.part is None else (place.all, place.before)
-        values = over_calls(request.guidances, request.guidance_interval, calls, least=least)[before : before + place.calls]
+        whole = over_calls(request.guidances, request.guidance_interval, place.all, least=least)
+        values = whole[place.before : place.before + place.calls]
         return plus_plus(self._table(place.step), values, request.sampler or self.sampler) if request.cfg_pp else values
 
     def _of(self, step: Pass) -> JobFactory:
@@ -244,9 +245,10 @@ class JobFactory:
             raise EngineError(f"hires: {error}") from error
 
     def _passes(self, request: Request) -> tuple[Pass, ...]:
+        steps = passes_of(request, self.task, self._size(request), self._model.step)
         if self.refiner is not None and request.refiner_at < 1:
-            return refined(request, self.task, self._size(request))
-        return passes_of(request, self.task, self._size(request), self._model.step)
+            return refined(steps, self.task, self._size(steps[-1].request))
+        return steps
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Return (width, height) of what the first pass generates."""
@@ -313,16 +315,18 @@ class JobFactory:
             except SettingError as error:
                 if step.resize is None and step.part is None:
                     raise
-                where = "hires" if step.resize else f"refiner_at {request.refiner_at:g}"
+                where = "hires" if step.part is None else f"refiner_at {request.refiner_at:g}"
                 raise type(error)(f"{where}: {error}") from error
         return self._tables[key]
 
-    def _start(self, stage: _Stage, size: tuple[int, int], noise: ImageNoise, before: Array | None) -> Start:
-        """Return the start of a pass. `before`: the latents that the pass before has left."""
+    def _start(
+        self, stage: _Stage, size: tuple[int, int], noise: ImageNoise, before: Array | None, kept: Kept | None = None
+    ) -> Start:
+        """Return the start of a pass. `before`: the latents that the pass before has left, `kept`: what its mask keeps."""
         width, height = size
         request, engine = stage.step.request, stage.engine
         if before is not None and stage.step.refines:
-            return Start(latents=before)
+            return Start(latents=before if kept is None else kept.over(before, stage.table.levels[0]), kept=kept)
         encoder = functools.partial(engine, "vae_encoder", height=height, width=width)
 
         def encode(pixels: Array, draw: Array) -> Array:
@@ -362,14 +366,14 @@ class JobFactory:
         lines = [rounded_line(request, size, self._size(stage.step.request)) for stage in stages[1:]]
         job.warnings = (
             *dict.fromkeys(line for stage in stages for line in stage.factory._lines(stage)),
-            *(line for line in lines if line is not None),
+            *dict.fromkeys(line for line in lines if line is not None),
         )
         return job
 
-    def _job(self, stage: _Stage, noise: ImageNoise, before: Array | None) -> Job:
+    def _job(self, stage: _Stage, noise: ImageNoise, before: Array | None, kept: Kept | None = None) -> Job:
         request, table, shape = stage.step.request, stage.table, stage.shape
         size = self._size(request)
-        start = self._start(stage, size, noise, before)
+        start = self._start(stage, size, noise, before, kept)
         encoded = stage.encoded(zero_absent=self._model.zero_empty_negative)
         more: list[dict[str, Array]] = [{}, {}]  # of the prompt, and of the negative prompt
         if self._time_ids is not None:
@@ -443,15 +447,20 @@ def _with(engine: GetEngine, adapters: AdapterSet | None) -> GetEngine:
     return engine if adapters is None else functools.partial(engine, adapters=adapters)
 
 
-def _linked(stages: Sequence[_Stage], before: Array | None = None, noise: ImageNoise | None = None) -> Job:
+def _linked(
+    stages: Sequence[_Stage], before: Array | None = None, noise: ImageNoise | None = None, kept: Kept | None = None
+) -> Job:
     """Return the job of the first stage, from the latents `before`, which the other stages follow.
+
+    `kept`: what the mask of the stage before keeps, which a refiner goes on to keep.
 
     A refiner goes on with the `noise` of the stage before, as diffusers does with one generator for both pipelines.
     """
     stage, *rest = stages
     noise = noise if noise is not None and stage.step.refines else stage.factory._noise(stage.step.request)
-    job = stage.factory._job(stage, noise, before)
+    job = stage.factory._job(stage, noise, before, kept)
     if rest:
+        start_kept = job.kept  # which the job loses when it goes on
         steps = sum(stage.table.steps for stage in rest)
-        job.following = Following(steps=steps, start=lambda latents: _linked(rest, latents, noise))
+        job.following = Following(steps=steps, start=lambda latents: _linked(rest, latents, noise, start_kept))
     return job

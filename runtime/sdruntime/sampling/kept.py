@@ -26,9 +26,11 @@ class Kept:
 
     def restore(self, run: Run) -> None:
         """Put the kept part back into `run.x` after a step; without noise after the last one."""
-        kept = self.image
-        if not run.done:
-            alpha, sigma = run.table.levels[run.step].astype(np.float32)
-            kept = alpha * self.image + sigma * self.noise
         x = run.x
-        x[...] = (1 - self.mask) * kept + self.mask * x
+        x[...] = (1 - self.mask) * self.image + self.mask * x if run.done else self.over(x, run.table.levels[run.step])
+
+    def over(self, x: Array, level: Array) -> Array:
+        """Return latents with the kept part at a noise level (alpha, sigma)."""
+        alpha, sigma = level.astype(np.float32)
+        put: Array = (1 - self.mask) * (alpha * self.image + sigma * self.noise) + self.mask * x
+        return put

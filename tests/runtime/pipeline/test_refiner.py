@@ -14,7 +14,7 @@ from bundles import SCHEDULER
 from sdruntime import Batcher, Bundle, BundleError, Pipeline, Request, SettingError
 from sdruntime.__main__ import main
 from sdruntime.pipeline.images.imagefile import read_image
-from sdruntime.pipeline.tasks.passes import check_refiner
+from sdruntime.pipeline.tasks.passes import check_refiner, passes_of, refined
 from sdruntime.sampling.compile import compile_table
 
 SETTINGS: dict[str, Any] = {"seed": 3, "steps": 8, "size": (64, 64), "prompt_syntax": "a1111"}
@@ -32,12 +32,65 @@ def test_a_model_that_refines_itself_changes_nothing(small_bundle: Path, twin: P
     """With samplers that remember no step before: timesteps, noise and prompt editing go on."""
     with Pipeline.open(small_bundle, refiner=twin) as pipe:
         settings = {**SETTINGS, "sampler": sampler, "guidance_interval": (0.25, 0.75)}
-        plain, refined = (pipe(PROMPT, **settings, refiner_at=at).images[0] for at in (1, 0.5))
-        np.testing.assert_array_equal(refined.pixels, plain.pixels)
+        plain, other = (pipe(PROMPT, **settings, refiner_at=at).images[0] for at in (1, 0.5))
+        np.testing.assert_array_equal(other.pixels, plain.pixels)
         assert plain.pixels.std() >= 10
-        told = refined.text()["parameters"]
+        told = other.text()["parameters"]
         assert f"Refiner: {pipe.model.name}, Refiner switch at: 0.5" in told
         assert "Refiner" not in plain.text()["parameters"]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a"])
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_a_mask_holds_for_the_refiner_too(small_bundle: Path, twin: Path, sampler: str, strength: float) -> None:
+    """A model that refines itself repaints as without a refiner, also around an image and with a part at full resolution."""
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:40, 16:48] = 255
+    common: dict[str, Any] = {**SETTINGS, "sampler": sampler, "image": image, "strength": strength}
+    rest: list[dict[str, Any]] = [
+        {"mask": mask, "mask_blur": 2, "overlay": True},
+        {"mask": mask, "mask_padding": 4, "mask_fill": "noise" if strength < 1 else "original"},
+        {"extend": (64, 0, 0, 0), "size": None},
+    ]
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        for more in rest:
+            plain, other = (pipe(PROMPT, **{**common, **more}, refiner_at=at).pixels[0] for at in (1, 0.5))
+            np.testing.assert_array_equal(other, plain)
+        stream = pipe.stream(PROMPT, **common, mask=mask, refiner_at=0.5)
+        for _ in stream:
+            pass
+        [job] = stream.jobs
+        assert job.kept is not None
+        outside = np.broadcast_to(job.kept.mask == 0, job.run.x.shape)
+        np.testing.assert_array_equal(job.run.x[outside], job.kept.image[outside])
+
+
+@pytest.mark.parametrize("resize", ["latent", "lanczos"])
+def test_the_refiner_finishes_the_second_of_two_passes(small_bundle: Path, twin: Path, resize: Any) -> None:
+    """The first pass is the model's own; prompt editing counts on over all."""
+    settings = {**SETTINGS, "sampler": "euler_a", "hires": 2.0, "hires_strength": 0.75, "hires_resize": resize}
+    with Pipeline.open(small_bundle, refiner=twin) as pipe:
+        assert pipe.refiner is not None
+        plain = pipe(PROMPT, **settings, refiner_at=1).images[0]
+        stream = pipe.stream(PROMPT, **settings, refiner_at=0.6)
+        at = {}
+        for state in stream:
+            at[state.step] = (stream.jobs[0].bundle, stream.jobs[0].run.x.shape[1])
+        [finished] = stream.result.images
+        np.testing.assert_array_equal(finished.pixels, plain.pixels)
+        ours, theirs = pipe.bundle.folder, pipe.refiner.bundle.folder
+        assert (at[1], at[9], at[14]) == ((ours, 8), (ours, 16), (theirs, 16))
+        told = finished.text()["parameters"]
+        assert "Refiner switch at: 0.6, Hires upscale: 2, " in told
+
+
+def test_a_model_that_takes_the_mask_cannot_hand_it_over() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    request = Request(prompt="a cat", image=image, mask=image[..., 0])
+    with pytest.raises(SettingError, match="a mask with a refiner: this model takes the mask as an input"):
+        refined(passes_of(request, "inpainting", (64, 64), 8), "inpainting", (64, 64))
 
 
 def test_each_model_has_its_own_schedule(small_bundle: Path, twin: Path) -> None:
@@ -85,13 +138,12 @@ def test_streams_and_queues_run_both_pipelines(small_bundle: Path, twin: Path) -
 def test_what_a_refiner_cannot_go_on_with_is_refused(small_bundle: Path, twin: Path) -> None:
     with Pipeline.open(small_bundle, refiner=twin) as pipe:
         for settings, message in (
-            ({"hires": 2}, r"hires with a refiner: set refiner_at to 1 \(--refiner-at\), or open the bundle without one"),
-            ({"image": np.zeros((64, 64, 3), np.uint8), "extend": (64, 0, 0, 0)}, "a mask or an extension with a refiner"),
+            ({"hires": 2, "hires_strength": 0.1, "steps": 20}, "refiner_at 0.8: this part of the timesteps has no step"),
             ({"refiner_at": 0.01}, "refiner_at 0.01: this part of the timesteps has no step: use more steps, or a larger part"),
             ({"refiner_at": 0.999}, r"refiner_at 0.999: this part of the timesteps has no step"),
         ):
             with pytest.raises(SettingError, match=message):
-                pipe("a cat", steps=4, **settings)
+                pipe("a cat", **{"steps": 4, **settings})
     with (
         Pipeline.open(small_bundle) as pipe,
         pytest.warns(UserWarning, match=r"^refiner_at 0.5 has no effect without a refiner$"),

@@ -39,9 +39,14 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Place:
-    """A pass among those of its request: `before` model calls precede it, it makes `calls`, and all passes make `all`."""
+    """A pass among those of its request: it makes `calls` model calls.
+
+    A refiner and the pass that it finishes make one run of `all` calls, of which `before` precede this pass; other passes are
+    runs of their own. `passed`: the calls of the runs before.
+    """
 
     step: Pass
+    passed: int
     before: int
     calls: int
     all: int
@@ -49,7 +54,20 @@ class Place:
 
 def placed(steps: Sequence[Pass], counts: Sequence[int]) -> list[Place]:
     """Return the places of passes that make so many model calls."""
-    return [Place(step=step, before=sum(counts[:k]), calls=counts[k], all=sum(counts)) for k, step in enumerate(steps)]
+    places = []
+    for k, step in enumerate(steps):
+        first = k - step.refines
+        last = k + (k + 1 < len(steps) and steps[k + 1].refines)
+        places.append(
+            Place(
+                step=step,
+                passed=sum(counts[:first]),
+                before=sum(counts[first:k]),
+                calls=counts[k],
+                all=sum(counts[first : last + 1]),
+            )
+        )
+    return places
 
 
 def passes_of(request: Request, task: Task | None, size: tuple[int, int], multiple: int) -> tuple[Pass, ...]:
@@ -82,12 +100,20 @@ def passes_of(request: Request, task: Task | None, size: tuple[int, int], multip
     )
 
 
-def refined(request: Request, task: Task | None, size: tuple[int, int]) -> tuple[Pass, ...]:
-    """Return the passes of a request of this size that a refiner finishes from `refiner_at` on. Raises SettingError."""
-    for name, given in (("hires", request.hires is not None), ("a mask or an extension", request.inpaints)):
-        if given:
-            raise SettingError(f"{name} with a refiner: set refiner_at to 1 (--refiner-at), or open the bundle without one")
-    base = replace(request, **{name: DEFAULTS[name] for name in ("aesthetic_score", "negative_aesthetic_score")})
+def refined(passes: Sequence[Pass], task: Task | None, size: tuple[int, int]) -> tuple[Pass, ...]:
+    """Return passes, of which a refiner finishes the last one, of this size, from `refiner_at` on. Raises SettingError.
+
+    Of two passes that is the second one, as in AUTOMATIC1111's web UI. What a mask keeps is put back after the refiner's steps
+    too.
+    """
+    *before, last = passes
+    request, own = last.request, {name: DEFAULTS[name] for name in ("aesthetic_score", "negative_aesthetic_score")}
+    if request.inpaints and task == "inpainting":
+        raise SettingError(
+            "a mask with a refiner: this model takes the mask as an input, which a refiner does not: set refiner_at to 1 "
+            "(--refiner-at), or open the bundle without one"
+        )
+    base = replace(request, **own)
     second = replace(
         request,
         prompt=request.prompt if request.prompt_2 is None else request.prompt_2,
@@ -97,12 +123,16 @@ def refined(request: Request, task: Task | None, size: tuple[int, int]) -> tuple
         target_size=None,
         size=size,
         image=None,
+        mask=None,
+        mask_padding=None,
+        extend=DEFAULTS["extend"],
         depth=None,
         fit=None,
         strength=DEFAULTS["strength"],
     )
     return (
-        Pass(request=base, strength=start_strength(base, task), part=(0.0, request.refiner_at)),
+        *(replace(step, request=replace(step.request, **own)) for step in before),
+        Pass(request=base, strength=last.strength, resize=last.resize, part=(0.0, request.refiner_at)),
         Pass(request=second, strength=None, part=(request.refiner_at, 1.0), refines=True),
     )
 
