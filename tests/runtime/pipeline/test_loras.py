@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 from hosts import Host
 from infotext import read_infotext
 
+from sdruntime.__main__ import main
 from sdruntime.adapters.lora import Lora
 from sdruntime.backends.onnx_file.stored import weight_tensors
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines import adapted
 from sdruntime.errors import EngineError, SettingError, UnknownName, Unsupported
+from sdruntime.pipeline.images.png import image_from_png
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.requests.tags import with_tagged
@@ -218,3 +221,34 @@ def test_a_service_takes_loras_and_survives_bad_ones(small_bundle: Path, folder:
             assert np.abs(image.reshape(64, 64, 3).astype(int) - expected).max() <= 1
     finally:
         host.close()
+
+
+def test_the_command_line(
+    small_bundle: Path, folder: Path, tmp_path: Path, pipe: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "attention.safetensors"
+    common = [
+        "generate",
+        str(small_bundle),
+        "--steps",
+        "2",
+        "--size",
+        "64x64",
+        "--seed",
+        "7",
+        "--backend",
+        "onnxruntime",
+        "--quiet",
+    ]
+    assert main([*common, "a cat", "--lora", f"{file}:0.7", "-o", str(tmp_path / "a.png")]) == 0
+    assert main([*common, "a cat<lora:attention:0.7>", "--lora-dir", str(folder), "-o", str(tmp_path / "b.png")]) == 0
+    images = [image_from_png((tmp_path / name).read_bytes()) for name in ("a.png", "b.png")]
+    expected = pipe(request(Lora(file, 0.7))).pixels[0]
+    assert all(np.abs(image.astype(int) - expected).max() <= 1 for image in images)
+    assert main([*common, "a cat", "--lora-dir", str(folder), "-o", str(tmp_path / "c.png")]) == 2
+    assert "--lora-dir" in capsys.readouterr().err
+    assert main(["lora", "inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == {"4": 40}
+    assert main(["lora", "inspect", str(file)]) == 0
+    assert "lora (40)" in capsys.readouterr().out
+    assert main(["lora", "inspect", str(tmp_path / "none.safetensors")]) == 2
