@@ -36,11 +36,9 @@ ORDER = {
     "sdruntime.backends.ov": "subpixel inputs constants replacing build engine backend",
     "sdruntime.backends.trt": "library inspection binding build worker replacing engine frame loop backend",
     "sdruntime.engines": "shapes finite adapted memory choose building speed pool",
-    "sdruntime.pipeline": (
-        "images text vae requests control denoise loras micro_conditions texts tasks metadata result jobs pipeline"
-    ),
+    "sdruntime.pipeline": ("images text vae requests control denoise loras texts tasks metadata result jobs stream pipeline"),
     "sdruntime.pipeline.requests": "keywords ranges control request unused tags",
-    "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth upscaling choose passes",
+    "sdruntime.pipeline.tasks": "canvas start inpainting pix2pix depth upscaling choose passes sizes tables micro_conditions",
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile maps depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording embeddings conditioning",

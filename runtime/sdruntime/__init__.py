@@ -27,10 +27,11 @@ if TYPE_CHECKING:
         Unsupported,
         VerificationFailed,
     )
-    from sdruntime.pipeline.pipeline import Pipeline, Stream
+    from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.requests.control import Control
     from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
+    from sdruntime.pipeline.stream import Stream
     from sdruntime.sampling.job import Job, State
     from sdruntime.serving.batcher import Batcher, ImageFuture, Progress, Timings
 
@@ -69,7 +70,8 @@ _HOMES = {
     "adapters.lora": ("Lora",),
     "backends.base.engine": ("EngineOptions",),
     "bundle.bundle": ("Bundle",),
-    "pipeline.pipeline": ("Pipeline", "Stream"),
+    "pipeline.pipeline": ("Pipeline",),
+    "pipeline.stream": ("Stream",),
     "pipeline.requests.control": ("Control",),
     "pipeline.requests.request": ("Request",),
     "pipeline.result": ("Image", "Result"),

@@ -13,8 +13,9 @@ from trt.machine import Machine
 
 from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.errors import EngineError, OutOfSpace
-from sdruntime.pipeline.pipeline import Pipeline, Stream
+from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
+from sdruntime.pipeline.stream import Stream
 from sdruntime.system.cuda import CudaError
 
 REQUESTS = [

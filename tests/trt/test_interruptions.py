@@ -13,8 +13,9 @@ import pytest
 from trt.machine import Machine
 
 from sdruntime.backends.trt import loop
-from sdruntime.pipeline.pipeline import Pipeline, Stream
+from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
+from sdruntime.pipeline.stream import Stream
 
 REQUESTS = [
     Request(prompt="a cat", seed=1, steps=3, size=(64, 64), sampler="dpmpp_2m"),

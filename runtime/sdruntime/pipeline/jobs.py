@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sdruntime.adapters.embedding import Embedding
 from sdruntime.adapters.sets import AdapterSet
@@ -23,20 +22,21 @@ from sdruntime.pipeline.control import component_of, control_inputs, stretched_l
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.loras import Loras
-from sdruntime.pipeline.micro_conditions import check_conditions, time_ids
-from sdruntime.pipeline.requests.ranges import WHOLE, steps_beside
+from sdruntime.pipeline.requests.ranges import WHOLE
 from sdruntime.pipeline.requests.request import DEFAULTS, Request
 from sdruntime.pipeline.tasks import upscaling
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
+from sdruntime.pipeline.tasks.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
+from sdruntime.pipeline.tasks.sizes import Shape, cells_of, latent_shape, pixels_of
 from sdruntime.pipeline.tasks.start import Setting, Start
+from sdruntime.pipeline.tasks.tables import Tables
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
 from sdruntime.pipeline.text.embeddings import embeddings_of
 from sdruntime.pipeline.texts import Conditions, Texts
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae import resize
 from sdruntime.pipeline.vae.tile_size import cell_of, tiling
-from sdruntime.sampling.compile import compile_table
 from sdruntime.sampling.executor import Run
 from sdruntime.sampling.grids import FAMILY
 from sdruntime.sampling.guidance import guidance_embedding, over_calls, plus_plus
@@ -47,9 +47,6 @@ from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
 
 SCHEDULER = "scheduler/scheduler_config.json"
-KEPT_TABLES = 64
-HOW_TO_FIT = 'resize it, or pass fit "resize" or "crop" (--fit)'
-Shape = tuple[int, int, int]  # (channels, height, width) of latents
 GetEngine = Callable[..., Engine]  # (component, rows=…, height=…, …), as `Pipeline.engine`
 
 
@@ -94,7 +91,7 @@ class JobFactory:
         self._conditioner = Conditioner.open(bundle, embeddings_of(bundle, embeddings))
         self.loras = Loras(bundle)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
-        self._tables: dict[tuple[Any, ...], Table] = {}
+        self._tables = Tables(self.schedule)
         self.refiner: tuple[JobFactory, GetEngine] | None = None
 
     @property
@@ -155,7 +152,7 @@ class JobFactory:
     def _chain(self, request: Request) -> list[Place]:
         """Return the passes of a completed request, each with its number of model calls and theirs."""
         steps = self._passes(request)
-        return placed(steps, [self._of(step)._table(step).steps for step in steps])
+        return placed(steps, [self._of(step)._tables.of(step).steps for step in steps])
 
     def _stages(self, places: Sequence[Place], engine: GetEngine) -> list[_Stage]:
         """Return the stages of passes of this model."""
@@ -174,7 +171,7 @@ class JobFactory:
                 engine=_with(engine, sets[k]),
                 step=place.step,
                 shape=self.latent_shape(place.step.request),
-                table=self._table(place.step),
+                table=self._tables.of(place.step),
                 texts=text,
                 conditions=conditions[k],
                 guidances=self._guidances(place),
@@ -217,7 +214,7 @@ class JobFactory:
         least = 0.0 if request.cfg_pp else 1.0
         whole = over_calls(request.guidances, request.guidance_interval, place.all, least=least)
         values = whole[place.before : place.before + place.calls]
-        return plus_plus(self._table(place.step), values, request.sampler or self.sampler) if request.cfg_pp else values
+        return plus_plus(self._tables.of(place.step), values, request.sampler or self.sampler) if request.cfg_pp else values
 
     def _of(self, step: Pass) -> JobFactory:
         """Return the factory that makes the jobs of a pass."""
@@ -252,8 +249,7 @@ class JobFactory:
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Return (width, height) of what the first pass generates."""
-        _, height, width = self.latent_shape(request)
-        return width * self._model.vae_factor, height * self._model.vae_factor
+        return pixels_of(self.latent_shape(request), self._model)
 
     def generated_size(self, request: Request) -> tuple[int, int]:
         """Return (width, height) of what the last pass generates. Raises SettingError."""
@@ -261,63 +257,16 @@ class JobFactory:
 
     def latent_shape(self, request: Request) -> Shape:
         """Return the shape of a request's latents in its first pass. Raises SettingError for an unsupported size."""
-        if self.task == "upscaling":
-            return upscaling.latent_shape(request, self._model)
-        width, height = request.size or self._model.usual_size[::-1]
-        part = request.inpaints and request.mask_padding is not None  # the image may have any size
-        image = f"the {'extended ' if any(request.extend) else ''}image is"
-        if request.image_size is not None and request.fit is None and not part:
-            width, height = request.image_size
-            if request.size not in (None, (width, height)):
-                raise SettingError(f"{image} {width}x{height}, the size {request.size[0]}x{request.size[1]}: {HOW_TO_FIT}")
-        multiple, factor = self._model.step, self._model.vae_factor
-        if width < 1 or height < 1 or width % multiple or height % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-            given = request.pixels is not None and not part
-            size = f"{image} {width}x{height}" if given else f"size {width}x{height}"
-            fix = f"; {HOW_TO_FIT}" if given else ""
-            again = "" if self._model.size_step else f"; export the bundle again for multiples of {factor}"
-            raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}{again}")
-        return self._model.latent_channels, height // factor, width // factor
+        return latent_shape(request, self._model, self.task)
 
     def _noise(self, request: Request) -> ImageNoise:
-        width, height = request.seed_resize or (0, 0)
-        factor = self._model.vae_factor
-        if width % factor or height % factor:
-            near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (width, height))
-            raise SettingError(f"seed_resize {width}x{height}: both sides must be multiples of {factor}, such as {near}")
         return ImageNoise(
             request.seed,
             request.rng,
             variation_seed=request.variation_seed,
             variation_strength=request.variation_strength,
-            origin=(height // factor, width // factor) if request.seed_resize else None,
+            origin=cells_of("seed_resize", request.seed_resize, self._model) if request.seed_resize else None,
         )
-
-    def _table(self, step: Pass) -> Table:
-        request, strength = step.request, step.strength
-        options = repr(sorted(request.options.items()))
-        key = (request.steps, request.sigmas, request.sampler, request.schedule, strength, step.part, options)
-        if key not in self._tables:
-            if len(self._tables) >= KEPT_TABLES:
-                self._tables.clear()
-            try:
-                self._tables[key] = compile_table(
-                    self.schedule,
-                    steps=steps_beside(request.sigmas, request.steps),
-                    sigmas=request.sigmas,
-                    sampler=request.sampler,
-                    schedule=request.schedule,
-                    strength=strength,
-                    part=step.part,
-                    **request.options,
-                )
-            except SettingError as error:
-                if step.resize is None and step.part is None:
-                    raise
-                where = "hires" if step.part is None else f"refiner_at {request.refiner_at:g}"
-                raise type(error)(f"{where}: {error}") from error
-        return self._tables[key]
 
     def _start(
         self, stage: _Stage, size: tuple[int, int], noise: ImageNoise, before: Array | None, kept: Kept | None = None

@@ -8,7 +8,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,59 +35,15 @@ from sdruntime.pipeline.metadata import Origin
 from sdruntime.pipeline.requests.request import Request, requests_from
 from sdruntime.pipeline.requests.unused import unused_lines
 from sdruntime.pipeline.result import Image, Result
+from sdruntime.pipeline.stream import Loop, Stream
 from sdruntime.pipeline.tasks.canvas import finished, result_size
 from sdruntime.pipeline.tasks.passes import check_refiner
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.pipeline.vae.preview import Kind, check_preview, linear_colours, tiny_image
 from sdruntime.pipeline.vae.tile_size import Tiling, cell_of, check_tile, tiling
-from sdruntime.sampling.job import IN_FLIGHT, Job, State, Stepper, after
+from sdruntime.sampling.job import IN_FLIGHT, Job, Stepper, after
 
 _MOST_RELOADS = 100  # how often a bundle that changes while its engines open is read again
-Loop = Generator[None, None, None]  # what `denoise` returns
-
-
-class Stream:
-    """A running generation: iterate for a State after each model call, then read `result`.
-
-    To stop early, break out of the loop: `result` then decodes the latents as they are.
-    """
-
-    def __init__(
-        self,
-        pipe: Pipeline,
-        requests: Sequence[Request],
-        jobs: Sequence[Job],
-        *,
-        on_device: bool,
-    ) -> None:
-        self.jobs = tuple(jobs)
-        self._pipe, self._requests, self._on_device = pipe, requests, on_device
-        self._states, self.watched = self._run(), True
-
-    def __iter__(self) -> Iterator[State]:
-        return self._states
-
-    def close(self) -> None:
-        """Stop the loop and release what it holds on a device."""
-        self._states.close()
-
-    def _run(self) -> Generator[State, None, None]:
-        steps = max(job.steps for job in self.jobs)
-        steppers = self._device_steppers if self._on_device else self._pipe.steppers
-        with contextlib.closing(self._pipe.loop(self.jobs, steppers)) as loop:
-            for step, _ in enumerate(loop, start=1):
-                yield State(step=step, steps=steps, jobs=self.jobs)
-
-    def _device_steppers(self, jobs: Sequence[Job]) -> Sequence[Stepper]:
-        """Launch all steps at once only if nobody watches and all jobs end together; when one ends, the others are regrouped."""
-        together = len({job.run.steps - job.run.step for job in self.jobs if not job.done}) == 1
-        return self._pipe.device_steppers(jobs, whole=together and not self.watched)
-
-    @functools.cached_property
-    def result(self) -> Result:
-        """Stop the loop and decode the images. Raises NotFinite."""
-        self.close()
-        return Result(images=tuple(self._pipe.images(self._requests, self.jobs)), folder=self._pipe.bundle.folder)
 
 
 class Pipeline:
@@ -255,7 +211,12 @@ class Pipeline:
         jobs = self.jobs(requests)
         for line in (*unused_lines(requests), *dict.fromkeys(line for job in jobs for line in job.warnings)):
             warnings.warn(line, UserWarning, stacklevel=3)
-        return Stream(self, requests, jobs, on_device=on_device)
+
+        def loop(stream: Stream) -> Loop:
+            on_host = self.steppers
+            return self.loop(jobs, (lambda jobs: self.device_steppers(jobs, whole=stream.whole)) if on_device else on_host)
+
+        return Stream(jobs, loop, lambda: Result(images=tuple(self.images(requests, jobs)), folder=self.bundle.folder))
 
     def jobs(self, requests: Sequence[Request]) -> list[Job]:
         """Return a job for each request, ready for `loop`: its texts are encoded and its first latents are made.
