@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from integration.reference import Array, assert_same_picture, ours
 
 from sdruntime.errors import SettingError, UnknownName
@@ -61,7 +62,9 @@ def request_for(case: str, sampler: str, **settings: Any) -> Request:
     return Request(prompt=PROMPT, **(basic | settings))
 
 
-def theirs(checkpoint: Path, nets: Path, case: str, sampler: str) -> tuple[Array, Array]:
+def theirs(
+    checkpoint: Path, nets: Path, case: str, sampler: str, *, size: tuple[int, int] = (64, 64), xl: bool = False
+) -> tuple[Array, Array]:
     """(uint8 [H, W, 3], float32 [3, H, W]) of diffusers."""
     import diffusers
     import torch
@@ -73,9 +76,8 @@ def theirs(checkpoint: Path, nets: Path, case: str, sampler: str) -> tuple[Array
     several = len(models) > 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
-            str(checkpoint), controlnet=models if several else models[0], torch_dtype=torch.float32
-        )
+        kind = diffusers.StableDiffusionXLControlNetPipeline if xl else diffusers.StableDiffusionControlNetPipeline
+        reference = kind.from_pretrained(str(checkpoint), controlnet=models if several else models[0], torch_dtype=torch.float32)
         reference.set_progress_bar_config(disable=True)
         named, changes = SAMPLERS[sampler]
         reference.scheduler = getattr(diffusers, named).from_config(reference.scheduler.config, **changes)
@@ -88,8 +90,8 @@ def theirs(checkpoint: Path, nets: Path, case: str, sampler: str) -> tuple[Array
             PROMPT,
             negative_prompt=NEGATIVE,
             image=listed(images),
-            height=64,
-            width=64,
+            width=size[0],
+            height=size[1],
             num_inference_steps=STEPS,
             guidance_scale=guidance,
             controlnet_conditioning_scale=listed(scales),
@@ -113,6 +115,31 @@ def test_the_image_is_diffusers(pipe: Pipeline, sd1_checkpoint: Path, sd1_contro
     assert np.abs(picture.astype(int) - plain).max() > 10
     expected, expected_decoded = theirs(sd1_checkpoint, sd1_controlnets, case, sampler)
     assert_same_picture(picture, expected, decoded, expected_decoded)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:control. the image")
+@pytest.mark.parametrize("kind", ["sdxl"])
+def test_other_families_and_kinds_of_nets(
+    kind: tiny.Kind,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    export: Callable[..., Path],
+    ready: Callable[[Path], Path],
+) -> None:
+    """`canny` takes its channels in the order BGR, and the residuals of `pose` are means over the image."""
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    tiny.write_controlnet(tmp_path / "canny", checkpoint, controlnet_conditioning_channel_order="bgr")
+    tiny.write_controlnet(tmp_path / "pose", checkpoint, seed=12, global_pool_conditions=True)
+    bundle = export(checkpoint, controlnets={f"controlnet_{net}": str(tmp_path / net) for net in ("canny", "pose")})
+    with Pipeline.open(ready(bundle)) as pipe:
+        height, width = pipe.model.default_size
+        for case in ("one", "without guidance"):
+            picture, decoded = ours(pipe, request_for(case, "ddim"))
+            plain, _ = ours(pipe, request_for(case, "ddim", control=()))
+            assert np.abs(picture.astype(int) - plain).max() > 10
+            expected = theirs(checkpoint, tmp_path, case, "ddim", size=(width, height), xl=kind == "sdxl")
+            assert_same_picture(picture, expected[0], decoded, expected[1])
 
 
 def test_a_mixed_batch_gives_the_images_that_each_gives_alone(pipe: Pipeline) -> None:
