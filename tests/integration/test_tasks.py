@@ -139,6 +139,8 @@ def theirs(reference: Any, pipe: Pipeline, sampler: str, **settings: Any) -> tup
 def ours_request(pipe: Pipeline, sampler: str, **settings: Any) -> Request:
     image, mask = inputs(pipe)
     given: dict[str, Any] = {"image": image, **depth(pipe)} if pipe.task in WHOLE else {"image": image, "mask": mask}
+    if pipe.task == "upscaling":
+        settings.pop("strength", None)  # it starts from noise
     options = {"skip_prk_steps": True} if sampler == "pndm" else {}  # as SAMPLERS has it for diffusers
     common: dict[str, Any] = {"prompt": PROMPT, "negative": NEGATIVE, "seed": SEED, "steps": STEPS, "options": options}
     return Request(sampler=sampler, **common, **given, **settings)
