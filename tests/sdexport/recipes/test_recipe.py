@@ -182,7 +182,7 @@ engines[1].components.vae_decoder.target: unknown key
 engines[1].components.vae_decoder.batch: batch 0:0:0: MIN, OPT and MAX must rise from 1
 engines[1].components.vae_encoder: expected false or an object, got true
 engines[1].options.workspace: got 'lots'; expected bytes
-engines[1].options.level: unknown option 'level': known: optimization_level
+engines[1].options.level: unknown option 'level': known: lora, optimization_level
 engines[1].options.optimization_level: got 9; expected 0 (fastest build) to 5
 """.splitlines()
     assert len(listed) == len(expected), listed
