@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
+from sdruntime.pipeline.images.imagefile import Fit
+from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control
 from sdruntime.pipeline.requests.request import DEFAULTS, HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
@@ -70,6 +72,28 @@ class LoraMessage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """The images of a job: the start image, uint8 [H, W, 3], its mask and depth map, uint8 [H, W], and those of ControlNets."""
+
+    image: Array | None = None
+    mask: Array | None = None
+    depth: Array | None = None
+    controls: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlMessage:
+    """A Control. `size`: (width, height) of its image, whose rows are in the blob."""
+
+    size: tuple[int, int]
+    net: str | None = None
+    scale: float = CONTROL_NUMBERS["scale"]
+    start: float = CONTROL_NUMBERS["start"]
+    end: float = CONTROL_NUMBERS["end"]
+    fit: Fit = "resize"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMessage:
     """A Request without its image, mask and depth map.
 
@@ -118,6 +142,7 @@ class RequestMessage:
     refiner_at: float = DEFAULTS["refiner_at"]
     loras: tuple[LoraMessage, ...] = ()
     noise_level: int = DEFAULTS["noise_level"]
+    guess_mode: bool = False
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -128,8 +153,8 @@ class RequestMessage:
             return secrets.randbelow(2**32)
         return self.variation_seed or 0
 
-    def request(self, image: Array | None, mask: Array | None = None, depth: Array | None = None) -> Request:
-        """Return the Request with this start image, uint8 [H, W, 3], mask and depth map, uint8 [H, W]. Raises SettingError."""
+    def request(self, images: Images, controls: Sequence[ControlMessage] = ()) -> Request:
+        """Return the Request with these images. Raises SettingError."""
         return Request(
             prompt=self.prompt,
             negative=self.negative,
@@ -144,9 +169,14 @@ class RequestMessage:
             rescale=self.rescale,
             cfg_pp=self.cfg_pp,
             size=None if self.width is None or self.height is None else (self.width, self.height),
-            image=image,
-            mask=mask,
-            depth=depth,
+            image=images.image,
+            mask=images.mask,
+            depth=images.depth,
+            control=[
+                Control(image=image, net=control.net, scale=control.scale, start=control.start, end=control.end, fit=control.fit)
+                for image, control in zip(images.controls, controls, strict=True)
+            ],
+            guess_mode=self.guess_mode,
             strength=self.strength,
             options=self.options,
             prompt_2=self.prompt_2,
@@ -183,10 +213,10 @@ class Submit:
     """Submit a job.
 
     `image`: (width, height) of the start image, whose rows are the blob. `mask`: the blob goes on with a mask of that size, 8
-    bits of gray for a pixel. `depth`: (width, height) of a depth map with which the blob ends, as large, brighter where it is
-    nearer. `device_buffer`: the address of the caller's buffer of `device_buffer_size` bytes on the engines'
-    GPU. The image's rows are also copied there on the engines' stream, after rounding to uint8 on the host; the copy is complete
-    when "done" is sent.
+    bits of gray for a pixel. `depth`: (width, height) of a depth map that follows in the blob, brighter where it is nearer.
+    `controls`: images for ControlNets, which end the blob. `device_buffer`: the address of the caller's buffer of
+    `device_buffer_size` bytes on the engines' GPU. The image's rows are also copied there on the engines' stream, after rounding
+    to uint8 on the host; the copy is complete when "done" is sent.
     """
 
     op: Literal["submit"]
@@ -197,6 +227,7 @@ class Submit:
     image: tuple[int, int] | None = None
     mask: bool = False
     depth: tuple[int, int] | None = None
+    controls: tuple[ControlMessage, ...] = ()
     device_buffer: int | None = None
     device_buffer_size: int | None = None
 

@@ -5,7 +5,8 @@ A message is a JSON object in UTF-8, some with a blob of bytes. From the host:
     {"op": "open", "bundle": PATH, "options": {...}}            answered by "ready" or "refused"; see `message.OpenOptions`
     {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows,
                                                                 and with "mask": true the mask, rows of 8 bits of gray,
-                                                                and with "depth": [W, H] the depth map, of these sides
+                                                                and with "depth": [W, H] the depth map, of these sides,
+                                                                and for each of "controls" its image, RGB8 rows
     {"op": "cancel", "job": ID}                                 no effect on a finished job
     {"op": "close"}                                             cancels all unfinished jobs; answered by "closed", the last event
 
@@ -48,7 +49,6 @@ from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import CPU, EngineOptions
 from sdruntime.backends.base.session import session
 from sdruntime.backends.registry import BACKENDS
-from sdruntime.bundle.limits import LARGEST_SIDE
 from sdruntime.bundle.records import json_from_text
 from sdruntime.errors import BufferTooSmall, QueueFull, SdruntimeError, SettingError, Unsupported, plain
 from sdruntime.pipeline.images.png import png_from_image
@@ -56,6 +56,7 @@ from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.requests.tags import with_tagged
 from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
+from sdruntime.serving.blob import bytes_of, images_of
 from sdruntime.serving.channel import BadFrame, Channel
 from sdruntime.serving.describe import pipeline_document
 from sdruntime.serving.message import Cancel, Open, Submit, message_from_json
@@ -151,7 +152,7 @@ class Service:
         self._send({"event": "ready", "describe": pipeline_document(pipe) | {"queue": batcher.queue, "running": batcher.running}})
 
     def _submit(self, message: Submit, blob: bytes | memoryview | None, size: int) -> None:
-        request = with_tagged(message.request.request(*_images(message, blob, size)), self._lora_dir)
+        request = with_tagged(message.request.request(images_of(message, blob, size), message.controls), self._lora_dir)
         with self._lock:
             if self._batcher is None or self._pipe is None or self._closing:
                 raise SdruntimeError("the service is closed" if self._closing else "no bundle is open: open one first")
@@ -280,40 +281,7 @@ def blob_bytes(message: bytes) -> int:
         parsed = message_from_json(_document(message))
     except SettingError:
         return 0
-    if not isinstance(parsed, Submit) or parsed.image is None:
-        return 0
-    sizes = [side for size in (parsed.image, parsed.depth) if size is not None for side in size]
-    return _bytes_of(parsed) if all(0 < side <= LARGEST_SIDE for side in sizes) else 0
-
-
-def _bytes_of(message: Submit) -> int:
-    (width, height), (across, down) = message.image or (0, 0), message.depth or (0, 0)
-    return (4 if message.mask else 3) * width * height + across * down
-
-
-def _images(message: Submit, blob: bytes | memoryview | None, size: int) -> tuple[Array | None, Array | None, Array | None]:
-    """Return the start image, uint8 [H, W, 3], the mask and the depth map, uint8 [H, W].
-
-    Raises SettingError if the blob has another size.
-    """
-    (width, height), (across, down) = message.image or (0, 0), message.depth or (0, 0)
-    for name, sides in (("image", message.image), ("depth", message.depth)):
-        if sides is not None and min(sides) < 1:
-            raise SettingError(f"{name} {sides[0]}x{sides[1]}: expected its width and height in pixels")
-    expected = _bytes_of(message)
-    if size != expected:
-        parts = ["RGB8 rows", *["a mask of 8 bits"] * message.mask, *[f"a depth map of {across}x{down}"] * (across > 0)]
-        what = " and ".join(parts)
-        raise SettingError(f"image {width}x{height}: expected {expected:,} bytes of {what} in the blob, got {size:,}")
-    if blob is None or not size:
-        return None, None, None
-    numbers = np.frombuffer(blob, np.uint8).copy()
-    image, mask, depth = np.split(numbers, [3 * width * height, expected - across * down])
-    return (
-        image.reshape(height, width, 3),
-        mask.reshape(height, width) if message.mask else None,
-        depth.reshape(down, across) if message.depth else None,
-    )
+    return bytes_of(parsed) if isinstance(parsed, Submit) else 0
 
 
 def _check_buffer(pipe: Pipeline, message: Submit, request: Request, *, apart: bool) -> None:
