@@ -20,6 +20,7 @@ TYPES = {
     "const char *": c_char_p,
     "void *": c_void_p,
     "const uint8_t *": c_void_p,
+    "const sdr_control *const *": c_void_p,
     "const float *": POINTER(c_float),
     "sdr_log_callback ": c_void_p,
     "sdr_progress_callback ": c_void_p,
@@ -43,7 +44,7 @@ def fields(struct: str) -> list[tuple[str, str]]:
     return re.findall(r"^\s*(.+?[ *])(\w+);", body, flags=re.MULTILINE)
 
 
-STRUCTS = ("sdr_open_params", "sdr_job_params", "sdr_progress", "sdr_result")
+STRUCTS = ("sdr_open_params", "sdr_control", "sdr_job_params", "sdr_progress", "sdr_result")
 
 
 def struct(name: str) -> Any:
@@ -52,7 +53,7 @@ def struct(name: str) -> Any:
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
 
-OpenParams, JobParams, Progress, Result = (struct(name) for name in STRUCTS)
+OpenParams, Control, JobParams, Progress, Result = (struct(name) for name in STRUCTS)
 
 
 class Failed(Exception):

@@ -62,7 +62,7 @@ def test_the_defaults_of_a_job_are_those_of_a_request(library: Library) -> None:
 
 def test_todays_structs_begin_with_the_fields_of_the_first_header(library: Library, tmp_path: Path) -> None:
     first = FIRST.read_text(encoding="utf-8")
-    for struct in STRUCTS:
+    for struct in set(STRUCTS) - {"sdr_control"}:  # since ABI 1.3
         [body] = re.findall(rf"typedef struct {struct} \{{(.*?)\}} {struct};", first, flags=re.DOTALL)
         plain = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
         original = re.findall(r"^\s*(.+?[ *])(\w+);", plain, flags=re.MULTILINE)

@@ -120,6 +120,64 @@ lib.close(runtime)
 """
 
 
+CONTROLLED = """
+import ctypes, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from capi.binding import Control, Failed, Library
+
+lib = Library(sys.argv[2])
+runtime = lib.open(bundle=sys.argv[3], threads=1)
+pixels = np.zeros((7, 16, 3), np.uint8)
+
+
+def submit(count=1, **fields):
+    control = Control()
+    lib.c.sdr_control_init(ctypes.byref(control), ctypes.c_size_t(ctypes.sizeof(control)))
+    for name, value in ({"image": pixels.ctypes.data, "width": 9, "height": 7, "stride": pixels.strides[0]} | fields).items():
+        setattr(control, name, value)
+    several = (ctypes.c_void_p * count)(*[ctypes.addressof(control)] * count)
+    try:
+        lib.wait(lib.submit(runtime, prompt="a cat", steps=1, controls=ctypes.addressof(several), control_count=count))
+    except Failed as failed:
+        print(failed.code, failed)
+
+
+submit(net=b"edges")
+submit(scale=99.0)
+submit(scale=float("nan"))
+submit(fit=b"stretch")
+submit(image=None)
+submit(width=0)
+submit(stride=26)
+submit(reserved=1)
+submit(struct_size=8)
+submit(17)
+lib.close(runtime)
+"""
+
+
+def test_images_for_controlnets(library: Library, bundle: Path) -> None:
+    """The bundle has none, so that the first is refused where its name is read."""
+    printed = run(
+        *(sys.executable, "-c", CONTROLLED, HERE.parent, library.folder / "libsdruntime.so", bundle),
+        env={"SDRUNTIME_PYTHON": sys.prefix, "PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"},
+    )
+    unnamed, *others = printed.splitlines()
+    assert "ControlNet" in unnamed
+    assert others == [
+        "2 control: scale 99.0 is outside 0 to 10",
+        "2 control: scale is not a finite number",
+        "2 submit: controls[0].fit: 'stretch' is not one of resize, crop",
+        "2 control: image is NULL",
+        "2 control of 0x7: expected width and height from 1 to 16384",
+        "2 control: stride 26 is less than the 27 bytes of a row",
+        "2 sdr_control.reserved is not 0: call sdr_control_init first",
+        "2 sdr_control.struct_size is 8; expected 72 to 4096: call sdr_control_init first",
+        "2 control_count 17: at most 16",
+    ]
+
+
 @pytest.mark.parametrize("isolation", [0, 1])
 def test_a_depth_map_of_any_size(library: Library, bundle: Path, tmp_path: Path, isolation: int) -> None:
     """The UNet adds the depth to its latents here."""

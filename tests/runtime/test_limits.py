@@ -83,7 +83,7 @@ def test_a_manifest_that_asks_for_too_much_is_refused(folder: Path, change: Chan
     ("component", "kind", "change", "text"),
     [
         ("unet", "outputs", {"name": "noise"}, "unet.outputs: out_sample is missing"),
-        ("unet", "inputs", {"name": "latents"}, "unet.inputs: latents is not an input of the pipeline"),
+        ("unet", "inputs", {"name": "latents"}, "unet.inputs: latents is not a tensor of the pipeline"),
         ("vae_decoder", "outputs", {"name": "image"}, "vae_decoder.outputs: sample is missing"),
         ("text_encoder", "outputs", {"name": "hidden"}, "text_encoder.outputs: last_hidden_state is missing"),
         ("unet", "outputs", {"shape": ["batch", 8, "height", "width"]}, "expected [batch, 4, height, width]"),

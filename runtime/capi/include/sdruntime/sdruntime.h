@@ -62,7 +62,7 @@ extern "C" {
 
 /* The major number changes when programs must be recompiled, the minor number when something is added. */
 #define SDR_ABI_MAJOR 1
-#define SDR_ABI_MINOR 2
+#define SDR_ABI_MINOR 3
 
 /* Return the version of the loaded library, in the format of SDR_VERSION. The string is static. */
 SDR_API const char *sdr_version(void);
@@ -227,6 +227,24 @@ typedef struct sdr_progress {
  * SDR_REASON_CALLBACK. */
 typedef int32_t (*sdr_progress_callback)(void *user, sdr_job *job, const sdr_progress *progress);
 
+/* An image for a ControlNet of the bundle: Control in Python. Since ABI 1.3. */
+typedef struct sdr_control {
+    uint32_t struct_size;
+    int32_t width; /* of `image` in pixels, any; it is resized */
+    int32_t height;
+    int32_t reserved;     /* must be 0 */
+    const uint8_t *image; /* RGB8 rows from top to bottom */
+    size_t stride;        /* bytes between the beginnings of two rows; 0: 3 * width */
+    const char *net;      /* the name of the ControlNet; NULL: the only one */
+    double scale;         /* how much it counts, default 1 */
+    double start;         /* the part of the model calls in which it acts, from 0 to 1; default 0 */
+    double end;           /* default 1 */
+    const char *fit;      /* how to bring the image to the size that is generated: "resize", "crop"; NULL: "resize" */
+} sdr_control;
+
+/* Set every field to its default. `struct_size` is sizeof(sdr_control). Does nothing if `control` is NULL. */
+SDR_API void sdr_control_init(sdr_control *control, size_t struct_size);
+
 typedef struct sdr_job_params {
     uint32_t struct_size;
     int32_t steps;        /* default 20 */
@@ -263,6 +281,9 @@ typedef struct sdr_job_params {
     int32_t depth_width;  /* the depth map is resized to the image */
     int32_t depth_height;
     size_t depth_stride; /* bytes between the beginnings of two rows; 0: depth_width */
+    /* since ABI 1.3 */
+    const sdr_control *const *controls; /* images for the bundle's ControlNets; NULL: none */
+    size_t control_count;               /* how many pointers `controls` has */
 } sdr_job_params;
 
 /* Set every field to its default. `struct_size` is sizeof(sdr_job_params). Does nothing if `params` is NULL. */

@@ -91,6 +91,10 @@ struct OpenParams : sdr_open_params {
     OpenParams() noexcept { sdr_open_params_init(this, sizeof(sdr_open_params)); }
 };
 
+struct Control : sdr_control {
+    Control() noexcept { sdr_control_init(this, sizeof(sdr_control)); }
+};
+
 struct JobParams : sdr_job_params {
     JobParams() noexcept { sdr_job_params_init(this, sizeof(sdr_job_params)); }
 };

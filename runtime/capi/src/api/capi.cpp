@@ -135,6 +135,13 @@ void sdr_job_params_init(sdr_job_params *params, size_t struct_size) {
     init(params, struct_size, defaults);
 }
 
+void sdr_control_init(sdr_control *control, size_t struct_size) {
+    sdr_control defaults = {};
+    defaults.scale = 1;
+    defaults.end = 1;
+    init(control, struct_size, defaults);
+}
+
 void sdr_result_init(sdr_result *result, size_t struct_size) { init(result, struct_size, sdr_result{}); }
 
 sdr_status *sdr_runtime_open(const sdr_open_params *params, sdr_runtime **runtime) {

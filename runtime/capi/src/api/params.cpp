@@ -12,6 +12,7 @@ namespace sdr {
 namespace {
 
 constexpr int32_t LARGEST_SIDE = 1 << 14;  // keep equal to runtime/sdruntime/bundle/limits.py
+constexpr size_t MOST_CONTROLS = 16;       // keep equal to runtime/sdruntime/pipeline/requests/control.py
 
 Failure bad(const std::string &message) { return usage(SDR_REASON_BAD_ARGUMENT, message); }
 
@@ -67,6 +68,20 @@ sdr_job_params copy_of(const sdr_job_params *original) {
     return copy_struct(original, "sdr_job_params", offsetof(sdr_job_params, mask), sdr_job_params_init);
 }
 
+std::vector<sdr_control> controls_of(const sdr_job_params &params) {
+    if (params.control_count > MOST_CONTROLS)
+        throw bad("control_count " + std::to_string(params.control_count) + ": at most " + std::to_string(MOST_CONTROLS));
+    if (params.control_count && !params.controls) throw bad("controls is NULL");
+    constexpr size_t first_size = offsetof(sdr_control, fit) + sizeof(sdr_control::fit);
+    std::vector<sdr_control> controls;
+    for (size_t k = 0; k < params.control_count; ++k) {
+        controls.push_back(copy_struct(params.controls[k], "sdr_control", first_size, sdr_control_init));
+        if (controls.back().reserved)
+            throw usage(SDR_REASON_BAD_STRUCT, "sdr_control.reserved is not 0: call sdr_control_init first");
+    }
+    return controls;
+}
+
 std::string text_of(const char *text, const char *field) {
     if (!text) return "";
     if (const size_t at = bad_utf8(text); at != std::string::npos)
@@ -117,7 +132,7 @@ Json::Object request_of(const sdr_job_params &params) {
     const Json rare = params.settings ? object_of(params.settings, "settings") : Json(Json::Object());
     for (const auto &[key, value] : rare.object()) {
         for (const char *field : {"prompt", "negative", "seed", "steps", "sampler", "schedule", "guidance", "rescale", "width",
-                                  "height", "strength", "options", "image", "mask", "depth"})
+                                  "height", "strength", "options", "image", "mask", "depth", "control"})
             if (key == field && !(params.model_defaults && (key == "steps" || key == "guidance")))
                 throw bad("settings: \"" + key + "\" is not accepted here: set its field in sdr_job_params");
         request.emplace_back(key, value);
@@ -141,27 +156,48 @@ void copy_rows(std::vector<uint8_t> &bytes, const uint8_t *first, size_t row, si
                   " bytes of a row");
     if (stride > static_cast<size_t>(PTRDIFF_MAX) / static_cast<size_t>(height))
         throw bad(std::string(field) + " " + std::to_string(stride) + " is too large");
+    bytes.reserve(bytes.size() + row * static_cast<size_t>(height));
     for (size_t k = 0; k < static_cast<size_t>(height); ++k)
         bytes.insert(bytes.end(), first + k * stride, first + k * stride + row);
 }
 
 }  // namespace
 
-Blob image_of(const sdr_job_params &params) {
+Json::Array control_messages(const std::vector<sdr_control> &controls) {
+    Json::Array messages;
+    for (const sdr_control &control : controls) {
+        Json::Object message{{"size", Json::Array{control.width, control.height}},
+                             {"scale", finite(control.scale, "control: scale")},
+                             {"start", finite(control.start, "control: start")},
+                             {"end", finite(control.end, "control: end")}};
+        put_text(message, "net", control.net);
+        put_text(message, "fit", control.fit);
+        messages.emplace_back(std::move(message));
+    }
+    return messages;
+}
+
+Blob images_of(const sdr_job_params &params, const std::vector<sdr_control> &controls) {
     if (!params.image && params.mask) throw bad("mask: it marks a part of an image: set image too");
     if (!params.image && params.depth) throw bad("depth: it is that of an image: set image too");
-    if (!params.image) return {};
-    const int32_t width = params.image_width, height = params.image_height;
-    check_sides(width, height, "image");
-    if (params.depth) check_sides(params.depth_width, params.depth_height, "depth");
-    const auto row = static_cast<size_t>(width), depth_row = static_cast<size_t>(params.depth ? params.depth_width : 0);
     std::vector<uint8_t> bytes;
-    bytes.reserve((params.mask ? 4 : 3) * row * static_cast<size_t>(height) +
-                  depth_row * static_cast<size_t>(params.depth ? params.depth_height : 0));
-    copy_rows(bytes, params.image, 3 * row, params.image_stride, height, "image_stride");
-    if (params.mask) copy_rows(bytes, params.mask, row, params.mask_stride, height, "mask_stride");
-    if (params.depth) copy_rows(bytes, params.depth, depth_row, params.depth_stride, params.depth_height, "depth_stride");
-    return Blob(std::move(bytes));
+    if (params.image) {
+        const auto row = static_cast<size_t>(params.image_width);
+        check_sides(params.image_width, params.image_height, "image");
+        if (params.depth) check_sides(params.depth_width, params.depth_height, "depth");
+        copy_rows(bytes, params.image, 3 * row, params.image_stride, params.image_height, "image_stride");
+        if (params.mask) copy_rows(bytes, params.mask, row, params.mask_stride, params.image_height, "mask_stride");
+        if (params.depth)
+            copy_rows(bytes, params.depth, static_cast<size_t>(params.depth_width), params.depth_stride, params.depth_height,
+                      "depth_stride");
+    }
+    for (const sdr_control &control : controls) {
+        if (!control.image) throw bad("control: image is NULL");
+        check_sides(control.width, control.height, "control");
+        copy_rows(bytes, control.image, 3 * static_cast<size_t>(control.width), control.stride, control.height,
+                  "control: stride");
+    }
+    return bytes.empty() ? Blob() : Blob(std::move(bytes));
 }
 
 }  // namespace sdr

@@ -160,10 +160,12 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
                          {"request", request_of(params)},
                          {"preview", params.preview != 0},
                          {"png", params.png != 0}};
-    Blob image = image_of(params);
-    if (image.size()) message.emplace_back("image", Json::Array{params.image_width, params.image_height});
+    const std::vector<sdr_control> controls = controls_of(params);
+    Blob images = images_of(params, controls);
+    if (params.image) message.emplace_back("image", Json::Array{params.image_width, params.image_height});
     if (params.mask) message.emplace_back("mask", true);
     if (params.depth) message.emplace_back("depth", Json::Array{params.depth_width, params.depth_height});
+    if (!controls.empty()) message.emplace_back("controls", control_messages(controls));
     if (params.device_buffer) {
         if (isolation_ == SDR_ISOLATION_PROCESS)
             throw usage(SDR_REASON_UNSUPPORTED,
@@ -189,7 +191,7 @@ uint64_t Runtime::submit(const sdr_job_params &params) {
         jobs_.emplace(id, job);
         waiting_.insert(id);
         process.jobs.put(id, job);
-        transport_->send({std::move(text), std::move(image)});
+        transport_->send({std::move(text), std::move(images)});
         return id;
     }
 }
