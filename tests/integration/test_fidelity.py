@@ -13,6 +13,7 @@ from integration.reference import Reference, assert_same_picture, ours
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.tasks.tables import Tables
 
 CHECKPOINTS = ("shapes", "sd1", "sd2_v", "sdxl")
 # three of diffusers' classes clip the latents to [-1, 1] unless the file says otherwise; here only a file can turn that on
@@ -159,7 +160,7 @@ def test_edm_models(
     prediction = pipe.model.prediction_type
     written = {"_class_name": scheduler, "prediction_type": prediction, **changes}
     monkeypatch.setattr(pipe._factory, "schedule", written)
-    pipe._factory._tables.clear()
+    monkeypatch.setattr(pipe._factory, "_tables", Tables(written))
     height, width = pipe.model.default_size
     noise = np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8)
     start = {} if strength is None else {"image": noise, "strength": strength}
@@ -167,7 +168,6 @@ def test_edm_models(
         PROMPT, scheduler=scheduler, changes=changes, guidance_scale=3.0, num_inference_steps=10, seed=4, **start
     )
     picture, decoded = ours(pipe, PROMPT, guidance=3.0, steps=10, seed=4, **start)
-    pipe._factory._tables.clear()
     assert_same_picture(picture, theirs, decoded, theirs_float)
 
 
