@@ -71,6 +71,7 @@ def _insert_token_vectors(graph: ir.Graph, vectors: ir.Value, component: Compone
         (chosen, ir.DataType.FLOAT, rows.shape),
     ):
         node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), shape
+        node.name = node.outputs[0].name = f"{vectors.name}.{node.op_type}"
     ir.convenience.replace_all_uses_with(rows, chosen.outputs[0])
     chosen.replace_input_with(2, rows)
     lookup.replace_input_with(1, known.outputs[0])

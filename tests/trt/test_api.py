@@ -228,9 +228,12 @@ def test_every_use_of_the_backend_is_run(
     job["onnx"] = str(networks.foreign(tmp_path / "foreign.onnx"))
     with pytest.raises(EngineError, match=r"node fused \(Fused\)"):
         plan_from_onnx(job, here.trt, lambda stage: True)
+    job["profiles"] = [{"batch": (1, 1, 1), "height": (8, 8, 8), "width": (8, 8, 8)}]
+    latents = {"inputs": {"latent_sample": ["batch", 4, "height", "width"]}, "optional_inputs": ["latent_sample"]}
+    decoder = networks.decoder(tmp_path / "decoder.onnx")
+    assert plan_from_onnx(job | latents | {"onnx": str(decoder)}, here.trt, lambda stage: True)[0] is not None
     if surface.has("IAttention"):
         job |= {"onnx": str(networks.attention(tmp_path / "attention.onnx")), "inputs": {"sample": networks.CELLS}}
-        job["profiles"] = [{"batch": (1, 1, 1), "height": (8, 8, 8), "width": (8, 8, 8)}]
         assert plan_from_onnx(job, here.trt, lambda stage: True)[0] is not None
     assert {use.name for use in unexercised(backend, surface, here.trt.used)} == RUN_ELSEWHERE[
         f"{surface.module} {surface.version}"

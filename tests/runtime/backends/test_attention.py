@@ -52,7 +52,7 @@ def test_a_built_engine_has_it_and_the_numbers_of_the_bundle(
     dims = {name: {"batch": 3, "sequence": 77}.get(name, 8) for name in spec.dimensions}
     random = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
-    for tensor in spec.inputs:
+    for tensor in spec.engine_inputs:
         values = random.standard_normal(shape_of(tensor, dims, bundle.manifest.model.vae_factor))
         feeds[tensor.name] = (np.abs(9 * values) if tensor.dtype != "float32" else values).astype(tensor.dtype)
     ours = session(str(folder / engine.files[0])).run(None, feeds)

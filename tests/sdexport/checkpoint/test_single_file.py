@@ -374,7 +374,7 @@ def test_the_header_and_the_vocabulary_are_read_once(
 ) -> None:
     """Each takes a part of a second; SDXL has two tokenizers with one vocabulary."""
     from sdexport.checkpoint.original import tokenizer
-    from sdexport.checkpoint.weights import safetensors
+    from sdruntime.adapters import safetensors
 
     path = file_of(tmp_path_factory, "sdxl")
     calls: list[str] = []

@@ -189,7 +189,6 @@ def test_a_snapshot_of_the_hub_s_cache_is_read_through_its_links(sd1_checkpoint:
         ("KandinskyV22Pipeline", "Kandinsky"),
         ("StableUnCLIPPipeline", "unCLIP"),
         ("StableVideoDiffusionPipeline", "video"),
-        ("StableDiffusionUpscalePipeline", "upscal"),
         ("StableDiffusionLatentUpscalePipeline", "upscal"),
         ("PixArtAlphaPipeline", "PixArt"),
         ("AnotherPipeline", "is not one of StableDiffusionPipeline, "),

@@ -18,6 +18,7 @@ FAILURES = [
     (["build", "{nowhere}", "-o", "{out}", "--json"], "CheckpointError", 2),
     (["--json", "build", "{nowhere}", "-o", "{out}"], "CheckpointError", 2),
     (["build", "--json"], "UsageError", 2),
+    (["merge", "{nowhere}", "{nowhere}", "-o", "{out}", "--json"], "CheckpointError", 2),
     (["build", "{nowhere}", "-o", "{out}", "--backend", "nothing", "--json"], "UnknownName", 2),
     (["engines", "{nowhere}", "-o", "{out}", "--json"], "UnknownName", 2),
     (["inspect", "{nowhere}", "--json"], "BundleError", 5),

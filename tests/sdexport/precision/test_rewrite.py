@@ -71,7 +71,7 @@ def test_fp16_casts_at_the_edges_and_nowhere_inside(bundles: tuple[Path, Path, P
             assert source is not None
             producer = source.producer()
             assert producer is None or producer.op_type != "Cast", f"{cast.name} follows a cast"
-        floats = sum(spec.dtype == "float32" for spec in (*component.inputs, *component.outputs))
+        floats = sum(spec.dtype == "float32" for spec in (*component.engine_inputs, *component.outputs))
         assert len(casts) <= floats, [cast.name for cast in casts]
         assert not any("Cast" in chain for chain in chains_before_softmax(model))
         assert (
