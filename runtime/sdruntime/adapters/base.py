@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sdruntime.adapters.names import split_key
 from sdruntime.adapters.safetensors import Extent
+from sdruntime.bundle.roles import role
 
 UNET, OTHER = "unet", "other"
 # what keys of a component begin with; the first that fits
@@ -48,7 +49,7 @@ def base_of(tensors: Mapping[str, Extent], metadata: Mapping[str, str]) -> str |
         parts = split_key(key)
         if parts and parts[1] == "down" and parts[0].removesuffix("_lora").endswith(_CROSS) and len(tensor.shape) > 1:
             return _WIDTHS.get(tensor.shape[1], f"a model with texts of width {tensor.shape[1]}")
-    if any(component_of(key) == "text_encoder_2" for key in tensors):
+    if any(role(component_of(key)).takes_second_texts for key in tensors):
         return "SDXL"
     for name in _METADATA:
         written = metadata.get(name, "").lower()

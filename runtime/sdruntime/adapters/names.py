@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sdruntime.adapters.kinds import ALPHA, DORA_SCALE, DOWN, FULL, MAGNITUDE, MID, UP
+from sdruntime.bundle.roles import role
 
 _BIAS = "bias."  # of a tensor that changes the module's bias
 
@@ -120,13 +121,14 @@ def resolve(keys: Iterable[str], components: Mapping[str, Mapping[str, Shape]]) 
         else:
             by_stem.setdefault(parts[0], {})[parts[1]] = key
     found: list[Found] = []
+    pair = any(role(component).takes_second_texts for component in components)
     for component, weights in components.items():
-        original = original_names(weights) if component == "unet" else {}
+        original = original_names(weights) if role(component).kind == "denoiser" else {}
         for weight, shape in weights.items():
             module, _, kind = weight.rpartition(".")
             if kind != "weight":
                 continue
-            for stem in _stems(component, module, original.get(module), pair="text_encoder_2" in components):
+            for stem in _stems(component, module, original.get(module), pair=pair):
                 if stem in by_stem:
                     found += _of_module(component, module, stem, by_stem.pop(stem), weights, shape, unmatched)
     unmatched.update(key for left in by_stem.values() for key in left.values())
@@ -220,7 +222,7 @@ def _counted(present: set[str], parent: str) -> Iterator[str]:
 
 def _stems(component: str, module: str, original: str | None, *, pair: bool) -> Iterator[str]:
     """Yield every spelling of a module. `pair`: the model has a second text encoder (SDXL)."""
-    if component == "unet":
+    if role(component).kind == "denoiser":
         names = [module, *([original] if original else [])]
         for name in names:
             yield f"unet.{name}"

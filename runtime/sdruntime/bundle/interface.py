@@ -76,8 +76,8 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
             widths = known.copy()  # each encoder has its own width
             yield from _faults(f"{name}.optional_inputs", _OPTIONAL_INPUTS, component.optional_inputs, widths, complete=True)
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)
-    if "unet" in manifest.components:
-        yield from _control_faults(manifest, required["unet"][0], known)
+    for name in of_kind(manifest.components, "denoiser"):
+        yield from _control_faults(manifest, required[name][0], known)
 
 
 def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | str]) -> Iterator[str]:

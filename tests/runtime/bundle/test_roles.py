@@ -11,7 +11,7 @@ from sdruntime.bundle.roles import ROLES, of_kind, role
 
 SOURCES = [path for top in ("runtime/sdruntime", "sdexport") for path in sorted((ROOT / top).rglob("*.py"))]
 # where the parts of a checkpoint are named, not a bundle's components
-OF_CHECKPOINTS = ("sdexport/checkpoint/", "sdexport/families/", "sdexport/verification/original.py")
+OF_CHECKPOINTS = ("sdexport/checkpoint/", "sdexport/families/", "sdexport/merging/", "sdexport/verification/original.py")
 
 
 def compared(tree: ast.AST) -> list[int]:
