@@ -46,7 +46,7 @@ def test_a_bundle_may_have_the_inputs_of_a_task_and_no_others(small_bundle: Path
         return list(interface_faults(dataclasses.replace(manifest, components={**manifest.components, "unet": changed})))
 
     assert faults() == faults("mask", "masked_image_latents") == []
-    assert faults("mask") == ["unet.inputs: mask is not an input of the pipeline"]
+    assert faults("mask") == ["unet.inputs: mask is not a tensor of the pipeline"]
     [mask, latents] = faults("mask", "masked_image_latents", count=2)
     assert mask.startswith("unet.inputs: mask is float32 [batch, 2, height, width], expected [batch, 1, height, width]")
     assert "masked_image_latents" in latents

@@ -50,7 +50,7 @@ def test_weights_are_merged_when_they_are_read(sd1_checkpoint: Path, tmp_path: P
     options = ExportOptions(loras=(f"{path}:0.5",))
     assert len({checkpoint_hash(each) for each in (plain, changed, other)}) == 3
     assert len({digest_of_inputs(each, components(each), options, []) for each in (plain, changed, other)}) == 3
-    assert without_paths(options, None, None).loras == ("style.safetensors:0.5:0.5",)
+    assert without_paths(options, None, None, {}).loras == ("style.safetensors:0.5:0.5",)
 
 
 def test_a_lora_of_another_base(sd1_checkpoint: Path, sdxl_checkpoint: Path, tmp_path: Path) -> None:
