@@ -137,6 +137,7 @@ def test_another_interpreter_builds_is_interrupted_and_goes_on(place: Path, othe
     assert len(row(result.stdout)["present"]) == len(COMPONENTS), "the two interpreters have the same library"
 
 
+@pytest.mark.full
 def test_what_the_other_interpreter_lacks_is_told_and_the_rest_is_built(place: Path, other_python: Path) -> None:
     result = run("engines", ROOT / "engines/shapes.toml", "-o", place / "out", "--python", other_python, "--json")
     assert result.exit_code == 3

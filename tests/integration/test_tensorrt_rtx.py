@@ -29,7 +29,7 @@ from sdruntime.pipeline.pipeline import Pipeline
 RTX = "1.7.1.116"
 PROMPT = "a cat in the red and"
 TASKS = tuple((task, tiny.ONE_KIND.get(task, "sd1")) for task in tiny.TASKS)
-LATER = ("depth", "refining")  # in `make test-full`
+LATER = ("depth", "refining", "upscaling")  # in `make test-full`
 GPU_TARGETS = ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "ampere+"]
 
 

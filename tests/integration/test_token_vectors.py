@@ -23,7 +23,7 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 ROW, AT = 1, (2, 5)  # of the ids that are replaced
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+@pytest.fixture(scope="module", params=["onnxruntime", pytest.param("openvino", marks=pytest.mark.full)])
 def bundle(request: pytest.FixtureRequest, sdxl_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     pytest.importorskip(request.param, reason="the backend is not installed")
     folder = Path(copytree(sdxl_bundle, tmp_path_factory.mktemp(request.param) / "bundle"))

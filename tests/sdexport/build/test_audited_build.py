@@ -71,6 +71,7 @@ def test_the_shapes_checkpoint_in_fp16(tmp_path: Path, trace_cache: Path) -> Non
         assert not audit.whole
 
 
+@pytest.mark.full
 def test_two_builds_give_equal_bytes(sd1_checkpoint: Path, sd1_fp16_bundle: Path, tmp_path: Path) -> None:
     events = whole(build(str(sd1_checkpoint), tmp_path / "again", ExportOptions(precision="fp16", verify=False)))
     stages = [event.stage.name for event in events if isinstance(event, ExportProgress)]
@@ -84,6 +85,7 @@ def test_two_builds_give_equal_bytes(sd1_checkpoint: Path, sd1_fp16_bundle: Path
     assert again[-1].up_to_date
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_fp16_weights_alone_is_audited_by_these(sd1_checkpoint: Path, trace_cache: Path, tmp_path: Path) -> None:
     variant = Path(shutil.copytree(sd1_checkpoint, tmp_path / "variant"))
     for path in list(variant.rglob("*.safetensors")):
