@@ -63,7 +63,8 @@ SUFFIXES: Mapping[str, str] = {
 }
 _PROCESSOR = {"_lora.down.weight": DOWN, "_lora.up.weight": UP, "_lora.alpha": ALPHA}  # after processor.to_q and the like
 
-_OUTER = {
+# The original layout of a UNet: its modules outside the blocks, by their names there, and those of a residual block.
+OUTER = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -72,7 +73,7 @@ _OUTER = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_RESNET = {
+RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -162,7 +163,7 @@ def original_names(weights: Iterable[str]) -> dict[str, str]:
     """Return the names that the original code gives to the modules of a UNet: the numbers follow from the order of its blocks."""
     modules = {weight.rpartition(".")[0] for weight in weights}
     present = _ancestors(modules)
-    places = {ours: theirs for theirs, ours in _OUTER.items()} | dict(_blocks(present))
+    places = {ours: theirs for theirs, ours in OUTER.items()} | dict(_blocks(present))
     names = {}
     for module in modules:
         parts = module.split(".")
@@ -171,7 +172,7 @@ def original_names(weights: Iterable[str]) -> dict[str, str]:
             continue
         place, rest = ".".join(parts[:cut]), parts[cut:]
         if ".resnets." in place and rest:
-            rest = [_RESNET.get(rest[0], rest[0]), *rest[1:]]
+            rest = [RESNET.get(rest[0], rest[0]), *rest[1:]]
         names[module] = ".".join([places[place], *rest])
     return names
 

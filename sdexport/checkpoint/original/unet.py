@@ -23,25 +23,10 @@ from sdexport.checkpoint.original.naming import (
     reverse,
     size,
 )
+from sdruntime.adapters.names import OUTER, RESNET
 
 _HEAD = 64  # channels of an attention head, where their number is not fixed
-_OUTER = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
+_RESNET = {original: name for name, original in RESNET.items()}
 _CONVS = ("in_layers.2", "out_layers.3")  # of a residual block, both as wide as the block
 _LATENT = 4  # channels
 _TRANSFORMER = re.compile(
@@ -87,7 +72,7 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
         "use_linear_projection": 2 * sum(len(tensors[name].shape) == 2 for name in projections) > len(projections),
     }
     config |= added_embedding(tensors, "label_emb.0.0.weight", pooled=pooled, ids=ids)
-    places = _OUTER | places
+    places = OUTER | places
     weights, unknown = renamed(tensors, places, _inside)
     check_fit(config, unet_weights(config), weights, unknown=unknown, old=lambda name: _old(name, places))
     return config, weights

@@ -73,7 +73,7 @@ def read_graph(model: memoryview) -> Graph:
     nodes: list[Node] = []
     constants: dict[str, list[int] | list[float]] = {}
     outputs: set[str] = set()
-    for part, value in _graph_fields(model):
+    for part, value in graph_fields(model):
         if part == _GRAPH_NODE:
             nodes.append(_read_node(value))
         elif part == _GRAPH_INITIALIZER:
@@ -111,10 +111,15 @@ def write_graph(model: memoryview, graph: Graph, replaced: Mapping[int, Sequence
     nodes = _needed([new for node in graph.nodes for new in replaced.get(id(node), [node])], graph.outputs)
     read = {name for node in nodes for name in node.inputs}
     parts = [delimited(_GRAPH_NODE, node.raw) for node in nodes]
-    for part, value in _graph_fields(model):
+    for part, value in graph_fields(model):
         if part != _GRAPH_NODE and not (part == _GRAPH_INITIALIZER and _read_constant(value)[0] not in read):
             parts.append(delimited(part, value))
     parts += [delimited(_GRAPH_INITIALIZER, _constant(name, values)) for name, values in constants.items() if name in read]
+    return with_graph(model, parts)
+
+
+def with_graph(model: memoryview, parts: Iterable[bytes]) -> bytes:
+    """Return the model with the serialized fields `parts` as its graph."""
     others = [(part, value) for part, value in fields(model) if part != _MODEL_GRAPH]
     head = [number(part, value) if isinstance(value, int) else delimited(part, value) for part, value in others]
     return b"".join([*head, delimited(_MODEL_GRAPH, b"".join(parts))])
@@ -130,7 +135,8 @@ def _needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
     return kept[::-1]
 
 
-def _graph_fields(model: memoryview) -> list[tuple[int, memoryview]]:
+def graph_fields(model: memoryview) -> list[tuple[int, memoryview]]:
+    """Return the fields of a model's graph, by their numbers. Raises ValueError for a damaged model."""
     graphs = [value for part, value in fields(model) if part == _MODEL_GRAPH and not isinstance(value, int)]
     return [(part, value) for graph in graphs for part, value in fields(graph) if not isinstance(value, int)]
 

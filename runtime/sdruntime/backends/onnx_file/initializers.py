@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.onnx_file.external import DTYPES
+from sdruntime.backends.onnx_file.graph import graph_fields, with_graph
 from sdruntime.backends.onnx_file.wire import delimited, fields, number, varints
 
-_GRAPH, _INITIALIZER = 7, 5  # of ModelProto and GraphProto
+_INITIALIZER = 5  # of GraphProto
 _DIMS, _TYPE, _NAME, _RAW, _LOCATION = 1, 2, 8, 9, 14  # of TensorProto
 
 
@@ -31,13 +32,13 @@ class Initializer:
 
 def initializers(model: memoryview) -> dict[str, Initializer]:
     """Return the initializers of the main graph by name. Raises ValueError for a damaged model."""
-    return dict(_described(value) for part, value in _graph_fields(model) if part == _INITIALIZER)
+    return dict(_described(value) for part, value in graph_fields(model) if part == _INITIALIZER)
 
 
 def with_values(model: memoryview, values: Mapping[str, Array]) -> bytes:
     """Return the model with new values, stored as they are, for some initializers in the file itself."""
     parts = []
-    for part, value in _graph_fields(model):
+    for part, value in graph_fields(model):
         name, known = _described(value) if part == _INITIALIZER else ("", None)
         if known is not None and name in values:
             dims = b"".join(number(_DIMS, size) for size in known.shape)
@@ -45,15 +46,7 @@ def with_values(model: memoryview, values: Mapping[str, Array]) -> bytes:
             parts.append(delimited(part, tensor + delimited(_RAW, values[name].tobytes())))
         else:
             parts.append(delimited(part, value))
-    others = [(part, value) for part, value in fields(model) if part != _GRAPH]
-    head = [number(part, value) if isinstance(value, int) else delimited(part, value) for part, value in others]
-    return b"".join([*head, delimited(_GRAPH, b"".join(parts))])
-
-
-def _graph_fields(model: memoryview) -> Iterator[tuple[int, memoryview]]:
-    for part, graph in fields(model):
-        if part == _GRAPH and isinstance(graph, memoryview):
-            yield from ((number, value) for number, value in fields(graph) if isinstance(value, memoryview))
+    return with_graph(model, parts)
 
 
 def _described(tensor: memoryview) -> tuple[str, Initializer]:

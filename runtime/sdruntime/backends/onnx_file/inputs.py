@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sdruntime.backends.onnx_file.graph import name_of_constant, name_of_input
-from sdruntime.backends.onnx_file.wire import delimited, fields, number
+from sdruntime.backends.onnx_file.graph import graph_fields, name_of_constant, name_of_input, with_graph
+from sdruntime.backends.onnx_file.wire import delimited, number
 
-_MODEL_GRAPH = 7
 _GRAPH_INITIALIZER, _GRAPH_INPUT = 5, 11
 _FLOAT = 1  # TensorProto.DataType
 Shape = Sequence[int | str]
@@ -21,24 +20,12 @@ def with_required_inputs(model: memoryview, shapes: Mapping[str, Shape]) -> byte
     if not shapes:
         return bytes(model)
     parts = []
-    for part, value in fields(model):
-        if isinstance(value, int):
-            parts.append(number(part, value))
-        else:
-            parts.append(delimited(part, _graph(value, shapes) if part == _MODEL_GRAPH else value))
-    return b"".join(parts)
-
-
-def _graph(graph: memoryview, shapes: Mapping[str, Shape]) -> bytes:
-    parts = []
-    for part, value in fields(graph):
-        assert not isinstance(value, int)  # GraphProto has no number
+    for part, value in graph_fields(model):
         if part == _GRAPH_INITIALIZER and name_of_constant(value) in shapes:
             continue
-        if part == _GRAPH_INPUT and (name := name_of_input(value)) in shapes:
-            value = memoryview(_value_info(name, shapes[name]))
-        parts.append(delimited(part, value))
-    return b"".join(parts)
+        required = part == _GRAPH_INPUT and (name := name_of_input(value)) in shapes
+        parts.append(delimited(part, _value_info(name, shapes[name]) if required else value))
+    return with_graph(model, parts)
 
 
 def _value_info(name: str, shape: Shape) -> bytes:
