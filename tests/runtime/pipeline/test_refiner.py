@@ -69,7 +69,10 @@ def test_a_mask_holds_for_the_refiner_too(small_bundle: Path, twin: Path, sample
 
 @pytest.mark.parametrize("resize", ["latent", "lanczos"])
 def test_the_refiner_finishes_the_second_of_two_passes(small_bundle: Path, twin: Path, resize: Any) -> None:
-    """The first pass is the model's own; prompt editing counts on over all."""
+    """The first pass is the model's own; prompt editing counts on over all.
+
+    The refiner encodes fewer texts in one call than the model, which ONNX Runtime 1.23 rounds in another way: one level.
+    """
     settings = {**SETTINGS, "sampler": "euler_a", "hires": 2.0, "hires_strength": 0.75, "hires_resize": resize}
     with Pipeline.open(small_bundle, refiner=twin) as pipe:
         assert pipe.refiner is not None
@@ -79,7 +82,10 @@ def test_the_refiner_finishes_the_second_of_two_passes(small_bundle: Path, twin:
         for state in stream:
             at[state.step] = (stream.jobs[0].bundle, stream.jobs[0].run.x.shape[1])
         [finished] = stream.result.images
-        np.testing.assert_array_equal(finished.pixels, plain.pixels)
+        np.testing.assert_allclose(finished.pixels, plain.pixels, rtol=0, atol=1)
+        early = pipe("a (cat:1.2) bird", **settings, refiner_at=1).pixels[0]
+        assert np.mean(finished.pixels != plain.pixels) <= 0.01
+        assert np.mean(early != plain.pixels) >= 0.1
         ours, theirs = pipe.bundle.folder, pipe.refiner.bundle.folder
         assert (at[1], at[9], at[14]) == ((ours, 8), (ours, 16), (theirs, 16))
         told = finished.text()["parameters"]
