@@ -102,6 +102,27 @@ def test_docstrings_and_comments_are_in_plain_words() -> None:
     assert found == []
 
 
+# participles that name a thing by what happened to it, where `tensor`, `engine` or `image` says what it is
+VAGUE = {"asked", "each", "found", "given", "made", "told"}
+
+
+def variables(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and name of each variable and parameter."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+
+
+def test_variables_are_named_by_what_they_are() -> None:
+    vague = []
+    for path in SOURCES:
+        names = variables(path.read_text(encoding="utf-8"))
+        vague += [f"{path.relative_to(ROOT)}:{line}: {name}" for line, name in names if name in VAGUE]
+    assert vague == []
+
+
 ROOMS = ("runtime", "sdexport", "tests", "docs", "engines", "examples", "benchmarks", "reports")
 # a file of this project: with its folders, or the bare name of a source file; and a module with its package
 FILE = re.compile(r"(?<![\w/.{}<*-])(?:(?:[\w.-]+/)+[\w.-]+\.(?:py|cpp|hpp|c|h|md)|[\w-]+\.(?:py|cpp|hpp))\b")

@@ -75,10 +75,10 @@ def _inputs(task: Task | None, requests: list[ReferenceImage], factor: int) -> d
     settings = [task_settings(task, request.size, request.seed, factor=factor) for request in requests]
     names = {"image": "image", "mask": "mask_image"}
     arguments: dict[str, Any] = {
-        theirs: [Image.fromarray(each[ours]) for each in settings] for ours, theirs in names.items() if ours in settings[0]
+        theirs: [Image.fromarray(setting[ours]) for setting in settings] for ours, theirs in names.items() if ours in settings[0]
     }
     if "depth" in settings[0]:
-        arguments["depth_map"] = torch.from_numpy(np.stack([each["depth"] for each in settings]))
+        arguments["depth_map"] = torch.from_numpy(np.stack([setting["depth"] for setting in settings]))
     return arguments | ({"strength": settings[0]["strength"]} if "strength" in settings[0] else {})
 
 

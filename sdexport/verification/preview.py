@@ -28,9 +28,9 @@ def linear_preview(images: Sequence[Array], engine: Callable[[str], Engine], mod
     encoder = engine("vae_encoder")
     latents = [scaled(encode_mode(image[None], encoder), model) for image in pixels]
     decoder = engine("vae_decoder")
-    colours = [_averaged(decode(each, decoder, model)[0], model.vae_factor) for each in latents]
-    cells = np.concatenate([each[0].reshape(model.latent_channels, -1).T for each in latents]).astype(np.float64)
-    target = np.concatenate([each.reshape(3, -1).T for each in colours]).astype(np.float64)
+    colours = [_averaged(decode(image, decoder, model)[0], model.vae_factor) for image in latents]
+    cells = np.concatenate([image[0].reshape(model.latent_channels, -1).T for image in latents]).astype(np.float64)
+    target = np.concatenate([colour.reshape(3, -1).T for colour in colours]).astype(np.float64)
     fit, *_ = np.linalg.lstsq(np.column_stack([cells, np.ones(len(cells))]), target, rcond=None)
     error = np.mean((np.clip(cells @ fit[:-1] + fit[-1], -1, 1) - target) ** 2)
     return LinearPreview(

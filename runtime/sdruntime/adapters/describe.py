@@ -33,7 +33,7 @@ def description(file: AdapterFile) -> dict[str, Any]:
         else:
             stem, tensor = parts
             layers.setdefault(stem, {})[tensor.removeprefix("bias.")] = key
-    found, ranks = Counter[str](), Counter[int]()
+    counts, ranks = Counter[str](), Counter[int]()
     for tensors in layers.values():
         shapes = {tensor: file.tensors[key].shape for tensor, key in tensors.items()}
         try:
@@ -42,7 +42,7 @@ def description(file: AdapterFile) -> dict[str, Any]:
         except (ValueError, IndexError):  # an incomplete layer, or tensors without axes
             unknown += tensors.values()
             continue
-        found[_name(kind, shapes)] += 1
+        counts[_name(kind, shapes)] += 1
         ranks.update([] if rank is None else [rank])
     components = Counter(component_of(key) for key in file.tensors)
     words, source = _words(file.metadata)
@@ -52,7 +52,7 @@ def description(file: AdapterFile) -> dict[str, Any]:
         "sha256": file.sha256,
         "hash": file.short_hash,
         "base": base_of(file.tensors, file.metadata),
-        "kinds": dict(found.most_common()),
+        "kinds": dict(counts.most_common()),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "keys": dict(components.most_common()),
         "types": sorted({tensor.dtype for tensor in file.tensors.values()}),

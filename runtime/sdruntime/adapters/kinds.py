@@ -78,8 +78,8 @@ def check_shapes(kind: Kind, shapes: Shapes, weight: Shape) -> None:
     """Raises ValueError if a layer's tensors cannot change a weight of this shape."""
     if not all(math.prod(shape) and (shape or name == ALPHA) for name, shape in shapes.items()):
         raise ValueError("a tensor without numbers or axes")
-    made = _shape(kind, shapes)
-    if made is None or math.prod(made) != math.prod(weight) or made[0] != weight[0]:
+    shape = _shape(kind, shapes)
+    if shape is None or math.prod(shape) != math.prod(weight) or shape[0] != weight[0]:
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name != ALPHA)
         raise ValueError(f"{listed}: does not fit the weight of {list(weight)}")
     count = math.prod(shapes.get(ALPHA, (1,)))

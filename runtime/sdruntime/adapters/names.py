@@ -89,7 +89,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Match:
     """The keys of a file that change one weight: by the tensor of the layer. `stem`: what they begin with."""
 
     component: str
@@ -108,7 +108,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     return None
 
 
-def resolve(keys: Iterable[str], components: Mapping[str, Mapping[str, Shape]]) -> tuple[list[Found], list[str]]:
+def resolve(keys: Iterable[str], components: Mapping[str, Mapping[str, Shape]]) -> tuple[list[Match], list[str]]:
     """Return the weights that the keys of a file change, and the keys that are left over.
 
     `components`: the model's text encoders and UNet, each with the shapes of its weights by their names in the checkpoint.
@@ -121,7 +121,7 @@ def resolve(keys: Iterable[str], components: Mapping[str, Mapping[str, Shape]]) 
             unmatched.add(key)
         else:
             by_stem.setdefault(parts[0], {})[parts[1]] = key
-    found: list[Found] = []
+    matches: list[Match] = []
     pair = any(role(component).takes_second_texts for component in components)
     for component, weights in components.items():
         original = original_names(weights) if role(component).kind == "denoiser" else {}
@@ -131,9 +131,9 @@ def resolve(keys: Iterable[str], components: Mapping[str, Mapping[str, Shape]]) 
                 continue
             for stem in _stems(component, module, original.get(module), pair=pair):
                 if stem in by_stem:
-                    found += _of_module(component, module, stem, by_stem.pop(stem), weights, shape, unmatched)
+                    matches += _of_module(component, module, stem, by_stem.pop(stem), weights, shape, unmatched)
     unmatched.update(key for left in by_stem.values() for key in left.values())
-    return found, sorted(unmatched)
+    return matches, sorted(unmatched)
 
 
 def _of_module(
@@ -144,17 +144,17 @@ def _of_module(
     weights: Mapping[str, Shape],
     shape: Shape,
     unmatched: set[str],
-) -> Iterator[Found]:
+) -> Iterator[Match]:
     """Yield what changes a module's weight and its bias; keys of a bias that it does not have become `unmatched`."""
     own = {tensor: key for tensor, key in tensors.items() if not tensor.startswith(_BIAS)}
     of_bias = {tensor.removeprefix(_BIAS): key for tensor, key in tensors.items() if tensor.startswith(_BIAS)}
     if own.keys() - {ALPHA}:
-        yield Found(component=component, weight=f"{module}.weight", shape=shape, stem=stem, keys=own)
+        yield Match(component=component, weight=f"{module}.weight", shape=shape, stem=stem, keys=own)
     elif not of_bias:
         unmatched.update(own.values())
     bias = f"{module}.bias"
     if of_bias and bias in weights:
-        yield Found(component=component, weight=bias, shape=weights[bias], stem=stem, keys=of_bias)
+        yield Match(component=component, weight=bias, shape=weights[bias], stem=stem, keys=of_bias)
     else:
         unmatched.update(of_bias.values())
 

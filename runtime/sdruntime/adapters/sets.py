@@ -17,7 +17,7 @@ from sdruntime.adapters import kinds
 from sdruntime.adapters.base import UNET, base_of
 from sdruntime.adapters.file import AdapterFile
 from sdruntime.adapters.kinds import Kind
-from sdruntime.adapters.names import Found, Shape, resolve
+from sdruntime.adapters.names import Match, Shape, resolve
 from sdruntime.arrays import Array
 from sdruntime.bundle.records import json_from_text
 from sdruntime.errors import SettingError, lines_of
@@ -31,13 +31,13 @@ class Layer:
     """The part of a file that changes one weight. `settings`: peft's, of the component."""
 
     file: AdapterFile
-    found: Found
+    match: Match
     kind: Kind
     settings: Mapping[str, object]
 
     def added(self, weight: Array, strength: float, result: Array) -> Array:
         """Return `result`, a float32 weight that other layers have changed or not, with the change of this one at a strength."""
-        keys = self.found.keys
+        keys = self.match.keys
         read = self.file.read(keys.values())
         tensors = {tensor: read[key] for tensor, key in keys.items()}
         delta = kinds.change(self.kind, tensors, weight.shape, self._scale(tensors))
@@ -57,7 +57,7 @@ class Layer:
 
     def _alpha_of_peft(self) -> float | None:
         patterns, alpha = self.settings.get("alpha_pattern"), self.settings.get("lora_alpha")
-        module = self.found.weight.rpartition(".")[0]
+        module = self.match.weight.rpartition(".")[0]
         for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
             if module == pattern or module.endswith(f".{pattern}"):
                 alpha = value
@@ -83,11 +83,11 @@ def fit(file: AdapterFile, components: Mapping[str, Mapping[str, Shape]], model:
     `components`: the shapes of the weights of the text encoders and the UNet. `model`: its name, for messages. Raises
     SettingError if a key is left over or a shape does not fit: then the file was probably made for another model.
     """
-    found, unmatched = resolve(file.tensors, components)
+    matches, unmatched = resolve(file.tensors, components)
     settings = _peft_settings(file)
     layers: dict[str, dict[str, tuple[Layer, ...]]] = {}
     faults = []
-    for part in found:
+    for part in matches:
         shapes = {tensor: file.tensors[key].shape for tensor, key in part.keys.items()}
         try:
             kind = kinds.kind_of(shapes)
@@ -98,7 +98,7 @@ def fit(file: AdapterFile, components: Mapping[str, Mapping[str, Shape]], model:
         prefix = f"{part.component}."
         own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
         own = own if part.stem.startswith(prefix) else dict(settings)
-        layer = Layer(file=file, found=part, kind=kind, settings=own)
+        layer = Layer(file=file, match=part, kind=kind, settings=own)
         of = layers.setdefault(part.component, {})
         of[part.weight] = (*of.get(part.weight, ()), layer)
     if unmatched or faults:
@@ -157,7 +157,7 @@ class AdapterSet:
         """Return the shapes of the weights of a component that the set changes."""
         changed: dict[str, Shape] = {}
         for fitted, _ in self._strengths(component):
-            changed |= {name: layers[0].found.shape for name, layers in fitted.layers.get(component, {}).items()}
+            changed |= {name: layers[0].match.shape for name, layers in fitted.layers.get(component, {}).items()}
         return changed
 
     def merged(self, component: str, name: str, weight: Array) -> Array:

@@ -130,7 +130,7 @@ def _read(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     if origin is Literal:
         return (
             value
-            if any(value == each and type(value) is type(each) for each in args)
+            if any(value == choice and type(value) is type(choice) for choice in args)
             else _fault(faults, where, f"{shown(value)} is not one of {', '.join(map(str, args))}")
         )
     if origin in (Union, types.UnionType):

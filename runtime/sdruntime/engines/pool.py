@@ -30,7 +30,7 @@ OPENERS = 2  # CPU engines that are opened at the same time
 class Engines:
     """The best engine of each component for each shape. `chosen`: the first ones, opened by `open` or at the first use.
 
-    `given`: returns the caller's own engine of a component, called before each use; the caller opens and closes it. `busy`:
+    `caller_engine`: returns the engine of a component, called before each use; the caller opens and closes it. `busy`:
     returns whether jobs are running, in which case the UNet stays open. Raises EngineError if no engine fits this machine,
     UnknownName for an unknown backend or session setting, SettingError for the value of a session setting.
     """
@@ -41,10 +41,10 @@ class Engines:
         *,
         backend: str,
         options: EngineOptions,
-        given: Callable[[str], Engine] | None,
+        caller_engine: Callable[[str], Engine] | None,
         busy: Callable[[], bool],
     ) -> None:
-        self.bundle, self.options, self.given = bundle, options, given
+        self.bundle, self.options, self.caller_engine = bundle, options, caller_engine
         self.shared = Shared()
         self.opened: dict[str, Engine] | None = None
         self.closed = False
@@ -53,7 +53,7 @@ class Engines:
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
         self._adapted = AdaptedEngines()
         # fail early if no engine of the bundle can run on this machine
-        self.chosen = self._choose_all() if given is None else []
+        self.chosen = self._choose_all() if caller_engine is None else []
         for name in sorted({spec.backend for spec in self.chosen}):
             BACKENDS[name].check_session(options.session)
 
@@ -124,10 +124,10 @@ class Engines:
         """
         engines = self.ready()
         changed = adapters if adapters is not None and adapters.digest_of(component) else None
-        if self.given is not None:
+        if self.caller_engine is not None:
             if changed is not None:
                 raise Unsupported("loras: the engines are the caller's, whose weights cannot be replaced")
-            return self.given(component)
+            return self.caller_engine(component)
         spec = self.choose(component, rows, **dims)
         if changed is not None:
             return self._adapted.get(changed, spec, self._open_with)

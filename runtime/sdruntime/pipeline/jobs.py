@@ -156,7 +156,7 @@ class JobFactory:
 
     def _stages(self, places: Sequence[Place], engine: GetEngine) -> list[_Stage]:
         """Return the stages of passes of this model."""
-        for place in places if self._engines.given is None else ():  # fail before the texts are encoded
+        for place in places if self._engines.caller_engine is None else ():  # fail before the texts are encoded
             self._check_engines(place.step)
         texts = [self._texts(place) for place in places]
         sets = [self._adapters(place) for place in places]
@@ -179,7 +179,7 @@ class JobFactory:
             )
             for k, (place, text) in enumerate(zip(places, texts, strict=True))
         ]
-        for stage in stages if self._engines.given is None else ():
+        for stage in stages if self._engines.caller_engine is None else ():
             _, height, width = stage.shape
             self._engines.choose("unet", height=height, width=width, sequence=stage.sequence)
         return stages
@@ -228,8 +228,8 @@ class JobFactory:
             unet = self._engines.choose("unet", height=height, width=width)
             if step.request.loras and not step.refines and self.loras.set_of(step.request) is not None:
                 self._engines.check_adapters(unet)
-            for each in controls:
-                self._engines.choose(component_of(each, self._components), height=height, width=width)
+            for control in controls:
+                self._engines.choose(component_of(control, self._components), height=height, width=width)
             for component in ("vae_decoder", *(["vae_encoder"] if encodes else [])):
                 per_cell = cell_of(component, self._model.vae_factor)
                 tiles = tiling(self._engines, component, self._model.vae_factor, height, width)

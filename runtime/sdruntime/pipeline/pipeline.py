@@ -66,7 +66,7 @@ class Pipeline:
         *,
         backend: str = AUTO,
         options: EngineOptions | None = None,
-        given: Callable[[str], Engine] | None = None,
+        caller_engine: Callable[[str], Engine] | None = None,
         refiner: Pipeline | None = None,
         embeddings: Sequence[Path | str] = (),
     ) -> None:
@@ -80,7 +80,7 @@ class Pipeline:
             raise SettingError(f"options {shown(options)}: expected EngineOptions(...), such as EngineOptions(threads=4)")
         self._loops: weakref.WeakSet[Loop] = weakref.WeakSet()
         busy = functools.partial(_running, self._loops)  # not a bound method: a reference cycle would keep the pipeline alive
-        self._make_engines = functools.partial(Engines, backend=backend, options=options, given=given, busy=busy)
+        self._make_engines = functools.partial(Engines, backend=backend, options=options, caller_engine=caller_engine, busy=busy)
         self._by_path, self.refiner, self._embeddings = False, refiner, tuple(embeddings)
         self._load(bundle)
 
@@ -119,9 +119,9 @@ class Pipeline:
         return pipe
 
     @classmethod
-    def over(cls, bundle: Bundle, given: Callable[[str], Engine]) -> Pipeline:
-        """Return a pipeline over engines that the caller opens and closes; `given` returns a component's before each use."""
-        return cls(bundle, given=given)
+    def over(cls, bundle: Bundle, caller_engine: Callable[[str], Engine]) -> Pipeline:
+        """Return a pipeline over engines that the caller opens and closes; `caller_engine` returns one before each use."""
+        return cls(bundle, caller_engine=caller_engine)
 
     def __repr__(self) -> str:
         backends = ", ".join(sorted({f"{spec.backend} {spec.target}" for spec in self.engines.chosen}))
@@ -287,14 +287,14 @@ class Pipeline:
         check_preview(kind, self.bundle.manifest)
         latents = [job.run.x if job.run.clean is None else job.run.clean for job in jobs]
         if kind == "linear":
-            return [linear_colours(each, self.model) for each in latents]
+            return [linear_colours(clean, self.model) for clean in latents]
         during = [f"the preview {after(job)}" for job in jobs]
         if kind == "tiny":
-            return [tiny_image(each, self.engine, at) for each, at in zip(latents, during, strict=True)]
+            return [tiny_image(clean, self.engine, at) for clean, at in zip(latents, during, strict=True)]
         return [to_uint8(image) for image in self.decode(latents, during.__getitem__)]
 
     def _origin(self, request: Request, job: Job) -> Origin:
-        unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.given is None else None
+        unet = self.engines.choose("unet", **self._unet_dims([job])) if self.engines.caller_engine is None else None
         tiles = self._tiling("vae_decoder", *job.run.x.shape[1:])
         _, height, width = self.latent_shape(request)
         size = width * self.model.vae_factor, height * self.model.vae_factor
@@ -346,7 +346,7 @@ class Pipeline:
         if self._of(jobs[0]) is not self:
             return self._of(jobs[0]).device_steppers(jobs, whole=whole, ahead=ahead)
         unet, cells = self._unet_for(jobs), jobs[0].run.x.size
-        loop = BACKENDS[unet.spec.backend].loop if self.engines.given is None else None
+        loop = BACKENDS[unet.spec.backend].loop if self.engines.caller_engine is None else None
         if loop is not None and self.engines.has(STEP, cells=cells):
             whole = whole and self.engines.options.whole_loop
             if calls := loop(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):

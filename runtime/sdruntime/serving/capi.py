@@ -115,8 +115,8 @@ def build_library(prefix: Path) -> Path:
 def find_cmake() -> str:
     """Return the path of CMake: the one on PATH, or the one that pip installed beside this interpreter."""
     folders = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
-    if found := shutil.which("cmake", path=folders):
-        return found
+    if cmake := shutil.which("cmake", path=folders):
+        return cmake
     raise EnvironmentFault(
         "the C library cannot be built: CMake 3.16 or later is not on PATH. Install it with one of\n"
         "  sudo apt-get install cmake\n"
@@ -128,8 +128,8 @@ def find_compiler() -> list[str]:
     """Return the command that compiles C++: CXX, which may include flags, or the first of COMPILERS on PATH."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [[name] for name in COMPILERS]:
-        if found := shutil.which(command[0]):
-            return [found, *command[1:]]
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]
     what = f"CXX is {named[0]}, which is not on PATH" if named else f"none of {', '.join(COMPILERS)} is on PATH"
     raise EnvironmentFault(f"no C++ compiler: {what}: sudo apt-get install g++, or set CXX to one")
 

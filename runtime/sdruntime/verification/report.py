@@ -68,7 +68,7 @@ class ImageCheck:
 class Report:
     """The report of a verification.
 
-    `reference`: a text that names the reference. `limits`: the applied limits by precision. `made`: the time, ISO 8601 in UTC.
+    `reference`: a text that names the reference. `limits`: the applied limits by precision. `date`: the time, ISO 8601 in UTC.
     `machine`: the processor, system and libraries that the numbers were measured on.
     """
 
@@ -79,7 +79,7 @@ class Report:
     checks: tuple[Check, ...]
     pictures: tuple[ImageCheck, ...]
     limits: Mapping[str, Tolerance]
-    made: str
+    date: str
     machine: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
 
@@ -119,7 +119,7 @@ class Report:
             "model": self.model,
             "precision": self.precision,
             "reference": self.reference,
-            "made": self.made,
+            "made": self.date,
             "machine": dict(self.machine),
             "limits": {name: dataclasses.asdict(limit) for name, limit in self.limits.items()},
             "passed": self.passed,
@@ -155,7 +155,7 @@ class Report:
     @property
     def where(self) -> str:
         """The time and the machine."""
-        return f"{self.made} on {', '.join(self.machine.values())}"
+        return f"{self.date} on {', '.join(self.machine.values())}"
 
 
 def check_cells(check: Check) -> dict[str, str]:

@@ -115,7 +115,7 @@ def report_of(bundle: Bundle, results: Iterable[Check | ImageCheck], *, referenc
         checks=checks,
         pictures=tuple(result for result in results if isinstance(result, ImageCheck)),
         limits={name: golden.tolerances[name] for name in applied},
-        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         machine={
             "processor": processor.name(),
             **{f"gpu {index}": device.name for index, device in enumerate(here.devices)},
@@ -214,7 +214,7 @@ class _Verification:
         if why_not := self._why_no_images(group, usable):
             yield ImageCheck(engines=title, status="skip", reason=why_not)
             return
-        limits = min((self.golden.tolerances[tolerance_name(engine)] for engine in usable), key=lambda each: each.picture_psnr)
+        limits = min((self.golden.tolerances[tolerance_name(engine)] for engine in usable), key=lambda kind: kind.picture_psnr)
         manifest = dataclasses.replace(self.bundle.manifest, engines=tuple(usable))
         try:
             with Pipeline.open(Bundle(self.bundle.folder, manifest), backend=backend_name, options=self.options) as pipe:

@@ -45,19 +45,19 @@ def controlnet_misfits(
     `latents`: channels of the latents; `factor`: the VAE's.
     """
     where, another = f"{name}/config.json", "this ControlNet is for another model family"
-    blocks = [len(each["block_out_channels"]) for each in (control, unet)]
+    blocks = [len(config["block_out_channels"]) for config in (control, unet)]
     layers = control["layers_per_block"]
     if len(control["down_block_types"]) != blocks[0] or (isinstance(layers, list) and len(layers) != blocks[0]):
         yield f"{where}: down_block_types and layers_per_block must have an entry for each of {blocks[0]} block_out_channels"
         return
     if residuals_of(control) != residuals_of(unet):
         widths = " and ".join(
-            f"{each['block_out_channels']} with {each['layers_per_block']} layers per block" for each in (control, unet)
+            f"{config['block_out_channels']} with {config['layers_per_block']} layers per block" for config in (control, unet)
         )
         yield f"{where}: block_out_channels of the ControlNet and of the UNet are {widths}: {another}"
         return
     for key in _SHARED:
-        ours, theirs = (as_list(each[key]) for each in (control, unet))
+        ours, theirs = (as_list(config[key]) for config in (control, unet))
         if {*ours} != {*theirs}:
             yield f"{where}: {key} {control[key]}, but the UNet has {unet[key]}: {another}"
     if control["in_channels"] != latents:

@@ -28,27 +28,27 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
     layers = [len(children(tensors, f"down_blocks.{block}.resnets")) for block in blocks]
     keys = [name for name in tensors if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
     projections = [name for name in tensors if name.endswith(".proj_in.weight")]
-    depth: list[Any] = [_one(each) or 1 for each in down]
+    depth: list[Any] = [_one(depths) or 1 for depths in down]
     if not down[-1] and middle:
         depth[-1] = middle[0]
     regular = all(set(there) == set(here) for there, here in zip(up, reversed(down), strict=True))
-    if len(deep := [_one(each) for each in down if each]) > 1 and all(each == _one(middle) for each in deep):
+    if len(deep := [_one(depths) for depths in down if depths]) > 1 and all(depths == _one(middle) for depths in deep):
         depth = deep  # one number for all, also for blocks without attention
     config = {
         "in_channels": size(tensors, ("conv_in.weight", 4, 1), usual=_LATENT),
         "out_channels": outputs(tensors, "conv_out", usual=_LATENT),
         "block_out_channels": [_width(tensors, f"down_blocks.{block}") for block in blocks],
         "layers_per_block": _same(layers),
-        "down_block_types": ["CrossAttnDownBlock2D" if each else "DownBlock2D" for each in down],
+        "down_block_types": ["CrossAttnDownBlock2D" if depths else "DownBlock2D" for depths in down],
         "mid_block_type": _middle(tensors, middle),
-        "up_block_types": ["CrossAttnUpBlock2D" if each else "UpBlock2D" for each in up],
+        "up_block_types": ["CrossAttnUpBlock2D" if depths else "UpBlock2D" for depths in up],
         "transformer_layers_per_block": _same(depth),
         "cross_attention_dim": size(tensors, *((name, 2, 1) for name in keys or ["attn2.to_k.weight"])),
         "attention_head_dim": heads if heads else [max(1, _width(tensors, f"down_blocks.{block}") // _HEAD) for block in blocks],
         "use_linear_projection": 2 * sum(len(tensors[name].shape) == 2 for name in projections) > len(projections),
     }
     if not regular:
-        config["reverse_transformer_layers_per_block"] = [_one(each) or 1 for each in up]
+        config["reverse_transformer_layers_per_block"] = [_one(depths) or 1 for depths in up]
     if "time_embedding.cond_proj.weight" in tensors:
         config["time_cond_proj_dim"] = size(tensors, ("time_embedding.cond_proj.weight", 2, 1))
     config |= added_embedding(tensors, "add_embedding.linear_1.weight", pooled=pooled, ids=ids)

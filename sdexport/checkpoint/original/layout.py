@@ -142,7 +142,7 @@ def _with_text_model(tensors: Tensors) -> Tensors:
     prefixes = {encoder.prefix for standard in ALL_STANDARDS for encoder in standard.encoders if encoder.layout == "clip"}
     renamed = {}
     for name, tensor in tensors.items():
-        prefix = next((each for each in prefixes if name.startswith(each)), "")
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
         rest = name.removeprefix(prefix)
         omitted = prefix and rest.startswith(("embeddings.", "encoder.", "final_layer_norm."))
         renamed[f"{prefix}text_model.{rest}" if omitted else name] = tensor

@@ -114,14 +114,14 @@ def moved(name: str, places: Mapping[str, str], inside: Callable[[str, str, str]
 
 def renamed(tensors: Tensors, places: Mapping[str, str], inside: Inside) -> tuple[dict[str, StoredTensor], list[str]]:
     """Return the tensors by new names, and the names that no module has; as `moved`, with `inside(place, rest)`."""
-    found, unknown = {}, []
+    renamed, unknown = {}, []
     for name, tensor in tensors.items():
         new = moved(name, places, lambda _, place, rest: inside(place, rest))
         if new is None:
             unknown.append(name)
         else:
-            found[new] = tensor
-    return found, unknown
+            renamed[new] = tensor
+    return renamed, unknown
 
 
 def check_fit(

@@ -105,14 +105,14 @@ def read_open_clip(tensors: Tensors, *, projected: bool) -> tuple[dict[str, Any]
 
 
 def _config(weights: Tensors, activation: str, *, layers: int) -> dict[str, Any]:
-    each = [f"encoder.layers.{layer}" for layer in range(layers)]
-    norms = [f"{layer}.layer_norm{k}" for layer in each for k in (1, 2)]
+    stems = [f"encoder.layers.{layer}" for layer in range(layers)]
+    norms = [f"{layer}.layer_norm{k}" for layer in stems for k in (1, 2)]
     width = outputs(weights, "final_layer_norm", *norms, axes=1)
     vocabulary = size(weights, ("embeddings.token_embedding.weight", 2, 0), usual=_VOCABULARY)
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": outputs(weights, *(f"{layer}.mlp.fc1" for layer in each), axes=2),
+        "intermediate_size": outputs(weights, *(f"{layer}.mlp.fc1" for layer in stems), axes=2),
         "projection_dim": width,
         "num_hidden_layers": layers,
         "num_attention_heads": max(1, width // _HEAD),

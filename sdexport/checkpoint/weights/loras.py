@@ -43,11 +43,11 @@ def merged(weights: Weights, texts: Sequence[str], *, model: str) -> tuple[Weigh
     shapes = {part: {name: tensor.shape for name, tensor in tensors.items()} for part, tensors in parts.items()}
     loras = [lora_from(text) for text in texts]
     fitted = [fit(AdapterFile.open(lora.path), shapes, model) for lora in loras]
-    adapters = AdapterSet.of((each, *lora.scales) for each, lora in zip(fitted, loras, strict=True))
+    adapters = AdapterSet.of((adapter, *lora.scales) for adapter, lora in zip(fitted, loras, strict=True))
     changed = {part: _merged(part, tensors, adapters) for part, tensors in parts.items()}
     lines = (
-        f"LoRA {each.file.path.name} at {_strengths(lora)}: changes {each.line(shapes)}"
-        for each, lora in zip(fitted, loras, strict=True)
+        f"LoRA {adapter.file.path.name} at {_strengths(lora)}: changes {adapter.line(shapes)}"
+        for adapter, lora in zip(fitted, loras, strict=True)
     )
     return MappingProxyType({**weights, **changed}), tuple(lines), adapters.digest
 

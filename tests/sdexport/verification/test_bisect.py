@@ -69,7 +69,7 @@ def notes(bundle: Bundle, *failing: tuple[str, str, str]) -> tuple[str, ...]:
         for engine, case, output in (("", "small", "out_sample"), *failing)
     ]
     report = Report(
-        bundle="b", model="m", precision="fp32", reference="r", checks=tuple(checks), pictures=(), limits={}, made="", machine={}
+        bundle="b", model="m", precision="fp32", reference="r", checks=tuple(checks), pictures=(), limits={}, date="", machine={}
     )
     return finish(first_nodes(bundle, None, report)).notes  # type: ignore[arg-type]
 

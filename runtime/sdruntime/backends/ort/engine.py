@@ -151,7 +151,7 @@ def _replaced(bundle: Bundle, spec: EngineSpec, model: memoryview, weights: Weig
     onnx = bundle.read(bundle.manifest.components[spec.component].onnx)
     values: dict[str, Array] = {}
     try:
-        places = places_of(onnx, weights.names, {name: each.shape for name, each in known.items()})
+        places = places_of(onnx, weights.names, {name: array.shape for name, array in known.items()})
         with weights.lending() as lent:
             last, new = "", np.empty(0)
             for name, (weight, place) in places.items():

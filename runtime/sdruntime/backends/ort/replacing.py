@@ -28,13 +28,13 @@ def places_of(onnx: memoryview, weights: Collection[str], engine: Shapes) -> dic
     graph, places = read_graph(onnx), dict[str, tuple[str, Place]]()
     missing = []
     for weight in weights:
-        found = dict(_places(graph, weight, engine))
+        placed = dict(_places(graph, weight, engine))
         own = weight in engine
         if own:
-            found[weight] = _same
-        if not found or (not own and any(not _is_placed(node, weight, engine) for node in graph.readers.get(weight, []))):
+            placed[weight] = _same
+        if not placed or (not own and any(not _is_placed(node, weight, engine) for node in graph.readers.get(weight, []))):
             missing.append(weight)
-        places |= {name: (weight, place) for name, place in found.items()}
+        places |= {name: (weight, place) for name, place in placed.items()}
     check_found(missing)
     return places
 

@@ -15,15 +15,15 @@ from sdruntime.backends.ov.subpixel import BIAS, NAMED, PHASE
 
 def replace_weights(ov: Any, model: Any, weights: Weights) -> None:
     """Replace the constants that follow from new weights. Raises ValueError with the weights that the model does not have."""
-    missing, found = set(weights.names), list[tuple[Any, str, str]]()
+    missing, constants = set(weights.names), list[tuple[Any, str, str]]()
     for node in _constants(model):
         weight, _, part = node.get_friendly_name().partition(NAMED)
         if weight in weights.names:
             missing.discard(weight)
-            found.append((node, weight, part))
+            constants.append((node, weight, part))
     check_found(missing)
     with weights.lending() as lent:
-        for node, weight, part in found:
+        for node, weight, part in constants:
             _replace(ov, node, _made(lent, weight, part))
 
 

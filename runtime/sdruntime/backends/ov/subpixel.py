@@ -44,8 +44,8 @@ def _ends(convolution: Any) -> Any | None:
     start, step, axes = (crop.input_value(k).get_node() for k in (1, 3, 4))
     if any(node.get_type_name() != "Constant" for node in (start, step, axes)):
         return None
-    told = [[int(number) for number in node.get_data()] for node in (start, step, axes)]
-    return crop.input_value(2) if told == [[0, 0], [1, 1], [2, 3]] else None
+    values = [[int(number) for number in node.get_data()] for node in (start, step, axes)]
+    return crop.input_value(2) if values == [[0, 0], [1, 1], [2, 3]] else None
 
 
 def _upsampled(convolution: Any, reader: Any) -> Any | None:
@@ -107,8 +107,8 @@ def _cropped(opset: Any, own: Own, image: Any, ends: Any, kernel: Array, bias: A
     )
     corner, steps, axes = (opset.constant(np.array(numbers, np.int64)) for numbers in ([0, 0], [1, 1], [2, 3]))
     crop = opset.slice(large, corner, ends, steps, axes)
-    made = opset.convolution(crop, own(np.array(kernel), WHOLE), [1, 1], [1, 1], [1, 1], [1, 1])
-    return made if bias is None else opset.add(made, own(bias, f"{BIAS}.{WHOLE}"))
+    summed = opset.convolution(crop, own(np.array(kernel), WHOLE), [1, 1], [1, 1], [1, 1], [1, 1])
+    return summed if bias is None else opset.add(summed, own(bias, f"{BIAS}.{WHOLE}"))
 
 
 def _phases(opset: Any, own: Own, image: Any, kernel: Array, bias: Array | None) -> Any:
@@ -123,9 +123,9 @@ def _phases(opset: Any, own: Own, image: Any, kernel: Array, bias: Array | None)
 
 def _constant(opset: Any, weights: Any, bias: str, values: Array, part: str) -> Any:
     """Return a constant of the weights' type, named after the weight that it follows from: `NAMED`."""
-    made = opset.constant(values, weights.get_element_type())
-    made.set_friendly_name(f"{bias if part.startswith(BIAS) else weights.get_friendly_name()}{NAMED}{part}")
-    return made
+    constant = opset.constant(values, weights.get_element_type())
+    constant.set_friendly_name(f"{bias if part.startswith(BIAS) else weights.get_friendly_name()}{NAMED}{part}")
+    return constant
 
 
 def _with_bias(convolution: Any, channels: int) -> tuple[Any, Array | None, str]:

@@ -33,8 +33,8 @@ def replace_weights(trt: Any, log: Any, engine: Any, bundle: Bundle, spec: Engin
         except ValueError as error:
             raise fault(f"{name}: {error}") from error
         kept.append(array)
-        given = trt.Weights(getattr(trt.DataType, _TYPES[tensor.kind]), array.ctypes.data, math.prod(array.shape))
-        if not refitter.set_named_weights(name, given):
+        values = trt.Weights(getattr(trt.DataType, _TYPES[tensor.kind]), array.ctypes.data, math.prod(array.shape))
+        if not refitter.set_named_weights(name, values):
             raise fault(f"TensorRT does not take {name}")
 
     with weights.lending() as lent:

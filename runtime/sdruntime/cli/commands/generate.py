@@ -99,7 +99,7 @@ def generate(options: argparse.Namespace) -> None:
         "hires_resize": options.hires_resize,
         "fit": options.fit,
         "loras": options.loras,
-        "control": [control_of(each) for each in options.control],
+        "control": [control_of(text) for text in options.control],
         "guess_mode": options.guess_mode,
         "options": sampler_options(options),
     }

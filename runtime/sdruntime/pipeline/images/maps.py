@@ -26,7 +26,7 @@ def canny(pixels: Pixels) -> Pixels:
     dx, dy = _gradients(pixels.astype(np.int32))
     size = np.abs(dx) + np.abs(dy)
     best = size.argmax(axis=2)[..., None]
-    dx, dy, size = (np.take_along_axis(each, best, axis=2)[..., 0] for each in (dx, dy, size))
+    dx, dy, size = (np.take_along_axis(channel, best, axis=2)[..., 0] for channel in (dx, dy, size))
     low, high = CANNY
     thin = _is_ridge(dx, dy, size) & (size > low)
     edges = np.where(_connected(thin & (size > high), thin), np.uint8(255), np.uint8(0))

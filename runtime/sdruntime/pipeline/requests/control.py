@@ -62,8 +62,8 @@ class Control:
         height, width = self.pixels.shape[:2]
         named = f"{self.net} " if self.net else ""
         limits = "" if (self.start, self.end) == (0, 1) else f", {self.start:g} to {self.end:g}"
-        made = f"{self.preprocess} of " if self.preprocess else ""
-        return f"<Control {named}{made}{width}x{height}, scale {self.scale:g}{limits}>"
+        source = f"{self.preprocess} of " if self.preprocess else ""
+        return f"<Control {named}{source}{width}x{height}, scale {self.scale:g}{limits}>"
 
     def acts(self, call: int, calls: int) -> bool:
         """Return whether it acts in a model call, as in diffusers' pipelines."""
@@ -73,7 +73,7 @@ class Control:
 def controls_of(value: Any) -> tuple[Control, ...]:
     """Return one Control, or a sequence of them, as a tuple. Raises SettingError."""
     controls = (value,) if isinstance(value, Control) else tuple(value) if isinstance(value, Sequence) else None
-    if controls is None or not all(isinstance(each, Control) for each in controls):
+    if controls is None or not all(isinstance(control, Control) for control in controls):
         raise SettingError(f"control {shown(value)}: expected Control(image=…), or a list of them")
     if len(controls) > MOST_CONTROLS:
         raise SettingError(f"control: got {len(controls)}; at most {MOST_CONTROLS}")

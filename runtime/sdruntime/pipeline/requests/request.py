@@ -293,12 +293,12 @@ class Request:
         guidance = NUMBERS["guidance"] if defaults.guidance is None else defaults.guidance
         if self.cfg_pp:
             guidance = CFG_PP
-        given: dict[str, Any] = {
+        resolved: dict[str, Any] = {
             "steps": steps if self.steps is None and self.sigmas is None else self.steps,
             "guidance": guidance if self.guidance is None else self.guidance,
             "sampler": defaults.sampler if self.sampler is None else self.sampler,
         }
-        return self if all(getattr(self, name) == value for name, value in given.items()) else replace(self, **given)
+        return self if all(getattr(self, name) == value for name, value in resolved.items()) else replace(self, **resolved)
 
 
 DEFAULTS: Mapping[str, Any] = {setting.name: setting.default for setting in fields(Request) if setting.default is not MISSING}

@@ -47,8 +47,8 @@ def unused_lines(requests: Sequence[Request]) -> list[str]:
 def _unused_of_a_mask(request: Request) -> Iterator[str]:
     if not request.inpaints:
         names = ("mask_blur", "mask_padding", "mask_fill", "overlay")
-        given = [name for name in names if getattr(request, name) != DEFAULTS[name]]
-        yield from (f"{name} {getattr(request, name)!r} has no effect without a mask" for name in given)
+        idle = [name for name in names if getattr(request, name) != DEFAULTS[name]]
+        yield from (f"{name} {getattr(request, name)!r} has no effect without a mask" for name in idle)
     elif request.strength == 1 and request.mask_fill != DEFAULTS["mask_fill"]:
         yield f"mask_fill {request.mask_fill!r} has no effect at strength 1: the masked part starts from noise"
     elif request.mask_padding is not None and request.overlay:

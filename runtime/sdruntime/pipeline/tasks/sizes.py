@@ -26,9 +26,9 @@ def latent_shape(request: Request, model: ModelSpec, task: Task | None) -> Shape
     multiple, factor = model.step, model.vae_factor
     if width < 1 or height < 1 or width % multiple or height % multiple:
         near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-        given = request.pixels is not None and not part
-        size = f"{image} {width}x{height}" if given else f"size {width}x{height}"
-        fix = f"; {HOW_TO_FIT}" if given else ""
+        from_image = request.pixels is not None and not part
+        size = f"{image} {width}x{height}" if from_image else f"size {width}x{height}"
+        fix = f"; {HOW_TO_FIT}" if from_image else ""
         again = "" if model.size_step else f"; export the bundle again for multiples of {factor}"
         raise SettingError(f"{size}: both sides must be multiples of {multiple}, such as {near[0]}x{near[1]}{fix}{again}")
     return model.latent_channels, height // factor, width // factor

@@ -113,7 +113,7 @@ class Conditioner:
         there is something to encode. Raises SettingError, NotFinite.
         """
         chunked = {wording: self._chunked(wording) for image in images for wording in image if wording not in self._kept}
-        counts = {wording: made.count for wording, made in chunked.items()}
+        counts = {wording: chunks.count for wording, chunks in chunked.items()}
         counts |= {wording: self._count(condition) for wording, condition in self._kept.items()}
         most = [max(counts[wording] for wording in image) for image in images]
         for image, count in zip(images, most, strict=True):

@@ -80,7 +80,7 @@ def tiling(engines: Engines, component: str, factor: int, height: int, width: in
     image of more than MOST_CPU_PIXELS on a CPU, in tiles of CPU_TILE. `factor`: the VAE's.
     """
     option = engines.options.tile
-    if option == OFF or (option == AUTO and engines.given is not None):
+    if option == OFF or (option == AUTO and engines.caller_engine is not None):
         return None
     whole, cell = (height, width), cell_of(component, factor)
     if option != AUTO:

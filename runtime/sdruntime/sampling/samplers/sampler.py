@@ -50,12 +50,12 @@ class Sampler:
         if stray:
             raise TypeError(f"{self.name}: {', '.join(stray)} must be among the keys that it reads")
 
-    def settings(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the value of every key in `reads`: from `given`, else from `config`, else the default.
+    def settings(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the value of every key in `reads`: from `options`, else from `config`, else the default.
 
         Raises SettingError with the key and the value if it is out of range or cannot be expressed in a table.
         """
-        unknown = [key for key in given if key not in self.reads]
+        unknown = [key for key in options if key not in self.reads]
         if unknown:
             raise self._refused(unknown[0])
         other = self.diffusers != config.get("_class_name")
@@ -64,7 +64,7 @@ class Sampler:
         written = {key: value for key, value in written.items() if not self._of_another_class(key, value)}
         # the diffusers classes treat null as false, whatever the default
         off = {key: False for key, default in self.reads.items() if default is True and config.get(key, ...) is None}
-        settings = {**self.reads, **off, **written, **given}
+        settings = {**self.reads, **off, **written, **options}
         for key, value in settings.items():
             if type(value) is not type(self.reads[key]) or value != self.reads[key]:  # 2.0 is no solver_order
                 self._check(key, value)

@@ -49,8 +49,8 @@ class Archive:
     def value(self) -> Any:
         """Return what the archive's pickle holds."""
         order = self._root + _BYTE_ORDER
-        if order in self._entries and (found := self._bytes(order)) != b"little":
-            raise ValueError(f"its byte order is {found[:9]!r}: save it on a little-endian machine")
+        if order in self._entries and (byte_order := self._bytes(order)) != b"little":
+            raise ValueError(f"its byte order is {byte_order[:9]!r}: save it on a little-endian machine")
         return read_pickle(self._bytes(self._root + _DATA)).value
 
     def place(self, storage: Storage) -> int:
