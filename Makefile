@@ -153,5 +153,5 @@ real-check: $(READY)
 
 ## make clean       everything that make made
 clean:
-	rm -rf $(VENV) .venv-* build demo engines/built $(TINY) .cache/gpu .cache/real-check .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build demo dist engines/built $(TINY) .cache/gpu .cache/real-check .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,11 +44,13 @@ UNSUPPORTED = (
 
 
 def check_names(settings: Iterable[str], known: Sequence[str]) -> None:
-    """Raises UnknownName for a setting that is not `known`. For an argument of diffusers, the error names what to write."""
+    """Raise UnknownName for a setting that is not `known`. For an argument of diffusers, the error names what to write."""
     for name in settings:
         if name in DIFFUSERS:
             raise SettingError(f"unknown setting {name!r}: write {DIFFUSERS[name]}")
         if name in UNSUPPORTED:
             raise Unsupported(f"setting {name!r} of diffusers is not supported")
+        if name == "count" and name not in known:
+            raise SettingError("count: a Request is one image: pass the prompt as text, with count=…, or pass several Requests")
         if name not in known:
             raise UnknownName("setting", name, known)

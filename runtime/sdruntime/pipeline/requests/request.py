@@ -5,6 +5,7 @@ The command line, the service and the C library share the defaults and ranges.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -45,6 +46,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Request:
     """One image to generate. Raises SettingError for an invalid field, with its name, its value and what is allowed.
+
+    Raises UnknownName for another field, with near names; for an argument of diffusers' pipelines the error has our name.
 
     `negative`: None for no negative prompt. `size`: (width, height) in pixels, None for the model's default. `sampler`: None for
     the checkpoint's. `sigmas`: noise levels from high to low, in place of `steps`; then omit `steps` or pass their number of
@@ -301,6 +304,16 @@ class Request:
         return self if all(getattr(self, name) == value for name, value in resolved.items()) else replace(self, **resolved)
 
 
+_init_of_dataclass = Request.__init__
+
+
+@functools.wraps(_init_of_dataclass)
+def _init(self: Request, **settings: Any) -> None:
+    check_names(settings, Request.__slots__)  # a TypeError would not say which name is meant
+    _init_of_dataclass(self, **settings)
+
+
+Request.__init__ = _init  # type: ignore[method-assign]
 DEFAULTS: Mapping[str, Any] = {setting.name: setting.default for setting in fields(Request) if setting.default is not MISSING}
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import math
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,6 @@ WRONG: list[tuple[str, Any, str]] = [
     ("steps", True, "steps True: expected a whole number from 1 to 1,000"),
     ("steps", "20", "steps '20': expected a whole number"),
     ("steps", 20.0, "steps 20.0: expected a whole number"),
-    ("steps", "20", "steps '20': expected a whole number"),
     ("guidance", "7", "guidance '7': expected a number"),
     ("guidance", [7.0, 101.0], r"guidance\[1\] 101.0 is outside 0 to 100"),
     ("guidance", [], "guidance: got a list of 0 numbers; expected one for each model call"),
@@ -94,6 +97,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("schedule", "karas", "unknown schedule 'karas': did you mean karras"),
     ("fit", "stretch", "unknown fit 'stretch'"),
     ("options", {"num_train_timesteps": 5}, "option num_train_timesteps: the model was trained"),
+    ("guidence", 3, "unknown setting 'guidence': did you mean guidance"),
 ]
 
 
@@ -102,6 +106,18 @@ def test_a_wrong_value_is_named_when_the_request_is_made(name: str, value: Any, 
     with pytest.raises(SettingError, match=message) as caught:
         Request(**{"prompt": "a cat", name: value})
     assert isinstance(caught.value, UnknownName) == message.startswith("unknown")
+
+
+def test_diffusers_names_are_answered_with_ours() -> None:
+    for name, ours in (("num_inference_steps", "steps=…"), ("guidance_scale", "guidance=…"), ("generator", "seed=…")):
+        with pytest.raises(SettingError, match=f"unknown setting '{name}': write {ours}"):
+            Request(prompt="a cat", **{name: 1})  # type: ignore[arg-type]
+    assert copy.copy(Request(prompt="a cat", steps=3)) == pickle.loads(pickle.dumps(Request(prompt="a cat", steps=3)))
+    with pytest.raises(SettingError, match="unknown setting 'guidance_scale'"):
+        dataclasses.replace(Request(prompt="a cat"), guidance_scale=3)  # type: ignore[call-arg]
+    with pytest.raises(SettingError, match=r"count: a Request is one image: pass the prompt as text, with count=…"):
+        Request(prompt="a cat", count=2)  # type: ignore[call-arg]
+    assert list(inspect.signature(Request).parameters) == list(Request.__slots__)  # for help() and editors
 
 
 def test_numbers_of_numpy_become_those_of_python() -> None:
