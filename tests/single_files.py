@@ -84,35 +84,51 @@ def _resnet(old: str, new: str) -> dict[str, str]:
 
 
 def _unet(weights: Weights, blocks: int) -> Weights:
-    def layers(block: str) -> list[int]:
-        return sorted({int(name.split(".")[3]) for name in weights if name.startswith(f"{block}.resnets.")})
-
-    def has(module: str) -> bool:
-        return any(name.startswith(f"{module}.") for name in weights)
-
-    modules, number = dict(_UNET), 1
-    for block in range(blocks):
-        old = f"down_blocks.{block}"
-        for layer in layers(old):
-            modules |= _resnet(f"{old}.resnets.{layer}", f"input_blocks.{number}.0")
-            modules[f"{old}.attentions.{layer}"] = f"input_blocks.{number}.1"
-            number += 1
-        if has(f"{old}.downsamplers"):
-            modules[f"{old}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-            number += 1
-    modules |= _resnet("mid_block.resnets.0", "middle_block.0") | {"mid_block.attentions.0": "middle_block.1"}
-    modules |= _resnet("mid_block.resnets.1", "middle_block.2")
-    number = 0
+    modules, number = dict(_UNET) | _down(weights, blocks), 0
     for block in range(blocks):
         old = f"up_blocks.{block}"
-        for layer in layers(old):
+        for layer in _layers(weights, old):
             modules |= _resnet(f"{old}.resnets.{layer}", f"output_blocks.{number}.0")
             modules[f"{old}.attentions.{layer}"] = f"output_blocks.{number}.1"
             last = number
             number += 1
-        place = 2 if has(f"{old}.attentions") else 1
+        place = 2 if _has(weights, f"{old}.attentions") else 1
         modules[f"{old}.upsamplers.0.conv"] = f"output_blocks.{last}.{place}.conv"
     return _moved(weights, modules)
+
+
+def _layers(weights: Weights, block: str) -> list[int]:
+    return sorted({int(name.split(".")[3]) for name in weights if name.startswith(f"{block}.resnets.")})
+
+
+def _has(weights: Weights, module: str) -> bool:
+    return any(name.startswith(f"{module}.") for name in weights)
+
+
+def _down(weights: Weights, blocks: int) -> dict[str, str]:
+    """Return the modules of the way down and of the middle."""
+    modules, number = {}, 1
+    for block in range(blocks):
+        old = f"down_blocks.{block}"
+        for layer in _layers(weights, old):
+            modules |= _resnet(f"{old}.resnets.{layer}", f"input_blocks.{number}.0")
+            modules[f"{old}.attentions.{layer}"] = f"input_blocks.{number}.1"
+            number += 1
+        if _has(weights, f"{old}.downsamplers"):
+            modules[f"{old}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            number += 1
+    modules |= _resnet("mid_block.resnets.0", "middle_block.0") | {"mid_block.attentions.0": "middle_block.1"}
+    return modules | _resnet("mid_block.resnets.1", "middle_block.2")
+
+
+def controlnet_tensors(folder: Path) -> Weights:
+    """Return the tensors of a ControlNet's folder by their original names, without the prefix."""
+    weights, config = _loaded(folder), json.loads((folder / "config.json").read_text())
+    modules = _UNET | _down(weights, len(config["block_out_channels"])) | {"controlnet_mid_block": "middle_block_out.0"}
+    hint, convolutions = "controlnet_cond_embedding", 2 * len(config["conditioning_embedding_out_channels"])
+    modules |= {f"{hint}.conv_in": "input_hint_block.0", f"{hint}.conv_out": f"input_hint_block.{2 * convolutions - 2}"}
+    modules |= {f"{hint}.blocks.{k}": f"input_hint_block.{2 * k + 2}" for k in range(convolutions - 2)}
+    return _moved(weights, modules | {f"controlnet_down_blocks.{k}": f"zero_convs.{k}.0" for k in range(16)})
 
 
 def _vae(weights: Weights, levels: int) -> Weights:

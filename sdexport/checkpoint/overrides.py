@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,8 @@ from typing import Any
 from sdexport.checkpoint.card import Card
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import PATH as SCHEDULER
-from sdexport.checkpoint.original.file import VaeFile, read_vae_file
+from sdexport.checkpoint.opening import without_defaults
+from sdexport.checkpoint.original.file import PartFile, read_controlnet_file, read_vae_file
 from sdexport.checkpoint.pipelines import VAES
 from sdexport.checkpoint.source import Source, StoredWeights
 from sdexport.errors import CheckpointError
@@ -21,7 +23,7 @@ from sdruntime.bundle.model import PredictionType
 from sdruntime.bundle.roles import CONTROLNET
 from sdruntime.errors import SettingError, shown
 
-_VAE, _VAE_CONFIG = "vae", "vae/config.json"
+_VAE, _VAE_CONFIG, _UNET_CONFIG = "vae", "vae/config.json", "unet/config.json"
 PREVIEW_VAE = "preview_vae"
 _INDEX = "model_index.json"
 
@@ -32,8 +34,8 @@ class Overrides:
 
     `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
     replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE. `preview_vae` is a folder with
-    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders of ControlNets, by component. `loras` are
-    merged into the weights: FILE:SCALE:TEXT_SCALE each.
+    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders and files of ControlNets, by component.
+    `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each.
     """
 
     prediction_type: PredictionType | None = None
@@ -77,7 +79,7 @@ class Overridden:
         self._vae = _vae(Path(overrides.vae), precision, allow_pickle) if overrides.vae else None
         self._preview = _preview_vae(Path(overrides.preview_vae), precision, allow_pickle) if overrides.preview_vae else None
         self._added: dict[str, Source] = {
-            name: _controlnet(name, Path(place), precision, allow_pickle) for name, place in overrides.controlnets.items()
+            name: self._controlnet(name, Path(place), precision, allow_pickle) for name, place in overrides.controlnets.items()
         }
         lines = list(source.inferred)
         if self._documents is not None:
@@ -91,6 +93,18 @@ class Overridden:
             lines.append(f"prediction type {self._prediction} (--prediction-type)")
         self.inferred = tuple(lines)
 
+    def _controlnet(self, name: str, path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder | PartFile:
+        if path.is_file():
+            unet: Any = {}
+            with contextlib.suppress(OSError, ValueError):  # reported where the config is read
+                unet = self._beside_vae(_UNET_CONFIG).document(_UNET_CONFIG)
+            written = without_defaults(unet, _UNET_CONFIG, []) if isinstance(unet, dict) else {}
+            return read_controlnet_file(path, name, written, allow_pickle=allow_pickle)
+        if not path.is_dir():
+            raise CheckpointError(path, ["--controlnet: no such folder or file"])
+        inner = (path / "controlnet").is_dir() and not (path / "config.json").exists()  # of a pipeline with a ControlNet
+        return DiffusersFolder(path, precision, allow_pickle, places={name: "controlnet" if inner else "."})
+
     def document(self, path: str) -> Any:
         document = self._document(path)
         if path == SCHEDULER and self._prediction and isinstance(document, dict):
@@ -99,20 +113,20 @@ class Overridden:
             return document | {_VAE: self._vae_class(self._vae)}
         return document
 
-    def _vae_class(self, vae: DiffusersFolder | VaeFile) -> list[str]:
+    def _vae_class(self, vae: DiffusersFolder | PartFile) -> list[str]:
         """Return the library and the class of the other VAE; its config names it, except in a file."""
         try:
-            named = None if isinstance(vae, VaeFile) else vae.document(_VAE_CONFIG).get("_class_name")
+            named = None if isinstance(vae, PartFile) else vae.document(_VAE_CONFIG).get("_class_name")
         except (OSError, ValueError, AttributeError):  # reported where the config is read
             named = None
         return list(next((pair for pair in VAES if pair[1] == named), VAES[0]))
 
     def _document(self, path: str) -> Any:
-        if path == _VAE_CONFIG and isinstance(self._vae, VaeFile):
+        if path == _VAE_CONFIG and isinstance(self._vae, PartFile):
             return dict(self._vae.config) | {"scaling_factor": self._scaling_factor(self._vae)}
         return self._owner(path).document(path)
 
-    def _scaling_factor(self, vae: VaeFile) -> Any:
+    def _scaling_factor(self, vae: PartFile) -> Any:
         """Return the checkpoint's own scaling factor: a file of a VAE does not hold one."""
         try:
             return self._beside_vae(_VAE_CONFIG).document(_VAE_CONFIG)["scaling_factor"]
@@ -161,7 +175,7 @@ def _documents(path: Path, precision: Precision) -> DiffusersFolder:
     return DiffusersFolder(path, precision, allow_pickle=False)
 
 
-def _vae(path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder | VaeFile:
+def _vae(path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder | PartFile:
     if path.is_file():
         return read_vae_file(path, allow_pickle=allow_pickle)
     if not path.is_dir():
@@ -173,15 +187,6 @@ def _preview_vae(path: Path, precision: Precision, allow_pickle: bool) -> Diffus
     if not path.is_dir():
         raise CheckpointError(path, ["--preview-vae: no such folder: give one of an AutoencoderTiny, with config.json"])
     return DiffusersFolder(path, precision, allow_pickle, places={PREVIEW_VAE: _place_of_vae(path)})
-
-
-def _controlnet(name: str, path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder:
-    if path.is_file():
-        raise CheckpointError(path, ["--controlnet: a single file of a ControlNet is not supported: give its diffusers folder"])
-    if not path.is_dir():
-        raise CheckpointError(path, ["--controlnet: no such folder"])
-    inner = (path / "controlnet").is_dir() and not (path / "config.json").exists()  # of a pipeline with a ControlNet
-    return DiffusersFolder(path, precision, allow_pickle, places={name: "controlnet" if inner else "."})
 
 
 def _place_of_vae(path: Path) -> str:

@@ -82,7 +82,7 @@ def overriding(command: Callable[..., Any]) -> Callable[..., Any]:
     }
     for name, text in texts.items():
         command = click.option(name, metavar="DIR" if name == "--config" else "MODEL", help=text)(command)
-    net = "Add this ControlNet, a folder or a Hugging Face model id; NAME=MODEL gives each of several a name. May be repeated."
+    net = "Add this ControlNet, a folder, file or Hugging Face model id; NAME=MODEL gives each of several a name; may be repeated"
     command = click.option("--controlnet", "controlnets", multiple=True, metavar="[NAME=]MODEL", help=net)(command)
     lora = "Merge this LoRA, .safetensors, at a strength (1), and another one in the text encoders; may be repeated."
     command = click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT_SCALE]]", help=lora)(command)

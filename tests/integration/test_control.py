@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tiny
 from integration.reference import Array, assert_same_picture, ours
+from single_files import controlnet_tensors
 
+from sdruntime.bundle.manifest import load_manifest
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.control import Control
@@ -140,6 +142,22 @@ def test_other_families_and_kinds_of_nets(
             assert np.abs(picture.astype(int) - plain).max() > 10
             expected = theirs(checkpoint, tmp_path, case, "ddim", size=(width, height), xl=kind == "sdxl")
             assert_same_picture(picture, expected[0], decoded, expected[1])
+
+
+@pytest.mark.full
+def test_a_single_file_gives_the_component_of_its_folder(
+    pipe: Pipeline, sd1_checkpoint: Path, sd1_controlnets: Path, tmp_path: Path, export: Callable[..., Path]
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"control_model.{name}": tensor for name, tensor in controlnet_tensors(sd1_controlnets / "canny").items()}
+    save_file(tensors, tmp_path / "canny.safetensors")
+    manifest = load_manifest(export(sd1_checkpoint, controlnets={"controlnet_canny": str(tmp_path / "canny.safetensors")}))
+    of_folder, of_file = (
+        [each.files[path] for path in each.components["controlnet_canny"].files] for each in (pipe.bundle.manifest, manifest)
+    )
+    assert of_file == of_folder
+    assert len(of_file) == 2
 
 
 def test_a_mixed_batch_gives_the_images_that_each_gives_alone(pipe: Pipeline) -> None:

@@ -56,6 +56,36 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
     return config, tensors
 
 
+def read_controlnet(tensors: Tensors) -> dict[str, Any]:
+    """Return the settings of a ControlNet that its names and shapes show. Raises ValueError if they are of no ControlNet."""
+    blocks = children(tensors, "down_blocks")
+    if not blocks:
+        raise ValueError("no down_blocks: no ControlNetModel")
+    depths, middle = [_depths(tensors, f"down_blocks.{block}") for block in blocks], _depths(tensors, "mid_block")
+    deep = [_one(each) or 1 for each in depths]
+    if not depths[-1] and middle:
+        deep[-1] = middle[0]
+    keys = [name for name in tensors if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
+    projections = [name for name in tensors if name.endswith(".proj_in.weight")]
+    embedding, added = "controlnet_cond_embedding", "add_embedding.linear_1.weight"
+    widths = [f"{embedding}.conv_in", *(f"{embedding}.blocks.{k}" for k in children(tensors, f"{embedding}.blocks")[1::2])]
+    config = {
+        "in_channels": size(tensors, ("conv_in.weight", 4, 1), usual=_LATENT),
+        "conditioning_channels": size(tensors, (f"{embedding}.conv_in.weight", 4, 1), usual=3),
+        "conditioning_embedding_out_channels": [outputs(tensors, convolution) for convolution in widths],
+        "block_out_channels": [_width(tensors, f"down_blocks.{block}") for block in blocks],
+        "layers_per_block": _same([len(children(tensors, f"down_blocks.{block}.resnets")) for block in blocks]),
+        "down_block_types": ["CrossAttnDownBlock2D" if each else "DownBlock2D" for each in depths],
+        "mid_block_type": _middle(tensors, middle),
+        "transformer_layers_per_block": _same(deep),
+        "cross_attention_dim": size(tensors, *((name, 2, 1) for name in keys or ["attn2.to_k.weight"])),
+        "use_linear_projection": 2 * sum(len(tensors[name].shape) == 2 for name in projections) > len(projections),
+    }
+    if added in tensors:
+        config |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": size(tensors, (added, 2, 1))}
+    return config
+
+
 def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
     """Return the config, except scaling_factor, and the weights of an autoencoder.
 

@@ -6,7 +6,10 @@ Written down here, since a checkpoint is read without torch. A test compares eac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
+
+from sdexport.checkpoint.configs.controlnet import residuals_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -16,16 +19,46 @@ def unet_weights(config: Mapping[str, Any]) -> Shapes:
     widths = config["block_out_channels"]
     count, first, last = len(widths), widths[0], widths[-1]
     time = 4 * first
-    depths = _each(config["transformer_layers_per_block"], count)
-    up_depths = config.get("reverse_transformer_layers_per_block") or depths[::-1]
+    up_depths = config.get("reverse_transformer_layers_per_block") or _each(config["transformer_layers_per_block"], count)[::-1]
     layers = _each(config["layers_per_block"], count)
+    shapes = _way_down(config)
+    before = last
+    for block, kind in enumerate(config["up_block_types"]):
+        name, width, below = f"up_blocks.{block}", widths[-1 - block], widths[max(count - 2 - block, 0)]
+        more = layers[-1 - block] + 1
+        for layer in range(more):
+            into = (before if layer == 0 else width) + (below if layer == more - 1 else width)
+            shapes |= _resnet(f"{name}.resnets.{layer}", into, width, time)
+            if kind.startswith("CrossAttn"):
+                shapes |= _attention(config, f"{name}.attentions.{layer}", width, up_depths[block], layer)
+        if block < count - 1:
+            shapes |= _conv(f"{name}.upsamplers.0.conv", width, width)
+        before = width
+    return shapes | _norm("conv_norm_out", first) | _conv("conv_out", config["out_channels"], first)
 
-    def attention(name: str, width: int, depth: Any, layer: int) -> Shapes:
-        blocks = depth[layer] if isinstance(depth, list) else depth
-        return _transformer(
-            name, width, blocks, context=config["cross_attention_dim"], linear=bool(config["use_linear_projection"])
-        )
 
+def controlnet_weights(config: Mapping[str, Any]) -> Shapes:
+    """Return the weights of a ControlNetModel."""
+    widths, hints = config["block_out_channels"], config["conditioning_embedding_out_channels"]
+    hint, shapes = "controlnet_cond_embedding", _way_down(config)
+    shapes |= _conv(f"{hint}.conv_in", hints[0], config["conditioning_channels"]) | _conv(
+        f"{hint}.conv_out", widths[0], hints[-1]
+    )
+    for level, (into, out) in enumerate(pairwise(hints)):
+        shapes |= _conv(f"{hint}.blocks.{2 * level}", into, into) | _conv(f"{hint}.blocks.{2 * level + 1}", out, into)
+    *down, middle = residuals_of(config)
+    for index, residual in enumerate(down):
+        shapes |= _conv(f"controlnet_down_blocks.{index}", residual.channels, residual.channels, 1)
+    return shapes | _conv("controlnet_mid_block", middle.channels, middle.channels, 1)
+
+
+def _way_down(config: Mapping[str, Any]) -> Shapes:
+    """Return the weights of a UNet up to its middle, which a ControlNet has too."""
+    widths = config["block_out_channels"]
+    count, first, last = len(widths), widths[0], widths[-1]
+    time = 4 * first
+    depths = _each(config["transformer_layers_per_block"], count)
+    layers = _each(config["layers_per_block"], count)
     shapes = _conv("conv_in", first, config["in_channels"])
     shapes |= _linear("time_embedding.linear_1", time, first) | _linear("time_embedding.linear_2", time, time)
     if (guidance := config.get("time_cond_proj_dim")) is not None:
@@ -39,26 +72,16 @@ def unet_weights(config: Mapping[str, Any]) -> Shapes:
         for layer in range(layers[block]):
             shapes |= _resnet(f"{name}.resnets.{layer}", into if layer == 0 else width, width, time)
             if kind.startswith("CrossAttn"):
-                shapes |= attention(f"{name}.attentions.{layer}", width, depths[block], layer)
+                shapes |= _attention(config, f"{name}.attentions.{layer}", width, depths[block], layer)
         if block < count - 1:
             shapes |= _conv(f"{name}.downsamplers.0.conv", width, width)
     if (middle := config["mid_block_type"]) is not None:
         shapes |= _resnet("mid_block.resnets.0", last, last, time)
         if middle == "UNetMidBlock2DCrossAttn":
-            shapes |= attention("mid_block.attentions.0", last, depths[-1], 0) | _resnet("mid_block.resnets.1", last, last, time)
-    before = last
-    for block, kind in enumerate(config["up_block_types"]):
-        name, width, below = f"up_blocks.{block}", widths[-1 - block], widths[max(count - 2 - block, 0)]
-        more = layers[-1 - block] + 1
-        for layer in range(more):
-            into = (before if layer == 0 else width) + (below if layer == more - 1 else width)
-            shapes |= _resnet(f"{name}.resnets.{layer}", into, width, time)
-            if kind.startswith("CrossAttn"):
-                shapes |= attention(f"{name}.attentions.{layer}", width, up_depths[block], layer)
-        if block < count - 1:
-            shapes |= _conv(f"{name}.upsamplers.0.conv", width, width)
-        before = width
-    return shapes | _norm("conv_norm_out", first) | _conv("conv_out", config["out_channels"], first)
+            shapes |= _attention(config, "mid_block.attentions.0", last, depths[-1], 0) | _resnet(
+                "mid_block.resnets.1", last, last, time
+            )
+    return shapes
 
 
 def vae_weights(config: Mapping[str, Any]) -> Shapes:
@@ -111,6 +134,11 @@ def text_weights(config: Mapping[str, Any], *, projected: bool) -> Shapes:
     if projected:
         shapes["text_projection.weight"] = (config["projection_dim"], width)
     return shapes
+
+
+def _attention(config: Mapping[str, Any], name: str, width: int, depth: Any, layer: int) -> Shapes:
+    blocks, context = depth[layer] if isinstance(depth, list) else depth, config["cross_attention_dim"]
+    return _transformer(name, width, blocks, context=context, linear=bool(config["use_linear_projection"]))
 
 
 def _each(value: Any, count: int) -> list[Any]:

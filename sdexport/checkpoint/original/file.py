@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sdexport.checkpoint.card import Card
+from sdexport.checkpoint.original.controlnet import read_controlnet
 from sdexport.checkpoint.original.layout import Original, read_original, read_vae_alone
 from sdexport.checkpoint.original.naming import Tensors
 from sdexport.checkpoint.original.tokenizer import clip_tokenizer
@@ -60,16 +61,18 @@ class SingleFile:
         return StoredWeights(files={self.path.name: self.path}, tensors=MappingProxyType(dict(self._original.weights[part])))
 
 
-class VaeFile:
-    """A source of nothing but a VAE; its config has no scaling_factor."""
+class PartFile:
+    """A source of nothing but one part. The config of a VAE has no scaling_factor."""
 
     inferred: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, config: Mapping[str, Any], tensors: Tensors) -> None:
-        self.path, self.config, self._tensors = path, config, tensors
+    def __init__(self, path: Path, part: str, config: Mapping[str, Any], tensors: Tensors) -> None:
+        self.path, self.part, self.config, self._tensors = path, part, config, tensors
 
     def document(self, path: str) -> Any:
-        raise FileNotFoundError(path)
+        if path != f"{self.part}/config.json":
+            raise FileNotFoundError(path)
+        return dict(self.config)
 
     def file(self, path: str) -> bytes | None:
         return None
@@ -81,15 +84,23 @@ class VaeFile:
         return {}
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
-        return StoredWeights(files={f"vae/{self.path.name}": self.path}, tensors=MappingProxyType(dict(self._tensors)))
+        return StoredWeights(files={f"{self.part}/{self.path.name}": self.path}, tensors=MappingProxyType(dict(self._tensors)))
 
 
-def read_vae_file(path: Path, *, allow_pickle: bool = False) -> VaeFile:
+def read_vae_file(path: Path, *, allow_pickle: bool = False) -> PartFile:
     """Return the VAE in a file: a VAE alone, or that of a whole checkpoint. Raises CheckpointError."""
     try:
-        return VaeFile(path, *read_vae_alone(_read(path, allow_pickle)[0]))
+        return PartFile(path, "vae", *read_vae_alone(_read(path, allow_pickle)[0]))
     except (OSError, ValueError) as error:
         raise CheckpointError(path.name, plain(error).split("\n")) from None
+
+
+def read_controlnet_file(path: Path, part: str, unet: Mapping[str, Any], *, allow_pickle: bool = False) -> PartFile:
+    """Return the ControlNet in a file, which becomes the part `part`. `unet`: the UNet's config. Raises CheckpointError."""
+    try:
+        return PartFile(path, part, *read_controlnet(_read(path, allow_pickle)[0], unet))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path.name, [f"{part}: {line}" for line in plain(error).split("\n")]) from None
 
 
 def read_single_file(path: Path, *, allow_pickle: bool = False, with_vae: bool = True) -> SingleFile:

@@ -45,9 +45,9 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
 
     Raises ValueError for names and shapes that are no UNet of Stable Diffusion, Misfit with those that do not fit the others.
     """
-    down, places = _down_blocks(tensors)
+    down, places = down_blocks(tensors)
     up_depths = _up_blocks(tensors, places)
-    middle = _middle(tensors, places)
+    middle = middle_block(tensors, places)
     widths = [outputs(tensors, *(f"input_blocks.{layer}.0.{part}" for layer in block for part in _CONVS)) for block in down]
     depths = [max(_depth(tensors, f"input_blocks.{layer}.1") for layer in block) for block in down]
     if up_depths != depths[::-1]:
@@ -73,12 +73,12 @@ def read_unet(tensors: Tensors, *, heads: int | None, pooled: int | None, ids: i
     }
     config |= added_embedding(tensors, "label_emb.0.0.weight", pooled=pooled, ids=ids)
     places = OUTER | places
-    weights, unknown = renamed(tensors, places, _inside)
-    check_fit(config, unet_weights(config), weights, unknown=unknown, old=lambda name: _old(name, places))
+    weights, unknown = renamed(tensors, places, inside)
+    check_fit(config, unet_weights(config), weights, unknown=unknown, old=lambda name: old_name(name, places))
     return config, weights
 
 
-def _down_blocks(tensors: Tensors) -> tuple[list[list[int]], dict[str, str]]:
+def down_blocks(tensors: Tensors) -> tuple[list[list[int]], dict[str, str]]:
     """Return the numbers of the residual blocks of each block, and the new name of each module."""
     blocks: list[list[int]] = [[]]
     places: dict[str, str] = {}
@@ -113,7 +113,7 @@ def _up_blocks(tensors: Tensors, places: dict[str, str]) -> list[int]:
     return [max(block) for block in depths]
 
 
-def _middle(tensors: Tensors, places: dict[str, str]) -> int:
+def middle_block(tensors: Tensors, places: dict[str, str]) -> int:
     """Return the transformer layers of the middle, 0 where it has no attention."""
     depth = _depth(tensors, "middle_block.1")
     places["middle_block.0"] = "mid_block.resnets.0"
@@ -130,17 +130,17 @@ def _depth(tensors: Tensors, attention: str) -> int:
     return len(children(tensors, f"{attention}.transformer_blocks"))
 
 
-def _inside(place: str, rest: str) -> str | None:
+def inside(place: str, rest: str) -> str | None:
     """Return the name within a module: residual blocks are named in another way, transformers are not."""
     if ".attentions." in place:
         return rest if _TRANSFORMER.fullmatch(rest) else None
     return in_module(rest, _RESNET if ".resnets." in place else {})
 
 
-def _old(name: str, places: Mapping[str, str]) -> str:
+def old_name(name: str, places: Mapping[str, str]) -> str:
     """Return the original name of a weight, as far as its module is known."""
 
-    def inside(place: str, _: str, rest: str) -> str | None:
+    def within_old(place: str, _: str, rest: str) -> str | None:
         return rest if ".attentions." in place else in_module(rest, reverse(_RESNET) if ".resnets." in place else {})
 
-    return moved(name, reverse(places), inside) or name
+    return moved(name, reverse(places), within_old) or name
