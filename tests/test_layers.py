@@ -52,7 +52,7 @@ ORDER = {
     "sdexport.checkpoint.configs": "keys tables controlnet misfits",
     "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file writing",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
-    "sdexport.checkpoint.original": "expected naming standard unet vae diffusers text layout tokenizer file",
+    "sdexport.checkpoint.original": "expected naming standard unet vae diffusers controlnet text layout tokenizer file",
     "sdexport.families": "components modules",
     "sdexport.precision": "numbers rewrite activations probe rounding audit describe",
     "sdexport.trace": "versions data_file sampler_step residuals optional_inputs cache to_onnx component process",

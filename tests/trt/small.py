@@ -15,27 +15,43 @@ from trt import networks
 
 from sdexport.trace.sampler_step import write_step
 from sdruntime.bundle.bundle import Bundle, write_bundle
-from sdruntime.bundle.manifest import TensorSpec
+from sdruntime.bundle.manifest import ComponentSpec, TensorSpec
 
 _TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 _WIDE = np.linspace(-1, 1, 8, dtype=np.float32)
 
 
 RESIDUAL = TensorSpec(name="residual", dtype="float32", shape=("batch", 4, "height/2", "width/2"))
+RESIDUALS = tuple(dataclasses.replace(RESIDUAL, name=name) for name in ("down_block_0", "mid_block"))
+CONTROL = (
+    TensorSpec(name="controlnet_cond", dtype="float32", shape=("batch", 3, "height*8", "width*8")),
+    TensorSpec(name="conditioning_scale", dtype="float32", shape=("batch", len(RESIDUALS))),
+)
 
 
-def small_bundle(folder: Path, *, residual: bool = False) -> Bundle:
+def small_bundle(folder: Path, *, residual: bool = False, controlnets: Sequence[str] = ()) -> Bundle:
     """`bundles.make_bundle` with networks that can be run, and the component `step`. Only the VAE's encoder is empty.
 
-    `residual`: the UNet has an optional input, RESIDUAL, whose means it adds.
+    `residual`: the UNet has an optional input, RESIDUAL, whose means it adds. `controlnets`: components that make
+    RESIDUALS for it.
     """
+    residuals = RESIDUALS if controlnets else (RESIDUAL,) if residual else ()
     made = bundles.make_bundle(folder)
     components = dict(made.manifest.components) | {"step": write_step(folder)}
     networks.decoder(folder / "vae_decoder" / "model.onnx")
     _text_encoder(folder / "text_encoder" / "model.onnx")
-    _unet(folder / "unet" / "model.onnx", RESIDUAL if residual else None)
-    if residual:
-        components["unet"] = dataclasses.replace(components["unet"], optional_inputs=(RESIDUAL,))
+    _unet(folder / "unet" / "model.onnx", residuals)
+    components["unet"] = dataclasses.replace(components["unet"], optional_inputs=residuals)
+    for number, name in enumerate(controlnets):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+        _controlnet(folder / name / "model.onnx", 0.2 + number / 10)
+        components[name] = ComponentSpec(
+            files=(f"{name}/model.onnx",),
+            config=f"{name}/config.json",
+            inputs=(*bundles.TENSORS["unet"][0], *CONTROL),
+            outputs=RESIDUALS,
+        )
     write_bundle(folder, model=made.manifest.model, precision="fp32", components=components, provenance={"made": "by hand"})
     return Bundle.open(folder)
 
@@ -47,10 +63,10 @@ def _text_encoder(path: Path) -> None:
         helper.make_node("Unsqueeze", ["tokens", "last"], ["column"]),
         helper.make_node("Mul", ["column", "wide"], ["last_hidden_state"]),
     ]
-    _write(path, "text_encoder", nodes, last=np.array([2], np.int64), wide=_WIDE / 500)
+    _write(path, *bundles.TENSORS["text_encoder"], nodes, last=np.array([2], np.int64), wide=_WIDE / 500)
 
 
-def _unet(path: Path, residual: TensorSpec | None) -> None:
+def _unet(path: Path, residuals: Sequence[TensorSpec]) -> None:
     """The text's mean, and a little of the latents and of the time."""
     nodes = [
         helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["mean"]),  # [batch, 1, 1]
@@ -59,18 +75,19 @@ def _unet(path: Path, residual: TensorSpec | None) -> None:
         helper.make_node("Add", ["some", "text"], ["noise"]),
         helper.make_node("Unsqueeze", ["timestep", "axes_of_time"], ["column"]),
         helper.make_node("Mul", ["column", "slow"], ["time"]),
-        helper.make_node("Add", ["noise", "time"], ["out_sample" if residual is None else "plain"]),
+        helper.make_node("Add", ["noise", "time"], ["with_0" if residuals else "out_sample"]),
     ]
-    if residual is not None:
+    for number, residual in enumerate(residuals, start=1):
+        total = "out_sample" if number == len(residuals) else f"with_{number}"
         nodes += [
-            helper.make_node("ReduceMean", [residual.name, "sides"], ["more"]),
-            helper.make_node("Add", ["plain", "more"], ["out_sample"]),
+            helper.make_node("ReduceMean", [residual.name, "sides"], [f"more_{number}"]),
+            helper.make_node("Add", [f"with_{number - 1}", f"more_{number}"], [total]),
         ]
     _write(
         path,
-        "unet",
+        (*bundles.TENSORS["unet"][0], *residuals),
+        bundles.TENSORS["unet"][1],
         nodes,
-        () if residual is None else (residual,),
         sides=np.array([2, 3], np.int64),
         axes=np.array([1, 2], np.int64),
         last=np.array([3], np.int64),
@@ -80,10 +97,42 @@ def _unet(path: Path, residual: TensorSpec | None) -> None:
     )
 
 
-def _write(path: Path, component: str, nodes: list[Any], more: Sequence[TensorSpec] = (), **weights: np.ndarray) -> None:
-    inputs, outputs = bundles.TENSORS[component]
+def _controlnet(path: Path, part: float) -> None:
+    """A part of the latents and of the text's mean, and the control image, in half the size and times the scales."""
+    nodes = [
+        helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["mean"]),
+        helper.make_node("Unsqueeze", ["mean", "last"], ["text"]),
+        helper.make_node("Mul", ["sample", "part"], ["some"]),
+        helper.make_node("Add", ["some", "text"], ["both"]),
+        helper.make_node("AveragePool", ["both"], ["half"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("AveragePool", ["controlnet_cond"], ["cells"], kernel_shape=[16, 16], strides=[16, 16]),
+        helper.make_node("ReduceMean", ["cells", "channel"], ["light"]),
+        helper.make_node("Add", ["half", "light"], ["made"]),
+        helper.make_node("Split", ["conditioning_scale"], ["first", "second"], axis=1, num_outputs=2),
+    ]
+    for scale, residual in zip(("first", "second"), RESIDUALS, strict=True):
+        nodes += [
+            helper.make_node("Unsqueeze", [scale, "sides"], [f"of_{residual.name}"]),
+            helper.make_node("Mul", ["made", f"of_{residual.name}"], [residual.name]),
+        ]
+    _write(
+        path,
+        (*bundles.TENSORS["unet"][0], *CONTROL),
+        RESIDUALS,
+        nodes,
+        axes=np.array([1, 2], np.int64),
+        last=np.array([3], np.int64),
+        part=np.array([part], np.float32),
+        channel=np.array([1], np.int64),
+        sides=np.array([2, 3], np.int64),
+    )
+
+
+def _write(
+    path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], nodes: list[Any], **weights: np.ndarray
+) -> None:
     initializers = [numpy_helper.from_array(values, name) for name, values in weights.items()]
-    graph = helper.make_graph(nodes, component, list(map(_value, (*inputs, *more))), list(map(_value, outputs)), initializers)
+    graph = helper.make_graph(nodes, path.parent.name, list(map(_value, inputs)), list(map(_value, outputs)), initializers)
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
 
 

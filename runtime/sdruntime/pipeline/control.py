@@ -61,6 +61,13 @@ def control_inputs(request: Request, size: tuple[int, int], calls: int, componen
     return tuple(inputs)
 
 
+def sums_on_host(request: Request, components: Components) -> bool:
+    """Return whether the residuals of a request's ControlNets are more than outputs of one that can be inputs of the UNet."""
+    return len(request.controls) > 1 or any(
+        is_pooled(components[component_of(control, components)]) for control in request.controls
+    )
+
+
 def _image(control: Control, size: tuple[int, int]) -> Array:
     """Return a control's image at `size`, float32 [3, H, W] in [0, 1], resized by Lanczos."""
     pixels = control.pixels

@@ -18,7 +18,7 @@ from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
-from sdruntime.pipeline.control import component_of, control_inputs, stretched_lines
+from sdruntime.pipeline.control import component_of, control_inputs, stretched_lines, sums_on_host
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.loras import Loras
@@ -357,7 +357,8 @@ class JobFactory:
             yield "control has no effect on the steps of the refiner"
         elif stage.step.request.controls:
             yield from stretched_lines(stage.step.request, self._size(stage.step.request))
-            yield from self._host_lines()
+            if sums_on_host(stage.step.request, self._components):
+                yield from self._host_lines()
         yield from cut_lines(pair for pairs in encoded.values() for pair in pairs)
         yield from self._unused(stage.step.request)
         if not stage.step.refines:
@@ -383,7 +384,7 @@ class JobFactory:
         """Yield a line if the UNet's loop would otherwise run on a GPU."""
         unet = next((spec for spec in self._engines.chosen if role(spec.component).kind == "denoiser"), None)
         if unet is not None and BACKENDS[unet.backend].loop is not None:
-            yield "control: each step returns to the host, since the loop on the GPU runs no ControlNets"
+            yield "control: each step returns to the host, which adds up several ControlNets, and residuals that are means"
 
     def _tile_lines(self, shape: Shape) -> list[str]:
         """Return a line about the tiles of an image, unless the user chose their size."""

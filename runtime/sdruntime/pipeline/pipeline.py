@@ -334,8 +334,7 @@ class Pipeline:
         """Return the stepper that advances jobs of one shape on the host, in one call of the UNet."""
         pipe = self._of(jobs[0])
         controlled = any(job.controls for job in jobs)
-        controlnet = (lambda name: pipe.engine(name, adapters=None, **pipe._unet_dims(jobs))) if controlled else None
-        return [Call(jobs, lambda: pipe._unet_for(jobs), controlnet)]
+        return [Call(jobs, lambda: pipe._unet_for(jobs), pipe._controlnets_for(jobs) if controlled else None)]
 
     def device_steppers(self, jobs: Sequence[Job], *, whole: bool = False, ahead: int = IN_FLIGHT) -> Sequence[Stepper]:
         """Return the steppers that run the loop on the GPU, or those of `steppers` if the engines or the jobs do not allow it.
@@ -349,13 +348,17 @@ class Pipeline:
         loop = BACKENDS[unet.spec.backend].loop if self.engines.caller_engine is None else None
         if loop is not None and self.engines.has(STEP, cells=cells):
             whole = whole and self.engines.options.whole_loop
-            if calls := loop(jobs, unet, self.engine(STEP, cells=cells), whole=whole, ahead=ahead):
+            step = self.engine(STEP, cells=cells)
+            if calls := loop(jobs, unet, step, self._controlnets_for(jobs), whole=whole, ahead=ahead):
                 return calls
         return self.steppers(jobs)
 
     def _unet_for(self, jobs: Sequence[Job]) -> Engine:
         adapters = jobs[0].adapters
         return self.engine("unet", adapters=adapters if isinstance(adapters, AdapterSet) else None, **self._unet_dims(jobs))
+
+    def _controlnets_for(self, jobs: Sequence[Job]) -> Callable[[str], Engine]:
+        return lambda name: self.engine(name, adapters=None, **self._unet_dims(jobs))
 
     def _unet_dims(self, jobs: Sequence[Job]) -> dict[str, int]:
         _, height, width = jobs[0].run.x.shape

@@ -62,7 +62,7 @@ def read_controlnet(tensors: Tensors) -> dict[str, Any]:
     if not blocks:
         raise ValueError("no down_blocks: no ControlNetModel")
     depths, middle = [_depths(tensors, f"down_blocks.{block}") for block in blocks], _depths(tensors, "mid_block")
-    deep = [_one(each) or 1 for each in depths]
+    deep = [_one(block) or 1 for block in depths]
     if not depths[-1] and middle:
         deep[-1] = middle[0]
     keys = [name for name in tensors if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
@@ -75,7 +75,7 @@ def read_controlnet(tensors: Tensors) -> dict[str, Any]:
         "conditioning_embedding_out_channels": [outputs(tensors, convolution) for convolution in widths],
         "block_out_channels": [_width(tensors, f"down_blocks.{block}") for block in blocks],
         "layers_per_block": _same([len(children(tensors, f"down_blocks.{block}.resnets")) for block in blocks]),
-        "down_block_types": ["CrossAttnDownBlock2D" if each else "DownBlock2D" for each in depths],
+        "down_block_types": ["CrossAttnDownBlock2D" if block else "DownBlock2D" for block in depths],
         "mid_block_type": _middle(tensors, middle),
         "transformer_layers_per_block": _same(deep),
         "cross_attention_dim": size(tensors, *((name, 2, 1) for name in keys or ["attn2.to_k.weight"])),

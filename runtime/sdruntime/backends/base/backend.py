@@ -28,12 +28,19 @@ class DeviceLoop(Protocol):
     """Run the sampling loop on the GPU."""
 
     def __call__(
-        self, jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False, ahead: int = IN_FLIGHT
+        self,
+        jobs: Sequence[Job],
+        unet: Engine,
+        step: Engine,
+        controlnet: Callable[[str], Engine],
+        *,
+        whole: bool = False,
+        ahead: int = IN_FLIGHT,
     ) -> Sequence[Stepper]:
         """Return steppers for jobs of one shape, using the engines of the UNet and of the sampler step.
 
-        The result is empty if these jobs or engines cannot run on the GPU. `whole`: all steps may be launched at once. `ahead`:
-        how many steps the host may run ahead of the GPU.
+        `controlnet` returns the engine of a ControlNet by its component. The result is empty if these jobs or engines cannot run
+        on the GPU. `whole`: all steps may be launched at once. `ahead`: how many steps the host may run ahead of the GPU.
         """
         ...
 

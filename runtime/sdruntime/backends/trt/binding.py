@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +27,10 @@ class Plan(Protocol):
 
 
 class Binding:
-    """An execution context with device buffers. `address` and `sizes` (bytes) give the location of each tensor on the device."""
+    """An execution context with device buffers. `address` and `sizes` (bytes) give the location of each tensor on the device.
+
+    `placed`: the addresses of tensors that lie in buffers of others.
+    """
 
     def __init__(
         self,
@@ -36,21 +40,26 @@ class Binding:
         session: Session,
         dims: Mapping[str, int],
         profile: int,
+        placed: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._name, self._plan, self._session, self._moves = spec.name, plan, session, -1
         self._context = plan.context()
         self.address: dict[str, int] = {}
         self._staged: dict[str, Pinned] = {}
+        self._zeros: set[str] = set()  # inputs that hold zeros
         self._stack = contextlib.ExitStack()
         self._stack.callback(self._drop_context)
         with self._stack as stack:  # releases what was created if a later step fails
             self._describe(component, dims, profile)
-            buffer = session.cuda.allocate(sum(map(aligned, self.sizes.values())), f"the inputs and outputs of {spec.component}")
+            own = {name: size for name, size in self.sizes.items() if name not in placed}
+            buffer = session.cuda.allocate(sum(map(aligned, own.values())), f"the inputs and outputs of {spec.component}")
             stack.callback(buffer.close)
             address = buffer.pointer
-            for name, size in self.sizes.items():
+            for name, size in own.items():
                 self.place(name, address)
                 address += aligned(size)
+            for name, address in placed.items():
+                self.place(name, address)
             self._stack = stack.pop_all()
 
     def _describe(self, component: ComponentSpec, dims: Mapping[str, int], profile: int) -> None:
@@ -93,10 +102,22 @@ class Binding:
 
     def upload(self, feeds: Mapping[str, Array]) -> None:
         """Copy arrays to the device through pinned memory. The stream must be idle, as it is after `download`."""
+        self._zeros -= feeds.keys()
         for name, array in feeds.items():
             staged = self._stage(name)
             np.copyto(staged.array, array)
             self._session.stream.upload(self.address[name], staged, self.sizes[name])
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Fill inputs with zeros, except those that hold zeros since the last call. The stream must be idle."""
+        for name in names:
+            if name not in self._zeros:
+                self.upload({name: np.zeros((), self._dtypes[name])})
+                self._zeros.add(name)
+
+    def overwritten(self, names: Iterable[str]) -> None:
+        """Note that other work on the stream writes to inputs."""
+        self._zeros -= set(names)
 
     def download(self) -> dict[str, Array]:
         """Return every output as a new array, after waiting for the stream."""

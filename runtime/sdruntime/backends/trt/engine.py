@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.building import Library
 from sdruntime.backends.base.engine import AMPERE_UP, EngineOptions, Shared, closed
-from sdruntime.backends.base.feeds import check_feeds, fill_optional_inputs
+from sdruntime.backends.base.feeds import check_feeds
 from sdruntime.backends.base.session import Session, session
 from sdruntime.backends.ort.weights import lending_onnx
 from sdruntime.backends.trt.binding import Binding
@@ -60,9 +60,12 @@ class TrtEngine:
         return self._bindings[key]
 
     @contextlib.contextmanager
-    def bind_apart(self, dims: Mapping[str, int]) -> Iterator[Binding]:
-        """Yield a binding for the caller alone, until the block ends or the engine is closed. Raises EngineError, OutOfSpace."""
-        binding = self._binding(dims)
+    def bind_apart(self, dims: Mapping[str, int], placed: Mapping[str, int] = MappingProxyType({})) -> Iterator[Binding]:
+        """Yield a binding for the caller alone, until the block ends or the engine is closed.
+
+        `placed`: the addresses of tensors that lie in buffers of others. Raises EngineError, OutOfSpace.
+        """
+        binding = self._binding(dims, placed)
         self._apart.add(binding)
         try:
             yield binding
@@ -70,12 +73,12 @@ class TrtEngine:
             self._apart.discard(binding)
             binding.close()
 
-    def _binding(self, dims: Mapping[str, int]) -> Binding:
+    def _binding(self, dims: Mapping[str, int], placed: Mapping[str, int] = MappingProxyType({})) -> Binding:
         if self._plan.engine is None:
             raise closed(self.spec)
         self.session.cuda.use()  # the calling thread may have changed
         profile = self.spec.admitting(**dims)[0]
-        return Binding(self.spec, self.component, self._plan, self.session, dims, profile)
+        return Binding(self.spec, self.component, self._plan, self.session, dims, profile, placed)
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._plan.engine is None:
@@ -84,7 +87,8 @@ class TrtEngine:
         with annotate(self.spec.component):
             binding = self.bind(dims)
             try:
-                binding.upload(fill_optional_inputs(self.component, dims, feeds))
+                binding.upload(feeds)
+                binding.clear(tensor.name for tensor in self.component.optional_inputs if tensor.name not in feeds)
                 binding.enqueue()
                 return binding.download()
             except BaseException:

@@ -20,9 +20,10 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
-from sdruntime.backends.base.feeds import fill_optional_inputs, padded
+from sdruntime.backends.base.feeds import padded
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.backends.trt.frame import FLOAT, Frame, Frames
+from sdruntime.bundle.interface import CONTROL_IMAGE, is_pooled
 from sdruntime.bundle.sampler_step import CLEAN, COND, NOISE, SAMPLE, SOURCES, TARGETS, UNCOND
 from sdruntime.errors import SdruntimeError
 from sdruntime.sampling.job import IN_FLIGHT, Job, stacked
@@ -54,8 +55,19 @@ class DeviceCall:
     def _load(self) -> None:
         jobs, frame = self.jobs, self._frame
         self.steps = min(job.run.steps - job.run.step for job in jobs)
-        frame.unet.upload(_conditions(jobs, frame))
-        frame.load(_program(jobs, frame, self.steps))
+        feeds = _conditions(jobs, frame)
+        factors = _factors(jobs, frame, self.steps)
+        # a step that no ControlNet acts in follows one that left residuals: with factors of 0 it leaves zeros
+        acts = [bool(step.any()) for step in factors]
+        self._controlled = [now or before for now, before in zip(acts, [False, *acts], strict=False)]
+        frame.unet.upload(feeds)
+        written = frame.residuals if self._controlled[0] else ()
+        frame.unet.clear(
+            tensor.name for tensor in frame.component.optional_inputs if tensor.name not in feeds and tensor.name not in written
+        )
+        if frame.controlnet is not None:
+            frame.controlnet.upload({CONTROL_IMAGE: _control_images(jobs, frame)})
+        frame.load(_program(jobs, frame, self.steps, factors))
         frame.state.array[:] = 0
         for k, job in enumerate(jobs):
             x, m = job.run.windows()
@@ -71,9 +83,9 @@ class DeviceCall:
             self._wait(0)  # steps in flight read the rows
             self._frame.unet.upload(_rows(self.jobs, self._frame))
         if self._launch_all and self._index == 0:
-            self._launched = self._frame.run_all(self.steps)
+            self._launched = self._frame.run_all(self._controlled)
         if not self._launched:
-            self._frame.run(self._index)
+            self._frame.run(self._index, controlled=self._controlled[self._index])
         self._index += 1
         for job in self.jobs:
             job.run.skip()
@@ -126,24 +138,45 @@ def _raise(error: SdruntimeError) -> NoReturn:
 
 
 def device_calls(
-    jobs: Sequence[Job], unet: Engine, step: Engine, *, whole: bool = False, ahead: int = IN_FLIGHT
+    jobs: Sequence[Job],
+    unet: Engine,
+    step: Engine,
+    controlnet: Callable[[str], Engine],
+    *,
+    whole: bool = False,
+    ahead: int = IN_FLIGHT,
 ) -> list[DeviceCall]:
     """Return the calls that run these jobs, all of one shape, as few as the UNet's profiles allow.
 
     The list is empty if the loop cannot run on the GPU: rescaled guidance is not linear, guidance by an image takes three rows,
-    inpainting may put a part of an image back after each step, the loop runs no ControlNets, a table may need all SLOTS rows of
-    state, rows must be aligned, and streamed weights cannot be captured in a graph.
+    inpainting may put a part of an image back after each step, the residuals of several ControlNets are added up on the host, a
+    table may need all SLOTS rows of state, rows must be aligned, and streamed weights cannot be captured in a graph.
     """
     if not isinstance(unet, TrtEngine) or not isinstance(step, TrtEngine) or not all(map(_fits, jobs)):
         return []
-    if unet.spec.options.get("weight_streaming") == "true":
+    names = {job.controls[0].component if job.controls else None: None for job in jobs}
+    nets: dict[str, TrtEngine] = {}
+    for name in names:
+        if name is not None:
+            net = controlnet(name)
+            if not isinstance(net, TrtEngine) or is_pooled(net.component):
+                return []
+            nets[name] = net
+    if any(engine.spec.options.get("weight_streaming") == "true" for engine in (unet, *nets.values())):
         return []
     channels, height, width = jobs[0].run.x.shape
     dims, cells = {"height": height, "width": width, "sequence": jobs[0].sequence}, channels * height * width
     per_job = 2 if any(job.guided for job in jobs) else 1
     sizes = [unet.spec.profiles[index]["batch"] for index in unet.spec.admitting(**dims)]
     most = min(max(high for _, _, high in sizes) // per_job, *(profile["jobs"][2] for profile in step.spec.profiles))
-    parts = [jobs[start : start + most] for start in range(0, len(jobs), most)] if most else []
+    if len(nets) > 1:  # a call for each ControlNet, and one for the jobs without
+        groups = [
+            [job for job in jobs if [control.component for control in job.controls] == [name] * (name is not None)]
+            for name in names
+        ]
+    else:
+        groups = [list(jobs)]
+    parts = [group[start : start + most] for group in groups for start in range(0, len(group), most)] if most else []
     if any(len(part) * cells * FLOAT % ALIGNMENT for part in parts):
         return []
     frames, calls = unet.held.get(Frames, Frames), []
@@ -152,8 +185,11 @@ def device_calls(
             rows = per_job * len(part)
             batch = min(max(low, rows) for low, _, high in sizes if rows <= high)
             shape = {"batch": batch, **dims}
-            make = functools.partial(Frame, unet, step, shape, capacity=len(part), guided=per_job == 2, cells=cells)
-            frame = frames.get((per_job, len(part), *shape.values()), make)
+            steering = next((nets[control.component] for job in part for control in job.controls), None)
+            if steering is not None and not steering.spec.admits(**shape):
+                return []
+            make = functools.partial(Frame, unet, step, steering, shape, capacity=len(part), guided=per_job == 2, cells=cells)
+            frame = frames.get((steering, per_job, len(part), *shape.values()), make)
             calls.append(DeviceCall(part, frame, whole=whole, ahead=ahead))
             stack.callback(calls[-1].finish)
         stack.pop_all()
@@ -162,13 +198,35 @@ def device_calls(
 
 def _fits(job: Job) -> bool:
     x, m = job.run.windows()
-    return job.rescale == 0 and job.kept is None and not job.controls and len(job.rows) <= 2 and len(x) + len(m) <= CLEAN
+    return job.rescale == 0 and job.kept is None and len(job.controls) <= 1 and len(job.rows) <= 2 and len(x) + len(m) <= CLEAN
 
 
 def _conditions(jobs: Sequence[Job], frame: Frame) -> Mapping[str, Array]:
     """Return the UNet's inputs before the first step: unconditional rows first, then conditional ones, then padding."""
-    feeds = {"sample": padded(_samples(jobs, frame), frame.rows), **_rows(jobs, frame)}
-    return fill_optional_inputs(frame.component, frame.dims, feeds)
+    return {"sample": padded(_samples(jobs, frame), frame.rows), **_rows(jobs, frame)}
+
+
+def _factors(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
+    """Return how much each residual of the ControlNet counts, float32 [steps, rows, residuals]."""
+    factors = np.zeros((steps, frame.rows, len(frame.residuals)), np.float32)
+    for k, job in enumerate(jobs):
+        for control in job.controls:
+            own = control.factors[job.run.step : job.run.step + steps]
+            conditional = k + len(jobs) if frame.guided else k
+            factors[:, conditional] = own
+            if frame.guided and not control.conditional_only:
+                factors[:, k] = own
+    return factors
+
+
+def _control_images(jobs: Sequence[Job], frame: Frame) -> Array:
+    """Return the images that the ControlNet reads, float32 [rows, 3, H, W]; zeros for jobs without one."""
+    shape = next(control.image.shape for job in jobs for control in job.controls)
+    images = np.zeros((frame.rows, *shape), np.float32)
+    for k, job in enumerate(jobs):
+        for control in job.controls:
+            images[[k, k + len(jobs)] if frame.guided else [k]] = control.image
+    return images
 
 
 def _rows(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
@@ -186,8 +244,8 @@ def _samples(jobs: Sequence[Job], frame: Frame) -> Array:
     return np.concatenate([samples, samples]) if frame.guided else samples
 
 
-def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
-    """Return the blocks of all steps, uint8 [steps, block]: timesteps, weights and noise, each at its offset."""
+def _program(jobs: Sequence[Job], frame: Frame, steps: int, factors: Array) -> Array:
+    """Return the blocks of all steps, uint8 [steps, block]: timesteps, weights, noise and factors, each at its offset."""
     program = np.zeros((steps, frame.block), np.uint8)
     timesteps = np.zeros((steps, frame.rows), np.float32)
     weights = np.zeros((steps, frame.capacity, TARGETS, SOURCES), np.float32)
@@ -199,7 +257,8 @@ def _program(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
         for index, term in enumerate(job.run.draw_ahead(steps)):
             if term is not None:
                 noise[index, k] = term.reshape(-1)
-    for offset, part in zip(frame.offsets, (timesteps, weights, noise), strict=True):
+    inputs = (timesteps, weights, noise, factors)
+    for offset, part in zip(frame.offsets, inputs if frame.residuals else inputs[:-1], strict=True):
         flat = part.reshape(steps, -1).view(np.uint8)
         program[:, offset : offset + flat.shape[1]] = flat
     return program
