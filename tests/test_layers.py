@@ -27,7 +27,7 @@ ORDER = {
         "roles limits audit records dimensions model manifest tasks interface sampler_step lending bundle changes"
     ),
     "sdruntime.bundle.changes": "lock change staging",
-    "sdruntime.adapters": "safetensors kinds names file lora embedding base sets describe",
+    "sdruntime.adapters": "safetensors kinds names blocks file lora embedding base sets describe",
     "sdruntime.backends": "base onnx_file fake ort ov trt registry",
     "sdruntime.backends.base": "building weights engine feeds subpixel session backend",
     "sdruntime.backends.onnx_file": "wire external graph inputs initializers stored",

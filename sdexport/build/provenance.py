@@ -15,6 +15,7 @@ from sdexport.checkpoint.hub import Located
 from sdexport.families.components import Component
 from sdexport.trace.cache import trace_key
 from sdexport.trace.versions import digest_of, versions
+from sdruntime.adapters.blocks import text_of
 from sdruntime.adapters.embedding import Embedding
 from sdruntime.adapters.lora import lora_from
 from sdruntime.bundle.bundle import Bundle, opening, sha256
@@ -67,7 +68,9 @@ def without_paths(
     """Return the options with the names of other sources in place of their paths on this machine."""
     config = Path(options.config).resolve().name if options.config else None
     named, shown = (None if other is None else other.source for other in (vae, preview))
-    loras = tuple(Path(lora.path).name + ":{:g}:{:g}".format(*lora.scales) for lora in map(lora_from, options.loras))
+    loras = tuple(
+        Path(lora.path).name + ":{:g}:{:g}".format(*lora.scales) + text_of(lora.blocks) for lora in map(lora_from, options.loras)
+    )
     sources = {name: other.source for name, other in controlnets.items()}
     return dataclasses.replace(options, config=config, vae=named, preview_vae=shown, loras=loras, controlnets=sources)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from sdexport.checkpoint.overrides import named_controlnets
 from sdexport.errors import RecipeError
+from sdruntime.adapters.lora import lora_from
 from sdruntime.backends.registry import BACKENDS, OFFERED
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.model import NO_DEFAULTS, Defaults, ModelSpec, PredictionType
@@ -57,15 +58,16 @@ class Recipe:
     defaults: Defaults = NO_DEFAULTS
     preview_vae: str | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True
 
     def of(self, model: str) -> Recipe:
-        """Return the recipe for another checkpoint, without the revision of the first and what replaces parts of it."""
-        return dataclasses.replace(
-            self, model=model, revision=None, prediction_type=None, config=None, vae=None, preview_vae=None, controlnets={}
-        )
+        """Return the recipe for another checkpoint, without the revision of the first and what changes or replaces its parts."""
+        alone = dataclasses.replace(self, revision=None, prediction_type=None, config=None, vae=None, preview_vae=None)
+        return dataclasses.replace(alone, model=model, controlnets={}, loras=(), embeddings=())
 
 
 def recipe_names() -> list[str]:
@@ -109,6 +111,8 @@ def read_recipe(file: Path) -> Recipe:
         defaults=text.defaults,
         preview_vae=None if text.preview_vae is None else _source(text.preview_vae, file),
         controlnets=named_controlnets(f"{name}={_source(model, file)}" for name, model in text.controlnets.items()),
+        loras=tuple(str(file.parent / lora) for lora in text.loras),
+        embeddings=tuple(_embedding(source, file) for source in text.embeddings),
         precision=text.precision,
         audit=text.audit,
         verify=text.verify,
@@ -123,6 +127,12 @@ def _is_path(model: str, recipe: Path) -> bool:
 
 def _source(model: str, recipe: Path) -> str:
     return str(recipe.parent / model) if _is_path(model, recipe) else model
+
+
+def _embedding(source: str, recipe: Path) -> str:
+    """Return FILE or NAME=FILE with the path of the file from the current folder."""
+    name, equals, path = ("", "", source) if (recipe.parent / source).exists() else source.rpartition("=")
+    return f"{name}{equals}{recipe.parent / path}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -149,6 +159,11 @@ def _check_model(model: str) -> None:
         Path(model).exists()
     except (OSError, ValueError) as error:  # too long, or with a null character
         raise SettingError(f"{shown(model)} is not a valid path: {plain(error)}") from error
+
+
+def _check_loras(loras: tuple[str, ...]) -> None:
+    for lora in loras:
+        lora_from(lora)
 
 
 def _check_backend(name: str) -> None:
@@ -258,6 +273,8 @@ class RecipeText:
     defaults: Defaults = NO_DEFAULTS
     preview_vae: Annotated[str, _check_model] | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    loras: Annotated[tuple[str, ...], _check_loras] = ()
+    embeddings: tuple[str, ...] = ()
     precision: Precision = "fp32"
     audit: bool = True
     verify: bool = True

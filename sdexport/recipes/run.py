@@ -83,6 +83,8 @@ def options_of(recipe: Recipe) -> ExportOptions:
         vae=recipe.vae,
         preview_vae=recipe.preview_vae,
         controlnets=recipe.controlnets,
+        loras=recipe.loras,
+        embeddings=recipe.embeddings,
         precision=recipe.precision,
         engines=recipe.engines,
         audit=recipe.audit,

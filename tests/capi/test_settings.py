@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import loras
 import numpy as np
 import pytest
 from capi.building import HERE, ROOT, Library, run
 
-from sdruntime import Pipeline, Request
+from sdruntime import Lora, Pipeline, Request
+from sdruntime.backends.onnx_file.stored import weight_tensors
+from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines.building import BuildRequest, build_engines
 
 PROMPT, SEED = "a red cat", 7
@@ -92,6 +95,59 @@ def test_a_mask_and_further_settings(library: Library, bundle: Path, tmp_path: P
         "2 mask_stride 3 is less than the 128 bytes of a row",
     ]
     assert "mask_blurr" in lines[6]
+
+
+ADAPTED = """
+import ctypes, json, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from capi.binding import Failed, Library
+
+lib = Library(sys.argv[2])
+options = {"lora_dir": sys.argv[4]}
+runtime = lib.open(bundle=sys.argv[3], threads=1, isolation=int(sys.argv[6]), options=json.dumps(options))
+images = []
+for text in sys.argv[7:]:
+    document = json.loads(text)
+    try:
+        job = lib.submit(runtime, prompt=document.pop("prompt"), seed=7, steps=2, settings=json.dumps(document))
+        lib.wait(job)
+    except Failed as failed:
+        print(failed.code, failed)
+        continue
+    result = lib.result(job)
+    images.append(np.frombuffer(lib.rgb(job), np.uint8).reshape(result.height, result.width, 3))
+np.save(sys.argv[5], images)
+lib.close(runtime)
+"""
+
+
+@pytest.mark.parametrize("isolation", [0, 1])
+def test_loras(library: Library, bundle: Path, tmp_path: Path, isolation: int) -> None:
+    pytest.importorskip("safetensors")
+    opened = Bundle.open(bundle)
+    shapes = {name: {key: each.shape for key, each in weight_tensors(opened, name).items()} for name in ("text_encoder", "unet")}
+    file = loras.write(tmp_path / "style.safetensors", loras.kohya(shapes))
+    plain: dict[str, Any] = {"prompt": PROMPT}
+    listed = plain | {"loras": [{"path": str(file), "scale": 0.7, "text_scale": 0.2}]}
+    tagged: dict[str, Any] = {"prompt": f"{PROMPT}<lora:style:0.2:0.7>", "prompt_syntax": "a1111"}
+    wrong = plain | {"loras": [{"path": str(tmp_path / "absent.safetensors")}]}, plain | {"loras": [{"path": "a", "scale": 1e9}]}
+    printed = run(
+        *(sys.executable, "-c", ADAPTED, HERE.parent, library.folder / "libsdruntime.so", bundle, tmp_path),
+        *(tmp_path / "images.npy", str(isolation), *map(json.dumps, (plain, listed, tagged, *wrong, plain))),
+        env={"SDRUNTIME_PYTHON": sys.prefix if isolation else "", "PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"},
+    )
+    images = np.load(tmp_path / "images.npy")
+    with Pipeline.open(bundle) as pipe:
+        common: dict[str, Any] = {"prompt": PROMPT, "seed": SEED, "steps": 2}
+        expected = [pipe([Request(**common, loras=used)]).pixels[0] for used in ((), (Lora(file, 0.7, 0.2),))]
+    without, given, named, again = images
+    np.testing.assert_array_equal([without, given, named, again], [expected[0], expected[1], expected[1], expected[0]])
+    assert (without != given).any()
+    absent, beyond = printed.splitlines()
+    assert absent.startswith("2 ")
+    assert f"LoRA {tmp_path / 'absent.safetensors'}" in absent
+    assert "lora a: scale 1000000000.0: expected a number from -100 to 100" in beyond
 
 
 DEEP = """

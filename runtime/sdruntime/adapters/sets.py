@@ -9,17 +9,19 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sdruntime.adapters import kinds
 from sdruntime.adapters.base import UNET, base_of
+from sdruntime.adapters.blocks import block_of, by_block
 from sdruntime.adapters.file import AdapterFile
 from sdruntime.adapters.kinds import Kind
-from sdruntime.adapters.names import Match, Shape, resolve
+from sdruntime.adapters.names import Match, Shape, original_names, resolve
 from sdruntime.arrays import Array
 from sdruntime.bundle.records import json_from_text
+from sdruntime.bundle.roles import role
 from sdruntime.errors import SettingError, lines_of
 
 _PEFT = "lora_adapter_metadata"  # a JSON object of peft's settings, by diffusers
@@ -28,15 +30,17 @@ _MOST_LISTED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """The part of a file that changes one weight. `settings`: peft's, of the component."""
+    """The part of a file that changes one weight. `settings`: peft's, of the component. `factor`: multiplies its strength."""
 
     file: AdapterFile
     match: Match
     kind: Kind
     settings: Mapping[str, object]
+    factor: float = 1.0
 
     def added(self, weight: Array, strength: float, result: Array) -> Array:
         """Return `result`, a float32 weight that other layers have changed or not, with the change of this one at a strength."""
+        strength *= self.factor
         keys = self.match.keys
         read = self.file.read(keys.values())
         tensors = {tensor: read[key] for tensor, key in keys.items()}
@@ -66,15 +70,36 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """A file whose keys were found in a model: `layers` by component and weight."""
+    """A file whose keys were found in a model: `layers` by component and weight. `blocks`: the list that weighted them."""
 
     file: AdapterFile
     layers: Mapping[str, Mapping[str, tuple[Layer, ...]]]
+    blocks: tuple[float, ...] = ()
 
     def line(self, components: Mapping[str, Mapping[str, Shape]]) -> str:
         """Return how many weights of each component the file changes."""
         counts = [f"{len(of)} of {len(components[component])} weights of {component}" for component, of in self.layers.items()]
         return ", ".join(counts)
+
+    def weighted(self, blocks: Sequence[float], components: Mapping[str, Mapping[str, Shape]]) -> Fitted:
+        """Return the file with strengths by block (sdruntime.adapters.blocks), without the layers of those of 0.
+
+        `components`: as for `fit`. Raises SettingError for a list of another family.
+        """
+        if not blocks:
+            return self
+        try:
+            factors = by_block(blocks, xl=any(role(component).takes_second_texts for component in components))
+        except SettingError as error:
+            raise SettingError(f"LoRA {self.file.path}: {error}") from error
+        kept: dict[str, dict[str, tuple[Layer, ...]]] = {}
+        for component, layers in self.layers.items():
+            names = original_names(components[component]) if component == UNET else {}
+            for weight, of in layers.items():
+                factor = factors.get(block_of(names.get(weight.rpartition(".")[0])), 0.0)
+                if factor:
+                    kept.setdefault(component, {})[weight] = tuple(replace(layer, factor=factor) for layer in of)
+        return replace(self, layers=kept, blocks=tuple(blocks))
 
 
 def fit(file: AdapterFile, components: Mapping[str, Mapping[str, Shape]], model: str) -> Fitted:
@@ -142,12 +167,12 @@ class AdapterSet:
     def of(cls, members: Iterable[tuple[Fitted, float, float]]) -> AdapterSet:
         """Return the set of these files, without those of strength 0 in both."""
         used = tuple((fitted, unet, text) for fitted, unet, text in members if unet or text)
-        return cls(_digest([fitted.file.sha256, unet, text] for fitted, unet, text in used), used)
+        return cls(_digest([fitted.file.sha256, unet, text, *fitted.blocks] for fitted, unet, text in used), used)
 
     def digest_of(self, *components: str) -> str:
         """Return a digest of what the set changes in some components, "" if that is nothing."""
         return _digest(
-            [component, fitted.file.sha256, strength]
+            [component, fitted.file.sha256, strength, *fitted.blocks]
             for component in components
             for fitted, strength in self._strengths(component)
             if component in fitted.layers

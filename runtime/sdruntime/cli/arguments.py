@@ -41,8 +41,8 @@ def _text(sub: Arguments) -> None:
 
 def _loras(sub: Arguments) -> None:
     """LoRAs and their kin."""
-    file = "a .safetensors file and its strength (1), and another one in the text encoders; may be repeated"
-    sub.add_argument("--lora", action="append", default=[], dest="loras", metavar="FILE[:SCALE[:TEXT_SCALE]]", help=file)
+    file = "a .safetensors file and its strength (1), and another one in the text encoders; lbw: by block; may be repeated"
+    sub.add_argument("--lora", action="append", default=[], dest="loras", metavar="FILE[:SCALE[:TEXT_SCALE]][:lbw=…]", help=file)
     named = "the folder of the files that prompts name: <lora:name:0.8>, or <lora:name:TEXT_SCALE:SCALE>"
     sub.add_argument("--lora-dir", type=Path, metavar="DIR", help=named)
 

@@ -156,10 +156,11 @@ class JobFactory:
 
     def _stages(self, places: Sequence[Place], engine: GetEngine) -> list[_Stage]:
         """Return the stages of passes of this model."""
-        for place in places if self._engines.caller_engine is None else ():  # fail before the texts are encoded
-            self._check_engines(place.step)
-        texts = [self._texts(place) for place in places]
-        sets = [self._adapters(place) for place in places]
+        sets = self._adapters(places)
+        if self._engines.caller_engine is None:  # fail before the texts are encoded
+            for place, adapters in zip(places, sets, strict=True):
+                self._check_engines(place.step, adapters)
+        texts = [self._texts(place, adapters) for place, adapters in zip(places, sets, strict=True)]
         conditions: dict[int, Conditions] = {}
         for adapters in dict.fromkeys(sets):
             same = [k for k, other in enumerate(sets) if other == adapters]
@@ -184,9 +185,9 @@ class JobFactory:
             self._engines.choose("unet", height=height, width=width, sequence=stage.sequence)
         return stages
 
-    def _texts(self, place: Place) -> Texts:
+    def _texts(self, place: Place, adapters: AdapterSet | None) -> Texts:
         """Return the texts of a pass; a refiner goes on with those of the pass before."""
-        request, adapters = place.step.request, self._adapters(place)
+        request = place.step.request
         texts = Texts.of(
             request,
             steps=place.all,
@@ -197,9 +198,11 @@ class JobFactory:
         )
         return texts.after(place.before) if place.before else texts
 
-    def _adapters(self, place: Place) -> AdapterSet | None:
-        """Return the LoRAs of a pass: a refiner has none, as they are those of the first model."""
-        return None if place.step.refines else self.loras.set_of(place.step.request)
+    def _adapters(self, places: Sequence[Place]) -> list[AdapterSet | None]:
+        """Return the LoRAs of each pass, read once for all that share them: a refiner has none, as they are the first model's."""
+        requests = {place.step.request.loras: place.step.request for place in places if not place.step.refines}
+        sets = {loras: self.loras.set_of(request) for loras, request in requests.items()}
+        return [None if place.step.refines else sets[place.step.request.loras] for place in places]
 
     def _guidances(self, place: Place) -> tuple[float, ...]:
         """Return the guidance of each model call of a pass, () if it is constant. Raises SettingError."""
@@ -220,13 +223,13 @@ class JobFactory:
         """Return the factory that makes the jobs of a pass."""
         return self.refiner[0] if step.refines and self.refiner is not None else self
 
-    def _check_engines(self, step: Pass) -> None:
+    def _check_engines(self, step: Pass, adapters: AdapterSet | None) -> None:
         """Raises EngineError if no engine supports a pass."""
         _, height, width = self.latent_shape(step.request)
         encodes, controls = step.resize in PIXEL_KERNELS, () if step.refines else step.request.controls
         try:
             unet = self._engines.choose("unet", height=height, width=width)
-            if step.request.loras and not step.refines and self.loras.set_of(step.request) is not None:
+            if adapters is not None:
                 self._engines.check_adapters(unet)
             for control in controls:
                 self._engines.choose(component_of(control, self._components), height=height, width=width)

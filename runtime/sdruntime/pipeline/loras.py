@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdruntime.adapters.base import UNET
 from sdruntime.adapters.file import AdapterFile
+from sdruntime.adapters.lora import Lora
 from sdruntime.adapters.names import Shape
 from sdruntime.adapters.sets import AdapterSet, Fitted, fit
 from sdruntime.backends.onnx_file.stored import weight_tensors
@@ -35,7 +36,7 @@ class Loras:
         """
         if not request.loras:
             return None
-        adapters = AdapterSet.of((self._fit(Path(lora.path)), *lora.scales) for lora in request.loras)
+        adapters = AdapterSet.of((self._weighted(lora), *lora.scales) for lora in request.loras)
         return adapters if adapters.members else None
 
     def check(self, requests: Sequence[Request]) -> None:
@@ -57,9 +58,13 @@ class Loras:
     def unused(self, request: Request) -> Iterator[str]:
         """Yield a line for each LoRA of a request that changes nothing."""
         for lora in request.loras:
-            layers, (unet, text) = self._fit(Path(lora.path)).layers, lora.scales
+            layers, (unet, text) = self._weighted(lora).layers, lora.scales
             if not any(unet if component == UNET else text for component in layers):
-                yield f"the LoRA {Path(lora.path).name} has no effect: its strength is 0 in what it changes ({', '.join(layers)})"
+                changed = ", ".join(self._fit(Path(lora.path)).layers)
+                yield f"the LoRA {Path(lora.path).name} has no effect: its strength is 0 in what it changes ({changed})"
+
+    def _weighted(self, lora: Lora) -> Fitted:
+        return self._fit(Path(lora.path)).weighted(lora.blocks, self._components())
 
     def _fit(self, path: Path) -> Fitted:
         fitted = self._fitted.pop(path, None)

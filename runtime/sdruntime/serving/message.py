@@ -69,6 +69,7 @@ class LoraMessage:
     path: str
     scale: float = 1.0
     text_scale: float | None = None
+    blocks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,7 @@ class RequestMessage:
             hires_steps=self.hires_steps,
             hires_resize=self.hires_resize,
             refiner_at=self.refiner_at,
-            loras=[Lora(lora.path, lora.scale, lora.text_scale) for lora in self.loras],
+            loras=[Lora(lora.path, lora.scale, lora.text_scale, lora.blocks) for lora in self.loras],
             noise_level=self.noise_level,
         )
 

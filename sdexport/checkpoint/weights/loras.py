@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from sdexport.checkpoint.weights.safetensors import Array, StoredTensor
+from sdruntime.adapters.blocks import text_of
 from sdruntime.adapters.file import AdapterFile
 from sdruntime.adapters.lora import Lora, lora_from
 from sdruntime.adapters.sets import AdapterSet, fit
@@ -30,19 +31,20 @@ class MergedTensor(StoredTensor):
 
 
 def resolved(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return each FILE[:SCALE[:TEXT_SCALE]] with an absolute path and both strengths. Raises SettingError."""
-    return tuple("{}:{!r}:{!r}".format(Path(lora.path).absolute(), *lora.scales) for lora in map(lora_from, texts))
+    """Return each text of a LoRA (`lora_from`) with an absolute path and both strengths. Raises SettingError."""
+    loras = map(lora_from, texts)
+    return tuple("{}:{!r}:{!r}{}".format(Path(lora.path).absolute(), *lora.scales, text_of(lora.blocks)) for lora in loras)
 
 
 def merged(weights: Weights, texts: Sequence[str], *, model: str) -> tuple[Weights, tuple[str, ...], str]:
     """Return the weights of the parts with LoRAs merged, a line for each LoRA, and the digest of all of them.
 
-    `texts`: FILE:SCALE:TEXT_SCALE. Raises SettingError for a damaged file, or one that was made for another model.
+    `texts`: as `lora_from` takes them. Raises SettingError for a damaged file, or one that was made for another model.
     """
     parts = {part: weights[part] for part in PARTS if part in weights}
     shapes = {part: {name: tensor.shape for name, tensor in tensors.items()} for part, tensors in parts.items()}
     loras = [lora_from(text) for text in texts]
-    fitted = [fit(AdapterFile.open(lora.path), shapes, model) for lora in loras]
+    fitted = [fit(AdapterFile.open(lora.path), shapes, model).weighted(lora.blocks, shapes) for lora in loras]
     adapters = AdapterSet.of((adapter, *lora.scales) for adapter, lora in zip(fitted, loras, strict=True))
     changed = {part: _merged(part, tensors, adapters) for part, tensors in parts.items()}
     lines = (
@@ -62,4 +64,4 @@ def _merged(part: str, tensors: Mapping[str, StoredTensor], adapters: AdapterSet
 
 def _strengths(lora: Lora) -> str:
     unet, text = lora.scales
-    return f"{unet:g}" if unet == text else f"{unet:g} (text {text:g})"
+    return (f"{unet:g}" if unet == text else f"{unet:g} (text {text:g})") + (" by block" if lora.blocks else "")

@@ -134,6 +134,22 @@ def test_a_path_is_meant_from_the_recipes_folder(tmp_path: Path) -> None:
     ]
 
 
+def test_loras_and_embeddings(tmp_path: Path) -> None:
+    engines = '\n[[engines]]\nbackend = "fake"'
+    (tmp_path / "a=b.safetensors").write_bytes(b"")
+    text = """\
+loras = ["style.safetensors:0.8:0.5", "/other/two.safetensors"]
+embeddings = ["cat.safetensors", "dog=old/d.safetensors", "a=b.safetensors"]
+"""
+    recipe = read(tmp_path, HEAD + text + engines)
+    loras = (f"{tmp_path}/style.safetensors:0.8:0.5", "/other/two.safetensors")
+    embeddings = (f"{tmp_path}/cat.safetensors", f"dog={tmp_path}/old/d.safetensors", f"{tmp_path}/a=b.safetensors")
+    assert (options_of(recipe).loras, options_of(recipe).embeddings) == (loras, embeddings)
+    assert (recipe.of("path").loras, recipe.of("path").embeddings) == ((), ())
+    [fault] = faults(tmp_path, f'{HEAD}loras = ["style.safetensors:200"]{engines}')
+    assert fault == "loras: lora style.safetensors: scale 200.0: expected a number from -100 to 100"
+
+
 def test_every_fault_is_told_at_once_with_its_field(tmp_path: Path) -> None:
     text = """\
 precission = "fp16" # model = "x"

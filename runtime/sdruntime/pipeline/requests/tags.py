@@ -1,7 +1,7 @@
 """`<lora:name:0.8>` in prompts, as AUTOMATIC1111's web UI has it: a file of a folder, by its name without the ending.
 
-`<lora:name:0.5:0.8>` is 0.5 in the text encoders and 0.8 in the UNet; `te=` and `unet=` name them. Only prompts have tags, not
-negative prompts.
+`<lora:name:0.5:0.8>` is 0.5 in the text encoders and 0.8 in the UNet; `te=` and `unet=` name them, and `lbw=` lists strengths by
+block. Only prompts have tags, not negative prompts.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from sdruntime.adapters.blocks import text_of, weights_from
 from sdruntime.adapters.lora import Lora
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.requests.request import Request
 
-_TAG = re.compile(r"<(lora|lyco):([^<>]{1,400})>")
+_TAG = re.compile(r"<(lora|lyco):([^<>]{1,800})>")
 _MOST_FILES = 100_000
 
 
@@ -57,7 +58,8 @@ def tag_of(lora: Lora) -> str:
     """Return the tag of a LoRA, for the metadata of an image."""
     unet, text = lora.scales
     name = Path(lora.path).stem
-    return f"<lora:{name}:{unet:g}>" if unet == text else f"<lora:{name}:{text:g}:{unet:g}>"
+    strengths = f"{unet:g}" if unet == text else f"{text:g}:{unet:g}"
+    return f"<lora:{name}:{strengths}{text_of(lora.blocks)}>"
 
 
 def _first(request: Request) -> str:
@@ -83,12 +85,13 @@ def _lora(text: str, files: dict[str, Path]) -> Lora:
     scales = [part for part in parts if "=" not in part]
     if name not in files:
         raise UnknownName("LoRA", name, files)
-    if unknown := named.keys() - {"te", "unet"} or scales[2:]:
+    if unknown := named.keys() - {"te", "unet", "lbw"} or scales[2:]:
         raise SettingError(f"<lora:{text}>: {', '.join(unknown)}: expected <lora:name:strength> or <lora:name:text:unet>")
     text_scale = named.get("te", scales[0] if scales else "1")
     unet_scale = named.get("unet", scales[1] if len(scales) > 1 else text_scale)
     try:
-        return Lora(files[name], float(unet_scale), float(text_scale))
+        blocks = weights_from(named["lbw"]) if "lbw" in named else ()
+        return Lora(files[name], float(unet_scale), float(text_scale), blocks)
     except ValueError as error:
         if isinstance(error, SettingError):
             raise
