@@ -81,3 +81,15 @@ def test_the_readme_shows_commands_and_pictures_that_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
         assert f"\n{target}: " in makefile
+
+
+def test_contributing_names_every_folder_and_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for package in (ROOT / "runtime" / "sdruntime", ROOT / "sdexport"):
+        rooms = {place.parent.name for place in package.glob("*/__init__.py")}
+        assert {room for room in rooms if f"| `{room}/` |" not in text} == set()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    files = [f"/{path}" for path in listed] or [f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.rglob("*")]
+    named = {name for name in re.findall(r"`([\w./-]+\.(?:py|md|toml|txt))`", text) if not re.search("NAME|MODULE", name)}
+    assert len(named) >= 30
+    assert {name for name in named if not any(path.endswith(f"/{name}") for path in files)} == set()

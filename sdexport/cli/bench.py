@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 def bench(
     bundle: Path, size: str | None, markdown: Path | None, picture: Path | None, as_json: bool, reporter: Reporter, **options: Any
 ) -> None:
-    """Benchmark a bundle and compare it with diffusers or another backend: components, whole images, memory, cold start."""
+    """Benchmark a bundle, and compare it with diffusers.
+
+    Measures components, whole images, memory and the cold start, also of other backends.
+    """
     for path, option in ((markdown, "--markdown"), (picture, "--picture")):
         if path is not None:
             check_output(path, option)

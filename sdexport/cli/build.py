@@ -75,7 +75,10 @@ def build(
     as_json: bool,
     reporter: Reporter,
 ) -> None:
-    """Export MODEL to a bundle: a diffusers folder, a single .safetensors or .ckpt file, or a Hugging Face model id."""
+    """Export MODEL to a bundle of ONNX models.
+
+    MODEL is a diffusers folder, a single .safetensors or .ckpt file, or a Hugging Face model id.
+    """
     if recipe is not None:
         _refuse_beside_a_recipe(click.get_current_context())
     elif not backends and (target or size or batch or guidance or chunks):

@@ -38,7 +38,9 @@ WORST_FIRST = (3, 5, 4, 1, 2)  # if several recipes fail, the exit code is the f
 def engines(
     recipes: tuple[str, ...], model: str | None, output: Path, python: str | None, as_json: bool, reporter: Reporter
 ) -> None:
-    """Build the bundle and the engines of each RECIPE, a path or a name in engines/; without one, all of engines/.
+    """Build the bundle and the engines of each RECIPE.
+
+    RECIPE is a path or a name in engines/; without one, all of engines/.
 
     Engines that exist already are kept. If a recipe fails, the others are still built.
     """

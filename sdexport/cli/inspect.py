@@ -60,7 +60,10 @@ def inspect(bundle: Path, precision: bool, as_json: bool, quiet: bool) -> None:
 @click.command()
 @shared
 def doctor(as_json: bool, quiet: bool) -> None:
-    """Show what this machine can export and which engines it can build, and how to install what is missing."""
+    """Show what this machine can export and build.
+
+    It also shows how to install what is missing.
+    """
     import platform
 
     from sdexport.trace.cache import cache_folder

@@ -48,7 +48,10 @@ def merge(
     as_json: bool,
     reporter: Reporter,
 ) -> None:
-    """Merge two or three checkpoints of one architecture into a diffusers folder, with the configs of A."""
+    """Merge two or three checkpoints of one architecture.
+
+    The result is a diffusers folder with the configs of A.
+    """
     from sdexport.merging.merge import MergeOptions
     from sdexport.merging.merge import merge as events
     from sdexport.merging.weights import weights_from

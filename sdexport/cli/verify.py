@@ -45,7 +45,10 @@ def verify(
     as_json: bool,
     reporter: Reporter,
 ) -> None:
-    """Check BUNDLE against its reference outputs: its ONNX and every engine that this machine can run."""
+    """Check BUNDLE against its reference outputs.
+
+    Checks its ONNX and every engine that this machine can run.
+    """
     if bisects and against is None:
         raise click.UsageError("--bisect compares with the checkpoint: add --against")
     if allow_pickle and against is None:

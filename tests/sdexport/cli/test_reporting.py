@@ -129,3 +129,8 @@ def test_another_interpreter_tells_its_progress(tmp_path: Path) -> None:
     ]
     assert len(names) == 1
     assert {event.component for event in events} == {"unet"}
+
+
+def test_the_list_of_commands_has_whole_sentences() -> None:
+    shortened = {name: command.get_short_help_str(limit=67) for name, command in main.commands.items()}  # 80 columns
+    assert {name: text for name, text in shortened.items() if text.endswith("...")} == {}
