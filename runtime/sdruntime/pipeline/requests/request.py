@@ -177,6 +177,8 @@ class Request:
         if not isinstance(self.options, Mapping):
             raise SettingError(f'options {shown(self.options)}: expected a mapping, such as {{"eta": 0.5}}')
         check_options(self.options)
+        plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in self.options.items()}
+        object.__setattr__(self, "options", plain)
         if self.fit is not None and self.fit not in FITS:
             raise UnknownName("fit", str(self.fit), FITS)
         for name, known in CHOICES.items():

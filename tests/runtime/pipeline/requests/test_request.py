@@ -130,7 +130,9 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
         strength=np.int64(1),
         size=np.array([512, 768]),  # type: ignore[arg-type]
         sigmas=np.array([14.5, 2, 0], np.float32),  # type: ignore[arg-type]
+        options={"eta": np.float32(0.5), "order": np.int64(2), "lower_order_final": np.bool_(True), "solver_type": "heun"},
     )
+    assert repr(made.options) == "{'eta': 0.5, 'order': 2, 'lower_order_final': True, 'solver_type': 'heun'}"
     assert made.sigmas == (14.5, 2.0, 0.0)
     assert {type(sigma) for sigma in made.sigmas} == {float}
     values = [made.seed, made.steps, made.guidance, made.rescale, made.strength, *(made.size or ())]
