@@ -210,10 +210,11 @@ def _control(sub: Arguments) -> None:
     """Images for ControlNets."""
     what = (
         "an image for a ControlNet of the bundle; may be repeated. net: its name, if there are several; scale: how much it "
-        "counts (1); start, end: the part of the steps, from 0 to 1; fit: resize or crop (resize). A name before FILE makes the "
-        "map from an image"
+        "counts (1); start, end: the part of the steps, from 0 to 1; fit: resize, crop, or exact, which refuses another size "
+        "(resize). A name before FILE makes the map from an image; low, high: thresholds of canny (100, 200); mask: a file that "
+        "marks what to paint, of inpaint"
     )
-    form = f"[{'|'.join(PREPROCESSORS)}:]FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F]"
+    form = f"[{'|'.join(PREPROCESSORS)}:]FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F][,low=X][,high=X][,mask=FILE]"
     sub.add_argument("--control", action="append", default=[], type=control, metavar=form, help=what)
     guessing = "let the ControlNets act on the prompt's side of the guidance alone, less in the outer layers"
     sub.add_argument("--guess-mode", action="store_true", help=guessing)
@@ -221,7 +222,7 @@ def _control(sub: Arguments) -> None:
 
 def control(text: str) -> dict[str, str]:
     """Return the settings of a Control from "FILE,KEY=VALUE,…", where a preprocessor and a colon may be before FILE."""
-    keys = ("net", *CONTROL_NUMBERS, "fit")
+    keys = ("net", *CONTROL_NUMBERS, "fit", "mask")
     path, *rest = re.split(rf",(?=(?:{'|'.join(keys)})=)", text)
     settings = dict(part.split("=", 1) for part in rest)
     if not path or len(settings) < len(rest) or re.search(r",\w+=[^,]*$", path):

@@ -18,7 +18,8 @@ from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.bundle.roles import CONTROLNET, of_kind
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.images.maps import PREPROCESSORS
+from sdruntime.pipeline.images.maps import CANNY, PREPROCESSORS, canny, marked
+from sdruntime.pipeline.images.pixels import Pixels
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.request import Request
@@ -69,20 +70,33 @@ def sums_on_host(request: Request, components: Components) -> bool:
 
 
 def _image(control: Control, size: tuple[int, int]) -> Array:
-    """Return a control's image at `size`, float32 [3, H, W] in [0, 1], resized by Lanczos."""
-    pixels = control.pixels
+    """Return a control's image at `size`, float32 [3, H, W] in [0, 1], or -1 where it is masked, resized by Lanczos."""
+    part = _fitted(control, control.pixels, size)
+    if control.preprocess == CANNY:
+        part = canny(part, control.low, control.high)
+    elif control.preprocess is not None:
+        part = PREPROCESSORS[control.preprocess](part)
+    image: Array = np.ascontiguousarray(part.transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
+    if control.mask is not None:
+        image = marked(image, _fitted(control, np.repeat(control.mask[..., None], 3, axis=2), size)[..., 0])
+    return image
+
+
+def _fitted(control: Control, pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Return pixels of a control at `size`. Raises SettingError for another size if the control allows none."""
     height, width = pixels.shape[:2]
+    if control.fit == "exact" and (width, height) != size:
+        wanted = f"{size[0]}x{size[1]}"
+        raise SettingError(
+            f"control: the image is {width}x{height}, but {wanted} is generated, and fit is exact: use crop or resize"
+        )
     wide, high = size
     if control.fit == "crop":
         wider = size[0] / size[1] > width / height
         wide, high = (wide, height * wide // width) if wider else (width * high // height, high)
     resized = resample(pixels, (wide, high), "lanczos")
     left, top = wide // 2 - size[0] // 2, high // 2 - size[1] // 2
-    part = resized[top : top + size[1], left : left + size[0]]
-    if control.preprocess is not None:
-        part = PREPROCESSORS[control.preprocess](part)
-    image: Array = np.ascontiguousarray(part.transpose(2, 0, 1)).astype(np.float32) / np.float32(255)
-    return image
+    return resized[top : top + size[1], left : left + size[0]]
 
 
 def stretched_lines(request: Request, size: tuple[int, int]) -> Iterator[str]:

@@ -20,7 +20,9 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.model import Defaults
 from sdruntime.bundle.tasks import Task
 from sdruntime.pipeline.images.imagefile import Fit
+from sdruntime.pipeline.images.maps import CANNY
 from sdruntime.pipeline.images.png import XMP
+from sdruntime.pipeline.requests.control import ControlFit
 from sdruntime.pipeline.requests.ranges import WHOLE
 from sdruntime.pipeline.requests.request import HiresResize, MaskFill, Request
 from sdruntime.pipeline.requests.tags import tag_of
@@ -55,7 +57,11 @@ A1111_UPSCALERS: Mapping[HiresResize, str] = {
 }
 _SEPARATORS = re.compile("[:,]")  # which the web UI removes from the names of LoRAs
 RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just resize", "crop": "Crop and resize"}
-CONTROL_RESIZE_MODES: Mapping[Fit, str] = {"resize": "Just Resize", "crop": "Crop and Resize"}
+CONTROL_RESIZE_MODES: Mapping[ControlFit, str] = {
+    "resize": "Just Resize",
+    "crop": "Crop and Resize",
+    "exact": "Just Resize",  # of an image that has the size
+}
 MACHINE_MADE = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
@@ -224,9 +230,15 @@ def _control_settings(request: Request) -> dict[str, object]:
                 f"Model: {control.net or 'None'}",
                 f"Weight: {_number(control.scale)}",
                 f"Resize Mode: {CONTROL_RESIZE_MODES[control.fit]}",
+                *(
+                    [f"Threshold A: {_number(control.low)}", f"Threshold B: {_number(control.high)}"]
+                    if control.preprocess == CANNY
+                    else []
+                ),
                 f"Guidance Start: {_number(control.start)}",
                 f"Guidance End: {_number(control.end)}",
                 f"Image hash: {image_hash(control.pixels)}",
+                *([] if control.mask is None else [f"Mask hash: {image_hash(control.mask)}"]),
             ]
         )
         for index, control in enumerate(request.controls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sdruntime.adapters.lora import Lora
@@ -12,8 +12,7 @@ from sdruntime.arrays import Array
 from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
-from sdruntime.pipeline.images.imagefile import Fit
-from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control
+from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control, ControlFit
 from sdruntime.pipeline.requests.request import DEFAULTS, HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
@@ -91,7 +90,10 @@ class ControlMessage:
     scale: float = CONTROL_NUMBERS["scale"]
     start: float = CONTROL_NUMBERS["start"]
     end: float = CONTROL_NUMBERS["end"]
-    fit: Fit = "resize"
+    fit: ControlFit = "resize"
+    preprocess: Literal["canny", "gray", "color", "invert", "resize", "tile"] | None = None  # of those without a mask
+    low: float = CONTROL_NUMBERS["low"]
+    high: float = CONTROL_NUMBERS["high"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,7 @@ class RequestMessage:
             mask=images.mask,
             depth=images.depth,
             control=[
-                Control(image=image, net=control.net, scale=control.scale, start=control.start, end=control.end, fit=control.fit)
+                Control(image=image, **{key.name: getattr(control, key.name) for key in fields(control) if key.name != "size"})
                 for image, control in zip(images.controls, controls, strict=True)
             ],
             guess_mode=self.guess_mode,

@@ -125,6 +125,34 @@ def test_an_image_is_resized_or_cropped_and_a_stretched_one_is_named() -> None:
     assert lines == ["control: the image of 32x16 is stretched to 16x16: fit crop keeps its proportions"]
 
 
+def test_an_exact_fit_refuses_another_size() -> None:
+    control_inputs(request(Control(image=IMAGE, net="canny", fit="exact")), (16, 16), CALLS, COMPONENTS)
+    with pytest.raises(SettingError, match="control: the image is 16x16, but 24x16 is generated, and fit is exact"):
+        control_inputs(request(Control(image=IMAGE, net="canny", fit="exact")), (24, 16), CALLS, COMPONENTS)
+
+
+def test_maps_are_made_at_the_size_that_is_generated() -> None:
+    """Of an inpainting net, the masked pixels are -1 at that size, as diffusers' make_inpaint_condition has them."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, 4:] = 35
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+
+    def pixels(**settings: Any) -> Array:
+        control = Control(image=image, net="canny", **settings)
+        (made,) = control_inputs(request(control), (16, 16), CALLS, COMPONENTS)
+        return made.image
+
+    plain = pixels()
+    assert np.array_equal(pixels(preprocess="tile"), plain)
+    assert np.array_equal(pixels(preprocess="resize"), plain)
+    painted = pixels(preprocess="inpaint", mask=mask)
+    assert (painted[:, :, 8:] == -1).all()
+    assert np.array_equal(painted[:, :, :8], plain[:, :, :8])
+    assert not pixels(preprocess="canny").any()
+    assert pixels(preprocess="canny", low=10, high=20).any()
+
+
 def test_the_name_of_a_net_may_be_omitted_if_it_is_the_only_one() -> None:
     assert component_of(Control(image=IMAGE), {"controlnet": PLAIN}) == "controlnet"
     assert component_of(Control(image=IMAGE, net="canny"), COMPONENTS) == "controlnet_canny"

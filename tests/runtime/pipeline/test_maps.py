@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdruntime.pipeline.images.maps import canny, color, gray, invert
+from sdruntime.pipeline.images.maps import canny, color, gray, invert, marked
 
 # cv2.Canny(image, 100, 200) of OpenCV 5.0, a bit for each pixel
 EDGES = (
@@ -34,6 +34,21 @@ def test_weak_edges_count_beside_strong_ones_only() -> None:
     assert not canny(image).any()
     image[20:, 20:] = np.linspace(35, 70, 20, dtype=np.uint8)[:, None, None]  # up to 280
     assert canny(image)[:, 18:22, 0].any(axis=1).all()
+
+
+def test_thresholds_decide_which_edges_count() -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:, 20:] = 35  # a gradient of 140
+    assert canny(image, 100, 139).any()
+    assert not canny(image, 100, 140).any()
+    assert not canny(image, 140, 140).any()
+
+
+def test_a_mask_marks_pixels_with_minus_one() -> None:
+    image = np.full((3, 2, 2), 0.25, np.float32)
+    pixels = marked(image, np.array([[0, 127], [128, 255]], np.uint8))
+    assert pixels.dtype == np.float32
+    assert pixels.tolist() == [[[0.25, 0.25], [-1, -1]]] * 3
 
 
 def test_gray_weighs_the_colours() -> None:

@@ -17,6 +17,7 @@ from sdruntime.__main__ import main
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.metadata import Origin, image_hash, parameters
+from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.samplers import SAMPLERS
 
@@ -166,6 +167,45 @@ def test_settings_of_a_mask() -> None:
     assert read(Request(prompt="x", image=image, mask=mask, overlay=True), {})["Overlay"] == "True"
     plain = read(Request(prompt="x", image=image, mask=mask), {})
     assert not (told.keys() | {"Extend", "Overlay"}) & plain.keys()
+
+
+def control_from(value: str, pixels: np.ndarray, mask: np.ndarray | None) -> Control:
+    """Return the Control of a "ControlNet N" value, read as the web UI's extension reads it: pairs between commas."""
+    pairs = dict(pair.split(": ", 1) for pair in value.split(", "))
+    settings: dict[str, Any] = {
+        "scale": float(pairs["Weight"]),
+        "start": float(pairs["Guidance Start"]),
+        "end": float(pairs["Guidance End"]),
+        "net": None if pairs["Model"] == "None" else pairs["Model"],
+        "preprocess": None if pairs["Module"] == "none" else pairs["Module"],
+        "fit": {"Just Resize": "resize", "Crop and Resize": "crop"}[pairs["Resize Mode"]],
+    }
+    if "Threshold A" in pairs:
+        settings |= {"low": float(pairs["Threshold A"]), "high": float(pairs["Threshold B"])}
+    assert pairs["Image hash"] == image_hash(pixels)
+    assert pairs.get("Mask hash") == (None if mask is None else image_hash(mask))
+    return Control(image=pixels, mask=mask, **settings)
+
+
+def test_settings_of_controlnets_have_the_names_of_the_web_ui_s_extension() -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    mask = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    controls = [
+        Control(image=pixels),
+        Control(image=pixels, net="edges", preprocess="canny", low=60, high=120.5, scale=0.75, start=0.125, end=0.9, fit="crop"),
+        Control(image=pixels, net="paint", preprocess="inpaint", mask=mask),
+    ]
+    request = Request(prompt="", control=controls, guess_mode=True)
+    values = read(request)
+    assert values["Guess mode"] == "True"
+    assert values["ControlNet 1"].startswith(
+        "Module: canny, Model: edges, Weight: 0.75, Resize Mode: Crop and Resize, Threshold A: 60, Threshold B: 120.5, "
+        "Guidance Start: 0.125, Guidance End: 0.9, Image hash: "
+    )
+    masks = (None, None, mask)
+    again = [control_from(values[f"ControlNet {number}"], pixels, masks[number]) for number in range(3)]
+    assert read(Request(prompt="", control=again, guess_mode=True)) == values
+    assert "Guess mode" not in read(Request(prompt="", guess_mode=True))
 
 
 def test_settings_of_two_passes_have_the_web_ui_s_names() -> None:

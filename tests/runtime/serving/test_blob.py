@@ -21,7 +21,7 @@ def submit(**fields: Any) -> Submit:
 
 CONTROLS = [
     {"size": [4, 2], "net": "controlnet_edges", "scale": 0.5, "start": 0.1, "end": 0.9, "fit": "crop"},
-    {"size": [3, 5]},
+    {"size": [3, 5], "preprocess": "canny", "low": 50, "high": 150},
 ]
 
 
@@ -46,6 +46,7 @@ def test_controls_are_those_of_the_request() -> None:
     first, second = request.controls
     assert (first.net, first.scale, first.start, first.end, first.fit) == ("controlnet_edges", 0.5, 0.1, 0.9, "crop")
     assert (second.net, second.scale, second.start, second.end, second.fit) == (None, 1.0, 0.0, 1.0, "resize")
+    assert (second.preprocess, second.low, second.high) == ("canny", 50, 150)
     assert [control.pixels.shape for control in request.controls] == [(2, 4, 3), (5, 3, 3)]
 
 

@@ -239,7 +239,7 @@ typedef struct sdr_control {
     double scale;         /* how much it counts, default 1 */
     double start;         /* the part of the model calls in which it acts, from 0 to 1; default 0 */
     double end;           /* default 1 */
-    const char *fit;      /* how to bring the image to the size that is generated: "resize", "crop"; NULL: "resize" */
+    const char *fit;      /* how to bring the image to the size that is generated: "resize", "crop", "exact"; NULL: "resize" */
 } sdr_control;
 
 /* Set every field to its default. `struct_size` is sizeof(sdr_control). Does nothing if `control` is NULL. */

@@ -1,4 +1,4 @@
-"""Maps that ControlNets read and that need no network: edges, gray, and a grid of colours."""
+"""Maps that ControlNets read and that need no network: edges, gray, a grid of colours, and pixels to be painted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from sdruntime.arrays import Array
 from sdruntime.pipeline.images.imagefile import gray_from
 from sdruntime.pipeline.images.pixels import Pixels
 
-Preprocess = Literal["canny", "gray", "color", "invert"]
-CANNY = (100, 200)  # thresholds of a gradient: of the edges that count beside others, and of those that count alone
+Preprocess = Literal["canny", "gray", "color", "invert", "inpaint", "resize", "tile"]
+CANNY, INPAINT = "canny", "inpaint"  # the one with thresholds, and the one with a mask
+# thresholds of a gradient: of the edges that count beside others, and of those that count alone
+LOW, HIGH = 100.0, 200.0
 CELL = 64  # pixels: the side of a cell of the grid of colours
 _TAN_22 = 13573  # tan(22.5°) in units of 1/32768
 
 
-def canny(pixels: Pixels) -> Pixels:
-    """Return the edges of an image, white on black: Canny 1986, bit for bit as OpenCV's Canny with the thresholds 100 and 200.
+def canny(pixels: Pixels, low: float = LOW, high: float = HIGH) -> Pixels:
+    """Return the edges of an image, white on black: Canny 1986, bit for bit as OpenCV's Canny with these thresholds.
 
     Gradients are those of Sobel, of the colour where they are largest, measured as |dx| + |dy|.
     """
@@ -27,7 +29,6 @@ def canny(pixels: Pixels) -> Pixels:
     size = np.abs(dx) + np.abs(dy)
     best = size.argmax(axis=2)[..., None]
     dx, dy, size = (np.take_along_axis(channel, best, axis=2)[..., 0] for channel in (dx, dy, size))
-    low, high = CANNY
     thin = _is_ridge(dx, dy, size) & (size > low)
     edges = np.where(_connected(thin & (size > high), thin), np.uint8(255), np.uint8(0))
     return np.repeat(edges[..., None], 3, axis=2)
@@ -98,4 +99,22 @@ def invert(pixels: Pixels) -> Pixels:
     return negative
 
 
-PREPROCESSORS: Mapping[Preprocess, Callable[[Pixels], Pixels]] = {"canny": canny, "gray": gray, "color": color, "invert": invert}
+def unchanged(pixels: Pixels) -> Pixels:
+    """Return the image itself: the tiles of a tile ControlNet are those of the image, and a mask marks pixels later."""
+    return pixels
+
+
+def marked(image: Array, mask: NDArray[np.uint8]) -> Array:
+    """Return an image float32 [3, H, W] with -1 where the mask, uint8 [H, W], is over one half: what is to be painted."""
+    return np.where(mask > 127, np.float32(-1), image)
+
+
+PREPROCESSORS: Mapping[Preprocess, Callable[[Pixels], Pixels]] = {
+    "canny": canny,
+    "gray": gray,
+    "color": color,
+    "invert": invert,
+    "inpaint": unchanged,
+    "resize": unchanged,
+    "tile": unchanged,
+}

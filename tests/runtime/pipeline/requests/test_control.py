@@ -26,6 +26,16 @@ IMAGE = np.zeros((4, 6, 3), np.uint8)
         ({"start": 0.5, "end": 0.5}, "control: start 0.5 is not below end 0.5"),
         ({"end": 1.5}, "control: end 1.5 is outside 0 to 1"),
         ({"net": 3}, "control: net 3: expected the name"),
+        ({"low": 50}, "control: low 50 and high 200 are thresholds of canny; preprocess is none"),
+        ({"low": 201, "preprocess": "canny"}, "control: low 201 is above high 200"),
+        ({"high": 3000, "preprocess": "canny"}, "control: high 3000 is outside 0 to 2,040"),
+        ({"preprocess": "inpaint"}, "control: preprocess inpaint needs a mask, which marks what to paint"),
+        ({"mask": IMAGE}, "control: preprocess none takes no mask, which is for inpaint"),
+        (
+            {"mask": IMAGE[:2], "preprocess": "inpaint"},
+            "control: the mask and the image are 6x2 and 6x4: they must be of one size",
+        ),
+        ({"mask": "missing.png", "preprocess": "inpaint"}, "control: missing.png: cannot be read"),
         ({"image": "missing.png"}, "control: missing.png: cannot be read"),
         ({"image": np.zeros((4, 6), np.uint8)}, r"control: image: expected uint8 \[height, width, 3\]"),
     ],
@@ -68,6 +78,9 @@ def test_the_command_line_reads_a_file_and_settings() -> None:
     assert control("edges.png") == {"image": "edges.png"}
     assert control("a,b.png,net=canny,scale=0.5,end=.8") == {"image": "a,b.png", "net": "canny", "scale": "0.5", "end": ".8"}
     assert control("canny:a.png,net=canny") == {"image": "a.png", "preprocess": "canny", "net": "canny"}
+    thresholds = {"low": "50", "high": "150"}
+    assert control("canny:a.png,low=50,high=150") == {"image": "a.png", "preprocess": "canny", **thresholds}
+    assert control("inpaint:a.png,mask=m.png") == {"image": "a.png", "preprocess": "inpaint", "mask": "m.png"}
     assert control("c:a.png") == {"image": "c:a.png"}
     for wrong in ("", ",net=canny", "e.png,scale=x", "e.png,scale=1,scale=2", "e.png,weight=1"):
         with pytest.raises(argparse.ArgumentTypeError):
