@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from integration.reference import Array, Reference, assert_same_picture, ours
-from places import SHAPES
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
@@ -234,15 +233,3 @@ def test_the_second_encoder_has_its_own_texts(both: tuple[Reference, Pipeline]) 
     hidden = job.rows[-1]["encoder_hidden_states"]
     close(hidden[:, :width], embedded(reference, [("a cat", 1.0)], 2)[0][0, :, :width])
     close(hidden[:, width:], embedded(reference, LONG_SEGMENTS)[0][0, :, width:])
-
-
-def test_editing_shows_in_a_trained_model(shapes_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SHAPES))
-    from read import read  # type: ignore[import-not-found]
-
-    prompt = "a [large blue:small red:{}] circle on the left on a white background"
-    circle = {"shape": "circle", "place": "left", "background": "white"}
-    with Pipeline.open(shapes_bundle, backend="onnxruntime") as pipe:
-        never, soon = (pipe(prompt.format(when), prompt_syntax="a1111", seed=1).pixels[0] for when in ("1.0", "0.2"))
-    assert read(never) == {**circle, "colour": "blue", "size": "large"}
-    assert read(soon) == {**circle, "colour": "red", "size": "small"}

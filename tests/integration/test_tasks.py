@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import itertools
 import warnings
@@ -16,7 +15,6 @@ import pytest
 import tiny
 from integration.reference import Array, assert_same_picture, ours, psnr
 from once import once
-from places import SHAPES
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
@@ -444,38 +442,3 @@ def test_a_latent_consistency_model_takes_the_guidance_as_an_input(
             pipe(PROMPT, steps=2, guidance=[2.0, 3.0])
         with pytest.warns(UserWarning, match="the negative prompt has no effect: the model takes the guidance as an input"):
             pipe(PROMPT, negative="green", steps=1, guidance=2.0)
-
-
-def test_the_trained_example_repaints_one_half_and_keeps_the_other(shapes_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured by the example's own reader, each half on its own. It has never seen two shapes in one image."""
-    pytest.importorskip("transformers", minversion="5", reason="the example has names that transformers 4 misreads")
-    monkeypatch.syspath_prepend(str(SHAPES))
-    draw, read = importlib.import_module("draw"), importlib.import_module("read")
-    mask = np.zeros((draw.SIZE, draw.SIZE), bool)
-    mask[:, : draw.SIZE // 2] = True
-    grounds = ("white", "black")
-    scenes = [draw.draw(draw.Scene("circle", "red", "small", "right", ground), np.random.default_rng(0)) for ground in grounds]
-    requests = [
-        Request(
-            prompt=f"a small red square on the left on a {ground} background",
-            seed=seed,
-            guidance=2.0,
-            image=np.clip(np.rint(scene), 0, 255).astype(np.uint8),
-            mask=mask,
-            strength=1.0,
-        )
-        for ground, scene in zip(grounds, scenes, strict=True)
-        for seed in range(2)
-    ]
-    outpainted = [  # the left half is cut off, and generated as an extension
-        dataclasses.replace(request, image=request.image[:, draw.SIZE // 2 :], mask=None, extend=(draw.SIZE // 2, 0, 0, 0))
-        for request in requests[::2]
-    ]
-    requests += outpainted
-    with Pipeline.open(shapes_bundle) as pipe:
-        pictures = pipe(requests).pixels
-    for request, picture in zip(requests, pictures, strict=True):
-        ground = request.prompt.split()[-2]
-        left, right = (np.where(half[..., None], picture, np.uint8(draw.COLOURS[ground])) for half in (mask, ~mask))
-        assert [read.read(half)["shape"] for half in (left, right)] == ["square", "circle"], request
-        assert [read.read(half)["place"] for half in (left, right)] == ["left", "right"], request
