@@ -92,6 +92,36 @@ def test_unets_of_tasks_are_built_in_half_precision(
     assert [tensor.name for tensor in unet.inputs][3:] == {"lcm": [GUIDANCE]}.get(task) or task_of(unet) == task
 
 
+def write_other(folder: Path, name: str) -> Path:
+    """An SDXL checkpoint with a pruned UNet, or an SD1 one with another VAE."""
+    tiny.write_checkpoint(folder, "sdxl" if name in tiny.PRUNED else "sd1")
+    if name in tiny.PRUNED:
+        tiny.prune(folder, name)
+    else:
+        {"AutoencoderTiny": tiny.write_tiny_vae, "AsymmetricAutoencoderKL": tiny.write_asymmetric_vae}[name](folder / "vae")
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", name]}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [*tiny.PRUNED, "AutoencoderTiny", "AsymmetricAutoencoderKL"])
+@pytest.mark.parametrize("shapes", [(), ("--size", "64x64:72x104:128x128")], ids=["fixed", "dynamic"])
+def test_pruned_unets_and_other_vaes_are_built_in_half_precision(
+    name: str,
+    shapes: tuple[str, ...],
+    python: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    exported_once: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    checkpoint = once(tmp_path_factory, f"checkpoints/tiny-{name}", functools.partial(write_other, name=name))
+    bundle = bare(exported_once(checkpoint, precision="fp16", audit=False), tmp_path / "bundle")
+    engines = built(python, bundle, "--target", "sm86", "--no-verify", *shapes)
+    assert list(engines) == list(Bundle.open(bundle).manifest.components)
+    assert {engine["state"] for engine in engines.values()} == {"done"}
+
+
 def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     bundle = bare(shapes_bundle, tmp_path / "bundle")
     before = Bundle.open(bundle).manifest
