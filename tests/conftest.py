@@ -14,6 +14,7 @@ from pathlib import Path
 import cplusplus
 import pytest
 import tiny
+import tiny_image_prompt
 from once import once, shared
 
 import sdruntime.backends.ort  # noqa: F401  the tests load ONNX Runtime themselves, too
@@ -125,6 +126,26 @@ def sd1_control_bundle(
     """SD1 with the ControlNets `canny` and `pose`."""
     nets = {f"controlnet_{net}": str(sd1_controlnets / net) for net in ("canny", "pose")}
     return once(tmp_path_factory, "bundles-control/tiny-sd1", lambda folder: _export(sd1_checkpoint, folder, controlnets=nets))
+
+
+@pytest.fixture(scope="session")
+def sd1_ip_adapters(tmp_path_factory: pytest.TempPathFactory, sd1_checkpoint: Path) -> Path:
+    """A folder with IP-Adapters for SD1, `plain`, `plus` and `full`, each with its image encoder."""
+
+    def write(folder: Path) -> None:
+        for kind in ("plain", "plus", "full"):
+            tiny_image_prompt.write_ip_adapter(folder / kind, sd1_checkpoint, kind)  # type: ignore[arg-type]
+
+    return once(tmp_path_factory, "checkpoints/tiny-sd1-ip-adapters", write)
+
+
+@pytest.fixture(scope="session")
+def sd1_image_prompt_bundle(
+    sd1_checkpoint: Path, sd1_ip_adapters: Path, tmp_path_factory: pytest.TempPathFactory, trace_cache: Path
+) -> Path:
+    """SD1 with the IP-Adapter `plain`."""
+    adapter = str(sd1_ip_adapters / "plain" / "adapter.safetensors")
+    return once(tmp_path_factory, "bundles-ip/tiny-sd1", lambda folder: _export(sd1_checkpoint, folder, ip_adapter=adapter))
 
 
 @pytest.fixture(scope="session")

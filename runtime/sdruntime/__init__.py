@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.requests.control import Control
+    from sdruntime.pipeline.requests.image_prompt import ImagePrompt
     from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
     from sdruntime.pipeline.stream import Stream
@@ -47,6 +48,7 @@ __all__ = [
     "EnvironmentFault",
     "Image",
     "ImageFuture",
+    "ImagePrompt",
     "Job",
     "LibraryMissing",
     "Lora",
@@ -73,6 +75,7 @@ _HOMES = {
     "pipeline.pipeline": ("Pipeline",),
     "pipeline.stream": ("Stream",),
     "pipeline.requests.control": ("Control",),
+    "pipeline.requests.image_prompt": ("ImagePrompt",),
     "pipeline.requests.request": ("Request",),
     "pipeline.result": ("Image", "Result"),
     "sampling.job": ("Job", "State"),

@@ -18,10 +18,11 @@ class ExportOptions:
 
     `revision` is the hub's, for a hub id. `prediction_type`, `config` and `vae` replace parts of the checkpoint, as
     sdexport.checkpoint.overrides.Overrides has them, and `preview_vae` adds one; both VAEs may be hub ids. `controlnets` adds
-    ControlNets, folders or hub ids by component. `loras` are merged, each a text that `lora_from` takes. `embeddings` become part
-    of the bundle: FILE or NAME=FILE each. `defaults` replace those that follow from the checkpoint. `engines` are built into the
-    bundle, with the options of `sdruntime build`. `audit` measures half precision and keeps in float32 what it would harm.
-    `verify` stores reference outputs and checks what this machine can run against them.
+    ControlNets, folders or hub ids by component; `ip_adapter` the IP-Adapter of a file, with the image encoder in the folder
+    `image_encoder`, None for the one beside the file. `loras` are merged, each a text that `lora_from` takes. `embeddings`
+    become part of the bundle: FILE or NAME=FILE each. `defaults` replace those that follow from the checkpoint. `engines` are
+    built into the bundle, with the options of `sdruntime build`. `audit` measures half precision and keeps in float32 what it
+    would harm. `verify` stores reference outputs and checks what this machine can run against them.
     """
 
     revision: str | None = None
@@ -36,6 +37,8 @@ class ExportOptions:
     defaults: Defaults = NO_DEFAULTS
     preview_vae: str | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    ip_adapter: str | None = None
+    image_encoder: str | None = None
     audit: bool = True
     verify: bool = True
 

@@ -76,6 +76,8 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     Raises the errors of `build`.
     """
     check_place(out)
+    if options.image_encoder is not None and options.ip_adapter is None:
+        raise SettingError("--image-encoder is that of an IP-Adapter: add --ip-adapter FILE")
     located = locate(model, precision=options.precision, allow_pickle=options.allow_pickle, revision=options.revision)
     locate_other = functools.partial(locate_vae, precision=options.precision, allow_pickle=options.allow_pickle)
     vae = locate_other(options.vae) if options.vae else None
@@ -99,6 +101,8 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
             preview_vae="" if preview is None else str(preview.path),
             controlnets={name: str(other.path) for name, other in controlnets.items()},
             loras=resolved(options.loras),
+            ip_adapter="" if options.ip_adapter is None else str(Path(options.ip_adapter).absolute()),
+            image_encoder="" if options.image_encoder is None else str(Path(options.image_encoder).absolute()),
         ),
     )
     try:

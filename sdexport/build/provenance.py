@@ -72,7 +72,17 @@ def without_paths(
         Path(lora.path).name + ":{:g}:{:g}".format(*lora.scales) + text_of(lora.blocks) for lora in map(lora_from, options.loras)
     )
     sources = {name: other.source for name, other in controlnets.items()}
-    return dataclasses.replace(options, config=config, vae=named, preview_vae=shown, loras=loras, controlnets=sources)
+    adapter, encoder = (Path(path).resolve().name if path else None for path in (options.ip_adapter, options.image_encoder))
+    return dataclasses.replace(
+        options,
+        config=config,
+        vae=named,
+        preview_vae=shown,
+        loras=loras,
+        controlnets=sources,
+        ip_adapter=adapter,
+        image_encoder=encoder,
+    )
 
 
 def provenance_of(located: Located, checkpoint: Checkpoint, options: ExportOptions, inputs: str) -> dict[str, Any]:

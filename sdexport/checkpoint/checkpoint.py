@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sdexport.checkpoint.configs.controlnet import controlnet_misfits
-from sdexport.checkpoint.configs.misfits import default_size, misfits, preview_misfits, vae_factor
+from sdexport.checkpoint.configs.misfits import default_size, image_encoder_misfits, misfits, preview_misfits, vae_factor
 from sdexport.checkpoint.configs.tables import read_config
 from sdexport.checkpoint.defaults import defaults_of
 from sdexport.checkpoint.folder import DiffusersFolder
@@ -26,6 +26,7 @@ from sdexport.checkpoint.overrides import NO_OVERRIDES, PREVIEW_VAE, Overridden,
 from sdexport.checkpoint.pipelines import (
     ASYMMETRIC_VAE,
     CONTROLNET,
+    IMAGE_ENCODER_CLASS,
     LOW_RES,
     MOST_NOISE,
     OTHERS,
@@ -47,6 +48,7 @@ from sdexport.errors import CheckpointError
 from sdruntime.bundle.limits import NOISE_LEVELS
 from sdruntime.bundle.manifest import LONGEST_TEXT, Precision
 from sdruntime.bundle.model import Family, ModelSpec, PredictionType
+from sdruntime.bundle.roles import IMAGE_ENCODER
 from sdruntime.bundle.tasks import Task, task_for
 from sdruntime.errors import SettingError, plain
 from sdruntime.pipeline.tasks.upscaling import READS as LOW_RES_READS
@@ -55,6 +57,7 @@ from sdruntime.pipeline.tasks.upscaling import noise_levels
 
 UPSCALING_FACTOR, MOST_BY_DEFAULT = 0.08333, 350  # of diffusers' StableDiffusionUpscalePipeline
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_BY_TRANSFORMERS = (*_TEXT_ENCODERS, IMAGE_ENCODER)
 _NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -142,6 +145,7 @@ class _Reader:
 
     def __init__(self, source: Source, overrides: Overrides) -> None:
         self.source, self._preview, self._controlnets = source, bool(overrides.preview_vae), tuple(overrides.controlnets)
+        self._prompted = bool(overrides.ip_adapter)
         self.faults: list[str] = []
         self.changes: list[str] = list(source.inferred)
 
@@ -173,6 +177,8 @@ class _Reader:
         for added in self._controlnets:
             self._check_added(added, CONTROLNET, "--controlnet")
             parts[added] = self._part(added, CONTROLNET, pipeline)
+        if self._prompted:
+            parts[IMAGE_ENCODER] = self._part(IMAGE_ENCODER, IMAGE_ENCODER_CLASS, pipeline)
         scheduler = self._scheduler(index, pipeline)
         low_res = self._low_res_scheduler(index) if task == "upscaling" else None
         read = {part: self._tokenizer(part) for part in required if part.startswith("tokenizer")}
@@ -186,6 +192,8 @@ class _Reader:
         for added in self._controlnets:
             sizes = {"latents": configs["vae"]["latent_channels"], "factor": vae_factor(configs["vae"])}
             self.faults.extend(controlnet_misfits(added, configs[added], configs["unet"], **sizes))
+        if self._prompted:
+            self.faults.extend(image_encoder_misfits(configs[IMAGE_ENCODER]))
         if task == "inpainting" and index["vae"][1] == ASYMMETRIC_VAE:
             self.faults.append(
                 f"model_index.json: vae is {ASYMMETRIC_VAE}, whose decoder takes the image and the mask when inpainting, which "
@@ -249,7 +257,7 @@ class _Reader:
 
     def _part(self, name: str, kind: str, pipeline: str) -> Part:
         written: Mapping[str, Any] = self._json(f"{name}/config.json")
-        if name not in _TEXT_ENCODERS:
+        if name not in _BY_TRANSFORMERS:
             written = without_defaults(written, f"{name}/config.json", self.faults)
         if name == "unet":
             written, changes = opened_unet(pipeline, written)

@@ -8,19 +8,22 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdexport.checkpoint.card import Card
+from sdexport.checkpoint.configs.tables import IMAGE_PROJECTION
 from sdexport.checkpoint.folder import DiffusersFolder
 from sdexport.checkpoint.opening import PATH as SCHEDULER
 from sdexport.checkpoint.opening import without_defaults
 from sdexport.checkpoint.original.file import PartFile, read_controlnet_file, read_vae_file
 from sdexport.checkpoint.pipelines import VAES
 from sdexport.checkpoint.source import Source, StoredWeights
+from sdexport.checkpoint.weights.ip_adapter import IpAdapter, read_ip_adapter
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.model import PredictionType
-from sdruntime.bundle.roles import CONTROLNET
+from sdruntime.bundle.roles import CONTROLNET, IMAGE_ENCODER
 from sdruntime.errors import SettingError, shown
 
 _VAE, _VAE_CONFIG, _UNET_CONFIG = "vae", "vae/config.json", "unet/config.json"
@@ -34,8 +37,9 @@ class Overrides:
 
     `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
     replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE. `preview_vae` is a folder with
-    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders and files of ControlNets, by component.
-    `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each.
+    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders and files of ControlNets, by
+    component. `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each. `ip_adapter` is the file of an IP-Adapter, and
+    `image_encoder` the folder of its image encoder; "" for the one beside the file.
     """
 
     prediction_type: PredictionType | None = None
@@ -44,6 +48,8 @@ class Overrides:
     preview_vae: str = ""
     controlnets: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
+    ip_adapter: str = ""
+    image_encoder: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loras", tuple(self.loras))  # a list, if it comes from another process
@@ -81,6 +87,8 @@ class Overridden:
         self._added: dict[str, Source] = {
             name: self._controlnet(name, Path(place), precision, allow_pickle) for name, place in overrides.controlnets.items()
         }
+        self._adapter = read_ip_adapter(Path(overrides.ip_adapter)) if overrides.ip_adapter else None
+        encoder = None if self._adapter is None else _image_encoder(self._adapter, overrides, precision, allow_pickle)
         lines = list(source.inferred)
         if self._documents is not None:
             lines.append(f"configs, tokenizers and scheduler: of {self._documents.path.name}, where it has them (--config)")
@@ -89,6 +97,9 @@ class Overridden:
         if self._preview is not None:
             lines.append(f"decoder of previews: of {self._preview.path.name} (--preview-vae)")
         lines += [f"{name}: of {source.path.name} (--controlnet)" for name, source in self._added.items()]
+        if encoder is not None and self._adapter is not None:
+            lines.append(f"{IMAGE_ENCODER}: of {encoder.path.name}, for {self._adapter.path.name} (--ip-adapter)")
+            self._added[IMAGE_ENCODER] = encoder
         if self._prediction:
             lines.append(f"prediction type {self._prediction} (--prediction-type)")
         self.inferred = tuple(lines)
@@ -155,7 +166,14 @@ class Overridden:
 
     def weights(self, part: str, faults: list[str]) -> StoredWeights:
         owner = {_VAE: self._vae, PREVIEW_VAE: self._preview, **self._added}.get(part) or self._source
-        return owner.weights(part, faults)
+        stored = owner.weights(part, faults)
+        if part != "unet" or self._adapter is None:
+            return stored
+        file = {f"{part}/{self._adapter.path.name}": self._adapter.path}
+        return StoredWeights(
+            files=MappingProxyType({**stored.files, **file}),
+            tensors=MappingProxyType({**stored.tensors, **self._adapter.weights(stored.tensors)}),
+        )
 
     def card(self) -> Card:
         return self._source.card()
@@ -167,6 +185,43 @@ class Overridden:
             listed = {} if source is None else source.inputs(parts)
             inputs |= {name: path for name, path in listed.items() if self._owner(name) is source and path.exists()}
         return inputs
+
+
+class ImageEncoder:
+    """A source of the image encoder of an IP-Adapter. The adapter's projection is among its settings and weights."""
+
+    inferred: tuple[str, ...] = ()
+
+    def __init__(self, folder: DiffusersFolder, adapter: IpAdapter) -> None:
+        self.path, self._folder, self._adapter = folder.path, folder, adapter
+
+    def document(self, path: str) -> Any:
+        document = self._folder.document(path)
+        if path == f"{IMAGE_ENCODER}/config.json" and isinstance(document, dict):
+            return document | {IMAGE_PROJECTION: dict(self._adapter.projection)}
+        return document
+
+    def file(self, path: str) -> bytes | None:
+        return self._folder.file(path)
+
+    def weights(self, part: str, faults: list[str]) -> StoredWeights:
+        stored = self._folder.weights(part, faults)
+        return StoredWeights(files=stored.files, tensors=MappingProxyType({**stored.tensors, **self._adapter.image}))
+
+    def card(self) -> Card:
+        return self._folder.card()
+
+    def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
+        return self._folder.inputs(parts)
+
+
+def _image_encoder(adapter: IpAdapter, overrides: Overrides, precision: Precision, allow_pickle: bool) -> ImageEncoder:
+    place = Path(overrides.image_encoder) if overrides.image_encoder else adapter.path.parent / IMAGE_ENCODER
+    if not (place / "config.json").is_file():
+        advice = "give the folder of the adapter's image encoder, with config.json, as --image-encoder DIR"
+        raise CheckpointError(place, [f"no image encoder for {adapter.path.name}: {advice}"])
+    folder = DiffusersFolder(place, precision, allow_pickle, places={IMAGE_ENCODER: "."})
+    return ImageEncoder(folder, adapter)
 
 
 def _documents(path: Path, precision: Precision) -> DiffusersFolder:

@@ -17,6 +17,7 @@ _TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenize
 TINY_VAE = "AutoencoderTiny"  # TAESD: no posterior
 ASYMMETRIC_VAE = "AsymmetricAutoencoderKL"  # its decoder can also take an image and a mask (arXiv 2306.04632)
 CONTROLNET = "ControlNetModel"
+IMAGE_ENCODER_CLASS = "CLIPVisionModelWithProjection"
 VAES: Classes = (("diffusers", "AutoencoderKL"), ("diffusers", TINY_VAE), ("diffusers", ASYMMETRIC_VAE))
 # other networks that control images, by their class
 UNSUPPORTED: Mapping[str, str] = {

@@ -67,6 +67,8 @@ def build(
     loras: tuple[str, ...],
     embeddings: tuple[str, ...],
     controlnets: tuple[str, ...],
+    ip_adapter: str | None,
+    image_encoder: str | None,
     chunks: str | None,
     defaults: str | None,
     no_audit: bool,
@@ -109,6 +111,8 @@ def build(
         loras=loras,
         embeddings=embeddings,
         controlnets=named_controlnets(controlnets),
+        ip_adapter=ip_adapter,
+        image_encoder=image_encoder,
         audit=not no_audit,
         verify=not no_verify,
     )

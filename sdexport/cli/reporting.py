@@ -86,6 +86,10 @@ def overriding(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--controlnet", "controlnets", multiple=True, metavar="[NAME=]MODEL", help=net)(command)
     lora = "Merge this LoRA, .safetensors, at a strength (1), another one in the text encoders, lbw: by block. May be repeated."
     command = click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT_SCALE]][:lbw=…]", help=lora)(command)
+    adapter = "Add this IP-Adapter, .safetensors, for image prompts."
+    command = click.option("--ip-adapter", metavar="FILE", help=adapter)(command)
+    encoder = "The image encoder of the IP-Adapter, a folder with config.json (image_encoder beside FILE)."
+    command = click.option("--image-encoder", metavar="DIR", help=encoder)(command)
     return click.option("--prediction-type", type=predictions, help="What the UNet predicts, if not as inferred.")(command)
 
 

@@ -40,6 +40,8 @@ def verify(
     preview_vae: str | None,
     loras: tuple[str, ...],
     controlnets: tuple[str, ...],
+    ip_adapter: str | None,
+    image_encoder: str | None,
     allow_pickle: bool,
     html: Path | None,
     as_json: bool,
@@ -55,6 +57,7 @@ def verify(
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
     replaced = {"--prediction-type": prediction_type, "--config": config, "--vae": vae, "--preview-vae": preview_vae}
     replaced |= {"--lora": ", ".join(loras), "--controlnet": ", ".join(controlnets)}
+    replaced |= {"--ip-adapter": ip_adapter, "--image-encoder": image_encoder}
     for option, value in replaced.items():
         if value and against is None:
             raise click.UsageError(f"{option} is for the checkpoint: add --against")
@@ -85,6 +88,8 @@ def verify(
             preview_vae=preview_vae,
             loras=loras,
             controlnets=named_controlnets(controlnets),
+            ip_adapter=ip_adapter,
+            image_encoder=image_encoder,
         )
         checked = with_progress(opened, verify_against(opened, checkpoint), reporter)
         report = report_of(opened, checked, reference=f"{against} in PyTorch")

@@ -17,15 +17,27 @@ from numpy.typing import NDArray
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs.controlnet import residuals_of
 from sdexport.checkpoint.configs.misfits import text_width
+from sdexport.checkpoint.configs.tables import IMAGE_PROJECTION
 from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
 from sdruntime.bundle.dimensions import size_of
-from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, LOGVAR, TOKEN_VECTORS
+from sdruntime.bundle.interface import (
+    CONTROL_IMAGE,
+    CONTROL_SCALES,
+    IMAGE_BIAS,
+    IMAGE_SCALE,
+    IMAGE_TOKENS,
+    LOGVAR,
+    PRESENCE,
+    TOKEN_VECTORS,
+)
 from sdruntime.bundle.manifest import TensorSpec
-from sdruntime.bundle.roles import PREVIEW, of_kind
+from sdruntime.bundle.roles import IMAGE_ENCODER, PREVIEW, of_kind
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, channels
 
 _VAE_WRAPPERS = {TINY_VAE: "Tiny", ASYMMETRIC_VAE: "Asymmetric"}
+# images of an image prompt: as many as this many tokens hold, from 1 to MOST_IMAGES
+TOKENS_OF_IMAGES, MOST_IMAGES = 64, 4
 _EXAMPLE_TEXT = 77  # tokens; a UNet takes any number of them
 
 
@@ -74,7 +86,10 @@ def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
     controlnets = tuple(_controlnet(checkpoint, name, unet) for name in of_kind(checkpoint.parts, "ControlNet"))
     if controlnets:
         unet = dataclasses.replace(unet, optional_inputs=_residuals(unet.config))
-    return (*_text_encoders(checkpoint), *preview, *vae, *controlnets, unet)
+    encoder = (_image_encoder(checkpoint),) if IMAGE_ENCODER in checkpoint.parts else ()
+    if encoder:
+        unet = dataclasses.replace(unet, optional_inputs=(*unet.optional_inputs, *_image_prompt(*encoder)))
+    return (*_text_encoders(checkpoint), *encoder, *preview, *vae, *controlnets, unet)
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
@@ -177,6 +192,34 @@ def _controlnet(checkpoint: Checkpoint, name: str, unet: Component) -> Component
         inputs=tuple(inputs),
         outputs=residuals,
         sides=unet.sides,
+    )
+
+
+def _image_encoder(checkpoint: Checkpoint) -> Component:
+    config = checkpoint.parts[IMAGE_ENCODER].config
+    side, projection = config["image_size"], config[IMAGE_PROJECTION]
+    tokens = projection["tokens"] or (side // config["patch_size"]) ** 2 + 1
+    return Component(
+        name=IMAGE_ENCODER,
+        part=IMAGE_ENCODER,
+        wrapper="ImageEncoder",
+        config=config,
+        inputs=(_float("pixel_values", "batch", 3, side, side), _float(PRESENCE, "batch")),
+        outputs=(_float(IMAGE_TOKENS, "batch", tokens, projection["width"]),),
+        sides={},
+    )
+
+
+def _image_prompt(encoder: Component) -> tuple[TensorSpec, ...]:
+    """Return the optional inputs of a UNet with an IP-Adapter: tokens of several images, what to add to their attention before
+    the softmax, and how much they count."""
+    _, tokens, width = encoder.outputs[0].shape
+    assert isinstance(tokens, int)
+    count = tokens * max(1, min(MOST_IMAGES, TOKENS_OF_IMAGES // tokens))
+    return (
+        _float(IMAGE_TOKENS, "batch", count, width),
+        _float(IMAGE_BIAS, "batch", count),
+        _float(IMAGE_SCALE, "batch"),
     )
 
 

@@ -12,13 +12,26 @@ from typing import Any
 
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from sdexport.checkpoint.configs.tables import IMAGE_PROJECTION
 
 _TEXT_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+_VISION_KEYS = (
+    *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "num_channels"),
+    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
 # diffusers' DiagonalGaussianDistribution clamps the posterior's log variance to this range
 _LOGVAR = (-30.0, 20.0)
@@ -69,6 +82,48 @@ class PooledTextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output = self.weights(input_ids, position_ids=_positions(input_ids), output_hidden_states=True)
         return output.hidden_states[-2], output.text_embeds, torch.stack(output.hidden_states[:-2], dim=1)
+
+
+class ImageEncoder(nn.Module):
+    """pixel_values [B,3,S,S], presence [B] -> image_tokens [B,N,D] of an IP-Adapter, for `presence` 1; for 0 those of no image.
+
+    diffusers' IPAdapterMixin: without an image, a plain adapter projects zeros, the others encode an image of zeros.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        settings = config[IMAGE_PROJECTION]
+        self.weights = CLIPVisionModelWithProjection(_vision_config(config))
+        self.projection = _PROJECTIONS[settings["kind"]](settings)
+        self.plain = settings["kind"] == "plain"
+        embeddings = self.weights.vision_model.embeddings
+        embeddings.forward = functools.partial(_patches, embeddings)
+
+    def forward(self, pixel_values: Tensor, presence: Tensor) -> Tensor:
+        if self.plain:
+            states = self.weights(pixel_values).image_embeds * presence[:, None]
+        else:
+            pixel_values = pixel_values * presence[:, None, None, None]
+            states = self.weights(pixel_values, output_hidden_states=True).hidden_states[-2]
+        output: Tensor = self.projection(states)
+        return output
+
+
+_PROJECTIONS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "plain": lambda settings: ImageProjection(
+        image_embed_dim=settings["input"], cross_attention_dim=settings["width"], num_image_text_embeds=settings["tokens"]
+    ),
+    "full": lambda settings: IPAdapterFullImageProjection(
+        image_embed_dim=settings["input"], cross_attention_dim=settings["width"]
+    ),
+    "plus": lambda settings: IPAdapterPlusImageProjection(
+        embed_dims=settings["input"],
+        output_dims=settings["width"],
+        hidden_dims=settings["hidden"],
+        heads=settings["heads"],
+        num_queries=settings["tokens"],
+    ),
+}
 
 
 class Unet(nn.Module):
@@ -237,6 +292,7 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         TextEncoder,
         PenultimateTextEncoder,
         PooledTextEncoder,
+        ImageEncoder,
         Unet,
         ControlNet,
         VaeDecoder,
@@ -269,6 +325,19 @@ def _text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
     known = {key: value for key, value in config.items() if key in _TEXT_KEYS}
     # eager attention is MatMul, scale, mask, Softmax, MatMul, which engines can fuse
     return CLIPTextConfig(**(known | {"attn_implementation": "eager"}))
+
+
+def _vision_config(config: Mapping[str, Any]) -> CLIPVisionConfig:
+    known = {key: value for key, value in config.items() if key in _VISION_KEYS}
+    return CLIPVisionConfig(**(known | {"attn_implementation": "eager"}))
+
+
+def _patches(embeddings: Any, pixel_values: Tensor, **_: Any) -> Tensor:
+    """Run the embeddings of an image encoder without their table of positions, which has no data under fake tensors."""
+    patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+    first = embeddings.class_embedding.expand(pixel_values.shape[0], 1, -1)
+    output: Tensor = torch.cat([first, patches], dim=1) + embeddings.position_embedding.weight
+    return output
 
 
 def _positions(input_ids: Tensor) -> Tensor:

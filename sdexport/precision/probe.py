@@ -21,9 +21,10 @@ from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.bundle.roles import CONTROLNET, PREVIEW, of_kind
+from sdruntime.bundle.roles import CONTROLNET, IMAGE_ENCODER, PREVIEW, of_kind
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.control import Control
+from sdruntime.pipeline.requests.image_prompt import ImagePrompt
 from sdruntime.pipeline.vae import latents as latent
 from sdruntime.verification.inputs import patches, task_settings
 from sdruntime.verification.verify import onnx_spec
@@ -71,6 +72,7 @@ def probe(folder: Path) -> None:
             latents.append(stream.jobs[0].run.x)
             if number == 0:
                 _control(pipe, probed, prompt, settings)
+                _image_prompt(pipe, probed, prompt, settings)
             probed.at = prompted
             images += pipe.decode(latents[-1:])
         random = np.random.default_rng(_SEED)
@@ -113,6 +115,15 @@ def _control(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, An
         image = patches(pipe.model.default_size[::-1], _SEED + number)
         probed.at = f"prompt {prompt[:30]!r}… with {name}"
         for _ in pipe.stream(prompt, seed=_SEED, steps=STEPS, sampler="ddim", control=Control(image=image, net=net), **settings):
+            pass
+
+
+def _image_prompt(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, Any]) -> None:
+    """Generate an image with the IP-Adapter of the bundle, if it has one."""
+    if IMAGE_ENCODER in pipe.bundle.manifest.components:
+        image = ImagePrompt(image=patches((224, 224), _SEED))
+        probed.at = f"prompt {prompt[:30]!r}… with an image prompt"
+        for _ in pipe.stream(prompt, seed=_SEED, steps=STEPS, sampler="ddim", image_prompt=image, **settings):
             pass
 
 

@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
+from sdexport.trace.image_prompt import insert_image_prompt
 from sdexport.trace.residuals import insert_residual
-from sdruntime.bundle.interface import TOKEN_VECTORS
+from sdruntime.bundle.interface import IMAGE_PROMPT, IMAGE_TOKENS, TOKEN_VECTORS
 
 _TABLE = "token_embedding.weight"
 
@@ -27,16 +28,23 @@ def add_optional_inputs(model: ir.Model, component: Component) -> None:
     for place, spec in enumerate(component.optional_inputs, start=len(component.inputs)):
         value = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(spec.shape))
         graph.inputs.insert(place, value)
-        _INSERT.get(spec.name, insert_residual)(graph, value, component)
+        if spec.name not in IMAGE_PROMPT:
+            _INSERT.get(spec.name, insert_residual)(graph, value, component)
+    if any(spec.name in IMAGE_PROMPT for spec in component.optional_inputs):  # which need each other
+        insert_image_prompt(graph, component)
 
 
 def add_defaults(model: ir.Model, component: Component) -> None:
     """Give the optional inputs their defaults. Call this last: the other passes take an initialiser for a constant."""
     names = {spec.name for spec in component.optional_inputs}
     for value in (value for value in model.graph.inputs if value.name in names):
-        rank = len(value.shape or ())
-        value.shape = ir.Shape([f"{value.name}.{axis}" for axis in range(rank)])
-        value.const_value = ir.tensor(np.zeros([1] * rank, np.float32), name=value.name)
+        sizes = [1] * len(value.shape or ())
+        if value.name == IMAGE_TOKENS and value.shape is not None:
+            width = value.shape[-1]
+            assert isinstance(width, int)
+            sizes[-1] = width  # which a product does not broadcast
+        value.shape = ir.Shape([f"{value.name}.{axis}" if size == 1 else size for axis, size in enumerate(sizes)])
+        value.const_value = ir.tensor(np.zeros(sizes, np.float32), name=value.name)
         model.graph.register_initializer(value)
 
 

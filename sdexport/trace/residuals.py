@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
+from sdruntime.bundle.interface import IMAGE_PROMPT
 
 _SHORTCUT = re.compile(r"up_blocks\.(\d+)\.resnets\.(\d+)\.conv_shortcut\.weight")
 
@@ -21,7 +22,7 @@ def insert_residual(graph: ir.Graph, residual: ir.Value, component: Component) -
 
     Raises ExportError for a graph that is not as expected.
     """
-    names = [spec.name for spec in component.optional_inputs]
+    names = [spec.name for spec in component.optional_inputs if spec.name not in IMAGE_PROMPT]
     joins, place = _joins(graph), names.index(str(residual.name))
     if len(joins) != len(names) - 1:
         raise ExportError(f"{component.name}: the graph has {len(joins)} skip connections for {len(names) - 1} residuals")

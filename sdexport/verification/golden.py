@@ -7,6 +7,7 @@ networks: `sdexport.verification.original`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +26,13 @@ from sdexport.errors import EnvironmentFault, ExportError, ProcessKilled, Sdexpo
 from sdexport.families.components import Component, components
 from sdexport.trace.versions import digest_of as hash_of
 from sdexport.trace.versions import versions
+from sdexport.verification.image_prompt import prompted
 from sdexport.verification.original import original_images, stand_in
 from sdexport.verification.preview import linear_preview
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import CPU
 from sdruntime.bundle.bundle import Bundle, disk_full_as_error, sha256
+from sdruntime.bundle.interface import IMAGE_PROMPT
 from sdruntime.bundle.limits import any_shape
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, Manifest, Precision
 from sdruntime.bundle.roles import role
@@ -78,13 +81,16 @@ class TorchEngine:
             profiles=(any_shape(spec.dimensions),),
         )
         self._module = _module(checkpoint, component)
+        self._weights = checkpoint.parts[component.part].weights
 
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         import torch
 
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
         optional = {spec.name: tensors.pop(spec.name) for spec in self.component.optional_inputs if spec.name in tensors}
-        with torch.inference_mode():
+        image = {name: optional.pop(name) for name in IMAGE_PROMPT if name in optional}
+        attends = prompted(self._module.weights, self._weights, image) if image else contextlib.nullcontext()
+        with torch.inference_mode(), attends:
             outputs = self._module(**tensors, **({"residuals": optional} if optional else {}))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.numpy() for spec, output in zip(self.component.outputs, outputs, strict=True)}

@@ -70,6 +70,8 @@ def reference_checkpoint(
     preview_vae: str | None = None,
     loras: Sequence[str] = (),
     controlnets: Mapping[str, str] = MappingProxyType({}),
+    ip_adapter: str | None = None,
+    image_encoder: str | None = None,
 ) -> Checkpoint:
     """Return the checkpoint `model` if the bundle was built from it, with the same overrides: those of `Overrides`.
 
@@ -86,6 +88,8 @@ def reference_checkpoint(
         preview_vae=str(locate_other(preview_vae, "--preview-vae").path) if preview_vae else "",
         loras=resolved(loras),
         controlnets={name: str(locate_other(place, "--controlnet").path) for name, place in controlnets.items()},
+        ip_adapter=ip_adapter or "",
+        image_encoder=image_encoder or "",
     )
     checkpoint = opened(located.path, precision, allow_pickle=allow_pickle, overrides=overrides)
     digest = checkpoint_hash(checkpoint)

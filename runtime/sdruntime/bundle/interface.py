@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
-from sdruntime.bundle.roles import PREVIEW, of_kind, role
+from sdruntime.bundle.roles import IMAGE_ENCODER, PREVIEW, of_kind, role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
 
 TOKEN_VECTORS = "token_vectors"  # of a text encoder, optional: the vector at each position whose id is outside the vocabulary
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
 # of a ControlNet, beside what the UNet takes: an image in [0, 1], and a factor for each of its residuals
 CONTROL_IMAGE, CONTROL_SCALES = "controlnet_cond", "conditioning_scale"
+# of a UNet with an IP-Adapter, optional: tokens of images, what is added to their attention before the softmax (0, or NO_TOKEN
+# for none), and how much they count
+IMAGE_TOKENS, IMAGE_BIAS, IMAGE_SCALE = "image_tokens", "image_bias", "image_scale"
+NO_TOKEN = -10_000.0
+PRESENCE = "presence"  # of the image encoder of an IP-Adapter: 1, or 0 for the tokens of no image
 Shape = tuple[int | str, ...]
 Tensors = Mapping[str, Shape]
 
@@ -44,7 +49,11 @@ XL: Mapping[str, tuple[Tensors, Tensors]] = {
 
 
 _OPTIONAL_INPUTS: Tensors = {TOKEN_VECTORS: ("batch", "T", "W")}  # of a text encoder; W: its own width
-_OPTIONAL: Mapping[str, tuple[Tensors, Tensors]] = {PREVIEW: _VAE["vae_decoder"]}
+_OPTIONAL: Mapping[str, tuple[Tensors, Tensors]] = {
+    PREVIEW: _VAE["vae_decoder"],
+    IMAGE_ENCODER: ({"pixel_values": ("batch", 3, "Side", "Side"), PRESENCE: ("batch",)}, {IMAGE_TOKENS: ("batch", "N", "D")}),
+}
+IMAGE_PROMPT: Tensors = {IMAGE_TOKENS: ("batch", "Tokens", "D"), IMAGE_BIAS: ("batch", "Tokens"), IMAGE_SCALE: ("batch",)}
 
 
 def interface_faults(manifest: Manifest) -> Iterator[str]:
@@ -82,7 +91,13 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
 
 def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | str]) -> Iterator[str]:
     """Yield a fault for each tensor of a ControlNet that does not fit the UNet. `inputs`: the UNet's, without its task's."""
-    residuals, factor = manifest.components["unet"].optional_inputs, manifest.model.vae_factor
+    unet, factor = manifest.components["unet"], manifest.model.vae_factor
+    residuals = residuals_of(unet)
+    if takes_image_prompt(unet) or IMAGE_ENCODER in manifest.components:
+        tensors = tuple(tensor for tensor in unet.optional_inputs if tensor.name in IMAGE_PROMPT)
+        yield from _faults("unet.optional_inputs", IMAGE_PROMPT, tensors, known, complete=True)
+        if IMAGE_ENCODER not in manifest.components:
+            yield f"components: {IMAGE_ENCODER} is missing"
     for name in of_kind(manifest.components, "ControlNet"):
         component = manifest.components[name]
         image: Shape = ("batch", 3, f"height*{factor}", f"width*{factor}")
@@ -91,6 +106,16 @@ def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | 
         pooled = is_pooled(component)
         outputs = {tensor.name: (*tensor.shape[:2], 1, 1) if pooled else tensor.shape for tensor in residuals}
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=True)
+
+
+def residuals_of(unet: ComponentSpec) -> tuple[TensorSpec, ...]:
+    """Return the residuals of ControlNets that a UNet takes."""
+    return tuple(tensor for tensor in unet.optional_inputs if tensor.name not in IMAGE_PROMPT)
+
+
+def takes_image_prompt(unet: ComponentSpec) -> bool:
+    """Return whether a UNet has an IP-Adapter."""
+    return any(tensor.name == IMAGE_TOKENS for tensor in unet.optional_inputs)
 
 
 def is_pooled(controlnet: ComponentSpec) -> bool:

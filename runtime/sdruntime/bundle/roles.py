@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["text encoder", "denoiser", "ControlNet", "VAE decoder", "VAE encoder", "preview decoder", "sampler step"]
+Kind = Literal[
+    "text encoder", "image encoder", "denoiser", "ControlNet", "VAE decoder", "VAE encoder", "preview decoder", "sampler step"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """`rows`: what the axis `batch` (or `jobs`) counts: texts, images, rows of guided images (two per image), or jobs.
+    """`rows`: what the axis `batch` (or `jobs`) counts: texts (and images to encode), images, rows of guided images (two per
+    image), or jobs.
 
     `stage`: with little memory, only the engines of one stage are loaded. `in_pixels`: `height` and `width` are those of the
     image, not of the latents. `late`: opened on first use, because most images do not need it. `has_reference`: it has reference
@@ -33,11 +36,13 @@ class Role:
 
 
 PREVIEW = "preview_decoder"
+IMAGE_ENCODER = "image_encoder"  # of an IP-Adapter
 CONTROLNET = "controlnet"  # a bundle may have more of them: controlnet_NAME
 _TEXT_ENCODER = Role(kind="text encoder", rows="texts", stage="text")
 ROLES: Mapping[str, Role] = {
     "text_encoder": _TEXT_ENCODER,
     "text_encoder_2": dataclasses.replace(_TEXT_ENCODER, takes_second_texts=True),
+    IMAGE_ENCODER: Role(kind="image encoder", rows="texts", stage="text", late=True),
     "unet": Role(kind="denoiser", rows="guided", stage="denoise"),
     CONTROLNET: Role(kind="ControlNet", rows="guided", stage="denoise", late=True),
     "vae_decoder": Role(kind="VAE decoder", rows="images", stage="vae"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sdruntime.pipeline.images.maps import PREPROCESSORS
 from sdruntime.pipeline.requests.control import CONTROL_NUMBERS
+from sdruntime.pipeline.requests.image_prompt import DEFAULT_SCALE
 from sdruntime.pipeline.requests.ranges import NUMBERS, RANGES, SIGMA, SIGMAS, WHOLE
 from sdruntime.pipeline.requests.request import HIRES_RESIZES, MASK_FILLS
 from sdruntime.pipeline.text.emphasis import EMPHASES
@@ -220,6 +221,13 @@ def _control(sub: Arguments) -> None:
     sub.add_argument("--guess-mode", action="store_true", help=guessing)
 
 
+def _image_prompt(sub: Arguments) -> None:
+    """Images for the IP-Adapter."""
+    what = "an image that the bundle's IP-Adapter follows beside the text; may be repeated: the images count together"
+    sub.add_argument("--image-prompt", action="append", default=[], metavar="FILE", help=what)
+    sub.add_argument("--image-prompt-scale", type=float, metavar="X", help=f"how much they count ({DEFAULT_SCALE:g})")
+
+
 def control(text: str) -> dict[str, str]:
     """Return the settings of a Control from "FILE,KEY=VALUE,…", where a preprocessor and a colon may be before FILE."""
     keys = ("net", *CONTROL_NUMBERS, "fit", "mask")
@@ -248,6 +256,7 @@ GROUPS = {
     "sampler": sampling,
     "start image": _start,
     "ControlNets": _control,
+    "image prompt": _image_prompt,
     "second pass": _second_pass,
     "noise": _noise,
     "conditions of SDXL": _conditions,

@@ -13,7 +13,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.dimensions import size_of
-from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, is_pooled
+from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, is_pooled, residuals_of
 from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.bundle.roles import CONTROLNET, of_kind
 from sdruntime.engines.finite import checked_rows
@@ -131,7 +131,7 @@ def residuals(
         return {}
     count, _, height, width = feeds["sample"].shape
     dims = {"batch": count, "height": height, "width": width}
-    total = {tensor.name: np.zeros([size_of(dim, dims) for dim in tensor.shape], np.float32) for tensor in unet.optional_inputs}
+    total = {tensor.name: np.zeros([size_of(dim, dims) for dim in tensor.shape], np.float32) for tensor in residuals_of(unet)}
     for name, entries in uses.items():
         net, at = engine(name), [row for row, _, _ in entries]
         own = {

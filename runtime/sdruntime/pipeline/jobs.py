@@ -24,8 +24,9 @@ from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.loras import Loras
 from sdruntime.pipeline.requests.ranges import WHOLE
 from sdruntime.pipeline.requests.request import DEFAULTS, Request
-from sdruntime.pipeline.tasks import upscaling
+from sdruntime.pipeline.tasks import image_prompt, upscaling
 from sdruntime.pipeline.tasks.choose import check_task, rows_of, task_start
+from sdruntime.pipeline.tasks.image_prompt import ImagePrompts
 from sdruntime.pipeline.tasks.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
 from sdruntime.pipeline.tasks.sizes import Shape, cells_of, latent_shape, pixels_of
@@ -90,6 +91,7 @@ class JobFactory:
         self._noise_levels = upscaling.noise_levels(bundle.read_json(upscaling.SCHEDULER)) if upscales else None
         self._conditioner = Conditioner.open(bundle, embeddings_of(bundle, embeddings))
         self.loras = Loras(bundle)
+        self._image_prompts = ImagePrompts(self._components, self._folder)
         self.schedule = {**bundle.read_json(SCHEDULER), FAMILY: self._model.family}
         self._tables = Tables(self.schedule)
         self.refiner: tuple[JobFactory, GetEngine] | None = None
@@ -109,8 +111,9 @@ class JobFactory:
         return self._conditioner.embeddings_in([request.prompt, request.prompt_2, request.negative, request.negative_2])
 
     def forget(self) -> None:
-        """Release the encoded texts."""
+        """Release the encoded texts and images."""
         self._conditioner.forget()
+        self._image_prompts.forget()
 
     def check(self, requests: Sequence[Request]) -> None:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
@@ -126,6 +129,7 @@ class JobFactory:
                 )
             for control in request.controls:
                 component_of(control, self._components)
+            self._image_prompts.check(request)
             self._noise(request)
             chain = self._chain(request)
             for place in chain:
@@ -332,6 +336,9 @@ class JobFactory:
             more = [{TIME_IDS: ids} for ids in reversed(time_ids(request, size, self._time_ids))]
         if self._guidance_width is not None:
             more[0][GUIDANCE] = guidance_embedding(request.guidances[0], self._guidance_width)
+        if not stage.step.refines:
+            for own, entries in zip(more, self._image_prompts.rows(request, stage.engine), strict=True):
+                own.update(entries)
         rows = {}
         for step, pairs in encoded.items():
             texts_of_rows = [{**text.row, **added} for (_, text), added in zip(pairs, more, strict=False)]
@@ -362,6 +369,7 @@ class JobFactory:
             yield from stretched_lines(stage.step.request, self._size(stage.step.request))
             if sums_on_host(stage.step.request, self._components):
                 yield from self._host_lines()
+        yield from image_prompt.unused_lines(stage.step.request, refines=stage.step.refines)
         yield from cut_lines(pair for pairs in encoded.values() for pair in pairs)
         yield from self._unused(stage.step.request)
         if not stage.step.refines:

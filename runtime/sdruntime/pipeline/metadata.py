@@ -166,6 +166,7 @@ def parameters(request: Request, size: tuple[int, int], origin: Origin) -> str:
         "Mask hash": None if request.mask_pixels is None else image_hash(request.mask_pixels),
         **_mask_settings(request),
         **_control_settings(request),
+        "Image prompt": _image_prompt(request),
         "Lora hashes": ", ".join(f"{_SEPARATORS.sub('', name)}: {digest}" for name, digest in origin.loras.items()) or None,
         "Refiner": origin.refiner or None,
         "Refiner switch at": request.refiner_at if origin.refiner else None,
@@ -244,6 +245,13 @@ def _control_settings(request: Request) -> dict[str, object]:
         for index, control in enumerate(request.controls)
     }
     return settings | ({"Guess mode": True} if request.controls and request.guess_mode else {})
+
+
+def _image_prompt(request: Request) -> str | None:
+    prompt = request.image_prompt
+    if prompt is None:
+        return None
+    return ", ".join([f"Scale: {_number(prompt.scale)}", *(f"Image hash: {image_hash(pixels)}" for pixels in prompt.images)])
 
 
 def image_hash(pixels: Array) -> str:

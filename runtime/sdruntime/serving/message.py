@@ -13,6 +13,7 @@ from sdruntime.bundle.records import record_from_json
 from sdruntime.engines.choose import AUTO
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control, ControlFit
+from sdruntime.pipeline.requests.image_prompt import DEFAULT_SCALE, ImagePrompt
 from sdruntime.pipeline.requests.request import DEFAULTS, HiresResize, MaskFill, Request
 from sdruntime.pipeline.text.emphasis import Emphasis
 from sdruntime.pipeline.text.wording import Syntax
@@ -73,12 +74,15 @@ class LoraMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Images:
-    """The images of a job: the start image, uint8 [H, W, 3], its mask and depth map, uint8 [H, W], and those of ControlNets."""
+    """The images of a job: the start image, uint8 [H, W, 3], its mask and depth map, uint8 [H, W], those of ControlNets and those
+    of an image prompt.
+    """
 
     image: Array | None = None
     mask: Array | None = None
     depth: Array | None = None
     controls: tuple[Array, ...] = ()
+    image_prompt: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +150,7 @@ class RequestMessage:
     loras: tuple[LoraMessage, ...] = ()
     noise_level: int = DEFAULTS["noise_level"]
     guess_mode: bool = False
+    image_prompt_scale: float = DEFAULT_SCALE
 
     def __post_init__(self) -> None:
         if (self.width is None) != (self.height is None):
@@ -155,6 +160,13 @@ class RequestMessage:
         if self.variation_seed is None and self.variation_strength:
             return secrets.randbelow(2**32)
         return self.variation_seed or 0
+
+    def _image_prompt(self, images: Sequence[Array]) -> ImagePrompt | None:
+        if images:
+            return ImagePrompt(image=list(images), scale=self.image_prompt_scale)
+        if self.image_prompt_scale != DEFAULT_SCALE:
+            raise SettingError(f"image_prompt_scale {self.image_prompt_scale:g} has no effect without an image_prompt")
+        return None
 
     def request(self, images: Images, controls: Sequence[ControlMessage] = ()) -> Request:
         """Return the Request with these images. Raises SettingError."""
@@ -180,6 +192,7 @@ class RequestMessage:
                 for image, control in zip(images.controls, controls, strict=True)
             ],
             guess_mode=self.guess_mode,
+            image_prompt=self._image_prompt(images.image_prompt),
             strength=self.strength,
             options=self.options,
             prompt_2=self.prompt_2,
@@ -217,7 +230,8 @@ class Submit:
 
     `image`: (width, height) of the start image, whose rows are the blob. `mask`: the blob goes on with a mask of that size, 8
     bits of gray for a pixel. `depth`: (width, height) of a depth map that follows in the blob, brighter where it is nearer.
-    `controls`: images for ControlNets, which end the blob. `device_buffer`: the address of the caller's buffer of
+    `controls`: images for ControlNets, and `image_prompt`: the (width, height) of each image of an image prompt, which end the
+    blob in this order. `device_buffer`: the address of the caller's buffer of
     `device_buffer_size` bytes on the engines' GPU. The image's rows are also copied there on the engines' stream, after rounding
     to uint8 on the host; the copy is complete when "done" is sent.
     """
@@ -231,6 +245,7 @@ class Submit:
     mask: bool = False
     depth: tuple[int, int] | None = None
     controls: tuple[ControlMessage, ...] = ()
+    image_prompt: tuple[tuple[int, int], ...] = ()
     device_buffer: int | None = None
     device_buffer_size: int | None = None
 

@@ -6,7 +6,8 @@ A message is a JSON object in UTF-8, some with a blob of bytes. From the host:
     {"op": "submit", "job": ID, "request": {...}, ...}          see `message.Submit`; blob: the start image, RGB8 rows,
                                                                 and with "mask": true the mask, rows of 8 bits of gray,
                                                                 and with "depth": [W, H] the depth map, of these sides,
-                                                                and for each of "controls" its image, RGB8 rows
+                                                                and for each of "controls" its image, RGB8 rows,
+                                                                and for each [W, H] of "image_prompt" an image
     {"op": "cancel", "job": ID}                                 no effect on a finished job
     {"op": "close"}                                             cancels all unfinished jobs; answered by "closed", the last event
 

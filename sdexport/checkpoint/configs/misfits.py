@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdexport.checkpoint.configs.controlnet import as_list
-from sdexport.checkpoint.configs.tables import UNET
+from sdexport.checkpoint.configs.tables import IMAGE_PROJECTION, UNET
 from sdexport.checkpoint.pipelines import SCORE
 from sdruntime.bundle.tasks import SCORED, SIZES, task_for
 
@@ -21,6 +21,22 @@ def preview_misfits(preview: Mapping[str, Any], vae: Mapping[str, Any]) -> Itera
     if preview["scaling_factor"] != 1:
         factor = preview["scaling_factor"]
         yield f"preview_vae/config.json: scaling_factor {factor}, but a decoder of previews takes the UNet's latents, so 1"
+
+
+def image_encoder_misfits(encoder: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a fault if an IP-Adapter's projection does not take what the image encoder returns."""
+    projection = encoder[IMAGE_PROJECTION]
+    key = "projection_dim" if projection["kind"] == "plain" else "hidden_size"
+    if encoder[key] != projection["input"]:
+        yield (
+            f"image_encoder/config.json: {key} {encoder[key]}, but the IP-Adapter was trained with an image encoder of "
+            f"{projection['input']}: give that one (--image-encoder DIR)"
+        )
+    if encoder["image_size"] % encoder["patch_size"]:
+        side, patch = encoder["image_size"], encoder["patch_size"]
+        yield f"image_encoder/config.json: image_size {side} is not a multiple of patch_size {patch}"
+    if encoder["hidden_size"] % encoder["num_attention_heads"]:
+        yield f"image_encoder/config.json: hidden_size {encoder['hidden_size']} is not a multiple of num_attention_heads"
 
 
 def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 A key is *read* (the traced network or the runtime uses it) or *idle* (it affects no image). Unsupported values and unknown keys
 are refused by name. Keep equal to diffusers' UNet2DConditionModel, AutoencoderKL and ControlNetModel, and to transformers'
-CLIPTextConfig: tests/sdexport/checkpoint/test_configs.py compares keys and defaults.
+CLIPTextConfig and CLIPVisionConfig: tests/sdexport/checkpoint/test_configs.py compares keys and defaults.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sdexport.checkpoint.configs.keys import (
     one_of,
     whole,
 )
-from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, CONTROLNET, TINY_VAE
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, CONTROLNET, IMAGE_ENCODER_CLASS, TINY_VAE
 from sdruntime.bundle.limits import NOISE_LEVELS
 
 UNET = Config(
@@ -200,6 +200,23 @@ _TEXT = Config(
         suppress_tokens begin_suppress_tokens attn_implementation""".split()
     ),
 )
+IMAGE_PROJECTION = "image_projection"  # which sdexport adds to an image encoder's settings: those of the IP-Adapter's projection
+_VISION = Config(
+    read={
+        "hidden_size": Key(768, WIDTH),
+        "intermediate_size": Key(3072, WIDTH),
+        "projection_dim": Key(512, WIDTH),
+        "num_hidden_layers": Key(12, DEPTH),
+        "num_attention_heads": Key(12, WIDTH),
+        "num_channels": Key(3, one_of(3)),
+        "image_size": Key(224, SIDE),
+        "patch_size": Key(32, SIDE),
+        "hidden_act": _TEXT.read["hidden_act"],
+        "layer_norm_eps": Key(1e-5, EPSILON),
+        IMAGE_PROJECTION: Key(REQUIRED, ANYTHING),
+    },
+    idle=_TEXT.idle,
+)
 CONFIGS: Mapping[str, Config] = {
     "UNet2DConditionModel": UNET,
     "AutoencoderKL": _AUTOENCODER,
@@ -208,6 +225,7 @@ CONFIGS: Mapping[str, Config] = {
     CONTROLNET: _CONTROLNET,
     "CLIPTextModel": _TEXT,
     "CLIPTextModelWithProjection": _TEXT,
+    IMAGE_ENCODER_CLASS: _VISION,
 }
 # classes whose saved weights hold a CLIP text model under the same names
 CLIP_ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")

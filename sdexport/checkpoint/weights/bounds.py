@@ -11,14 +11,16 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from sdexport.errors import ExportError
+from sdruntime.bundle.roles import IMAGE_ENCODER
 
 _TEXT = "text_model."  # a prefix that transformers 5 dropped
+_VISION = "vision_model."
 _SLACK = 64
 
 
 def check_depth(part: str, config: Mapping[str, Any], names: Collection[str], faults: list[str]) -> None:
     """Add a fault for the first layer that the config requests and the stored weights lack."""
-    stored = {name.removeprefix(_TEXT) for name in names}
+    stored = {name.removeprefix(_TEXT).removeprefix(_VISION) for name in names}
     prefixes = {prefix for name in stored for prefix in _prefixes(name)}
     for key, layer in _layers(part, config):
         if layer not in prefixes:
@@ -55,7 +57,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def _layers(part: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (key, the last layer it requests) for each key that counts layers."""
-    if part.startswith("text_encoder"):
+    if part.startswith(("text_encoder", IMAGE_ENCODER)):
         yield from _last("num_hidden_layers", "encoder.layers", config.get("num_hidden_layers", 12))
         return
     within = "encoder." if part == "vae" else ""

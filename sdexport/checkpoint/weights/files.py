@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdruntime.bundle.manifest import Precision
+from sdruntime.bundle.roles import IMAGE_ENCODER
 
 Variant = Literal["", "fp16"]
 
@@ -21,10 +22,11 @@ _DIFFUSED = ("diffusion_pytorch_model", "diffusion_pytorch_model")  # of every p
 _STEMS: Mapping[str, tuple[str, str]] = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
+    IMAGE_ENCODER: ("model", "pytorch_model"),
     **dict.fromkeys(("unet", "vae", "preview_vae"), _DIFFUSED),
 }
-_BY_TRANSFORMERS = ("text_encoder", "text_encoder_2")  # the libraries try the files in another order
-PARTS = tuple(_STEMS)
+_BY_TRANSFORMERS = ("text_encoder", "text_encoder_2", IMAGE_ENCODER)  # the libraries try the files in another order
+PARTS = tuple(part for part in _STEMS if part != IMAGE_ENCODER)  # of a checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.metadata import Origin, image_hash, parameters
 from sdruntime.pipeline.requests.control import Control
+from sdruntime.pipeline.requests.image_prompt import ImagePrompt
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.samplers import SAMPLERS
 
@@ -83,6 +84,13 @@ def test_every_setting_is_read_as_it_was_given() -> None:
         "Clip skip": "1",
         "Hires upscaler": "None",
     }
+
+
+def test_the_images_of_an_image_prompt_are_named_by_their_hashes() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    found = read(Request(prompt="", image_prompt=ImagePrompt(image=[pixels, pixels[:1]], scale=0.6)))
+    hashes = [hashlib.md5(each.tobytes()).hexdigest() for each in (pixels, pixels[:1])]
+    assert found["Image prompt"] == f"Scale: 0.6, Image hash: {hashes[0]}, Image hash: {hashes[1]}"
 
 
 def test_what_was_not_set_is_not_written() -> None:

@@ -50,6 +50,24 @@ def test_controls_are_those_of_the_request() -> None:
     assert [control.pixels.shape for control in request.controls] == [(2, 4, 3), (5, 3, 3)]
 
 
+def test_the_images_of_an_image_prompt_end_the_blob() -> None:
+    message = submit(controls=CONTROLS, image_prompt=[[2, 3], [1, 4]])
+    blob = bytes(bytes_of(message) - 2 * 3 * 3 - 4 * 3) + bytes([7] * 18) + bytes([9] * 12)
+    request = message.request.request(images_of(message, blob, len(blob)), message.controls)
+    assert request.image_prompt is not None
+    assert [(image.shape, np.unique(image).tolist()) for image in request.image_prompt.images] == [
+        ((3, 2, 3), [7]),
+        ((4, 1, 3), [9]),
+    ]
+    assert request.image_prompt.scale == 1
+    scaled = submit(image_prompt=[[1, 1]], request={"prompt": "", "image_prompt_scale": 0.5})
+    prompt = scaled.request.request(images_of(scaled, bytes(3), 3)).image_prompt
+    assert prompt is not None
+    assert prompt.scale == 0.5
+    with pytest.raises(SettingError, match=r"image_prompt_scale 0.5 has no effect without an image_prompt"):
+        scaled.request.request(images_of(submit(), None, 0))
+
+
 def test_a_blob_of_another_size_is_refused() -> None:
     with pytest.raises(SettingError, match="control 4x2: expected 69 bytes of a control image of 4x2 and a control image of 3x5"):
         images_of(submit(controls=CONTROLS), b"", 0)

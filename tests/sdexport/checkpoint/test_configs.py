@@ -13,7 +13,7 @@ import pytest
 
 from sdexport.checkpoint.checkpoint import read_checkpoint
 from sdexport.checkpoint.configs.keys import REQUIRED
-from sdexport.checkpoint.configs.tables import CONFIGS, read_config
+from sdexport.checkpoint.configs.tables import CONFIGS, IMAGE_PROJECTION, read_config
 from sdexport.errors import CheckpointError
 
 
@@ -59,6 +59,15 @@ def test_the_table_of_text_encoders_has_every_setting_of_transformers_class_with
         key: getattr(config, key) for key in table.read if key != "use_attention_mask"
     }
     assert table.idle >= {key for key in transformers.PreTrainedConfig().to_dict() if not key.startswith("_")}
+
+
+def test_the_table_of_image_encoders_has_every_setting_of_transformers_class_with_its_default() -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    config, table = transformers.CLIPVisionConfig(), CONFIGS["CLIPVisionModelWithProjection"]
+    assert set(table.read) | table.idle >= set(config.to_dict()) - set(transformers.PreTrainedConfig().to_dict())
+    assert {key: entry.default for key, entry in table.read.items() if key != IMAGE_PROJECTION} == {
+        key: getattr(config, key) for key in table.read if key != IMAGE_PROJECTION
+    }
 
 
 def test_defaults_stand_in_for_what_an_old_file_lacks() -> None:

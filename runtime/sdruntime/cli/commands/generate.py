@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdruntime.cli.progress import Reporter
     from sdruntime.pipeline.pipeline import Pipeline
     from sdruntime.pipeline.requests.control import Control
+    from sdruntime.pipeline.requests.image_prompt import ImagePrompt
     from sdruntime.pipeline.requests.request import Request
     from sdruntime.pipeline.result import Image, Result
 
@@ -101,6 +102,7 @@ def generate(options: argparse.Namespace) -> None:
         "loras": options.loras,
         "control": [control_of(text) for text in options.control],
         "guess_mode": options.guess_mode,
+        "image_prompt": image_prompt_of(options.image_prompt, options.image_prompt_scale),
         "options": sampler_options(options),
     }
     if options.strength is not None:
@@ -170,6 +172,17 @@ def control_of(settings: dict[str, str]) -> Control:
     from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control
 
     return Control(**{key: float(text) if key in CONTROL_NUMBERS else text for key, text in settings.items()})  # type: ignore[arg-type]
+
+
+def image_prompt_of(files: list[str], scale: float | None) -> ImagePrompt | None:
+    """Return the ImagePrompt of --image-prompt and --image-prompt-scale. Raises SettingError."""
+    from sdruntime.pipeline.requests.image_prompt import DEFAULT_SCALE, ImagePrompt
+
+    if not files:
+        if scale is not None:
+            raise SettingError(f"--image-prompt-scale {scale:g} has no effect without --image-prompt")
+        return None
+    return ImagePrompt(image=files, scale=DEFAULT_SCALE if scale is None else scale)
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:

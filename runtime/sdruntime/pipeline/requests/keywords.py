@@ -34,12 +34,13 @@ DIFFUSERS: Mapping[str, str] = {
     "controlnet_conditioning_scale": "control=Control(image=…, scale=…)",
     "control_guidance_start": "control=Control(image=…, start=…)",
     "control_guidance_end": "control=Control(image=…, end=…)",
+    "ip_adapter_image": "image_prompt=ImagePrompt(image=…)",
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (
     *("latents", "timesteps", "cross_attention_kwargs", "return_dict"),
     *("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-    *("ip_adapter_image", "denoising_start", "denoising_end"),
+    *("ip_adapter_image_embeds", "denoising_start", "denoising_end"),
 )
 
 

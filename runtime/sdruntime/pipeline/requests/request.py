@@ -21,6 +21,7 @@ from sdruntime.errors import LibraryMissing, SettingError, UnknownName, shown
 from sdruntime.pipeline.images.depth import depth_from
 from sdruntime.pipeline.images.imagefile import FITS, Fit, ImageLike, gray_from, pixels_from
 from sdruntime.pipeline.requests.control import Control, controls_of
+from sdruntime.pipeline.requests.image_prompt import ImagePrompt, image_prompt_of
 from sdruntime.pipeline.requests.keywords import check_names
 from sdruntime.pipeline.requests.ranges import CORNER, NUMBERS, RANGES, SIDE, WHOLE, Range, guidance_of, interval_of, sigmas_of
 from sdruntime.pipeline.text.emphasis import EMPHASES, Emphasis
@@ -94,6 +95,8 @@ class Request:
 
     `control`: a Control, or several, for the ControlNets of the bundle; their effects add up. `guess_mode`: let them act on the
     prompt's side of the guidance alone, less in the outer layers, as in diffusers.
+
+    `image_prompt`: an ImagePrompt, for the IP-Adapter of the bundle: images that it follows beside the text.
     """
 
     prompt: str
@@ -143,6 +146,7 @@ class Request:
     noise_level: int = NUMBERS["noise_level"]
     control: Control | Sequence[Control] = ()
     guess_mode: bool = False
+    image_prompt: ImagePrompt | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "prompt_2", "negative_2", "sampler", "schedule"):
@@ -170,6 +174,7 @@ class Request:
         if self.cfg_pp:
             self._check_cfg_pp()
         object.__setattr__(self, "control", controls_of(self.control))
+        image_prompt_of(self.image_prompt)
         if self.sampler is not None:
             resolve(self.sampler)
         if self.schedule is not None:

@@ -1,0 +1,186 @@
+"""Image prompts give diffusers' images: IP-Adapters of each kind, one and two images, with scales."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_image_prompt
+from integration.reference import Array, assert_same_picture, ours
+
+from sdruntime.errors import SettingError
+from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.requests.image_prompt import ImagePrompt
+from sdruntime.pipeline.requests.request import Request
+from sdruntime.pipeline.tasks.image_prompt import clip_pixels
+from sdruntime.verification.inputs import patches
+
+PROMPT, NEGATIVE, SEED, STEPS, GUIDANCE = "a red circle", "green", 5, 5, 4.0
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+# images, scale, guidance
+CASES: dict[str, tuple[int, float, float]] = {
+    "one": (1, 1.0, GUIDANCE),
+    "two, scaled": (2, 0.6, GUIDANCE),
+    "three, without guidance": (3, 0.8, 1.0),
+}
+SIZES = ((96, 64), (40, 64), (32, 32))
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_image_prompt_bundle: Path, ready: Callable[[Path], Path]) -> Iterator[Pipeline]:
+    with Pipeline.open(ready(sd1_image_prompt_bundle)) as opened:
+        yield opened
+
+
+def images(count: int) -> list[Array]:
+    """Images of several sizes, none that of the image encoder's."""
+    return [patches(SIZES[k], 30 + k) for k in range(count)]
+
+
+def request_for(case: str, sampler: str = "ddim", **settings: Any) -> Request:
+    count, scale, guidance = CASES[case]
+    negative = NEGATIVE if guidance > 1 else None
+    basic: dict[str, Any] = {"seed": SEED, "steps": STEPS, "guidance": guidance, "negative": negative, "sampler": sampler}
+    return Request(prompt=PROMPT, **(basic | {"image_prompt": ImagePrompt(image=images(count), scale=scale)} | settings))
+
+
+def theirs(
+    checkpoint: Path, adapter: Path, case: str, sampler: str, *, size: tuple[int, int] = (64, 64), xl: bool = False
+) -> tuple[Array, Array]:
+    """(uint8 [H, W, 3], float32 [3, H, W]) of diffusers."""
+    import diffusers
+    import torch
+    from PIL import Image
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    count, scale, guidance = CASES[case]
+    torch.set_num_threads(1)
+    side = tiny_image_prompt.SIDE
+    encoder = CLIPVisionModelWithProjection.from_pretrained(adapter.parent / "image_encoder")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+        reference = kind.from_pretrained(
+            str(checkpoint), image_encoder=encoder, feature_extractor=processor, torch_dtype=torch.float32
+        )
+        reference.set_progress_bar_config(disable=True)
+        reference.load_ip_adapter(
+            str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None, low_cpu_mem_usage=False
+        )
+        reference.set_ip_adapter_scale(scale)
+        named, changes = SAMPLERS[sampler]
+        reference.scheduler = getattr(diffusers, named).from_config(reference.scheduler.config, **changes)
+        latents = reference(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            ip_adapter_image=[[Image.fromarray(image) for image in images(count)]],
+            width=size[0],
+            height=size[1],
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="latent",
+        ).images
+        with torch.no_grad():
+            decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
+    picture = reference.image_processor.postprocess(decoded, output_type="np")[0]
+    return (picture * 255).round().astype(np.uint8), decoded[0].numpy()
+
+
+def compare(pipe: Pipeline, checkpoint: Path, adapter: Path, case: str, sampler: str, *, xl: bool = False) -> None:
+    height, width = pipe.model.default_size
+    picture, decoded = ours(pipe, request_for(case, sampler))
+    plain, _ = ours(pipe, request_for(case, sampler, image_prompt=None))
+    assert np.abs(picture.astype(int) - plain).max() > 10
+    expected, expected_decoded = theirs(checkpoint, adapter, case, sampler, size=(width, height), xl=xl)
+    assert_same_picture(picture, expected, decoded, expected_decoded)
+
+
+@pytest.mark.parametrize(
+    "sampler", ["ddim", *(pytest.param(name, marks=pytest.mark.full) for name in SAMPLERS if name != "ddim")]
+)
+@pytest.mark.parametrize(
+    "case", ["two, scaled", *(pytest.param(name, marks=pytest.mark.full) for name in CASES if name[:3] != "two")]
+)
+def test_the_image_is_diffusers(pipe: Pipeline, sd1_checkpoint: Path, sd1_ip_adapters: Path, case: str, sampler: str) -> None:
+    compare(pipe, sd1_checkpoint, sd1_ip_adapters / "plain" / "adapter.safetensors", case, sampler)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["plus", "full"])
+def test_other_kinds_of_adapters(
+    kind: tiny_image_prompt.AdapterKind,
+    sd1_checkpoint: Path,
+    sd1_ip_adapters: Path,
+    export: Callable[..., Path],
+    ready: Callable[[Path], Path],
+) -> None:
+    adapter = sd1_ip_adapters / kind / "adapter.safetensors"
+    with Pipeline.open(ready(export(sd1_checkpoint, ip_adapter=str(adapter)))) as pipe:
+        for sampler in SAMPLERS:
+            for case in CASES:
+                compare(pipe, sd1_checkpoint, adapter, case, sampler)
+
+
+@pytest.mark.full
+def test_xl(sdxl_checkpoint: Path, tmp_path: Path, export: Callable[..., Path], ready: Callable[[Path], Path]) -> None:
+    adapter = tiny_image_prompt.write_ip_adapter(tmp_path, sdxl_checkpoint)
+    with Pipeline.open(ready(export(sdxl_checkpoint, ip_adapter=str(adapter)))) as pipe:
+        for sampler in SAMPLERS:
+            compare(pipe, sdxl_checkpoint, adapter, "two, scaled", sampler, xl=True)
+
+
+def test_a_mixed_batch_gives_the_images_that_each_gives_alone(pipe: Pipeline) -> None:
+    cases: dict[str, dict[str, Any]] = {
+        "two, scaled": {},
+        "one": {"image_prompt": None, "seed": 6},
+        "three, without guidance": {"seed": 7},
+    }
+    requests = [request_for(case, **settings) for case, settings in cases.items()]
+    together = pipe(requests).images
+    for request, image in zip(requests, together, strict=True):
+        alone = pipe(request).images[0]
+        assert np.abs(alone.pixels.astype(int) - image.pixels).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:image_prompt has no effect at scale 0")
+def test_without_an_image_prompt_and_at_scale_0_it_is_bit_equal_to_the_bundle_without_an_adapter(
+    pipe: Pipeline, sd1_bundle: Path, ready: Callable[[Path], Path]
+) -> None:
+    absent = request_for("one", image_prompt=None)
+    with Pipeline.open(ready(sd1_bundle)) as plain:
+        _, expected = ours(plain, absent)
+    for request in (absent, request_for("one", image_prompt=ImagePrompt(image=images(1), scale=0))):
+        assert np.array_equal(ours(pipe, request)[1], expected)
+
+
+@pytest.mark.parametrize(("size", "mean"), [((96, 64), 1e-6), ((32, 32), 1e-6), ((37, 91), 2e-3), ((20, 33), 2e-3)])
+def test_an_image_is_prepared_as_by_transformers(size: tuple[int, int], mean: float) -> None:
+    """Up to the rounding of Pillow 13, which resizes the columns of some images first."""
+    processing = pytest.importorskip("transformers.models.clip.image_processing_pil_clip", reason="transformers 5")
+    processor = processing.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image = patches(size, 3)
+    expected = processor(image, return_tensors="np").pixel_values[0]
+    assert np.abs(clip_pixels(image, 32) - expected).mean() <= mean
+
+
+def test_too_many_images_and_a_bundle_without_an_adapter_are_refused(
+    pipe: Pipeline, sd1_bundle: Path, ready: Callable[[Path], Path]
+) -> None:
+    with pytest.raises(SettingError, match=r"image_prompt: got 5 images; this bundle's IP-Adapter takes at most 4"):
+        pipe(PROMPT, image_prompt=ImagePrompt(image=images(1) * 5))
+    with (
+        Pipeline.open(ready(sd1_bundle)) as plain,
+        pytest.raises(SettingError, match="no IP-Adapter: export it again with --ip-adapter FILE"),
+    ):
+        plain(PROMPT, image_prompt=ImagePrompt(image=images(1)))
