@@ -12,7 +12,10 @@ import pytest
 from integration.reference import assert_same_picture, ours
 from integration.test_tasks import SAMPLERS, task_checkpoint
 
+from sdruntime.__main__ import main
 from sdruntime.errors import SettingError
+from sdruntime.pipeline.images.imagefile import read_image
+from sdruntime.pipeline.images.png import write_png
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.verification.inputs import patches
@@ -80,7 +83,7 @@ def test_images_are_those_of_diffusers(both: tuple[Any, Pipeline], sampler: str,
     assert_same_picture(picture, expected, found, decoded[0].numpy())
 
 
-def test_the_size_follows_from_the_image_and_the_level_of_noise_counts(both: tuple[Any, Pipeline]) -> None:
+def test_the_size_follows_from_the_image_and_the_level_of_noise_counts(both: tuple[Any, Pipeline], tmp_path: Path) -> None:
     _, pipe = both
     image = patches(SIZE, 3)
     assert str(pipe.model.defaults) == "steps 75, guidance 9"  # those of diffusers' pipeline
@@ -90,6 +93,19 @@ def test_the_size_follows_from_the_image_and_the_level_of_noise_counts(both: tup
     assert np.array_equal(pipe("a cat", image=image, size=(48, 80), **given).pixels[0], usual.pixels)
     assert not np.array_equal(pipe("a cat", image=image, noise_level=21, **given).pixels[0], usual.pixels)
     assert pipe("a cat", image=image, size=(40, 40), fit="crop", **given).images[0].size == (40, 40)
+    write_png(tmp_path / "small.png", image)
+    place = [
+        "generate",
+        str(pipe.bundle.folder),
+        "a cat",
+        "--image",
+        str(tmp_path / "small.png"),
+        "-o",
+        str(tmp_path / "large.png"),
+    ]
+    assert main([*place, "--seed", "1", "--steps", "2", "--noise-level", "100"]) == 0
+    expected = pipe("a cat", image=image, noise_level=100, **given).pixels[0]
+    assert np.array_equal(read_image(tmp_path / "large.png"), expected)
     with pytest.raises(SettingError, match="size 40x40: this model enlarges an image of 12x20 to 48x80: omit the size"):
         pipe("a cat", image=image, size=(40, 40), **given)
     with pytest.raises(SettingError, match="noise_level 351 is above 350, the most that this model takes"):

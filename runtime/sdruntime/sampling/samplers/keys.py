@@ -103,11 +103,13 @@ OPTIONS = frozenset({
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise SettingError for an option that a request may not set, UnknownName for one that no sampler has."""
-    for key in options:
+    """Raise SettingError for an option that a request may not set, or for NaN, UnknownName for one that no sampler has."""
+    for key, value in options.items():
         if not isinstance(key, str):
             raise SettingError(f"option {key!r}: the name must be text")
         if key in TRAINING:
             raise SettingError(f"option {key}: the model was trained with the value in its scheduler_config.json; omit it")
         if key not in OPTIONS:
             raise UnknownName("sampler option", key, OPTIONS)
+        if value != value:
+            raise SettingError(f"option {key}: expected a number, got NaN")

@@ -97,6 +97,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("schedule", "karas", "unknown schedule 'karas': did you mean karras"),
     ("fit", "stretch", "unknown fit 'stretch'"),
     ("options", {"num_train_timesteps": 5}, "option num_train_timesteps: the model was trained"),
+    ("options", {"eta": float("nan")}, "option eta: expected a number, got NaN"),
     ("guidence", 3, "unknown setting 'guidence': did you mean guidance"),
 ]
 
