@@ -81,6 +81,8 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterat
     for part in encoders:
         if configs[part]["hidden_size"] % configs[part]["num_attention_heads"]:
             yield f"{part}/config.json: hidden_size is not a multiple of num_attention_heads"
+        if xl and configs[part]["num_hidden_layers"] < 2:
+            yield f"{part}/config.json: num_hidden_layers is less than 2: SDXL takes the output of the last layer but one"
     if xl and added == expected:
         ids = SCORED if scored else SIZES
         times, stated = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]

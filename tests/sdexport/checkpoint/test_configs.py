@@ -140,6 +140,16 @@ def test_the_pooled_text_of_xl_must_fit(copy: Callable[[str], Path]) -> None:
     )
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_the_last_layer_but_one_must_exist(copy: Callable[[str], Path], part: str) -> None:
+    """Found by test_hostile.py: one layer ended in a ValueError."""
+    folder = copy("sdxl")
+    edit(folder / part / "config.json", num_hidden_layers=1)
+    assert f"{part}/config.json: num_hidden_layers is less than 2: SDXL takes the output of the last layer but one" in faults(
+        folder
+    )
+
+
 @pytest.mark.parametrize(
     ("part", "changes"),
     [
