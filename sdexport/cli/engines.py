@@ -14,7 +14,7 @@ from sdexport.cli.reporting import shared, with_progress
 from sdruntime.cli.terminal import Failed, code_of, document, reason_of
 
 if TYPE_CHECKING:
-    from sdexport.recipes.run import Failure, Outcome
+    from sdexport.recipes.run import Failure, RecipeResult
     from sdruntime.cli.progress import Reporter
 
 
@@ -54,7 +54,7 @@ def engines(
     if model and len(names) != 1:
         raise click.UsageError("--model replaces the model of one recipe: give a single RECIPE")
     builder = Interpreter(python=python) if python else None
-    outcomes: list[Outcome] = []
+    outcomes: list[RecipeResult] = []
     for name in names:
         reporter.clear()
         if not as_json:
@@ -82,7 +82,7 @@ def _rank(error: Exception) -> int:
     return WORST_FIRST.index(code) if code in WORST_FIRST else len(WORST_FIRST)
 
 
-def _table(outcomes: Sequence[Outcome]) -> None:
+def _table(outcomes: Sequence[RecipeResult]) -> None:
     """Print a row for each recipe, then a line for each failure."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -106,7 +106,7 @@ def _failed(failure: Failure) -> str:
     return f"{failure.what}: {reason_of(failure.error)}" if failure.what else reason_of(failure.error)
 
 
-def _outcome(outcome: Outcome) -> dict[str, Any]:
+def _outcome(outcome: RecipeResult) -> dict[str, Any]:
     return {
         "recipe": outcome.recipe,
         "bundle": None if outcome.bundle is None else str(outcome.bundle),

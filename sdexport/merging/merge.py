@@ -44,7 +44,7 @@ class MergeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merged:
+class MergeResult:
     """A merged checkpoint. `written`: bytes of weights. `unused`: parts in `MergeOptions.weights` that no weight belongs to."""
 
     folder: Path
@@ -52,7 +52,7 @@ class Merged:
     unused: tuple[str, ...]
 
 
-def merge(models: Sequence[str], out: Path, options: MergeOptions) -> Generator[ExportProgress, None, Merged]:
+def merge(models: Sequence[str], out: Path, options: MergeOptions) -> Generator[ExportProgress, None, MergeResult]:
     """Merge models, each a folder, a single file or a hub id, into the new folder `out`; yield its progress.
 
     Configs, tokenizers and scheduler are the first model's. Raises SettingError for the number of models or an existing `out`,
@@ -84,7 +84,7 @@ def merge(models: Sequence[str], out: Path, options: MergeOptions) -> Generator[
         sync_tree(folder)
         folder.rename(out)
     unused = [part for part in options.weights.parts if not any(f"{name}.".startswith(f"{part}.") for name in known)]
-    return Merged(folder=out, written=written, unused=tuple(unused))
+    return MergeResult(folder=out, written=written, unused=tuple(unused))
 
 
 def _read(model: str, options: MergeOptions) -> Checkpoint:

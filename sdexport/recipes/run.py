@@ -52,7 +52,7 @@ class Failure:
 
 
 @dataclass(slots=True, kw_only=True)
-class Outcome:
+class RecipeResult:
     """The outcome of a recipe. `exported` is the size of the bundle without its engines in bytes, 0 if it was up to date."""
 
     recipe: str
@@ -99,14 +99,14 @@ def run_recipe(
     model: str | None = None,
     builder: Builder | None = None,
     taken: Collection[Path | None] = (),
-) -> Generator[ExportProgress | EngineProgress, None, Outcome]:
-    """Run the recipe `name`, a path or a name in engines/, into a folder of `output`; return its `Outcome`.
+) -> Generator[ExportProgress | EngineProgress, None, RecipeResult]:
+    """Run the recipe `name`, a path or a name in engines/, into a folder of `output`; return its `RecipeResult`.
 
     `model` replaces the recipe's. Engines that cannot be built are failures, and the others are still built; if all of them are
     known to fail, nothing is exported. `taken` are the bundles of other recipes, which this one must not replace. Raises only
     KeyboardInterrupt; finished work stays in the bundle.
     """
-    begun, outcome = time.monotonic(), Outcome(recipe=Path(name).name.removesuffix(".toml"))
+    begun, outcome = time.monotonic(), RecipeResult(recipe=Path(name).name.removesuffix(".toml"))
     with outcome.keeping(""):
         recipe = read_recipe(recipe_file(name))
         outcome.recipe, outcome.bundle = recipe.name, output / recipe.name
@@ -117,7 +117,7 @@ def run_recipe(
     return outcome
 
 
-def _run(recipe: Recipe, bundle: Path, outcome: Outcome, builder: Builder) -> Iterator[ExportProgress | EngineProgress]:
+def _run(recipe: Recipe, bundle: Path, outcome: RecipeResult, builder: Builder) -> Iterator[ExportProgress | EngineProgress]:
     possible = []
     for request in recipe.engines:
         with outcome.keeping(_label(request)):

@@ -16,7 +16,7 @@ from sdruntime.bundle.manifest import EngineSpec
 KEPT_SETS = 2  # sets of adapters whose engines are kept besides those without
 
 
-class Merged:
+class MergedWeights:
     """The weights of a component that a set of adapters changes (sdruntime.backends.base.weights).
 
     They follow from the weights of the bundle's ONNX model, never from those of an engine.

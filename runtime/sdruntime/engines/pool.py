@@ -16,7 +16,7 @@ from sdruntime.backends.registry import BACKENDS
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.roles import role
-from sdruntime.engines.adapted import AdaptedEngines, Merged
+from sdruntime.engines.adapted import AdaptedEngines, MergedWeights
 from sdruntime.engines.choose import AUTO, Machine, choose_engine, warn_if_slow
 from sdruntime.engines.memory import memory_plan
 from sdruntime.engines.speed import cpu_speeds, to_measure
@@ -141,7 +141,7 @@ class Engines:
     def _open_with(self, spec: EngineSpec, adapters: AdapterSet) -> Engine:
         """Open an engine with the weights that adapters make."""
         self.check_adapters(spec)
-        options = dataclasses.replace(self.options, weights=Merged(self.bundle, spec.component, adapters))
+        options = dataclasses.replace(self.options, weights=MergedWeights(self.bundle, spec.component, adapters))
         return BACKENDS[spec.backend].open_engine(self.bundle, spec, options, self.shared)
 
     @staticmethod

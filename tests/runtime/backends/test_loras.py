@@ -15,7 +15,7 @@ from sdruntime.adapters.sets import AdapterSet, fit
 from sdruntime.backends.onnx_file.stored import lending_weights, stored_as, weight_tensors
 from sdruntime.backends.ov.replacing import replace_weights
 from sdruntime.bundle.bundle import Bundle
-from sdruntime.engines.adapted import Merged
+from sdruntime.engines.adapted import MergedWeights
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.pipeline.pipeline import Pipeline
 
@@ -70,7 +70,7 @@ def test_openvino_names_weights_that_its_model_lacks(bundle: Bundle, tmp_path: P
 
     shapes = {"unet": {name: each.shape for name, each in weight_tensors(bundle, "unet").items()}}
     file = AdapterFile.open(loras.write(tmp_path / "a.safetensors", loras.kohya(shapes)))
-    merged = Merged(bundle, "unet", AdapterSet.of([(fit(file, shapes, "model"), 1.0, 1.0)]))
+    merged = MergedWeights(bundle, "unet", AdapterSet.of([(fit(file, shapes, "model"), 1.0, 1.0)]))
     empty = ov.Model([ov.op.Result(ov.opset13.constant(np.ones(1)).output(0))], [], "empty")
     with pytest.raises(ValueError, match=r"weights are not in the engine under their names: down_blocks.* and \d+ more: build"):
         replace_weights(ov, empty, merged)
