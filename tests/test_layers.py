@@ -52,7 +52,7 @@ ORDER = {
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original "
     "overrides checkpoint",
     "sdexport.checkpoint.configs": "keys tables controlnet misfits",
-    "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file ip_adapter writing",
+    "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file ip_adapter embeddings writing",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
     "sdexport.checkpoint.original": "expected naming standard unet vae diffusers controlnet text layout tokenizer file",
     "sdexport.families": "components modules",

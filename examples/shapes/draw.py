@@ -26,6 +26,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 INKS = ("red", "yellow", "green", "blue", "purple", "white")
 BACKGROUNDS = ("black", "gray", "white", "blue", "green")
 SHAPES = ("circle", "square", "triangle", "cross")
+U = "u"  # a half disc, the shape of the example's LoRA, which the checkpoint does not know; one token, as every word of a caption
 RADII = {"small": 9.5, "large": 15.0}
 PLACES: dict[str, tuple[str, float, float]] = {  # words of the caption, centre x and y in pixels
     "left": ("on the left", 18.0, 32.0),
@@ -34,7 +35,7 @@ PLACES: dict[str, tuple[str, float, float]] = {  # words of the caption, centre 
     "bottom": ("at the bottom", 32.0, 46.0),
     "centre": ("in the centre", 32.0, 32.0),
 }
-HELD_OUT = 216  # of 1080 combinations
+HELD_OUT = 216  # of 1080 combinations, a fifth
 
 Image = NDArray[np.uint8]
 
@@ -54,16 +55,17 @@ class Scene:
         return f"a {self.size} {self.colour} {self.shape} {PLACES[self.place][0]} on a {self.background} background"
 
 
-def every_scene() -> list[Scene]:
-    """Return all 1080 combinations whose shape and background differ in colour."""
-    rows = itertools.product(SHAPES, INKS, RADII, PLACES, BACKGROUNDS)
+def every_scene(shapes: tuple[str, ...] = SHAPES) -> list[Scene]:
+    """Return all 1080 combinations whose shape and background differ in colour, or the 270 of each of other shapes."""
+    rows = itertools.product(shapes, INKS, RADII, PLACES, BACKGROUNDS)
     return [scene for scene in (Scene(*row) for row in rows) if scene.colour != scene.background]
 
 
-def split() -> tuple[list[Scene], list[Scene]]:
+def split(shapes: tuple[str, ...] = SHAPES) -> tuple[list[Scene], list[Scene]]:
     """Return the 864 scenes for training and the 216 held-out ones, split by a hash of the caption: the same on every machine."""
-    ordered = sorted(every_scene(), key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
-    return ordered[HELD_OUT:], ordered[:HELD_OUT]
+    ordered = sorted(every_scene(shapes), key=lambda scene: hashlib.sha256(scene.caption.encode()).digest())
+    held_out = len(ordered) // 5
+    return ordered[held_out:], ordered[:held_out]
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> NDArray[np.float64]:
@@ -83,17 +85,21 @@ def coverage(shape: str, x: float, y: float, radius: float) -> NDArray[np.float6
         long, short = radius, 0.36 * radius
         upright = np.maximum(abs(across) - short, abs(down) - long)
         distance = np.minimum(upright, np.maximum(abs(across) - long, abs(down) - short))
+    elif shape == U:  # the flat side upwards, its centroid at (x, y)
+        wide = 1.1 * radius
+        below = down + 4 / (3 * np.pi) * wide
+        distance = np.maximum(np.hypot(across, below) - wide, -below)
     else:
-        raise ValueError(f"unknown shape {shape!r}: must be one of {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {shape!r}: must be one of {', '.join((*SHAPES, U))}")
     return np.asarray(np.clip(0.5 - distance, 0, 1))
 
 
-def draw(scene: Scene, jitter: np.random.Generator | None = None) -> Image:
-    """Return the image of a scene, uint8 [64, 64, 3].
+def draw(scene: Scene, jitter: np.random.Generator | None = None, at: tuple[float, float] | None = None) -> Image:
+    """Return the image of a scene, uint8 [64, 64, 3]; `at`: another centre, x and y in pixels, than that of its place.
 
     `jitter` moves the shape by up to 1.5 px and changes its radius by up to 5 % and the colours by up to 8 of 255.
     """
-    _, x, y = PLACES[scene.place]
+    x, y = at or PLACES[scene.place][1:]
     radius = RADII[scene.size]
     ink, ground = (np.array(COLOURS[name], dtype=np.float64) for name in (scene.colour, scene.background))
     if jitter is not None:

@@ -5,6 +5,7 @@ The attributes are measured: one that the image does not clearly show is None, w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import draw
@@ -20,38 +21,66 @@ OFF_RADIUS = 2.5  # largest difference from a named radius in pixels; the two ar
 Reading = dict[str, str | None]
 
 
-def read(image: draw.Image) -> Reading:
-    """Return the five attributes of an RGB image, uint8 [64, 64, 3], by the names in draw's tables; None if it shows none."""
-    pixels = image.astype(np.float64)
-    rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
-    sides = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
-    ground = np.median(np.concatenate([rim, sides]), axis=0)
+@dataclass(frozen=True, slots=True)
+class Ink:
+    """The shape of an image: its colour, the coverage of each pixel in 0..1, its area and its centroid in pixels."""
+
+    colour: NDArray[np.float64]
+    share: NDArray[np.float64]
+    area: float
+    x: float
+    y: float
+
+
+def read(image: draw.Image, shapes: tuple[str, ...] = draw.SHAPES) -> Reading:
+    """Return the five attributes of an RGB image, uint8 [64, 64, 3], by the names in draw's tables; None if it shows none.
+
+    `shapes`: those that it may show.
+    """
     reading: Reading = dict.fromkeys(draw.Scene.__slots__)
+    ground = ground_of(image)
     reading["background"] = named(ground, draw.BACKGROUNDS)
-    away = np.linalg.norm(pixels - ground, axis=2)
-    mask = largest_piece(away > max(45.0, away.max() / 2))
-    if mask.sum() < SMALLEST:
+    ink = ink_of(image)
+    if ink is None:
         return reading
-    core = away >= np.quantile(away[mask], 0.3)
-    ink = np.median(pixels[mask & core], axis=0)
-    reading["colour"] = named(ink, draw.INKS)
-    # The position of each pixel between the background's colour and the shape's is its coverage.
-    step = ink - ground
-    share = np.clip((pixels - ground) @ step / (step @ step), 0, 1) * grown(mask)
-    share[share < 0.15] = 0
-    weight = share.sum()
-    x, y = (float((share.sum(axis) * (np.arange(draw.SIZE) + 0.5)).sum() / weight) for axis in (0, 1))
-    fits = {shape: fit(share, shape, x, y, float(weight)) for shape in draw.SHAPES}
+    reading["colour"] = named(ink.colour, draw.INKS)
+    fits = {shape: fit(ink.share, shape, ink.x, ink.y, ink.area) for shape in shapes}
     shape = max(fits, key=lambda name: fits[name])
     if fits[shape] >= LIKE:
         reading["shape"] = shape
-    radius = float(np.sqrt(weight / unit_area(shape)))
+    radius = float(np.sqrt(ink.area / unit_area(shape)))
     size = min(draw.RADII, key=lambda name: abs(draw.RADII[name] - radius))
     reading["size"] = size if abs(draw.RADII[size] - radius) <= OFF_RADIUS else None
-    gaps = {place: float(np.hypot(x - at_x, y - at_y)) for place, (_, at_x, at_y) in draw.PLACES.items()}
+    gaps = {place: float(np.hypot(ink.x - at_x, ink.y - at_y)) for place, (_, at_x, at_y) in draw.PLACES.items()}
     place = min(gaps, key=lambda name: gaps[name])
     reading["place"] = place if gaps[place] <= OFF else None
     return reading
+
+
+def ground_of(image: draw.Image) -> NDArray[np.float64]:
+    """Return the colour of the background: the median at the edges of the image."""
+    pixels = image.astype(np.float64)
+    rim = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
+    sides = np.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    return np.asarray(np.median(np.concatenate([rim, sides]), axis=0))
+
+
+def ink_of(image: draw.Image) -> Ink | None:
+    """Return the shape of an image, None if it shows none."""
+    pixels, ground = image.astype(np.float64), ground_of(image)
+    away = np.linalg.norm(pixels - ground, axis=2)
+    mask = largest_piece(away > max(45.0, away.max() / 2))
+    if mask.sum() < SMALLEST:
+        return None
+    core = away >= np.quantile(away[mask], 0.3)
+    colour = np.median(pixels[mask & core], axis=0)
+    # The position of each pixel between the background's colour and the shape's is its coverage.
+    step = colour - ground
+    share = np.clip((pixels - ground) @ step / (step @ step), 0, 1) * grown(mask)
+    share[share < 0.15] = 0
+    area = float(share.sum())
+    x, y = (float((share.sum(axis) * (np.arange(draw.SIZE) + 0.5)).sum() / area) for axis in (0, 1))
+    return Ink(np.asarray(colour), share, area, x, y)
 
 
 def named(colour: NDArray[np.float64], names: tuple[str, ...]) -> str | None:

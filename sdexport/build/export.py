@@ -113,7 +113,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Generator[ExportPro
     table = components(checkpoint)
     for request in options.engines:
         request.resolve_model(checkpoint.model, [*(component.name for component in table), STEP])
-    embeddings = read_embeddings(options.embeddings, table)
+    embeddings = read_embeddings(options.embeddings, table, allow_pickle=options.allow_pickle)
     named = dataclasses.replace(options, embeddings=tuple(embedding.name for embedding in embeddings))
     inputs = digest_of_inputs(checkpoint, table, options, embeddings)
     if is_current(out, inputs, verified=options.verify):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.pipelines import LOW_RES
+from sdexport.checkpoint.weights.embeddings import open_file
 from sdexport.families.components import Component
 from sdexport.trace.component import DATA, MODEL
 from sdexport.trace.versions import versions
@@ -53,12 +55,13 @@ def _model_index(checkpoint: Checkpoint, table: Sequence[Component]) -> Mapping[
     return index
 
 
-def read_embeddings(sources: Sequence[str], table: Sequence[Component]) -> list[Embedding]:
+def read_embeddings(sources: Sequence[str], table: Sequence[Component], *, allow_pickle: bool = False) -> list[Embedding]:
     """Return the embeddings of files for the text encoders in `table`. Raises SettingError for one that does not fit."""
     widths = {
         component.name: component.config["hidden_size"] for component in table if role(component.name).kind == "text encoder"
     }
-    embeddings = [read_embedding(source, widths) for source in sources]
+    opened = functools.partial(open_file, allow_pickle=allow_pickle)
+    embeddings = [read_embedding(source, widths, opened) for source in sources]
     Embeddings(items=embeddings, sizes={})  # checks the names
     return embeddings
 

@@ -7,9 +7,10 @@ Formats, all safetensors: one tensor named like its token (diffusers), `emb_para
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -46,13 +47,36 @@ class Embedding:
         return len(next(iter(self.vectors.values())))
 
 
-def read_embedding(source: Path | str, widths: Mapping[str, int]) -> Embedding:
+class TensorFile(Protocol):
+    """A file of tensors, as AdapterFile is one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, object]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def sha256(self) -> str: ...
+    def read(self, keys: Iterable[str]) -> dict[str, Array]: ...
+
+
+def open_embedding(path: Path | str) -> TensorFile:
+    """Open the safetensors file of an embedding. Raises SettingError."""
+    return AdapterFile.open(path, what="embedding")
+
+
+def read_embedding(
+    source: Path | str, widths: Mapping[str, int], opened: Callable[[Path | str], TensorFile] = open_embedding
+) -> Embedding:
     """Return the embedding of a file, or of NAME=FILE. `widths`: the width of each text encoder of the model.
 
-    Raises SettingError for another kind of file and for an embedding of another model.
+    `opened`: opens the file. Raises SettingError for another kind of file and for an embedding of another model.
     """
     named = None if Path(source).is_file() else _NAMED.fullmatch(str(source))
-    file = AdapterFile.open(named[2] if named else source, what="embedding")
+    file = opened(named[2] if named else source)
     keys, token = _keys(file, widths)
     vectors = {}
     for encoder, values in zip(keys, file.read(keys.values()).values(), strict=True):
@@ -79,7 +103,7 @@ def read_embedding(source: Path | str, widths: Mapping[str, int]) -> Embedding:
 _MADE_FOR = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 
 
-def _keys(file: AdapterFile, widths: Mapping[str, int]) -> tuple[dict[str, str], str]:
+def _keys(file: TensorFile, widths: Mapping[str, int]) -> tuple[dict[str, str], str]:
     """Return the tensor for each text encoder, and the name of the embedding."""
     names = set(file.tensors)
     of_xl = names & {_FIRST, _SECOND}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from sdexport.checkpoint.weights.safetensors import StoredTensor
 from sdexport.checkpoint.weights.torch_file.archive import SIGNATURE, Archive
 from sdexport.checkpoint.weights.torch_file.sequence import MAGIC, PickleSequence
-from sdexport.checkpoint.weights.torch_file.tensors import stored_tensors
+from sdexport.checkpoint.weights.torch_file.tensors import Place, stored_tensors
 from sdruntime.system.document import open_regular
 
+T = TypeVar("T")
 REFUSED_PICKLE = (
     "a pickle, a format that can hold code: use a checkpoint with safetensors, or read it with --allow-pickle "
     "(only its weights are read, and nothing in it is run)"
@@ -28,13 +31,18 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
     Raises OSError, and ValueError if it is cut off, damaged, or holds something else.
     """
+    return read_with(path, stored_tensors)
+
+
+def read_with(path: Path, read: Callable[[Any, Path, Place], T]) -> T:
+    """Return what `read` makes of what a file of torch.save holds. Raises OSError and ValueError."""
     head = _head(path)
     if head.startswith(SIGNATURE):
         with Archive(path) as archive:
-            return stored_tensors(archive.value(), path, archive.place)
+            return read(archive.value(), path, archive.place)
     if MAGIC in head:
         sequence = PickleSequence(path)
-        return stored_tensors(sequence.value, path, sequence.place)
+        return read(sequence.value, path, sequence.place)
     raise ValueError("not a file of torch.save: neither a zip archive nor torch's older format")
 
 
