@@ -19,9 +19,10 @@ class Base:
     """The networks of the checkpoint in float32. None of their weights is trained."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.vae = AutoencoderKL.from_pretrained(checkpoint / "vae").float().eval().requires_grad_(False)
-        self.unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet").float().requires_grad_(False)
-        self.text = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").float().requires_grad_(False)
+        self.vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32).requires_grad_(False)
+        text = CLIPTextModel.from_pretrained(checkpoint / "text_encoder")
+        self.text = torch.nn.Module.to(text, torch.float32).requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
 
     def ids(self, captions: list[str]) -> torch.Tensor:

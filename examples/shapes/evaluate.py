@@ -81,9 +81,8 @@ def controlled(folder: Path, placed: list[Placed], steps: int, guidance: float, 
     """Return the images of a bundle's ControlNet for scenes."""
     from sdruntime import Control, Pipeline, Request
 
-    settings = {"steps": steps, "guidance": guidance}
     requests = [
-        Request(prompt=each.scene.caption, control=[Control(image=each.edges)], seed=seed + k, **settings)
+        Request(prompt=each.scene.caption, control=[Control(image=each.edges)], seed=seed + k, steps=steps, guidance=guidance)
         for k, each in enumerate(placed)
     ]
     with Pipeline.open(folder) as pipe:

@@ -40,7 +40,7 @@ def train(base: Base, steps: int) -> ControlNetModel:
     clean = base.latents(list(images))
     edges = torch.from_numpy(np.stack([canny(image) for image in images])).permute(0, 3, 1, 2)
     with torch.no_grad():
-        states = torch.cat([base.text(part)[0] for part in base.ids([scene.caption for scene in scenes]).split(256)])
+        states = torch.cat([base.text(part)[0] for part in torch.split(base.ids([scene.caption for scene in scenes]), 256)])
         empty = base.text(base.ids([""]))[0]
     net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=EMBEDDING).requires_grad_(True).train()
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99))
@@ -62,7 +62,7 @@ def train(base: Base, steps: int) -> ControlNetModel:
 
         loss = noise_loss(clean[chosen], random, guess)
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         running += loss.item()
