@@ -156,7 +156,8 @@ def _needed(graph: ir.Graph, sizes: Mapping[str, float], precision: Precision) -
 
 
 def _beyond(value: ir.Value, sizes: Mapping[str, float], limit: float) -> bool:
-    return value.dtype == ir.DataType.FLOAT and value.const_value is None and sizes.get(str(value.name), 0.0) > limit
+    constant = value.const_value is not None and not value.is_graph_input()  # an optional input has a default
+    return value.dtype == ir.DataType.FLOAT and not constant and sizes.get(str(value.name), 0.0) > limit
 
 
 def _unrepresentable(value: ir.Value, precision: Precision, *, mask: bool) -> bool:

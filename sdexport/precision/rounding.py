@@ -79,8 +79,9 @@ class Rounding:
     def _cast(self, proto: onnx.ModelProto, name: str) -> Iterator[onnx.NodeProto]:
         """Yield the nodes that round a value; a constant becomes an initializer instead."""
         value, rounded, mask = self._values[name], f"{_OWN}{name}", self._values[name] in self._logits
-        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
-            numbers, _ = lower_constant(value.const_value.numpy(), self.precision, mask=mask)
+        tensor = None if value.is_graph_input() else value.const_value  # an optional input's is its default, not its number
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor):
+            numbers, _ = lower_constant(tensor.numpy(), self.precision, mask=mask)
             proto.graph.initializer.append(onnx.numpy_helper.from_array(numbers.astype(np.float32), rounded))
             return
         producer = value.producer()

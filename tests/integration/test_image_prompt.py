@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_image_prompt
-from integration.reference import Array, assert_same_picture, ours
+from integration.reference import Array, assert_same_picture, ours, psnr
 
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
+from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.image_prompt import ImagePrompt
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.tasks.image_prompt import clip_pixels
@@ -32,6 +35,7 @@ CASES: dict[str, tuple[int, float, float]] = {
     "three, without guidance": (3, 0.8, 1.0),
 }
 SIZES = ((96, 64), (40, 64), (32, 32))
+CONTROL = patches((64, 64), 4)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,14 @@ def request_for(case: str, sampler: str = "ddim", **settings: Any) -> Request:
 
 
 def theirs(
-    checkpoint: Path, adapter: Path, case: str, sampler: str, *, size: tuple[int, int] = (64, 64), xl: bool = False
+    checkpoint: Path,
+    adapter: Path,
+    case: str,
+    sampler: str,
+    *,
+    size: tuple[int, int] = (64, 64),
+    xl: bool = False,
+    controlnet: Path | None = None,
 ) -> tuple[Array, Array]:
     """(uint8 [H, W, 3], float32 [3, H, W]) of diffusers."""
     import diffusers
@@ -70,9 +81,13 @@ def theirs(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-        reference = kind.from_pretrained(
-            str(checkpoint), image_encoder=encoder, feature_extractor=processor, torch_dtype=torch.float32
-        )
+        parts: dict[str, Any] = {"image_encoder": encoder, "feature_extractor": processor}
+        control = {}
+        if controlnet is not None:
+            kind = diffusers.StableDiffusionControlNetPipeline
+            parts["controlnet"] = diffusers.ControlNetModel.from_pretrained(controlnet, low_cpu_mem_usage=False)
+            control = {"image": Image.fromarray(CONTROL), "controlnet_conditioning_scale": 0.7}
+        reference = kind.from_pretrained(str(checkpoint), **parts, torch_dtype=torch.float32)
         reference.set_progress_bar_config(disable=True)
         reference.load_ip_adapter(
             str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None, low_cpu_mem_usage=False
@@ -83,6 +98,7 @@ def theirs(
         latents = reference(
             PROMPT,
             negative_prompt=NEGATIVE,
+            **control,
             ip_adapter_image=[[Image.fromarray(image) for image in images(count)]],
             width=size[0],
             height=size[1],
@@ -140,6 +156,35 @@ def test_xl(sdxl_checkpoint: Path, tmp_path: Path, export: Callable[..., Path], 
             compare(pipe, sdxl_checkpoint, adapter, "two, scaled", sampler, xl=True)
 
 
+@pytest.mark.full
+def test_half_precision_is_audited_with_image_prompts(
+    sd1_checkpoint: Path, sd1_ip_adapters: Path, export: Callable[..., Path], ready: Callable[[Path], Path]
+) -> None:
+    adapter = sd1_ip_adapters / "plus" / "adapter.safetensors"
+    with Pipeline.open(ready(export(sd1_checkpoint, precision="fp16", ip_adapter=str(adapter)))) as pipe:
+        _, decoded = ours(pipe, request_for("two, scaled"))
+    assert psnr(decoded, theirs(sd1_checkpoint, adapter, "two, scaled", "ddim")[1]) > 50
+
+
+@pytest.mark.full
+def test_beside_a_controlnet(
+    sd1_checkpoint: Path, sd1_ip_adapters: Path, sd1_controlnets: Path, export: Callable[..., Path], ready: Callable[[Path], Path]
+) -> None:
+    """The build checks the UNet with all of its optional inputs against PyTorch."""
+    adapter, net = sd1_ip_adapters / "plain" / "adapter.safetensors", sd1_controlnets / "canny"
+    bundle = export(sd1_checkpoint, ip_adapter=str(adapter), controlnets={"controlnet": str(net)}, verify=True)
+    with Pipeline.open(ready(bundle)) as pipe:
+        for case in ("one", "two, scaled"):
+            steered = request_for(case, control=Control(image=CONTROL, scale=0.7))
+            picture, decoded = ours(pipe, steered)
+            expected, expected_decoded = theirs(sd1_checkpoint, adapter, case, "ddim", controlnet=net)
+            assert_same_picture(picture, expected, decoded, expected_decoded)
+            alone = ours(pipe, request_for(case))[1]
+            controlled = ours(pipe, request_for(case, control=Control(image=CONTROL, scale=0.7), image_prompt=None))[1]
+            for other in (alone, controlled):
+                assert psnr(other, decoded) < 40
+
+
 def test_a_mixed_batch_gives_the_images_that_each_gives_alone(pipe: Pipeline) -> None:
     cases: dict[str, dict[str, Any]] = {
         "two, scaled": {},
@@ -162,6 +207,32 @@ def test_without_an_image_prompt_and_at_scale_0_it_is_bit_equal_to_the_bundle_wi
         _, expected = ours(plain, absent)
     for request in (absent, request_for("one", image_prompt=ImagePrompt(image=images(1), scale=0))):
         assert np.array_equal(ours(pipe, request)[1], expected)
+
+
+def test_another_program_need_not_know_the_optional_inputs(sd1_image_prompt_bundle: Path, sd1_bundle: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    random, outputs = np.random.default_rng(0), []
+    feeds = {
+        "sample": random.standard_normal((3, 4, 6, 10)).astype(np.float32),
+        "timestep": np.array([5, 400, 900], np.float32),
+        "encoder_hidden_states": random.standard_normal((3, 77, 32)).astype(np.float32),
+    }
+    for bundle in (sd1_image_prompt_bundle, sd1_bundle):
+        session = ort.InferenceSession(bundle / "unet" / "model.onnx", providers=["CPUExecutionProvider"])
+        outputs += session.run(["out_sample"], feeds)
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.full
+def test_openvino_gives_the_same_image(pipe: Pipeline, sd1_image_prompt_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = shutil.copytree(sd1_image_prompt_bundle, tmp_path / "bundle")
+    for _ in build_engines(bundle, BuildRequest(backend="openvino", size="64x64", batch="1")):
+        pass
+    with Pipeline.open(bundle, backend="openvino") as other:
+        for settings in ({}, {"image_prompt": None}):
+            request = request_for("two, scaled", **settings)
+            assert psnr(ours(pipe, request)[1], ours(other, request)[1]) > 90
 
 
 @pytest.mark.parametrize(("size", "mean"), [((96, 64), 1e-6), ((32, 32), 1e-6), ((37, 91), 2e-3), ((20, 33), 2e-3)])

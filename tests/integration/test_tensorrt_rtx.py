@@ -122,6 +122,21 @@ def test_pruned_unets_and_other_vaes_are_built_in_half_precision(
     assert {engine["state"] for engine in engines.values()} == {"done"}
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
+def test_an_image_encoder_and_a_unet_with_an_ip_adapter_are_built_in_half_precision(
+    kind: str, python: Path, sd1_checkpoint: Path, sd1_ip_adapters: Path, export: Callable[..., Path]
+) -> None:
+    adapter = sd1_ip_adapters / kind / "adapter.safetensors"
+    bundle = export(sd1_checkpoint, precision="fp16", audit=False, ip_adapter=str(adapter))
+    names = ("--component", "unet", "--component", "image_encoder")
+    for shapes in ((), ("--size", "64x64:72x104:128x128")):
+        engines = built(python, bundle, "--target", "sm86", "--no-verify", *names, *shapes)
+        assert sorted(engines) == ["image_encoder", "unet"]
+        assert engines["unet"]["state"] == "done"
+        assert engines["image_encoder"]["state"] == ("present" if shapes else "done")  # it has no sizes of its own
+
+
 def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     bundle = bare(shapes_bundle, tmp_path / "bundle")
     before = Bundle.open(bundle).manifest
