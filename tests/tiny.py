@@ -7,6 +7,7 @@ GELU, "!" padding and 23 layers (the penultimate of OpenCLIP's 24 is its last), 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -161,6 +162,29 @@ def write_controlnet(folder: Path, checkpoint: Path, *, seed: int = 11, **change
     with torch.no_grad():
         for block in (*model.controlnet_down_blocks, model.controlnet_mid_block, model.controlnet_cond_embedding.conv_out):
             block.weight.normal_(std=0.3)
+    model.eval().save_pretrained(folder)
+    return folder
+
+
+def write_controlnet_union(folder: Path, checkpoint: Path, *, seed: int = 13) -> Path:
+    """Write a ControlNet-Union of six types for the UNet of a checkpoint; what is zeros at birth is random."""
+    import torch
+    from diffusers import ControlNetUnionModel
+
+    torch.manual_seed(seed)
+    unet = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+    levels = len(json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
+    parameters = inspect.signature(ControlNetUnionModel.__init__).parameters
+    config = {key: value for key, value in unet.items() if key in parameters}
+    first = unet["block_out_channels"][0]
+    config |= {"conditioning_embedding_out_channels": (8, 8, 16, 16)[-levels:], "num_trans_channel": first}
+    config |= {"num_proj_channel": first, "num_trans_head": 4}
+    model = ControlNetUnionModel(**config)
+    _liven(model)
+    with torch.no_grad():
+        for block in (*model.controlnet_down_blocks, model.controlnet_mid_block, model.controlnet_cond_embedding.conv_out):
+            block.weight.normal_(std=0.3)
+        model.spatial_ch_projs.weight.normal_(std=0.3)
     model.eval().save_pretrained(folder)
     return folder
 

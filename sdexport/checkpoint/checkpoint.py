@@ -25,7 +25,7 @@ from sdexport.checkpoint.original.file import read_single_file
 from sdexport.checkpoint.overrides import NO_OVERRIDES, PREVIEW_VAE, Overridden, Overrides
 from sdexport.checkpoint.pipelines import (
     ASYMMETRIC_VAE,
-    CONTROLNET,
+    CONTROLNETS,
     IMAGE_ENCODER_CLASS,
     LOW_RES,
     MOST_NOISE,
@@ -172,11 +172,9 @@ class _Reader:
             if part in _NETWORKS
         }
         if self._preview:
-            self._check_added(PREVIEW_VAE, TINY_VAE, "--preview-vae")
-            parts[PREVIEW_VAE] = self._part(PREVIEW_VAE, TINY_VAE, pipeline)
+            parts[PREVIEW_VAE] = self._part(PREVIEW_VAE, self._added_class(PREVIEW_VAE, (TINY_VAE,), "--preview-vae"), pipeline)
         for added in self._controlnets:
-            self._check_added(added, CONTROLNET, "--controlnet")
-            parts[added] = self._part(added, CONTROLNET, pipeline)
+            parts[added] = self._part(added, self._added_class(added, CONTROLNETS, "--controlnet"), pipeline)
         if self._prompted:
             parts[IMAGE_ENCODER] = self._part(IMAGE_ENCODER, IMAGE_ENCODER_CLASS, pipeline)
         scheduler = self._scheduler(index, pipeline)
@@ -266,14 +264,16 @@ class _Reader:
         stored = self.source.weights(name, self.faults)
         return Part(config=config, files=stored.files, weights=stored.tensors)
 
-    def _check_added(self, name: str, kind: str, option: str) -> None:
-        """Stop if an added part is of another class, whose settings would only be misunderstood."""
+    def _added_class(self, name: str, kinds: tuple[str, ...], option: str) -> str:
+        """Return the class of an added part. Stop if it is another one, whose settings would only be misunderstood."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # which `_part` reports
             named = self.source.document(f"{name}/config.json").get("_class_name")
-            if named != kind:
-                what = f" ({UNSUPPORTED[named]}), which is not supported," if named in UNSUPPORTED else ""
-                self.faults.append(f"{name}/config.json: _class_name {named!r:.80}{what} is not {kind} ({option})")
-                self._stop_at_faults()
+            if named in kinds:
+                return str(named)
+            what = f" ({UNSUPPORTED[named]}), which is not supported," if named in UNSUPPORTED else ""
+            self.faults.append(f"{name}/config.json: _class_name {named!r:.80}{what} is not {' or '.join(kinds)} ({option})")
+            self._stop_at_faults()
+        return kinds[0]
 
     def _tokenizer(self, name: str) -> StoredTokenizer | None:
         files, before = {}, len(self.faults)

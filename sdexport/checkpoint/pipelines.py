@@ -17,12 +17,13 @@ _TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenize
 TINY_VAE = "AutoencoderTiny"  # TAESD: no posterior
 ASYMMETRIC_VAE = "AsymmetricAutoencoderKL"  # its decoder can also take an image and a mask (arXiv 2306.04632)
 CONTROLNET = "ControlNetModel"
+CONTROLNET_UNION = "ControlNetUnionModel"  # one network for maps of several types (xinsir6/ControlNetPlus)
+CONTROLNETS = (CONTROLNET, CONTROLNET_UNION)
 IMAGE_ENCODER_CLASS = "CLIPVisionModelWithProjection"
 VAES: Classes = (("diffusers", "AutoencoderKL"), ("diffusers", TINY_VAE), ("diffusers", ASYMMETRIC_VAE))
 # other networks that control images, by their class
 UNSUPPORTED: Mapping[str, str] = {
-    "ControlNetUnionModel": "a ControlNet-Union, which takes a control type",
-    "MultiControlNetUnionModel": "several ControlNet-Unions",
+    "MultiControlNetUnionModel": "several ControlNet-Unions, each of which needs a --controlnet of its own",
     "MultiControlNetModel": "several ControlNets, each of which needs a --controlnet of its own",
     "T2IAdapter": "a T2I-Adapter",
     "MultiAdapter": "several T2I-Adapters",

@@ -24,6 +24,7 @@ from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.interface import (
     CONTROL_IMAGE,
     CONTROL_SCALES,
+    CONTROL_TYPE,
     IMAGE_BIAS,
     IMAGE_SCALE,
     IMAGE_TOKENS,
@@ -184,10 +185,12 @@ def _controlnet(checkpoint: Checkpoint, name: str, unet: Component) -> Component
         _float(CONTROL_IMAGE, "batch", config["conditioning_channels"], f"height*{factor}", f"width*{factor}"),
         _float(CONTROL_SCALES, "batch", len(residuals)),
     ]
+    types = config.get("num_control_type")  # of a ControlNet-Union
+    inputs += [] if types is None else [_float(CONTROL_TYPE, "batch", types)]
     return Component(
         name=name,
         part=name,
-        wrapper="ControlNet",
+        wrapper="ControlNet" if types is None else "ControlNetUnion",
         config=config,
         inputs=tuple(inputs),
         outputs=residuals,

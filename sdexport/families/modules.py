@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    ControlNetUnionModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor, nn
 from torch.nn import functional
@@ -211,6 +218,40 @@ class ControlNet(nn.Module):
         return tuple(residual * factor for residual, factor in zip((*down, middle), factors, strict=True))
 
 
+class ControlNetUnion(nn.Module):
+    """As ControlNet, and control_type [B,M] -> K residuals: 1 for the type of the image, 0 for the others."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = ControlNetUnionModel.from_config(_architecture(config))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: Tensor,
+        control_type: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        pooled = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        down, middle = self.weights(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            [controlnet_cond],
+            control_type,
+            [control_type.argmax(dim=1)],
+            conditioning_scale=[1.0],
+            added_cond_kwargs=pooled,
+            return_dict=False,
+        )
+        factors = conditioning_scale[:, :, None, None, None].unbind(1)
+        return tuple(residual * factor for residual, factor in zip((*down, middle), factors, strict=True))
+
+
 class VaeDecoder(nn.Module):
     """latent_sample [B,C,h,w] -> sample [B,3,fh,fw] in [-1,1]."""
 
@@ -295,6 +336,7 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         ImageEncoder,
         Unet,
         ControlNet,
+        ControlNetUnion,
         VaeDecoder,
         VaeEncoder,
         AsymmetricVaeDecoder,

@@ -20,6 +20,7 @@ from sdexport.checkpoint.weights.safetensors import Array
 from sdexport.errors import EnvironmentFault
 from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredGraph
 from sdruntime.bundle.bundle import Bundle
+from sdruntime.bundle.interface import control_types
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.roles import CONTROLNET, IMAGE_ENCODER, PREVIEW, of_kind
 from sdruntime.pipeline.pipeline import Pipeline
@@ -113,8 +114,11 @@ def _control(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, An
     for number, name in enumerate(of_kind(pipe.bundle.manifest.components, "ControlNet")):
         net = name.removeprefix(CONTROLNET).removeprefix("_") or CONTROLNET
         image = patches(pipe.model.default_size[::-1], _SEED + number)
+        kind: dict[str, Any] = {} if control_types(pipe.bundle.manifest.components[name]) is None else {"type": 0}
         probed.at = f"prompt {prompt[:30]!r}… with {name}"
-        for _ in pipe.stream(prompt, seed=_SEED, steps=STEPS, sampler="ddim", control=Control(image=image, net=net), **settings):
+        for _ in pipe.stream(
+            prompt, seed=_SEED, steps=STEPS, sampler="ddim", control=Control(image=image, net=net, **kind), **settings
+        ):
             pass
 
 

@@ -27,13 +27,15 @@ CONTROL = (
     TensorSpec(name="controlnet_cond", dtype="float32", shape=("batch", 3, "height*8", "width*8")),
     TensorSpec(name="conditioning_scale", dtype="float32", shape=("batch", len(RESIDUALS))),
 )
+TYPE = TensorSpec(name="control_type", dtype="float32", shape=("batch", 2))
+UNION = "controlnet_union"
 
 
 def small_bundle(folder: Path, *, residual: bool = False, controlnets: Sequence[str] = ()) -> Bundle:
     """`bundles.make_bundle` with networks that can be run, and the component `step`. Only the VAE's encoder is empty.
 
     `residual`: the UNet has an optional input, RESIDUAL, whose means it adds. `controlnets`: components that make
-    RESIDUALS for it.
+    RESIDUALS for it; UNION reads two types of images.
     """
     residuals = RESIDUALS if controlnets else (RESIDUAL,) if residual else ()
     made = bundles.make_bundle(folder)
@@ -45,11 +47,12 @@ def small_bundle(folder: Path, *, residual: bool = False, controlnets: Sequence[
     for number, name in enumerate(controlnets):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text("{}")
-        _controlnet(folder / name / "model.onnx", 0.2 + number / 10)
+        control = (*CONTROL, TYPE) if name == UNION else CONTROL
+        _controlnet(folder / name / "model.onnx", 0.2 + number / 10, control)
         components[name] = ComponentSpec(
             files=(f"{name}/model.onnx",),
             config=f"{name}/config.json",
-            inputs=(*bundles.TENSORS["unet"][0], *CONTROL),
+            inputs=(*bundles.TENSORS["unet"][0], *control),
             outputs=RESIDUALS,
         )
     write_bundle(folder, model=made.manifest.model, precision="fp32", components=components, provenance={"made": "by hand"})
@@ -97,7 +100,7 @@ def _unet(path: Path, residuals: Sequence[TensorSpec]) -> None:
     )
 
 
-def _controlnet(path: Path, part: float) -> None:
+def _controlnet(path: Path, part: float, control: Sequence[TensorSpec]) -> None:
     """A part of the latents and of the text's mean, and the control image, in half the size and times the scales."""
     nodes = [
         helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["mean"]),
@@ -107,9 +110,15 @@ def _controlnet(path: Path, part: float) -> None:
         helper.make_node("AveragePool", ["both"], ["half"], kernel_shape=[2, 2], strides=[2, 2]),
         helper.make_node("AveragePool", ["controlnet_cond"], ["cells"], kernel_shape=[16, 16], strides=[16, 16]),
         helper.make_node("ReduceMean", ["cells", "channel"], ["light"]),
-        helper.make_node("Add", ["half", "light"], ["made"]),
+        helper.make_node("Add", ["half", "light"], ["lit" if TYPE in control else "made"]),
         helper.make_node("Split", ["conditioning_scale"], ["first", "second"], axis=1, num_outputs=2),
     ]
+    if TYPE in control:
+        nodes += [
+            helper.make_node("MatMul", [TYPE.name, "of_types"], ["of_type"]),
+            helper.make_node("Unsqueeze", ["of_type", "sides"], ["strength"]),
+            helper.make_node("Mul", ["lit", "strength"], ["made"]),
+        ]
     for scale, residual in zip(("first", "second"), RESIDUALS, strict=True):
         nodes += [
             helper.make_node("Unsqueeze", [scale, "sides"], [f"of_{residual.name}"]),
@@ -117,12 +126,13 @@ def _controlnet(path: Path, part: float) -> None:
         ]
     _write(
         path,
-        (*bundles.TENSORS["unet"][0], *CONTROL),
+        (*bundles.TENSORS["unet"][0], *control),
         RESIDUALS,
         nodes,
         axes=np.array([1, 2], np.int64),
         last=np.array([3], np.int64),
         part=np.array([part], np.float32),
+        of_types=np.array([[0.5], [-1.5]], np.float32),
         channel=np.array([1], np.int64),
         sides=np.array([2, 3], np.int64),
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from trt.conftest import DRAWN, with_engines
 from trt.machine import Machine
-from trt.small import small_bundle
+from trt.small import UNION, small_bundle
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import EngineOptions
@@ -20,7 +20,7 @@ from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.verification.inputs import patches
 
-NETS = ("controlnet_canny", "controlnet_pose")
+NETS = ("controlnet_canny", "controlnet_pose", UNION)
 STEPS = 6
 
 
@@ -57,6 +57,7 @@ GUESS = request_for(3, control("canny", scale=0.7, end=0.5), guess_mode=True, gu
 UNGUIDED = request_for(4, control("canny", start=0.5), guidance=1.0)
 POSE = request_for(5, control("pose", scale=1.5))
 PLAIN = request_for(6)
+TYPES = [request_for(8 + kind, control("union", type=kind)) for kind in (0, 1)]
 
 
 def latents(pipe: Pipeline, *requests: Request, on_device: bool) -> list[Array]:
@@ -86,6 +87,7 @@ def test_the_loop_on_the_device_is_that_on_the_host(folder: Path, pipe: Pipeline
         [PLAIN, PART],
         [PLAIN],
         [POSE, PLAIN, ALL],
+        [*TYPES, PLAIN],
     ):
         expected = [latents(pipe, request, on_device=False)[0] for request in requests]
         launches = here.gpus.counts["launches"]

@@ -15,6 +15,7 @@ TOKEN_VECTORS = "token_vectors"  # of a text encoder, optional: the vector at ea
 LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
 # of a ControlNet, beside what the UNet takes: an image in [0, 1], and a factor for each of its residuals
 CONTROL_IMAGE, CONTROL_SCALES = "controlnet_cond", "conditioning_scale"
+CONTROL_TYPE = "control_type"  # of a ControlNet-Union: 1 for the type of the image, 0 for the others
 # of a UNet with an IP-Adapter, optional: tokens of images, what is added to their attention before the softmax (0, or NO_TOKEN
 # for none), and how much they count
 IMAGE_TOKENS, IMAGE_BIAS, IMAGE_SCALE = "image_tokens", "image_bias", "image_scale"
@@ -101,7 +102,9 @@ def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | 
     for name in of_kind(manifest.components, "ControlNet"):
         component = manifest.components[name]
         image: Shape = ("batch", 3, f"height*{factor}", f"width*{factor}")
-        expected = {**inputs, CONTROL_IMAGE: image, CONTROL_SCALES: ("batch", len(residuals))}
+        expected: dict[str, Shape] = {**inputs, CONTROL_IMAGE: image, CONTROL_SCALES: ("batch", len(residuals))}
+        if (types := control_types(component)) is not None:
+            expected[CONTROL_TYPE] = ("batch", types)
         yield from _faults(f"{name}.inputs", expected, component.inputs, known, complete=True)
         pooled = is_pooled(component)
         outputs = {tensor.name: (*tensor.shape[:2], 1, 1) if pooled else tensor.shape for tensor in residuals}
@@ -121,6 +124,12 @@ def takes_image_prompt(unet: ComponentSpec) -> bool:
 def is_pooled(controlnet: ComponentSpec) -> bool:
     """Return whether a ControlNet's residuals are means over the image (diffusers' global_pool_conditions)."""
     return all(tensor.shape[2:] == (1, 1) for tensor in controlnet.outputs)
+
+
+def control_types(controlnet: ComponentSpec) -> int | None:
+    """Return how many types of images a ControlNet-Union reads; None for a ControlNet that reads one."""
+    widths = [tensor.shape[1] for tensor in controlnet.inputs if tensor.name == CONTROL_TYPE and len(tensor.shape) == 2]
+    return widths[0] if widths and isinstance(widths[0], int) else None
 
 
 def has_posterior(encoder: ComponentSpec) -> bool:

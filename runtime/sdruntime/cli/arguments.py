@@ -213,9 +213,11 @@ def _control(sub: Arguments) -> None:
         "an image for a ControlNet of the bundle; may be repeated. net: its name, if there are several; scale: how much it "
         "counts (1); start, end: the part of the steps, from 0 to 1; fit: resize, crop, or exact, which refuses another size "
         "(resize). A name before FILE makes the map from an image; low, high: thresholds of canny (100, 200); mask: a file that "
-        "marks what to paint, of inpaint"
+        "marks what to paint, of inpaint; type: the number of the image's type, for a ControlNet-Union"
     )
-    form = f"[{'|'.join(PREPROCESSORS)}:]FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F][,low=X][,high=X][,mask=FILE]"
+    form = (
+        f"[{'|'.join(PREPROCESSORS)}:]FILE[,net=NAME][,scale=X][,start=X][,end=X][,fit=F][,low=X][,high=X][,mask=FILE][,type=N]"
+    )
     sub.add_argument("--control", action="append", default=[], type=control, metavar=form, help=what)
     guessing = "let the ControlNets act on the prompt's side of the guidance alone, less in the outer layers"
     sub.add_argument("--guess-mode", action="store_true", help=guessing)
@@ -230,7 +232,7 @@ def _image_prompt(sub: Arguments) -> None:
 
 def control(text: str) -> dict[str, str]:
     """Return the settings of a Control from "FILE,KEY=VALUE,…", where a preprocessor and a colon may be before FILE."""
-    keys = ("net", *CONTROL_NUMBERS, "fit", "mask")
+    keys = ("net", *CONTROL_NUMBERS, "fit", "mask", "type")
     path, *rest = re.split(rf",(?=(?:{'|'.join(keys)})=)", text)
     settings = dict(part.split("=", 1) for part in rest)
     if not path or len(settings) < len(rest) or re.search(r",\w+=[^,]*$", path):
@@ -242,6 +244,8 @@ def control(text: str) -> dict[str, str]:
                 float(settings[key])
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{text!r}: {key} is not a number") from None
+    if not settings.get("type", "0").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: type is not a whole number")
     before, colon, after = path.partition(":")
     if colon and after and before in PREPROCESSORS:
         return {"image": after, "preprocess": before, **settings}

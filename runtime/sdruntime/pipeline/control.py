@@ -13,7 +13,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.dimensions import size_of
-from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, is_pooled, residuals_of
+from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, CONTROL_TYPE, control_types, is_pooled, residuals_of
 from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.bundle.roles import CONTROLNET, of_kind
 from sdruntime.engines.finite import checked_rows
@@ -48,6 +48,7 @@ def control_inputs(request: Request, size: tuple[int, int], calls: int, componen
     inputs = []
     for control in request.controls:
         name = component_of(control, components)
+        types = _checked_type(control, name, components[name])
         count, pooled = len(components[name].outputs), is_pooled(components[name])
         weights = np.logspace(-1, 0, count) if request.guess_mode and not pooled else np.ones(count)
         acts = np.array([control.acts(call, calls) for call in range(calls)])
@@ -57,9 +58,21 @@ def control_inputs(request: Request, size: tuple[int, int], calls: int, componen
                 image=_image(control, size),
                 factors=(acts[:, None] * weights * control.scale).astype(np.float32),
                 conditional_only=request.guess_mode or pooled,
+                type=None if types is None else np.eye(types, dtype=np.float32)[control.type],
             )
         )
     return tuple(inputs)
+
+
+def _checked_type(control: Control, name: str, net: ComponentSpec) -> int | None:
+    """Return how many types of images a control's net reads, None if it reads one. Raises SettingError."""
+    types = control_types(net)
+    if types is None and control.type is not None:
+        raise SettingError(f"control: type {control.type}, but {name} reads images of one type: omit it")
+    if types is not None and (control.type is None or control.type >= types):
+        what = "needs the type of the image" if control.type is None else f"has no type {control.type}"
+        raise SettingError(f"control: {name} {what}: give it as type, 0 to {types - 1} (diffusers' control_mode)")
+    return types
 
 
 def sums_on_host(request: Request, components: Components) -> bool:
@@ -120,13 +133,13 @@ def residuals(
     `rows`: each job, and the rows of `feeds` that it has in this call, the conditional one last. Empty if none is under control.
     Raises NotFinite.
     """
-    uses: dict[str, list[tuple[int, Array, Array]]] = {}  # by component: row, image, factors
+    uses: dict[str, list[tuple[int, ControlInput, Array]]] = {}  # by component: row, control, factors
     for job, indices in rows:
         for control in job.controls:
             factors = control.factors[job.run.step]
             if factors.any():
                 chosen = indices[-1:] if control.conditional_only else indices
-                uses.setdefault(control.component, []).extend((index, control.image, factors) for index in chosen)
+                uses.setdefault(control.component, []).extend((index, control, factors) for index in chosen)
     if not uses:
         return {}
     count, _, height, width = feeds["sample"].shape
@@ -135,9 +148,11 @@ def residuals(
     for name, entries in uses.items():
         net, at = engine(name), [row for row, _, _ in entries]
         own = {
-            CONTROL_IMAGE: np.stack([image for _, image, _ in entries]),
+            CONTROL_IMAGE: np.stack([control.image for _, control, _ in entries]),
             CONTROL_SCALES: np.stack([factors for _, _, factors in entries]),
         }
+        if types := [control.type for _, control, _ in entries if control.type is not None]:
+            own[CONTROL_TYPE] = np.stack(types)
         inputs = {
             tensor.name: own[tensor.name] if tensor.name in own else feeds[tensor.name][at] for tensor in net.component.inputs
         }

@@ -229,6 +229,7 @@ def _control_settings(request: Request) -> dict[str, object]:
             [
                 f"Module: {control.preprocess or 'none'}",
                 f"Model: {control.net or 'None'}",
+                *([] if control.type is None else [f"Control Type: {control.type}"]),
                 f"Weight: {_number(control.scale)}",
                 f"Resize Mode: {CONTROL_RESIZE_MODES[control.fit]}",
                 *(

@@ -96,6 +96,7 @@ class ControlMessage:
     end: float = CONTROL_NUMBERS["end"]
     fit: ControlFit = "resize"
     preprocess: Literal["canny", "gray", "color", "invert", "resize", "tile"] | None = None  # of those without a mask
+    type: int | None = None
     low: float = CONTROL_NUMBERS["low"]
     high: float = CONTROL_NUMBERS["high"]
 

@@ -68,6 +68,15 @@ def controlnet_misfits(
             f"{where}: conditioning_embedding_out_channels {widths} is for control images {strides} times as large as the "
             f"latents, but the VAE's images are {factor} times as large: {another}"
         )
+    if "num_control_type" in control:  # of a ControlNet-Union
+        first, embedded = control["block_out_channels"][0], control["addition_time_embed_dim"]
+        for key in ("num_trans_channel", "num_proj_channel"):
+            if control[key] != first:
+                yield f"{where}: {key} {control[key]} is not the first of block_out_channels, {first}"
+        if control["num_trans_channel"] % control["num_trans_head"]:
+            yield f"{where}: num_trans_channel {control['num_trans_channel']} is no multiple of num_trans_head"
+        if embedded is None:
+            yield f"{where}: addition_time_embed_dim is missing, which embeds the control type"
     groups = control["norm_num_groups"]
     if any(width % groups for width in control["block_out_channels"]):
         yield f"{where}: block_out_channels {control['block_out_channels']} are not multiples of norm_num_groups {groups}"

@@ -32,7 +32,7 @@ from sdexport.checkpoint.configs.keys import (
     one_of,
     whole,
 )
-from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, CONTROLNET, IMAGE_ENCODER_CLASS, TINY_VAE
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, CONTROLNET, CONTROLNET_UNION, IMAGE_ENCODER_CLASS, TINY_VAE
 from sdruntime.bundle.limits import NOISE_LEVELS
 
 UNET = Config(
@@ -117,6 +117,19 @@ _CONTROLNET = Config(
         "global_pool_conditions": Key(False, FLAG),
     },
     idle=frozenset({"sample_size", "out_channels", "up_block_types", "center_input_sample", "dropout"}),  # copied from a UNet
+)
+_CONTROLNET_UNION = Config(
+    read={key: entry for key, entry in _CONTROLNET.read.items() if key != "mid_block_type"}
+    | {
+        "controlnet_conditioning_channel_order": Key("rgb", one_of("rgb")),
+        "conditioning_embedding_out_channels": Key([48, 96, 192, 384], list_of(WIDTH)),
+        "num_control_type": Key(6, DEPTH),
+        "num_trans_channel": Key(320, WIDTH),
+        "num_trans_head": Key(8, WIDTH),
+        "num_trans_layer": Key(1, DEPTH),
+        "num_proj_channel": Key(320, WIDTH),
+    },
+    idle=_CONTROLNET.idle | {"mid_block_type"},
 )
 _AUTOENCODER = Config(
     read={
@@ -223,6 +236,7 @@ CONFIGS: Mapping[str, Config] = {
     TINY_VAE: _TINY,
     ASYMMETRIC_VAE: _ASYMMETRIC,
     CONTROLNET: _CONTROLNET,
+    CONTROLNET_UNION: _CONTROLNET_UNION,
     "CLIPTextModel": _TEXT,
     "CLIPTextModelWithProjection": _TEXT,
     IMAGE_ENCODER_CLASS: _VISION,

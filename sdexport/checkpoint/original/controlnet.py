@@ -21,8 +21,8 @@ _HINT = "input_hint_block"  # the convolutions of the control image; activations
 _OTHERS = {
     "lora_controlnet": "a ControlLoRA",
     "lllite_": "a ControlNet-LLLite",
-    "task_embedding": "a ControlNet-Union, which takes a control type",
-    "control_add_embedding.": "a ControlNet-Union, which takes a control type",
+    "task_embedding": "a ControlNet-Union in one file: use its diffusers folder",
+    "control_add_embedding.": "a ControlNet-Union in one file: use its diffusers folder",
     "joint_blocks.": "a ControlNet for Stable Diffusion 3",
     "double_blocks.": "a ControlNet for Flux",
     "controlnet_blocks.": "a ControlNet for a transformer",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdruntime.arrays import Array
-from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES
+from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, CONTROL_TYPE
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, TensorSpec
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.control import component_of, control_inputs, residuals, stretched_lines
@@ -31,8 +31,9 @@ OUT = (tensor("out_sample", "batch", 4, "height", "width"),)
 UNET = ComponentSpec(files=("unet/model.onnx",), config="", inputs=LATENTS, outputs=OUT, optional_inputs=RESIDUALS)
 
 
-def component(*outputs: TensorSpec) -> ComponentSpec:
-    own = (tensor(CONTROL_IMAGE, "batch", 3, "height*8", "width*8"), tensor(CONTROL_SCALES, "batch", 2))
+def component(*outputs: TensorSpec, types: int | None = None) -> ComponentSpec:
+    own = [tensor(CONTROL_IMAGE, "batch", 3, "height*8", "width*8"), tensor(CONTROL_SCALES, "batch", 2)]
+    own += [] if types is None else [tensor(CONTROL_TYPE, "batch", types)]
     return ComponentSpec(files=("net/model.onnx",), config="", inputs=(*LATENTS, *own), outputs=outputs)
 
 
@@ -123,6 +124,23 @@ def test_an_image_is_resized_or_cropped_and_a_stretched_one_is_named() -> None:
         assert abs(float(made.image.mean()) - mean) < 0.02
     lines = list(stretched_lines(request(Control(image=image), Control(image=IMAGE)), (16, 16)))
     assert lines == ["control: the image of 32x16 is stretched to 16x16: fit crop keeps its proportions"]
+
+
+def test_a_union_needs_the_type_of_the_image() -> None:
+    components = COMPONENTS | {"controlnet_union": component(*RESIDUALS, types=3)}
+
+    def inputs(**settings: Any) -> Any:
+        (made,) = control_inputs(request(Control(image=IMAGE, **settings)), (16, 16), CALLS, components)
+        return made
+
+    assert inputs(net="union", type=2).type.tolist() == [0, 0, 1]
+    assert inputs(net="canny").type is None
+    with pytest.raises(SettingError, match=r"control: controlnet_union needs the type of the image: give it as type, 0 to 2"):
+        inputs(net="union")
+    with pytest.raises(SettingError, match="control: controlnet_union has no type 3: give it as type, 0 to 2"):
+        inputs(net="union", type=3)
+    with pytest.raises(SettingError, match="control: type 1, but controlnet_canny reads images of one type: omit it"):
+        inputs(net="canny", type=1)
 
 
 def test_an_exact_fit_refuses_another_size() -> None:

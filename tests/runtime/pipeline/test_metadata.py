@@ -188,6 +188,8 @@ def control_from(value: str, pixels: np.ndarray, mask: np.ndarray | None) -> Con
         "preprocess": None if pairs["Module"] == "none" else pairs["Module"],
         "fit": {"Just Resize": "resize", "Crop and Resize": "crop"}[pairs["Resize Mode"]],
     }
+    if "Control Type" in pairs:
+        settings["type"] = int(pairs["Control Type"])
     if "Threshold A" in pairs:
         settings |= {"low": float(pairs["Threshold A"]), "high": float(pairs["Threshold B"])}
     assert pairs["Image hash"] == image_hash(pixels)
@@ -201,7 +203,7 @@ def test_settings_of_controlnets_have_the_names_of_the_web_ui_s_extension() -> N
     controls = [
         Control(image=pixels),
         Control(image=pixels, net="edges", preprocess="canny", low=60, high=120.5, scale=0.75, start=0.125, end=0.9, fit="crop"),
-        Control(image=pixels, net="paint", preprocess="inpaint", mask=mask),
+        Control(image=pixels, net="paint", preprocess="inpaint", mask=mask, type=7),
     ]
     request = Request(prompt="", control=controls, guess_mode=True)
     values = read(request)

@@ -34,7 +34,11 @@ def copy(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path
 
 
 @pytest.mark.parametrize(
-    "kind", ["UNet2DConditionModel", "ControlNetModel", "AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"]
+    "kind",
+    [
+        *("UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"),
+        *("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL"),
+    ],
 )
 def test_the_table_has_every_setting_of_diffusers_class_with_its_default(kind: str) -> None:
     diffusers = pytest.importorskip("diffusers", minversion="0.42")

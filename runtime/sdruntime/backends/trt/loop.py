@@ -23,7 +23,7 @@ from sdruntime.backends.base.engine import Engine
 from sdruntime.backends.base.feeds import padded
 from sdruntime.backends.trt.engine import TrtEngine
 from sdruntime.backends.trt.frame import FLOAT, Frame, Frames
-from sdruntime.bundle.interface import CONTROL_IMAGE, is_pooled
+from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_TYPE, is_pooled
 from sdruntime.bundle.sampler_step import CLEAN, COND, NOISE, SAMPLE, SOURCES, TARGETS, UNCOND
 from sdruntime.errors import SdruntimeError
 from sdruntime.sampling.job import IN_FLIGHT, Job, stacked
@@ -66,7 +66,7 @@ class DeviceCall:
             tensor.name for tensor in frame.component.optional_inputs if tensor.name not in feeds and tensor.name not in written
         )
         if frame.controlnet is not None:
-            frame.controlnet.upload({CONTROL_IMAGE: _control_images(jobs, frame)})
+            frame.controlnet.upload(_control_inputs(jobs, frame))
         frame.load(_program(jobs, frame, self.steps, factors))
         frame.state.array[:] = 0
         for k, job in enumerate(jobs):
@@ -219,14 +219,19 @@ def _factors(jobs: Sequence[Job], frame: Frame, steps: int) -> Array:
     return factors
 
 
-def _control_images(jobs: Sequence[Job], frame: Frame) -> Array:
-    """Return the images that the ControlNet reads, float32 [rows, 3, H, W]; zeros for jobs without one."""
-    shape = next(control.image.shape for job in jobs for control in job.controls)
-    images = np.zeros((frame.rows, *shape), np.float32)
+def _control_inputs(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:
+    """Return the images that the ControlNet reads, float32 [rows, 3, H, W], and their types; zeros for jobs without one."""
+    first = next(control for job in jobs for control in job.controls)
+    inputs = {CONTROL_IMAGE: np.zeros((frame.rows, *first.image.shape), np.float32)}
+    if first.type is not None:
+        inputs[CONTROL_TYPE] = np.zeros((frame.rows, *first.type.shape), np.float32)
     for k, job in enumerate(jobs):
         for control in job.controls:
-            images[[k, k + len(jobs)] if frame.guided else [k]] = control.image
-    return images
+            rows = [k, k + len(jobs)] if frame.guided else [k]
+            inputs[CONTROL_IMAGE][rows] = control.image
+            if control.type is not None:
+                inputs[CONTROL_TYPE][rows] = control.type
+    return inputs
 
 
 def _rows(jobs: Sequence[Job], frame: Frame) -> dict[str, Array]:

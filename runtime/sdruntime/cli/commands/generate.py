@@ -171,7 +171,8 @@ def control_of(settings: dict[str, str]) -> Control:
     """Return the Control of one --control."""
     from sdruntime.pipeline.requests.control import CONTROL_NUMBERS, Control
 
-    return Control(**{key: float(text) if key in CONTROL_NUMBERS else text for key, text in settings.items()})  # type: ignore[arg-type]
+    read = dict.fromkeys(CONTROL_NUMBERS, float) | {"type": int}
+    return Control(**{key: read.get(key, str)(text) for key, text in settings.items()})  # type: ignore[arg-type]
 
 
 def image_prompt_of(files: list[str], scale: float | None) -> ImagePrompt | None:

@@ -13,6 +13,7 @@ from sdruntime.pipeline.images.maps import CANNY, HIGH, INPAINT, LOW, PREPROCESS
 from sdruntime.pipeline.requests.ranges import SHARE, Range
 
 SCALE = Range(0, 10)
+TYPE = Range(0, 63, whole=True)  # of the types of a ControlNet-Union
 GRADIENT = Range(0, 2040)  # of 8-bit colours
 ControlFit = Literal["resize", "crop", "exact"]
 CONTROL_FITS: tuple[ControlFit, ...] = (*FITS, "exact")
@@ -29,7 +30,8 @@ class Control:
     bring the image to the size that is generated: "resize", as diffusers does, "crop", which keeps the proportions, or "exact",
     which refuses an image of another size. `preprocess`: what to make of the image at that size, "canny" (edges, with the
     thresholds `low` and `high`), "gray", "color" (a grid of mean colours), "invert", or "inpaint" (-1 in the pixels that `mask`,
-    an image of the same size, marks white); None, "resize" and "tile" take it as it is.
+    an image of the same size, marks white); None, "resize" and "tile" take it as it is. `type`: of the image, for a
+    ControlNet-Union: a number, diffusers' control_mode.
     """
 
     image: ImageLike
@@ -42,10 +44,13 @@ class Control:
     low: float = CONTROL_NUMBERS["low"]
     high: float = CONTROL_NUMBERS["high"]
     mask: ImageLike | None = None
+    type: int | None = None
 
     def __post_init__(self) -> None:
         if self.net is not None and not isinstance(self.net, str):
             raise SettingError(f"control: net {shown(self.net)}: expected the name of a ControlNet of the bundle")
+        if self.type is not None:
+            object.__setattr__(self, "type", TYPE.number("control: type", self.type))
         for name, allowed in (("scale", SCALE), ("start", SHARE), ("end", SHARE), ("low", GRADIENT), ("high", GRADIENT)):
             object.__setattr__(self, name, allowed.number(f"control: {name}", getattr(self, name)))
         if self.start >= self.end:

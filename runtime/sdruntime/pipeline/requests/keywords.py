@@ -32,6 +32,7 @@ DIFFUSERS: Mapping[str, str] = {
     "padding_mask_crop": "mask_padding=…",
     "control_image": "control=Control(image=…)",
     "controlnet_conditioning_scale": "control=Control(image=…, scale=…)",
+    "control_mode": "control=Control(image=…, type=…)",
     "control_guidance_start": "control=Control(image=…, start=…)",
     "control_guidance_end": "control=Control(image=…, end=…)",
     "ip_adapter_image": "image_prompt=ImagePrompt(image=…)",

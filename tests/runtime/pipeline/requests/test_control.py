@@ -25,6 +25,7 @@ IMAGE = np.zeros((4, 6, 3), np.uint8)
         ({"scale": "1"}, "control: scale '1': expected a number"),
         ({"start": 0.5, "end": 0.5}, "control: start 0.5 is not below end 0.5"),
         ({"end": 1.5}, "control: end 1.5 is outside 0 to 1"),
+        ({"type": 1.5}, "control: type 1.5: expected a whole number from 0 to 63"),
         ({"net": 3}, "control: net 3: expected the name"),
         ({"low": 50}, "control: low 50 and high 200 are thresholds of canny; preprocess is none"),
         ({"low": 201, "preprocess": "canny"}, "control: low 201 is above high 200"),
@@ -82,6 +83,7 @@ def test_the_command_line_reads_a_file_and_settings() -> None:
     assert control("canny:a.png,low=50,high=150") == {"image": "a.png", "preprocess": "canny", **thresholds}
     assert control("inpaint:a.png,mask=m.png") == {"image": "a.png", "preprocess": "inpaint", "mask": "m.png"}
     assert control("c:a.png") == {"image": "c:a.png"}
-    for wrong in ("", ",net=canny", "e.png,scale=x", "e.png,scale=1,scale=2", "e.png,weight=1"):
+    assert control("a.png,type=3") == {"image": "a.png", "type": "3"}
+    for wrong in ("", "a.png,type=x", ",net=canny", "e.png,scale=x", "e.png,scale=1,scale=2", "e.png,weight=1"):
         with pytest.raises(argparse.ArgumentTypeError):
             control(wrong)
