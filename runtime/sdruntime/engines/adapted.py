@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from sdruntime.adapters.sets import AdapterSet
 from sdruntime.arrays import Array
@@ -13,7 +13,7 @@ from sdruntime.backends.onnx_file.stored import lending_weights
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.manifest import EngineSpec
 
-KEPT_SETS = 2  # sets of adapters whose engines are kept besides those without
+KEPT_SETS = 2  # sets of adapters whose engines are kept besides those without, if no memory is named for them
 
 
 class MergedWeights:
@@ -53,23 +53,37 @@ class _Computed(Mapping[str, Array]):
 class AdaptedEngines:
     """Open engines by what a set of adapters changes in them.
 
-    The engines of the `KEPT_SETS` most recent sets stay open. Those of older ones are closed before another is opened, so that
-    memory holds `KEPT_SETS` copies of the changed engines at most, besides those without adapters.
+    The engines of the most recent sets stay open: of `KEPT_SETS`, or of as many as fit into `memory` bytes by the sizes of their
+    files, but always of one. Those of older ones are closed before another is opened, so that memory never holds more copies of
+    the changed engines, besides those without adapters. `size_of`: the bytes of an engine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int | None, size_of: Callable[[EngineSpec], int]) -> None:
         self._sets: OrderedDict[AdapterSet, dict[str, Engine]] = OrderedDict()
+        self._memory, self._size_of = memory, size_of
+
+    def most_sets(self, specs: Iterable[EngineSpec]) -> int:
+        """Return how many sets can be in use at the same time, if each changes all of these engines."""
+        size = sum(map(self._size_of, specs))
+        return KEPT_SETS if self._memory is None or not size else max(1, self._memory // size)
 
     def get(self, adapters: AdapterSet, spec: EngineSpec, make: Callable[[EngineSpec, AdapterSet], Engine]) -> Engine:
         """Return the engine of a set; `make` opens it if it is not open."""
         engines = self._sets.setdefault(adapters, {})
         self._sets.move_to_end(adapters)
-        while len(self._sets) > KEPT_SETS:
-            _, oldest = self._sets.popitem(last=False)
-            _close(oldest)
         if spec.name not in engines:
+            while len(self._sets) > 1 and self._is_full(spec):
+                _, oldest = self._sets.popitem(last=False)
+                _close(oldest)
             engines[spec.name] = make(spec, adapters)
         return engines[spec.name]
+
+    def _is_full(self, more: EngineSpec) -> bool:
+        """Return whether another engine has no room beside those that are open."""
+        if self._memory is None:
+            return len(self._sets) > KEPT_SETS
+        opened = sum(self._size_of(engine.spec) for engines in self._sets.values() for engine in engines.values())
+        return opened + self._size_of(more) > self._memory
 
     def close(self) -> None:
         """Close every engine."""

@@ -51,7 +51,7 @@ class Engines:
         self._backend, self._busy = backend, busy
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
-        self._adapted = AdaptedEngines()
+        self._adapted = AdaptedEngines(options.lora_memory, self._size_of)
         # fail early if no engine of the bundle can run on this machine
         self.chosen = self._choose_all() if caller_engine is None else []
         for name in sorted({spec.backend for spec in self.chosen}):
@@ -177,6 +177,12 @@ class Engines:
 
     def _size_of(self, spec: EngineSpec) -> int:
         return sum(self.bundle.manifest.files[path].size for path in spec.files)
+
+    @property
+    def most_sets(self) -> int:
+        """How many sets of adapters can be in use at the same time."""
+        kinds = ("text encoder", "denoiser")
+        return self._adapted.most_sets(spec for spec in self.chosen if role(spec.component).kind in kinds)
 
     @staticmethod
     def _denoises(spec: EngineSpec) -> bool:

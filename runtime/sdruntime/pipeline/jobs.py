@@ -117,7 +117,7 @@ class JobFactory:
 
     def check(self, requests: Sequence[Request]) -> None:
         """Check what needs no engine. Raises SettingError, and UnknownName for a sampler."""
-        self.loras.check(requests)
+        self.loras.check(requests, self._engines.most_sets)
         for request in map(self.completed, requests):
             check_task(request, self.task)
             if self.task == "upscaling":

@@ -13,7 +13,6 @@ from sdruntime.adapters.sets import AdapterSet, Fitted, fit
 from sdruntime.backends.onnx_file.stored import weight_tensors
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.roles import of_kind
-from sdruntime.engines.adapted import KEPT_SETS
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.requests.tags import check_untagged
@@ -39,14 +38,14 @@ class Loras:
         adapters = AdapterSet.of((self._weighted(lora), *lora.scales) for lora in request.loras)
         return adapters if adapters.members else None
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Check the LoRAs of requests that run together. Raises SettingError."""
+    def check(self, requests: Sequence[Request], most: int) -> None:
+        """Check the LoRAs of requests that run together; `most`: how many sets can. Raises SettingError."""
         for request in requests:
             check_untagged(request)
         sets = {self.set_of(request) for request in requests} - {None}
-        if len(sets) > KEPT_SETS:
+        if len(sets) > most:
             raise SettingError(
-                f"loras: {len(sets)} different sets of LoRAs in one call; the maximum is {KEPT_SETS}: make a call for each set, "
+                f"loras: {len(sets)} different sets of LoRAs in one call; the maximum is {most}: make a call for each set, "
                 "or use a Batcher, where requests take turns"
             )
 

@@ -10,7 +10,7 @@ never waits for others. Jobs of the same latent size and text length share a cal
 step advances every running job, and calls are split and padded to what the UNet's engines take. Jobs start in the order of their
 submission, `running` of them at a time. The default is the number of images that one call of the UNet's largest profile takes,
 both rows of guidance counted (`--batch` of the build): more would slow down the running jobs and speed up none. Jobs share a call
-only if they have the same LoRAs; others take turns within each step. The engines of at most `KEPT_SETS` sets of LoRAs are open at
+only if they have the same LoRAs; others take turns within each step. At most `Engines.most_sets` sets of LoRAs are in use at
 a time: a request with another set waits until the jobs of one of these are done, and so do the requests behind it, so that nobody
 is overtaken for ever. Each running job needs memory for the activations of its rows, so lower `running` if memory is short. With
 TensorRT, the loop stays on the GPU (`denoise`) and the host waits for each step, so that jobs can join and leave there.
@@ -32,7 +32,6 @@ from types import TracebackType
 from typing import Any
 
 from sdruntime.arrays import Array
-from sdruntime.engines.adapted import KEPT_SETS
 from sdruntime.errors import QueueFull, SdruntimeError, SettingError
 from sdruntime.pipeline.denoise import check_latents
 from sdruntime.pipeline.pipeline import Pipeline
@@ -284,7 +283,7 @@ class Batcher:
     def _has_room_for(self, request: Request) -> bool:
         """Return whether the engines of a request's LoRAs can be open beside those of the running jobs."""
         running = {entry.request.loras for entry in self._jobs.values() if entry.request.loras}
-        return not request.loras or request.loras in running or len(running) < KEPT_SETS
+        return not request.loras or request.loras in running or len(running) < self._pipe.engines.most_sets
 
     def _leave(self) -> None:
         """Report the progress of each job, and end those that are done, cancelled, or whose callback failed."""

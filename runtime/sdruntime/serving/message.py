@@ -28,7 +28,7 @@ class OpenOptions:
     `device`: as `cuda.device_index` parses it. `stream`: the handle of the caller's CUDA stream, on which all work is then done;
     TensorRT engines only. `refiner`: the path of a second bundle. `embeddings`: files, each FILE or NAME=FILE. `lora_dir`: the
     folder of the LoRAs that prompts name. `memory`: a limit in bytes of GPU memory; a bundle that needs more is refused with both
-    numbers.
+    numbers. `lora_memory`: bytes of the engines with LoRAs that stay open; null: those of two sets.
     """
 
     backend: str = AUTO
@@ -45,10 +45,13 @@ class OpenOptions:
     refiner: str | None = None
     embeddings: tuple[str, ...] = ()
     lora_dir: str | None = None
+    lora_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(f"threads {self.threads}: 0 or more")
+        if self.lora_memory is not None and self.lora_memory < 0:
+            raise ValueError(f"lora_memory {self.lora_memory}: 0 or more bytes, or null for two sets of LoRAs")
         if self.memory is not None and self.memory < 1:
             raise ValueError(f"memory {self.memory}: at least 1 byte, or null for all that is free")
 

@@ -120,6 +120,7 @@ class Service:
             device=device_index(options.device),
             threads=options.threads,
             memory=options.memory,
+            lora_memory=options.lora_memory,
             low_memory=options.low_memory,
             tile=options.tile,
             stream=options.stream or 0,

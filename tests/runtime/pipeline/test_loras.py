@@ -14,6 +14,7 @@ from infotext import read_infotext
 
 from sdruntime.__main__ import main
 from sdruntime.adapters.lora import Lora
+from sdruntime.backends.base.engine import EngineOptions
 from sdruntime.backends.onnx_file.stored import weight_tensors
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.engines import adapted
@@ -252,3 +253,22 @@ def test_the_command_line(
     assert main(["lora", "inspect", str(file)]) == 0
     assert "lora (40)" in capsys.readouterr().out
     assert main(["lora", "inspect", str(tmp_path / "none.safetensors")]) == 2
+
+
+def test_the_pool_s_bound_in_bytes(small_bundle: Path, folder: Path) -> None:
+    """The UNet's engine alone changes. A set has room if its file and those of the others are within the bound."""
+    files = [Lora(folder / name, 0.7, 0.0) for name in ("attention.safetensors", "whole.safetensors")]
+    sets = [request(file) for file in (*files, Lora(files[0].path, 0.3, 0.0))]
+    with Pipeline.open(small_bundle, backend="onnxruntime") as pipe:
+        sizes = {spec.component: pipe.engines._size_of(spec) for spec in pipe.engines.chosen}
+        assert pipe.engines.most_sets == 2
+    unet, both = sizes["unet"], sizes["unet"] + sizes["text_encoder"]
+    for memory, kept, most in ((3 * unet, 3, 3 * unet // both), (2 * unet + 1, 2, 2 * unet // both or 1), (0, 1, 1)):
+        options = EngineOptions(lora_memory=memory)
+        with Pipeline.open(small_bundle, backend="onnxruntime", options=options) as pipe:
+            for each in sets:
+                pipe(each)
+            assert len(pipe.engines._adapted._sets) == kept
+            assert pipe.engines.most_sets == max(1, most)
+    with pytest.raises(SettingError, match="lora_memory -1: expected a whole number, 0 or more"):
+        EngineOptions(lora_memory=-1)

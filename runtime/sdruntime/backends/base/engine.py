@@ -93,6 +93,7 @@ class EngineOptions:
     device: int = 0  # index of the GPU
     threads: int = 0  # within one operator
     memory: int | None = None  # bytes of GPU memory that a pipeline may use
+    lora_memory: int | None = None  # bytes of engines with LoRAs that a pipeline keeps open; None: those of two sets of LoRAs
     low_memory: bool = False  # a pipeline keeps one component on the GPU at a time
     whole_loop: bool = False  # without progress callbacks, a pipeline launches all steps as one CUDA graph
     stream: int = 0
@@ -102,9 +103,9 @@ class EngineOptions:
     weights: Weights | None = None  # set by a pipeline, for requests with LoRAs
 
     def __post_init__(self) -> None:
-        for name in ("device", "threads", "memory", "stream"):
+        for name in ("device", "threads", "memory", "lora_memory", "stream"):
             value = getattr(self, name)
-            if value is None and name == "memory":
+            if value is None and name in ("memory", "lora_memory"):
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
                 raise SettingError(f"{name} {shown(value)}: expected a whole number, 0 or more")
