@@ -180,7 +180,8 @@ class Overridden:
 
     def inputs(self, parts: Iterable[str]) -> Mapping[str, Path]:
         parts = tuple(parts)
-        inputs = dict(self._source.inputs(parts))
+        own = self._source.inputs(parts).items()
+        inputs = {name: path for name, path in own if name.partition("/")[0] not in self._added}
         for source in (self._documents, self._vae, self._preview, *self._added.values()):
             listed = {} if source is None else source.inputs(parts)
             inputs |= {name: path for name, path in listed.items() if self._owner(name) is source and path.exists()}

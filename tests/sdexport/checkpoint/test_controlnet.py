@@ -62,6 +62,7 @@ def test_a_single_file_is_the_same_controlnet_as_its_folder(pair: tuple[Path, Pa
         got = read(checkpoint, saved(tensors, tmp_path / f"{layout}.safetensors"))
         assert [trace_key(each) for each in components(got)] == [trace_key(each) for each in components(expected)], layout
         mine, theirs = (each.parts["controlnet"].weights for each in (got, expected))
+        assert all(path.is_file() for path in got.source.inputs(got.parts).values())
         matched = match_weights({name: tensor.shape for name, tensor in theirs.items()}, mine, where=layout)
         assert len(matched) == len(mine) > 50
         assert all(np.array_equal(tensor.read(), theirs[name].read()) for name, tensor in matched.items()), layout
