@@ -205,6 +205,10 @@ class Manifest:
         """The number of tokens in the text encoder's input_ids, including start, end and padding."""
         return next(_text_lengths(self.components))[1]
 
+    def size_of(self, engine: EngineSpec) -> int:
+        """Return the bytes of an engine's files."""
+        return sum(self.files[path].size for path in engine.files)
+
     def _faults(self) -> Iterable[str]:
         for path in (*self.components, *self.files):
             try:

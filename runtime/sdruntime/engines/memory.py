@@ -99,7 +99,7 @@ def _part(manifest: Manifest, engine: EngineSpec) -> Part:
     return Part(
         component=engine.component,
         engine=engine.name,
-        weights=sum(manifest.files[path].size for path in engine.files),
+        weights=manifest.size_of(engine),
         activations=engine.memory,
         buffers=max(sizes),
     )

@@ -51,7 +51,7 @@ class Engines:
         self._backend, self._busy = backend, busy
         self._machine = Machine.here(options.device, {engine.backend for engine in bundle.manifest.engines})
         self._choices: dict[tuple[Any, ...], EngineSpec] = {}
-        self._adapted = AdaptedEngines(options.lora_memory, self._size_of)
+        self._adapted = AdaptedEngines(options.lora_memory, bundle.manifest.size_of)
         # fail early if no engine of the bundle can run on this machine
         self.chosen = self._choose_all() if caller_engine is None else []
         for name in sorted({spec.backend for spec in self.chosen}):
@@ -87,9 +87,9 @@ class Engines:
                 self._compare_speeds()
         self.opened = {}
         self._check_memory()
-        first = sorted(self.chosen, key=self._size_of, reverse=True)  # largest first, while few others use memory
+        first = sorted(self.chosen, key=self.bundle.manifest.size_of, reverse=True)  # largest first, while few others use memory
         waiting = {spec.name: spec for spec in first if spec.target == CPU or not self.options.low_memory}
-        total, done = sum(map(self._size_of, waiting.values())), 0
+        total, done = sum(map(self.bundle.manifest.size_of, waiting.values())), 0
 
         def loading(count: int) -> Stage:
             return Stage(name=", ".join(spec.component for spec in [*waiting.values()][:count]), done=done, total=total)
@@ -100,13 +100,13 @@ class Engines:
                 yield loading(OPENERS)
             for future in as_completed(futures):
                 future.result()
-                done += self._size_of(waiting.pop(futures[future].name))
+                done += self.bundle.manifest.size_of(waiting.pop(futures[future].name))
                 if waiting:
                     yield loading(OPENERS)
         for spec in [*waiting.values()]:
             yield loading(1)
             self._open_first(spec)
-            done += self._size_of(waiting.pop(spec.name))
+            done += self.bundle.manifest.size_of(waiting.pop(spec.name))
 
     def close(self) -> None:
         """Close every engine."""
@@ -174,9 +174,6 @@ class Engines:
 
     def _open_first(self, spec: EngineSpec) -> None:
         self.engine(spec.component, rows=self._usual_rows(spec.component))
-
-    def _size_of(self, spec: EngineSpec) -> int:
-        return sum(self.bundle.manifest.files[path].size for path in spec.files)
 
     @property
     def most_sets(self) -> int:

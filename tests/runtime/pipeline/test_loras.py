@@ -260,7 +260,7 @@ def test_the_pool_s_bound_in_bytes(small_bundle: Path, folder: Path) -> None:
     files = [Lora(folder / name, 0.7, 0.0) for name in ("attention.safetensors", "whole.safetensors")]
     sets = [request(file) for file in (*files, Lora(files[0].path, 0.3, 0.0))]
     with Pipeline.open(small_bundle, backend="onnxruntime") as pipe:
-        sizes = {spec.component: pipe.engines._size_of(spec) for spec in pipe.engines.chosen}
+        sizes = {spec.component: pipe.bundle.manifest.size_of(spec) for spec in pipe.engines.chosen}
         assert pipe.engines.most_sets == 2
     unet, both = sizes["unet"], sizes["unet"] + sizes["text_encoder"]
     for memory, kept, most in ((3 * unet, 3, 3 * unet // both), (2 * unet + 1, 2, 2 * unet // both or 1), (0, 1, 1)):
