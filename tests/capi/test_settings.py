@@ -224,7 +224,7 @@ def test_images_for_controlnets(library: Library, bundle: Path) -> None:
     assert others == [
         "2 control: scale 99.0 is outside 0 to 10",
         "2 control: scale is not a finite number",
-        "2 submit: controls[0].fit: 'stretch' is not one of resize, crop",
+        "2 submit: controls[0].fit: 'stretch' is not one of resize, crop, exact",
         "2 control: image is NULL",
         "2 control of 0x7: expected width and height from 1 to 16384",
         "2 control: stride 26 is less than the 27 bytes of a row",
