@@ -123,6 +123,7 @@ def test_an_interrupted_run_goes_on_where_it_was(place: Path) -> None:
     assert found["failed"] == []
 
 
+@pytest.mark.full
 def test_another_interpreter_builds_is_interrupted_and_goes_on(place: Path, other_python: Path) -> None:
     lacks = subprocess.run([other_python, "-c", "import torch"], capture_output=True, text=True, check=False, env=os.environ)
     assert "ModuleNotFoundError" in lacks.stderr

@@ -173,7 +173,7 @@ MODELS: dict[Callable[[Path], None], tuple[str, dict[str, str]]] = {
         ("sd1", another_scheduler_and_old_settings, True),
         ("sd1", no_steps_offset_at_all, False),
         ("sd1", trajectory_consistency, False),
-        ("sd1", an_odd_unet, False),
+        pytest.param("sd1", an_odd_unet, False, marks=pytest.mark.full),
         ("sd1", a_tiny_vae, True),
         pytest.param("sd1", an_asymmetric_vae, True, marks=pytest.mark.full),
         pytest.param("sd1", lists_in_a_unet, False, marks=pytest.mark.full),

@@ -412,6 +412,7 @@ def test_the_refiner_follows_its_score_and_sizes(both: tuple[Any, Pipeline]) -> 
         pipe("a red circle")
 
 
+@pytest.mark.full
 def test_a_latent_consistency_model_takes_the_guidance_as_an_input(
     tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[..., Path], ready: Callable[[Path], Path]
 ) -> None:
