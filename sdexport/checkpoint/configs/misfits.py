@@ -86,11 +86,14 @@ def misfits(configs: Mapping[str, Mapping[str, Any]], *, scored: bool) -> Iterat
     if xl and added == expected:
         ids = SCORED if scored else SIZES
         times, stated = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
-        computed = None if times is None else ids * times + configs["text_encoder_2"]["projection_dim"]
-        if computed is None or computed != stated:
+        pooled = configs["text_encoder_2"]["projection_dim"]
+        computed = None if times is None or pooled is None else ids * times + pooled
+        if pooled is None:
+            yield "text_encoder_2/config.json: projection_dim is null: SDXL takes the projected text"
+        elif computed is None or computed != stated:
             yield (
                 f"unet/config.json: projection_class_embeddings_input_dim is {stated}, but {ids} * addition_time_embed_dim "
-                f"{times} + text_encoder_2's projection_dim {configs['text_encoder_2']['projection_dim']} is {computed}"
+                f"{times} + text_encoder_2's projection_dim {pooled} is {computed}"
             )
 
 

@@ -144,6 +144,13 @@ def test_the_pooled_text_of_xl_must_fit(copy: Callable[[str], Path]) -> None:
     )
 
 
+def test_the_pooled_text_of_xl_must_have_a_width(copy: Callable[[str], Path]) -> None:
+    """Found by test_hostile.py: null ended in a TypeError."""
+    folder = copy("sdxl")
+    edit(folder / "text_encoder_2" / "config.json", projection_dim=None)
+    assert faults(folder) == ("text_encoder_2/config.json: projection_dim is null: SDXL takes the projected text",)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
 def test_the_last_layer_but_one_must_exist(copy: Callable[[str], Path], part: str) -> None:
     """Found by test_hostile.py: one layer ended in a ValueError."""
