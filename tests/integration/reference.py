@@ -79,3 +79,13 @@ class Reference:
             decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         picture = pipe.image_processor.postprocess(decoded, output_type="np")[0]
         return (picture * 255).round().astype(np.uint8), decoded[0].numpy()
+
+
+def decoded_by(pipeline: Any, latents: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image of latents by a pipeline of diffusers, uint8 [H, W, 3], and what its decoder returns, [3, H, W]."""
+    import torch
+
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    picture = pipeline.image_processor.postprocess(decoded, output_type="np")[0]
+    return (picture * 255).round().astype(np.uint8), decoded[0].numpy()

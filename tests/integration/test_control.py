@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from integration.reference import Array, assert_same_picture, ours
+from integration.reference import Array, assert_same_picture, decoded_by, ours
 from single_files import controlnet_tensors
 
 from sdruntime.bundle.manifest import load_manifest
@@ -103,10 +103,7 @@ def theirs(
             generator=torch.Generator().manual_seed(SEED),
             output_type="latent",
         ).images
-        with torch.no_grad():
-            decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
-    picture = reference.image_processor.postprocess(decoded, output_type="np")[0]
-    return (picture * 255).round().astype(np.uint8), decoded[0].numpy()
+        return decoded_by(reference, latents)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from integration.reference import Array, assert_same_picture, ours
+from integration.reference import Array, assert_same_picture, decoded_by, ours
 
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.pipeline import Pipeline
@@ -52,10 +52,7 @@ def theirs(checkpoint: Path, net: Path, kind: int, size: tuple[int, int]) -> tup
             generator=torch.Generator().manual_seed(SEED),
             output_type="latent",
         ).images
-        with torch.no_grad():
-            decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    picture = pipeline.image_processor.postprocess(decoded, output_type="np")[0]
-    return (picture * 255).round().astype(np.uint8), decoded[0].numpy()
+        return decoded_by(pipeline, latents)
 
 
 def test_the_image_is_diffusers(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_image_prompt
-from integration.reference import Array, assert_same_picture, ours, psnr
+from integration.reference import Array, assert_same_picture, decoded_by, ours, psnr
 
 from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import SettingError
@@ -107,10 +107,7 @@ def theirs(
             generator=torch.Generator().manual_seed(SEED),
             output_type="latent",
         ).images
-        with torch.no_grad():
-            decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0]
-    picture = reference.image_processor.postprocess(decoded, output_type="np")[0]
-    return (picture * 255).round().astype(np.uint8), decoded[0].numpy()
+        return decoded_by(reference, latents)
 
 
 def compare(pipe: Pipeline, checkpoint: Path, adapter: Path, case: str, sampler: str, *, xl: bool = False) -> None:

@@ -87,18 +87,13 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
             yield from _faults(f"{name}.optional_inputs", _OPTIONAL_INPUTS, component.optional_inputs, widths, complete=True)
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=False)
     for name in of_kind(manifest.components, "denoiser"):
+        yield from _image_prompt_faults(manifest, known)
         yield from _control_faults(manifest, required[name][0], known)
 
 
 def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | str]) -> Iterator[str]:
     """Yield a fault for each tensor of a ControlNet that does not fit the UNet. `inputs`: the UNet's, without its task's."""
-    unet, factor = manifest.components["unet"], manifest.model.vae_factor
-    residuals = residuals_of(unet)
-    if takes_image_prompt(unet) or IMAGE_ENCODER in manifest.components:
-        tensors = tuple(tensor for tensor in unet.optional_inputs if tensor.name in IMAGE_PROMPT)
-        yield from _faults("unet.optional_inputs", IMAGE_PROMPT, tensors, known, complete=True)
-        if IMAGE_ENCODER not in manifest.components:
-            yield f"components: {IMAGE_ENCODER} is missing"
+    residuals, factor = residuals_of(manifest.components["unet"]), manifest.model.vae_factor
     for name in of_kind(manifest.components, "ControlNet"):
         component = manifest.components[name]
         image: Shape = ("batch", 3, f"height*{factor}", f"width*{factor}")
@@ -109,6 +104,16 @@ def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | 
         pooled = is_pooled(component)
         outputs = {tensor.name: (*tensor.shape[:2], 1, 1) if pooled else tensor.shape for tensor in residuals}
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=True)
+
+
+def _image_prompt_faults(manifest: Manifest, known: dict[str, int | str]) -> Iterator[str]:
+    """Yield a fault for each tensor of an IP-Adapter that the UNet lacks or has in another shape."""
+    unet = manifest.components["unet"]
+    if takes_image_prompt(unet) or IMAGE_ENCODER in manifest.components:
+        tensors = tuple(tensor for tensor in unet.optional_inputs if tensor.name in IMAGE_PROMPT)
+        yield from _faults("unet.optional_inputs", IMAGE_PROMPT, tensors, known, complete=True)
+        if IMAGE_ENCODER not in manifest.components:
+            yield f"components: {IMAGE_ENCODER} is missing"
 
 
 def residuals_of(unet: ComponentSpec) -> tuple[TensorSpec, ...]:
