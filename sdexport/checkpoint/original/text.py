@@ -105,6 +105,7 @@ def read_open_clip(tensors: Tensors, *, projected: bool) -> tuple[dict[str, Any]
 
 
 def _config(weights: Tensors, activation: str, *, layers: int) -> dict[str, Any]:
+    layers = max(1, layers)  # `check_fit` reports the names
     stems = [f"encoder.layers.{layer}" for layer in range(layers)]
     norms = [f"{layer}.layer_norm{k}" for layer in stems for k in (1, 2)]
     width = outputs(weights, "final_layer_norm", *norms, axes=1)

@@ -46,7 +46,7 @@ def read_vae(tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
         "out_channels": outputs(tensors, "decoder.conv_out", usual=3),
         "latent_channels": outputs(tensors, "quant_conv", "encoder.conv_out") // 2,
         "block_out_channels": [
-            outputs(tensors, *(f"encoder.down.{level}.block.{layer}.conv{k}" for layer in blocks for k in (1, 2)))
+            outputs(tensors, *(f"encoder.down.{level}.block.{layer}.conv{k}" for layer in blocks or [0] for k in (1, 2)))
             for level, blocks in layers.items()
         ],
         "layers_per_block": max(map(len, layers.values())),

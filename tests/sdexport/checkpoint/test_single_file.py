@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -338,6 +339,28 @@ def test_each_tensor_that_is_missing_or_has_another_axis_is_named(
                 read_original(others, V if named == "sd2_v" else {})
             [line] = str(caught.value).split("\n")
             assert name.endswith(line.partition(kind)[2].partition(" ")[0])
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("named", ["sd1", "sd2_v", "sdxl"])
+def test_a_module_that_is_missing_as_a_whole_is_one_error(
+    named: str, layout: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """Whichever it is: a layer, a level, a network."""
+    folder = folder_of(tmp_path_factory, named)
+    path = file_of(tmp_path_factory, named) if layout == "original" else write_diffusers_file(folder, tmp_path / "a.safetensors")
+    tensors = read_header(path)
+    sizes = Counter(name[: end + 1] for name in tensors for end, letter in enumerate(name) if letter == ".")
+    modules = [module for module, size in sorted(sizes.items()) if size > 6]
+    refusals = []
+    for module in modules:
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(module)}
+        try:
+            read_original(others, V if named == "sd2_v" else {})
+        except ValueError as error:
+            refusals.append(str(error))
+    assert 0.8 * len(modules) < len(refusals)  # the others are networks with a layer less
+    assert max(map(len, refusals)) < 20_000
 
 
 @pytest.mark.parametrize(
