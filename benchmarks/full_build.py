@@ -5,7 +5,8 @@
 The checkpoint is written with float16 weights, all different (SDXL: 7 GB), unless DIR has it from an earlier run. The build runs
 in this process, as `sdexport build` does. Memory is that of this process and its children together, sampled every 0.1 s. The
 pages of mapped weight files count while they are resident, though the system may drop them: `private` does not count them. A
-silence is the time between two events of progress. `processor seconds` counts all cores: on a busy machine it says more than time.
+silence is the time between two events of progress. `processor seconds` is the time of all cores, which other work on the machine
+changes less.
 """
 
 from __future__ import annotations
