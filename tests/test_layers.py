@@ -38,6 +38,7 @@ ORDER = {
     "sdruntime.engines": "shapes finite adapted memory choose building speed pool",
     "sdruntime.pipeline": ("images text vae requests control denoise loras texts tasks metadata result jobs stream pipeline"),
     "sdruntime.pipeline.requests": "keywords ranges control image_prompt request unused tags",
+    "sdruntime.pipeline.metadata": "write read",
     "sdruntime.pipeline.tasks": (
         "canvas start inpainting pix2pix depth upscaling image_prompt choose passes sizes tables micro_conditions"
     ),
@@ -47,7 +48,7 @@ ORDER = {
     "sdruntime.serving": "batcher message blob channel describe service capi",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
-    "sdruntime.cli.commands": "build capi inspect lora verify generate sampling",
+    "sdruntime.cli.commands": "build capi inspect lora png_info verify generate sampling",
     "sdexport": "errors checkpoint families precision trace verification build merging recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original "
     "overrides checkpoint",

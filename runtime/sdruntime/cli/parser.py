@@ -14,6 +14,8 @@ from sdruntime.cli.commands.generate import generate
 from sdruntime.cli.commands.inspect import doctor, inspect
 from sdruntime.cli.commands.lora import add_arguments as add_lora
 from sdruntime.cli.commands.lora import lora
+from sdruntime.cli.commands.png_info import add_arguments as add_png_info
+from sdruntime.cli.commands.png_info import png_info
 from sdruntime.cli.commands.sampling import samplers, table
 from sdruntime.cli.commands.verify import verify
 from sdruntime.cli.terminal import Parser
@@ -68,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--check", action="store_true", help="read every file and check its hash")
     sub.add_argument("--stale", action="store_true", help="list only the engines that an upgrade of their library made unusable")
     add_lora(command("lora", lora, "show what a LoRA file holds, and for which model it was made", bundle=False))
+    add_png_info(command("png-info", png_info, "show the settings in an image's file, ours or AUTOMATIC1111's", bundle=False))
     sub = command("verify", verify, "check a bundle and its engines against its reference outputs")
     sub.add_argument("--html", type=Path, metavar="FILE.html", help="also write a report with the images side by side")
     sub.add_argument("--device", type=int, default=0, help="which GPU (0)")

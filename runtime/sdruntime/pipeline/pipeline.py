@@ -31,7 +31,7 @@ from sdruntime.errors import BundleError, SdruntimeError, SettingError, shown
 from sdruntime.pipeline.denoise import Call, denoise
 from sdruntime.pipeline.images.pixels import Pixels, to_uint8
 from sdruntime.pipeline.jobs import JobFactory
-from sdruntime.pipeline.metadata import Origin
+from sdruntime.pipeline.metadata.write import Origin
 from sdruntime.pipeline.requests.request import Request, requests_from
 from sdruntime.pipeline.requests.unused import unused_lines
 from sdruntime.pipeline.result import Image, Result

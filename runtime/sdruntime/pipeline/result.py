@@ -11,7 +11,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.errors import quoted
 from sdruntime.pipeline.images.imagefile import write_image
-from sdruntime.pipeline.metadata import Origin, parameters, png_text
+from sdruntime.pipeline.metadata.write import Origin, parameters, png_text
 from sdruntime.pipeline.requests.request import Request, short
 
 

@@ -18,7 +18,7 @@ from sdruntime.cli import outputs
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.png import write_file
-from sdruntime.pipeline.metadata import Origin
+from sdruntime.pipeline.metadata.write import Origin
 from sdruntime.pipeline.requests.request import requests_from
 from sdruntime.pipeline.result import Image
 

@@ -250,7 +250,7 @@ def test_a_request_takes_an_image_in_any_form(tmp_path: Path) -> None:
 
 
 def test_a_generated_image_is_one_to_begin_from() -> None:
-    from sdruntime.pipeline.metadata import Origin
+    from sdruntime.pipeline.metadata.write import Origin
 
     first = Image(pixels=photo(), request=Request(prompt="x"), sampler="ddim", origin=Origin(model="m", sampler="DDIM"))
     assert Request(prompt="y", image=first).pixels is first.pixels

@@ -1,4 +1,4 @@
-"""metadata.py: what a reader to AUTOMATIC1111's rules finds in an image, and that it generates the same image again."""
+"""metadata/write.py: what a reader to AUTOMATIC1111's rules finds in an image, and that it generates the same image again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdruntime import __version__
 from sdruntime.__main__ import main
 from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.pipeline.images.png import write_png
-from sdruntime.pipeline.metadata import Origin, image_hash, parameters
+from sdruntime.pipeline.metadata.write import Origin, image_hash, parameters
 from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.image_prompt import ImagePrompt
 from sdruntime.pipeline.requests.request import Request

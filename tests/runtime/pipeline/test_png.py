@@ -13,7 +13,7 @@ from sdruntime.errors import OutOfSpace, SdruntimeError, SettingError
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.pixels import from_uint8, to_uint8
 from sdruntime.pipeline.images.png import MAX_CHUNKS, OtherImage, image_from_png, png_from_image, write_png
-from sdruntime.pipeline.metadata import png_text
+from sdruntime.pipeline.metadata.write import png_text
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdruntime.pipeline.images.imagefile import read_image
-from sdruntime.pipeline.metadata import Origin
+from sdruntime.pipeline.metadata.write import Origin
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Image, Result
 

@@ -8,7 +8,7 @@ import pytest
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.pixels import from_uint8, to_uint8
 from sdruntime.pipeline.images.png import image_from_png, png_from_image, write_png
-from sdruntime.pipeline.metadata import png_text
+from sdruntime.pipeline.metadata.write import png_text
 
 torch = pytest.importorskip("torch")
 pillow = pytest.importorskip("PIL.Image")

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +21,16 @@ from numpy.typing import NDArray
 
 from sdruntime.errors import LibraryMissing, SettingError, plain
 from sdruntime.pipeline.images.pixels import Pixels
-from sdruntime.pipeline.images.png import MAX_FILE, TRANSPARENT, XMP, OtherImage, image_from_png, png_from_image, write_file
+from sdruntime.pipeline.images.png import (
+    MAX_FILE,
+    TRANSPARENT,
+    XMP,
+    OtherImage,
+    image_from_png,
+    png_from_image,
+    text_from_png,
+    write_file,
+)
 
 ImageLike: TypeAlias = Any  # a path, an array uint8 [H, W, 3] or an object with `__array__`, or a Pillow image
 Fit = Literal["resize", "crop"]
@@ -54,6 +64,38 @@ def read_image(path: Path | str) -> Pixels:
         raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {plain(error)}") from error
+
+
+def text_of_image(path: Path | str) -> dict[str, str]:
+    """Return the texts in an image file: the keys of a PNG; of a JPEG or WebP "parameters", the EXIF UserComment.
+
+    Raises SettingError, and LibraryMissing where the format requires Pillow.
+    """
+    try:
+        return text_from_bytes(_read_file(path))
+    except (SettingError, LibraryMissing) as error:
+        raise type(error)(f"{path}: {error}") from error
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read: {plain(error)}") from error
+
+
+def text_from_bytes(data: bytes) -> dict[str, str]:
+    """The same of a file's bytes."""
+    kind = _kind(data)
+    if kind == "PNG":
+        return text_from_png(data)
+    with _opened(data, kind) as image:
+        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+    text = _user_comment(comment) if isinstance(comment, bytes) else str(comment)
+    return {"parameters": text} if text else {}
+
+
+def _user_comment(comment: bytes) -> str:
+    """Return the text of an EXIF UserComment, whose first eight bytes name its encoding."""
+    code, text = comment[:8].rstrip(b"\0 "), comment[8:]
+    if code == b"UNICODE":
+        return text.decode("utf-16-be", errors="replace")
+    return (text if code == b"ASCII" else comment).decode("utf-8", errors="replace").strip("\0 ")
 
 
 def pixels_from(image: ImageLike) -> Pixels:
@@ -155,12 +197,18 @@ def _read_file(path: Path | str) -> bytes:
         return file.read(MAX_FILE + 1)
 
 
-def _image_from_bytes(data: bytes) -> Pixels:
+def _kind(data: bytes) -> str:
+    """Return the format of an image file. Raises SettingError."""
     kind = next((kind for kind, magic in _MAGIC.items() if data.startswith(magic)), "")
     if len(data) > MAX_FILE:
         raise SettingError(f"over {MAX_FILE:,} bytes")
     if not kind or (kind == "WEBP" and data[8:12] != b"WEBP"):
         raise SettingError("not an image in PNG, JPEG, WebP or BMP format")
+    return kind
+
+
+def _image_from_bytes(data: bytes) -> Pixels:
+    kind = _kind(data)
     reason = f"a {kind} file"
     if kind == "PNG":
         try:
@@ -168,18 +216,21 @@ def _image_from_bytes(data: bytes) -> Pixels:
         except OtherImage as error:
             reason = f"a PNG with {error}"
     try:
-        return _read_by_pillow(data, kind)
+        with _opened(data, kind) as image:
+            return _rgb(image)
     except LibraryMissing as error:
         raise LibraryMissing(f"{reason} {error}; without it, only PNGs of 8 bits per channel can be read") from error
 
 
-def _read_by_pillow(data: bytes, kind: str) -> Pixels:
+@contextlib.contextmanager
+def _opened(data: bytes, kind: str) -> Iterator[Any]:
+    """Open an image with Pillow. Raises SettingError, also for what Pillow raises of a damaged file; LibraryMissing."""
     module = pillow()
     try:
         with module.open(io.BytesIO(data), formats=(kind,)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise SettingError(f"{image.width}x{image.height}: the maximum is {MAX_PIXELS:,} pixels")
-            return _rgb(image)
+            yield image
     except SettingError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds of errors for a damaged file

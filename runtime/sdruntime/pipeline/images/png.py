@@ -3,6 +3,7 @@
 write_png, png_from_image           uint8 [H, W, 3] and text keys -> PNG
 write_file                          bytes -> a file, atomically
 image_from_png                      PNG with 8 bits per channel -> uint8 [H, W, 3]; files: `sdruntime.pipeline.images.imagefile`
+text_from_png                       PNG -> its text keys
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sdruntime.system.durable import create_file, replace_file
 
 MAX_SIDE = 4096  # pixels, when reading
 MAX_FILE = 1 << 27  # bytes
+MAX_TEXT = 1 << 22  # bytes of all texts of a PNG, unpacked
 MAX_CHUNKS = 1 << 16  # of a PNG: encoders write one for every 8 KiB of pixels, or for every row
 TRANSPARENT = "the image has transparent parts: alpha is dropped, as in diffusers; flatten the image to choose a background"
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -158,6 +160,41 @@ def _image_from_png(data: bytes) -> Pixels:
             raise ValueError(f"a pixel of colour {pixels.max()}, but the palette has {len(colours)}")
         return colours[pixels[..., 0]]
     return np.ascontiguousarray(np.broadcast_to(pixels[..., :1], (height, width, 3)) if channels < 3 else pixels[..., :3])
+
+
+def text_from_png(data: bytes) -> dict[str, str]:
+    """Return the texts of a PNG by their keys: tEXt, zTXt and iTXt; of equal keys the first.
+
+    Raises SettingError for a damaged file, and for texts of more than MAX_TEXT bytes.
+    """
+    texts: dict[str, str] = {}
+    size = 0
+    try:
+        if not data.startswith(_SIGNATURE):
+            raise ValueError("not a PNG")
+        for kind, content in _chunks(data):
+            if kind in (b"tEXt", b"zTXt", b"iTXt"):
+                key, text = _text(kind, bytes(content), MAX_TEXT - size)
+                size += len(text)
+                texts.setdefault(key, text)
+    except (ValueError, zlib.error) as error:
+        raise SettingError(f"{error}; expected an undamaged PNG") from None
+    return texts
+
+
+def _text(kind: bytes, content: bytes, most: int) -> tuple[str, str]:
+    """Return the key and the text of a chunk. Raises ValueError if it is damaged or has over `most` bytes."""
+    key, _, rest = content.partition(b"\0")
+    packed, encoding = False, "latin-1"
+    if kind == b"zTXt":
+        packed, rest = True, rest[1:]
+    elif kind == b"iTXt":
+        packed, encoding = rest[:1] == b"\1", "utf-8"
+        rest = rest[2:].partition(b"\0")[2].partition(b"\0")[2]  # after the language and the translated key
+    text = zlib.decompressobj().decompress(rest, most + 1) if packed else rest
+    if len(text) > most:
+        raise ValueError(f"texts of over {MAX_TEXT:,} bytes")
+    return key.decode("latin-1"), text.decode(encoding, errors="replace")
 
 
 def _orientation(exif: bytes) -> int:

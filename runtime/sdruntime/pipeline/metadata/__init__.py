@@ -1,0 +1,1 @@
+"""The settings of an image in its file, in the form that other programs write and read."""
