@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Literal, TextIO
 
@@ -19,7 +20,7 @@ from sdruntime.pipeline.images.png import png_from_image
 
 Protocol = Literal["kitty", "iterm2", "sixel"]
 ROWS = 16  # of text, that an image takes
-CELL = 20  # pixels of a row of text, for sixels, whose size in rows depends on the font
+CELL = (10, 20)  # pixels of a letter, (width, height), of a terminal that does not report them
 _PIECE = 4096  # bytes of one kitty command
 _LEVELS = 6  # of each colour, in sixels
 # thresholds of an ordered dither, in steps of a level: Bayer's matrix of 4 by 4
@@ -45,6 +46,7 @@ class TerminalImages:
 
     def __init__(self, stream: TextIO, protocol: Protocol) -> None:
         self._stream, self._protocol, self._placed = stream, protocol, False
+        self._cell = cell_of(stream)
 
     @classmethod
     def on(cls, stream: TextIO) -> TerminalImages | None:
@@ -57,20 +59,38 @@ class TerminalImages:
         if not self._placed:
             self._stream.write("\n" * ROWS)  # scrolls, so that there is room above
             self._placed = True
-        self._stream.write(f"\x1b7\x1b[{ROWS}A\r{''.join(encoded(pixels, self._protocol))}\x1b8")
+        self._stream.write(f"\x1b7\x1b[{ROWS}A\r{''.join(encoded(pixels, self._protocol, self._cell))}\x1b8")
         self._stream.flush()
 
 
-def encoded(pixels: Pixels, protocol: Protocol) -> Iterator[str]:
-    """Yield the parts of the control sequence that shows pixels uint8 [H, W, 3], ROWS lines high."""
+def cell_of(stream: TextIO) -> tuple[int, int]:
+    """Return the pixels of a letter of a terminal, (width, height), or CELL if it does not report them."""
+    try:
+        import fcntl
+        import termios
+
+        size = fcntl.ioctl(stream.fileno(), termios.TIOCGWINSZ, bytes(8))
+    except (ImportError, OSError, ValueError):
+        return CELL
+    rows, columns, width, height = struct.unpack("4H", size)
+    return (width // columns, height // rows) if 0 < columns <= width and 0 < rows <= height else CELL
+
+
+def encoded(pixels: Pixels, protocol: Protocol, cell: tuple[int, int] = CELL) -> Iterator[str]:
+    """Yield the parts of the control sequence that shows pixels uint8 [H, W, 3], ROWS lines high.
+
+    `cell`: the pixels of a letter, (width, height).
+    """
     if protocol == "sixel":
-        yield sixels(enlarged(pixels, ROWS * CELL))
+        yield sixels(enlarged(pixels, ROWS * cell[1]))
         return
     data = base64.b64encode(png_from_image(pixels)).decode()
     if protocol == "iterm2":
         yield f"\x1b]1337;File=inline=1;height={ROWS};preserveAspectRatio=1:{data}\x07"
         return
-    control = f"a=T,f=100,i=1,q=2,C=1,r={ROWS},"  # number 1, which replaces the one before; no answer; no move of the cursor
+    columns = max(1, round(ROWS * cell[1] / cell[0] * pixels.shape[1] / pixels.shape[0]))  # older versions do not infer them
+    # number 1, which replaces the one before; no answer; no move of the cursor
+    control = f"a=T,f=100,i=1,q=2,C=1,r={ROWS},c={columns},"
     for start in range(0, len(data), _PIECE):
         yield f"\x1b_G{control}m={int(start + _PIECE < len(data))};{data[start : start + _PIECE]}\x1b\\"
         control = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from sdruntime.__main__ import main
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.changes.change import change_manifest
 from sdruntime.bundle.model import LinearPreview
-from sdruntime.cli.terminal_images import ROWS, Protocol, TerminalImages, encoded, enlarged, protocol_of, sixels
+from sdruntime.cli.terminal_images import (
+    CELL,
+    ROWS,
+    Protocol,
+    TerminalImages,
+    cell_of,
+    encoded,
+    enlarged,
+    protocol_of,
+    sixels,
+)
 from sdruntime.errors import UnknownName, Unsupported
 from sdruntime.pipeline.images.imagefile import read_image
 from sdruntime.pipeline.images.png import image_from_png
@@ -158,9 +169,36 @@ def test_kitty_gets_a_png_in_pieces() -> None:
     assert all(len(piece[2]) <= 4096 for piece in pieces if piece)
     controls = [dict(pair.split("=") for pair in piece[1].split(",")) for piece in pieces if piece]
     assert [control.pop("m") for control in controls] == [*["1"] * (len(pieces) - 1), "0"]
-    assert controls[0] == {"a": "T", "f": "100", "i": "1", "q": "2", "C": "1", "r": str(ROWS)}
+    assert controls[0] == {
+        "a": "T",
+        "f": "100",
+        "i": "1",
+        "q": "2",
+        "C": "1",
+        "r": str(ROWS),
+        "c": str(round(ROWS * 2 * 50 / 70)),
+    }
     assert controls[1:] == [{}] * (len(pieces) - 1)
     assert np.array_equal(image_from_png(base64.b64decode("".join(piece[2] for piece in pieces if piece))), noise_image())
+
+
+def test_an_image_keeps_its_proportions_whatever_the_letters_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a terminal of 80x24 letters that reports its pixels, and of one that does not."""
+    termios, fcntl = pytest.importorskip("termios"), pytest.importorskip("fcntl")
+    sizes = {"reported": (24, 80, 80 * 9, 24 * 18), "not reported": (24, 80, 0, 0)}
+    monkeypatch.setattr(fcntl, "ioctl", lambda place, what, room: struct.pack("4H", *sizes[place]))
+    assert termios.TIOCGWINSZ
+    for place, cell in (("reported", (9, 18)), ("not reported", CELL)):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "fileno", lambda place=place: place)
+        assert cell_of(stream) == cell
+    square = np.zeros((8, 8, 3), np.uint8)
+    for cell in ((9, 18), (10, 16), (1, 1)):
+        [control, *_] = encoded(square, "kitty", cell)
+        columns = int(re.search(r"c=(\d+)", control)[1])  # type: ignore[index]
+        assert columns * cell[0] == ROWS * cell[1] or abs(columns * cell[0] - ROWS * cell[1]) <= cell[0] / 2
+        assert "".join(encoded(square, "sixel", cell)).startswith(f'\x1bPq"1;1;{ROWS * cell[1]};{ROWS * cell[1]}')
+    assert cell_of(io.StringIO()) == CELL
 
 
 def test_iterm2_gets_a_png() -> None:
