@@ -30,11 +30,8 @@ PHRASES = {
     r"\bwhat (?:it|they|PyTorch) answered\b": "reference outputs",
     r"\bevery word that\b|\bmends? it\b|\bwhat mends\b": "how to fix it",
 }
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/*.md", "engines/*.md", "examples/*/*.md", "benchmarks/*.md", "reports/*.md", "runtime/*.md")
-    for path in ROOT.glob(pattern)
-)
+TOPS = ("docs", "deploy", "engines", "benchmarks", "reports", "runtime")
+PAGES = sorted(path for pattern in ("*.md", "examples/*/*.md", *(f"{top}/*.md" for top in TOPS)) for path in ROOT.glob(pattern))
 SOURCES = sorted(path for top in ("runtime/sdruntime", "sdexport") for path in (ROOT / top).rglob("*.py"))
 
 
