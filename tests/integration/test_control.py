@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from integration.reference import Array, assert_same_picture, decoded_by, ours
+from integration.reference import Array, assert_same_picture, decoded_by, ours, psnr
 from single_files import controlnet_tensors
 
 from sdruntime.bundle.manifest import load_manifest
+from sdruntime.engines.building import BuildRequest, build_engines
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.control import Control
@@ -174,6 +176,18 @@ def test_an_absent_control_is_bit_equal_to_the_bundle_without(
         _, decoded = ours(plain, request)
     _, controlled = ours(pipe, request)
     assert np.array_equal(decoded, controlled)
+
+
+@pytest.mark.full
+def test_openvino_gives_the_same_image(pipe: Pipeline, sd1_control_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = shutil.copytree(sd1_control_bundle, tmp_path / "bundle")
+    for _ in build_engines(bundle, BuildRequest(backend="openvino", size="64x64", batch="1")):
+        pass
+    with Pipeline.open(bundle, backend="openvino") as other:
+        for settings in ({}, {"control": ()}):
+            request = request_for("two", "ddim", **settings)
+            assert psnr(ours(pipe, request)[1], ours(other, request)[1]) > 90
 
 
 def test_the_net_must_be_one_of_the_bundle_s(pipe: Pipeline) -> None:
