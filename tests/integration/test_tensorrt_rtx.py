@@ -137,6 +137,20 @@ def test_an_image_encoder_and_a_unet_with_an_ip_adapter_are_built_in_half_precis
         assert engines["image_encoder"]["state"] == ("present" if shapes else "done")  # it has no sizes of its own
 
 
+def test_a_controlnet_and_a_unet_with_residuals_are_built_in_half_precision(
+    python: Path, sd1_checkpoint: Path, sd1_controlnets: Path, export: Callable[..., Path]
+) -> None:
+    bundle = export(sd1_checkpoint, precision="fp16", audit=False, controlnets={"controlnet": str(sd1_controlnets / "canny")})
+    names = ("--component", "controlnet", "--component", "unet")
+    engines = built(python, bundle, "--target", "sm86", "--no-verify", *names)
+    assert {name: engine["state"] for name, engine in engines.items()} == {"controlnet": "done", "unet": "done"}
+    opened = Bundle.open(bundle).manifest
+    assert {engine.component: engine.precision for engine in opened.engines} == {"controlnet": "fp16", "unet": "fp16"}
+    residuals = opened.components["controlnet"].outputs
+    assert len(residuals) > 3
+    assert opened.components["unet"].optional_inputs == residuals
+
+
 def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     bundle = bare(shapes_bundle, tmp_path / "bundle")
     before = Bundle.open(bundle).manifest
