@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         NotFinite,
         OutOfSpace,
         QueueFull,
+        QueueTimeout,
         SdruntimeError,
         SettingError,
         UnknownName,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from sdruntime.pipeline.result import Image, Result
     from sdruntime.pipeline.stream import Stream
     from sdruntime.sampling.job import Job, State
-    from sdruntime.serving.batcher import Batcher, ImageFuture, Progress, Timings
+    from sdruntime.serving.batcher import Batcher, Counts, ImageFuture, Progress, Timings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Control",
+    "Counts",
     "DeviceMissing",
     "EngineError",
     "EngineOptions",
@@ -57,6 +59,7 @@ __all__ = [
     "Pipeline",
     "Progress",
     "QueueFull",
+    "QueueTimeout",
     "Request",
     "Result",
     "SdruntimeError",
@@ -79,7 +82,7 @@ _HOMES = {
     "pipeline.requests.request": ("Request",),
     "pipeline.result": ("Image", "Result"),
     "sampling.job": ("Job", "State"),
-    "serving.batcher": ("Batcher", "ImageFuture", "Progress", "Timings"),
+    "serving.batcher": ("Batcher", "Counts", "ImageFuture", "Progress", "Timings"),
 }
 
 

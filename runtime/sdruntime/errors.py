@@ -3,6 +3,7 @@
 SdruntimeError                 1   something failed
 ├── NotFinite                  1   an engine returned NaN or infinite values
 ├── QueueFull                  1   too many requests are waiting
+├── QueueTimeout               1   a request waited for too long
 ├── VerificationFailed         4   outputs differ from the bundle's reference outputs; carries every fault
 ├── SettingError               2   an invalid value: size, steps, sampler, prompt, scheduler setting
 │   ├── UnknownName            2   a name that is not in a list; carries similar names
@@ -65,6 +66,10 @@ class NotFinite(SdruntimeError):
 
 class QueueFull(SdruntimeError):
     """The queue is full: try again later."""
+
+
+class QueueTimeout(SdruntimeError):
+    """A request waited in the queue for longer than its patience."""
 
 
 class VerificationFailed(SdruntimeError):

@@ -26,13 +26,13 @@ import concurrent.futures
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from sdruntime.arrays import Array
-from sdruntime.errors import QueueFull, SdruntimeError, SettingError
+from sdruntime.errors import QueueFull, QueueTimeout, SdruntimeError, SettingError
 from sdruntime.pipeline.denoise import check_latents
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request, requests_from
@@ -55,6 +55,17 @@ class Progress:
     steps: int
     latents: Array | None = None
     clean: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a Batcher does at a moment: requests that wait, jobs that run, and since it was opened the steps of all jobs and the
+    moment of the last step, by `time.monotonic()`."""
+
+    waiting: int
+    running: int
+    steps: int
+    last_step: float
 
 
 @dataclass(slots=True)
@@ -85,6 +96,13 @@ class ImageFuture(concurrent.futures.Future[Image]):
         """
         return self._batcher._cancel(self)
 
+    def finish(self) -> bool:
+        """End its job after the current step, with the estimate of the finished image there. A request that waits is cancelled.
+
+        Return False if it is already done.
+        """
+        return self._batcher._finish(self)
+
     def running(self) -> bool:
         """Return whether its job has joined and is not done."""
         return self._joined and not self.done()
@@ -114,8 +132,10 @@ class _Entry:
     preview: bool
     submitted: float = field(default_factory=time.monotonic)
     joined: float = 0.0
+    deadline: float | None = None  # a moment; after it, it does not start
     reported: int | None = None  # the last step that `progress` was called with
     cancelled: bool = False
+    finishing: bool = False
 
 
 class Batcher:
@@ -137,6 +157,7 @@ class Batcher:
         self._unfinished: dict[ImageFuture, _Entry] = {}
         self._waiting: collections.deque[_Entry] = collections.deque()
         self._open = False
+        self._counted, self._last_step = 0, time.monotonic()
         self._jobs: dict[Job, _Entry] = {}  # used by the generating thread only
         self._thread = threading.Thread(target=self._generate, name="sdruntime-batcher", daemon=True)
 
@@ -152,6 +173,13 @@ class Batcher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def counts(self) -> Counts:
+        """What it does now. May be read from any thread."""
+        with self._changed:
+            waiting = len(self._waiting)
+            return Counts(waiting, len(self._unfinished) - waiting, self._counted, self._last_step)
+
     def submit(
         self,
         request: Request | str,
@@ -159,6 +187,7 @@ class Batcher:
         progress: Callable[[Progress], object] | None = None,
         preview: bool = False,
         done: Callable[[ImageFuture], object] | None = None,
+        patience: float | None = None,
         **settings: Any,
     ) -> ImageFuture:
         """Put a request into the queue, or a prompt with the `settings` of a Request and a random seed. Never waits.
@@ -170,30 +199,47 @@ class Batcher:
         `progress` is called when the job joins and after each of its steps, `done` at its end, both on the generating thread (for
         a job that never ran, on the thread that cancels or closes). That thread waits for them, so they must be quick. An
         exception of `progress` ends the job. `preview`: progress includes the latents, which on a GPU waits for a copy.
+        `patience`: the seconds in the queue after which its exception is QueueTimeout; None for any.
 
         Raises QueueFull; SdruntimeError if the batcher is not open; SettingError for a setting that a Request does not have.
         """
         if not isinstance(request, str | Request):
             raise SettingError(f"submit: expected text or a Request, got {type(request).__name__}")
         if "count" in settings:
-            raise SettingError("submit: count: a submission is one image; submit it several times")
-        [request] = requests_from(request, **settings)
-        future = ImageFuture(self)
-        if done is not None:
-            future.add_done_callback(done)  # type: ignore[arg-type]
+            raise SettingError("submit: count: a submission is one image; for several, see submit_all")
+        requests = requests_from(request, **settings)
+        [future] = self.submit_all(requests, progress=progress, preview=preview, done=done, patience=patience)
+        return future
+
+    def submit_all(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: Callable[[Progress], object] | None = None,
+        preview: bool = False,
+        done: Callable[[ImageFuture], object] | None = None,
+        patience: float | None = None,
+    ) -> list[ImageFuture]:
+        """Put requests into the queue, all of them or, if it has no room for all, none. Otherwise as `submit`."""
+        futures = [ImageFuture(self) for _ in requests]
+        for future in futures:
+            if done is not None:
+                future.add_done_callback(done)  # type: ignore[arg-type]
         with self._changed:
             if not self._open:
                 raise SdruntimeError("the batcher is not open: submit inside `with Batcher(pipe) as batcher:`")
-            if len(self._unfinished) >= self.running + self.queue:
+            if len(self._unfinished) + len(requests) > self.running + self.queue:
                 raise QueueFull(
                     f"{len(self._unfinished)} requests are running or waiting, and the queue holds {self.queue} besides the "
                     f"{self.running} that run: wait for one of them, or open it with a longer queue"
                 )
-            entry = _Entry(future=future, request=request, progress=progress, preview=preview)
-            self._unfinished[future] = entry
-            self._waiting.append(entry)
+            deadline = None if patience is None else time.monotonic() + patience
+            for request, future in zip(requests, futures, strict=True):
+                entry = _Entry(future=future, request=request, progress=progress, preview=preview, deadline=deadline)
+                self._unfinished[future] = entry
+                self._waiting.append(entry)
             self._changed.notify()
-        return future
+        return futures
 
     def close(self) -> None:
         """Cancel unfinished requests, and wait for the thread to end, except in a callback. May be called again."""
@@ -222,6 +268,15 @@ class Batcher:
             self._end(entry)
         return True
 
+    def _finish(self, future: ImageFuture) -> bool:
+        with self._changed:
+            entry = self._unfinished.get(future)
+            if entry is None:
+                return False
+            entry.finishing = True
+            waiting = entry in self._waiting
+        return self._cancel(future) if waiting else True
+
     def _end(self, entry: _Entry, image: Image | None = None, error: BaseException | None = None) -> None:
         with self._changed:
             del self._unfinished[entry.future]
@@ -238,6 +293,8 @@ class Batcher:
                 try:
                     self._admit()
                     for _ in self._pipe.loop(self._jobs, self._steppers):
+                        with self._changed:
+                            self._counted, self._last_step = self._counted + len(self._jobs), time.monotonic()
                         self._leave()
                         self._admit()
                 except Exception as error:
@@ -259,8 +316,20 @@ class Batcher:
             self._changed.wait_for(lambda: self._jobs or self._waiting or not self._open)
             return self._open
 
+    def _expire(self) -> None:
+        """End the requests that waited for too long."""
+        now = time.monotonic()
+        with self._changed:
+            late = [entry for entry in self._waiting if entry.deadline is not None and entry.deadline < now]
+            for entry in late:
+                self._waiting.remove(entry)
+        for entry in late:
+            waited = now - entry.submitted
+            self._end(entry, error=QueueTimeout(f"the request waited for {waited:.1f} s and did not start: try again later"))
+
     def _admit(self) -> None:
         """Start waiting requests while fewer than `running` jobs run."""
+        self._expire()
         while len(self._jobs) < self.running:
             with self._changed:
                 if not self._waiting or not self._has_room_for(self._waiting[0].request):
@@ -292,10 +361,13 @@ class Batcher:
             try:
                 if not entry.cancelled:
                     _report_progress(job, entry)
-                if not job.done and not entry.cancelled:
+                finished = job.done or (entry.finishing and job.run.step > 0)
+                if not finished and not entry.cancelled:
                     continue
                 del self._jobs[job]
                 if not entry.cancelled:
+                    if not job.done:
+                        job.finish_early()
                     image = self._decoded(job, entry)
             except BaseException as raised:
                 error = raised

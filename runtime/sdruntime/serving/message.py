@@ -269,14 +269,22 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """End a job after its current step, with the image so far; see ImageFuture.finish."""
+
+    op: Literal["finish"]
+    job: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
     """Close the service."""
 
     op: Literal["close"]
 
 
-OPERATIONS = {"open": Open, "submit": Submit, "cancel": Cancel, "close": Close}
-Message = Open | Submit | Cancel | Close
+OPERATIONS = {"open": Open, "submit": Submit, "cancel": Cancel, "finish": Finish, "close": Close}
+Message = Open | Submit | Cancel | Finish | Close
 
 
 def message_from_json(document: Any) -> Message:

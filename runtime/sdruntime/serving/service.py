@@ -9,6 +9,7 @@ A message is a JSON object in UTF-8, some with a blob of bytes. From the host:
                                                                 and for each of "controls" its image, RGB8 rows,
                                                                 and for each [W, H] of "image_prompt" an image
     {"op": "cancel", "job": ID}                                 no effect on a finished job
+    {"op": "finish", "job": ID}                                 ends it after its step, with the image so far
     {"op": "close"}                                             cancels all unfinished jobs; answered by "closed", the last event
 
 To the host, each job's events in order and ended by one "done" or "failed":
@@ -18,8 +19,9 @@ To the host, each job's events in order and ended by one "done" or "failed":
     {"event": "started", "job", "steps"}
     {"event": "progress", "job", "step", "steps", "preview": [C, h, w]}     both only with "preview": true;
                                                                 blob: float32, the estimate of the finished latents
-    {"event": "done", "job", "width", "height", "seed", "sampler", "timings", "warnings", "rgb": BYTES, "png": BYTES}
-                                                                blob: RGB8 rows, then the PNG's bytes if requested
+    {"event": "done", "job", "width", "height", "seed", "sampler", "timings", "warnings", "parameters", "rgb", "png": BYTES}
+                                                                blob: RGB8 rows, then the PNG's bytes if requested;
+                                                                parameters: the settings, as in the PNG's text
     {"event": "failed", "job", "code", "message"}               and "reason", the same or "closed"
     {"event": "log", "level": "warning" or "error", "message"}
     {"event": "closed"}
@@ -60,7 +62,7 @@ from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.serving.blob import bytes_of, images_of
 from sdruntime.serving.channel import BadFrame, Channel
 from sdruntime.serving.describe import pipeline_document
-from sdruntime.serving.message import Cancel, Open, Submit, message_from_json
+from sdruntime.serving.message import Cancel, Finish, Open, Submit, message_from_json
 from sdruntime.system.cuda import device_index
 
 CANCELLED = 130
@@ -100,8 +102,8 @@ class Service:
                 self._open(parsed)
             elif isinstance(parsed, Submit):
                 self._submit(parsed, blob, memoryview(blob or b"").nbytes if size is None else size)
-            elif isinstance(parsed, Cancel):
-                self._cancel(parsed.job)
+            elif isinstance(parsed, Cancel | Finish):
+                self._end(parsed)
             else:
                 self._close()
         except Exception as error:
@@ -168,11 +170,11 @@ class Service:
                 done=lambda future: self._finished(message, future),
             )
 
-    def _cancel(self, job: int) -> None:
+    def _end(self, message: Cancel | Finish) -> None:
         with self._lock:
-            future = self._jobs.get(job)
+            future = self._jobs.get(message.job)
         if future is not None:
-            future.cancel()
+            (future.finish if isinstance(message, Finish) else future.cancel)()
 
     def _close(self) -> None:
         """Close the pipeline on a separate thread, which waits for the current step."""
@@ -223,7 +225,8 @@ class Service:
             image = future.result()
             if message.device_buffer is not None and pipe is not None:
                 _copy_to_device(pipe, image.pixels, message.device_buffer)
-            png = png_from_image(image.pixels, image.text()) if message.png else b""
+            text = image.text()
+            png = png_from_image(image.pixels, text) if message.png else b""
         except BaseException as error:
             self._failed(message.job, error)
             return
@@ -235,6 +238,7 @@ class Service:
             "height": height,
             "seed": image.seed,
             "sampler": image.sampler,
+            "parameters": text["parameters"],
             "timings": dataclasses.asdict(future.timings),
             "warnings": future.warnings,
             "rgb": image.pixels.nbytes,

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from computed import SIZE, Feeds, Parts, request_for
 
 from sdruntime.arrays import Array
-from sdruntime.errors import NotFinite, QueueFull, SdruntimeError, SettingError
+from sdruntime.errors import NotFinite, QueueFull, QueueTimeout, SdruntimeError, SettingError
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.sampling.job import Job
@@ -412,3 +413,73 @@ def _collect(faults: list[str], act: Callable[[], object]) -> None:
         act()
     except BaseException as error:
         faults.append(f"{type(error).__name__}: {error}")
+
+
+def test_several_requests_are_taken_all_or_none(parts: Parts, pipe: Pipeline) -> None:
+    requests = [Request(prompt="x", seed=seed, steps=4, size=(64, 64)) for seed in range(4)]
+    with Batcher(pipe, queue=2, running=1) as batcher:
+        with pytest.raises(QueueFull):
+            batcher.submit_all(requests)
+        assert batcher.counts.waiting + batcher.counts.running == 0
+        futures = batcher.submit_all(requests[:3])
+        images = [future.result(WAIT) for future in futures]
+        assert [image.seed for image in images] == [0, 1, 2]
+        counts = batcher.counts
+    assert (counts.waiting, counts.running, counts.steps) == (0, 0, 12)
+    assert 0 <= time.monotonic() - counts.last_step < WAIT
+
+
+def test_a_request_that_waits_for_too_long_does_not_start(parts: Parts, pipe: Pipeline) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(progress: Progress) -> None:
+        entered.set()
+        assert leave.wait(WAIT)
+
+    with Batcher(pipe, running=1) as batcher:
+        first = batcher.submit(Request(prompt="x", steps=2, size=(64, 64)), progress=hold)
+        assert entered.wait(WAIT)
+        late = batcher.submit(Request(prompt="x", steps=2, size=(64, 64)), patience=0.0)
+        patient = batcher.submit(Request(prompt="x", steps=2, size=(64, 64)), patience=WAIT)
+        time.sleep(0.01)
+        leave.set()
+        with pytest.raises(QueueTimeout, match=r"waited for \d+\.\d s and did not start"):
+            late.result(WAIT)
+        assert first.result(WAIT).seed == 0
+        assert patient.result(WAIT).seed == 0
+
+
+def test_a_job_that_finishes_early_gives_the_estimate_of_its_image(parts: Parts, pipe: Pipeline) -> None:
+    """What `preview` shows in full after that step, decoded."""
+    request = Request(prompt="x", seed=3, steps=5, size=(64, 64))
+    stream = pipe.stream(request)
+    for state in stream:
+        if state.step == 2:
+            [expected] = pipe.preview(state.jobs, "full")
+            break
+    futures: list[ImageFuture] = []
+
+    def finish(progress: Progress) -> None:
+        if progress.step == 2:
+            assert futures[0].finish()
+
+    with Batcher(pipe) as batcher:
+        with batcher._changed:
+            futures.append(batcher.submit(request, progress=finish))
+        image = futures[0].result(WAIT)
+        assert not futures[0].finish()
+        np.testing.assert_array_equal(image.pixels, expected)
+        whole = batcher.submit(request).result(WAIT)
+        assert not np.array_equal(whole.pixels, image.pixels)
+
+
+def test_a_request_that_waits_is_cancelled_when_it_is_to_finish(parts: Parts, pipe: Pipeline) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    with Batcher(pipe, running=1) as batcher:
+        first = batcher.submit(Request(prompt="x", steps=1, size=(64, 64)), progress=lambda _: (entered.set(), leave.wait(WAIT)))
+        assert entered.wait(WAIT)
+        second = batcher.submit(Request(prompt="x", steps=1, size=(64, 64)))
+        assert second.finish()
+        assert second.cancelled()
+        leave.set()
+        assert first.result(WAIT).seed == 0
