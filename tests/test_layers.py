@@ -45,7 +45,7 @@ ORDER = {
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile maps depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording embeddings conditioning",
-    "sdruntime.serving": "batcher message blob channel describe service capi",
+    "sdruntime.serving": "batcher message blob channel describe service capi worker metrics job room http",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
     "sdruntime.cli.commands": "build capi inspect lora png_info verify generate sampling",
