@@ -143,7 +143,7 @@ def _conditions(sub: Arguments) -> None:
     setting(sub, "negative_aesthetic_score", "for the refiner: the score of what the image should not be like")
 
 
-def _engines(sub: Arguments) -> None:
+def engines(sub: Arguments) -> None:
     """What runs the model, and with how much memory."""
     sub.add_argument("--backend", default="auto", help="tensorrt, tensorrt-rtx, onnxruntime or openvino (auto)")
     sub.add_argument("--device", type=int, default=0, help="which GPU (0)")
@@ -264,5 +264,5 @@ GROUPS = {
     "second pass": _second_pass,
     "noise": _noise,
     "conditions of SDXL": _conditions,
-    "engines": _engines,
+    "engines": engines,
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdruntime import __version__
-from sdruntime.cli.arguments import generation, sampling
+from sdruntime.cli.arguments import engines, generation, sampling
 from sdruntime.cli.commands.build import build
 from sdruntime.cli.commands.capi import capi
 from sdruntime.cli.commands.generate import generate
@@ -17,6 +17,8 @@ from sdruntime.cli.commands.lora import lora
 from sdruntime.cli.commands.png_info import add_arguments as add_png_info
 from sdruntime.cli.commands.png_info import png_info
 from sdruntime.cli.commands.sampling import samplers, table
+from sdruntime.cli.commands.serve import add_arguments as add_serve
+from sdruntime.cli.commands.serve import serve
 from sdruntime.cli.commands.verify import verify
 from sdruntime.cli.terminal import Parser
 from sdruntime.serving.capi import add_arguments
@@ -57,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("generate", generate, "generate images")
     generation(sub)
+
+    sub = command("serve", serve, "serve images over HTTP: OpenAI's API, jobs, metrics", bundle=False)
+    add_serve(sub)
+    engines(sub)
 
     sub = command("table", table, "print a sampler's table of coefficients; with --json, in full precision", bundle=False)
     sub.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")

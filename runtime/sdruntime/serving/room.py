@@ -7,9 +7,9 @@ runs at a time and one more, so that none of its steps has a free place.
 is longest ago ends, once it is idle. At most MOST_OVERTAKES jobs of open models overtake a job that waits for a closed one: so
 jobs of one model run together, and nobody waits for ever.
 
-**Failures.** A worker that dies or hangs ends its running jobs with the reason "worker_lost". The next one starts after 1, 2, 4, ...
-up to 60 seconds; after MOST_FAILURES in a row, the waiting jobs of its model end too. A worker hangs if it runs jobs and sends
-nothing for `watchdog` seconds, or for 20 times its longest silence so far.
+**Failures.** A worker that dies or hangs ends its running jobs with the reason "worker_lost". The next one starts after 1, 2, 4
+and so on up to 60 seconds; after MOST_FAILURES in a row, the waiting jobs of its model end too. A worker hangs if it runs jobs
+and sends nothing for `watchdog` seconds, or for 20 times its longest silence so far.
 """
 
 from __future__ import annotations

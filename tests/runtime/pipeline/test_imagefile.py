@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sdruntime.errors import LibraryMissing, SettingError
-from sdruntime.pipeline.images.imagefile import _image_from_bytes, fitted, pixels_from, read_image
+from sdruntime.pipeline.images.imagefile import image_from_bytes, fitted, pixels_from, read_image
 from sdruntime.pipeline.images.png import png_from_image
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Image
@@ -222,7 +222,7 @@ def test_any_file_is_an_image_or_one_clear_error(count: int) -> None:
     for number in range(count):
         data = attacked(chance, good)
         try:
-            pixels = _image_from_bytes(data)
+            pixels = image_from_bytes(data)
         except SettingError:
             continue
         except BaseException as error:

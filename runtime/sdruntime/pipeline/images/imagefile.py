@@ -59,7 +59,7 @@ def read_image(path: Path | str) -> Pixels:
     the format requires Pillow.
     """
     try:
-        return _image_from_bytes(_read_file(path))
+        return image_from_bytes(_read_file(path))
     except (SettingError, LibraryMissing) as error:
         raise type(error)(f"{path}: {error}") from error
     except OSError as error:
@@ -84,7 +84,7 @@ def text_from_bytes(data: bytes) -> dict[str, str]:
     kind = _kind(data)
     if kind == "PNG":
         return text_from_png(data)
-    with _opened(data, kind) as image:
+    with opened(data) as image:
         comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
     text = _user_comment(comment) if isinstance(comment, bytes) else str(comment)
     return {"parameters": text} if text else {}
@@ -149,19 +149,28 @@ def write_image(path: Path | str, pixels: Pixels, text: Mapping[str, str], *, ov
     OutOfSpace, LibraryMissing. Without `overwrite`, an existing file is a SettingError.
     """
     path = Path(path)
-    kind = _format(path, "")
-    data = png_from_image(pixels, text) if kind == "PNG" else _encode_by_pillow(path, pixels, kind, text)
+    try:
+        data = bytes_from_image(pixels, text, _format(path, ""))
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from error
     write_file(path, data, overwrite=overwrite)
 
 
-def _encode_by_pillow(path: Path, pixels: Pixels, kind: str, text: Mapping[str, str]) -> bytes:
+def bytes_from_image(pixels: Pixels, text: Mapping[str, str], kind: str, quality: int | None = None) -> bytes:
+    """Return an image file of `kind`, a value of ENDINGS, with `text` as `write_image` stores it.
+
+    `quality`: 1 to 100, of a JPEG or WebP. Raises SettingError, LibraryMissing.
+    """
+    if kind == "PNG":
+        return png_from_image(pixels, text)
     module, out = pillow(), io.BytesIO()
     exif = module.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text["parameters"].encode("utf-16-be", errors="replace")
     try:
-        module.fromarray(pixels).save(out, kind, exif=exif, xmp=text[XMP].encode(), **SAVED[kind])
+        settings = {**SAVED[kind], **({} if quality is None else {"quality": quality})}
+        module.fromarray(pixels).save(out, kind, exif=exif, xmp=text[XMP].encode(), **settings)
     except (OSError, ValueError) as error:
-        raise SettingError(f"{path}: cannot be written as {kind} ({error}): write a .png") from error
+        raise SettingError(f"cannot be written as {kind} ({error}): write a .png") from error
     return out.getvalue()
 
 
@@ -207,7 +216,8 @@ def _kind(data: bytes) -> str:
     return kind
 
 
-def _image_from_bytes(data: bytes) -> Pixels:
+def image_from_bytes(data: bytes) -> Pixels:
+    """Return the pixels of an image file, uint8 [H, W, 3]. Raises as `read_image` does."""
     kind = _kind(data)
     reason = f"a {kind} file"
     if kind == "PNG":
@@ -216,16 +226,16 @@ def _image_from_bytes(data: bytes) -> Pixels:
         except OtherImage as error:
             reason = f"a PNG with {error}"
     try:
-        with _opened(data, kind) as image:
+        with opened(data) as image:
             return _rgb(image)
     except LibraryMissing as error:
         raise LibraryMissing(f"{reason} {error}; without it, only PNGs of 8 bits per channel can be read") from error
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, kind: str) -> Iterator[Any]:
+def opened(data: bytes) -> Iterator[Any]:
     """Open an image with Pillow. Raises SettingError, also for what Pillow raises of a damaged file; LibraryMissing."""
-    module = pillow()
+    module, kind = pillow(), _kind(data)
     try:
         with module.open(io.BytesIO(data), formats=(kind,)) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -34,7 +34,7 @@ def with_tagged(request: Request, folder: Path | str | None) -> Request:
         return request
     if folder is None:
         raise SettingError(f"the prompt has {_first(request)}: name the folder of the LoRAs too (--lora-dir), or use --lora FILE")
-    files = _files(Path(folder))
+    files = files_of(Path(folder))
     loras: list[Lora] = []
     texts = {name: getattr(request, name) for name in ("prompt", "prompt_2")}
     for name, text in texts.items():
@@ -67,7 +67,7 @@ def _first(request: Request) -> str:
     return next(match[0] for text in texts if text is not None and (match := _TAG.search(text)))
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """Return the files of a folder and of those below it, by their names without endings; the first of equal names."""
     if not folder.is_dir():
         raise SettingError(f"--lora-dir {folder}: no such folder")
