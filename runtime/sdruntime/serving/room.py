@@ -83,7 +83,7 @@ class Room:
         self.waiting: collections.deque[RoomJob] = collections.deque()
         self._log, self._options = log, dict(options or {})
         self._numbers = 0
-        self._closing = False
+        self._closing = self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
         self.images = Metric("sdruntime_images_total", "Images by outcome.", "counter", ("outcome",))
@@ -170,7 +170,7 @@ class Room:
 
     async def close(self) -> None:
         """Cancel what is left, end all workers and wait for them."""
-        self._closing = True
+        self._closing = self._closed = True
         if self._ticker is not None:
             self._ticker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -334,7 +334,7 @@ class Room:
             self._end(job, code, message, reason)
 
     def _ended(self, model: Model, reason: str) -> None:
-        left, model.stage, model.worker = model.stage == "leaving", "closed", None
+        left, model.stage, model.worker = model.stage == "leaving" or self._closed, "closed", None
         if left and not model.running:
             self._dispatch()
             return

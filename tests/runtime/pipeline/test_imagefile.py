@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sdruntime.errors import LibraryMissing, SettingError
-from sdruntime.pipeline.images.imagefile import image_from_bytes, fitted, pixels_from, read_image
+from sdruntime.pipeline.images.imagefile import fitted, image_from_bytes, pixels_from, read_image
 from sdruntime.pipeline.images.png import png_from_image
 from sdruntime.pipeline.requests.request import Request
 from sdruntime.pipeline.result import Image

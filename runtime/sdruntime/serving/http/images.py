@@ -52,7 +52,7 @@ def pixels_of(name: str, value: Any, most: int) -> Pixels:
 
 
 def mask_of(name: str, value: Any, most: int) -> Array:
-    """Return a mask as gray uint8 [H, W]: white is generated anew."""
+    """Return a mask as gray uint8 [H, W]: white is generated."""
     return gray_from(pixels_of(name, value, most))
 
 

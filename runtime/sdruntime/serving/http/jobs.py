@@ -70,7 +70,7 @@ async def _form_of(request: Request) -> dict[str, Any]:
 
 
 def document(job: RoomJob, shared: Shared) -> dict[str, Any]:
-    """Return what a client is told of a job."""
+    """Return the description of a job."""
     finished, failure = job.finished, job.failure
     return {
         "id": job.id,
@@ -156,7 +156,7 @@ async def events(request: Request) -> Response:
 
 
 async def _events(job: RoomJob, parts: Shared) -> AsyncIterator[str]:
-    """Yield the changes of a job: what it is now, then each change, and its end. The place in the queue is looked up anew."""
+    """Yield the changes of a job: what it is now, then each change, and its end. While it waits, also its place each second."""
     changes = job.watch()
     following = asyncio.ensure_future(anext(changes))
     shown = None

@@ -1,7 +1,7 @@
 """OpenAI's Images API: generations, edits, variations, models. Its clients work unchanged with `base_url=http://HOST:PORT/v1`.
 
-Beyond its fields: `seed`, `steps`, `guidance`, `negative_prompt`, `sampler`, `schedule`, `strength`. Settings that mean nothing
-here (`quality`, `background`, `moderation`, `style`, `user`, `input_fidelity`) are accepted and have no effect.
+Beyond its fields: `seed`, `steps`, `guidance`, `negative_prompt`, `sampler`, `schedule`, `strength`. Settings without a
+counterpart (`quality`, `background`, `moderation`, `style`, `user`, `input_fidelity`) are accepted and have no effect.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def generations(request: Request) -> Response:
 
 
 async def edits(request: Request) -> Response:
-    """Generate the transparent parts of the mask anew, or its white ones if it has none; without a mask, those of the image."""
+    """Generate the transparent parts of the mask, or its white ones if it has none; without a mask, those of the image."""
     body = await document_of(request)
     _check_object(body)
     images = body.pop("image", None)
@@ -83,15 +83,15 @@ def _ours(body: Mapping[str, Any], most: int) -> dict[str, Any]:
         raise Problem(422, "prompt: expected text", "invalid_request")
     size = body.get("size") or "auto"
     if size != "auto":
-        sides = _SIZE.fullmatch(str(size))
-        if sides is None:
+        matched = _SIZE.fullmatch(str(size))
+        if matched is None:
             raise Problem(422, f"size {size!r}: expected WIDTHxHEIGHT, such as 1024x1024, or auto", "invalid_setting")
-        fields |= {"width": int(sides[1]), "height": int(sides[2])}
+        fields |= {"width": int(matched[1]), "height": int(matched[2])}
     if "image" in body:
         image = pixels_of("image", body["image"], most)
         alpha = transparency_of("mask" if body.get("mask") else "image", body.get("mask") or body["image"])
         mask = mask_of("mask", body["mask"], most) if alpha is None and body.get("mask") else alpha
-        sides = (fields.get("width", image.shape[1]), fields.get("height", image.shape[0]))
+        sides = (int(fields.get("width", image.shape[1])), int(fields.get("height", image.shape[0])))
         fields["image"] = png_from_image(fitted(image, sides, "crop"))
         if mask is not None:
             fields["mask"] = png_from_image(np.repeat(fitted(mask, sides, "crop")[..., None], 3, axis=2))

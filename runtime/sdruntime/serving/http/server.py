@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
 def serve(room: Room, settings: Settings, end: socket.socket, *, drain: float) -> None:
     """Serve until a signal. `end` is a listening socket."""
     config = uvicorn.Config(
-        application(room, settings),  # type: ignore[arg-type]
+        application(room, settings),
         http=Deadlines,
         ws="none",
         lifespan="on",

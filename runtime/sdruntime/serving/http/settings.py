@@ -43,7 +43,7 @@ class Settings:
 
 
 class Jobs:
-    """The jobs that can be asked for: all unfinished ones, and the last finished ones within the limits."""
+    """The jobs that clients can fetch: all unfinished ones, and the last finished ones within the limits."""
 
     def __init__(self, room: Room, limits: Limits) -> None:
         self._room, self._limits = room, limits

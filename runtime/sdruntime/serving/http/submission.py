@@ -105,7 +105,7 @@ def _loras(shared: Shared, loras: Any) -> list[dict[str, Any]]:
     if not isinstance(loras, list) or not all(isinstance(lora, dict) and isinstance(lora.get("name"), str) for lora in loras):
         raise Problem(422, 'loras: expected a list of objects with a "name"', "invalid_request")
     if loras and shared.settings.lora_dir is None:
-        raise Problem(422, "loras: this server has none: start it with --lora-dir", "invalid_setting")
+        raise Problem(422, "loras: not available on this server: start it with --lora-dir", "invalid_setting")
     files = files_of(shared.settings.lora_dir) if shared.settings.lora_dir is not None else {}
     paths = []
     for lora in loras:
