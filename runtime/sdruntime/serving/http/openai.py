@@ -78,7 +78,9 @@ def _check_object(body: Any) -> None:
 
 def _ours(body: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Return our document of a request. Numbers of forms are text. Raises Problem."""
-    fields = {_OURS[key]: _number(key, value) for key, value in body.items() if key in _OURS and value is not None}
+    fields: dict[str, Any] = {
+        _OURS[key]: _number(key, value) for key, value in body.items() if key in _OURS and value is not None
+    }
     if not isinstance(fields.get("prompt"), str):
         raise Problem(422, "prompt: expected text", "invalid_request")
     size = body.get("size") or "auto"
@@ -91,7 +93,7 @@ def _ours(body: Mapping[str, Any], most: int) -> dict[str, Any]:
         image = pixels_of("image", body["image"], most)
         alpha = transparency_of("mask" if body.get("mask") else "image", body.get("mask") or body["image"])
         mask = mask_of("mask", body["mask"], most) if alpha is None and body.get("mask") else alpha
-        sides = (int(fields.get("width", image.shape[1])), int(fields.get("height", image.shape[0])))
+        sides = fields.get("width") or image.shape[1], fields.get("height") or image.shape[0]
         fields["image"] = png_from_image(fitted(image, sides, "crop"))
         if mask is not None:
             fields["mask"] = png_from_image(np.repeat(fitted(mask, sides, "crop")[..., None], 3, axis=2))
