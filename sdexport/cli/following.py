@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 def run_with_progress(events: Generator[ExportProgress | EngineProgress, None, Result], reporter: Reporter) -> Result:
     """Run a build with its progress shown; return its result."""
     from sdexport.build.events import EngineProgress
+    from sdexport.trace.component import PROBE
     from sdruntime.system.events import finish
 
     def show(event: ExportProgress | EngineProgress) -> None:
@@ -25,6 +26,7 @@ def run_with_progress(events: Generator[ExportProgress | EngineProgress, None, R
             else:
                 reporter.show(engine, stage.name, done=stage.done, total=stage.total)
         else:
-            reporter.show(event.component, event.stage.name, done=event.stage.done, total=event.stage.total, unit="B")
+            stage, unit = event.stage, "" if event.component == PROBE else "B"
+            reporter.show(event.component, stage.name, done=stage.done, total=stage.total, unit=unit)
 
     return finish(events, show)

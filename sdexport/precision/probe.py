@@ -8,8 +8,9 @@ random one. Everything follows from seeds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,7 @@ PROMPTS = (
     "(masterpiece:1.4), city street at night in the rain, neon signs, reflections, 4k, highly detailed, wide angle",
 )
 STEPS = 4  # per prompt, over the whole schedule
+PARTS = len(PROMPTS) * (STEPS + 1) + 3
 _SIGMAS = 4.0
 _SEED = 20
 _LIST = "activations.json"
@@ -50,13 +52,16 @@ def check_environment() -> None:
         raise EnvironmentFault(MISSING.format("it is not installed"))
 
 
-def probe(folder: Path) -> None:
+def probe(folder: Path) -> Iterator[int]:
     """Generate images with the float32 bundle in `folder`, and write the activations of its components beside their ONNX.
+
+    Yield how many of PARTS are done: each denoising step, each decoding and each encoding is one.
 
     Raises ExportError if a number is not finite, with the component, the node and the prompt.
     """
     bundle = Bundle.open(folder)
     probed = _Probe(bundle)
+    done = itertools.count(1)
     with Pipeline.over(bundle, probed.engine) as pipe:
         latents, images = [], []
         for number, prompt in enumerate(PROMPTS):
@@ -70,19 +75,24 @@ def probe(folder: Path) -> None:
                 probed.at = f"{prompted}, step {state.step + 1} of {STEPS}"
                 if PREVIEW in bundle.manifest.components:
                     pipe.preview(state.jobs, "tiny")
+                yield next(done)
             latents.append(stream.jobs[0].run.x)
             if number == 0:
                 _control(pipe, probed, prompt, settings)
                 _image_prompt(pipe, probed, prompt, settings)
             probed.at = prompted
             images += pipe.decode(latents[-1:])
+            yield next(done)
         random = np.random.default_rng(_SEED)
         probed.at = f"latents of {_SIGMAS:g} sigma"
         pipe.decode([(_SIGMAS * random.standard_normal(latents[0].shape)).astype(np.float32)])
+        yield next(done)
         probed.at = "an image that the VAE decoded"
         _encode(pipe, np.clip(images[0], -1, 1))
+        yield next(done)
         probed.at = "a random image"
         _encode(pipe, random.uniform(-1, 1, images[0].shape).astype(np.float32))
+        yield next(done)
     for component, engine in probed.engines.items():
         save_activations(folder / component, engine.measuring.activations)
 

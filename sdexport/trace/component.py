@@ -60,10 +60,11 @@ def run(job: ComponentJob) -> Iterator[Stage]:
     """Run the job, yielding its stages. Raises SdexportError, and sdruntime's OutOfSpace."""
     out = Path(job.out)
     if job.component == PROBE:
-        from sdexport.precision.probe import probe
+        from sdexport.precision.probe import PARTS, probe
 
-        yield Stage(name="probe")
-        probe(out)
+        yield Stage(name="probe", total=PARTS)
+        for done in probe(out):
+            yield Stage(name="probe", done=done, total=PARTS)
         return
     with disk_full_as_error(out):
         checkpoint = read_checkpoint(

@@ -44,6 +44,7 @@ FAILURES = [
     (["samplers", "--what", "--json"], "UsageError", 2),
     (["lora", "inspect", "{nowhere}", "--json"], "SettingError", 2),
     (["png-info", "{nowhere}", "--json"], "SettingError", 2),
+    (["serve", "{nowhere}", "--json"], "SettingError", 2),
     (["inspect", "{nowhere}", "--json"], "BundleError", 5),
     (["--json", "inspect", "{nowhere}", "--stale"], "BundleError", 5),
     (["verify", "{bundle}", "--json"], "BundleError", 5),

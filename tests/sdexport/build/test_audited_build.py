@@ -21,7 +21,7 @@ from sdexport.build.export import build
 from sdexport.errors import AuditError, EnvironmentFault, ExportError
 from sdexport.precision.activations import Likeness
 from sdexport.precision.audit import limit
-from sdexport.precision.probe import PROMPTS, STEPS, probe
+from sdexport.precision.probe import PARTS, PROMPTS, STEPS, probe
 from sdexport.trace.component import ComponentJob
 from sdexport.trace.component import run as run_job
 from sdruntime.bundle.audit import Audit
@@ -136,7 +136,7 @@ def test_inspect_tells_the_nodes_the_reasons_and_the_numbers(sd1_checkpoint: Pat
 def audited_job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> ComponentJob:
     """The making of a VAE's encoder in fp16, beside its float32 twin that was probed."""
     reference = Path(shutil.copytree(sd1_bundle, tmp_path / "reference"))
-    probe(reference)
+    assert [*probe(reference)] == [*range(1, PARTS + 1)]
     (tmp_path / "out").mkdir()
     return ComponentJob(
         checkpoint=str(sd1_checkpoint),

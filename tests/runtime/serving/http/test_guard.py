@@ -124,7 +124,7 @@ def quick(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         import os
 
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
-        started = Server(bundle)
+        started = Server(bundle, "--max-steps", "900")
     yield started
     started.stop()
 
@@ -159,7 +159,7 @@ def test_a_client_that_sends_a_byte_at_a_time_is_cut_off(quick: Server) -> None:
 
 
 def test_an_answer_that_takes_long_is_not_cut_off(quick: Server) -> None:
-    job = quick.submit(steps=140)
+    job = quick.submit(steps=900)
     names = [name for name, _ in quick.events(f"/v1/jobs/{job['id']}/events")]
     assert names[-1] == "job"
     assert quick.job(job)["state"] == "done"

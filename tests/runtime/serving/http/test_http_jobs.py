@@ -19,12 +19,14 @@ from sdruntime.__main__ import main
 from sdruntime.pipeline.images.png import png_from_image
 
 pytestmark = pytest.mark.slow
-LONG = 140  # steps: longer than a test needs
+LONG = 900  # steps: longer than a test needs
 
 
 @pytest.fixture(scope="module")
 def server(bundle: Path) -> Iterator[Server]:
-    started = Server(bundle, "--max-pixels", "65536", "--max-images", "4", "--max-jobs", "12", "--queue", "8")
+    started = Server(
+        bundle, "--max-steps", "900", "--max-pixels", "65536", "--max-images", "4", "--max-jobs", "12", "--queue", "8"
+    )
     yield started
     started.stop()
 
@@ -129,7 +131,7 @@ def test_a_form_is_read_like_a_document(server: Server) -> None:
     [
         ({"prompt": 5}, 422, "prompt"),
         ({"steps": 0}, 422, "steps 0 is outside"),
-        ({"steps": 151}, 422, "steps 151: at most 150 on this server"),
+        ({"steps": 901}, 422, "steps 901: at most 900 on this server"),
         ({"width": 512, "height": 512}, 422, "an image of 262,144 pixels: at most 65,536"),
         ({"width": 128, "height": 128, "hires": 4}, 422, "an image of 262,144 pixels"),
         ({"n": 5}, 422, "n 5: expected a whole number from 1 to 4"),

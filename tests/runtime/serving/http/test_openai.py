@@ -166,7 +166,7 @@ def test_a_wrong_token_is_refused(server: Server) -> None:
 
 def test_a_client_that_leaves_cancels_its_images(server: Server) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    body = {"prompt": "left", "size": "64x64", "steps": 900, "n": 3}
+    body = {"prompt": "left", "size": "1024x1024", "steps": 900, "n": 3}
     with pytest.raises(TimeoutError):
         server.ask("POST", "/v1/images/generations", body, headers, timeout=0.5)
     deadline = time.monotonic() + WAIT

@@ -18,28 +18,30 @@ from servers import WAIT, Server
 from sdruntime.__main__ import main
 
 pytestmark = pytest.mark.slow
-LONG = 140
+LONG = 900
+MOST = ("--max-steps", str(LONG))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_and_waiting_images_finish(bundle: Path, number: signal.Signals) -> None:
-    server = Server(bundle, "--running", "1")
-    first, second = server.submit(steps=60), server.submit(steps=2)
-    server.running(first)
+    server = Server(bundle, "--running", "1", *MOST)
+    jobs = [server.submit(steps=LONG), server.submit(steps=2)]
+    streams = [server.events(f"/v1/jobs/{job['id']}/events") for job in jobs]
+    assert [next(stream)[0] for stream in streams] == ["job", "job"]
+    server.running(jobs[0])
     server.signal(number)
     while server.get("/readyz").status == 200:
         pass
     refused = server.post("/v1/jobs", {"prompt": "x"})
     assert (refused.status, "retry-after" in refused.headers) == (503, True)
-    states = [server.over(first)["state"]]
-    assert states == ["done"]
-    del second
+    assert [list(stream)[-1][1]["state"] for stream in streams] == ["done", "done"]
     assert server.wait() == 0
     assert server.log[-1]["event"] == "end"
+    assert not [record for record in server.log if record["event"] == "worker"]
 
 
 def test_a_second_signal_ends_at_once(bundle: Path) -> None:
-    server = Server(bundle)
+    server = Server(bundle, *MOST)
     server.running(server.submit(steps=LONG))
     workers = server.workers()
     assert workers
@@ -53,14 +55,14 @@ def test_a_second_signal_ends_at_once(bundle: Path) -> None:
 
 
 def test_draining_has_a_limit(bundle: Path) -> None:
-    server = Server(bundle, "--drain", "0.2")
+    server = Server(bundle, "--drain", "0.2", *MOST)
     server.running(server.submit(steps=LONG))
     server.signal()
     assert server.wait() == 0
 
 
 def test_a_worker_that_dies_is_told_and_replaced(bundle: Path) -> None:
-    server = Server(bundle)
+    server = Server(bundle, *MOST)
     try:
         job = server.submit(steps=LONG)
         server.running(job)
