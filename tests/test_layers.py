@@ -46,7 +46,7 @@ ORDER = {
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
     "sdruntime.pipeline.text": "added_tokens tokenizer prompt segments editing emphasis chunks wording embeddings conditioning",
     "sdruntime.serving": "batcher message blob channel describe service capi worker metrics job room http",
-    "sdruntime.serving.http": "problem settings guard images submission jobs openai operations app protocol server",
+    "sdruntime.serving.http": "problem settings guard images submission jobs openai a1111 operations app protocol server",
     "sdruntime.verification": "tolerance npz metrics inputs golden report html verify build",
     "sdruntime.cli": "terminal progress terminal_images previews describe outputs commands arguments parser",
     "sdruntime.cli.commands": "build capi inspect lora png_info serve verify generate sampling",

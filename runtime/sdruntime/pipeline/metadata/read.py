@@ -36,7 +36,7 @@ _OURS = "sdruntime "
 _NOT_IN_KEYS = re.compile(r"[^\w \-/]")
 _QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
 # Schedule of the web UI's samplers at "Automatic"; the others have even timesteps.
-_AUTOMATIC: Mapping[str, str] = {
+AUTOMATIC_SCHEDULES: Mapping[str, str] = {
     **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM++ 2S a", "DPM2", "DPM2 a", "Restart"), "karras"),
     **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"), "exponential"),
 }
@@ -172,7 +172,7 @@ def _schedule(pairs: Mapping[str, str], ours: bool) -> dict[str, Any]:
     if "Timestep spacing" in pairs or (ours and kind == AUTOMATIC) or "Sigmas" in pairs:
         return {}
     if kind == AUTOMATIC:
-        kind = _AUTOMATIC.get(pairs.get("Sampler", ""), "")
+        kind = AUTOMATIC_SCHEDULES.get(pairs.get("Sampler", ""), "")
     try:
         return {"schedule": resolve_schedule(kind)} if kind else {}
     except SettingError as error:

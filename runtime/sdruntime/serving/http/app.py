@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sdruntime.errors import SdruntimeError
-from sdruntime.serving.http import jobs, openai, operations
+from sdruntime.serving.http import a1111, jobs, openai, operations
 from sdruntime.serving.http.guard import Guard
 from sdruntime.serving.http.problem import Problem, problem_of
 from sdruntime.serving.http.settings import Jobs, Settings, Shared
@@ -28,7 +28,7 @@ def application(room: Room, settings: Settings) -> Guard:
             yield
 
     app = Starlette(
-        routes=[*jobs.ROUTES, *openai.ROUTES, *operations.ROUTES],
+        routes=[*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *operations.ROUTES],
         lifespan=lifespan,
         exception_handlers={Problem: _refused, SdruntimeError: _refused, HTTPException: _no_route, Exception: _refused},
     )

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from sdruntime import __version__
-from sdruntime.serving.http import jobs, openai
+from sdruntime.serving.http import a1111, jobs, openai
 from sdruntime.serving.http.settings import shared
 from sdruntime.serving.message import ControlMessage, LoraMessage, RequestMessage
 from sdruntime.serving.metrics import Metric, exposition
@@ -46,7 +46,7 @@ async def openapi(request: Request) -> Response:
 def description() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the server."""
     paths: dict[str, dict[str, Any]] = {}
-    for route in (*jobs.ROUTES, *openai.ROUTES, *ROUTES):
+    for route in (*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *ROUTES):
         operations = paths.setdefault(route.path.replace(":path", ""), {})
         for method in sorted((route.methods or set()) - {"HEAD"}):
             operations[method.lower()] = _operation(route, method)
@@ -82,8 +82,9 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     if route.endpoint is jobs.submit:
         schema = {"$ref": "#/components/schemas/Job"}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    elif method == "POST" and route.path.startswith("/v1/images"):
-        kind = "application/json" if route.endpoint is openai.generations else "multipart/form-data"
+    elif method == "POST" and route.path.startswith(("/v1/images", "/sdapi")):
+        form = route.endpoint in (openai.edits, openai.variations)
+        kind = "multipart/form-data" if form else "application/json"
         operation["requestBody"] = {"required": True, "content": {kind: {"schema": {"type": "object"}}}}
     return operation
 
