@@ -103,11 +103,16 @@ class Server:
     def post(self, path: str, body: Any, **headers: str) -> Answer:
         return self.ask("POST", path, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
-    def raw(self, data: bytes, timeout: float = WAIT) -> bytes:
-        """Send bytes, and return all that comes until the server closes the connection, also with bytes of ours unread."""
+    def raw(self, data: bytes, timeout: float = WAIT, *, close: bool = False) -> bytes:
+        """Send bytes, and return all that comes until the server closes the connection, also with bytes of ours unread.
+
+        `close`: say that no more bytes come.
+        """
         received = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout) as end, contextlib.suppress(ConnectionError):
             end.sendall(data)
+            if close:
+                end.shutdown(socket.SHUT_WR)
             while part := end.recv(1 << 16):
                 received += part
         return received

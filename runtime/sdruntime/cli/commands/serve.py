@@ -7,6 +7,7 @@ import ipaddress
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def serve(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             raise SettingError(f"--{name} {getattr(options, name):g}: at least {least}")
     write = _writer(options.log)
+    warnings.simplefilter("ignore", ResourceWarning)  # of a form whose client leaves: its files are closed without a word
     room = Room(
         bundles,
         options=_open_options(options),

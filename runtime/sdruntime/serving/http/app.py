@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from sdruntime.errors import SdruntimeError
@@ -30,7 +30,13 @@ def application(room: Room, settings: Settings) -> Guard:
     app = Starlette(
         routes=[*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *operations.ROUTES],
         lifespan=lifespan,
-        exception_handlers={Problem: _refused, SdruntimeError: _refused, HTTPException: _no_route, Exception: _refused},
+        exception_handlers={
+            Problem: _refused,
+            SdruntimeError: _refused,
+            HTTPException: _no_route,
+            ClientDisconnect: _left,
+            Exception: _refused,
+        },
     )
     app.state.shared = Shared(room=room, settings=settings, jobs=Jobs(room, settings.limits))
     guard = Guard(app, settings)
@@ -41,6 +47,10 @@ def application(room: Room, settings: Settings) -> Guard:
 async def _refused(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     return JSONResponse(problem.document, status_code=problem.status, headers=problem.headers)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # to nobody, and for the log
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -45,6 +45,16 @@ class Deadlines(H11Protocol):
         self._await("", 0)  # uvicorn closes connections that are idle for `timeout_keep_alive`
         super().on_response_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP, and let a request that they interrupt end: its answer has no reader."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def _await(self, what: str, seconds: float) -> None:
         """Set the deadline for a part of a request, unless it is set; "" for none."""
         if what == self._awaited:

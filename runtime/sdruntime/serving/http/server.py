@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,7 +71,21 @@ def serve(room: Room, settings: Settings, end: socket.socket, *, drain: float) -
         h11_max_incomplete_event_size=MOST_HEAD * 2,
     )
     _raise_file_limit()
+    for library in ("uvicorn.error", "python_multipart", "asyncio"):
+        logger = logging.getLogger(library)
+        logger.handlers, logger.propagate = [_Records(settings.log)], False
     Server(config, room, drain).run(sockets=[end])
+
+
+class _Records(logging.Handler):
+    """What the libraries log, as records of ours: warnings and errors, the latter with their tracebacks."""
+
+    def __init__(self, write: Callable[[dict[str, Any]], object]) -> None:
+        super().__init__(logging.WARNING)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write({"event": "http", "level": record.levelname.lower(), "message": self.format(record)})
 
 
 def listening(host: str, port: int) -> socket.socket:
