@@ -381,4 +381,6 @@ ROUTES = [
     _listing("embeddings", lambda parts: {"loaded": {}, "skipped": {}}),
     _listing("upscalers", _upscalers),
     _listing("cmd-flags", lambda parts: {"api": True}),
+    _listing("scripts", lambda parts: {"txt2img": ["controlnet"], "img2img": ["controlnet"]}),
+    *(_listing(path, lambda parts: []) for path in ("hypernetworks", "face-restorers", "prompt-styles")),
 ]

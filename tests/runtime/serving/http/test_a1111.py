@@ -170,7 +170,7 @@ def test_lists(server: Server) -> None:
     assert {"Karras", "SGM Uniform"} <= set(names("schedulers", "label"))
     assert names("sd-models", "title") == ["tiny"]
     assert {"None", "Lanczos", "Latent"} <= set(names("upscalers", "name"))
-    for path in ("sd-vae", "loras", "embeddings", "cmd-flags"):
+    for path in ("sd-vae", "loras", "embeddings", "cmd-flags", "scripts", "hypernetworks", "prompt-styles"):
         assert server.get(f"/sdapi/v1/{path}").status == 200
     options = server.get("/sdapi/v1/options").json
     assert options["sd_model_checkpoint"] == "tiny"
