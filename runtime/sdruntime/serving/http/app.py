@@ -38,6 +38,7 @@ def application(room: Room, settings: Settings) -> Guard:
             Exception: _refused,
         },
     )
+    app.router.redirect_slashes = False  # no answer repeats the Host of its request
     app.state.shared = Shared(room=room, settings=settings, jobs=Jobs(room, settings.limits))
     guard = Guard(app, settings)
     app.state.guard = guard

@@ -192,6 +192,7 @@ def test_a_full_queue_and_a_greedy_client_are_told_when_to_come_again(server: Se
 
 def test_unknown_routes_and_jobs_are_told_as_json(server: Server) -> None:
     assert (server.get("/nothing").status, server.get("/nothing").code) == (404, "not_found")
+    assert server.get("/v1/jobs/").status == 404  # and no redirection
     assert server.ask("PUT", "/v1/jobs", {}).status == 405
     assert server.get("/v1/jobs/none").code == "no_such_job"
     assert server.ask("POST", "/v1/jobs", b"{").code == "invalid_json"
