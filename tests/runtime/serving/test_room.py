@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 WAIT = 60.0
-OPTIONS = {"backend": "fake", "running": 2}
+OPTIONS = {"backend": "fake", "running": 2, "session": {"seconds": "0.005"}}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
@@ -21,12 +22,15 @@ KEPT_CALLS = 1000
 
 
 class FakeEngine:
-    """An engine that records its last KEPT_CALLS calls. Outputs are read-only views of one value, cached by shape."""
+    """An engine that records its last KEPT_CALLS calls. Outputs are read-only views of one value, cached by shape.
 
-    def __init__(self, spec: EngineSpec, component: ComponentSpec, *, fill: float, factor: int) -> None:
+    The session's setting `seconds` is the time of a call.
+    """
+
+    def __init__(self, spec: EngineSpec, component: ComponentSpec, *, fill: float, factor: int, seconds: float = 0.0) -> None:
         self.spec, self.component = spec, component
         self.calls: deque[dict[str, int]] = deque(maxlen=KEPT_CALLS)
-        self._fill, self._factor = fill, factor
+        self._fill, self._factor, self._seconds = fill, factor, seconds
         self._outputs: dict[tuple[int, ...], dict[str, Array]] = {}
         self._closed = False
 
@@ -35,6 +39,8 @@ class FakeEngine:
             raise closed(self.spec)
         dims = check_feeds(self.component, self.spec, feeds)
         self.calls.append(dims)
+        if self._seconds:
+            time.sleep(self._seconds)
         key = tuple(dims.values())
         if key not in self._outputs:
             self._outputs[key] = {
@@ -69,4 +75,6 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     fill = document.get("fill") if isinstance(document, dict) else None
     if isinstance(fill, bool) or not isinstance(fill, (int, float)):
         raise BundleError(bundle.folder, [f"{spec.files[0]}: not the file of a fake engine: it has no number `fill`"])
-    return FakeEngine(spec, bundle.manifest.components[spec.component], fill=fill, factor=bundle.manifest.model.vae_factor)
+    seconds = float(options.session.get("seconds", 0))
+    component, factor = bundle.manifest.components[spec.component], bundle.manifest.model.vae_factor
+    return FakeEngine(spec, component, fill=fill, factor=factor, seconds=seconds)
