@@ -18,6 +18,7 @@ import platform
 import re
 import statistics
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def started(bundle: Path, clients: int) -> tuple[subprocess.Popen[str], int]:
     found = re.search(r":(\d+)\"", process.stderr.readline())
     assert found is not None
     port = int(found[1])
+    threading.Thread(target=process.stderr.read, daemon=True).start()  # else the server would wait for a reader of its log
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/readyz")
