@@ -50,6 +50,11 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Run `sdruntime serve`."""
+    bundles = _bundles(options)
+    token = _token(options)
+    for name, least in (("queue", 1), ("keep", 1), ("drain", 0)):
+        if getattr(options, name) < least:
+            raise SettingError(f"--{name} {getattr(options, name):g}: at least {least}")
     try:
         from sdruntime.serving.http import server
     except ImportError as error:
@@ -57,11 +62,6 @@ def serve(options: argparse.Namespace) -> None:
     from sdruntime.serving.http.settings import Settings
     from sdruntime.serving.room import Room
 
-    bundles = _bundles(options)
-    token = _token(options)
-    for name, least in (("queue", 1), ("keep", 1), ("drain", 0)):
-        if getattr(options, name) < least:
-            raise SettingError(f"--{name} {getattr(options, name):g}: at least {least}")
     write = _writer(options.log)
     warnings.simplefilter("ignore", ResourceWarning)  # of a form whose client leaves: its files are closed without a word
     room = Room(

@@ -208,10 +208,11 @@ def _controls(body: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(scripts, dict):
         raise Problem(422, "alwayson_scripts: expected an object", "invalid_request")
     by_name = {str(name).lower(): value for name, value in scripts.items()}
-    unknown = [name for name, value in by_name.items() if name != "controlnet" and value]
+    controlnet = by_name.pop("controlnet", None) or {}
+    unknown = [name for name, value in by_name.items() if value]
     if unknown:
         raise Problem(422, f"alwayson_scripts: {', '.join(unknown)}: not supported", "unsupported")
-    units = (by_name.get("controlnet") or {}).get("args", [])
+    units = controlnet.get("args", [])
     return {"controls": [_control(unit) for unit in units if isinstance(unit, dict) and unit.get("enabled", True)] or None}
 
 
