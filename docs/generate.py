@@ -7,9 +7,10 @@ python docs/generate.py --check   exit with 1 if one is out of date
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from sdruntime.serving.triton_server.tensors import INPUTS, OUTPUTS, TensorRow
 from sdruntime.verification.report import limit_name
 from sdruntime.verification.tolerance import TOLERANCES
 
@@ -83,9 +84,17 @@ def models() -> str:
     return "\n".join(lines)
 
 
+def tensors(rows: Sequence[TensorRow]) -> str:
+    """Return tensors of the Triton model as a table."""
+    lines = ["| tensor | type | shape | |", "|---|---|---|---|"]
+    lines += [f"| `{row.name}` | {row.dtype} | {'×'.join(map(str, row.dims)).replace('-1', 'n')} | {row.what} |" for row in rows]
+    return "\n".join(lines)
+
+
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/verification.md": {"limits": limits},
     "docs/models.md": {"models": models},
+    "docs/triton.md": {"triton-inputs": lambda: tensors(INPUTS), "triton-outputs": lambda: tensors(OUTPUTS)},
 }
 
 

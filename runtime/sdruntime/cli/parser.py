@@ -19,6 +19,8 @@ from sdruntime.cli.commands.png_info import png_info
 from sdruntime.cli.commands.sampling import samplers, table
 from sdruntime.cli.commands.serve import add_arguments as add_serve
 from sdruntime.cli.commands.serve import serve
+from sdruntime.cli.commands.triton import add_arguments as add_triton
+from sdruntime.cli.commands.triton import triton
 from sdruntime.cli.commands.verify import verify
 from sdruntime.cli.terminal import Parser
 from sdruntime.serving.capi import add_arguments
@@ -63,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("serve", serve, "serve images over HTTP: OpenAI's API, jobs, metrics", bundle=False)
     add_serve(sub)
     engines(sub)
+
+    add_triton(command("triton", triton, "write a model for NVIDIA Triton's model repository"))
 
     sub = command("table", table, "print a sampler's table of coefficients; with --json, in full precision", bundle=False)
     sub.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE")

@@ -45,6 +45,8 @@ FAILURES = [
     (["lora", "inspect", "{nowhere}", "--json"], "SettingError", 2),
     (["png-info", "{nowhere}", "--json"], "SettingError", 2),
     (["serve", "{nowhere}", "--json"], "SettingError", 2),
+    (["triton", "{bundle}", "-o", "{nowhere}", "--queue", "0", "--json"], "SettingError", 2),
+    (["triton", "{nowhere}", "-o", "{out}", "--json"], "BundleError", 5),
     (["inspect", "{nowhere}", "--json"], "BundleError", 5),
     (["--json", "inspect", "{nowhere}", "--stale"], "BundleError", 5),
     (["verify", "{bundle}", "--json"], "BundleError", 5),

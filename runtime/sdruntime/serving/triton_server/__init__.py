@@ -1,0 +1,1 @@
+"""A model for NVIDIA Triton's Python backend."""
