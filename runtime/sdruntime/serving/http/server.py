@@ -91,7 +91,7 @@ class _Records(logging.Handler):
 def listening(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address. Raises SettingError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    end = socket.socket(family, socket.SOCK_STREAM)
+    end = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, so that asyncio sets TCP_NODELAY
     try:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         end.bind((host, port))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import make_bundle, with_fake_engines
@@ -16,6 +18,7 @@ pytest.importorskip("starlette", reason="the server is an extra")
 from servers import WAIT, Server
 
 from sdruntime.__main__ import main
+from sdruntime.serving.http.server import listening
 
 pytestmark = pytest.mark.slow
 LONG = 900
@@ -159,3 +162,27 @@ def test_wrong_arguments_are_refused(
     (places["copy"] / "manifest.json").write_text("{}")
     assert main(["serve", *(word.format(**places) for word in words)]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_small_answer_is_sent_at_once() -> None:
+    """asyncio turns Nagle's algorithm off only for sockets whose protocol is named; else each answer waits 40 ms for an ACK."""
+
+    accepted: list[Any] = []
+
+    class Accepting(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            accepted.append(transport)
+
+    async def no_delay() -> int:
+        with listening("127.0.0.1", 0) as end:
+            server = await asyncio.get_running_loop().create_server(Accepting, sock=end)
+            async with server:
+                _, writer = await asyncio.open_connection(*end.getsockname())
+                while not accepted:
+                    await asyncio.sleep(0)
+                value = accepted[0].get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                accepted[0].abort()
+                writer.close()
+        return int(value)
+
+    assert asyncio.run(no_delay()) == 1
