@@ -37,6 +37,7 @@ _LONGEST_PAUSE = 60.0  # seconds before a worker is started again
 _OPENING = 1800.0  # seconds that a bundle may take to open
 _SILENCES = 20
 _TICK = 0.5
+_LEAVING = 10.0  # seconds for the workers to end when the room closes
 
 Stage = Literal["closed", "opening", "ready", "leaving"]
 
@@ -83,7 +84,7 @@ class Room:
         self.waiting: collections.deque[RoomJob] = collections.deque()
         self._log, self._options = log, dict(options or {})
         self._numbers = 0
-        self._closing = self._closed = False
+        self._closing = self._closed = self._at_once = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
         self.images = Metric("sdruntime_images_total", "Images by outcome.", "counter", ("outcome",))
@@ -168,6 +169,10 @@ class Room:
         """Take no more jobs; those that there are go on."""
         self._closing = True
 
+    def close_at_once(self) -> None:
+        """Let `close`, also if it waits already, kill the workers. May be called in the handler of a signal."""
+        self._closing = self._at_once = True
+
     async def close(self) -> None:
         """Cancel what is left, end all workers and wait for them."""
         self._closing = self._closed = True
@@ -183,9 +188,9 @@ class Room:
             model.running.clear()
             if model.worker is not None:
                 model.worker.leave()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + _LEAVING
         while any(model.worker for model in self.models.values()):
-            if time.monotonic() > deadline:
+            if self._at_once or time.monotonic() > deadline:
                 for model in self.models.values():
                     if model.worker is not None:
                         model.worker.kill()

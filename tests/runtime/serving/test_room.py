@@ -17,6 +17,7 @@ from bundles import make_bundle, with_fake_engines
 from sdruntime.errors import QueueFull, SdruntimeError, UnknownName
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.serving import room as room_module
+from sdruntime.serving import worker as worker_module
 from sdruntime.serving.job import RoomJob
 from sdruntime.serving.metrics import exposition
 from sdruntime.serving.room import LOST, Room
@@ -284,3 +285,27 @@ def test_closing_cancels_what_is_left(bundles: dict[str, Path]) -> None:
 
     run(work, bundles)
     assert {one.state for one in jobs} == {"cancelled"}
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_room_that_closes_at_once_waits_for_no_worker(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """A stopped worker does not leave by itself; neither would one that opens a large bundle."""
+    monkeypatch.setattr(room_module, "_LEAVING", 100 * WAIT)
+    monkeypatch.setattr(worker_module, "_PATIENCE", 100 * WAIT)
+
+    async def work(room: Room) -> None:
+        long = job(steps=LONG)
+        room.submit([long])
+        await until(lambda: long.step > 0)
+        worker = room.models["one"].worker
+        assert worker is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+        closing = asyncio.ensure_future(room.close()) if waits else None
+        await asyncio.sleep(0.05)
+        room.close_at_once()
+        await (closing or room.close())
+        assert long.state == "cancelled"
+
+    run(work, bundles)

@@ -39,6 +39,7 @@ class Server(uvicorn.Server):
             self._room.stop_taking()
             _notify("STOPPING=1")
         else:
+            self._room.close_at_once()  # a worker that opens a bundle, or hangs, would not leave by itself
             self.should_exit = self.force_exit = True
 
     async def main_loop(self) -> None:
