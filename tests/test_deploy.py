@@ -255,9 +255,26 @@ def test_kustomize_builds_what_the_schemas_of_kubernetes_accept(overlay: str, tm
     run(tool("kubernetes-validate"), "--strict", whole)
 
 
-def test_the_schemas_of_kubernetes_accept_the_predictor_as_a_pod(tmp_path: Path) -> None:
+def test_triton_serves_the_bundle_that_is_mounted() -> None:
+    pod = read(DEPLOY / "kubernetes" / "kserve-triton.yaml")["spec"]["predictor"]
+    (container,) = pod["containers"]
+    written, _, started = container["args"][0].partition(" && exec ")
+    options = parser().parse_args(written.split()[1:])
+    assert (written.split()[0], options.bundle) == ("sdruntime", Path(BUNDLE))
+    assert f"tritonserver --model-repository={options.output}" in started
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert {path for path, mount in mounts.items() if not mount.get("readOnly")} == {"/tmp", "/dev/shm"}
+    assert options.output.is_relative_to("/tmp")
+    assert {mount["name"] for mount in mounts.values()} == {volume["name"] for volume in pod["volumes"]}
+    (port,) = container["ports"]
+    assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {port["containerPort"]}
+    assert pod["terminationGracePeriodSeconds"] == GRACE
+
+
+@pytest.mark.parametrize("name", ["kserve", "kserve-triton"])
+def test_the_schemas_of_kubernetes_accept_the_predictor_as_a_pod(name: str, tmp_path: Path) -> None:
     """KServe's own schema is not at hand; its predictor is a PodSpec with the bounds of the replicas added."""
-    pod = dict(pods())["kserve"]
+    pod = read(DEPLOY / "kubernetes" / f"{name}.yaml")["spec"]["predictor"]
     spec = {key: value for key, value in pod.items() if key not in ("minReplicas", "maxReplicas")}
     path = tmp_path / "pod.yaml"
     path.write_text(
