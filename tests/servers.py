@@ -44,7 +44,7 @@ class Server:
     def __init__(self, *arguments: str | Path, ready: bool = True) -> None:
         words = ["serve", *map(str, arguments), "--backend", "fake", "--log", "json"]
         words += ["--session", "seconds=0.005"]  # so that 900 steps take longer than a test needs
-        if "--unix-socket" not in words:
+        if not {"--unix-socket", "--port"} & set(words):
             words += ["--port", "0"]
         self.process = subprocess.Popen(
             module_command("sdruntime", *words), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from sdruntime.errors import SdruntimeError
 from sdruntime.serving.http import a1111, jobs, openai, operations
 from sdruntime.serving.http.guard import Guard
+from sdruntime.serving.http.page import capabilities, files
 from sdruntime.serving.http.problem import Problem, problem_of
 from sdruntime.serving.http.settings import Jobs, Settings, Shared
 from sdruntime.serving.room import Room
@@ -28,7 +29,7 @@ def application(room: Room, settings: Settings) -> Guard:
             yield
 
     app = Starlette(
-        routes=[*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *operations.ROUTES],
+        routes=[*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *capabilities.ROUTES, *operations.ROUTES, *files.ROUTES],
         lifespan=lifespan,
         exception_handlers={
             Problem: _refused,

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from sdruntime import __version__
 from sdruntime.serving.http import a1111, jobs, openai
+from sdruntime.serving.http.page import capabilities
 from sdruntime.serving.http.settings import shared
 from sdruntime.serving.message import ControlMessage, LoraMessage, RequestMessage
 from sdruntime.serving.metrics import Metric, exposition
@@ -46,7 +47,7 @@ async def openapi(request: Request) -> Response:
 def description() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the server."""
     paths: dict[str, dict[str, Any]] = {}
-    for route in (*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *ROUTES):
+    for route in (*jobs.ROUTES, *openai.ROUTES, *a1111.ROUTES, *capabilities.ROUTES, *ROUTES):
         operations = paths.setdefault(route.path.replace(":path", ""), {})
         for method in sorted((route.methods or set()) - {"HEAD"}):
             operations[method.lower()] = _operation(route, method)
@@ -82,7 +83,7 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     if route.endpoint is jobs.submit:
         schema = {"$ref": "#/components/schemas/Job"}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    elif method == "POST" and route.path.startswith(("/v1/images", "/sdapi")):
+    elif method == "POST" and (route.endpoint is capabilities.settings or route.path.startswith(("/v1/images", "/sdapi"))):
         form = route.endpoint in (openai.edits, openai.variations)
         kind = "multipart/form-data" if form else "application/json"
         operation["requestBody"] = {"required": True, "content": {kind: {"schema": {"type": "object"}}}}

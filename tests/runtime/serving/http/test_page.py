@@ -1,0 +1,247 @@
+"""The page at `/` in Chromium: its controls, a reload, two tabs, a server that goes away, a narrow screen.
+
+Every test fails on an error in the console, which includes what the Content-Security-Policy refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="the server is an extra")
+pytest.importorskip("starlette", reason="the server is an extra")
+pytest.importorskip("playwright", reason="drives the browser")
+from playwright import sync_api
+from servers import Server
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+LONG = "900"  # steps: longer than a test needs
+expect = sync_api.expect
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a bundle that has weights for previews."""
+    folder = tmp_path_factory.mktemp("page") / "tiny"
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    weights = [[0.2] * manifest["model"]["latent_channels"]] * 3
+    manifest["model"]["preview"] = {"weights": weights, "bias": [0.1, 0.2, 0.3], "psnr": 10.0}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    started = Server(folder, "--max-steps", LONG, "--max-pixels", "65536", "--max-images", "4", "--running", "1")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with sync_api.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A browser without history, and what its console says."""
+
+    def __init__(self, chromium: Any, address: str, **options: Any) -> None:
+        self.context = chromium.new_context(base_url=address, **options)
+        self.context.set_default_timeout(20_000)
+        self.errors: list[str] = []
+        self.context.on("weberror", lambda error: self.errors.append(str(error.error)))
+        self.context.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+
+    def page(self) -> Any:
+        page = self.context.new_page()
+        page.goto("/")
+        expect(page.locator("#connection")).to_have_text("Ready")
+        return page
+
+
+@pytest.fixture
+def visit(chromium: Any, server: Server) -> Iterator[Visit]:
+    started = Visit(chromium, server.url)
+    yield started
+    started.context.close()
+    assert started.errors == []
+
+
+def generate(page: Any, prompt: str = "a red fox", **fields: str) -> Any:
+    """Fill the form, and submit it. Returns the newest card."""
+    for label, value in {"Prompt": prompt, "Width": "64", "Height": "64", "Steps": "2", **fields}.items():
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_role("button", name="Generate").click()
+    return page.locator("#gallery li").first
+
+
+def test_an_image_is_generated_and_kept(visit: Visit, server: Server) -> None:
+    page = visit.page()
+    card = generate(page, Seed="7", Images="2")
+    expect(page.locator("#gallery img")).to_have_count(2)
+    card.get_by_role("button").click()
+    viewer = page.get_by_role("dialog")
+    expect(viewer.locator("pre")).to_contain_text("Seed: 8")
+    page.keyboard.press("ArrowRight")
+    expect(viewer.locator("pre")).to_contain_text("Seed: 7")
+    with page.expect_download() as download:
+        viewer.get_by_text("Download").click()
+    made = server.over(server.submit(prompt="a red fox", seed=7, steps=2))
+    assert Path(download.value.path()).read_bytes() == server.get(made["image"]).body
+    assert download.value.suggested_filename == "tiny-7.png"
+    page.keyboard.press("Escape")
+    expect(viewer).to_have_count(0)
+    page.reload()
+    expect(page.locator("#gallery img")).to_have_count(2)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red fox")
+
+
+def test_settings_of_an_image_are_one_click_away(visit: Visit) -> None:
+    page = visit.page()
+    page.get_by_label("Sampler").select_option("heun")
+    page.get_by_label("Schedule").select_option("karras")
+    card = generate(page, "an owl <b>", Seed="11", Guidance="3.5", **{"Negative prompt": "dull"})
+    expect(card.locator("img")).to_be_visible()
+    page.get_by_label("Sampler").select_option("")
+    page.get_by_label("Prompt", exact=True).fill("other")
+    card.get_by_role("button").click()
+    page.get_by_role("button", name="Use these").click()
+    for label, value in {
+        "Prompt": "an owl <b>",
+        "Negative prompt": "dull",
+        "Seed": "11",
+        "Guidance": "3.5",
+        "Steps": "2",
+    }.items():
+        expect(page.get_by_label(label, exact=True)).to_have_value(value)
+    expect(page.get_by_label("Sampler")).to_have_value("heun")
+    expect(page.get_by_label("Schedule")).to_have_value("karras")
+    card.get_by_role("button").click()
+    page.get_by_role("button", name="Delete").click()
+    expect(page.locator("#gallery li")).to_have_count(0)
+    expect(page.locator("#empty")).to_be_visible()
+    page.reload()
+    expect(page.locator("#empty")).to_be_visible()
+
+
+def test_progress_preview_and_both_ends(visit: Visit) -> None:
+    page = visit.page()
+    first = generate(page, "first", Steps=LONG)
+    expect(first.locator(".state")).to_contain_text(f"of {LONG}")
+    expect(first.get_by_alt_text("Preview")).to_be_visible()
+    generate(page, "second", Steps=LONG)
+    generate(page, "third", Steps=LONG)
+    card = {name: page.locator("#gallery li", has_text=name) for name in ("first", "second", "third")}
+    expect(card["third"].locator(".state")).to_contain_text("Waiting")
+    card["third"].get_by_role("button", name="Stop").click()
+    expect(card["third"]).to_contain_text("Cancelled")
+    card["first"].get_by_role("button", name="Finish now").click()
+    expect(card["first"].get_by_role("button", name="Open")).to_be_visible()
+    card["second"].get_by_role("button", name="Stop").click()
+    expect(card["second"]).to_contain_text("Cancelled")
+    card["second"].get_by_role("button", name="Delete").click()
+    expect(page.locator("#gallery li")).to_have_count(2)
+
+
+def test_a_job_outlives_a_reload_and_shows_in_other_tabs(visit: Visit) -> None:
+    page, other = visit.page(), visit.page()
+    generate(page, Steps=LONG)
+    expect(other.locator(".state")).to_contain_text(f"of {LONG}")
+    page.reload()
+    expect(page.locator(".state")).to_contain_text(f"of {LONG}")
+    other.get_by_role("button", name="Finish now").click()
+    for tab in (page, other):
+        expect(tab.get_by_role("button", name="Open")).to_be_visible()
+    page.get_by_role("button", name="Open").click()
+    page.get_by_role("button", name="Delete").click()
+    expect(other.locator("#gallery li")).to_have_count(0)
+
+
+def test_an_error_stands_at_its_field(visit: Visit) -> None:
+    page = visit.page()
+    generate(page, Steps="5000")
+    steps = page.get_by_label("Steps", exact=True)
+    expect(steps).to_have_attribute("aria-invalid", "true")
+    expect(page.get_by_role("alert")).to_contain_text("steps")
+    steps.fill("2")
+    expect(page.locator("#problem")).to_be_empty()
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("button", name="Open")).to_be_visible()
+    assert [error for error in visit.errors if "422" not in error] == []
+    visit.errors.clear()
+
+
+def test_a_server_that_goes_away_and_comes_back(chromium: Any, bundle: Path) -> None:
+    first = Server(bundle, "--max-steps", LONG)
+    visit = Visit(chromium, first.url)
+    try:
+        page = visit.page()
+        expect(generate(page, "before", Steps=LONG).locator(".state")).to_contain_text(f"of {LONG}")
+        first.process.kill()
+        first.wait()
+        expect(page.locator("#connection")).to_contain_text("Offline", timeout=10_000)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#problem")).to_contain_text("cannot be reached")
+        second = Server(bundle, "--max-steps", LONG, "--port", str(first.port))
+        try:
+            expect(page.locator("#connection")).to_have_text("Ready", timeout=10_000)
+            expect(page.locator("#gallery li", has_text="before")).to_contain_text("restarted")
+            expect(generate(page, "after").get_by_role("button", name="Open")).to_be_visible()
+        finally:
+            second.stop()
+    finally:
+        first.stop()
+        visit.context.close()
+    assert [error for error in visit.errors if "Failed to load resource" not in error] == []
+
+
+def test_a_token_is_the_password(chromium: Any, bundle: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret-token-of-this-test-0123456789")
+    server = Server(bundle, "--token", token)
+    try:
+        answer = server.get("/")
+        assert (answer.status, answer.headers["www-authenticate"].split()[0]) == (401, "Basic")
+        visit = Visit(chromium, server.url, http_credentials={"username": "any", "password": token.read_text()})
+        expect(generate(visit.page()).get_by_role("button", name="Open")).to_be_visible()
+        visit.context.close()
+    finally:
+        server.stop()
+
+
+def test_on_a_narrow_screen_nothing_is_cut_off(visit: Visit) -> None:
+    page = visit.page()
+    page.set_viewport_size({"width": 360, "height": 740})
+    expect(generate(page, "x" * 200).get_by_role("button", name="Open")).to_be_visible()
+    wide = "() => document.documentElement.scrollWidth - innerWidth"
+    assert page.evaluate(wide) <= 0
+    page.get_by_role("button", name="Open").click()
+    assert page.evaluate("() => document.querySelector('dialog').scrollWidth <= innerWidth")
+    page.get_by_role("button", name="Close").click()
+
+
+def test_the_files_are_cached_by_their_content(server: Server) -> None:
+    first = server.get("/")
+    assert first.status == 200
+    assert "default-src 'self'" in first.headers["content-security-policy"]
+    again = server.get("/", If_None_Match=first.headers["etag"])
+    assert (again.status, again.body) == (304, b"")
+    assert server.get("/page/..%2Ffiles.py").status == 404
+    assert server.get("/favicon.ico").headers["content-type"] == "image/svg+xml"
+
+
+def test_capabilities_and_the_settings_of_a_file(server: Server) -> None:
+    described = server.get("/v1/capabilities").json
+    [model] = described["models"]
+    assert (model["name"], model["stage"], model["abilities"]["size"]) == ("tiny", "ready", [512, 512])
+    assert described["limits"]["steps"] == int(LONG)
+    job = server.over(server.submit(prompt="an owl", sampler="euler", seed=5))
+    read = server.post("/v1/settings", {"parameters": job["parameters"]}).json
+    assert {"prompt": "an owl", "sampler": "euler", "seed": 5, "steps": 2, "width": 64}.items() <= read["fields"].items()
+    assert server.post("/v1/settings", {}).status == 422
+    assert server.post("/v1/settings", {"image": "AAAA"}).code == "invalid_image"
