@@ -189,6 +189,27 @@ def write_controlnet_union(folder: Path, checkpoint: Path, *, seed: int = 13) ->
     return folder
 
 
+def write_t2i_adapter(folder: Path, checkpoint: Path, *, seed: int = 17, **changes: Any) -> Path:
+    """Write a T2I-Adapter for the UNet of a checkpoint, of the type for its blocks."""
+    import torch
+    from diffusers import T2IAdapter
+
+    torch.manual_seed(seed)
+    unet = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+    widths, kinds = unet["block_out_channels"], unet["down_block_types"]
+    levels = len(json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
+    factor = 2 ** (levels - 1)
+    if "Attn" in kinds[0]:
+        config = {"channels": widths, "downscale_factor": factor, "adapter_type": "full_adapter"}
+    else:
+        middle = widths[-1:] if len(widths) == 3 else []
+        config = {"channels": [*widths, *middle], "downscale_factor": 2 * factor, "adapter_type": "full_adapter_xl"}
+    adapter = T2IAdapter(**(config | {"num_res_blocks": 1} | changes))
+    _liven(adapter)
+    adapter.eval().save_pretrained(folder)
+    return folder
+
+
 def write_asymmetric_vae(folder: Path) -> None:
     """Write an AsymmetricAutoencoderKL of VAE factor 8, with a wider decoder."""
     import torch
@@ -210,12 +231,17 @@ def write_asymmetric_vae(folder: Path) -> None:
 
 def prune(folder: Path, model: str) -> None:
     """Replace the UNet of an SDXL checkpoint by one of that kind."""
+    replace_unet(folder, **PRUNED[model])
+
+
+def replace_unet(folder: Path, **changes: Any) -> None:
+    """Replace the UNet of a checkpoint by one of other settings."""
     import torch
     from diffusers import UNet2DConditionModel
 
     config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(8)
-    unet = UNet2DConditionModel.from_config(config | PRUNED[model])
+    unet = UNet2DConditionModel.from_config(config | changes)
     _liven(unet)
     unet.eval().save_pretrained(folder / "unet")
 

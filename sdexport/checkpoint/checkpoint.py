@@ -17,6 +17,7 @@ from typing import Any
 
 from sdexport.checkpoint.configs.controlnet import controlnet_misfits
 from sdexport.checkpoint.configs.misfits import default_size, image_encoder_misfits, misfits, preview_misfits, vae_factor
+from sdexport.checkpoint.configs.t2i_adapter import adapter_misfits
 from sdexport.checkpoint.configs.tables import read_config
 from sdexport.checkpoint.defaults import defaults_of
 from sdexport.checkpoint.folder import DiffusersFolder
@@ -32,6 +33,7 @@ from sdexport.checkpoint.pipelines import (
     OTHERS,
     PARTS,
     SCORE,
+    T2I_ADAPTER,
     TINY_VAE,
     UNSUPPORTED,
     Classes,
@@ -48,7 +50,7 @@ from sdexport.errors import CheckpointError
 from sdruntime.bundle.limits import NOISE_LEVELS
 from sdruntime.bundle.manifest import LONGEST_TEXT, Precision
 from sdruntime.bundle.model import Family, ModelSpec, PredictionType
-from sdruntime.bundle.roles import IMAGE_ENCODER
+from sdruntime.bundle.roles import IMAGE_ENCODER, role
 from sdruntime.bundle.tasks import Task, task_for
 from sdruntime.errors import SettingError, plain
 from sdruntime.pipeline.tasks.upscaling import READS as LOW_RES_READS
@@ -174,7 +176,8 @@ class _Reader:
         if self._preview:
             parts[PREVIEW_VAE] = self._part(PREVIEW_VAE, self._added_class(PREVIEW_VAE, (TINY_VAE,), "--preview-vae"), pipeline)
         for added in self._controlnets:
-            parts[added] = self._part(added, self._added_class(added, CONTROLNETS, "--controlnet"), pipeline)
+            kind, option = ((T2I_ADAPTER,), "--t2i-adapter") if _adapts(added) else (CONTROLNETS, "--controlnet")
+            parts[added] = self._part(added, self._added_class(added, kind, option), pipeline)
         if self._prompted:
             parts[IMAGE_ENCODER] = self._part(IMAGE_ENCODER, IMAGE_ENCODER_CLASS, pipeline)
         scheduler = self._scheduler(index, pipeline)
@@ -188,8 +191,12 @@ class _Reader:
         if self._preview:
             self.faults.extend(preview_misfits(configs[PREVIEW_VAE], configs["vae"]))
         for added in self._controlnets:
-            sizes = {"latents": configs["vae"]["latent_channels"], "factor": vae_factor(configs["vae"])}
-            self.faults.extend(controlnet_misfits(added, configs[added], configs["unet"], **sizes))
+            latents, factor = configs["vae"]["latent_channels"], vae_factor(configs["vae"])
+            self.faults.extend(
+                adapter_misfits(added, configs[added], configs["unet"], factor=factor)
+                if _adapts(added)
+                else controlnet_misfits(added, configs[added], configs["unet"], latents=latents, factor=factor)
+            )
         if self._prompted:
             self.faults.extend(image_encoder_misfits(configs[IMAGE_ENCODER]))
         if task == "inpainting" and index["vae"][1] == ASYMMETRIC_VAE:
@@ -271,6 +278,8 @@ class _Reader:
             if named in kinds:
                 return str(named)
             what = f" ({UNSUPPORTED[named]}), which is not supported," if named in UNSUPPORTED else ""
+            for other, classes in (("--controlnet", CONTROLNETS), ("--t2i-adapter", (T2I_ADAPTER,))):
+                what = f", which is for {other}," if named in classes else what
             self.faults.append(f"{name}/config.json: _class_name {named!r:.80}{what} is not {' or '.join(kinds)} ({option})")
             self._stop_at_faults()
         return kinds[0]
@@ -397,3 +406,7 @@ class _Reader:
             )
         except (ValueError, TypeError) as error:
             raise CheckpointError(self.source.path, [f"the configs do not fit together: {error}"]) from error
+
+
+def _adapts(part: str) -> bool:
+    return role(part).kind == "T2I-Adapter"

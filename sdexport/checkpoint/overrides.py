@@ -23,7 +23,7 @@ from sdexport.checkpoint.weights.ip_adapter import IpAdapter, read_ip_adapter
 from sdexport.errors import CheckpointError
 from sdruntime.bundle.manifest import Precision
 from sdruntime.bundle.model import PredictionType
-from sdruntime.bundle.roles import CONTROLNET, IMAGE_ENCODER
+from sdruntime.bundle.roles import CONTROLNET, IMAGE_ENCODER, T2I_ADAPTER, role, short_name
 from sdruntime.errors import SettingError, shown
 
 _VAE, _VAE_CONFIG, _UNET_CONFIG = "vae", "vae/config.json", "unet/config.json"
@@ -37,9 +37,9 @@ class Overrides:
 
     `prediction_type` replaces the scheduler's. `config` is a diffusers folder whose documents (configs, tokenizers, scheduler)
     replace the checkpoint's own; it needs no weights. `vae` is a folder or file with another VAE. `preview_vae` is a folder with
-    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders and files of ControlNets, by
-    component. `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each. `ip_adapter` is the file of an IP-Adapter, and
-    `image_encoder` the folder of its image encoder; "" for the one beside the file.
+    a tiny VAE whose decoder becomes a component for previews. `controlnets` are folders and files of ControlNets, and
+    folders of T2I-Adapters, by component. `loras` are merged into the weights: FILE:SCALE:TEXT_SCALE each. `ip_adapter` is the
+    file of an IP-Adapter, and `image_encoder` the folder of its image encoder; "" for the one beside the file.
     """
 
     prediction_type: PredictionType | None = None
@@ -61,19 +61,25 @@ class Overrides:
 NO_OVERRIDES = Overrides()
 
 
-def named_controlnets(texts: Iterable[str]) -> dict[str, str]:
+def named_controlnets(controlnets: Iterable[str], t2i_adapters: Iterable[str] = ()) -> dict[str, str]:
     """Return the MODEL of each "[NAME=]MODEL" by the name of its component. Raises SettingError."""
     named: dict[str, str] = {}
-    for text in texts:
-        match = re.fullmatch(r"(?:([a-z0-9][a-z0-9_-]{0,39})=)?(.+)", text)
-        if match is None:
-            raise SettingError(f"--controlnet {shown(text)}: expected MODEL or NAME=MODEL")
-        component = f"{CONTROLNET}_{match[1]}" if match[1] and match[1] != CONTROLNET else CONTROLNET
-        if component in named:
-            which = match[1] or "without a name"
-            raise SettingError(f"--controlnet {shown(text)}: the second one {which}: give each of several a name, as NAME=MODEL")
-        named[component] = match[2]
+    for kind, texts in ((CONTROLNET, controlnets), (T2I_ADAPTER, t2i_adapters)):
+        for text in texts:
+            where = f"{_option_of(kind)} {shown(text)}"
+            match = re.fullmatch(r"(?:([a-z0-9][a-z0-9_-]{0,39})=)?(.+)", text)
+            if match is None:
+                raise SettingError(f"{where}: expected MODEL or NAME=MODEL")
+            component = f"{kind}_{match[1]}" if match[1] and match[1] != kind else kind
+            if short_name(component) in map(short_name, named):
+                which = match[1] or "without a name"
+                raise SettingError(f"{where}: the second one {which}: give each of several a name, as NAME=MODEL")
+            named[component] = match[2]
     return named
+
+
+def _option_of(component: str) -> str:
+    return "--t2i-adapter" if role(component).kind == "T2I-Adapter" else "--controlnet"
 
 
 class Overridden:
@@ -96,7 +102,7 @@ class Overridden:
             lines.append(f"VAE: of {self._vae.path.name} (--vae)")
         if self._preview is not None:
             lines.append(f"decoder of previews: of {self._preview.path.name} (--preview-vae)")
-        lines += [f"{name}: of {source.path.name} (--controlnet)" for name, source in self._added.items()]
+        lines += [f"{name}: of {source.path.name} ({_option_of(name)})" for name, source in self._added.items()]
         if encoder is not None and self._adapter is not None:
             lines.append(f"{IMAGE_ENCODER}: of {encoder.path.name}, for {self._adapter.path.name} (--ip-adapter)")
             self._added[IMAGE_ENCODER] = encoder
@@ -105,6 +111,9 @@ class Overridden:
         self.inferred = tuple(lines)
 
     def _controlnet(self, name: str, path: Path, precision: Precision, allow_pickle: bool) -> DiffusersFolder | PartFile:
+        option, adapts = _option_of(name), role(name).kind == "T2I-Adapter"
+        if path.is_file() and adapts:
+            raise CheckpointError(path, [f"{option}: a single file: give the diffusers folder of the adapter, with config.json"])
         if path.is_file():
             unet: Any = {}
             with contextlib.suppress(OSError, ValueError):  # reported where the config is read
@@ -112,9 +121,10 @@ class Overridden:
             written = without_defaults(unet, _UNET_CONFIG, []) if isinstance(unet, dict) else {}
             return read_controlnet_file(path, name, written, allow_pickle=allow_pickle)
         if not path.is_dir():
-            raise CheckpointError(path, ["--controlnet: no such folder or file"])
-        inner = (path / "controlnet").is_dir() and not (path / "config.json").exists()  # of a pipeline with a ControlNet
-        return DiffusersFolder(path, precision, allow_pickle, places={name: "controlnet" if inner else "."})
+            raise CheckpointError(path, [f"{option}: no such folder or file"])
+        within = "adapter" if adapts else "controlnet"  # of a pipeline with it
+        inner = (path / within).is_dir() and not (path / "config.json").exists()
+        return DiffusersFolder(path, precision, allow_pickle, places={name: within if inner else "."})
 
     def document(self, path: str) -> Any:
         document = self._document(path)

@@ -19,14 +19,14 @@ ASYMMETRIC_VAE = "AsymmetricAutoencoderKL"  # its decoder can also take an image
 CONTROLNET = "ControlNetModel"
 CONTROLNET_UNION = "ControlNetUnionModel"  # one network for maps of several types (xinsir6/ControlNetPlus)
 CONTROLNETS = (CONTROLNET, CONTROLNET_UNION)
+T2I_ADAPTER = "T2IAdapter"
 IMAGE_ENCODER_CLASS = "CLIPVisionModelWithProjection"
 VAES: Classes = (("diffusers", "AutoencoderKL"), ("diffusers", TINY_VAE), ("diffusers", ASYMMETRIC_VAE))
 # other networks that control images, by their class
 UNSUPPORTED: Mapping[str, str] = {
     "MultiControlNetUnionModel": "several ControlNet-Unions, each of which needs a --controlnet of its own",
     "MultiControlNetModel": "several ControlNets, each of which needs a --controlnet of its own",
-    "T2IAdapter": "a T2I-Adapter",
-    "MultiAdapter": "several T2I-Adapters",
+    "MultiAdapter": "several T2I-Adapters, each of which needs a --t2i-adapter of its own",
     "ControlNetXSAdapter": "a ControlNet-XS",
     "UNetControlNetXSModel": "a UNet with a ControlNet-XS",
     "SparseControlNetModel": "a ControlNet for videos",

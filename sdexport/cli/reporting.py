@@ -84,6 +84,8 @@ def overriding(command: Callable[..., Any]) -> Callable[..., Any]:
         command = click.option(name, metavar="DIR" if name == "--config" else "MODEL", help=text)(command)
     net = "Add this ControlNet, a folder, file or Hugging Face model id; NAME=MODEL gives each of several a name; may be repeated"
     command = click.option("--controlnet", "controlnets", multiple=True, metavar="[NAME=]MODEL", help=net)(command)
+    net = "Add this T2I-Adapter, a folder or Hugging Face model id; NAME=MODEL as with --controlnet; may be repeated"
+    command = click.option("--t2i-adapter", "t2i_adapters", multiple=True, metavar="[NAME=]MODEL", help=net)(command)
     lora = "Merge this LoRA, .safetensors, at a strength (1), another one in the text encoders, lbw: by block. May be repeated."
     command = click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE[:TEXT_SCALE]][:lbw=…]", help=lora)(command)
     adapter = "Add this IP-Adapter, .safetensors, for image prompts."

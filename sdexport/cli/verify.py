@@ -40,6 +40,7 @@ def verify(
     preview_vae: str | None,
     loras: tuple[str, ...],
     controlnets: tuple[str, ...],
+    t2i_adapters: tuple[str, ...],
     ip_adapter: str | None,
     image_encoder: str | None,
     allow_pickle: bool,
@@ -56,7 +57,7 @@ def verify(
     if allow_pickle and against is None:
         raise click.UsageError("--allow-pickle is for the weights of a checkpoint: add --against")
     replaced = {"--prediction-type": prediction_type, "--config": config, "--vae": vae, "--preview-vae": preview_vae}
-    replaced |= {"--lora": ", ".join(loras), "--controlnet": ", ".join(controlnets)}
+    replaced |= {"--lora": ", ".join(loras), "--controlnet": ", ".join(controlnets), "--t2i-adapter": ", ".join(t2i_adapters)}
     replaced |= {"--ip-adapter": ip_adapter, "--image-encoder": image_encoder}
     for option, value in replaced.items():
         if value and against is None:
@@ -87,7 +88,7 @@ def verify(
             vae=vae,
             preview_vae=preview_vae,
             loras=loras,
-            controlnets=named_controlnets(controlnets),
+            controlnets=named_controlnets(controlnets, t2i_adapters),
             ip_adapter=ip_adapter,
             image_encoder=image_encoder,
         )

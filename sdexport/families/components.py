@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sdexport.checkpoint.checkpoint import Checkpoint
 from sdexport.checkpoint.configs.controlnet import residuals_of
 from sdexport.checkpoint.configs.misfits import text_width
+from sdexport.checkpoint.configs.t2i_adapter import features_of_adapter, features_of_unet
 from sdexport.checkpoint.configs.tables import IMAGE_PROJECTION
 from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
@@ -25,6 +26,7 @@ from sdruntime.bundle.interface import (
     CONTROL_IMAGE,
     CONTROL_SCALES,
     CONTROL_TYPE,
+    FEATURE,
     IMAGE_BIAS,
     IMAGE_SCALE,
     IMAGE_TOKENS,
@@ -85,12 +87,13 @@ def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
     preview = (_preview_decoder(checkpoint),) if PREVIEW_VAE in checkpoint.parts else ()
     vae, unet = (_vae_encoder(checkpoint), _vae_decoder(checkpoint)), _unet(checkpoint)
     controlnets = tuple(_controlnet(checkpoint, name, unet) for name in of_kind(checkpoint.parts, "ControlNet"))
-    if controlnets:
-        unet = dataclasses.replace(unet, optional_inputs=_residuals(unet.config))
+    adapters = tuple(_t2i_adapter(checkpoint, name) for name in of_kind(checkpoint.parts, "T2I-Adapter"))
+    features = _features(unet.config)[: max((len(adapter.outputs) for adapter in adapters), default=0)]
+    unet = dataclasses.replace(unet, optional_inputs=(*features, *(_residuals(unet.config) if controlnets else ())))
     encoder = (_image_encoder(checkpoint),) if IMAGE_ENCODER in checkpoint.parts else ()
     if encoder:
         unet = dataclasses.replace(unet, optional_inputs=(*unet.optional_inputs, *_image_prompt(*encoder)))
-    return (*_text_encoders(checkpoint), *encoder, *preview, *vae, *controlnets, unet)
+    return (*_text_encoders(checkpoint), *encoder, *preview, *vae, *adapters, *controlnets, unet)
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[Component, ...]:
@@ -167,10 +170,38 @@ def _unet(checkpoint: Checkpoint) -> Component:
 
 
 def _residuals(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    sides = [("height", "width")] + [(f"height/{1 << k}", f"width/{1 << k}") for k in range(1, len(config["block_out_channels"]))]
     return tuple(
-        _float(residual.name, "batch", residual.channels, *sides[residual.divisor.bit_length() - 1])
-        for residual in residuals_of(config)
+        _float(residual.name, "batch", residual.channels, *_sides(residual.divisor)) for residual in residuals_of(config)
+    )
+
+
+def _features(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    """Return the features of T2I-Adapters that a UNet can take."""
+    return tuple(
+        _float(f"{FEATURE}{index}", "batch", feature.channels, *_sides(feature.divisor))
+        for index, feature in enumerate(features_of_unet(config))
+    )
+
+
+def _sides(divisor: int) -> tuple[str, str]:
+    return ("height", "width") if divisor == 1 else (f"height/{divisor}", f"width/{divisor}")
+
+
+def _t2i_adapter(checkpoint: Checkpoint, name: str) -> Component:
+    config, factor = checkpoint.parts[name].config, checkpoint.model.vae_factor
+    features = features_of_adapter(config, factor)
+    cells = config["downscale_factor"] * 2  # of the smallest feature but one
+    return Component(
+        name=name,
+        part=name,
+        wrapper="T2iAdapter",
+        config=config,
+        inputs=(_float(CONTROL_IMAGE, "batch", config["in_channels"], "height", "width"),),
+        outputs=tuple(
+            _float(f"{FEATURE}{index}", "batch", feature.channels, *_sides(factor * feature.divisor))
+            for index, feature in enumerate(features)
+        ),
+        sides={"height": cells * 2, "width": cells * 3},
     )
 
 

@@ -17,6 +17,7 @@ from diffusers import (
     AutoencoderTiny,
     ControlNetModel,
     ControlNetUnionModel,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
@@ -139,7 +140,7 @@ class Unet(nn.Module):
     SDXL's UNet also takes text_embeds [B,P] and time_ids [B,6], its refiner's [B,5]. The inputs of a task
     (sdruntime.bundle.tasks), each [B,·,h,w], are concatenated to `sample` in the order of the arguments. noise_level [B] is a
     whole number. timestep_cond [B,G] is the embedding of the guidance. `residuals`: those of ControlNets, by name, the middle one
-    last; not part of the trace.
+    last; `features`: those of T2I-Adapters, the largest first. Neither is part of the trace.
     h and w may be any: an upsampled image is cropped to the size of the one that it is joined with.
     """
 
@@ -165,6 +166,7 @@ class Unet(nn.Module):
         noise_level: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         residuals: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         added = [tensor for tensor in (mask, masked_image_latents, image_latents, depth, low_res_image) if tensor is not None]
         if added:
@@ -180,6 +182,7 @@ class Unet(nn.Module):
             added_cond_kwargs=pooled,
             down_block_additional_residuals=down or None,
             mid_block_additional_residual=middle,
+            down_intrablock_additional_residuals=list(features.values()) if features else None,
             return_dict=False,
         )[0]
         return output
@@ -250,6 +253,17 @@ class ControlNetUnion(nn.Module):
         )
         factors = conditioning_scale[:, :, None, None, None].unbind(1)
         return tuple(residual * factor for residual, factor in zip((*down, middle), factors, strict=True))
+
+
+class T2iAdapter(nn.Module):
+    """controlnet_cond [B,1|3,H,W] in [0,1] -> features, the largest first."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.weights = T2IAdapter.from_config(_architecture(config))
+
+    def forward(self, controlnet_cond: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.weights(controlnet_cond))
 
 
 class VaeDecoder(nn.Module):
@@ -337,6 +351,7 @@ WRAPPERS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         Unet,
         ControlNet,
         ControlNetUnion,
+        T2iAdapter,
         VaeDecoder,
         VaeEncoder,
         AsymmetricVaeDecoder,

@@ -23,7 +23,7 @@ from sdexport.precision.activations import MISSING, Activations, Feed, MeasuredG
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.interface import control_types
 from sdruntime.bundle.manifest import EngineSpec
-from sdruntime.bundle.roles import CONTROLNET, IMAGE_ENCODER, PREVIEW, of_kind
+from sdruntime.bundle.roles import IMAGE_ENCODER, PREVIEW, of_kind, short_name
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.control import Control
 from sdruntime.pipeline.requests.image_prompt import ImagePrompt
@@ -120,15 +120,13 @@ def save_activations(folder: Path, activations: Activations) -> None:
 
 
 def _control(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, Any]) -> None:
-    """Generate an image with each ControlNet of the bundle."""
-    for number, name in enumerate(of_kind(pipe.bundle.manifest.components, "ControlNet")):
-        net = name.removeprefix(CONTROLNET).removeprefix("_") or CONTROLNET
+    """Generate an image with each ControlNet and each T2I-Adapter of the bundle."""
+    for number, name in enumerate(of_kind(pipe.bundle.manifest.components, "ControlNet", "T2I-Adapter")):
         image = patches(pipe.model.default_size[::-1], _SEED + number)
         kind: dict[str, Any] = {} if control_types(pipe.bundle.manifest.components[name]) is None else {"type": 0}
         probed.at = f"prompt {prompt[:30]!r}… with {name}"
-        for _ in pipe.stream(
-            prompt, seed=_SEED, steps=STEPS, sampler="ddim", control=Control(image=image, net=net, **kind), **settings
-        ):
+        control = Control(image=image, net=short_name(name), **kind)
+        for _ in pipe.stream(prompt, seed=_SEED, steps=STEPS, sampler="ddim", control=control, **settings):
             pass
 
 

@@ -110,7 +110,12 @@ def read_recipe(file: Path) -> Recipe:
         vae=None if text.vae is None else _source(text.vae, file),
         defaults=text.defaults,
         preview_vae=None if text.preview_vae is None else _source(text.preview_vae, file),
-        controlnets=named_controlnets(f"{name}={_source(model, file)}" for name, model in text.controlnets.items()),
+        controlnets=named_controlnets(
+            *(
+                [f"{name}={_source(model, file)}" for name, model in models.items()]
+                for models in (text.controlnets, text.t2i_adapters)
+            )
+        ),
         loras=tuple(str(file.parent / lora) for lora in text.loras),
         embeddings=tuple(_embedding(source, file) for source in text.embeddings),
         precision=text.precision,
@@ -273,6 +278,7 @@ class RecipeText:
     defaults: Defaults = NO_DEFAULTS
     preview_vae: Annotated[str, _check_model] | None = None
     controlnets: Mapping[str, str] = field(default_factory=dict)
+    t2i_adapters: Mapping[str, str] = field(default_factory=dict)
     loras: Annotated[tuple[str, ...], _check_loras] = ()
     embeddings: tuple[str, ...] = ()
     precision: Precision = "fp32"

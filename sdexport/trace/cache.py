@@ -14,7 +14,7 @@ from pathlib import Path
 from sdexport.families.components import Component
 from sdexport.trace.versions import DIGEST, digest_of, versions
 from sdruntime.bundle.records import json_from_record
-from sdruntime.bundle.roles import CONTROLNET, role
+from sdruntime.bundle.roles import role
 from sdruntime.system.durable import replace_file
 
 # settings of the pipeline, not of the network, as are those that begin with "_"
@@ -36,8 +36,8 @@ def trace_key(component: Component) -> str:
     document = json_from_record(component)
     config = {key: value for key, value in component.config.items() if not key.startswith("_") and key not in _IDLE}
     del document["optional_inputs"]  # added to the graph after the trace
-    if role(component.name).kind == "ControlNet":  # a bundle may have several of one architecture
-        document |= {"name": CONTROLNET, "part": CONTROLNET}
+    if (kind := role(component.name).kind) in ("ControlNet", "T2I-Adapter"):  # a bundle may have several of one architecture
+        document |= {"name": kind, "part": kind}
     document |= {"config": config, "versions": versions(), "code": _code()}
     return digest_of(document)
 

@@ -8,16 +8,15 @@ zero, as wide as the operators' broadcasting allows; hence the file states no si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 import onnx_ir as ir
 
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
+from sdexport.trace.features import insert_feature
 from sdexport.trace.image_prompt import insert_image_prompt
 from sdexport.trace.residuals import insert_residual
-from sdruntime.bundle.interface import IMAGE_PROMPT, IMAGE_TOKENS, TOKEN_VECTORS
+from sdruntime.bundle.interface import FEATURE, IMAGE_PROMPT, IMAGE_TOKENS, TOKEN_VECTORS, is_residual
 
 _TABLE = "token_embedding.weight"
 
@@ -28,8 +27,12 @@ def add_optional_inputs(model: ir.Model, component: Component) -> None:
     for place, spec in enumerate(component.optional_inputs, start=len(component.inputs)):
         value = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(spec.shape))
         graph.inputs.insert(place, value)
-        if spec.name not in IMAGE_PROMPT:
-            _INSERT.get(spec.name, insert_residual)(graph, value, component)
+        if spec.name == TOKEN_VECTORS:
+            _insert_token_vectors(graph, value, component)
+        elif spec.name.startswith(FEATURE):
+            insert_feature(graph, value, component, int(spec.name.removeprefix(FEATURE)))
+        elif is_residual(spec.name):
+            insert_residual(graph, value, component)
     if any(spec.name in IMAGE_PROMPT for spec in component.optional_inputs):  # which need each other
         insert_image_prompt(graph, component)
 
@@ -93,7 +96,3 @@ def constant(graph: ir.Graph, name: str, numbers: list[int], kind: ir.DataType =
     value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape([len(numbers)]), const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-# the others are residuals
-_INSERT: Mapping[str, Callable[[ir.Graph, ir.Value, Component], None]] = {TOKEN_VECTORS: _insert_token_vectors}

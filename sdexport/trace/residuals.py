@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from sdexport.errors import ExportError
 from sdexport.families.components import Component
-from sdruntime.bundle.interface import IMAGE_PROMPT
+from sdruntime.bundle.interface import is_residual
 
 _SHORTCUT = re.compile(r"up_blocks\.(\d+)\.resnets\.(\d+)\.conv_shortcut\.weight")
 
@@ -22,8 +22,8 @@ def insert_residual(graph: ir.Graph, residual: ir.Value, component: Component) -
 
     Raises ExportError for a graph that is not as expected.
     """
-    names = [spec.name for spec in component.optional_inputs if spec.name not in IMAGE_PROMPT]
-    joins, place = _joins(graph), names.index(str(residual.name))
+    names = [spec.name for spec in component.optional_inputs if is_residual(spec.name)]
+    joins, place = joins_of(graph), names.index(str(residual.name))
     if len(joins) != len(names) - 1:
         raise ExportError(f"{component.name}: the graph has {len(joins)} skip connections for {len(names) - 1} residuals")
     middle = place == len(joins)
@@ -36,7 +36,7 @@ def insert_residual(graph: ir.Graph, residual: ir.Value, component: Component) -
     join.replace_input_with(index, total.outputs[0])
 
 
-def _joins(graph: ir.Graph) -> list[ir.Node]:
+def joins_of(graph: ir.Graph) -> list[ir.Node]:
     """Return the Concat that joins each skip connection, in the order of the up blocks."""
     joins: dict[tuple[int, int], ir.Node] = {}
     for value in graph.inputs:

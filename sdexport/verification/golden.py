@@ -32,7 +32,7 @@ from sdexport.verification.preview import linear_preview
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import CPU
 from sdruntime.bundle.bundle import Bundle, disk_full_as_error, sha256
-from sdruntime.bundle.interface import IMAGE_PROMPT
+from sdruntime.bundle.interface import FEATURE, IMAGE_PROMPT
 from sdruntime.bundle.limits import any_shape
 from sdruntime.bundle.manifest import ComponentSpec, EngineSpec, Manifest, Precision
 from sdruntime.bundle.roles import role
@@ -91,7 +91,9 @@ class TorchEngine:
         image = {name: optional.pop(name) for name in IMAGE_PROMPT if name in optional}
         attends = prompted(self._module.weights, self._weights, image) if image else contextlib.nullcontext()
         with torch.inference_mode(), attends:
-            outputs = self._module(**tensors, **({"residuals": optional} if optional else {}))
+            features = {name: optional.pop(name) for name in list(optional) if name.startswith(FEATURE)}
+            added = {"residuals": optional, "features": features}
+            outputs = self._module(**tensors, **{name: values for name, values in added.items() if values})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.numpy() for spec, output in zip(self.component.outputs, outputs, strict=True)}
 

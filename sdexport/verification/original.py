@@ -168,7 +168,7 @@ def _hollow_networks(checkpoint: Checkpoint, lend: Lend) -> dict[str, nn.Module]
 
     hollow: dict[str, nn.Module] = {}
     for component in components(checkpoint):
-        if role(component.name).stage != "vae" and role(component.name).kind != "ControlNet":
+        if role(component.name).stage != "vae" and role(component.name).kind not in ("ControlNet", "T2I-Adapter"):
             module = _hollow(functools.partial(_inner, WRAPPERS[component.wrapper], component.config))
             module.forward = _lent(lend, component.name, "weights")
             hollow[component.name] = module

@@ -29,3 +29,8 @@ def size_of(dim: int | str, dims: Mapping[str, int]) -> int:
     name = named_in(dim)
     number = int(dim[len(name) + 1 :] or 1)
     return dims[name] * number if "*" in dim else -(-dims[name] // number)
+
+
+def divisor_of(dim: int | str) -> int:
+    """Return 8 for "height/8", and 1 for a dimension that is no part of another one."""
+    return int(str(dim).partition("/")[2] or 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from sdruntime.bundle.dimensions import divisor_of
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, TensorSpec
 from sdruntime.bundle.roles import IMAGE_ENCODER, PREVIEW, of_kind, role
 from sdruntime.bundle.tasks import GUIDANCE, INPUTS, NOISE_LEVEL, SCORED, SIZES, TIME_IDS, guidance_width, task_of, time_ids_width
@@ -16,6 +17,7 @@ LOGVAR = "latent_logvar"  # of the VAE's posterior; a tiny VAE has none
 # of a ControlNet, beside what the UNet takes: an image in [0, 1], and a factor for each of its residuals
 CONTROL_IMAGE, CONTROL_SCALES = "controlnet_cond", "conditioning_scale"
 CONTROL_TYPE = "control_type"  # of a ControlNet-Union: 1 for the type of the image, 0 for the others
+FEATURE = "feature_"  # of a T2I-Adapter, and an optional input of its UNet: feature_0, feature_1 …
 # of a UNet with an IP-Adapter, optional: tokens of images, what is added to their attention before the softmax (0, or NO_TOKEN
 # for none), and how much they count
 IMAGE_TOKENS, IMAGE_BIAS, IMAGE_SCALE = "image_tokens", "image_bias", "image_scale"
@@ -89,6 +91,7 @@ def interface_faults(manifest: Manifest) -> Iterator[str]:
     for name in of_kind(manifest.components, "denoiser"):
         yield from _image_prompt_faults(manifest, known)
         yield from _control_faults(manifest, required[name][0], known)
+        yield from _adapter_faults(manifest, known)
 
 
 def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | str]) -> Iterator[str]:
@@ -106,6 +109,21 @@ def _control_faults(manifest: Manifest, inputs: Tensors, known: dict[str, int | 
         yield from _faults(f"{name}.outputs", outputs, component.outputs, known, complete=True)
 
 
+def _adapter_faults(manifest: Manifest, known: dict[str, int | str]) -> Iterator[str]:
+    """Yield a fault for each tensor of a T2I-Adapter that does not fit the UNet. Its sides are those of the image."""
+    features, factor = features_of(manifest.components["unet"]), manifest.model.vae_factor
+    expected: dict[str, Shape] = {
+        tensor.name: (*tensor.shape[:2], *(f"{side}/{factor * divisor_of(tensor.shape[-1])}" for side in ("height", "width")))
+        for tensor in features
+    }
+    for name in of_kind(manifest.components, "T2I-Adapter"):
+        component = manifest.components[name]
+        channels = next((tensor.shape[1:2] for tensor in component.inputs if tensor.name == CONTROL_IMAGE), (3,))
+        image: Shape = ("batch", 1 if channels == (1,) else 3, "height", "width")  # grey or RGB
+        yield from _faults(f"{name}.inputs", {CONTROL_IMAGE: image}, component.inputs, known, complete=True)
+        yield from _faults(f"{name}.outputs", expected, component.outputs, known, complete=True)
+
+
 def _image_prompt_faults(manifest: Manifest, known: dict[str, int | str]) -> Iterator[str]:
     """Yield a fault for each tensor of an IP-Adapter that the UNet lacks or has in another shape."""
     unet = manifest.components["unet"]
@@ -118,7 +136,22 @@ def _image_prompt_faults(manifest: Manifest, known: dict[str, int | str]) -> Ite
 
 def residuals_of(unet: ComponentSpec) -> tuple[TensorSpec, ...]:
     """Return the residuals of ControlNets that a UNet takes."""
-    return tuple(tensor for tensor in unet.optional_inputs if tensor.name not in IMAGE_PROMPT)
+    return tuple(tensor for tensor in unet.optional_inputs if is_residual(tensor.name))
+
+
+def is_residual(name: str) -> bool:
+    """Return whether an optional input of a UNet is a residual of ControlNets."""
+    return name not in IMAGE_PROMPT and not name.startswith(FEATURE)
+
+
+def features_of(unet: ComponentSpec) -> tuple[TensorSpec, ...]:
+    """Return the features of T2I-Adapters that a UNet takes."""
+    return tuple(tensor for tensor in unet.optional_inputs if tensor.name.startswith(FEATURE))
+
+
+def pixels_of_cell(adapter: ComponentSpec) -> int:
+    """Return how many pixels make a side of a cell of a T2I-Adapter's first feature: an image must have whole cells."""
+    return divisor_of(adapter.outputs[0].shape[-1])
 
 
 def takes_image_prompt(unet: ComponentSpec) -> bool:

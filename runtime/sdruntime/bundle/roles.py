@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal[
-    "text encoder", "image encoder", "denoiser", "ControlNet", "VAE decoder", "VAE encoder", "preview decoder", "sampler step"
+    "text encoder",
+    "image encoder",
+    "denoiser",
+    "ControlNet",
+    "T2I-Adapter",
+    "VAE decoder",
+    "VAE encoder",
+    "preview decoder",
+    "sampler step",
 ]
 
 
@@ -37,7 +45,8 @@ class Role:
 
 PREVIEW = "preview_decoder"
 IMAGE_ENCODER = "image_encoder"  # of an IP-Adapter
-CONTROLNET = "controlnet"  # a bundle may have more of them: controlnet_NAME
+# a bundle may have more of them: controlnet_NAME, t2i_adapter_NAME
+CONTROLNET, T2I_ADAPTER = "controlnet", "t2i_adapter"
 _TEXT_ENCODER = Role(kind="text encoder", rows="texts", stage="text")
 ROLES: Mapping[str, Role] = {
     "text_encoder": _TEXT_ENCODER,
@@ -45,6 +54,7 @@ ROLES: Mapping[str, Role] = {
     IMAGE_ENCODER: Role(kind="image encoder", rows="texts", stage="text", late=True),
     "unet": Role(kind="denoiser", rows="guided", stage="denoise"),
     CONTROLNET: Role(kind="ControlNet", rows="guided", stage="denoise", late=True),
+    T2I_ADAPTER: Role(kind="T2I-Adapter", rows="images", stage="text", in_pixels=True, late=True),
     "vae_decoder": Role(kind="VAE decoder", rows="images", stage="vae"),
     "vae_encoder": Role(kind="VAE encoder", rows="images", stage="vae", in_pixels=True, late=True),
     PREVIEW: Role(kind="preview decoder", rows="images", stage="vae", late=True),
@@ -58,9 +68,18 @@ def role(component: str) -> Role:
 
 
 def _known(component: str) -> Role | None:
-    return ROLES.get(CONTROLNET if component.startswith(f"{CONTROLNET}_") else component)
+    named = next((name for name in (CONTROLNET, T2I_ADAPTER) if component.startswith(f"{name}_")), component)
+    return ROLES.get(named)
 
 
 def of_kind(components: Iterable[str], *kinds: Kind) -> list[str]:
     """Return the components whose role is one of `kinds`."""
     return [name for name in components if (part := _known(name)) is not None and part.kind in kinds]
+
+
+def short_name(component: str) -> str:
+    """Return the name that requests call a ControlNet or a T2I-Adapter by: "canny" for controlnet_canny."""
+    for name in (CONTROLNET, T2I_ADAPTER):
+        if component.startswith(f"{name}_"):
+            return component.removeprefix(f"{name}_")
+    return component

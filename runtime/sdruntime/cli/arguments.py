@@ -150,7 +150,9 @@ def engines(sub: Arguments) -> None:
     sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: the library decides)")
     sub.add_argument("--session", action="append", default=[], metavar="KEY=VALUE", help="a setting of the engine library")
     sub.add_argument("--no-measure", action="store_true", help="do not time CPU engines to find the fastest")
-    sub.add_argument("--low-memory", action="store_true", help="keep one component on the GPU at a time")
+    sub.add_argument(
+        "--low-memory", action="store_true", help="keep one component on the GPU at a time; on a CPU, fp16 weights as they are"
+    )
     sub.add_argument("--vram-budget", metavar="SIZE", help="how much GPU memory to use: 4G, 600M (all that is free)")
     tiles = (
         "run the VAE on overlapping tiles: off, their side in pixels, or auto: if the image is too large for its engines (auto)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sdruntime.backends.base.engine import Engine
 from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.interface import CONTROL_IMAGE, CONTROL_SCALES, CONTROL_TYPE, control_types, is_pooled, residuals_of
 from sdruntime.bundle.manifest import ComponentSpec
-from sdruntime.bundle.roles import CONTROLNET, of_kind
+from sdruntime.bundle.roles import of_kind, role, short_name
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError, UnknownName
 from sdruntime.pipeline.images.maps import CANNY, PREPROCESSORS, canny, marked
@@ -30,10 +31,11 @@ Components = Mapping[str, ComponentSpec]
 
 
 def component_of(control: Control, components: Components) -> str:
-    """Return the component of a control's ControlNet. Raises SettingError and UnknownName."""
-    nets = {name.removeprefix(CONTROLNET).removeprefix("_") or CONTROLNET: name for name in of_kind(components, "ControlNet")}
+    """Return the component of a control's ControlNet or T2I-Adapter. Raises SettingError and UnknownName."""
+    nets = {short_name(name): name for name in of_kind(components, "ControlNet", "T2I-Adapter")}
     if not nets:
-        raise SettingError("control: the bundle has no ControlNet: export it again with --controlnet MODEL")
+        advice = "export it again with --controlnet MODEL or --t2i-adapter MODEL"
+        raise SettingError(f"control: the bundle has no ControlNet and no T2I-Adapter: {advice}")
     if control.net is None:
         if len(nets) > 1:
             raise SettingError(f"control: which ControlNet? Give its name as net (net=): {', '.join(nets)}")
@@ -46,8 +48,7 @@ def component_of(control: Control, components: Components) -> str:
 def control_inputs(request: Request, size: tuple[int, int], calls: int, components: Components) -> tuple[ControlInput, ...]:
     """Return the inputs of a request's ControlNets for an image of `size`, (width, height), in so many model calls."""
     inputs = []
-    for control in request.controls:
-        name = component_of(control, components)
+    for control, name in controls_of_kind("ControlNet", request, components):
         types = _checked_type(control, name, components[name])
         count, pooled = len(components[name].outputs), is_pooled(components[name])
         weights = np.logspace(-1, 0, count) if request.guess_mode and not pooled else np.ones(count)
@@ -55,13 +56,21 @@ def control_inputs(request: Request, size: tuple[int, int], calls: int, componen
         inputs.append(
             ControlInput(
                 component=name,
-                image=_image(control, size),
+                image=control_image(control, size),
                 factors=(acts[:, None] * weights * control.scale).astype(np.float32),
                 conditional_only=request.guess_mode or pooled,
                 type=None if types is None else np.eye(types, dtype=np.float32)[control.type],
             )
         )
     return tuple(inputs)
+
+
+def controls_of_kind(
+    kind: Literal["ControlNet", "T2I-Adapter"], request: Request, components: Components
+) -> list[tuple[Control, str]]:
+    """Return the controls of a request that networks of this kind read, and their components."""
+    named = [(control, component_of(control, components)) for control in request.controls]
+    return [(control, name) for control, name in named if role(name).kind == kind]
 
 
 def _checked_type(control: Control, name: str, net: ComponentSpec) -> int | None:
@@ -77,12 +86,11 @@ def _checked_type(control: Control, name: str, net: ComponentSpec) -> int | None
 
 def sums_on_host(request: Request, components: Components) -> bool:
     """Return whether the residuals of a request's ControlNets are more than outputs of one that can be inputs of the UNet."""
-    return len(request.controls) > 1 or any(
-        is_pooled(components[component_of(control, components)]) for control in request.controls
-    )
+    used = controls_of_kind("ControlNet", request, components)
+    return len(used) > 1 or any(is_pooled(components[name]) for _, name in used)
 
 
-def _image(control: Control, size: tuple[int, int]) -> Array:
+def control_image(control: Control, size: tuple[int, int]) -> Array:
     """Return a control's image at `size`, float32 [3, H, W] in [0, 1], or -1 where it is masked, resized by Lanczos."""
     part = _fitted(control, control.pixels, size)
     if control.preprocess == CANNY:
@@ -118,6 +126,12 @@ def stretched_lines(request: Request, size: tuple[int, int]) -> Iterator[str]:
         height, width = control.pixels.shape[:2]
         if control.fit == "resize" and abs(width * size[1] / (height * size[0]) - 1) > 0.01:
             yield f"control: the image of {width}x{height} is stretched to {size[0]}x{size[1]}: fit crop keeps its proportions"
+
+
+def guess_lines(request: Request, components: Components) -> Iterator[str]:
+    """Yield a line if guess_mode has no ControlNet to act on."""
+    if request.guess_mode and not controls_of_kind("ControlNet", request, components):
+        yield "guess_mode has no effect on a T2I-Adapter"
 
 
 def residuals(

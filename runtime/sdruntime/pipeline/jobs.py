@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from sdruntime.adapters.embedding import Embedding
 from sdruntime.adapters.sets import AdapterSet
@@ -18,7 +19,7 @@ from sdruntime.bundle.roles import role
 from sdruntime.bundle.tasks import GUIDANCE, TIME_IDS, guidance_width, task_of, time_ids_width
 from sdruntime.engines.pool import Engines
 from sdruntime.errors import EngineError, SettingError, Unsupported
-from sdruntime.pipeline.control import component_of, control_inputs, stretched_lines, sums_on_host
+from sdruntime.pipeline.control import component_of, control_inputs, guess_lines, stretched_lines, sums_on_host
 from sdruntime.pipeline.images.pixels import to_uint8
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.loras import Loras
@@ -31,6 +32,7 @@ from sdruntime.pipeline.tasks.micro_conditions import check_conditions, time_ids
 from sdruntime.pipeline.tasks.passes import LATENT_KERNELS, PIXEL_KERNELS, Pass, Place, passes_of, placed, refined, rounded_line
 from sdruntime.pipeline.tasks.sizes import Shape, cells_of, latent_shape, pixels_of
 from sdruntime.pipeline.tasks.start import Setting, Start
+from sdruntime.pipeline.tasks.t2i_adapter import Features, check_adapters, features_by_step
 from sdruntime.pipeline.tasks.tables import Tables
 from sdruntime.pipeline.text.conditioning import Condition, Conditioner, cut_lines
 from sdruntime.pipeline.text.embeddings import embeddings_of
@@ -48,6 +50,7 @@ from sdruntime.sampling.samplers import identified
 from sdruntime.sampling.table import Table
 
 SCHEDULER = "scheduler/scheduler_config.json"
+Value = TypeVar("Value")
 GetEngine = Callable[..., Engine]  # (component, rows=…, height=…, …), as `Pipeline.engine`
 
 
@@ -137,6 +140,8 @@ class JobFactory:
                 check_conditions(place.step.request, factory._time_ids)
                 factory.latent_shape(place.step.request)
                 factory._guidances(place)
+                if not place.step.refines:
+                    check_adapters(place.step.request, self._size(place.step.request), self._components)
 
     def jobs(self, requests: Sequence[Request], engine: GetEngine) -> list[Job]:
         """Return a job for each checked request: its texts are encoded and its first latents are made.
@@ -235,8 +240,9 @@ class JobFactory:
             unet = self._engines.choose("unet", height=height, width=width)
             if adapters is not None:
                 self._engines.check_adapters(unet)
-            for control in controls:
-                self._engines.choose(component_of(control, self._components), height=height, width=width)
+            for component in [component_of(control, self._components) for control in controls]:
+                cell = cell_of(component, self._model.vae_factor)
+                self._engines.choose(component, height=height * cell, width=width * cell)
             for component in ("vae_decoder", *(["vae_encoder"] if encodes else [])):
                 per_cell = cell_of(component, self._model.vae_factor)
                 tiles = tiling(self._engines, component, self._model.vae_factor, height, width)
@@ -336,12 +342,15 @@ class JobFactory:
             more = [{TIME_IDS: ids} for ids in reversed(time_ids(request, size, self._time_ids))]
         if self._guidance_width is not None:
             more[0][GUIDANCE] = guidance_embedding(request.guidances[0], self._guidance_width)
+        features: dict[int, Features] = {0: {}}
         if not stage.step.refines:
             for own, entries in zip(more, self._image_prompts.rows(request, stage.engine), strict=True):
                 own.update(entries)
+            features = features_by_step(request, size, table.steps, self._components, stage.engine, self._folder)
         rows = {}
-        for step, pairs in encoded.items():
-            texts_of_rows = [{**text.row, **added} for (_, text), added in zip(pairs, more, strict=False)]
+        for step in sorted({*encoded, *features}):
+            texts, steering = _since(encoded, step), _since(features, step)
+            texts_of_rows = [{**text.row, **added, **steering} for (_, text), added in zip(texts, more, strict=False)]
             rows[step] = rows_of(self.task, texts_of_rows[::-1], start.inputs)
         return Job(
             run=Run(table, start.latents, lambda: noise.normal(shape)),
@@ -366,6 +375,7 @@ class JobFactory:
         if stage.step.refines and stage.step.request.controls:
             yield "control has no effect on the steps of the refiner"
         elif stage.step.request.controls:
+            yield from guess_lines(stage.step.request, self._components)
             yield from stretched_lines(stage.step.request, self._size(stage.step.request))
             if sums_on_host(stage.step.request, self._components):
                 yield from self._host_lines()
@@ -406,6 +416,11 @@ class JobFactory:
 
 def _with(engine: GetEngine, adapters: AdapterSet | None) -> GetEngine:
     return engine if adapters is None else functools.partial(engine, adapters=adapters)
+
+
+def _since(values: Mapping[int, Value], step: int) -> Value:
+    """Return the value of the last key that is not after `step`."""
+    return values[max(start for start in values if start <= step)]
 
 
 def _linked(

@@ -21,6 +21,7 @@ import numpy as np
 from sdruntime.arrays import Array
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.dimensions import named_in, size_of
+from sdruntime.bundle.interface import pixels_of_cell
 from sdruntime.bundle.limits import LARGEST_DIM, NOISE_LEVELS
 from sdruntime.bundle.manifest import ComponentSpec, Manifest, Precision
 from sdruntime.bundle.records import json_from_record, record_from_json
@@ -170,8 +171,9 @@ def cases_of(manifest: Manifest, vocabulary: Mapping[str, int]) -> tuple[Case, .
             sized = {"height", "width"} <= set(spec.dimensions)
             if name == "own" and (not sized or (part.stage == "vae" and height * width > _LARGEST_VAE)):
                 continue
-            unit = part.factor(model.vae_factor)
-            sizes = {"batch": rows, "height": height // unit, "width": width // unit, "sequence": manifest.text_length}
+            unit, cell = part.factor(model.vae_factor), pixels_of_cell(spec) if part.kind == "T2I-Adapter" else 1
+            high, wide = (max(1, side // unit // cell) * cell for side in (height, width))
+            sizes = {"batch": rows, "height": high, "width": wide, "sequence": manifest.text_length}
             dims = {dim: sizes[dim] for dim in spec.dimensions}
             cases.append(Case(component=component, name=name, seed=1000 + len(cases), dims=dims, below=below))
         if part.kind == "denoiser" and spec.optional_inputs:

@@ -290,7 +290,7 @@ def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference |
 def _work(job: Message, send: Callable[[Message], None]) -> Message:
     """Verify a bundle for a build, and return the report's faults and the number of checks that ran."""
     bundle = Bundle.open(job["bundle"])
-    report = report_of(bundle, verify(bundle))
+    report = report_of(bundle, verify(bundle, options=EngineOptions(low_memory=True)))
     return {"ran": report.ran, "faults": report.faults()}
 
 

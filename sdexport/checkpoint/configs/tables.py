@@ -1,8 +1,8 @@
 """List the keys of config.json for each class of network, with their defaults and the supported values.
 
 A key is *read* (the traced network or the runtime uses it) or *idle* (it affects no image). Unsupported values and unknown keys
-are refused by name. Keep equal to diffusers' UNet2DConditionModel, AutoencoderKL and ControlNetModel, and to transformers'
-CLIPTextConfig and CLIPVisionConfig: tests/sdexport/checkpoint/test_configs.py compares keys and defaults.
+are refused by name. Keep equal to diffusers' UNet2DConditionModel, AutoencoderKL, ControlNetModel and T2IAdapter, and to
+transformers' CLIPTextConfig and CLIPVisionConfig: tests/sdexport/checkpoint/test_configs.py compares keys and defaults.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sdexport.checkpoint.configs.keys import (
     one_of,
     whole,
 )
-from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, CONTROLNET, CONTROLNET_UNION, IMAGE_ENCODER_CLASS, TINY_VAE
+from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, CONTROLNET, CONTROLNET_UNION, IMAGE_ENCODER_CLASS, T2I_ADAPTER, TINY_VAE
 from sdruntime.bundle.limits import NOISE_LEVELS
 
 UNET = Config(
@@ -130,6 +130,16 @@ _CONTROLNET_UNION = Config(
         "num_proj_channel": Key(320, WIDTH),
     },
     idle=_CONTROLNET.idle | {"mid_block_type"},
+)
+_T2I_ADAPTER = Config(
+    read={
+        "in_channels": Key(3, one_of(1, 3)),  # of the control image: gray or RGB
+        "channels": Key([320, 640, 1280, 1280], list_of(WIDTH)),
+        "num_res_blocks": Key(2, DEPTH),
+        "downscale_factor": Key(8, one_of(2, 4, 8, 16)),
+        "adapter_type": Key("full_adapter", one_of("full_adapter", "full_adapter_xl", "light_adapter")),
+    },
+    idle=frozenset(),
 )
 _AUTOENCODER = Config(
     read={
@@ -237,6 +247,7 @@ CONFIGS: Mapping[str, Config] = {
     ASYMMETRIC_VAE: _ASYMMETRIC,
     CONTROLNET: _CONTROLNET,
     CONTROLNET_UNION: _CONTROLNET_UNION,
+    T2I_ADAPTER: _T2I_ADAPTER,
     "CLIPTextModel": _TEXT,
     "CLIPTextModelWithProjection": _TEXT,
     IMAGE_ENCODER_CLASS: _VISION,

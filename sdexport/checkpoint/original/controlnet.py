@@ -26,7 +26,7 @@ _OTHERS = {
     "joint_blocks.": "a ControlNet for Stable Diffusion 3",
     "double_blocks.": "a ControlNet for Flux",
     "controlnet_blocks.": "a ControlNet for a transformer",
-    "body.0.": "a T2I-Adapter",
+    "body.0.": "a T2I-Adapter (give its diffusers folder as --t2i-adapter)",
     "lora_": "a LoRA (--lora)",
     "difference": "a ControlNet that is stored as its difference from a model",
 }

@@ -178,5 +178,7 @@ def test_the_name_of_a_net_may_be_omitted_if_it_is_the_only_one() -> None:
         component_of(Control(image=IMAGE), COMPONENTS)
     with pytest.raises(UnknownName, match="canny"):
         component_of(Control(image=IMAGE, net="cany"), COMPONENTS)
-    with pytest.raises(SettingError, match="no ControlNet: export it again with --controlnet MODEL"):
+    with pytest.raises(
+        SettingError, match="no ControlNet and no T2I-Adapter: export it again with --controlnet MODEL or --t2i-adapter MODEL"
+    ):
         component_of(Control(image=IMAGE), {"unet": UNET})

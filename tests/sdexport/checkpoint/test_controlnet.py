@@ -134,7 +134,7 @@ def test_a_folder_of_another_network_is_refused_by_its_class(sd1_checkpoint: Pat
         read(sd1_checkpoint, tmp_path)
     [fault] = caught.value.faults
     assert fault.startswith(
-        "controlnet/config.json: _class_name 'T2IAdapter' (a T2I-Adapter), which is not supported, is not Contr"
+        "controlnet/config.json: _class_name 'T2IAdapter', which is for --t2i-adapter, is not ControlNetModel"
     )
     (tmp_path / "config.json").write_text((sd1_checkpoint / "vae" / "config.json").read_text())
     with pytest.raises(CheckpointError, match="_class_name 'AutoencoderKL' is not ControlNetModel"):

@@ -94,7 +94,8 @@ class EngineOptions:
     threads: int = 0  # within one operator
     memory: int | None = None  # bytes of GPU memory that a pipeline may use
     lora_memory: int | None = None  # bytes of engines with LoRAs that a pipeline keeps open; None: those of two sets of LoRAs
-    low_memory: bool = False  # a pipeline keeps one component on the GPU at a time
+    # a pipeline keeps one component on the GPU at a time; ONNX Runtime on a CPU keeps half-precision weights as they are
+    low_memory: bool = False
     whole_loop: bool = False  # without progress callbacks, a pipeline launches all steps as one CUDA graph
     stream: int = 0
     tile: int | str = "auto"

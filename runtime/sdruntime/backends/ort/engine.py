@@ -119,6 +119,11 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         if role(spec.component).stage in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session_options.enable_mem_pattern = False  # preallocating one block per call takes more memory and is no faster
+        if options.low_memory and spec.precision != "fp32":
+            # the weights stay as they are stored, and each is converted to float32 right before the node that reads it
+            session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session_options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            session_options.enable_cpu_mem_arena = False
     check_session(options.session)
     for key, value in options.session.items():
         session_options.add_session_config_entry(key, value)

@@ -1,4 +1,4 @@
-"""An image that steers another one through a ControlNet (Zhang et al. 2023, arXiv 2302.05543)."""
+"""An image that steers another one through a ControlNet (arXiv 2302.05543) or a T2I-Adapter (arXiv 2302.08453)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CONTROL_NUMBERS: Mapping[str, float] = {"scale": 1.0, "start": 0.0, "end": 1.0, 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
 class Control:
-    """An image that a ControlNet reads. Raises SettingError for an invalid field, as `Request` does.
+    """An image that a ControlNet or a T2I-Adapter reads. Raises SettingError for an invalid field, as `Request` does.
 
-    `image`: as that of a Request; its pixels are in `pixels`. `net`: the name of the ControlNet in the bundle, None for its only
+    `image`: as that of a Request; its pixels are in `pixels`. `net`: its name in the bundle, None for the only
     one. `scale`: how much it counts. `start`, `end`: the part of the model calls that it acts in, from 0 to 1. `fit`: how to
     bring the image to the size that is generated: "resize", as diffusers does, "crop", which keeps the proportions, or "exact",
     which refuses an image of another size. `preprocess`: what to make of the image at that size, "canny" (edges, with the
