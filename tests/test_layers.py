@@ -40,7 +40,7 @@ ORDER = {
     "sdruntime.pipeline.requests": "keywords ranges control image_prompt request unused tags",
     "sdruntime.pipeline.metadata": "write read",
     "sdruntime.pipeline.tasks": (
-        "canvas start inpainting pix2pix depth upscaling image_prompt choose passes sizes tables micro_conditions"
+        "canvas start inpainting pix2pix depth upscaling image_prompt t2i_adapter choose passes sizes tables micro_conditions"
     ),
     "sdruntime.pipeline.images": "pixels blur compose resampling png imagefile maps depth",
     "sdruntime.pipeline.vae": "latents preview resize tiles tile_size",
@@ -55,13 +55,15 @@ ORDER = {
     "sdexport": "errors checkpoint families precision trace verification build merging recipes bench cli __main__",
     "sdexport.checkpoint": "card defaults pipelines configs opening tree tokenizer weights source hub folder original "
     "overrides checkpoint",
-    "sdexport.checkpoint.configs": "keys tables controlnet misfits",
+    "sdexport.checkpoint.configs": "keys tables controlnet t2i_adapter misfits",
     "sdexport.checkpoint.weights": "bounds safetensors files names loras torch_file ip_adapter embeddings writing",
     "sdexport.checkpoint.weights.torch_file": "inert tensors archive sequence file",
     "sdexport.checkpoint.original": "expected naming standard unet vae diffusers controlnet text layout tokenizer file",
     "sdexport.families": "components modules",
     "sdexport.precision": "numbers rewrite activations probe rounding audit describe",
-    "sdexport.trace": "versions data_file sampler_step residuals image_prompt optional_inputs cache to_onnx component process",
+    "sdexport.trace": (
+        "versions data_file sampler_step residuals features image_prompt optional_inputs cache to_onnx component process"
+    ),
     "sdexport.verification": "layers walk bisect original preview image_prompt golden verify",
     "sdexport.build": "events files provenance export",
     "sdexport.merging": "methods weights merge",

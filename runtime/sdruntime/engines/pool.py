@@ -227,7 +227,11 @@ class Engines:
             options, where = self.options, f"{self.bundle.manifest.model.name} on {name}"
             plan.check(free, budget=options.memory, low_memory=options.low_memory, where=where)
             return
-        options_set = {"--vram-budget": self.options.memory is not None, "--low-memory": self.options.low_memory}
+        saves = any(BACKENDS[spec.backend].saves_memory(spec) for spec in self.chosen)
+        options_set = {
+            "--vram-budget": self.options.memory is not None,
+            "--low-memory": self.options.low_memory and not saves,
+        }
         if unused := [name for name, is_set in options_set.items() if is_set]:
             text = f"{' and '.join(unused)}: no effect, since no chosen engine runs on a GPU"
             warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -69,8 +69,8 @@ class Backend:
     the reason to report. `static`: by default, engines are built for the requested shapes only, not for every size. `gpu_only`:
     its engines need an NVIDIA GPU, and use the caller's CUDA stream if one is passed. `in_jetpack`: included in JetPack. `loop`:
     runs the sampling loop on the GPU, which needs an engine of the component `step`. `replaces_weights`: whether an engine takes
-    `EngineOptions.weights`; if not, `for_adapters` says what to do. `hidden`: for tests; never chosen or listed unless named
-    explicitly.
+    `EngineOptions.weights`; if not, `for_adapters` says what to do. `saves_memory`: whether an engine takes less memory on a CPU
+    with `EngineOptions.low_memory`. `hidden`: for tests; never chosen or listed unless named explicitly.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Backend:
     hidden: bool = False
     replaces_weights: Callable[[EngineSpec], bool] = _never
     for_adapters: str = MERGE
+    saves_memory: Callable[[EngineSpec], bool] = _never
 
     def misfit(self, engine: EngineSpec, library: Library, device: Device | None) -> str | None:
         """Return why an engine of this backend cannot run with `library` on `device`, or None if it can."""

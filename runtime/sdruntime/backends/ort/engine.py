@@ -119,7 +119,7 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
         if role(spec.component).stage in _AS_SAVED and spec.precision == "fp32":
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session_options.enable_mem_pattern = False  # preallocating one block per call takes more memory and is no faster
-        if options.low_memory and spec.precision != "fp32":
+        if options.low_memory and keeps_half(spec):
             # the weights stay as they are stored, and each is converted to float32 right before the node that reads it
             session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             session_options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
@@ -148,6 +148,11 @@ def open_engine(bundle: Bundle, spec: EngineSpec, options: EngineOptions, shared
     inputs, outputs = ({tensor.name for tensor in tensors} for tensors in (session.get_inputs(), session.get_outputs()))
     check_tensors(component, spec, inputs, outputs)
     return OrtEngine(spec, component, session)
+
+
+def keeps_half(engine: EngineSpec) -> bool:
+    """Return whether the weights of an engine can stay in half precision, which is slower: ONNX Runtime computes in float32."""
+    return engine.target == CPU and engine.precision != "fp32"
 
 
 def _replaced(bundle: Bundle, spec: EngineSpec, model: memoryview, weights: Weights) -> dict[str, Array]:
