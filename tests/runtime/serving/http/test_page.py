@@ -5,12 +5,14 @@ Every test fails on an error in the console, which includes what the Content-Sec
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("uvicorn", reason="the server is an extra")
@@ -18,6 +20,8 @@ pytest.importorskip("starlette", reason="the server is an extra")
 pytest.importorskip("playwright", reason="drives the browser")
 from playwright import sync_api
 from servers import Server
+
+from sdruntime.pipeline.images.imagefile import image_from_bytes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
@@ -70,6 +74,10 @@ def visit(chromium: Any, server: Server) -> Iterator[Visit]:
     yield started
     started.context.close()
     assert started.errors == []
+
+
+def pixels_of(file: str) -> np.ndarray:
+    return image_from_bytes(base64.b64decode(file))
 
 
 def generate(page: Any, prompt: str = "a red fox", **fields: str) -> Any:
@@ -174,6 +182,47 @@ def test_an_error_stands_at_its_field(visit: Visit) -> None:
     expect(page.get_by_role("button", name="Open")).to_be_visible()
     assert [error for error in visit.errors if "422" not in error] == []
     visit.errors.clear()
+
+
+def test_a_start_image_its_mask_and_the_settings_of_a_file(visit: Visit, server: Server, tmp_path: Path) -> None:
+    job = server.over(server.submit(prompt="an owl", sampler="euler", seed=5, steps=3))
+    file = tmp_path / "owl.png"
+    file.write_bytes(server.get(job["image"]).body)
+    page = visit.page()
+    page.get_by_text("Start image, mask and extension").click()
+    page.locator("#file").set_input_files(file)
+    canvas = page.get_by_label("Start image: paint")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 10, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 10, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    for name in ("Invert", "Undo"):
+        page.get_by_role("button", name=name).click()
+    with page.expect_request(lambda request: request.method == "POST" and request.url.endswith("/v1/jobs")) as sent:
+        card = generate(page, "a fox")
+    expect(card.get_by_role("button", name="Open")).to_be_visible()
+    fields = sent.value.post_data_json
+    assert (fields["strength"], "width" in fields) == (0.75, False)
+    assert np.array_equal(pixels_of(fields["image"]), image_from_bytes(file.read_bytes()))
+    mask = pixels_of(fields["mask"])[..., 0]
+    assert (mask[32, 32], mask[2, 32], mask[62, 32]) == (255, 0, 0)
+
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_label("Right", exact=True).fill("64")
+    generate(page, "wider")
+    card = page.locator("#gallery li", has_text="wider")
+    expect(card.get_by_role("button", name="Open")).to_be_visible()
+    card.get_by_role("button").click()
+    expect(page.locator("#parameters")).to_contain_text("Size: 128x64")
+    page.get_by_role("button", name="Close").click()
+
+    page.get_by_role("button", name="Use the settings in this file").click()
+    for label, value in {"Prompt": "an owl", "Seed": "5", "Steps": "3"}.items():
+        expect(page.get_by_label(label, exact=True)).to_have_value(value)
+    expect(page.get_by_label("Sampler")).to_have_value("euler")
+    expect(canvas).to_be_hidden()
 
 
 def test_a_server_that_goes_away_and_comes_back(chromium: Any, bundle: Path) -> None:

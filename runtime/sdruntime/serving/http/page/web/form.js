@@ -36,7 +36,7 @@ export class Form {
   offer(capabilities) {
     const before = this.fields();
     this.#capabilities = capabilities;
-    const own = [["", "model's own"]];
+    const own = [["", "default"]];
     this.#options("model", capabilities.models.map(({ name }) => [name, name]), before.model);
     this.#options("sampler", [...own, ...capabilities.samplers.map((name) => [name, name])], before.sampler);
     this.#options("schedule", [...own, ...capabilities.schedules.map((name) => [name, name])], before.schedule);
@@ -51,6 +51,11 @@ export class Form {
   /** What the server says of the chosen model, if it has been open. */
   get abilities() {
     return this.#capabilities?.models.find(({ name }) => name === this.#form.model.value)?.abilities ?? null;
+  }
+
+  /** What the sizes of its images are multiples of, and the most pixels that one may have. */
+  get sizes() {
+    return { multiple: this.abilities?.multiple ?? 64, pixels: this.#capabilities?.limits.pixels ?? 1024 * 1024 };
   }
 
   /** The fields of the form that are not empty. */
@@ -105,8 +110,7 @@ export class Form {
   }
 
   #keep() {
-    const { image, mask, controls, ...small } = this.fields();
-    localStorage.setItem(DRAFT, JSON.stringify(small));
+    localStorage.setItem(DRAFT, JSON.stringify(this.fields()));
   }
 
   #options(name, rows, wanted) {
@@ -118,11 +122,11 @@ export class Form {
     const abilities = this.abilities;
     for (const [k, name] of ["width", "height"].entries()) {
       this.#form[name].step = abilities?.multiple ?? 8;
-      this.#form[name].placeholder = abilities?.size[k] ?? "model's own";
+      this.#form[name].placeholder = abilities?.size[k] ?? "default";
     }
-    this.#form.sampler.options[0].textContent = abilities ? `model's own (${abilities.sampler})` : "model's own";
-    this.#form.steps.placeholder = abilities?.steps ?? "model's own";
-    this.#form.guidance.placeholder = abilities?.guidance ?? "model's own";
+    this.#form.sampler.options[0].textContent = abilities ? `${abilities.sampler} (default)` : "default";
+    this.#form.steps.placeholder = abilities?.steps ?? "default";
+    this.#form.guidance.placeholder = abilities?.guidance ?? "default";
   }
 
   #showLoras(loras) {

@@ -2,23 +2,27 @@
 
 import * as api from "./api.js";
 import { watchServer } from "./connection.js";
-import { byId } from "./dom.js";
+import { base64Of, byId, imageIn } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery, stateOf } from "./gallery.js";
 import { History } from "./history.js";
 import { Jobs } from "./jobs.js";
+import { Source } from "./source.js";
 import { Viewer } from "./viewer.js";
 
 const history = new History(changedElsewhere);
 const gallery = new Gallery({ open, cancel, finish, remove, use });
 const jobs = new Jobs(history, show);
 const form = new Form(generate);
-const viewer = new Viewer(gallery, { use, remove });
+const source = new Source();
+const viewer = new Viewer(gallery, { use, start, remove });
 
 async function generate() {
   form.clear();
   try {
-    await jobs.submit(form.fields());
+    const fields = { ...form.fields(), ...(await source.fields()) };
+    if (fields.image) ["width", "height"].forEach((name) => delete fields[name]); // they are the image's
+    await jobs.submit(fields);
   } catch (error) {
     form.complain(error.message);
   }
@@ -56,9 +60,46 @@ async function remove(record) {
   gallery.remove(record.id);
 }
 
-function use(record) {
-  form.fill(record.request);
+/** Put the settings of a record into the form; its start image stays where it is. */
+function use({ request }) {
+  const { image, mask, strength, extend, ...settings } = request;
+  form.fill(settings);
+  if (image) byId("strength").value = strength;
   byId("settings").prompt.focus();
+}
+
+/** Start from an image of the gallery. */
+function start({ blob }) {
+  return load(blob);
+}
+
+async function load(file) {
+  try {
+    const { multiple, pixels } = form.sizes;
+    await source.load(file, multiple, pixels);
+  } catch (error) {
+    byId("read").textContent = `${file.name ?? "The image"} cannot be read: ${error.message}`;
+  }
+}
+
+/** Take a file as the start image, and offer the settings that it holds. */
+async function read(file) {
+  const line = byId("read");
+  line.replaceChildren();
+  await load(file);
+  try {
+    const { fields, parameters } = await api.readSettings(await base64Of(file));
+    if (!parameters) return;
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: "Use the settings in this file" });
+    button.addEventListener("click", () => {
+      use({ request: fields });
+      source.remove();
+      line.replaceChildren();
+    });
+    line.replaceChildren(button);
+  } catch (error) {
+    line.textContent = error.message;
+  }
 }
 
 /** Another tab has changed a record, or deleted it. */
@@ -90,6 +131,19 @@ function report(capabilities, reason) {
 
 addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && !viewer.record) byId("settings").requestSubmit();
+});
+
+byId("file").addEventListener("change", ({ target }) => target.files.length && read(target.files[0]));
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", (event) => event.relatedTarget || document.body.classList.remove("dropping"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  const file = imageIn(event.dataTransfer);
+  if (file) read(file);
 });
 
 for (const record of await history.all()) jobs.follow(record);

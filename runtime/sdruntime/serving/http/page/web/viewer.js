@@ -10,17 +10,19 @@ export class Viewer {
 
   /**
    * @param {Gallery} gallery
-   * @param {{use, remove}} actions each called with the record that is shown
+   * @param {{use, start, remove}} actions each called with the record that is shown
    */
   constructor(gallery, actions) {
     this.#gallery = gallery;
     byId("previous").addEventListener("click", () => this.#move(-1));
     byId("next").addEventListener("click", () => this.#move(1));
     byId("close").addEventListener("click", () => this.#dialog.close());
-    byId("use").addEventListener("click", () => {
-      this.#dialog.close();
-      actions.use(this.#record);
-    });
+    for (const name of ["use", "start"]) {
+      byId(name).addEventListener("click", () => {
+        this.#dialog.close();
+        actions[name](this.#record);
+      });
+    }
     byId("delete").addEventListener("click", () => {
       const record = this.#record;
       if (!this.#move(1) && !this.#move(-1)) this.#dialog.close();
