@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,24 @@ def test_an_image_is_generated_and_kept(visit: Visit, server: Server) -> None:
     page.reload()
     expect(page.locator("#gallery img")).to_have_count(2)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a red fox")
+
+
+def test_two_images_are_compared(visit: Visit) -> None:
+    page = visit.page()
+    generate(page, Images="2")
+    expect(page.locator("#gallery img")).to_have_count(2)
+    page.get_by_role("button", name="Open").first.click()
+    page.get_by_role("button", name="Compare").click()
+    over = page.get_by_alt_text("Compared with: a red fox")
+    expect(over).to_be_visible()
+    assert over.get_attribute("src") != page.locator("figure img").first.get_attribute("src")
+    slider = page.get_by_label("Where the two images meet")
+    slider.fill("20")
+    assert "80%" in over.evaluate("image => image.style.clipPath")
+    boxes = [page.locator("figure img").nth(k).bounding_box() for k in range(2)]
+    assert boxes[0] == boxes[1]
+    page.get_by_role("button", name="Compare").click()
+    expect(over).to_have_count(0)
 
 
 def test_settings_of_an_image_are_one_click_away(visit: Visit) -> None:
@@ -294,3 +314,30 @@ def test_capabilities_and_the_settings_of_a_file(server: Server) -> None:
     assert {"prompt": "an owl", "sampler": "euler", "seed": 5, "steps": 2, "width": 64}.items() <= read["fields"].items()
     assert server.post("/v1/settings", {}).status == 422
     assert server.post("/v1/settings", {"image": "AAAA"}).code == "invalid_image"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 360)])
+def test_axe_finds_nothing_serious(chromium: Any, server: Server, tmp_path: Path, scheme: str, width: int) -> None:
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm")
+    packed = subprocess.run(["npm", "pack", "--silent", "axe-core@4"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if packed.returncode:
+        pytest.skip(f"npm has no axe-core: {packed.stderr.strip()[:200]}")
+    with tarfile.open(next(tmp_path.glob("*.tgz"))) as archive:
+        member = archive.extractfile("package/axe.min.js")
+        assert member is not None
+        axe = member.read().decode()
+    options = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}, "bypass_csp": True}
+    visit = Visit(chromium, server.url, **options)
+    page = visit.page()
+    expect(generate(page).get_by_role("button", name="Open")).to_be_visible()
+    generate(page, Steps="5000")
+    expect(page.locator("#problem")).not_to_be_empty()
+    page.evaluate(axe)
+    for _ in range(2):
+        violations = page.evaluate("async () => (await axe.run()).violations")
+        assert [found["id"] for found in violations if found["impact"] in ("serious", "critical")] == []
+        if page.get_by_role("dialog").count() == 0:
+            page.get_by_role("button", name="Open").click()
+    visit.context.close()

@@ -1,10 +1,12 @@
 /** One image in full, with its settings. Arrow keys go on to the next one, Escape closes. */
 
+import { Comparison } from "./compare.js";
 import { byId } from "./dom.js";
 
 export class Viewer {
   #dialog = byId("viewer");
   #image = this.#dialog.querySelector("img");
+  #comparison = new Comparison(this.#dialog.querySelector("figure"));
   #gallery;
   #record = null;
 
@@ -16,6 +18,8 @@ export class Viewer {
     this.#gallery = gallery;
     byId("previous").addEventListener("click", () => this.#move(-1));
     byId("next").addEventListener("click", () => this.#move(1));
+    byId("compare").addEventListener("click", () => this.#compare());
+    this.#dialog.addEventListener("close", () => this.#comparison.end());
     byId("close").addEventListener("click", () => this.#dialog.close());
     for (const name of ["use", "start"]) {
       byId(name).addEventListener("click", () => {
@@ -54,6 +58,16 @@ export class Viewer {
     byId("previous").disabled = place === 0;
     byId("next").disabled = place === records.length - 1;
     if (!this.#dialog.open) this.#dialog.showModal();
+  }
+
+  /** Keep this image over the next one, and over all that are opened until it is pressed again. */
+  #compare() {
+    if (this.#comparison.running) {
+      this.#comparison.end();
+      return;
+    }
+    const { id, request } = this.#record;
+    if (this.#move(1) || this.#move(-1)) this.#comparison.start(this.#gallery.url(id), request.prompt);
   }
 
   #place() {
