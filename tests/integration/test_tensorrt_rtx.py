@@ -137,18 +137,24 @@ def test_an_image_encoder_and_a_unet_with_an_ip_adapter_are_built_in_half_precis
         assert engines["image_encoder"]["state"] == ("present" if shapes else "done")  # it has no sizes of its own
 
 
-def test_a_controlnet_and_a_unet_with_residuals_are_built_in_half_precision(
-    python: Path, sd1_checkpoint: Path, sd1_controlnets: Path, export: Callable[..., Path]
+def test_a_controlnet_a_t2i_adapter_and_a_unet_that_takes_both_are_built_in_half_precision(
+    python: Path, sd1_checkpoint: Path, sd1_controlnets: Path, export: Callable[..., Path], tmp_path: Path
 ) -> None:
-    bundle = export(sd1_checkpoint, precision="fp16", audit=False, controlnets={"controlnet": str(sd1_controlnets / "canny")})
-    names = ("--component", "controlnet", "--component", "unet")
-    engines = built(python, bundle, "--target", "sm86", "--no-verify", *names)
-    assert {name: engine["state"] for name, engine in engines.items()} == {"controlnet": "done", "unet": "done"}
+    adapter = tiny.write_t2i_adapter(tmp_path / "adapter", sd1_checkpoint)
+    nets = {"controlnet": str(sd1_controlnets / "canny"), "t2i_adapter": str(adapter)}
+    bundle = export(sd1_checkpoint, precision="fp16", audit=False, controlnets=nets)
+    names = ("controlnet", "t2i_adapter", "unet")
+    engines = built(
+        python, bundle, "--target", "sm86", "--no-verify", *(part for name in names for part in ("--component", name))
+    )
+    assert {name: engine["state"] for name, engine in engines.items()} == dict.fromkeys(names, "done")
     opened = Bundle.open(bundle).manifest
-    assert {engine.component: engine.precision for engine in opened.engines} == {"controlnet": "fp16", "unet": "fp16"}
-    residuals = opened.components["controlnet"].outputs
+    assert {engine.component: engine.precision for engine in opened.engines} == dict.fromkeys(names, "fp16")
+    residuals, features = (opened.components[name].outputs for name in ("controlnet", "t2i_adapter"))
+    taken = opened.components["unet"].optional_inputs
     assert len(residuals) > 3
-    assert opened.components["unet"].optional_inputs == residuals
+    assert taken[len(features) :] == residuals
+    assert [tensor.name for tensor in taken[: len(features)]] == [tensor.name for tensor in features]
 
 
 def test_engines_are_added_to_the_shapes_bundle(python: Path, shapes_bundle: Path, tmp_path: Path) -> None:
