@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sdruntime import __version__
-from sdruntime.bundle.roles import CONTROLNET, of_kind
+from sdruntime.bundle.roles import of_kind, short_name
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.images.imagefile import text_from_bytes
 from sdruntime.pipeline.metadata.read import infotext, settings_of
@@ -61,7 +61,7 @@ def _abilities(model: Model) -> dict[str, Any] | None:
         "multiple": sizes["multiple"],
         "sizes": sizes["engines"],
         "images": bool(of_kind(components, "VAE encoder")),
-        "controlnets": [name.removeprefix(f"{CONTROLNET}_") for name in of_kind(components, "ControlNet")],
+        "controlnets": [short_name(name) for name in of_kind(components, "ControlNet", "T2I-Adapter")],
     }
 
 
