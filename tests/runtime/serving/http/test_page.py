@@ -28,7 +28,9 @@ from sdruntime.pipeline.images.imagefile import image_from_bytes
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 LONG = "900"  # steps: longer than a test needs
+PATIENCE = 60_000  # milliseconds, for a busy machine
 expect = sync_api.expect
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ class Visit:
 
     def __init__(self, chromium: Any, address: str, **options: Any) -> None:
         self.context = chromium.new_context(base_url=address, **options)
-        self.context.set_default_timeout(20_000)
+        self.context.set_default_timeout(PATIENCE)
         self.errors: list[str] = []
         self.context.on("weberror", lambda error: self.errors.append(str(error.error)))
         self.context.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
@@ -245,6 +247,43 @@ def test_a_start_image_its_mask_and_the_settings_of_a_file(visit: Visit, server:
     expect(canvas).to_be_hidden()
 
 
+def test_control_images_go_to_the_networks_of_the_model(visit: Visit, server: Server, tmp_path: Path) -> None:
+    job = server.over(server.submit(prompt="edges", steps=2))  # now the server knows what its model is able to do
+    file = tmp_path / "edges.png"
+    file.write_bytes(server.get(job["image"]).body)
+
+    def with_networks(route: Any) -> None:
+        answer = route.fetch()
+        document = answer.json()
+        document["models"][0]["abilities"]["controlnets"] = ["canny", "pose"]
+        route.fulfill(response=answer, json=document)
+
+    visit.context.route("**/v1/capabilities", with_networks)
+    visit.context.route("**/v1/jobs", lambda route: route.fulfill(status=202, json={"jobs": []}))
+    page = visit.page()
+    page.get_by_label("Add a control image").set_input_files(file)
+    row = page.locator("#controls li")
+    row.get_by_label("Network of the control image").select_option("pose")
+    row.get_by_label("What it reads").select_option("canny")
+    row.get_by_label("Scale").fill("0.6")
+    row.get_by_label("End").fill("0.8")
+    fields = submitted(page)
+    [control] = fields["controls"]
+    assert np.array_equal(pixels_of(control.pop("image")), image_from_bytes(file.read_bytes()))
+    assert control == {"net": "pose", "preprocess": "canny", "scale": 0.6, "start": 0, "end": 0.8}
+    row.get_by_role("button", name="Remove the control image").click()
+    expect(row).to_have_count(0)
+    assert "controls" not in submitted(page)
+
+
+def submitted(page: Any) -> dict[str, Any]:
+    """Generate, and return the request."""
+    with page.expect_request(lambda request: request.method == "POST" and request.url.endswith("/v1/jobs")) as sent:
+        generate(page)
+    fields: dict[str, Any] = sent.value.post_data_json
+    return fields
+
+
 def test_a_server_that_goes_away_and_comes_back(chromium: Any, bundle: Path) -> None:
     first = Server(bundle, "--max-steps", LONG)
     visit = Visit(chromium, first.url)
@@ -253,12 +292,12 @@ def test_a_server_that_goes_away_and_comes_back(chromium: Any, bundle: Path) -> 
         expect(generate(page, "before", Steps=LONG).locator(".state")).to_contain_text(f"of {LONG}")
         first.process.kill()
         first.wait()
-        expect(page.locator("#connection")).to_contain_text("Offline", timeout=10_000)
+        expect(page.locator("#connection")).to_contain_text("Offline")
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("#problem")).to_contain_text("cannot be reached")
         second = Server(bundle, "--max-steps", LONG, "--port", str(first.port))
         try:
-            expect(page.locator("#connection")).to_have_text("Ready", timeout=10_000)
+            expect(page.locator("#connection")).to_have_text("Ready")
             expect(page.locator("#gallery li", has_text="before")).to_contain_text("restarted")
             expect(generate(page, "after").get_by_role("button", name="Open")).to_be_visible()
         finally:

@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { watchServer } from "./connection.js";
+import { Controls } from "./controls.js";
 import { base64Of, byId, imageIn } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery, stateOf } from "./gallery.js";
@@ -15,12 +16,13 @@ const gallery = new Gallery({ open, cancel, finish, remove, use });
 const jobs = new Jobs(history, show);
 const form = new Form(generate);
 const source = new Source();
+const controls = new Controls();
 const viewer = new Viewer(gallery, { use, start, remove });
 
 async function generate() {
   form.clear();
   try {
-    const fields = { ...form.fields(), ...(await source.fields()) };
+    const fields = { ...form.fields(), ...(await source.fields()), ...controls.fields() };
     if (fields.image) ["width", "height"].forEach((name) => delete fields[name]); // they are the image's
     await jobs.submit(fields);
   } catch (error) {
@@ -60,10 +62,12 @@ async function remove(record) {
   gallery.remove(record.id);
 }
 
-/** Put the settings of a record into the form; its start image stays where it is. */
+/** Put the settings and control images of a record into the form; its start image stays where it is. */
 function use({ request }) {
-  const { image, mask, strength, extend, ...settings } = request;
+  const { image, mask, strength, extend, controls: images = [], ...settings } = request;
   form.fill(settings);
+  offerControls();
+  controls.fill(images);
   if (image) byId("strength").value = strength;
   byId("settings").prompt.focus();
 }
@@ -127,12 +131,19 @@ function report(capabilities, reason) {
   else if (opening) line.className = "";
   line.textContent = fault ? `${fault.name}: ${fault.fault}` : opening ? `Opening ${opening.name}…` : "Ready";
   form.offer(capabilities);
+  offerControls();
+}
+
+/** Offer the control networks of the chosen model. */
+function offerControls() {
+  controls.offer(form.abilities?.controlnets ?? []);
 }
 
 addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "Enter" && !viewer.record) byId("settings").requestSubmit();
 });
 
+byId("settings").model.addEventListener("change", offerControls);
 byId("file").addEventListener("change", ({ target }) => target.files.length && read(target.files[0]));
 addEventListener("dragover", (event) => {
   event.preventDefault();
