@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from sdruntime.bundle.records import read_json, record_from_json
 from sdruntime.bundle.sampler_step import NAME as STEP
 from sdruntime.engines.building import build_engines
 from sdruntime.errors import BundleError, SettingError
-from sdruntime.system.events import finish, mapped
+from sdruntime.system.events import mapped
 from sdruntime.system.process import peak_memory
 from sdruntime.verification.verify import check_engine
 
@@ -238,9 +239,15 @@ def _verify(checkpoint: Checkpoint, options: ExportOptions, folder: Path, count:
         allow_pickle=options.allow_pickle,
         overrides=checkpoint.overrides,
     )
-    peak = finish(run_golden(job))
+    calls: Counter[str] = Counter()
+
+    def called(name: str) -> ExportProgress:
+        calls[name] += 1
+        return progress(stage=Stage(name=f"reference of {name}", done=calls[name]))
+
+    peak = yield from mapped(run_golden(job), called)
     yield progress(stage=Stage(name="verify"))
-    proof = verified_apart(folder, what=checkpoint.model.name)
+    proof = yield from mapped(verified_apart(folder, what=checkpoint.model.name), lambda stage: progress(stage=stage))
     return dataclasses.replace(proof, peak=max(peak, proof.peak))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -152,8 +152,8 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
     return hash_of(hashes | ({"loras": checkpoint.adapters} if checkpoint.adapters else {}))
 
 
-def make_golden(job: GoldenJob) -> Iterator[str]:
-    """Write the reference outputs into the bundle; yield the name of each network when it starts.
+def make_golden(job: GoldenJob, called: Callable[[str], None]) -> None:
+    """Write the reference outputs into the bundle. `called` gets the name of a network before each of its calls.
 
     Raises NotFinite for a checkpoint whose outputs are not finite even in float32.
     """
@@ -170,6 +170,7 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
         finished: dict[str, list[Case]] = {}
 
         def lend(name: str) -> Any:
+            called(name)
             if name not in finished:
                 finished[name] = []
                 for case in (case for case in cases if case.component == name):
@@ -179,13 +180,11 @@ def make_golden(job: GoldenJob) -> Iterator[str]:
                     finished[name].append(replace(case, outputs=digests))
             return reference.engine(name).module
 
-        yield "pictures"
         images = original_images(checkpoint, requests, lend)
         preview = linear_preview(images, reference.engine, manifest.model)
         numbers |= {image_key(index): image for index, image in enumerate(images)}
         for name in reference.names:
             if name not in finished:
-                yield name
                 lend(name)
         golden = Golden(
             checkpoint=checkpoint_hash(checkpoint),
@@ -203,11 +202,11 @@ def opened(path: Path, precision: Precision, *, allow_pickle: bool, overrides: O
 
 
 def run_golden(job: GoldenJob) -> Generator[str, None, int]:
-    """Run `make_golden` in a separate process: yield what it yields, and return its peak memory in bytes."""
+    """Run `make_golden` in a separate process: yield the name of each network that it calls, and return its peak memory."""
     begun = run_apart(
         __name__, dataclasses.asdict(job), what="reference outputs", failed=ExportError, killed=ProcessKilled, advice=_ADVICE
     )
-    outcome = yield from mapped(begun, lambda event: str(event["begin"]))
+    outcome = yield from mapped(begun, lambda event: str(event["called"]))
     return outcome.peak
 
 
@@ -235,8 +234,7 @@ def _module(checkpoint: Checkpoint, component: Component) -> Any:
 
 
 def _work(job: Message, send: Callable[[Message], None]) -> None:
-    for name in make_golden(GoldenJob(**job | {"overrides": Overrides(**job["overrides"])})):
-        send({"begin": name})
+    make_golden(GoldenJob(**job | {"overrides": Overrides(**job["overrides"])}), lambda name: send({"called": name}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from sdruntime.backends.base.building import Stage
 from sdruntime.bundle.bundle import Bundle
 from sdruntime.bundle.model import PredictionType
 from sdruntime.errors import LibraryMissing, VerificationFailed
-from sdruntime.system.events import finish
+from sdruntime.system.events import mapped
 from sdruntime.system.process import run_apart
 from sdruntime.verification.golden import Case, read_golden
 from sdruntime.verification.report import Check, ImageCheck, Report
@@ -37,10 +37,10 @@ class Proof:
     peak: int
 
 
-def verified_apart(folder: Path, *, what: str) -> Proof:
+def verified_apart(folder: Path, *, what: str) -> Generator[Stage, None, Proof]:
     """Check the bundle's ONNX against its reference outputs in a separate process, if ONNX Runtime is installed.
 
-    Raises VerificationFailed.
+    Yields its progress. Raises VerificationFailed.
     """
     events = run_apart(
         "sdruntime.verification.verify",
@@ -51,7 +51,7 @@ def verified_apart(folder: Path, *, what: str) -> Proof:
         advice=_ADVICE,
     )
     try:
-        outcome = finish(events)
+        outcome = yield from mapped(events, lambda event: Stage(name="verify", **event))
     except LibraryMissing:
         return Proof(checks=0, peak=0)
     if faults := outcome.result["faults"]:

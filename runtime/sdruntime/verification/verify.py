@@ -288,9 +288,14 @@ def _checked(spec: EngineSpec, case: Case, output: str, difference: Difference |
 
 
 def _work(job: Message, send: Callable[[Message], None]) -> Message:
-    """Verify a bundle for a build, and return the report's faults and the number of checks that ran."""
+    """Verify a bundle for a build, and return the report's faults and the number of checks that ran. Sends its progress."""
     bundle = Bundle.open(job["bundle"])
-    report = report_of(bundle, verify(bundle, options=EngineOptions(low_memory=True)))
+    golden, _ = read_golden(bundle)
+    total, results = sum(len(case.outputs) for case in golden.cases) + len(golden.drawings), []
+    for result in verify(bundle, options=EngineOptions(low_memory=True)):
+        results.append(result)
+        send({"done": len(results), "total": total})
+    report = report_of(bundle, results)
     return {"ran": report.ran, "faults": report.faults()}
 
 
