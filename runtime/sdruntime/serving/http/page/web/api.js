@@ -1,4 +1,9 @@
-/** The server's API. Every call resolves with its JSON, or rejects with Problem or Offline. */
+/** The server's API, and whether it can be reached. Every call resolves with its JSON, or rejects with Problem or Offline. */
+
+import { pause } from "./dom.js";
+
+const EVERY = 4000; // milliseconds between two questions what the server can do
+const EVERY_OFFLINE = 1000;
 
 /** An error that the server answered. */
 export class Problem extends Error {
@@ -68,3 +73,26 @@ export function events(id, { onJob, onPreview, onEnd }) {
 
 /** Whether a job has ended. */
 export const isOver = ({ state }) => state !== "waiting" && state !== "running";
+
+/**
+ * Report the server's capabilities whenever they change, and `null` when it cannot be reached, while the page is visible.
+ * @param {function(?Object, string): void} report with the capabilities, and the reason if there are none
+ */
+export async function watchServer(report) {
+  let last;
+  for (;;) {
+    let now = null;
+    let reason = "";
+    if (document.visibilityState === "visible") {
+      try {
+        now = await capabilities();
+      } catch (error) {
+        reason = error instanceof Offline ? "Offline: trying again…" : error.message;
+      }
+      const state = JSON.stringify(now) + reason;
+      if (state !== last) report(now, reason);
+      last = state;
+    }
+    await pause(now || document.visibilityState !== "visible" ? EVERY : EVERY_OFFLINE);
+  }
+}

@@ -1,7 +1,6 @@
 /** The page: what its parts do for each other. */
 
 import * as api from "./api.js";
-import { watchServer } from "./connection.js";
 import { Controls } from "./controls.js";
 import { base64Of, byId, imageIn } from "./dom.js";
 import { Form } from "./form.js";
@@ -158,4 +157,4 @@ addEventListener("drop", (event) => {
 });
 
 for (const record of await history.all()) jobs.follow(record);
-watchServer(report);
+api.watchServer(report);
