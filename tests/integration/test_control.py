@@ -201,6 +201,6 @@ def test_the_net_must_be_one_of_the_bundle_s(pipe: Pipeline) -> None:
 def test_a_bundle_without_a_controlnet_says_how_to_add_one(sd1_bundle: Path, ready: Callable[[Path], Path]) -> None:
     with (
         Pipeline.open(ready(sd1_bundle)) as plain,
-        pytest.raises(SettingError, match="no ControlNet: export it again with --controlnet"),
+        pytest.raises(SettingError, match="no ControlNet and no T2I-Adapter: export it again with --controlnet"),
     ):
         plain(PROMPT, control=Control(image=image_of("canny")))

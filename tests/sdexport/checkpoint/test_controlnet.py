@@ -151,3 +151,14 @@ def test_several_controlnets_have_names_of_their_own() -> None:
         named_controlnets(["a", "b"])
     with pytest.raises(SettingError, match=r"expected MODEL or NAME=MODEL"):
         named_controlnets([""])
+
+
+def test_networks_of_both_kinds_are_named_apart() -> None:
+    assert named_controlnets(["canny=a", "b"], ["pose=c", "d"]) == {
+        "controlnet_canny": "a",
+        "controlnet": "b",
+        "t2i_adapter_pose": "c",
+        "t2i_adapter": "d",
+    }
+    with pytest.raises(SettingError, match=r"--t2i-adapter canny=b: the second one canny: give each of several a name"):
+        named_controlnets(["canny=a"], ["canny=b"])
