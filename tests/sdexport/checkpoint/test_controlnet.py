@@ -160,5 +160,5 @@ def test_networks_of_both_kinds_are_named_apart() -> None:
         "t2i_adapter_pose": "c",
         "t2i_adapter": "d",
     }
-    with pytest.raises(SettingError, match=r"--t2i-adapter canny=b: the second one canny: give each of several a name"):
+    with pytest.raises(SettingError, match="--t2i-adapter 'canny=b': the second one canny: give each of several a name"):
         named_controlnets(["canny=a"], ["canny=b"])
