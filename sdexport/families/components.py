@@ -21,6 +21,7 @@ from sdexport.checkpoint.configs.t2i_adapter import features_of_adapter, feature
 from sdexport.checkpoint.configs.tables import IMAGE_PROJECTION
 from sdexport.checkpoint.overrides import PREVIEW_VAE
 from sdexport.checkpoint.pipelines import ASYMMETRIC_VAE, SCORE, TINY_VAE
+from sdexport.checkpoint.weights.ip_adapter import attention_divisors
 from sdruntime.bundle.dimensions import size_of
 from sdruntime.bundle.interface import (
     CONTROL_IMAGE,
@@ -28,11 +29,14 @@ from sdruntime.bundle.interface import (
     CONTROL_TYPE,
     FEATURE,
     IMAGE_BIAS,
+    IMAGE_MASKED,
+    IMAGE_MASKS,
     IMAGE_SCALE,
     IMAGE_TOKENS,
     LOGVAR,
     PRESENCE,
     TOKEN_VECTORS,
+    sides_over,
 )
 from sdruntime.bundle.manifest import TensorSpec
 from sdruntime.bundle.roles import IMAGE_ENCODER, PREVIEW, of_kind
@@ -92,7 +96,7 @@ def components(checkpoint: Checkpoint) -> tuple[Component, ...]:
     unet = dataclasses.replace(unet, optional_inputs=(*features, *(_residuals(unet.config) if controlnets else ())))
     encoder = (_image_encoder(checkpoint),) if IMAGE_ENCODER in checkpoint.parts else ()
     if encoder:
-        unet = dataclasses.replace(unet, optional_inputs=(*unet.optional_inputs, *_image_prompt(*encoder)))
+        unet = dataclasses.replace(unet, optional_inputs=(*unet.optional_inputs, *_image_prompt(*encoder, unet.config)))
     return (*_text_encoders(checkpoint), *encoder, *preview, *vae, *adapters, *controlnets, unet)
 
 
@@ -171,20 +175,16 @@ def _unet(checkpoint: Checkpoint) -> Component:
 
 def _residuals(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     return tuple(
-        _float(residual.name, "batch", residual.channels, *_sides(residual.divisor)) for residual in residuals_of(config)
+        _float(residual.name, "batch", residual.channels, *sides_over(residual.divisor)) for residual in residuals_of(config)
     )
 
 
 def _features(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """Return the features of T2I-Adapters that a UNet can take."""
     return tuple(
-        _float(f"{FEATURE}{index}", "batch", feature.channels, *_sides(feature.divisor))
+        _float(f"{FEATURE}{index}", "batch", feature.channels, *sides_over(feature.divisor))
         for index, feature in enumerate(features_of_unet(config))
     )
-
-
-def _sides(divisor: int) -> tuple[str, str]:
-    return ("height", "width") if divisor == 1 else (f"height/{divisor}", f"width/{divisor}")
 
 
 def _t2i_adapter(checkpoint: Checkpoint, name: str) -> Component:
@@ -198,7 +198,7 @@ def _t2i_adapter(checkpoint: Checkpoint, name: str) -> Component:
         config=config,
         inputs=(_float(CONTROL_IMAGE, "batch", config["in_channels"], "height", "width"),),
         outputs=tuple(
-            _float(f"{FEATURE}{index}", "batch", feature.channels, *_sides(factor * feature.divisor))
+            _float(f"{FEATURE}{index}", "batch", feature.channels, *sides_over(factor * feature.divisor))
             for index, feature in enumerate(features)
         ),
         sides={"height": cells * 2, "width": cells * 3},
@@ -244,16 +244,18 @@ def _image_encoder(checkpoint: Checkpoint) -> Component:
     )
 
 
-def _image_prompt(encoder: Component) -> tuple[TensorSpec, ...]:
+def _image_prompt(encoder: Component, unet: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """Return the optional inputs of a UNet with an IP-Adapter: tokens of several images, what to add to their attention before
-    the softmax, and how much they count."""
+    the softmax, how much they count, and their masks at each size of the layers. `unet`: its config."""
     _, tokens, width = encoder.outputs[0].shape
     assert isinstance(tokens, int)
-    count = tokens * max(1, min(MOST_IMAGES, TOKENS_OF_IMAGES // tokens))
+    images = max(1, min(MOST_IMAGES, TOKENS_OF_IMAGES // tokens))
     return (
-        _float(IMAGE_TOKENS, "batch", count, width),
-        _float(IMAGE_BIAS, "batch", count),
+        _float(IMAGE_TOKENS, "batch", tokens * images, width),
+        _float(IMAGE_BIAS, "batch", tokens * images),
         _float(IMAGE_SCALE, "batch"),
+        _float(IMAGE_MASKED, "batch"),
+        *(_float(IMAGE_MASKS[divisor], "batch", *sides_over(divisor), images) for divisor in attention_divisors(unet)),
     )
 
 

@@ -131,10 +131,12 @@ def _control(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, An
 
 
 def _image_prompt(pipe: Pipeline, probed: _Probe, prompt: str, settings: dict[str, Any]) -> None:
-    """Generate an image with the IP-Adapter of the bundle, if it has one."""
-    if IMAGE_ENCODER in pipe.bundle.manifest.components:
-        image = ImagePrompt(image=patches((224, 224), _SEED))
-        probed.at = f"prompt {prompt[:30]!r}… with an image prompt"
+    """Generate an image with the IP-Adapter of the bundle, if it has one, and one in half of which the image counts."""
+    if IMAGE_ENCODER not in pipe.bundle.manifest.components:
+        return
+    for how, mask in (("an image prompt", None), ("a masked image prompt", np.array([[0, 255]], np.uint8))):
+        image = ImagePrompt(image=patches((224, 224), _SEED), mask=mask)
+        probed.at = f"prompt {prompt[:30]!r}… with {how}"
         for _ in pipe.stream(prompt, seed=_SEED, steps=STEPS, sampler="ddim", image_prompt=image, **settings):
             pass
 

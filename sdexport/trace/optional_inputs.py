@@ -16,7 +16,7 @@ from sdexport.families.components import Component
 from sdexport.trace.features import insert_feature
 from sdexport.trace.image_prompt import insert_image_prompt
 from sdexport.trace.residuals import insert_residual
-from sdruntime.bundle.interface import FEATURE, IMAGE_PROMPT, IMAGE_TOKENS, TOKEN_VECTORS, is_residual
+from sdruntime.bundle.interface import FEATURE, IMAGE_MASKS, IMAGE_PROMPT, IMAGE_TOKENS, TOKEN_VECTORS, is_residual
 
 _TABLE = "token_embedding.weight"
 
@@ -39,14 +39,18 @@ def add_optional_inputs(model: ir.Model, component: Component) -> None:
 
 def add_defaults(model: ir.Model, component: Component) -> None:
     """Give the optional inputs their defaults. Call this last: the other passes take an initialiser for a constant."""
-    names = {spec.name for spec in component.optional_inputs}
-    for value in (value for value in model.graph.inputs if value.name in names):
+    shapes = {spec.name: spec.shape for spec in component.optional_inputs}
+    images = next((shape[-1] for name, shape in shapes.items() if name in IMAGE_MASKS.values()), 1)
+    assert isinstance(images, int)
+    for value in (value for value in model.graph.inputs if value.name in shapes):
         sizes = [1] * len(value.shape or ())
-        if value.name == IMAGE_TOKENS and value.shape is not None:
-            width = value.shape[-1]
-            assert isinstance(width, int)
-            sizes[-1] = width  # which a product does not broadcast
+        if value.name in (IMAGE_TOKENS, *IMAGE_MASKS.values()) and value.shape is not None:
+            last = value.shape[-1]
+            assert isinstance(last, int)
+            sizes[-1] = last  # which a product, or a shape in the graph, does not broadcast
         value.shape = ir.Shape([f"{value.name}.{axis}" if size == 1 else size for axis, size in enumerate(sizes)])
+        if value.name == IMAGE_TOKENS:
+            sizes[1] = images  # the graph splits the tokens by image
         value.const_value = ir.tensor(np.zeros(sizes, np.float32), name=value.name)
         model.graph.register_initializer(value)
 

@@ -28,11 +28,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
+MASKED = "two, masked"
 # images, scale, guidance
 CASES: dict[str, tuple[int, float, float]] = {
     "one": (1, 1.0, GUIDANCE),
     "two, scaled": (2, 0.6, GUIDANCE),
     "three, without guidance": (3, 0.8, 1.0),
+    MASKED: (2, 0.9, GUIDANCE),
 }
 SIZES = ((96, 64), (40, 64), (32, 32))
 CONTROL = patches((64, 64), 4)
@@ -49,11 +51,25 @@ def images(count: int) -> list[Array]:
     return [patches(SIZES[k], 30 + k) for k in range(count)]
 
 
+def masks(count: int) -> list[Array]:
+    """A mask for each image, of several sizes: they overlap, leave a part to the text alone, and have shades of gray."""
+    drawn = [np.zeros((60, 90), np.uint8), np.zeros((32, 48), np.uint8), np.zeros((64, 64), np.uint8)]
+    drawn[0][:40, :50] = 255
+    drawn[1][12:, 20:] = np.linspace(0, 255, 28, dtype=np.uint8)
+    drawn[2][:, 30:] = 200
+    return drawn[:count]
+
+
+def masked(count: int, scale: float = 0.9) -> ImagePrompt:
+    return ImagePrompt(image=images(count), mask=masks(count), scale=scale)
+
+
 def request_for(case: str, sampler: str = "ddim", **settings: Any) -> Request:
     count, scale, guidance = CASES[case]
     negative = NEGATIVE if guidance > 1 else None
     basic: dict[str, Any] = {"seed": SEED, "steps": STEPS, "guidance": guidance, "negative": negative, "sampler": sampler}
-    return Request(prompt=PROMPT, **(basic | {"image_prompt": ImagePrompt(image=images(count), scale=scale)} | settings))
+    image = masked(count, scale) if case == MASKED else ImagePrompt(image=images(count), scale=scale)
+    return Request(prompt=PROMPT, **(basic | {"image_prompt": image} | settings))
 
 
 def theirs(
@@ -82,7 +98,7 @@ def theirs(
         warnings.simplefilter("ignore")
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
         parts: dict[str, Any] = {"image_encoder": encoder, "feature_extractor": processor}
-        control = {}
+        control: dict[str, Any] = {}
         if controlnet is not None:
             kind = diffusers.StableDiffusionControlNetPipeline
             parts["controlnet"] = diffusers.ControlNetModel.from_pretrained(controlnet, low_cpu_mem_usage=False)
@@ -93,6 +109,10 @@ def theirs(
             str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None, low_cpu_mem_usage=False
         )
         reference.set_ip_adapter_scale(scale)
+        if case == MASKED:
+            processor = diffusers.image_processor.IPAdapterMaskProcessor()
+            tensors = processor.preprocess([Image.fromarray(mask) for mask in masks(count)], height=size[1], width=size[0])
+            control["cross_attention_kwargs"] = {"ip_adapter_masks": [tensors.transpose(0, 1)]}
         named, changes = SAMPLERS[sampler]
         reference.scheduler = getattr(diffusers, named).from_config(reference.scheduler.config, **changes)
         latents = reference(
@@ -110,10 +130,19 @@ def theirs(
         return decoded_by(reference, latents)
 
 
-def compare(pipe: Pipeline, checkpoint: Path, adapter: Path, case: str, sampler: str, *, xl: bool = False) -> None:
-    height, width = pipe.model.default_size
-    picture, decoded = ours(pipe, request_for(case, sampler))
-    plain, _ = ours(pipe, request_for(case, sampler, image_prompt=None))
+def compare(
+    pipe: Pipeline,
+    checkpoint: Path,
+    adapter: Path,
+    case: str,
+    sampler: str,
+    *,
+    size: tuple[int, int] | None = None,
+    xl: bool = False,
+) -> None:
+    width, height = size or pipe.model.default_size[::-1]
+    picture, decoded = ours(pipe, request_for(case, sampler, size=size))
+    plain, _ = ours(pipe, request_for(case, sampler, size=size, image_prompt=None))
     assert np.abs(picture.astype(int) - plain).max() > 10
     expected, expected_decoded = theirs(checkpoint, adapter, case, sampler, size=(width, height), xl=xl)
     assert_same_picture(picture, expected, decoded, expected_decoded)
@@ -127,6 +156,29 @@ def compare(pipe: Pipeline, checkpoint: Path, adapter: Path, case: str, sampler:
 )
 def test_the_image_is_diffusers(pipe: Pipeline, sd1_checkpoint: Path, sd1_ip_adapters: Path, case: str, sampler: str) -> None:
     compare(pipe, sd1_checkpoint, sd1_ip_adapters / "plain" / "adapter.safetensors", case, sampler)
+
+
+@pytest.mark.parametrize("size", [(96, 64), pytest.param((64, 112), marks=pytest.mark.full)])
+def test_masks_are_those_of_diffusers(pipe: Pipeline, sd1_checkpoint: Path, sd1_ip_adapters: Path, size: tuple[int, int]) -> None:
+    adapter = sd1_ip_adapters / "plain" / "adapter.safetensors"
+    compare(pipe, sd1_checkpoint, adapter, MASKED, "ddim", size=size)
+    everywhere, together = (
+        ours(pipe, request_for(MASKED, size=size, image_prompt=ImagePrompt(image=images(2), scale=0.9, mask=mask)))[1]
+        for mask in ([np.full((8, 8), 255, np.uint8)] * 2, None)
+    )
+    assert psnr(everywhere, together) < 40  # each image has an attention of its own
+
+
+@pytest.mark.parametrize("settings", [{}, {"hires": 1.5}, {"size": (88, 72), "hires": 2.0}])
+def test_the_mask_of_one_image_everywhere_changes_nothing_and_nowhere_all(pipe: Pipeline, settings: dict[str, Any]) -> None:
+    """Also in a second pass, and at sizes that the UNet's layers round up."""
+    one, without = request_for("one", **settings), request_for("one", image_prompt=None, **settings)
+    white, black = (
+        request_for("one", image_prompt=ImagePrompt(image=images(1), mask=np.full((5, 9), value, np.uint8)), **settings)
+        for value in (255, 0)
+    )
+    assert psnr(ours(pipe, white)[1], ours(pipe, one)[1]) > 100
+    assert psnr(ours(pipe, black)[1], ours(pipe, without)[1]) > 100
 
 
 @pytest.mark.full
@@ -150,7 +202,8 @@ def test_xl(sdxl_checkpoint: Path, tmp_path: Path, export: Callable[..., Path], 
     adapter = tiny_image_prompt.write_ip_adapter(tmp_path, sdxl_checkpoint)
     with Pipeline.open(ready(export(sdxl_checkpoint, ip_adapter=str(adapter)))) as pipe:
         for sampler in SAMPLERS:
-            compare(pipe, sdxl_checkpoint, adapter, "two, scaled", sampler, xl=True)
+            for case in ("two, scaled", MASKED):
+                compare(pipe, sdxl_checkpoint, adapter, case, sampler, xl=True)
 
 
 @pytest.mark.full
@@ -187,6 +240,7 @@ def test_a_mixed_batch_gives_the_images_that_each_gives_alone(pipe: Pipeline) ->
         "two, scaled": {},
         "one": {"image_prompt": None, "seed": 6},
         "three, without guidance": {"seed": 7},
+        MASKED: {"seed": 8},
     }
     requests = [request_for(case, **settings) for case, settings in cases.items()]
     together = pipe(requests).images

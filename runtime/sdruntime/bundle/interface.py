@@ -22,9 +22,19 @@ FEATURE = "feature_"  # of a T2I-Adapter, and an optional input of its UNet: fea
 # for none), and how much they count
 IMAGE_TOKENS, IMAGE_BIAS, IMAGE_SCALE = "image_tokens", "image_bias", "image_scale"
 NO_TOKEN = -10_000.0
+# also of it: above 0, if each image has an attention of its own, which counts where its mask is, in place of one for all; and the
+# masks at the size of the latents divided by 1, 2, …, for the layers of that size
+IMAGE_MASKED = "image_masked"
+IMAGE_MASKS: Mapping[int, str] = {1 << k: f"image_mask_{1 << k}" for k in range(4)}
 PRESENCE = "presence"  # of the image encoder of an IP-Adapter: 1, or 0 for the tokens of no image
 Shape = tuple[int | str, ...]
 Tensors = Mapping[str, Shape]
+
+
+def sides_over(divisor: int) -> tuple[str, str]:
+    """Return the sides of latents divided by a number."""
+    return ("height", "width") if divisor == 1 else (f"height/{divisor}", f"width/{divisor}")
+
 
 _LATENT: Shape = ("batch", "C", "height", "width")
 _ENCODED: Shape = ("batch", "C", "latent_height", "latent_width")
@@ -56,7 +66,13 @@ _OPTIONAL: Mapping[str, tuple[Tensors, Tensors]] = {
     PREVIEW: _VAE["vae_decoder"],
     IMAGE_ENCODER: ({"pixel_values": ("batch", 3, "Side", "Side"), PRESENCE: ("batch",)}, {IMAGE_TOKENS: ("batch", "N", "D")}),
 }
-IMAGE_PROMPT: Tensors = {IMAGE_TOKENS: ("batch", "Tokens", "D"), IMAGE_BIAS: ("batch", "Tokens"), IMAGE_SCALE: ("batch",)}
+IMAGE_PROMPT: Tensors = {
+    IMAGE_TOKENS: ("batch", "Tokens", "D"),
+    IMAGE_BIAS: ("batch", "Tokens"),
+    IMAGE_SCALE: ("batch",),
+    IMAGE_MASKED: ("batch",),
+    **{name: ("batch", *sides_over(divisor), "Images") for divisor, name in IMAGE_MASKS.items()},
+}
 
 
 def interface_faults(manifest: Manifest) -> Iterator[str]:
@@ -129,7 +145,12 @@ def _image_prompt_faults(manifest: Manifest, known: dict[str, int | str]) -> Ite
     unet = manifest.components["unet"]
     if takes_image_prompt(unet) or IMAGE_ENCODER in manifest.components:
         tensors = tuple(tensor for tensor in unet.optional_inputs if tensor.name in IMAGE_PROMPT)
-        yield from _faults("unet.optional_inputs", IMAGE_PROMPT, tensors, known, complete=True)
+        sized = {tensor.name for tensor in tensors} & set(IMAGE_MASKS.values())  # a UNet attends at some of these sizes
+        expected = {name: shape for name, shape in IMAGE_PROMPT.items() if name in sized or name not in IMAGE_MASKS.values()}
+        yield from _faults("unet.optional_inputs", expected, tensors, known, complete=True)
+        count, per_image, images = (known.get(dim) for dim in ("Tokens", "N", "Images"))
+        if isinstance(per_image, int) and isinstance(images, int) and count != per_image * images:
+            yield f"unet.optional_inputs: {IMAGE_TOKENS} has {count} tokens, expected {per_image} for each of {images} images"
         if IMAGE_ENCODER not in manifest.components:
             yield f"components: {IMAGE_ENCODER} is missing"
 

@@ -229,6 +229,8 @@ def _image_prompt(sub: Arguments) -> None:
     """Images for the IP-Adapter."""
     what = "an image that the bundle's IP-Adapter follows beside the text; may be repeated: the images count together"
     sub.add_argument("--image-prompt", action="append", default=[], metavar="FILE", help=what)
+    where = "where the image is to count, white; once for each --image-prompt, in their order"
+    sub.add_argument("--image-prompt-mask", action="append", default=[], metavar="FILE", help=where)
     sub.add_argument("--image-prompt-scale", type=float, metavar="X", help=f"how much they count ({DEFAULT_SCALE:g})")
 
 

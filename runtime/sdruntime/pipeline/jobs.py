@@ -344,7 +344,8 @@ class JobFactory:
             more[0][GUIDANCE] = guidance_embedding(request.guidances[0], self._guidance_width)
         features: dict[int, Features] = {0: {}}
         if not stage.step.refines:
-            for own, entries in zip(more, self._image_prompts.rows(request, stage.engine), strict=True):
+            images = self._image_prompts.rows(request, size, (shape[1], shape[2]), stage.engine)
+            for own, entries in zip(more, images, strict=True):
                 own.update(entries)
             features = features_by_step(request, size, table.steps, self._components, stage.engine, self._folder)
         rows = {}

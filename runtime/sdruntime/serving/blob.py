@@ -40,6 +40,8 @@ def _parts(message: Submit) -> Iterator[_Part]:
         yield _Part("control", (height, width, 3), f"a control image of {width}x{height}")
     for width, height in message.image_prompt:
         yield _Part("image_prompt", (height, width, 3), f"an image of an image prompt of {width}x{height}")
+    for width, height in message.image_prompt_mask:
+        yield _Part("image_prompt_mask", (height, width), f"a mask of an image prompt of {width}x{height}")
 
 
 def bytes_of(message: Submit) -> int:
@@ -66,6 +68,6 @@ def images_of(message: Submit, blob: bytes | memoryview | None, size: int) -> Im
     ends = np.cumsum([math.prod(part.shape) for part in parts])
     arrays = np.split(np.frombuffer(blob, np.uint8).copy(), ends[:-1])
     shaped = [(part.name, array.reshape(part.shape)) for part, array in zip(parts, arrays, strict=True)]
-    several = {"control": "controls", "image_prompt": "image_prompt"}
+    several = {"control": "controls", "image_prompt": "image_prompt", "image_prompt_mask": "image_prompt_mask"}
     lists = {field: tuple(array for name, array in shaped if name == part) for part, field in several.items()}
     return Images(**{name: array for name, array in shaped if name not in several}, **lists)  # type: ignore[arg-type]

@@ -77,8 +77,8 @@ class LoraMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Images:
-    """The images of a job: the start image, uint8 [H, W, 3], its mask and depth map, uint8 [H, W], those of ControlNets and those
-    of an image prompt.
+    """The images of a job: the start image, uint8 [H, W, 3], its mask and depth map, uint8 [H, W], those of ControlNets, those
+    of an image prompt, and its masks, uint8 [H, W].
     """
 
     image: Array | None = None
@@ -86,6 +86,7 @@ class Images:
     depth: Array | None = None
     controls: tuple[Array, ...] = ()
     image_prompt: tuple[Array, ...] = ()
+    image_prompt_mask: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,9 +166,11 @@ class RequestMessage:
             return secrets.randbelow(2**32)
         return self.variation_seed or 0
 
-    def _image_prompt(self, images: Sequence[Array]) -> ImagePrompt | None:
+    def _image_prompt(self, images: Sequence[Array], masks: Sequence[Array]) -> ImagePrompt | None:
         if images:
-            return ImagePrompt(image=list(images), scale=self.image_prompt_scale)
+            return ImagePrompt(image=list(images), mask=list(masks) or None, scale=self.image_prompt_scale)
+        if masks:
+            raise SettingError("image_prompt_mask has no effect without an image_prompt")
         if self.image_prompt_scale != DEFAULT_SCALE:
             raise SettingError(f"image_prompt_scale {self.image_prompt_scale:g} has no effect without an image_prompt")
         return None
@@ -196,7 +199,7 @@ class RequestMessage:
                 for image, control in zip(images.controls, controls, strict=True)
             ],
             guess_mode=self.guess_mode,
-            image_prompt=self._image_prompt(images.image_prompt),
+            image_prompt=self._image_prompt(images.image_prompt, images.image_prompt_mask),
             strength=self.strength,
             options=self.options,
             prompt_2=self.prompt_2,
@@ -234,10 +237,10 @@ class Submit:
 
     `image`: (width, height) of the start image, whose rows are the blob. `mask`: the blob goes on with a mask of that size, 8
     bits of gray for a pixel. `depth`: (width, height) of a depth map that follows in the blob, brighter where it is nearer.
-    `controls`: images for ControlNets, and `image_prompt`: the (width, height) of each image of an image prompt, which end the
-    blob in this order. `device_buffer`: the address of the caller's buffer of
-    `device_buffer_size` bytes on the engines' GPU. The image's rows are also copied there on the engines' stream, after rounding
-    to uint8 on the host; the copy is complete when "done" is sent.
+    `controls`: images for ControlNets. `image_prompt`, `image_prompt_mask`: the (width, height) of each image of an image prompt,
+    and of a mask for each, 8 bits of gray for a pixel. These end the blob in this order. `device_buffer`: the address of the
+    caller's buffer of `device_buffer_size` bytes on the engines' GPU. The image's rows are also copied there on the engines'
+    stream, after rounding to uint8 on the host; the copy is complete when "done" is sent.
     """
 
     op: Literal["submit"]
@@ -250,6 +253,7 @@ class Submit:
     depth: tuple[int, int] | None = None
     controls: tuple[ControlMessage, ...] = ()
     image_prompt: tuple[tuple[int, int], ...] = ()
+    image_prompt_mask: tuple[tuple[int, int], ...] = ()
     device_buffer: int | None = None
     device_buffer_size: int | None = None
 

@@ -24,6 +24,7 @@ _HEAD = 64  # width of a head of the resampler
 _DEPTH = 4  # blocks of the resampler
 _PLACES = ("down_blocks", "up_blocks", "mid_block")
 _TO_K = ".attn2.to_k.weight"
+_CROSS = "CrossAttn"  # in the type of a block of a UNet with cross-attentions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,21 @@ def attentions(names: Iterable[str]) -> list[str]:
     return sorted(
         places, key=lambda place: (_PLACES.index(place.split(".")[0]), [int(number) for number in re.findall(r"\.(\d+)", place)])
     )
+
+
+def divisor(place: str, levels: int) -> int:
+    """Return by which number the latents' sides are divided for the attention at `place` of a UNet with so many levels."""
+    blocks, *numbers = place.split(".")
+    level = levels - 1 if blocks == "mid_block" else int(numbers[0])
+    return 1 << (levels - 1 - level if blocks == "up_blocks" else level)
+
+
+def attention_divisors(config: Mapping[str, Any]) -> list[int]:
+    """Return the `divisor` of each size of the cross-attentions of a UNet, from its config."""
+    kinds = {"down_blocks": config["down_block_types"], "up_blocks": config["up_block_types"]}
+    places = [f"{blocks}.{k}" for blocks, types in kinds.items() for k, kind in enumerate(types) if _CROSS in kind]
+    middle = ["mid_block"] if _CROSS in (config["mid_block_type"] or "") else []
+    return sorted({divisor(place, len(kinds["down_blocks"])) for place in (*places, *middle)})
 
 
 def read_ip_adapter(path: Path) -> IpAdapter:

@@ -91,6 +91,9 @@ def test_the_images_of_an_image_prompt_are_named_by_their_hashes() -> None:
     found = read(Request(prompt="", image_prompt=ImagePrompt(image=[pixels, pixels[:1]], scale=0.6)))
     hashes = [hashlib.md5(each.tobytes()).hexdigest() for each in (pixels, pixels[:1])]
     assert found["Image prompt"] == f"Scale: 0.6, Image hash: {hashes[0]}, Image hash: {hashes[1]}"
+    masked = read(Request(prompt="", image_prompt=ImagePrompt(image=pixels, mask=pixels[..., 0])))
+    mask = hashlib.md5(pixels[..., 0].tobytes()).hexdigest()
+    assert masked["Image prompt"] == f"Scale: 1, Image hash: {hashes[0]}, Mask hash: {mask}"
 
 
 def test_what_was_not_set_is_not_written() -> None:

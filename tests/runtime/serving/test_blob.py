@@ -64,6 +64,15 @@ def test_the_images_of_an_image_prompt_end_the_blob() -> None:
     prompt = scaled.request.request(images_of(scaled, bytes(3), 3)).image_prompt
     assert prompt is not None
     assert prompt.scale == 0.5
+    masked = submit(image_prompt=[[1, 1], [1, 1]], image_prompt_mask=[[2, 1], [1, 3]])
+    blob = bytes(6) + bytes([1, 2, 3, 4, 5])
+    assert bytes_of(masked) == len(blob)
+    prompt = masked.request.request(images_of(masked, blob, len(blob))).image_prompt
+    assert prompt is not None
+    assert [mask.tolist() for mask in prompt.masks] == [[[1, 2]], [[3], [4], [5]]]
+    alone = submit(image_prompt_mask=[[1, 1]])
+    with pytest.raises(SettingError, match="image_prompt_mask has no effect without an image_prompt"):
+        alone.request.request(images_of(alone, bytes(1), 1))
     with pytest.raises(SettingError, match=r"image_prompt_scale 0.5 has no effect without an image_prompt"):
         scaled.request.request(images_of(submit(), None, 0))
 

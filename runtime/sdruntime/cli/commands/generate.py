@@ -102,7 +102,7 @@ def generate(options: argparse.Namespace) -> None:
         "loras": options.loras,
         "control": [control_of(text) for text in options.control],
         "guess_mode": options.guess_mode,
-        "image_prompt": image_prompt_of(options.image_prompt, options.image_prompt_scale),
+        "image_prompt": image_prompt_of(options.image_prompt, options.image_prompt_mask, options.image_prompt_scale),
         "options": sampler_options(options),
     }
     if options.strength is not None:
@@ -175,15 +175,17 @@ def control_of(settings: dict[str, str]) -> Control:
     return Control(**{key: read.get(key, str)(text) for key, text in settings.items()})  # type: ignore[arg-type]
 
 
-def image_prompt_of(files: list[str], scale: float | None) -> ImagePrompt | None:
-    """Return the ImagePrompt of --image-prompt and --image-prompt-scale. Raises SettingError."""
+def image_prompt_of(files: list[str], masks: list[str], scale: float | None) -> ImagePrompt | None:
+    """Return the ImagePrompt of --image-prompt, --image-prompt-mask and --image-prompt-scale. Raises SettingError."""
     from sdruntime.pipeline.requests.image_prompt import DEFAULT_SCALE, ImagePrompt
 
     if not files:
         if scale is not None:
             raise SettingError(f"--image-prompt-scale {scale:g} has no effect without --image-prompt")
+        if masks:
+            raise SettingError(f"--image-prompt-mask {masks[0]} has no effect without --image-prompt")
         return None
-    return ImagePrompt(image=files, scale=DEFAULT_SCALE if scale is None else scale)
+    return ImagePrompt(image=files, mask=masks or None, scale=DEFAULT_SCALE if scale is None else scale)
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:

@@ -252,7 +252,9 @@ def _image_prompt(request: Request) -> str | None:
     prompt = request.image_prompt
     if prompt is None:
         return None
-    return ", ".join([f"Scale: {_number(prompt.scale)}", *(f"Image hash: {image_hash(pixels)}" for pixels in prompt.images)])
+    hashes = {"Image hash": prompt.images, "Mask hash": prompt.masks}
+    parts = [f"{key}: {image_hash(pixels)}" for key, images in hashes.items() for pixels in images]
+    return ", ".join([f"Scale: {_number(prompt.scale)}", *parts])
 
 
 def image_hash(pixels: Array) -> str:

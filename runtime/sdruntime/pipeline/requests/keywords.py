@@ -36,6 +36,7 @@ DIFFUSERS: Mapping[str, str] = {
     "control_guidance_start": "control=Control(image=…, start=…)",
     "control_guidance_end": "control=Control(image=…, end=…)",
     "ip_adapter_image": "image_prompt=ImagePrompt(image=…)",
+    "ip_adapter_masks": "image_prompt=ImagePrompt(image=…, mask=…)",
 }
 # Arguments of diffusers' pipelines that are not supported.
 UNSUPPORTED = (

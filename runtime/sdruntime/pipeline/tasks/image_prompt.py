@@ -1,6 +1,6 @@
 """Image prompts: from the images of a request to the UNet's inputs, through the image encoder of an IP-Adapter.
 
-Source: diffusers' IPAdapterMixin and transformers' CLIPImageProcessor.
+Source: diffusers' IPAdapterMixin and IPAdapterMaskProcessor, transformers' CLIPImageProcessor.
 """
 
 from __future__ import annotations
@@ -14,16 +14,28 @@ import numpy as np
 
 from sdruntime.arrays import Array
 from sdruntime.backends.base.engine import Engine
-from sdruntime.bundle.interface import IMAGE_BIAS, IMAGE_SCALE, IMAGE_TOKENS, NO_TOKEN, PRESENCE
+from sdruntime.bundle.dimensions import size_of
+from sdruntime.bundle.interface import (
+    IMAGE_BIAS,
+    IMAGE_MASKED,
+    IMAGE_MASKS,
+    IMAGE_SCALE,
+    IMAGE_TOKENS,
+    NO_TOKEN,
+    PRESENCE,
+    sides_over,
+)
 from sdruntime.bundle.manifest import ComponentSpec
 from sdruntime.bundle.roles import IMAGE_ENCODER
 from sdruntime.engines.finite import checked_rows
 from sdruntime.errors import SettingError
 from sdruntime.pipeline.images.resampling import resample
 from sdruntime.pipeline.requests.request import Request
+from sdruntime.pipeline.vae.resize import resized
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's images
 _KEPT = 16  # encoded images
+_HALF = 128  # of a mask: from here on the image counts
 Entries = dict[str, Array]  # inputs of a row of the UNet
 
 
@@ -57,8 +69,13 @@ class ImagePrompts:
             count = len(request.image_prompt.images)
             raise SettingError(f"image_prompt: got {count} images; this bundle's IP-Adapter takes at most {self.most}")
 
-    def rows(self, request: Request, engine: Callable[..., Engine]) -> tuple[Entries, Entries]:
-        """Return the entries of a request's rows: of the prompt, and of the negative prompt. Raises NotFinite."""
+    def rows(
+        self, request: Request, size: tuple[int, int], sides: tuple[int, int], engine: Callable[..., Engine]
+    ) -> tuple[Entries, Entries]:
+        """Return the entries of a request's rows: of the prompt, and of the negative prompt. Raises NotFinite.
+
+        `size`: (width, height) of the image in pixels, `sides`: (height, width) of its latents.
+        """
         prompt = request.image_prompt
         if prompt is None or prompt.scale == 0:
             return {}, {}
@@ -66,8 +83,8 @@ class ImagePrompts:
         images = [clip_pixels(pixels, side) for pixels in prompt.images]
         absent = np.zeros((3, side, side), np.float32)
         *present, nothing = self._tokens([*((image, 1.0) for image in images), (absent, 0.0)], engine)
-        scale = np.array(prompt.scale, np.float32)
-        one, other = ({**self._filled(tokens), IMAGE_SCALE: scale} for tokens in (present, [nothing] * len(present)))
+        shared = {IMAGE_SCALE: np.array(prompt.scale, np.float32), **self._masks(prompt.masks, size, sides)}
+        one, other = ({**self._filled(tokens), **shared} for tokens in (present, [nothing] * len(present)))
         return one, other
 
     def forget(self) -> None:
@@ -88,6 +105,22 @@ class ImagePrompts:
         bias = np.full(count, NO_TOKEN, np.float32)
         bias[: len(joined)] = 0
         return {IMAGE_TOKENS: padded, IMAGE_BIAS: bias}
+
+    def _masks(self, masks: Sequence[Array], size: tuple[int, int], sides: tuple[int, int]) -> Entries:
+        """Return where each image counts, at each size of the UNet's layers; nothing if they count everywhere."""
+        if not masks:
+            return {}
+        whole = np.stack([resample(mask, size, "lanczos") >= _HALF for mask in masks]).astype(np.float32)
+        taken = {tensor.name for tensor in self._components["unet"].optional_inputs}
+        cells = dict(zip(("height", "width"), sides, strict=True))
+        entries = {IMAGE_MASKED: np.array(1, np.float32)}
+        for divisor, name in IMAGE_MASKS.items():
+            if name in taken:
+                height, width = (size_of(dim, cells) for dim in sides_over(divisor))
+                parts = np.zeros((height, width, self.most), np.float32)
+                parts[..., : len(masks)] = resized(whole, (height, width), "bicubic").transpose(1, 2, 0)
+                entries[name] = parts
+        return entries
 
     def _tokens(self, images: Sequence[tuple[Array, float]], engine: Callable[..., Engine]) -> list[Array]:
         """Return the tokens of each image, [N, D], in one call for those that are not kept."""

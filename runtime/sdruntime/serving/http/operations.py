@@ -61,6 +61,7 @@ def description() -> dict[str, Any]:
         "mask": _FILE,
         "depth": _FILE,
         "image_prompt": {"type": "array", "items": _FILE},
+        "image_prompt_mask": {"type": "array", "items": _FILE},
         "controls": {"type": "array", "items": _with(_record(ControlMessage, without=("size",)), "image", _FILE)},
         "loras": {"type": "array", "items": _with(_record(LoraMessage, without=("path",)), "name", {"type": "string"})},
     }

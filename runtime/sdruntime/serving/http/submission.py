@@ -2,7 +2,8 @@
 
 The document has the fields of the service's request (`message.RequestMessage`) and: `model`, `n` images of which number k has the
 seed `seed` + k, `preview`; images as files in base64: `image`, `mask`, `depth`, `controls` (each with an `image`), `image_prompt`
-(a list); `loras` by the names of files in the server's folder, each {"name", "scale", "text_scale", "blocks"}.
+and `image_prompt_mask` (lists); `loras` by the names of files in the server's folder, each {"name", "scale", "text_scale",
+"blocks"}.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sdruntime.serving.http.settings import Shared
 from sdruntime.serving.job import RoomJob
 from sdruntime.serving.message import Submit, message_from_json
 
-_OWN = ("model", "n", "preview", "image", "mask", "depth", "controls", "image_prompt", "loras")
+_OWN = ("model", "n", "preview", "image", "mask", "depth", "controls", "image_prompt", "image_prompt_mask", "loras")
 _SEEDS = 2**64
 
 
@@ -79,7 +80,7 @@ def _images(document: Mapping[str, Any], most: int) -> tuple[dict[str, Any], lis
     if document.get("depth") is not None:
         arrays.append(mask_of("depth", document["depth"], most))
         fields["depth"] = _size(arrays[-1])
-    for key in ("controls", "image_prompt"):
+    for key in ("controls", "image_prompt", "image_prompt_mask"):
         if not isinstance(document.get(key, []), list):
             raise Problem(422, f"{key}: expected a list", "invalid_request")
     controls = []
@@ -90,10 +91,12 @@ def _images(document: Mapping[str, Any], most: int) -> tuple[dict[str, Any], lis
         controls.append({**{key: value for key, value in control.items() if key != "image"}, "size": _size(arrays[-1])})
     if controls:
         fields["controls"] = controls
-    prompts = [pixels_of(f"image_prompt[{k}]", value, most) for k, value in enumerate(document.get("image_prompt", []))]
-    if prompts:
-        fields["image_prompt"] = [_size(pixels) for pixels in prompts]
-    return fields, [*arrays, *prompts]
+    for key, read in (("image_prompt", pixels_of), ("image_prompt_mask", mask_of)):
+        images = [read(f"{key}[{k}]", value, most) for k, value in enumerate(document.get(key, []))]
+        if images:
+            fields[key] = [_size(pixels) for pixels in images]
+        arrays += images
+    return fields, arrays
 
 
 def _size(pixels: Array) -> list[int]:

@@ -146,6 +146,8 @@ def test_a_form_is_read_like_a_document(server: Server) -> None:
         ({"image": 5}, 422, "image: expected a file as base64"),
         ({"mask": "AAAA"}, 422, "mask"),
         ({"controls": {}}, 422, "controls: expected a list"),
+        ({"image_prompt_mask": {}}, 422, "image_prompt_mask: expected a list"),
+        ({"image_prompt_mask": ["AAAA"]}, 422, "image_prompt_mask[0]: not an image"),
         ({"controls": [{}]}, 422, "controls[0]: expected an object with an"),
         ({"loras": [{"name": "x"}]}, 422, "not available on this server"),
         ({"loras": [{"path": "/x"}]}, 422, "loras: expected a list"),
