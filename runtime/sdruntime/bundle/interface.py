@@ -129,8 +129,7 @@ def _adapter_faults(manifest: Manifest, known: dict[str, int | str]) -> Iterator
     """Yield a fault for each tensor of a T2I-Adapter that does not fit the UNet. Its sides are those of the image."""
     features, factor = features_of(manifest.components["unet"]), manifest.model.vae_factor
     expected: dict[str, Shape] = {
-        tensor.name: (*tensor.shape[:2], *(f"{side}/{factor * divisor_of(tensor.shape[-1])}" for side in ("height", "width")))
-        for tensor in features
+        tensor.name: (*tensor.shape[:2], *sides_over(factor * divisor_of(tensor.shape[-1]))) for tensor in features
     }
     for name in of_kind(manifest.components, "T2I-Adapter"):
         component = manifest.components[name]

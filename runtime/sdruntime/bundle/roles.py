@@ -68,8 +68,7 @@ def role(component: str) -> Role:
 
 
 def _known(component: str) -> Role | None:
-    named = next((name for name in (CONTROLNET, T2I_ADAPTER) if component.startswith(f"{name}_")), component)
-    return ROLES.get(named)
+    return ROLES.get(component.removesuffix(f"_{short_name(component)}"))
 
 
 def of_kind(components: Iterable[str], *kinds: Kind) -> list[str]:

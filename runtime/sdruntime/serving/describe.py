@@ -1,8 +1,10 @@
-"""The description of the pipeline, which a service sends when it is ready."""
+"""The descriptions that services send: of the pipeline, and of a finished image."""
 
 from __future__ import annotations
 
+import dataclasses
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from sdruntime.bundle.manifest import EngineSpec
 from sdruntime.bundle.records import json_from_record
 from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.sampling.samplers import SAMPLERS
+from sdruntime.serving.batcher import ImageFuture
 
 
 def pipeline_document(pipe: Pipeline) -> dict[str, Any]:
@@ -50,3 +53,18 @@ def _engine_document(spec: EngineSpec | None) -> dict[str, Any] | None:
     if spec is None:
         return None
     return {name: getattr(spec, name) for name in ("name", "backend", "version", "target", "precision", "shapes")}
+
+
+def finished(future: ImageFuture, text: Mapping[str, str]) -> dict[str, Any]:
+    """Return the description of a finished image; `text`: its metadata."""
+    image = future.result()
+    width, height = image.size
+    return {
+        "width": width,
+        "height": height,
+        "seed": image.seed,
+        "sampler": image.sampler,
+        "parameters": text["parameters"],
+        "timings": dataclasses.asdict(future.timings),
+        "warnings": future.warnings,
+    }

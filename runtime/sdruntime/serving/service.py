@@ -33,7 +33,6 @@ the same as a separate process, over the Unix socket FD (`channel`); it exits wh
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -61,7 +60,7 @@ from sdruntime.pipeline.requests.tags import with_tagged
 from sdruntime.serving.batcher import Batcher, ImageFuture, Progress
 from sdruntime.serving.blob import bytes_of, images_of
 from sdruntime.serving.channel import BadFrame, Channel
-from sdruntime.serving.describe import pipeline_document
+from sdruntime.serving.describe import finished, pipeline_document
 from sdruntime.serving.message import Cancel, Finish, Open, Submit, message_from_json
 from sdruntime.system.cuda import device_index
 
@@ -230,17 +229,10 @@ class Service:
         except BaseException as error:
             self._failed(message.job, error)
             return
-        height, width = image.shape[:2]
         done = {
             "event": "done",
             "job": message.job,
-            "width": width,
-            "height": height,
-            "seed": image.seed,
-            "sampler": image.sampler,
-            "parameters": text["parameters"],
-            "timings": dataclasses.asdict(future.timings),
-            "warnings": future.warnings,
+            **finished(future, text),
             "rgb": image.pixels.nbytes,
             "png": len(png),
         }

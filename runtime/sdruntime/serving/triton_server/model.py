@@ -33,6 +33,7 @@ from sdruntime.pipeline.pipeline import Pipeline
 from sdruntime.pipeline.requests.tags import with_tagged
 from sdruntime.pipeline.vae.preview import check_preview, linear_colours
 from sdruntime.serving.batcher import QUEUE, Batcher, ImageFuture, Progress
+from sdruntime.serving.describe import finished
 from sdruntime.serving.triton_server.metrics import Metrics
 from sdruntime.serving.triton_server.tensors import INPUTS, Order, order_of, text_array
 
@@ -166,24 +167,14 @@ class TritonPythonModel:
 def _outputs(order: Order, future: ImageFuture) -> list[Any]:
     """Return the tensors of a finished image."""
     image = future.result()
-    width, height = image.size
     text = image.text()
-    info = {
-        "width": width,
-        "height": height,
-        "seed": image.seed,
-        "sampler": image.sampler,
-        "parameters": text["parameters"],
-        "timings": dataclasses.asdict(future.timings),
-        "warnings": future.warnings,
-    }
     pixels: Array = np.ascontiguousarray(image.pixels)
     if order.output == "raw":
         shown = pb.Tensor("IMAGE", pixels)
     else:
         png = png_from_image(pixels, text)
         shown = pb.Tensor("PNG", text_array(base64.b64encode(png) if order.output == "base64" else png))
-    return [shown, pb.Tensor("INFO", text_array(json.dumps(info)))]
+    return [shown, pb.Tensor("INFO", text_array(json.dumps(finished(future, text))))]
 
 
 def check_numpy(version: str, program: Path) -> None:
